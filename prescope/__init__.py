@@ -1,0 +1,43 @@
+"""prescope: run a Mixture-of-Experts model with its experts in CPU memory, and see where the time goes.
+
+The door of the package. A name is imported when it is first used, so that `import prescope` costs
+milliseconds and reading a saved run needs neither transformers nor plotly.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prescope.engine import Engine as Engine
+    from prescope.engine import attach as attach
+    from prescope.engine import load as load
+    from prescope.result import RunResult as RunResult
+    from prescope.routing import RoutingTrace as RoutingTrace
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "Engine": "prescope.engine",
+    "RoutingTrace": "prescope.routing",
+    "RunResult": "prescope.result",
+    "attach": "prescope.engine",
+    "load": "prescope.engine",
+}
+
+__all__ = ["Engine", "RoutingTrace", "RunResult", "__version__", "attach", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module behind a public name when the name is first asked for."""
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(
+            f"module 'prescope' has no attribute {name!r}; public names: {', '.join(__all__)}"
+        )
+    value = getattr(import_module(home), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

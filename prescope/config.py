@@ -1,0 +1,104 @@
+"""Settings of an engine: frozen, validated once, resolved from "auto" into a new object with reasons.
+
+Knows nothing of torch; `resolve_slots` is pure arithmetic.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .errors import SlotPoolTooSmall, UnsupportedOption
+from .units import format_bytes, parse_bytes
+
+DEVICES = ("auto", "cuda", "cpu", "null")
+CACHES = ("lru", "lfu", "static", "score")
+KERNELS = ("auto", "torch", "triton")
+#: Emulated link of the CPU device when the user names none, GB/s. Chosen so that, as on a real machine
+#: with PCIe 4, moving one expert takes several times longer than computing with it.
+DEFAULT_EMULATED_GB_PER_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What a person can set on an engine.
+
+    Args:
+        slots: places for experts on the device: an int is a count, a float in (0, 1] a share of all
+            experts of the model, a text such as "8GiB" the memory they may take.
+        device: "cuda"; "cpu" with an emulated link; "null" (virtual clock, for tests); "auto" takes CUDA
+            when there is one and says so.
+        cache: which expert gives up its slot: "lru", "lfu", "static" (least frequent by `frequencies`)
+            or "score" (decayed router weight).
+        link_gb_per_s: bandwidth of the emulated link, GB/s; only with device="cpu" or "null".
+        kernels: "torch" (reference), "triton" (CUDA), or "auto".
+        events: record the timeline (costs at most 2 % of a token's time, see benchmarks/).
+        record_routing: keep each step's expert ids and weights for `RunResult.trace`.
+        record_inputs: keep the router inputs too (D values per token and layer), to train predictors.
+    """
+
+    slots: int | float | str = 0.5
+    device: str = "auto"
+    cache: str = "lru"
+    link_gb_per_s: float | None = None
+    kernels: str = "auto"
+    events: bool = True
+    record_routing: bool = True
+    record_inputs: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, DEVICES)
+        _one_of("cache", self.cache, CACHES)
+        _one_of("kernels", self.kernels, KERNELS)
+        if isinstance(self.slots, bool) or not isinstance(self.slots, int | float | str):
+            raise UnsupportedOption(f"slots is {self.slots!r}; give a count, a share such as 0.25, or '8GiB'")
+        if isinstance(self.slots, str):
+            try:
+                parse_bytes(self.slots)
+            except ValueError as error:
+                raise UnsupportedOption(f"slots: {error}") from error
+        if isinstance(self.slots, float) and not 0 < self.slots <= 1:
+            raise UnsupportedOption(
+                f"slots is {self.slots}; a float is a share of all experts and lies in (0, 1]; "
+                f"for a count write an int"
+            )
+        if isinstance(self.slots, int) and self.slots < 1:
+            raise UnsupportedOption(f"slots is {self.slots}; a count is at least 1")
+        if self.link_gb_per_s is not None and not self.link_gb_per_s > 0:
+            raise UnsupportedOption(f"link_gb_per_s is {self.link_gb_per_s}; a bandwidth is positive")
+        if self.link_gb_per_s is not None and self.device == "cuda":
+            raise UnsupportedOption("link_gb_per_s sets the emulated link of device='cpu'; CUDA's link is real")
+        if self.record_inputs and not self.record_routing:
+            raise UnsupportedOption("record_inputs needs record_routing=True: inputs are stored with the routing")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UnsupportedOption(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
+
+
+def resolve_slots(slots: int | float | str, *, total_experts: int, row_bytes: int, top_k: int) -> tuple[int, str]:
+    """Number of slots a setting means for a model, and the reason as one sentence.
+
+    A setting above the number of experts gives one slot to each: more could never be used.
+
+    Raises:
+        SlotPoolTooSmall: fewer than top_k.
+    """
+    if isinstance(slots, str):
+        count = parse_bytes(slots) // row_bytes
+        meaning = f"{slots} / {format_bytes(row_bytes)} per expert"
+    elif isinstance(slots, float):
+        count = round(slots * total_experts)
+        meaning = f"{slots:.4g} of {total_experts} experts"
+    else:
+        count, meaning = slots, "as given"
+    if count < top_k:
+        raise SlotPoolTooSmall(
+            f"slots={slots!r} gives {count} slots ({format_bytes(count * row_bytes)}), but one token of one layer "
+            f"needs top-k = {top_k} experts at once; use slots={top_k} ({format_bytes(top_k * row_bytes)}) or more"
+        )
+    if count > total_experts:
+        return total_experts, f"{meaning}, cut to one slot for each of the {total_experts} experts"
+    return count, meaning

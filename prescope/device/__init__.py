@@ -1,0 +1,33 @@
+"""Devices: CUDA, the CPU with an emulated link, and a null device with a virtual clock."""
+
+import torch
+
+from ..config import DEFAULT_EMULATED_GB_PER_S, EngineConfig
+from .base import Device, Mark
+from .cuda import CudaDevice
+from .emulated import EmulatedLinkDevice
+from .null import NullDevice
+
+__all__ = ["CudaDevice", "Device", "EmulatedLinkDevice", "Mark", "NullDevice", "open_device", "resolve_device"]
+
+
+def resolve_device(config: EngineConfig, model_device: torch.device) -> tuple[str, str]:
+    """What "auto" means here, with the reason: the GPU if there is one, else the CPU with an emulated link."""
+    if config.device != "auto":
+        return config.device, "as given"
+    if config.link_gb_per_s is not None:
+        return "cpu", "link_gb_per_s asks for an emulated link"
+    if model_device.type == "cuda":
+        return "cuda", "the model is on the GPU"
+    if torch.cuda.is_available():
+        return "cuda", f"torch sees {torch.cuda.get_device_name()}"
+    return "cpu", f"torch sees no CUDA GPU; the link is emulated at {DEFAULT_EMULATED_GB_PER_S:g} GB/s"
+
+
+def open_device(kind: str, link_gb_per_s: float | None) -> Device:
+    """Open a device of a resolved kind."""
+    if kind == "cuda":
+        return CudaDevice()
+    if kind == "null":
+        return NullDevice() if link_gb_per_s is None else NullDevice(link_gb_per_s)
+    return EmulatedLinkDevice(DEFAULT_EMULATED_GB_PER_S if link_gb_per_s is None else link_gb_per_s)

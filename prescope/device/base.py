@@ -1,0 +1,90 @@
+"""What the loader and the engine ask of a device: two lanes, marks between them, and a clock.
+
+The *compute lane* runs the model; the *H2D lane* copies experts from host memory into slots. A mark is a point on a
+lane: the other lane can wait for it without the host waiting (on CUDA), and it knows its time. One protocol with
+three devices: CUDA; the CPU with an emulated link (a real, paced copy in a thread); and a null device with a virtual
+clock that completes copies in any order the protocol allows, for tests.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+class Mark(Protocol):
+    """A point in time on one lane; opaque to everyone but its device."""
+
+
+class Device(Protocol):
+    """Two lanes and a clock."""
+
+    kind: str  # "cuda", "cpu" or "null"
+    torch_device: torch.device  # where slots and the rest of the model live
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for `RunResult.hardware`: device name, link ("measured", "emulated", "virtual") and its GB/s."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Memory that slots may take now."""
+        ...
+
+    def allocate_slots(self, num_slots: int, row_bytes: int) -> torch.Tensor:
+        """Uninitialised pool (S, row_bytes) of uint8 on the device."""
+        ...
+
+    def pin(self, row: torch.Tensor) -> bool:
+        """Make host memory copyable by DMA; returns whether that was needed and done."""
+        ...
+
+    def unpin(self, row: torch.Tensor) -> None:
+        """Undo `pin`; the memory must not be freed before."""
+        ...
+
+    def copy(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Mark], timed: bool
+    ) -> tuple[Mark, list[Mark]]:
+        """Issue copies of (slot, host row) pairs on the H2D lane, in order, once all of `after` have passed.
+
+        Returns:
+            The mark before the first copy, and one ready mark after each copy.
+
+        Raises:
+            TransferFailed: an earlier or this copy failed.
+        """
+        ...
+
+    def mark(self, timed: bool) -> Mark:
+        """A mark at the end of what the compute lane has been given so far."""
+        ...
+
+    def wait(self, mark: Mark) -> None:
+        """The compute lane goes on only after `mark`. Raises TransferFailed if its copy failed."""
+        ...
+
+    def is_done(self, mark: Mark) -> bool:
+        """Whether the mark has passed, without waiting."""
+        ...
+
+    def elapsed_us(self, start: Mark, end: Mark) -> float:
+        """Time between two timed marks that have passed, in microseconds."""
+        ...
+
+    def read(self, tensor: torch.Tensor) -> NDArray[np.generic]:
+        """Copy a small tensor to the host; the host waits for it."""
+        ...
+
+    def synchronize(self) -> None:
+        """The host waits until both lanes are idle. Raises TransferFailed if a copy failed."""
+        ...
+
+    def recover(self) -> None:
+        """Make the lanes usable again after an interrupt or a failed copy; pending copies are dropped or done."""
+        ...
+
+    def close(self) -> None:
+        """Stop threads; the device is not used afterwards."""
+        ...

@@ -1,0 +1,105 @@
+"""CUDA: the compute lane is the current stream, the H2D lane a stream of its own, marks are CUDA events."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import TransferFailed, UnsupportedOption
+
+#: Memory left to activations, KV cache and the allocator when slots are sized, bytes.
+HEADROOM_BYTES = 1 << 30
+
+
+class CudaDevice:
+    """One CUDA GPU and its link."""
+
+    kind = "cuda"
+
+    def __init__(self, index: int | None = None) -> None:
+        if not torch.cuda.is_available():
+            raise UnsupportedOption(
+                "device='cuda' asked for, but torch sees no CUDA GPU; use device='cpu' for an emulated link"
+            )
+        self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+        self._h2d = torch.cuda.Stream(self.torch_device)
+
+    def describe(self) -> dict[str, Any]:
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        return {
+            "device": properties.name,
+            "device_memory_gib": round(properties.total_memory / 2**30, 1),
+            "link": "measured",
+            "label": f"measured on {properties.name}",
+        }
+
+    def free_bytes(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        cached = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return max(0, free + cached - HEADROOM_BYTES)
+
+    def allocate_slots(self, num_slots: int, row_bytes: int) -> torch.Tensor:
+        return torch.empty((num_slots, row_bytes), dtype=torch.uint8, device=self.torch_device)
+
+    def pin(self, row: torch.Tensor) -> bool:
+        # Registering existing pages takes a tenth of the time of pin_memory=True (0.23 s against 2.4 s for 4 GiB on
+        # an H200 host) and does not round sizes up.
+        code = torch.cuda.cudart().cudaHostRegister(row.data_ptr(), row.nbytes, 0)
+        if int(code) != 0:
+            raise UnsupportedOption(
+                f"cudaHostRegister of {row.nbytes} bytes failed with {code}; the host may limit locked memory "
+                f"(ulimit -l) or be short of it"
+            )
+        return True
+
+    def unpin(self, row: torch.Tensor) -> None:
+        code = torch.cuda.cudart().cudaHostUnregister(row.data_ptr())
+        assert int(code) == 0, f"cudaHostUnregister failed with {code}"
+
+    def copy(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[torch.cuda.Event], timed: bool
+    ) -> tuple[torch.cuda.Event, list[torch.cuda.Event]]:
+        ready = []
+        try:
+            with torch.cuda.stream(self._h2d):
+                for mark in after:
+                    self._h2d.wait_event(mark)
+                start = self._record(self._h2d, timed)
+                for slot, row in pairs:
+                    slot.copy_(row, non_blocking=True)
+                    ready.append(self._record(self._h2d, timed))
+        except RuntimeError as error:
+            raise TransferFailed(f"copying {len(pairs)} experts to the GPU failed: {error}") from error
+        return start, ready
+
+    def _record(self, stream: torch.cuda.Stream, timed: bool) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=timed)
+        event.record(stream)
+        return event
+
+    def mark(self, timed: bool) -> torch.cuda.Event:
+        return self._record(torch.cuda.current_stream(self.torch_device), timed)
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        # The compute stream waits, not the host: a host wait here would stop the next layer's launches too.
+        torch.cuda.current_stream(self.torch_device).wait_event(mark)
+
+    def is_done(self, mark: torch.cuda.Event) -> bool:
+        return bool(mark.query())
+
+    def elapsed_us(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        return float(start.elapsed_time(end)) * 1e3
+
+    def read(self, tensor: torch.Tensor) -> NDArray[np.generic]:
+        return tensor.cpu().numpy()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    def recover(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.torch_device)

@@ -1,0 +1,504 @@
+"""Run a transformers MoE model with its experts in host memory: `load`, `attach`, `generate`.
+
+Per MoE layer: the host reads the chosen experts (one small copy), the residency table says where they are, misses
+are copied into slots on the H2D lane, and the compute lane waits for exactly those copies. If a layer needs more
+experts than there are slots, it is served in rounds; each token's output is summed at the end, so nothing depends on it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from .cache import make_policy
+from .config import EngineConfig, resolve_slots
+from .core import MoEShape, Need, Reason
+from .device import Device, open_device, resolve_device
+from .errors import NotAttached, SlotPoolTooLarge, UnsupportedOption
+from .hardware import machine_facts
+from .hf import Attachment, MoELayer, find_moe_layers, load_model, top_k_of
+from .kernels import LayerWeights, Work, combine, make_kernel
+from .loader import Loader
+from .metrics import compute_metrics
+from .recorder import Recorder
+from .residency import IntArray, LayerNeed, ResidencyTable, distinct
+from .result import RunResult
+from .units import format_bytes
+
+Prompts = str | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    frequencies: np.ndarray | None = None,
+    **settings: Any,
+) -> "Engine":
+    """Load a model folder or hub id with its experts in host memory.
+
+    Args:
+        model: folder written by `save_pretrained`, or a hub id.
+        dtype: of the weights; "auto" keeps the checkpoint's.
+        frequencies: (L, E) uses per expert, for cache="static".
+        settings: see `EngineConfig`: slots, device, cache, link_gb_per_s, kernels, events, ...
+
+    Raises:
+        BadModelFolder, NotAMoE, UnsupportedExperts: the model cannot be served.
+        SlotPoolTooSmall, SlotPoolTooLarge, UnsupportedOption: the settings cannot.
+    """
+    config = EngineConfig(**settings)
+    loaded = load_model(model, dtype, lambda layers, top_k: _check_early(config, layers, top_k))
+    return Engine(loaded.model, config, tokenizer=loaded.tokenizer, name=str(model), frequencies=frequencies)
+
+
+def attach(
+    model: PreTrainedModel,
+    config: EngineConfig | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    frequencies: np.ndarray | None = None,
+    **settings: Any,
+) -> "Engine":
+    """Move the experts of a model that is already in memory to host rows; `detach` brings them back.
+
+    Args:
+        model: any transformers 5 MoE (docs/families.md).
+        config: settings as one object, or give them as keywords (see `EngineConfig`).
+
+    Raises: as `load`; the model is left as it was.
+    """
+    if config is not None and settings:
+        raise UnsupportedOption(f"give either config or keywords, not both (keywords: {', '.join(settings)})")
+    name = model.config.name_or_path or type(model).__name__
+    return Engine(model, config or EngineConfig(**settings), tokenizer=tokenizer, name=name, frequencies=frequencies)
+
+
+def _shape_of(layers: list[MoELayer], top_k: int) -> MoEShape:
+    return MoEShape(
+        num_layers=len(layers),
+        num_experts=max(layer.num_experts for layer in layers),
+        top_k=min(top_k, *(layer.num_experts for layer in layers)) if layers else top_k,
+        row_bytes=max(layer.layout.row_bytes for layer in layers),
+    )
+
+
+def _check_early(config: EngineConfig, layers: list[MoELayer], top_k: int) -> None:
+    """Fail on settings that the model's shape already rules out, before gigabytes are read."""
+    shape = _shape_of(layers, top_k)
+    _count_slots(config, shape, layers)
+
+
+def _count_slots(config: EngineConfig, shape: MoEShape, layers: list[MoELayer]) -> tuple[int, str]:
+    return resolve_slots(
+        config.slots,
+        total_experts=sum(layer.num_experts for layer in layers),
+        row_bytes=shape.row_bytes,
+        top_k=shape.top_k,
+    )
+
+
+class Engine:
+    """A model that runs with its experts in host memory.
+
+    Use `load` or `attach` to make one. As a context manager it detaches on exit.
+
+    Attributes:
+        model: the transformers model; its own `generate` works.
+        tokenizer: or None.
+        shape: sizes of its MoE part.
+        num_slots: places for experts on the device.
+        fingerprint: identity of the model, written into traces.
+        needs: hits, late ones and misses since the engine was made, by `Need`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: EngineConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "",
+        frequencies: np.ndarray | None = None,
+    ) -> None:
+        layers = find_moe_layers(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.shape = _shape_of(layers, top_k_of(model))
+        self.num_slots, slots_reason = _count_slots(config, self.shape, layers)
+        kind, device_reason = resolve_device(config, model.device)
+        policy = make_policy(config.cache, self.shape, frequencies)
+        self._dtype = layers[0].tensors()[layers[0].weight_names[0]].dtype
+        self._kernel, kernel_reason = make_kernel(config.kernels, kind, self._dtype)
+        self.config = replace(config, device=kind, kernels=self._kernel.name)
+        self.reasons = {"slots": slots_reason, "device": device_reason, "kernels": kernel_reason}
+        self.needs = dict.fromkeys(Need, 0)
+        self._frequencies = frequencies
+        self._recorder: Recorder | None = None
+        self._serving = False
+        self._cancelled = False
+        self._device: Device = open_device(kind, config.link_gb_per_s)
+        try:
+            self._require_memory()
+            self._residency = ResidencyTable(self.shape, self.num_slots, policy)
+            self._attachment = Attachment(model, layers, self._device, self._serve)
+        except BaseException:
+            self._device.close()
+            raise
+        self._layers = layers
+        self._loader = Loader(self._device, self._attachment.host, self._residency, self.shape.row_bytes)
+        self._weights = [self._layer_weights(layer) for layer in layers]
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self.fingerprint = self._attachment.host.fingerprint(
+            repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
+        )
+
+    def _require_memory(self) -> None:
+        wanted, free = self.num_slots * self.shape.row_bytes, self._device.free_bytes()
+        if wanted > free:
+            most = free // self.shape.row_bytes
+            raise SlotPoolTooLarge(
+                f"{self.num_slots} slots take {format_bytes(wanted)}, the device has {format_bytes(free)} to spare; "
+                f"use slots={most} or fewer (slots='{free >> 30}GiB')"
+            )
+
+    def _layer_weights(self, layer: MoELayer) -> LayerWeights:
+        spec, pool = layer.spec, self._loader.pool
+        return LayerWeights(
+            up=layer.layout.view(pool, spec.up),
+            down=layer.layout.view(pool, spec.down),
+            up_bias=layer.layout.view(pool, spec.up_bias) if spec.up_bias else None,
+            down_bias=layer.layout.view(pool, spec.down_bias) if spec.down_bias else None,
+        )
+
+    # -- serving one MoE layer ---------------------------------------------------------------------------------
+
+    def _serve(self, moe_layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What stands in for the experts' forward of every MoE layer."""
+        if self._serving:  # an interrupt or an error ended the last call half-way
+            self.recover()
+        self._serving = True
+        recorder = self._recorder
+        timed = recorder is not None and recorder.timed
+        if recorder is not None and timed:
+            recorder.routed(moe_layer, self._device.mark(True))
+        x_TD = x.reshape(-1, x.shape[-1])
+        ids_TK = ids.reshape(x_TD.shape[0], -1).to(torch.int64)
+        weights_TK = weights.reshape(ids_TK.shape)
+        host_ids = self._device.read(ids_TK)
+        layer = self._layers[moe_layer]
+        need = self._find(layer, host_ids, weights_TK)
+        rounds = self._residency.rounds(need)
+        found = need.experts[: need.num_hits + need.num_late]
+        self._residency.protect(self._residency.slots_for(moe_layer, found))
+        self._issue(moe_layer, rounds[0], timed) if rounds else None
+        work = Work(x_TD, ids_TK.contiguous(), host_ids, layer.num_experts, self._pair_outputs(x_TD, host_ids, layer))
+        self._kernel.prepare(work)
+        if recorder is not None:
+            recorder.need(need, len(rounds), x_TD.shape[0])
+            recorder.routing(moe_layer, host_ids, weights_TK, x_TD)
+            if timed:
+                recorder.decided(moe_layer, self._device.mark(True))
+        for i, experts in enumerate(rounds):
+            self._serve_round(layer, work, experts, rounds[i + 1] if i + 1 < len(rounds) else None, timed)
+        self._residency.unprotect()
+        self._serving = False
+        return combine(work.out_PD, weights_TK, x.dtype).view(x.shape)
+
+    def _find(self, layer: MoELayer, host_ids: np.ndarray, weights_TK: torch.Tensor) -> LayerNeed:
+        experts, counts = distinct(host_ids, layer.num_experts)
+        sums = counts.astype(np.float64)
+        if self._residency.policy.name == "score":
+            flat, values = host_ids.ravel(), self._device.read(weights_TK.float()).ravel()
+            valid = (flat >= 0) & (flat < layer.num_experts)
+            sums = np.bincount(flat[valid], values[valid], layer.num_experts)[experts]
+        if self._residency.in_flight.any():
+            self._loader.poll()
+        need = self._residency.need(layer.moe_layer, experts, counts, sums)
+        self.needs[Need.HIT] += need.num_hits
+        self.needs[Need.LATE] += need.num_late
+        self.needs[Need.MISS] += need.num_misses
+        return need
+
+    def _pair_outputs(self, x_TD: torch.Tensor, host_ids: np.ndarray, layer: MoELayer) -> torch.Tensor:
+        down = self._weights[layer.moe_layer].down
+        width = down.shape[2] if layer.spec.is_transposed else down.shape[1]
+        all_used = host_ids.size > 0 and host_ids.min() >= 0 and host_ids.max() < layer.num_experts
+        # Ids of no expert (sentinels) contribute nothing, so their rows must be zero.
+        make = torch.empty if all_used else torch.zeros
+        return make((host_ids.size, width), dtype=x_TD.dtype, device=x_TD.device)
+
+    def _issue(self, moe_layer: int, experts: IntArray, timed: bool) -> None:
+        """Copy those of a round's experts that have no slot yet; all of the round's slots are protected then."""
+        missing = experts[self._residency.slots_for(moe_layer, experts) < 0]
+        if len(missing) == 0:
+            return
+        slots = self._residency.take(moe_layer, missing)
+        self._residency.protect(slots)
+        transfers = self._loader.load(moe_layer, missing, slots, Reason.ON_DEMAND, timed)
+        if self._recorder is not None:
+            self._recorder.transfers(transfers)
+
+    def _serve_round(
+        self, layer: MoELayer, work: Work, experts: IntArray, following: IntArray | None, timed: bool
+    ) -> None:
+        moe_layer, recorder = layer.moe_layer, self._recorder
+        slots = self._residency.slots_for(moe_layer, experts)
+        # The next round's copies are issued before this round is computed wherever there is room for both.
+        issued = following is None or self._residency.can_take(len(following))
+        if following is not None and issued:
+            self._issue(moe_layer, following, timed)
+        if self._loader.wait(slots) and recorder is not None and timed:
+            recorder.waited(moe_layer, self._device.mark(True))
+        self._kernel.run(work, layer.spec, self._weights[moe_layer], experts, slots)
+        done = self._device.mark(timed)
+        self._loader.release(slots, done)
+        self._residency.unprotect(slots)
+        if recorder is not None and timed:
+            recorder.computed(moe_layer, done)
+        if following is not None and not issued:
+            self._issue(moe_layer, following, timed)
+
+    # -- runs --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        on_step: Callable[[int], None] | None = None,
+        **keywords: Any,
+    ) -> RunResult:
+        """Generate greedily (or as `keywords` say) and return the text with all evidence.
+
+        Args:
+            prompts: a text, texts, token id lists, or a tensor (B, T) of ids.
+            on_step: called with the number of tokens so far after each one.
+            keywords: for `model.generate`: max_new_tokens, do_sample, ...
+
+        Raises:
+            UnsupportedOption: text without a tokenizer, or no prompt.
+            TransferFailed: a copy failed; the engine works again afterwards, with cold slots.
+        """
+        self._require_attached()
+        inputs = self._tokenize(prompts)
+        self._cancelled = False
+        stop = _Progress(self, on_step, inputs["input_ids"].shape[1])
+        criteria = StoppingCriteriaList([*keywords.pop("stopping_criteria", []), stop])
+        settings = {"do_sample": False, **keywords}
+        if self.model.generation_config.pad_token_id is None and self.tokenizer is not None:
+            settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        with self._recording() as recorder:
+            output = self.model.generate(**inputs, **settings, stopping_criteria=criteria)
+            result = self._result(recorder, settings)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        tokens = self._new_tokens(sequences, inputs["input_ids"].shape[1])
+        text = self.tokenizer.batch_decode(tokens, skip_special_tokens=True) if self.tokenizer else [""] * len(tokens)
+        if self._cancelled:
+            result.notes.append(f"cancelled after {recorder.num_steps} steps")
+        return replace(result, text=text, tokens=tokens)
+
+    @contextmanager
+    def record(self) -> Iterator[list[RunResult]]:
+        """Record whatever the model does meanwhile; the list holds the `RunResult` (without text) on exit.
+
+        For a model that is driven by its own `generate` or forward:
+
+            with engine.record() as results:
+                model.generate(**inputs)
+            results[0].metrics
+        """
+        self._require_attached()
+        results: list[RunResult] = []
+        with self._recording() as recorder:
+            yield results
+            results.append(self._result(recorder, {}))
+
+    @contextmanager
+    def _recording(self) -> Iterator[Recorder]:
+        if self._recorder is not None:
+            raise UnsupportedOption("a recording is under way already; one engine records one run at a time")
+        config = self.config
+        self._recorder = Recorder(
+            self._device, events=config.events, routing=config.record_routing, inputs=config.record_inputs
+        )
+        try:
+            yield self._recorder
+        except BaseException:
+            self.recover()
+            raise
+        finally:
+            self._recorder = None
+
+    def _result(self, recorder: Recorder, settings: dict[str, Any]) -> RunResult:
+        tables = recorder.tables()
+        hardware = self.hardware()
+        metrics = compute_metrics(*tables, batch=recorder.batch, output_tokens=recorder.num_steps)
+        trace = recorder.trace(
+            num_experts=self.shape.num_experts,
+            decoder_layers=[layer.decoder_layer for layer in self._layers],
+            model=self.name,
+            fingerprint=self.fingerprint,
+            versions={name: str(hardware[name]) for name in ("prescope", "torch", "transformers")},
+        )
+        return RunResult(
+            text=[],
+            tokens=[],
+            metrics=metrics,
+            events=tables.events,
+            layers=tables.layers,
+            steps=tables.steps,
+            trace=trace,
+            config={**self.describe(), "generate": {name: repr(value) for name, value in settings.items()}},
+            hardware=hardware,
+        )
+
+    def _tokenize(self, prompts: Prompts) -> dict[str, torch.Tensor]:
+        device = self._device.torch_device
+        if isinstance(prompts, torch.Tensor):
+            return {"input_ids": prompts.to(device), "attention_mask": torch.ones_like(prompts, device=device)}
+        items = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not items:
+            raise UnsupportedOption("no prompt given; pass a text, a list of texts or lists of token ids")
+        if isinstance(items[0], str):
+            if self.tokenizer is None:
+                raise UnsupportedOption(f"{self.name} has no tokenizer; pass lists of token ids instead of text")
+            return dict(self.tokenizer(items, return_tensors="pt", padding=True, return_token_type_ids=False).to(device))
+        longest = max(len(item) for item in items)
+        if min(len(item) for item in items) == 0:
+            raise UnsupportedOption("a prompt is empty; every prompt needs at least one token")
+        ids = torch.tensor([[0] * (longest - len(item)) + list(item) for item in items])
+        mask = torch.tensor([[0] * (longest - len(item)) + [1] * len(item) for item in items])
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+    def _new_tokens(self, sequences: torch.Tensor, prompt_length: int) -> list[list[int]]:
+        eos = self.model.generation_config.eos_token_id
+        ends = {eos} if isinstance(eos, int) else set(eos or ())
+        tokens = []
+        for row in sequences[:, prompt_length:].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+            tokens.append(row[:end])
+        return tokens
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._recorder is None:
+            return
+        given = kwargs.get("input_ids", args[0] if args else None)
+        tokens = given if given is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            return
+        batch, length = tokens.shape[:2]
+        mask = kwargs.get("attention_mask")
+        padding = None
+        if length > 1 and isinstance(mask, torch.Tensor) and mask.shape[:2] == (batch, length) and mask.dim() == 2:
+            padding = self._device.read(mask) == 0
+        self._recorder.begin_step(batch, length, padding)
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as resolved, with the reason of each, and the cap on the experts' memory."""
+        return {
+            **self.config.to_dict(),
+            "num_slots": self.num_slots,
+            "slots_gib": self.num_slots * self.shape.row_bytes / 2**30,
+            "slots_frac": self.num_slots / sum(layer.num_experts for layer in self._layers),
+            "expert_bytes": self.shape.row_bytes,
+            "moe": self.shape._asdict(),
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "reasons": dict(self.reasons),
+        }
+
+    def hardware(self) -> dict[str, Any]:
+        """The machine, its device and link, the weights' dtype and the versions that decide speed."""
+        return {**machine_facts(), **self._device.describe(), "dtype": str(self._dtype).removeprefix("torch.")}
+
+    def clear_cache(self) -> None:
+        """Empty all slots and forget what the cache policy learned: the next run starts cold."""
+        self._require_attached()
+        self._device.synchronize()
+        self._residency.clear()
+        self._residency.policy.reset()
+        self._loader.clear()
+
+    def recover(self) -> None:
+        """Make the engine usable after an interrupt or a failed copy; the slots are cold afterwards."""
+        self._device.recover()
+        self._residency.clear()
+        self._residency.policy.reset()
+        self._loader.clear()
+        self._serving = False
+
+    def cancel(self) -> None:
+        """End the running `generate` after the token it is at; what there is by then is returned."""
+        self._cancelled = True
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled
+
+    def check_integrity(self) -> None:
+        """Assert that slots and table agree and that each resident expert's bytes equal its host row's."""
+        self._residency.check_integrity()
+        self._device.synchronize()
+        for slot, key in enumerate(self._residency.key_of.tolist()):
+            if key >= 0:
+                moe_layer, expert = divmod(key, self.shape.num_experts)
+                row = self._attachment.host.row(moe_layer, expert)
+                assert torch.equal(self._loader.pool[slot, : len(row)].cpu(), row), (
+                    f"slot {slot} does not hold the bytes of expert {expert} of MoE layer {moe_layer}"
+                )
+
+    def detach(self) -> None:
+        """Give the model back as it was, bit for bit; the engine cannot be used afterwards."""
+        if self._attachment.host.layers:
+            self._device.recover()
+            self._hook.remove()
+            self._weights = []
+            self._loader.close()
+            self._attachment.detach()
+            self._device.close()
+
+    close = detach
+
+    def _require_attached(self) -> None:
+        if not self._attachment.host.layers:
+            raise NotAttached("this engine is detached; make a new one with prescope.attach(model) or prescope.load")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "" if self._attachment.host.layers else ", detached"
+        return (
+            f"Engine({self.name}: {self.shape.num_layers} MoE layers x {self.shape.num_experts} experts, "
+            f"{self.num_slots} slots = {format_bytes(self.num_slots * self.shape.row_bytes)}, "
+            f"{self.config.cache}, {self._device.describe()['label']}{state})"
+        )
+
+
+class _Progress(StoppingCriteria):
+    """Reports each token and ends generation when the engine was told to cancel."""
+
+    def __init__(self, engine: Engine, on_step: Callable[[int], None] | None, prompt_length: int) -> None:
+        self._engine = engine
+        self._on_step = on_step
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        if self._on_step is not None:
+            self._on_step(input_ids.shape[1] - self._prompt_length)
+        return torch.full((input_ids.shape[0],), self._engine.is_cancelled, device=input_ids.device, dtype=torch.bool)

@@ -1,0 +1,52 @@
+"""Every error a user can cause, each with the remedy in its message.
+
+A broken invariant of prescope itself is an `assert`, never one of these.
+"""
+
+
+class PrescopeError(Exception):
+    """Base of all errors prescope raises on purpose."""
+
+
+class NotAMoE(PrescopeError):
+    """The model has no MoE layer that goes through transformers' experts interface."""
+
+
+class UnsupportedExperts(PrescopeError):
+    """The model has experts, but in a form whose weights prescope cannot move one by one."""
+
+
+class SlotPoolTooSmall(PrescopeError):
+    """Fewer slots than one token of one layer needs at once."""
+
+
+class SlotPoolTooLarge(PrescopeError):
+    """The slots do not fit into the memory of the device."""
+
+
+class BadModelFolder(PrescopeError):
+    """A model folder is missing, incomplete, truncated or corrupt."""
+
+
+class AlreadyAttached(PrescopeError):
+    """The model already runs through an engine."""
+
+
+class NotAttached(PrescopeError):
+    """The engine has been detached (or never was attached)."""
+
+
+class TraceMismatch(PrescopeError):
+    """A routing trace (or what was learned from it) belongs to another model."""
+
+
+class BadTrace(PrescopeError):
+    """A routing trace cannot be read, or lacks what was asked of it."""
+
+
+class TransferFailed(PrescopeError):
+    """Copying an expert's weights to its slot failed."""
+
+
+class UnsupportedOption(PrescopeError, ValueError):
+    """A value of a setting that this machine, model or version cannot serve."""

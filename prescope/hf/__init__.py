@@ -1,0 +1,7 @@
+"""The door to transformers: finding MoE layers, attaching to a model, loading one from a folder or the hub."""
+
+from .attach import Attachment
+from .load import LoadedModel, load_model
+from .seam import MoELayer, find_moe_layers, top_k_of
+
+__all__ = ["Attachment", "LoadedModel", "MoELayer", "find_moe_layers", "load_model", "top_k_of"]

@@ -1,0 +1,40 @@
+"""Expert kernels: plain torch everywhere, Triton on CUDA."""
+
+from importlib.util import find_spec
+
+import torch
+
+from ..errors import UnsupportedOption
+from .base import ExpertKernel, ExpertsSpec, LayerWeights, Work
+from .reference import TorchKernel, combine
+
+__all__ = ["ExpertKernel", "ExpertsSpec", "LayerWeights", "TorchKernel", "Work", "combine", "make_kernel"]
+
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def make_kernel(name: str, device_kind: str, dtype: torch.dtype) -> tuple[ExpertKernel, str]:
+    """The kernel a setting means here, with the reason.
+
+    Raises:
+        UnsupportedOption: "triton" where it cannot run.
+    """
+    problem = _triton_problem(device_kind, dtype)
+    if name == "triton" and problem:
+        raise UnsupportedOption(f"kernels='triton' cannot run here: {problem}; use kernels='torch'")
+    if name == "torch" or problem:
+        return TorchKernel(), "as given" if name == "torch" else problem
+    # Triton is large and exists only where there is a GPU, so it is imported only where it is used.
+    from .triton_experts import TritonKernel
+
+    return TritonKernel(), "as given" if name == "triton" else "CUDA with Triton"
+
+
+def _triton_problem(device_kind: str, dtype: torch.dtype) -> str:
+    if device_kind != "cuda":
+        return "Triton kernels need CUDA"
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype not in TRITON_DTYPES:
+        return f"Triton kernels take {TRITON_DTYPES}, the experts are {dtype}"
+    return ""

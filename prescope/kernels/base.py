@@ -1,0 +1,67 @@
+"""What an expert kernel gets and gives.
+
+Shapes: T tokens, K top-k, P = T * K pairs of (token, chosen expert), D model width, S slots. Each pair's output is
+computed on its own row and summed at the end, in one order: so the result does not depend on which experts were in
+slots, nor on how many rounds the layer took.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..residency import IntArray
+
+TensorFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """How a family's experts compute: y = down(gate(up(x))), each linear with or without bias.
+
+    `up` is gate_up_proj (2F wide) or up_proj; `gate` is the family's own gating or activation.
+    """
+
+    up: str
+    down: str
+    up_bias: str | None
+    down_bias: str | None
+    is_transposed: bool  # weights are (in, out) instead of (out, in)
+    gate: TensorFunction
+    post_norm: TensorFunction | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Views of the slot pool as one layer's weights, (S, ...) each."""
+
+    up: torch.Tensor  # (S, 2F, D) or (S, D, 2F) when transposed
+    down: torch.Tensor  # (S, D, F) or (S, F, D)
+    up_bias: torch.Tensor | None  # (S, 2F)
+    down_bias: torch.Tensor | None  # (S, D)
+
+
+@dataclass
+class Work:
+    """One layer call, over all its rounds."""
+
+    x_TD: torch.Tensor
+    ids_TK: torch.Tensor  # int64, on the device; ids outside [0, E) are nobody's
+    host_ids_TK: "IntArray"
+    num_experts: int
+    out_PD: torch.Tensor  # rows of pairs without an expert stay as they are
+
+
+class ExpertKernel(Protocol):
+    """Computes the pairs of one round."""
+
+    name: str
+
+    def prepare(self, work: Work) -> None:
+        """Once per layer call, before the first round."""
+        ...
+
+    def run(self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray) -> None:
+        """Write the outputs of all pairs whose expert is among `experts` (n,), which are in `slots` (n,)."""
+        ...

@@ -1,0 +1,194 @@
+"""Expert linears in Triton that read weights straight from the slots.
+
+Two kernels: `_pair_linear`, a matrix-vector product per (token, expert) pair, for few tokens; `_grouped_linear`, a
+tiled product over the pairs of one expert, for many. Both round where transformers' `batched_mm`/`grouped_mm` do: fp32
+accumulation, one rounding to the weights' dtype after each linear. The gate between them is the family's own torch code.
+
+A pair's result depends on neither the slots nor the rounds: the tile shapes are a function of the problem's sizes.
+"""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from ..residency import IntArray
+from .base import ExpertsSpec, LayerWeights, Work
+
+#: Up to this many pairs per distinct expert on average, reading an expert once per pair (mostly from the L2) is
+#: cheaper than the tiles of 16 rows, of which most would be empty.
+PAIRS_PER_EXPERT_FOR_TILES = 2.0
+
+
+@triton.jit
+def _pair_linear(
+    x, w, bias, out, slot_of, ids,
+    num_experts, in_dim, out_dim,
+    x_div, x_stride, w_slot_stride, w_out_stride, w_in_stride, b_slot_stride, out_stride,
+    HAS_BIAS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    expert = tl.load(ids + pair)
+    if (expert < 0) | (expert >= num_experts):
+        return
+    slot = tl.load(slot_of + expert).to(tl.int64)
+    if slot < 0:
+        return
+    rows = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row_mask = rows < out_dim
+    columns = tl.arange(0, BLOCK_IN)
+    weight = w + slot * w_slot_stride + rows[:, None].to(tl.int64) * w_out_stride
+    vector = x + (pair // x_div).to(tl.int64) * x_stride
+    acc = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
+    for first in range(0, in_dim, BLOCK_IN):
+        c = first + columns
+        mask = c < in_dim
+        values = tl.load(vector + c, mask=mask, other=0.0).to(tl.float32)
+        tile = tl.load(weight + c[None, :] * w_in_stride, mask=row_mask[:, None] & mask[None, :], other=0.0)
+        acc += tl.sum(tile.to(tl.float32) * values[None, :], axis=1)
+    result = acc.to(out.dtype.element_ty)
+    if HAS_BIAS:
+        result += tl.load(bias + slot * b_slot_stride + rows, mask=row_mask, other=0.0)
+    tl.store(out + pair.to(tl.int64) * out_stride + rows, result, mask=row_mask)
+
+
+@triton.jit
+def _grouped_linear(
+    x, w, bias, out, order, blocks,
+    in_dim, out_dim,
+    x_div, x_stride, w_slot_stride, w_out_stride, w_in_stride, b_slot_stride, out_stride,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(1)
+    slot = tl.load(blocks + block * 3).to(tl.int64)
+    start = tl.load(blocks + block * 3 + 1)
+    end = tl.load(blocks + block * 3 + 2)
+    places = start + tl.arange(0, BLOCK_M)
+    place_mask = places < end
+    pairs = tl.load(order + places, mask=place_mask, other=0)
+    rows = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row_mask = rows < out_dim
+    columns = tl.arange(0, BLOCK_IN)
+    inputs = x + (pairs // x_div).to(tl.int64)[:, None] * x_stride
+    weight = w + slot * w_slot_stride + rows[None, :].to(tl.int64) * w_out_stride
+    acc = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=tl.float32)
+    for first in range(0, in_dim, BLOCK_IN):
+        c = first + columns
+        mask = c < in_dim
+        a = tl.load(inputs + c[None, :], mask=place_mask[:, None] & mask[None, :], other=0.0)
+        b = tl.load(weight + c[:, None] * w_in_stride, mask=mask[:, None] & row_mask[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    result = acc.to(out.dtype.element_ty)
+    if HAS_BIAS:
+        result += tl.load(bias + slot * b_slot_stride + rows, mask=row_mask, other=0.0)[None, :]
+    target = out + pairs.to(tl.int64)[:, None] * out_stride + rows[None, :]
+    tl.store(target, result, mask=place_mask[:, None] & row_mask[None, :])
+
+
+class TritonKernel:
+    """Fused slot lookup and linear; one launch per linear and round."""
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self._tiles = False
+        self._block_m = 16
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._counts = np.zeros(0, dtype=np.int64)
+        self._first = np.zeros(0, dtype=np.int64)
+
+    def prepare(self, work: Work) -> None:
+        flat = work.host_ids_TK.ravel()
+        flat = flat[(flat >= 0) & (flat < work.num_experts)]
+        counts = np.bincount(flat, minlength=work.num_experts)
+        per_expert = len(flat) / max(1, np.count_nonzero(counts))
+        self._tiles = per_expert > PAIRS_PER_EXPERT_FOR_TILES
+        if self._tiles:
+            self._block_m = 16 if per_expert <= 16 else 32 if per_expert <= 32 else 64 if per_expert <= 64 else 128
+            self._counts = counts
+            # Ids below 0 would sort first: the host's offsets count from the first expert's first pair.
+            ids = work.ids_TK.reshape(-1)
+            self._order = torch.where(ids < 0, work.num_experts, ids).argsort(stable=True)
+            self._first = np.cumsum(counts) - counts
+
+    def run(self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray) -> None:
+        table = self._blocks(experts, slots) if self._tiles else _slot_table(work.num_experts, experts, slots)
+        where = _upload(table, work.x_TD.device)
+        top_k = work.ids_TK.shape[1]
+        up_dim = weights.up.shape[2 if spec.is_transposed else 1]
+        h = work.x_TD.new_empty((work.out_PD.shape[0], up_dim))
+        self._linear(work, where, work.x_TD, top_k, weights.up, weights.up_bias, h, spec.is_transposed)
+        act = spec.gate(h).contiguous()
+        y = work.out_PD if spec.post_norm is None else torch.empty_like(work.out_PD)
+        self._linear(work, where, act, 1, weights.down, weights.down_bias, y, spec.is_transposed)
+        if spec.post_norm is not None:
+            self._keep_round(work, experts, spec.post_norm(y))
+
+    def _keep_round(self, work: Work, experts: IntArray, y_PD: torch.Tensor) -> None:
+        """Take over the normed rows of this round's pairs only: the others hold nothing yet, or a former round's."""
+        member = torch.zeros(work.num_experts + 1, dtype=torch.bool)
+        member[torch.from_numpy(experts)] = True
+        ids = work.ids_TK.reshape(-1)
+        known = torch.where((ids < 0) | (ids >= work.num_experts), work.num_experts, ids)
+        mine = member.to(ids.device)[known]
+        work.out_PD.copy_(torch.where(mine[:, None], y_PD, work.out_PD))
+
+    def _blocks(self, experts: IntArray, slots: IntArray) -> IntArray:
+        """Rows (slot, first place, end place) of each tile of this round, largest experts first."""
+        rows = []
+        for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
+            first, end = int(self._first[expert]), int(self._first[expert] + self._counts[expert])
+            rows.extend((slot, place, end) for place in range(first, end, self._block_m))
+        return np.asarray(rows, dtype=np.int64)
+
+    def _linear(
+        self,
+        work: Work,
+        where: torch.Tensor,
+        x: torch.Tensor,
+        x_div: int,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        is_transposed: bool,
+    ) -> None:
+        out_axis, in_axis = (2, 1) if is_transposed else (1, 2)
+        out_dim, in_dim = w.shape[out_axis], w.shape[in_axis]
+        strides = (
+            x_div, x.stride(0), w.stride(0), w.stride(out_axis), w.stride(in_axis),
+            bias.stride(0) if bias is not None else 0, out.stride(0),
+        )  # fmt: skip
+        some_bias = bias if bias is not None else w
+        if not self._tiles:
+            # A tile of 16 x 256 weights per program: 8 KiB in flight each, enough programs to fill an H200.
+            block_out, block_in = (64, 32) if is_transposed else (16, 256)
+            grid = (work.out_PD.shape[0], triton.cdiv(out_dim, block_out))
+            _pair_linear[grid](
+                x, w, some_bias, out, where, work.ids_TK, work.num_experts, in_dim, out_dim, *strides,
+                HAS_BIAS=bias is not None, BLOCK_OUT=block_out, BLOCK_IN=block_in, num_warps=4,
+            )  # fmt: skip
+            return
+        wide = self._block_m >= 64
+        block_out = 128 if wide else 64
+        grid = (triton.cdiv(out_dim, block_out), where.numel() // 3)
+        _grouped_linear[grid](
+            x, w, some_bias, out, self._order, where, in_dim, out_dim, *strides,
+            HAS_BIAS=bias is not None, PRECISION="ieee", BLOCK_M=self._block_m, BLOCK_OUT=block_out,
+            BLOCK_IN=32 if w.dtype == torch.float32 else 64, num_warps=8 if wide else 4, num_stages=3,
+        )  # fmt: skip
+
+
+def _slot_table(num_experts: int, experts: IntArray, slots: IntArray) -> IntArray:
+    table = np.full(num_experts, -1, dtype=np.int64)
+    table[experts] = slots
+    return table
+
+
+def _upload(table: IntArray, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":  # Triton's interpreter, in tests
+        return torch.from_numpy(table.astype(np.int32).ravel())
+    # Staging from torch's caching host allocator, which keeps the block until the copy has run.
+    staging = torch.empty(table.size, dtype=torch.int32, pin_memory=True)
+    staging.numpy()[:] = table.ravel()
+    return staging.to(device, non_blocking=True)

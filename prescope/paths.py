@@ -1,0 +1,32 @@
+"""Where the files that come with prescope lie: beside the package in a checkout, inside it in a wheel.
+
+Knows paths only; reads no model.
+"""
+
+from pathlib import Path
+
+from prescope.errors import BadModelFolder
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def data_dir() -> Path:
+    """Folder `data/` of the checkout (also of an editable install), else `prescope/_data/` of the wheel."""
+    checkout = _PACKAGE.parent
+    # pyproject.toml tells a checkout from site-packages, where another project may have put a `data/`.
+    return checkout / "data" if (checkout / "pyproject.toml").is_file() else _PACKAGE / "_data"
+
+
+def embedded_model() -> Path:
+    """Folder of the small MoE model that comes with prescope, for `prescope.load`.
+
+    Raises:
+        BadModelFolder: this installation does not have it.
+    """
+    folder = data_dir() / "tiny-moe"
+    if not (folder / "config.json").is_file():
+        raise BadModelFolder(
+            f"the embedded model is not at {folder} (no config.json); work in a checkout of the repository "
+            f"(pip install -e .), install a wheel built from one, or pass the folder of any MoE model"
+        )
+    return folder

@@ -1,0 +1,159 @@
+"""Which expert is in which slot, who may be evicted, and in how many rounds a layer is served.
+
+Pure numpy and shared by engine and simulator. Knows nothing of bytes, streams or clocks: it only knows that a slot
+holds one expert at most and that a slot in use or in flight is protected.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cache import CachePolicy
+from .core import MoEShape
+
+IntArray = NDArray[np.int64]
+
+#: Misses of one layer that are copied before their compute starts. More lets the link run ahead, fewer lets the
+#: GPU start earlier; only prefill and large batches miss more than this in one layer.
+ROUND_EXPERTS = 16
+
+
+class LayerNeed(NamedTuple):
+    """What one layer needs in one step, and where it was found."""
+
+    moe_layer: int
+    experts: IntArray  # (n,) distinct experts: hits and late ones first, then misses, each by token count
+    tokens: IntArray  # (n,) tokens of each
+    num_hits: int
+    num_late: int
+
+    @property
+    def num_misses(self) -> int:
+        return len(self.experts) - self.num_hits - self.num_late
+
+
+class ResidencyTable:
+    """The (layer, expert) -> slot table with its inverse.
+
+    Args:
+        shape: sizes of the model's MoE part.
+        num_slots: places for experts.
+        policy: chooses who gives up a slot.
+    """
+
+    def __init__(self, shape: MoEShape, num_slots: int, policy: CachePolicy) -> None:
+        self.shape = shape
+        self.num_slots = num_slots
+        self.policy = policy
+        self.slot_of = np.full(shape.total_experts, -1, dtype=np.int64)
+        self.key_of = np.full(num_slots, -1, dtype=np.int64)
+        self.in_flight = np.zeros(num_slots, dtype=bool)
+        self._protected = np.zeros(num_slots, dtype=bool)
+        self._free = list(range(num_slots - 1, -1, -1))
+
+    def need(self, moe_layer: int, experts: IntArray, tokens: IntArray, weights: NDArray[np.float64]) -> LayerNeed:
+        """Sort a layer's distinct experts (n,) into hits, late and misses; the policy learns the need."""
+        self.policy.use(moe_layer, experts, weights)
+        slots = self.slot_of[moe_layer * self.shape.num_experts + experts]
+        found = slots >= 0
+        late = found & self.in_flight[slots]
+        # Hits (0) before late (1) before misses (2): what is here is computed while the rest travels.
+        rank = np.where(found, late, 2).astype(np.int64)
+        order = np.lexsort((-tokens, rank))
+        return LayerNeed(moe_layer, experts[order], tokens[order], int((found & ~late).sum()), int(late.sum()))
+
+    def slots_for(self, moe_layer: int, experts: IntArray) -> IntArray:
+        """Slots (n,) of experts, -1 for those that have none."""
+        return self.slot_of[moe_layer * self.shape.num_experts + experts]
+
+    def take(self, moe_layer: int, experts: IntArray) -> IntArray:
+        """Give a slot to each of `experts` (n,), evicting where none is free; they become IN_FLIGHT.
+
+        Slots protected or in flight are never given up.
+        """
+        slots = np.empty(len(experts), dtype=np.int64)
+        num_free = min(len(self._free), len(experts))
+        for i in range(num_free):
+            slots[i] = self._free.pop()
+        if num_free < len(experts):
+            slots[num_free:] = self._evict(len(experts) - num_free)
+        keys = moe_layer * self.shape.num_experts + experts
+        self.key_of[slots] = keys
+        self.slot_of[keys] = slots
+        self.in_flight[slots] = True
+        return slots
+
+    def _evict(self, count: int) -> IntArray:
+        candidates = np.flatnonzero(~self._protected & ~self.in_flight & (self.key_of >= 0))
+        assert len(candidates) >= count, (
+            f"{count} slots wanted, {len(candidates)} of {self.num_slots} evictable "
+            f"({int(self._protected.sum())} protected, {int(self.in_flight.sum())} in flight)"
+        )
+        scores = self.policy.scores[self.key_of[candidates]]
+        lowest = candidates[np.argpartition(scores, count - 1)[:count]] if count < len(candidates) else candidates
+        self.slot_of[self.key_of[lowest]] = -1
+        self.key_of[lowest] = -1
+        return lowest
+
+    def can_take(self, count: int) -> bool:
+        """Whether `count` slots are free or may be evicted now."""
+        if count <= len(self._free):
+            return True
+        return count <= self.num_slots - int((self._protected | self.in_flight).sum())
+
+    def landed(self, slots: IntArray) -> None:
+        """The copies into `slots` are known to be complete (or ordered before any later use)."""
+        self.in_flight[slots] = False
+
+    def protect(self, slots: IntArray) -> None:
+        """Forbid evicting `slots` until `unprotect`."""
+        self._protected[slots] = True
+
+    def unprotect(self, slots: IntArray | None = None) -> None:
+        """Lift the protection of `slots`, or all protection."""
+        self._protected[slice(None) if slots is None else slots] = False
+
+    def clear(self) -> None:
+        """Every expert back to PINNED, every slot free."""
+        self.slot_of[:] = -1
+        self.key_of[:] = -1
+        self.in_flight[:] = False
+        self._protected[:] = False
+        self._free = list(range(self.num_slots - 1, -1, -1))
+
+    def rounds(self, need: LayerNeed) -> list[IntArray]:
+        """Experts of each round. One round when all fit; otherwise what is here first, then misses in chunks.
+
+        Two consecutive chunks fit into the pool together, so that one is copied while the other is computed.
+        """
+        found, misses = np.split(need.experts, [need.num_hits + need.num_late])
+        # Prefetches for other layers that are still on the wire cannot be evicted.
+        capacity = self.num_slots - (int(self.in_flight.sum()) - need.num_late)
+        assert capacity >= 1, f"all {self.num_slots} slots are in flight for other layers"
+        chunk = max(1, min(ROUND_EXPERTS, capacity // 2))
+        if len(misses) <= ROUND_EXPERTS and len(need.experts) <= capacity:
+            return [need.experts]
+        chunks = [misses[i : i + chunk] for i in range(0, len(misses), chunk)]
+        return [found, *chunks] if len(found) else chunks
+
+    def check_integrity(self) -> None:
+        """Every slot is free or owned once, and both directions of the table agree."""
+        owned = np.flatnonzero(self.key_of >= 0)
+        keys = self.key_of[owned]
+        assert len(np.unique(keys)) == len(keys), f"an expert owns two slots: {keys.tolist()}"
+        assert (self.slot_of[keys] == owned).all(), "the table and the slots disagree"
+        assert int((self.slot_of >= 0).sum()) == len(owned), "an expert points to a slot it does not own"
+        assert sorted(self._free) == sorted(set(range(self.num_slots)) - set(owned.tolist())), (
+            f"{len(self._free)} free + {len(owned)} owned != {self.num_slots} slots"
+        )
+        assert not self.in_flight[self.key_of < 0].any(), "a free slot is in flight"
+
+
+def distinct(expert_ids: NDArray[np.integer], num_experts: int) -> tuple[IntArray, IntArray]:
+    """Distinct experts (n,) of an id array of any shape and the uses of each (n,); ids outside [0, E) are none."""
+    flat = expert_ids.ravel()
+    flat = flat[(flat >= 0) & (flat < num_experts)]
+    counts = np.bincount(flat, minlength=num_experts)
+    experts = np.flatnonzero(counts)
+    return experts, counts[experts]

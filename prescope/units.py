@@ -1,0 +1,34 @@
+"""Units: GiB = 2**30 bytes, GB = 10**9 bytes, times in microseconds unless a name says otherwise."""
+
+import re
+
+GB = 10**9
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+_FACTORS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "kib": KIB, "mib": MIB, "gib": GIB}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]?i?b)\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Number of bytes in a text such as "8GiB", "512 MiB" or "1.5GB".
+
+    Raises:
+        ValueError: no number, or a unit other than B, kB, MB, GB, KiB, MiB, GiB.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write it like '8GiB', '512MiB' or '1.5GB'")
+    return int(float(match[1]) * _FACTORS[match[2].lower()])
+
+
+def gb_per_s(nbytes: float, us: float) -> float:
+    """Bandwidth in GB/s (10**9 bytes per second); 0.0 when no time passed."""
+    return nbytes / us / 1e3 if us > 0 else 0.0
+
+
+def format_bytes(nbytes: float) -> str:
+    """Human-readable binary size: "1.5 GiB", "384 KiB"."""
+    for factor, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.3g} {unit}"
+    return f"{int(nbytes)} B"
