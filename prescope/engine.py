@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from .cache import make_policy
+from .cache import CachePolicy, make_policy
 from .config import EngineConfig, resolve_slots
 from .core import MoEShape, Need, Reason
 from .device import Device, open_device, resolve_device
@@ -147,26 +147,47 @@ class Engine:
         self._cancelled = False
         self._device: Device = open_device(kind, config.link_gb_per_s)
         try:
-            self._require_memory()
-            self._residency = ResidencyTable(self.shape, self.num_slots, policy)
+            self._require_memory(self.num_slots)
             self._attachment = Attachment(model, layers, self._device, self._serve)
         except BaseException:
             self._device.close()
             raise
         self._layers = layers
-        self._loader = Loader(self._device, self._attachment.host, self._residency, self.shape.row_bytes)
-        self._weights = [self._layer_weights(layer) for layer in layers]
+        self._make_slots(policy)
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self.fingerprint = self._attachment.host.fingerprint(
             repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
         )
 
-    def _require_memory(self) -> None:
-        wanted, free = self.num_slots * self.shape.row_bytes, self._device.free_bytes()
+    def _make_slots(self, policy: CachePolicy) -> None:
+        self._residency = ResidencyTable(self.shape, self.num_slots, policy)
+        self._loader = Loader(self._device, self._attachment.host, self._residency, self.shape.row_bytes)
+        self._weights = [self._layer_weights(layer) for layer in self._layers]
+
+    def configure(self, *, slots: int | float | str | None = None, cache: str | None = None) -> None:
+        """Change slots or cache policy between two runs; the slots are cold afterwards.
+
+        Raises: as `load`; the engine then goes on with its former settings.
+        """
+        self._require_attached()
+        if self._recorder is not None:
+            raise UnsupportedOption("a run is under way; change settings after it, or cancel() it first")
+        config = replace(self.config, slots=self.config.slots if slots is None else slots, cache=cache or self.config.cache)
+        count, reason = _count_slots(config, self.shape, self._layers)
+        policy = make_policy(config.cache, self.shape, self._frequencies)
+        self._require_memory(count - self.num_slots)
+        self._device.synchronize()
+        self._weights = []
+        self._loader.close()
+        self.config, self.num_slots, self.reasons["slots"] = config, count, reason
+        self._make_slots(policy)
+
+    def _require_memory(self, num_slots: int) -> None:
+        wanted, free = num_slots * self.shape.row_bytes, self._device.free_bytes()
         if wanted > free:
             most = free // self.shape.row_bytes
             raise SlotPoolTooLarge(
-                f"{self.num_slots} slots take {format_bytes(wanted)}, the device has {format_bytes(free)} to spare; "
+                f"{num_slots} more slots take {format_bytes(wanted)}, the device has {format_bytes(free)} to spare; "
                 f"use slots={most} or fewer (slots='{free >> 30}GiB')"
             )
 
@@ -322,6 +343,16 @@ class Engine:
             results.append(self._result(recorder, {}))
 
     @contextmanager
+    def without_events(self, off: bool = True) -> Iterator[None]:
+        """Runs inside leave no timeline (counts and routing stay): to measure what the timeline costs."""
+        former = self.config
+        self.config = replace(former, events=former.events and not off)
+        try:
+            yield
+        finally:
+            self.config = former
+
+    @contextmanager
     def _recording(self) -> Iterator[Recorder]:
         if self._recorder is not None:
             raise UnsupportedOption("a recording is under way already; one engine records one run at a time")
@@ -340,7 +371,7 @@ class Engine:
     def _result(self, recorder: Recorder, settings: dict[str, Any]) -> RunResult:
         tables = recorder.tables()
         hardware = self.hardware()
-        metrics = compute_metrics(*tables, batch=recorder.batch, output_tokens=recorder.num_steps)
+        metrics = compute_metrics(*tables, batch=recorder.batch, output_tokens=recorder.batch * recorder.num_steps)
         trace = recorder.trace(
             num_experts=self.shape.num_experts,
             decoder_layers=[layer.decoder_layer for layer in self._layers],

@@ -2,7 +2,7 @@
 
 Open it at ui.perfetto.dev or chrome://tracing. One process holds one named track for each lane, above them a
 track of steps with their MoE layers, and three counters: hit rate of the step, bytes in flight, link GB/s.
-Times are microseconds with nanosecond digits. `tests/test_perfetto.py` checks the schema and that the slices of
+Times are microseconds with nanosecond digits. `tests/test_perfetto.py` checks the schema and that slices of
 a track nest; Perfetto's own importer is a download and was not run.
 """
 
@@ -120,13 +120,19 @@ def _range_slices(events: pd.DataFrame) -> Iterator[dict[str, Any]]:
     compute = events[events["lane"].isin(_COMPUTE_LANES)]
     starts, ends = _nanoseconds(compute)
     compute = compute.assign(start_ns=starts, end_ns=ends)
-    for (step, phase), rows in compute.groupby(["step", "phase"], observed=True):
-        args = {"step": int(step), "phase": phase}
-        first, last = int(rows["start_ns"].min()), int(rows["end_ns"].max())
+    for (step, phase), first, last in _spans(compute, ["step", "phase"]):
+        args = {"step": step, "phase": phase}
         yield _slice(f"ProfilerStep#{step} {phase}", "user_annotation", STEPS_TID, first, last, args)
-        for layer, part in rows[rows["moe_layer"] >= 0].groupby("moe_layer"):
-            span = int(part["start_ns"].min()), int(part["end_ns"].max())
-            yield _slice(f"layer {layer}", "user_annotation", STEPS_TID, *span, args | {"layer": int(layer)})
+    in_layers = compute[compute["moe_layer"] >= 0]
+    for (step, phase, layer), first, last in _spans(in_layers, ["step", "phase", "moe_layer"]):
+        args = {"step": step, "phase": phase, "layer": layer}
+        yield _slice(f"layer {layer}", "user_annotation", STEPS_TID, first, last, args)
+
+
+def _spans(rows: pd.DataFrame, by: list[str]) -> Iterator[tuple[tuple[Any, ...], int, int]]:
+    """(key, first nanosecond, last nanosecond) of each group."""
+    spans = rows.groupby(by, observed=True).agg(first=("start_ns", "min"), last=("end_ns", "max"))
+    yield from zip(spans.index.tolist(), spans["first"].tolist(), spans["last"].tolist(), strict=True)
 
 
 def _lane_slices(lane: str, rows: pd.DataFrame, tracks: dict[int, str]) -> Iterator[dict[str, Any]]:

@@ -233,8 +233,8 @@ class RoutingTrace:
         return cls._assemble(path, arrays, metadata.get("prescope", ""))
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each expert a token used, in the columns row, step, phase, sequence, position, moe_layer,
-        rank, expert, weight. Ids of -1 are left out, and so are the inputs.
+        """One row for each expert a token used: row, step, phase, sequence, position, moe_layer, rank,
+        expert, weight. Ids of -1 are left out, and so are the inputs.
         """
         frame = self._full_frame()
         return frame[frame["expert"] >= 0].reset_index(drop=True)

@@ -23,7 +23,7 @@ PAIRS_PER_EXPERT_FOR_TILES = 2.0
 @triton.jit
 def _pair_linear(
     x, w, bias, out, slot_of, ids,
-    num_experts, in_dim, out_dim,
+    num_experts, out_dim, IN_DIM: tl.constexpr,
     x_div, x_stride, w_slot_stride, w_out_stride, w_in_stride, b_slot_stride, out_stride,
     HAS_BIAS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ):  # fmt: skip
@@ -40,9 +40,9 @@ def _pair_linear(
     weight = w + slot * w_slot_stride + rows[:, None].to(tl.int64) * w_out_stride
     vector = x + (pair // x_div).to(tl.int64) * x_stride
     acc = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
-    for first in range(0, in_dim, BLOCK_IN):
+    for first in range(0, IN_DIM, BLOCK_IN):
         c = first + columns
-        mask = c < in_dim
+        mask = c < IN_DIM
         values = tl.load(vector + c, mask=mask, other=0.0).to(tl.float32)
         tile = tl.load(weight + c[None, :] * w_in_stride, mask=row_mask[:, None] & mask[None, :], other=0.0)
         acc += tl.sum(tile.to(tl.float32) * values[None, :], axis=1)
@@ -55,7 +55,7 @@ def _pair_linear(
 @triton.jit
 def _grouped_linear(
     x, w, bias, out, order, blocks,
-    in_dim, out_dim,
+    out_dim, IN_DIM: tl.constexpr,
     x_div, x_stride, w_slot_stride, w_out_stride, w_in_stride, b_slot_stride, out_stride,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
@@ -73,9 +73,9 @@ def _grouped_linear(
     inputs = x + (pairs // x_div).to(tl.int64)[:, None] * x_stride
     weight = w + slot * w_slot_stride + rows[None, :].to(tl.int64) * w_out_stride
     acc = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=tl.float32)
-    for first in range(0, in_dim, BLOCK_IN):
+    for first in range(0, IN_DIM, BLOCK_IN):
         c = first + columns
-        mask = c < in_dim
+        mask = c < IN_DIM
         a = tl.load(inputs + c[None, :], mask=place_mask[:, None] & mask[None, :], other=0.0)
         b = tl.load(weight + c[:, None] * w_in_stride, mask=mask[:, None] & row_mask[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -165,7 +165,7 @@ class TritonKernel:
             block_out, block_in = (64, 32) if is_transposed else (16, 256)
             grid = (work.out_PD.shape[0], triton.cdiv(out_dim, block_out))
             _pair_linear[grid](
-                x, w, some_bias, out, where, work.ids_TK, work.num_experts, in_dim, out_dim, *strides,
+                x, w, some_bias, out, where, work.ids_TK, work.num_experts, out_dim, in_dim, *strides,
                 HAS_BIAS=bias is not None, BLOCK_OUT=block_out, BLOCK_IN=block_in, num_warps=4,
             )  # fmt: skip
             return
@@ -173,7 +173,7 @@ class TritonKernel:
         block_out = 128 if wide else 64
         grid = (triton.cdiv(out_dim, block_out), where.numel() // 3)
         _grouped_linear[grid](
-            x, w, some_bias, out, self._order, where, in_dim, out_dim, *strides,
+            x, w, some_bias, out, self._order, where, out_dim, in_dim, *strides,
             HAS_BIAS=bias is not None, PRECISION="ieee", BLOCK_M=self._block_m, BLOCK_OUT=block_out,
             BLOCK_IN=32 if w.dtype == torch.float32 else 64, num_warps=8 if wide else 4, num_stages=3,
         )  # fmt: skip

@@ -1,0 +1,289 @@
+"""Decode speed with experts in host memory, against the same model all on the GPU.
+
+    python benchmarks/decode.py --model qwen3-30b-a3b-cut16 --batch 1 8 16 --slots 1.0 0.5 0.25 --out results.json
+
+For each model: the plain model all on the GPU in its own modes, then the engine with each share of slots. Every cell
+is the median of --repeats runs after a warm-up; tokens/s is the decode phase, the prefill stands apart. In the same
+run: the link's rate, Belady's misses on the recorded trace, and the check of the tokens (`check_tokens`).
+Prints a table and writes JSON with everything, one record per cell.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _models import BenchModel, open_model
+from prescope import attach
+from prescope.config import DEFAULT_EMULATED_GB_PER_S
+from prescope.bounds import belady_misses
+from prescope.engine import Engine
+from prescope.hardware import machine_facts
+from transformers import PreTrainedModel, StoppingCriteria
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COLUMNS = [
+    "model", "batch", "engine", "slots", "tok/s", "spread", "TTFT ms", "hit %", "late %", "miss %", "GB moved",
+    "link GB/s", "stall %", "host %", "Belady miss %", "bound ms", "efficiency %", "tokens = plain %", "worst gap",
+]  # fmt: skip
+
+
+def main() -> None:
+    args = _arguments()
+    on_gpu = args.device == "cuda"
+    facts = {
+        **machine_facts(),
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU standing in for the GPU",
+        "link": "measured with pinned 64 MiB copies" if on_gpu else "emulated",
+        "link_gb_per_s": link_rate() if on_gpu else DEFAULT_EMULATED_GB_PER_S,
+    }
+    print(f"# {facts['device']}, link {facts['link_gb_per_s']:.1f} GB/s ({facts['link']})", flush=True)
+    records: list[dict[str, Any]] = []
+    try:
+        for name in args.model:
+            bench = open_model(name, torch.device(args.device), DTYPES[args.dtype])
+            run_model(bench, args, facts["link_gb_per_s"], records)
+            del bench
+            torch.compiler.reset()
+            if on_gpu:
+                torch.cuda.empty_cache()
+    finally:
+        table = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", *map(table_row, records)]
+        print("\n" + "\n".join(table))
+        if args.out:
+            text = json.dumps({"machine": facts, "arguments": vars(args), "cells": records}, indent=1, default=str)
+            Path(args.out).write_text(text + "\n")
+
+
+def run_model(bench: BenchModel, args: argparse.Namespace, link: float, records: list[dict[str, Any]]) -> None:
+    """Append all cells of one model: the plain ones, then the engine's, then the check of the tokens."""
+    first = len(records)
+    prompts = {batch: random_prompts(bench.model, batch, args.prompt) for batch in args.batch}
+    outputs: list[torch.Tensor | None] = []
+    base = {"model": bench.name, "weights": bench.weights, "dtype": args.dtype, "prompt": args.prompt, "new": args.new}
+
+    def keep(cell: dict[str, Any], tokens: torch.Tensor | None) -> None:
+        records.append({**base, **cell})
+        outputs.append(tokens)
+        print(table_row(records[-1]), flush=True)
+
+    for batch in args.batch:
+        for mode in args.plain:
+            if mode != "compiled" or batch in args.compiled_batch:
+                cell, tokens = run_plain(bench.model, prompts[batch], mode, args)
+                keep({"batch": batch, "engine": f"plain {mode}", "slots": "all on GPU", **cell}, tokens)
+    fastest = {batch: min((r["tpot_ms"] for r in records[first:] if r["batch"] == batch), default=0.0) for batch in args.batch}
+    started = time.perf_counter()
+    with attach(bench.model, slots=1.0, device=args.device, kernels=args.kernels) as engine:
+        seconds = time.perf_counter() - started
+        print(f"# {engine!r}: experts to pinned rows in {seconds:.1f} s", flush=True)
+        for batch in args.batch:
+            for share in args.slots:
+                engine.configure(slots=share)
+                cell, tokens = run_engine(engine, prompts[batch], args, fastest[batch], link)
+                keep({"batch": batch, "slots": f"{share:.0%}", **cell}, tokens)
+        if args.events_cost:
+            keep(events_cost(engine, prompts[args.batch[0]], args), None)
+    check_tokens(bench.model, args, records[first:], outputs)
+
+
+def run_plain(
+    model: PreTrainedModel, prompt: torch.Tensor, mode: str, args: argparse.Namespace
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """The model all on the GPU: "eager" or "batched_mm" experts, transformers' "default", or "compiled" (static cache)."""
+    implementation = {"eager": "eager", "batched_mm": "batched_mm"}.get(mode, "grouped_mm")
+    model.set_experts_implementation(implementation)
+    keywords: dict[str, Any] = {"cache_implementation": "static"} if mode == "compiled" else {}
+    prompt = prompt.to(model.device)
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    runs, output = [], inputs["input_ids"]
+    for i in range(args.plain_repeats + (2 if mode == "compiled" else 1)):
+        clock = TokenClock()
+        clock.start()
+        output = model.generate(
+            **inputs, max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False,
+            stopping_criteria=[clock], **keywords,
+        )  # fmt: skip
+        if i >= (2 if mode == "compiled" else 1):
+            runs.append(clock.tpot_ms())
+    return speed(runs, prompt.shape[0]), output.cpu()
+
+
+class TokenClock(StoppingCriteria):
+    """Times of each token, by the host's clock after the GPU is done with it."""
+
+    def start(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        # `generate` itself waits for the GPU after each token (it asks whether all sequences are finished).
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def tpot_ms(self) -> float:
+        return (self.times[-1] - self.times[1]) / (len(self.times) - 2) * 1e3
+
+
+def speed(tpot_ms: list[float], batch: int) -> dict[str, Any]:
+    """Median and spread of the runs."""
+    median = statistics.median(tpot_ms)
+    return {
+        "tpot_ms": median,
+        "tokens_per_s": batch * 1e3 / median,
+        "tokens_per_s_runs": [batch * 1e3 / value for value in tpot_ms],
+    }
+
+
+def run_engine(
+    engine: Engine, prompt: torch.Tensor, args: argparse.Namespace, plain_tpot_ms: float, link: float
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """One cell of the engine: a cold run, then warm ones, each on a prompt of its own (repeated prompts flatter any
+    cache). The last run has the prompt of the plain model, to compare the tokens."""
+    settings = {"max_new_tokens": args.new, "min_new_tokens": args.new}
+    engine.clear_cache()
+    others = [random_prompts(engine.model, *prompt.shape, seed=2 + i) for i in range(args.repeats)]
+    cold, *runs = [engine.generate(ids, **settings) for ids in [*others, prompt]]
+    before, last = [cold, *runs][-2:]
+    decode = last.metrics.decode
+    floor = belady_misses(last.trace, engine.num_slots, before.trace)
+    steps = args.new - 1
+    floor_ms = floor.misses_decode * engine.shape.row_bytes / steps / link / 1e6
+    bound_ms = max(plain_tpot_ms, floor_ms)
+    cell = {
+        "engine": f"prescope {engine.config.kernels} {engine.config.cache}",
+        "num_slots": engine.num_slots,
+        "slots_gib": engine.describe()["slots_gib"],
+        **speed([run.metrics.tpot_ms for run in runs], prompt.shape[0]),
+        "tpot_ms_cold": cold.metrics.tpot_ms,
+        "ttft_ms": statistics.median(run.metrics.ttft_ms for run in runs),
+        "ttft_ms_cold": cold.metrics.ttft_ms,
+        **{name: getattr(decode, name) for name in DECODE_FIELDS},
+        "belady_miss_rate": floor.misses_decode / max(1, floor.needed_decode),
+        "bound_ms": bound_ms,
+        "bound_is": "link (Belady)" if floor_ms > plain_tpot_ms else "GPU (fastest plain mode)",
+        "distinct_tokens": len({token for row in last.tokens for token in row}),
+    }
+    cell["efficiency"] = bound_ms / cell["tpot_ms"]
+    return cell, torch.cat([prompt, torch.tensor(last.tokens)], dim=1)
+
+
+DECODE_FIELDS = [
+    "needed", "hits", "late", "misses", "hit_rate", "late_rate", "miss_rate", "stall_frac", "stall_ms", "host_wait_ms",
+    "dense_gpu_ms", "experts_gpu_ms", "wall_ms", "h2d_bytes", "h2d_busy_ms", "link_gb_per_s", "link_use_frac",
+    "overlap_frac",
+]  # fmt: skip
+
+
+def events_cost(engine: Engine, prompt: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Cost of the timeline: TPOT with and without events, A-B-B-A, at half the experts in slots."""
+    engine.configure(slots=0.5)
+    times: dict[bool, list[float]] = {True: [], False: []}
+    engine.generate(prompt, max_new_tokens=args.new, min_new_tokens=args.new)
+    for events in [True, False, False, True] * max(2, args.repeats // 2):
+        with engine.without_events(not events):
+            run = engine.generate(prompt, max_new_tokens=args.new, min_new_tokens=args.new)
+        times[events].append(run.metrics.tpot_ms)
+    on, off = statistics.median(times[True]), statistics.median(times[False])
+    return {
+        "engine": "cost of events", "batch": prompt.shape[0], "slots": "50%", **speed(times[True], prompt.shape[0]),
+        "tpot_ms_without_events": off, "events_cost_frac": on / off - 1,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def check_tokens(
+    model: PreTrainedModel, args: argparse.Namespace, cells: list[dict[str, Any]], outputs: list[torch.Tensor | None]
+) -> None:
+    """Hold every cell's tokens against the plain model.
+
+    `tokens_equal`: share of tokens equal to the plain default's. In bfloat16 two correct implementations differ in
+    the last bit and part at a tie, so there is also the *gap*: the plain model reads each cell's own sequence, and
+    at every place the logit of the chosen token is held against the largest. 0 means its own argmax everywhere; the
+    plain model's other modes show what a tie is worth.
+    """
+    model.set_experts_implementation("grouped_mm")
+    reference = {
+        cell["batch"]: tokens
+        for cell, tokens in zip(cells, outputs, strict=True)
+        if cell["engine"] == "plain default" and tokens is not None
+    }
+    for cell, tokens in zip(cells, outputs, strict=True):
+        if tokens is None:
+            continue
+        new = tokens[:, args.prompt :]
+        if cell["batch"] in reference:
+            equal = (new == reference[cell["batch"]][:, args.prompt :]).float().mean()
+            cell["tokens_equal"] = float(equal)
+        gaps = []
+        for row in tokens:  # one sequence at a time: logits of a batch over a large vocabulary take gigabytes
+            logits = model(row[None].to(model.device)).logits[0, args.prompt - 1 : -1].float()
+            chosen = logits.gather(1, row[args.prompt :, None].to(model.device))[:, 0]
+            gaps.append((logits.max(dim=1).values - chosen).max())
+        cell["worst_gap"] = float(torch.stack(gaps).max())
+
+
+def link_rate() -> float:
+    """GB/s of pinned 64 MiB host-to-device copies."""
+    host = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(host, device="cuda")
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    target.copy_(host, non_blocking=True)
+    start.record()
+    for _ in range(32):
+        target.copy_(host, non_blocking=True)
+    end.record()
+    end.synchronize()
+    return 32 * host.nbytes / start.elapsed_time(end) / 1e6
+
+
+def random_prompts(model: PreTrainedModel, batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    """Uniformly random tokens (batch, length), the same for every engine."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+
+
+def table_row(cell: dict[str, Any]) -> str:
+    """One line of the table."""
+
+    def show(name: str, scale: float = 1.0, digits: int = 1) -> str:
+        value = cell.get(name)
+        return "" if value is None or value != value else f"{value * scale:.{digits}f}"
+
+    runs = cell.get("tokens_per_s_runs", [])
+    note = f" ({cell['events_cost_frac']:+.1%})" if "events_cost_frac" in cell else ""
+    values = [
+        f"{cell['model']} ({cell['weights']})", str(cell["batch"]), cell["engine"] + note, cell["slots"],
+        show("tokens_per_s"), f"{min(runs):.1f}-{max(runs):.1f}" if runs else "", show("ttft_ms"),
+        show("hit_rate", 100), show("late_rate", 100), show("miss_rate", 100), show("h2d_bytes", 1e-9, 2),
+        show("link_gb_per_s"), show("stall_frac", 100),
+        f"{cell['host_wait_ms'] / cell['wall_ms']:.1%}".rstrip("%") if cell.get("wall_ms") else "",
+        show("belady_miss_rate", 100), show("bound_ms", 1, 2), show("efficiency", 100),
+        show("tokens_equal", 100), show("worst_gap", 1, 3),
+    ]  # fmt: skip
+    return f"| {' | '.join(values)} |"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["qwen3-30b-a3b-cut16"], help="shape names or model folders")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 16])
+    parser.add_argument("--slots", nargs="+", type=float, default=[1.0, 0.5, 0.25], help="shares of all experts")
+    parser.add_argument("--plain", nargs="*", default=["eager", "batched_mm", "default", "compiled"])
+    parser.add_argument("--compiled-batch", nargs="*", type=int, default=[1, 8])
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try the script")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens in")
+    parser.add_argument("--new", type=int, default=64, help="tokens out")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plain-repeats", type=int, default=3)
+    parser.add_argument("--events-cost", action="store_true")
+    parser.add_argument("--out", help="JSON file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Bounds no cache can beat on a recorded trace: Belady's misses. Pure Python and numpy."""
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+
+from .routing import RoutingTrace
+
+
+class BoundCounts(NamedTuple):
+    """Needs and the fewest misses possible, by phase."""
+
+    needed_prefill: int
+    misses_prefill: int
+    needed_decode: int
+    misses_decode: int
+
+
+def belady_misses(trace: RoutingTrace, num_slots: int, before: RoutingTrace | None = None) -> BoundCounts:
+    """Fewest misses of any cache with `num_slots` slots that loads on demand.
+
+    It starts empty, or, to be held against a run on warm slots, with what the needs of the trace `before` left.
+
+    Evicts the expert whose next need is farthest away (L. A. Belady, IBM Systems Journal 5(2), 1966), which is
+    optimal for experts of equal size. The experts of one layer are needed one after the other, as in rounds.
+    """
+    keys, phases = _needs(trace)
+    first = 0
+    if before is not None:
+        earlier, _ = _needs(before)
+        first, keys = len(earlier), np.concatenate([earlier, keys])
+    following = _next_use(keys)
+    resident: dict[int, int] = {}  # key -> its next use
+    farthest: list[tuple[int, int]] = []  # heap of (-next use, key), stale entries included
+    misses = np.zeros(len(keys), dtype=bool)
+    for i, key in enumerate(keys.tolist()):
+        if key not in resident:
+            misses[i] = True
+            while len(resident) >= num_slots:
+                use, candidate = heapq.heappop(farthest)
+                if resident.get(candidate) == -use:
+                    del resident[candidate]
+        resident[key] = int(following[i])
+        heapq.heappush(farthest, (-int(following[i]), key))
+    decode, misses = phases == 1, misses[first:]
+    return BoundCounts(
+        int((~decode).sum()), int(misses[~decode].sum()), int(decode.sum()), int(misses[decode].sum())
+    )
+
+
+def _needs(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
+    """Flat expert key of every need in order, and its phase (0 prefill, 1 decode)."""
+    keys, phases = [], []
+    first_row = np.searchsorted(trace.step, trace.steps)
+    for step, row in zip(trace.steps, first_row.tolist(), strict=True):
+        for need in trace.needed(step):
+            keys.append(need.moe_layer * trace.num_experts + need.experts)
+            phases.append(np.full(len(need.experts), trace.phase[row]))
+    return np.concatenate(keys), np.concatenate(phases)
+
+
+def _next_use(keys: np.ndarray) -> np.ndarray:
+    """Index of the next need of the same key, len(keys) if there is none."""
+    following = np.full(len(keys), len(keys), dtype=np.int64)
+    order = np.argsort(keys, kind="stable")
+    same = keys[order[:-1]] == keys[order[1:]]
+    following[order[:-1][same]] = order[1:][same]
+    return following

@@ -1,0 +1,110 @@
+"""Latency of every token: decode steps split by cause, TTFT, median and 95th percentile."""
+
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+
+from prescope.errors import BadTrace
+from prescope.result import RunResult
+
+from .theme import COLORS, NAMES, TEXT, origin, style
+
+_CAUSES = ["dense", "experts", "stall", "host_wait", "other"]
+
+
+class LatencyInfo(NamedTuple):
+    """Milliseconds of each decode step, whole and by cause."""
+
+    steps: tuple[int, ...]
+    step_ms: tuple[float, ...]
+    cause_ms: dict[str, tuple[float, ...]]  # sums to step_ms; empty without events
+    ttft_ms: float
+    p50_ms: float
+    p95_ms: float
+    origin: str
+
+
+def latency(run: RunResult) -> go.Figure:
+    """Latency of every token.
+
+    Raises:
+        BadTrace: the run has no decode step.
+    """
+    return plot_latency(latency_info(run))
+
+
+def latency_info(run: RunResult) -> LatencyInfo:
+    """Decode steps of a run by cause.
+
+    Raises:
+        BadTrace: the run has no decode step.
+    """
+    decode = run.steps[run.steps["phase"] == "decode"]
+    if decode.empty:
+        raise BadTrace("the run has no decode steps; ask for more than one new token (max_new_tokens=2 or more)")
+    step_ms = decode["dur_us"].to_numpy() / 1e3
+    return LatencyInfo(
+        steps=tuple(decode["step"].tolist()),
+        step_ms=tuple(step_ms.tolist()),
+        cause_ms=_causes(run, decode["step"].to_numpy(), step_ms),
+        ttft_ms=run.metrics.ttft_ms,
+        p50_ms=run.metrics.decode.step_p50_ms,
+        p95_ms=run.metrics.decode.step_p95_ms,
+        origin=origin(run),
+    )
+
+
+def _causes(run: RunResult, steps: np.ndarray, step_ms: np.ndarray) -> dict[str, tuple[float, ...]]:
+    """Compute-lane time of each step by cause; "other" is what no event explains."""
+    if run.events.empty:
+        return {}
+    compute = run.events[run.events["lane"].isin(["gpu", "stall", "host"])]
+    table = compute.pivot_table(
+        index="step", columns="kind", values="dur_us", aggfunc="sum", observed=True, fill_value=0.0
+    )
+    table = table.reindex(index=steps, columns=_CAUSES[:-1], fill_value=0.0) / 1e3
+    table["other"] = np.maximum(step_ms - table.sum(axis=1).to_numpy(), 0.0)
+    return {cause: tuple(table[cause].tolist()) for cause in _CAUSES}
+
+
+def plot_latency(info: LatencyInfo) -> go.Figure:
+    """Bars stacked by cause, one a token; a line instead when the causes are not known."""
+    fig = go.Figure()
+    for cause, values in info.cause_ms.items():
+        if any(values):
+            fig.add_bar(
+                x=info.steps,
+                y=values,
+                name=NAMES[cause],
+                marker={"color": COLORS[cause], "line": {"width": 0}},
+                hovertemplate="%{y:.3f} ms",
+            )
+    fig.add_scatter(
+        x=info.steps,
+        y=info.step_ms,
+        name="whole step",
+        mode="lines",
+        line={"color": TEXT, "width": 1.2, "shape": "hvh"},
+        showlegend=not info.cause_ms,
+        hovertemplate="%{y:.3f} ms",
+    )
+    for value, name, dash in ((info.p50_ms, "p50", "dash"), (info.p95_ms, "p95", "dot")):
+        fig.add_hline(
+            y=value,
+            line={"color": TEXT, "width": 1.2, "dash": dash},
+            annotation={"text": f"{name} {value:.3g} ms", "font": {"size": 12, "color": TEXT}, "xanchor": "right"},
+            annotation_position="top right",
+        )
+    p50, p95 = f"{info.p50_ms:.3g}", f"{info.p95_ms:.3g}"
+    style(
+        fig,
+        title="How long does each token take?",
+        subtitle=f"first token after {info.ttft_ms:.3g} ms (TTFT), then p50 {p50} ms, p95 {p95} ms over "
+        f"{len(info.steps)} decode steps<br>{info.origin}",
+        height=380,
+    )
+    fig.update_layout(barmode="stack", bargap=0.1, barcornerradius=0, hovermode="x unified", margin_t=122)
+    fig.update_xaxes(title_text="decode step (one token of each sequence)", showgrid=False)
+    fig.update_yaxes(title_text="ms per step", rangemode="tozero")
+    return fig

@@ -1,0 +1,111 @@
+"""Where a step's time goes, layer by layer: mean microseconds of each MoE layer, stacked by cause."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from prescope.core import Phase
+from prescope.errors import BadTrace
+from prescope.result import RunResult
+
+from .theme import COLORS, NAMES, origin, style
+
+_KINDS = ["dense", "experts", "stall", "host_wait"]
+_COMPUTE_LANES = ["gpu", "stall", "host"]
+
+
+class LayersInfo(NamedTuple):
+    """Mean microseconds per step of each MoE layer; the last entry is what follows the last layer."""
+
+    phase: Phase
+    num_steps: int
+    labels: tuple[str, ...]  # "0", "1", ..., "head"
+    kind_us: dict[str, tuple[float, ...]]  # dense, experts, stall, host_wait
+    link_us: tuple[float, ...]  # the link was busy for this layer's experts
+    step_us: float  # mean wall time of a step
+    origin: str
+
+    @property
+    def other_us(self) -> float:
+        """Mean time of a step that no event explains: Python between the forwards, sampling."""
+        return self.step_us - sum(sum(values) for values in self.kind_us.values())
+
+
+def layers(run: RunResult, phase: Phase = "decode") -> go.Figure:
+    """Where a step's time goes, layer by layer.
+
+    Raises:
+        BadTrace: the run has no events of this phase.
+    """
+    return plot_layers(layers_info(run, phase))
+
+
+def layers_info(run: RunResult, phase: Phase = "decode") -> LayersInfo:
+    """Mean time by layer and cause over the steps of a phase.
+
+    Raises:
+        BadTrace: the run has no events of this phase.
+    """
+    events = run.events[run.events["phase"] == phase]
+    steps = run.steps[run.steps["phase"] == phase]
+    if events.empty or steps.empty:
+        raise BadTrace(f"the run has no {phase} events; run it with events=True and more than one new token")
+    num_layers = int(run.layers["moe_layer"].max()) + 1
+    compute = events[events["lane"].isin(_COMPUTE_LANES)]
+    kind_us = {kind: _by_layer(compute[compute["kind"] == kind], num_layers, len(steps)) for kind in _KINDS}
+    return LayersInfo(
+        phase=phase,
+        num_steps=len(steps),
+        labels=(*(str(layer) for layer in range(num_layers)), "head"),
+        kind_us=kind_us,
+        link_us=_by_layer(events[events["lane"] == "h2d"], num_layers, len(steps)),
+        step_us=float(steps["dur_us"].mean()),
+        origin=origin(run),
+    )
+
+
+def _by_layer(rows: pd.DataFrame, num_layers: int, num_steps: int) -> tuple[float, ...]:
+    """Mean microseconds per step by layer; layer -1, what follows the last one, comes last."""
+    layer = rows["moe_layer"].to_numpy().astype(int)
+    index = np.where(layer < 0, num_layers, layer)
+    total = np.bincount(index, weights=rows["dur_us"].to_numpy(), minlength=num_layers + 1)
+    return tuple((total / num_steps).tolist())
+
+
+def plot_layers(info: LayersInfo) -> go.Figure:
+    """Stacked bars by layer, with the link's busy time as a line."""
+    fig = go.Figure()
+    for kind, values in info.kind_us.items():
+        if any(values):
+            fig.add_bar(
+                x=info.labels,
+                y=values,
+                name=NAMES[kind],
+                marker={"color": COLORS[kind], "line": {"width": 0}},
+                hovertemplate="%{y:,.0f} µs",
+            )
+    if any(info.link_us):
+        fig.add_scatter(
+            x=info.labels[:-1],
+            y=info.link_us[:-1],
+            name="link busy",
+            mode="lines+markers",
+            line={"color": COLORS["line"], "width": 2, "dash": "dot"},
+            marker={"size": 6},
+            hovertemplate="%{y:,.0f} µs",
+        )
+    shares = [f"{NAMES[k].split(' (')[0]} {100 * sum(v) / info.step_us:.0f} %" for k, v in info.kind_us.items()]
+    mean = f"mean of {info.num_steps} {info.phase} step{'s' if info.num_steps > 1 else ''}: "
+    mean += f"{info.step_us / 1e3:.3g} ms = {', '.join(shares)}, other {100 * info.other_us / info.step_us:.0f} %"
+    style(
+        fig,
+        title=f"Where a {info.phase} step's time goes, layer by layer",
+        subtitle=f"{mean}<br>{info.origin}",
+        height=400,
+    )
+    fig.update_layout(barmode="stack", bargap=0.25, hovermode="x unified", margin_t=122)
+    fig.update_xaxes(title_text="MoE layer (head: after the last one)", type="category", showgrid=False)
+    fig.update_yaxes(title_text="µs per step", rangemode="tozero", tickformat=",")
+    return fig

@@ -1,0 +1,105 @@
+"""What all figures share: colours with a fixed meaning, fonts, grid, title with the run's origin.
+
+Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart with any colour vision. Backgrounds
+are transparent and text is a mid grey, so that a figure reads on a light and on a dark page.
+"""
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+from prescope.result import RunResult
+
+#: meaning -> colour, in every figure the same.
+COLORS: dict[str, str] = {
+    "dense": "#94a3b8",
+    "experts": "#0072b2",
+    "experts_cpu": "#56b4e9",
+    "on_demand": "#e69f00",
+    "prefetch": "#009e73",
+    "stall": "#d55e00",
+    "host_wait": "#cc79a7",
+    "hit": "#009e73",
+    "late": "#e69f00",
+    "miss": "#d55e00",
+    "other": "#cbd5e1",
+    "line": "#7c6fb0",
+}
+#: meaning -> words of the legend.
+NAMES: dict[str, str] = {
+    "dense": "dense (attention, router)",
+    "experts": "experts",
+    "experts_cpu": "experts on the CPU",
+    "on_demand": "copy on demand",
+    "prefetch": "prefetch",
+    "stall": "stall (waits for bytes)",
+    "host_wait": "host wait (reads routing)",
+    "hit": "hit",
+    "late": "late",
+    "miss": "miss",
+    "other": "other",
+}
+TEXT = "#717986"
+GRID = "rgba(128,128,128,.18)"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
+#: For `fig.show(config=...)` and the report: no logo, no buttons that do nothing here.
+CONFIG: dict[str, Any] = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+}
+
+
+def origin(run: RunResult) -> str:
+    """Where a run's figures come from, in one line: machine or emulation, slots, cache, batch."""
+    parts = [run.label]
+    slots = run.config.get("num_slots", run.config.get("slots"))
+    if slots is not None:
+        share = run.config.get("slots_frac")
+        parts.append(f"{slots} slots" + (f" ({100 * share:.0f} % of the experts)" if share is not None else ""))
+    if "cache" in run.config:
+        parts.append(str(run.config["cache"]))
+    parts.append(f"batch {run.metrics.batch}")
+    return " · ".join(parts)
+
+
+def style(fig: go.Figure, *, title: str, subtitle: str, height: int) -> go.Figure:
+    """Give a figure the common looks; axis titles (with units) are the caller's."""
+    fig.update_layout(
+        title={
+            "text": f"<b>{title}</b>",
+            "x": 0,
+            "xref": "container",
+            "xanchor": "left",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"t": 14, "l": 12},
+            "font": {"size": 17},
+            "subtitle": {"text": subtitle, "font": {"size": 12.5}},
+        },
+        height=height,
+        margin={"l": 66, "r": 24, "t": 96, "b": 52},
+        font={"family": FONT, "size": 13, "color": TEXT},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hoverlabel={"font": {"family": FONT, "size": 12.5}, "align": "left"},
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1,
+            "yanchor": "bottom",
+            "traceorder": "normal",
+            "font": {"size": 12.5},
+            "bgcolor": "rgba(0,0,0,0)",
+        },
+        barcornerradius=2,
+        uirevision=title,  # zoom survives an update with another run
+        template="none",
+    )
+    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "automargin": True, "ticks": ""}
+    title_font = {"font": {"size": 12.5}, "standoff": 8}
+    fig.update_xaxes(**axis, title=title_font)
+    fig.update_yaxes(**axis, title=title_font)
+    return fig
