@@ -1,0 +1,74 @@
+# All set-up happens in .venv, from Python 3.11 or newer and make alone. The first `make` of anything
+# installs (a few minutes, needs network); later ones start at once and work offline, until
+# pyproject.toml or constraints.txt changes. Another interpreter: make clean test PYTHON=python3.13
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTHON ?=
+CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
+NOTEBOOK ?= notebooks/00_quickstart.ipynb
+WORKERS ?= 4
+# More tests after tests/: every notebook is run from top to bottom.
+NOTEBOOKS := $(if $(wildcard notebooks/*.ipynb),--nbmake notebooks)
+# Jupyter refuses to run as root unless told.
+LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.DEFAULT_GOAL := help
+.PHONY: help lab report test check format clean setup
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+lab: $(STAMP)  ## Open JupyterLab on the quickstart notebook
+	$(BIN)/python -m jupyter lab $(LAB_AS_ROOT) --LabApp.extension_manager=readonly $(NOTEBOOK)
+
+report: $(STAMP)  ## Run the quickstart and write reports/quickstart.html, one file that opens offline
+	$(BIN)/python -m prescope.report $(NOTEBOOK) --out reports/quickstart.html
+
+test: $(STAMP)  ## Run the tests and the notebooks (no GPU needed; GPU tests skip themselves)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
+		-n logical --maxprocesses $(WORKERS) --dist loadfile tests $(NOTEBOOKS)
+
+check: $(STAMP)  ## Lint, format, types, import direction, house rules
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_house.py
+
+format: $(STAMP)  ## Format the code, fix what ruff can fix, strip notebook outputs
+	$(BIN)/python -m ruff check --fix-only --quiet .
+	$(BIN)/python -m ruff format .
+	$(if $(wildcard notebooks/*.ipynb),$(BIN)/python -m nbstripout notebooks/*.ipynb)
+
+setup: $(STAMP)  ## Install into .venv (the other targets do it by themselves)
+
+clean:  ## Remove .venv, caches and reports
+	rm -rf $(VENV) reports build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp's age says when pip last ran to its end, its text for which folder: a .venv that was copied
+# or moved along still imports prescope from the old place. Lab's news and update checks are turned off
+# inside .venv, so that no setting of the user is touched.
+$(STAMP): pyproject.toml constraints.txt $(if $(filter-out $(CURDIR),$(shell cat $(STAMP) 2>/dev/null)),moved)
+	@set -e; fits='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
+	if ! $(BIN)/python -c "$$fits" 2>/dev/null; then \
+		python=""; \
+		for candidate in $(CANDIDATES); do \
+			if $$candidate -c "$$fits" 2>/dev/null; then python=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo "prescope needs Python 3.11 or newer with its venv module; tried: $(CANDIDATES)." >&2; \
+			echo "Install one (Debian, Ubuntu: apt install python3-venv), or name it: make test PYTHON=/path/to/python3.12" >&2; \
+			exit 1; \
+		fi; \
+		echo "Setting up $(VENV) with $$($$python --version); the first time this downloads PyTorch and takes minutes."; \
+		$$python -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,dev]"
+	@mkdir -p $(VENV)/share/jupyter/lab/settings
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' \
+		> $(VENV)/share/jupyter/lab/settings/overrides.json
+	@echo '$(CURDIR)' > $@
+
+.PHONY: moved
