@@ -18,6 +18,7 @@ class BenchModel(NamedTuple):
 
     name: str
     weights: str  # "trained" or "random"
+    folder: str  # "" for a shape
     model: PreTrainedModel
 
 
@@ -53,9 +54,9 @@ SHAPES = {
 def open_model(name: str, device: torch.device, dtype: torch.dtype) -> BenchModel:
     """A shape by name, or a folder with trained weights."""
     if name in SHAPES:
-        return BenchModel(name, "random", _random_model(name, device, dtype))
+        return BenchModel(name, "random", "", _random_model(name, device, dtype))
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    return BenchModel(name.rstrip("/").rsplit("/", 1)[-1], "trained", model)
+    return BenchModel(name.rstrip("/").rsplit("/", 1)[-1], "trained", name, model)
 
 
 @torch.no_grad()

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from _models import BenchModel, open_model
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, StoppingCriteria
+
 from prescope import attach
-from prescope.config import DEFAULT_EMULATED_GB_PER_S
 from prescope.bounds import belady_misses
+from prescope.config import DEFAULT_EMULATED_GB_PER_S
 from prescope.engine import Engine
 from prescope.hardware import machine_facts
-from transformers import PreTrainedModel, StoppingCriteria
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 COLUMNS = [
@@ -32,6 +34,7 @@ COLUMNS = [
 
 
 def main() -> None:
+    """Run all models, print the table, write the JSON."""
     args = _arguments()
     on_gpu = args.device == "cuda"
     facts = {
@@ -54,16 +57,28 @@ def main() -> None:
         table = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", *map(table_row, records)]
         print("\n" + "\n".join(table))
         if args.out:
-            text = json.dumps({"machine": facts, "arguments": vars(args), "cells": records}, indent=1, default=str)
+            text = json.dumps(
+                {"machine": facts, "arguments": vars(args), "cells": records}, indent=1, default=str
+            )
             Path(args.out).write_text(text + "\n")
 
 
-def run_model(bench: BenchModel, args: argparse.Namespace, link: float, records: list[dict[str, Any]]) -> None:
+def run_model(
+    bench: BenchModel, args: argparse.Namespace, link: float, records: list[dict[str, Any]]
+) -> None:
     """Append all cells of one model: the plain ones, then the engine's, then the check of the tokens."""
     first = len(records)
-    prompts = {batch: random_prompts(bench.model, batch, args.prompt) for batch in args.batch}
+    source = Prompts(bench, args.text)
+    prompts = {batch: source.draw(batch, args.prompt, seed=1) for batch in args.batch}
     outputs: list[torch.Tensor | None] = []
-    base = {"model": bench.name, "weights": bench.weights, "dtype": args.dtype, "prompt": args.prompt, "new": args.new}
+    base = {
+        "prompts": source.name,
+        "model": bench.name,
+        "weights": bench.weights,
+        "dtype": args.dtype,
+        "prompt": args.prompt,
+        "new": args.new,
+    }
 
     def keep(cell: dict[str, Any], tokens: torch.Tensor | None) -> None:
         records.append({**base, **cell})
@@ -75,7 +90,10 @@ def run_model(bench: BenchModel, args: argparse.Namespace, link: float, records:
             if mode != "compiled" or batch in args.compiled_batch:
                 cell, tokens = run_plain(bench.model, prompts[batch], mode, args)
                 keep({"batch": batch, "engine": f"plain {mode}", "slots": "all on GPU", **cell}, tokens)
-    fastest = {batch: min((r["tpot_ms"] for r in records[first:] if r["batch"] == batch), default=0.0) for batch in args.batch}
+    fastest = {
+        batch: min((r["tpot_ms"] for r in records[first:] if r["batch"] == batch), default=0.0)
+        for batch in args.batch
+    }
     started = time.perf_counter()
     with attach(bench.model, slots=1.0, device=args.device, kernels=args.kernels) as engine:
         seconds = time.perf_counter() - started
@@ -83,7 +101,7 @@ def run_model(bench: BenchModel, args: argparse.Namespace, link: float, records:
         for batch in args.batch:
             for share in args.slots:
                 engine.configure(slots=share)
-                cell, tokens = run_engine(engine, prompts[batch], args, fastest[batch], link)
+                cell, tokens = run_engine(engine, source, prompts[batch], args, fastest[batch], link)
                 keep({"batch": batch, "slots": f"{share:.0%}", **cell}, tokens)
         if args.events_cost:
             keep(events_cost(engine, prompts[args.batch[0]], args), None)
@@ -138,13 +156,18 @@ def speed(tpot_ms: list[float], batch: int) -> dict[str, Any]:
 
 
 def run_engine(
-    engine: Engine, prompt: torch.Tensor, args: argparse.Namespace, plain_tpot_ms: float, link: float
+    engine: Engine,
+    source: "Prompts",
+    prompt: torch.Tensor,
+    args: argparse.Namespace,
+    plain_tpot_ms: float,
+    link: float,
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """One cell of the engine: a cold run, then warm ones, each on a prompt of its own (repeated prompts flatter any
     cache). The last run has the prompt of the plain model, to compare the tokens."""
     settings = {"max_new_tokens": args.new, "min_new_tokens": args.new}
     engine.clear_cache()
-    others = [random_prompts(engine.model, *prompt.shape, seed=2 + i) for i in range(args.repeats)]
+    others = [source.draw(*prompt.shape, seed=2 + i) for i in range(args.repeats)]
     cold, *runs = [engine.generate(ids, **settings) for ids in [*others, prompt]]
     before, last = [cold, *runs][-2:]
     decode = last.metrics.decode
@@ -195,7 +218,10 @@ def events_cost(engine: Engine, prompt: torch.Tensor, args: argparse.Namespace) 
 
 @torch.no_grad()
 def check_tokens(
-    model: PreTrainedModel, args: argparse.Namespace, cells: list[dict[str, Any]], outputs: list[torch.Tensor | None]
+    model: PreTrainedModel,
+    args: argparse.Namespace,
+    cells: list[dict[str, Any]],
+    outputs: list[torch.Tensor | None],
 ) -> None:
     """Hold every cell's tokens against the plain model.
 
@@ -239,10 +265,29 @@ def link_rate() -> float:
     return 32 * host.nbytes / start.elapsed_time(end) / 1e6
 
 
-def random_prompts(model: PreTrainedModel, batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    """Uniformly random tokens (batch, length), the same for every engine."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+class Prompts:
+    """Prompts of a given length, the same for every engine: windows of text files, or uniformly random tokens."""
+
+    def __init__(self, bench: BenchModel, files: list[str]) -> None:
+        self._vocabulary = bench.model.config.vocab_size
+        self._streams: list[torch.Tensor] = []
+        self.name = "random tokens"
+        if files and bench.weights == "trained":
+            tokenizer = Tokenizer.from_file(str(Path(bench.folder) / "tokenizer.json"))
+            self._streams = [torch.tensor(tokenizer.encode(Path(f).read_text()[:400_000]).ids) for f in files]
+            self.name = "held-out text: " + ", ".join(Path(f).stem for f in files)
+
+    def draw(self, batch: int, length: int, seed: int) -> torch.Tensor:
+        """Token ids (batch, length); text comes from the files in turn."""
+        generator = torch.Generator().manual_seed(seed)
+        if not self._streams:
+            return torch.randint(0, self._vocabulary, (batch, length), generator=generator)
+        rows = []
+        for i in range(batch):
+            stream = self._streams[(seed + i) % len(self._streams)]
+            start = int(torch.randint(0, len(stream) - length, (1,), generator=generator))
+            rows.append(stream[start : start + length])
+        return torch.stack(rows)
 
 
 def table_row(cell: dict[str, Any]) -> str:
@@ -267,15 +312,24 @@ def table_row(cell: dict[str, Any]) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["qwen3-30b-a3b-cut16"], help="shape names or model folders")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", nargs="+", default=["qwen3-30b-a3b-cut16"], help="shape names or model folders"
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 16])
-    parser.add_argument("--slots", nargs="+", type=float, default=[1.0, 0.5, 0.25], help="shares of all experts")
+    parser.add_argument(
+        "--slots", nargs="+", type=float, default=[1.0, 0.5, 0.25], help="shares of all experts"
+    )
     parser.add_argument("--plain", nargs="*", default=["eager", "batched_mm", "default", "compiled"])
     parser.add_argument("--compiled-batch", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try the script")
+    parser.add_argument(
+        "--text", nargs="*", default=[], help="text files to take a trained model's prompts from"
+    )
     parser.add_argument("--prompt", type=int, default=64, help="tokens in")
     parser.add_argument("--new", type=int, default=64, help="tokens out")
     parser.add_argument("--repeats", type=int, default=5)

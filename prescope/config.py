@@ -65,9 +65,13 @@ class EngineConfig:
         if self.link_gb_per_s is not None and not self.link_gb_per_s > 0:
             raise UnsupportedOption(f"link_gb_per_s is {self.link_gb_per_s}; a bandwidth is positive")
         if self.link_gb_per_s is not None and self.device == "cuda":
-            raise UnsupportedOption("link_gb_per_s sets the emulated link of device='cpu'; CUDA's link is real")
+            raise UnsupportedOption(
+                "link_gb_per_s sets the emulated link of device='cpu'; CUDA's link is real"
+            )
         if self.record_inputs and not self.record_routing:
-            raise UnsupportedOption("record_inputs needs record_routing=True: inputs are stored with the routing")
+            raise UnsupportedOption(
+                "record_inputs needs record_routing=True: inputs are stored with the routing"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +82,9 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UnsupportedOption(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
 
 
-def resolve_slots(slots: int | float | str, *, total_experts: int, row_bytes: int, top_k: int) -> tuple[int, str]:
+def resolve_slots(
+    slots: int | float | str, *, total_experts: int, row_bytes: int, top_k: int
+) -> tuple[int, str]:
     """Number of slots a setting means for a model, and the reason as one sentence.
 
     A setting above the number of experts gives one slot to each: more could never be used.

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from .cache import CachePolicy, make_policy
+from .cache import CachePolicy, FloatArray, make_policy
 from .config import EngineConfig, resolve_slots
 from .core import MoEShape, Need, Reason
 from .device import Device, open_device, resolve_device
@@ -78,7 +78,9 @@ def attach(
     if config is not None and settings:
         raise UnsupportedOption(f"give either config or keywords, not both (keywords: {', '.join(settings)})")
     name = model.config.name_or_path or type(model).__name__
-    return Engine(model, config or EngineConfig(**settings), tokenizer=tokenizer, name=name, frequencies=frequencies)
+    return Engine(
+        model, config or EngineConfig(**settings), tokenizer=tokenizer, name=name, frequencies=frequencies
+    )
 
 
 def _shape_of(layers: list[MoELayer], top_k: int) -> MoEShape:
@@ -172,7 +174,9 @@ class Engine:
         self._require_attached()
         if self._recorder is not None:
             raise UnsupportedOption("a run is under way; change settings after it, or cancel() it first")
-        config = replace(self.config, slots=self.config.slots if slots is None else slots, cache=cache or self.config.cache)
+        config = replace(
+            self.config, slots=self.config.slots if slots is None else slots, cache=cache or self.config.cache
+        )
         count, reason = _count_slots(config, self.shape, self._layers)
         policy = make_policy(config.cache, self.shape, self._frequencies)
         self._require_memory(count - self.num_slots)
@@ -202,8 +206,12 @@ class Engine:
 
     # -- serving one MoE layer ---------------------------------------------------------------------------------
 
-    def _serve(self, moe_layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _serve(
+        self, moe_layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         """What stands in for the experts' forward of every MoE layer."""
+        if x.numel() == 0:  # image tokens only, in a family with experts of its own for them
+            return torch.zeros_like(x)
         if self._serving:  # an interrupt or an error ended the last call half-way
             self.recover()
         self._serving = True
@@ -221,7 +229,9 @@ class Engine:
         found = need.experts[: need.num_hits + need.num_late]
         self._residency.protect(self._residency.slots_for(moe_layer, found))
         self._issue(moe_layer, rounds[0], timed) if rounds else None
-        work = Work(x_TD, ids_TK.contiguous(), host_ids, layer.num_experts, self._pair_outputs(x_TD, host_ids, layer))
+        work = Work(
+            x_TD, ids_TK.contiguous(), host_ids, layer.num_experts, self._pair_outputs(x_TD, host_ids, layer)
+        )
         self._kernel.prepare(work)
         if recorder is not None:
             recorder.need(need, len(rounds), x_TD.shape[0])
@@ -236,11 +246,11 @@ class Engine:
 
     def _find(self, layer: MoELayer, host_ids: np.ndarray, weights_TK: torch.Tensor) -> LayerNeed:
         experts, counts = distinct(host_ids, layer.num_experts)
-        sums = counts.astype(np.float64)
+        sums: FloatArray = counts.astype(np.float64)
         if self._residency.policy.name == "score":
             flat, values = host_ids.ravel(), self._device.read(weights_TK.float()).ravel()
             valid = (flat >= 0) & (flat < layer.num_experts)
-            sums = np.bincount(flat[valid], values[valid], layer.num_experts)[experts]
+            sums = np.bincount(flat[valid], values[valid], layer.num_experts)[experts].astype(np.float64)
         if self._residency.in_flight.any():
             self._loader.poll()
         need = self._residency.need(layer.moe_layer, experts, counts, sums)
@@ -321,7 +331,11 @@ class Engine:
             result = self._result(recorder, settings)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         tokens = self._new_tokens(sequences, inputs["input_ids"].shape[1])
-        text = self.tokenizer.batch_decode(tokens, skip_special_tokens=True) if self.tokenizer else [""] * len(tokens)
+        text = (
+            self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            if self.tokenizer
+            else [""] * len(tokens)
+        )
         if self._cancelled:
             result.notes.append(f"cancelled after {recorder.num_steps} steps")
         return replace(result, text=text, tokens=tokens)
@@ -371,7 +385,9 @@ class Engine:
     def _result(self, recorder: Recorder, settings: dict[str, Any]) -> RunResult:
         tables = recorder.tables()
         hardware = self.hardware()
-        metrics = compute_metrics(*tables, batch=recorder.batch, output_tokens=recorder.batch * recorder.num_steps)
+        metrics = compute_metrics(
+            *tables, batch=recorder.batch, output_tokens=recorder.batch * recorder.num_steps
+        )
         trace = recorder.trace(
             num_experts=self.shape.num_experts,
             decoder_layers=[layer.decoder_layer for layer in self._layers],
@@ -394,14 +410,23 @@ class Engine:
     def _tokenize(self, prompts: Prompts) -> dict[str, torch.Tensor]:
         device = self._device.torch_device
         if isinstance(prompts, torch.Tensor):
-            return {"input_ids": prompts.to(device), "attention_mask": torch.ones_like(prompts, device=device)}
+            return {
+                "input_ids": prompts.to(device),
+                "attention_mask": torch.ones_like(prompts, device=device),
+            }
         items = [prompts] if isinstance(prompts, str) else list(prompts)
         if not items:
             raise UnsupportedOption("no prompt given; pass a text, a list of texts or lists of token ids")
         if isinstance(items[0], str):
             if self.tokenizer is None:
-                raise UnsupportedOption(f"{self.name} has no tokenizer; pass lists of token ids instead of text")
-            return dict(self.tokenizer(items, return_tensors="pt", padding=True, return_token_type_ids=False).to(device))
+                raise UnsupportedOption(
+                    f"{self.name} has no tokenizer; pass lists of token ids instead of text"
+                )
+            return dict(
+                self.tokenizer(items, return_tensors="pt", padding=True, return_token_type_ids=False).to(
+                    device
+                )
+            )
         longest = max(len(item) for item in items)
         if min(len(item) for item in items) == 0:
             raise UnsupportedOption("a prompt is empty; every prompt needs at least one token")
@@ -428,7 +453,12 @@ class Engine:
         batch, length = tokens.shape[:2]
         mask = kwargs.get("attention_mask")
         padding = None
-        if length > 1 and isinstance(mask, torch.Tensor) and mask.shape[:2] == (batch, length) and mask.dim() == 2:
+        if (
+            length > 1
+            and isinstance(mask, torch.Tensor)
+            and mask.shape[:2] == (batch, length)
+            and mask.dim() == 2
+        ):
             padding = self._device.read(mask) == 0
         self._recorder.begin_step(batch, length, padding)
 
@@ -450,7 +480,11 @@ class Engine:
 
     def hardware(self) -> dict[str, Any]:
         """The machine, its device and link, the weights' dtype and the versions that decide speed."""
-        return {**machine_facts(), **self._device.describe(), "dtype": str(self._dtype).removeprefix("torch.")}
+        return {
+            **machine_facts(),
+            **self._device.describe(),
+            "dtype": str(self._dtype).removeprefix("torch."),
+        }
 
     def clear_cache(self) -> None:
         """Empty all slots and forget what the cache policy learned: the next run starts cold."""
@@ -502,7 +536,9 @@ class Engine:
 
     def _require_attached(self) -> None:
         if not self._attachment.host.layers:
-            raise NotAttached("this engine is detached; make a new one with prescope.attach(model) or prescope.load")
+            raise NotAttached(
+                "this engine is detached; make a new one with prescope.attach(model) or prescope.load"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -532,4 +568,6 @@ class _Progress(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **keywords: Any) -> torch.Tensor:
         if self._on_step is not None:
             self._on_step(input_ids.shape[1] - self._prompt_length)
-        return torch.full((input_ids.shape[0],), self._engine.is_cancelled, device=input_ids.device, dtype=torch.bool)
+        return torch.full(
+            (input_ids.shape[0],), self._engine.is_cancelled, device=input_ids.device, dtype=torch.bool
+        )

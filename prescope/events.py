@@ -144,5 +144,7 @@ def read_events(path: str | Path) -> pd.DataFrame:
     frame = pd.read_parquet(path)
     missing = [column for column in COLUMNS if column not in frame.columns]
     if missing:
-        raise BadTrace(f"{path} lacks the columns {missing}; it is not an event table of this version of prescope")
+        raise BadTrace(
+            f"{path} lacks the columns {missing}; it is not an event table of this version of prescope"
+        )
     return frame[COLUMNS].astype(DTYPES)

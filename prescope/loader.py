@@ -54,7 +54,9 @@ class Loader:
             pairs.append((self.pool[slot, :nbytes], self._host.row(moe_layer, expert)))
             released = self._released[slot]
             if released is not None:
-                after[id(released)] = released  # many slots share one mark: a layer releases all of its own at once
+                after[id(released)] = (
+                    released  # many slots share one mark: a layer releases all of its own at once
+                )
                 self._released[slot] = None
         start, ready = self._device.copy(pairs, list(after.values()), timed)
         transfers = []

@@ -136,9 +136,16 @@ class Recorder:
         step = len(self._steps) - 1
         self._layers.append(
             LayerRow(
-                step, self._steps[step].phase, need.moe_layer, num_tokens, len(need.experts),
-                need.num_hits, need.num_late, need.num_misses, num_rounds,
-            )  # fmt: skip
+                step,
+                self._steps[step].phase,
+                need.moe_layer,
+                num_tokens,
+                len(need.experts),
+                need.num_hits,
+                need.num_late,
+                need.num_misses,
+                num_rounds,
+            )
         )
 
     def routing(
@@ -172,9 +179,17 @@ class Recorder:
             start = time_us(span.start, span.step)
             events.append(
                 Event(
-                    span.lane, span.kind, span.step, self._steps[span.step].phase, span.moe_layer, span.expert,
-                    span.reason, span.nbytes, start, max(0.0, time_us(span.end, span.step) - start),
-                )  # fmt: skip
+                    span.lane,
+                    span.kind,
+                    span.step,
+                    self._steps[span.step].phase,
+                    span.moe_layer,
+                    span.expert,
+                    span.reason,
+                    span.nbytes,
+                    start,
+                    max(0.0, time_us(span.end, span.step) - start),
+                )
             )
         return Tables(event_frame(events), layer_frame(self._layers), step_frame(steps))
 
@@ -202,7 +217,7 @@ class Recorder:
         layers = [routing for step in self._steps for routing in step.routing.values()]
         top_k = max(routing.ids_TK.shape[1] for routing in layers)
         parts = [self._step_rows(i, num_layers, num_experts, top_k) for i in range(len(self._steps))]
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        joined: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         past = self._positions()
         inputs = self._all_inputs(num_layers) if self._inputs else None
         return RoutingTrace(
@@ -249,7 +264,9 @@ class Recorder:
         return np.concatenate(parts).astype(np.int32)
 
     def _all_inputs(self, num_layers: int) -> np.ndarray:
-        width = max(r.inputs_TD.shape[1] for s in self._steps for r in s.routing.values() if r.inputs_TD is not None)
+        width = max(
+            r.inputs_TD.shape[1] for s in self._steps for r in s.routing.values() if r.inputs_TD is not None
+        )
         parts = []
         for step in self._steps:
             rows = np.zeros((step.batch * step.length, num_layers, width), dtype=np.float32)

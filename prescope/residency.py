@@ -52,7 +52,9 @@ class ResidencyTable:
         self._protected = np.zeros(num_slots, dtype=bool)
         self._free = list(range(num_slots - 1, -1, -1))
 
-    def need(self, moe_layer: int, experts: IntArray, tokens: IntArray, weights: NDArray[np.float64]) -> LayerNeed:
+    def need(
+        self, moe_layer: int, experts: IntArray, tokens: IntArray, weights: NDArray[np.float64]
+    ) -> LayerNeed:
         """Sort a layer's distinct experts (n,) into hits, late and misses; the policy learns the need."""
         self.policy.use(moe_layer, experts, weights)
         slots = self.slot_of[moe_layer * self.shape.num_experts + experts]
@@ -61,7 +63,9 @@ class ResidencyTable:
         # Hits (0) before late (1) before misses (2): what is here is computed while the rest travels.
         rank = np.where(found, late, 2).astype(np.int64)
         order = np.lexsort((-tokens, rank))
-        return LayerNeed(moe_layer, experts[order], tokens[order], int((found & ~late).sum()), int(late.sum()))
+        return LayerNeed(
+            moe_layer, experts[order], tokens[order], int((found & ~late).sum()), int(late.sum())
+        )
 
     def slots_for(self, moe_layer: int, experts: IntArray) -> IntArray:
         """Slots (n,) of experts, -1 for those that have none."""
@@ -91,7 +95,9 @@ class ResidencyTable:
             f"({int(self._protected.sum())} protected, {int(self.in_flight.sum())} in flight)"
         )
         scores = self.policy.scores[self.key_of[candidates]]
-        lowest = candidates[np.argpartition(scores, count - 1)[:count]] if count < len(candidates) else candidates
+        lowest = (
+            candidates[np.argpartition(scores, count - 1)[:count]] if count < len(candidates) else candidates
+        )
         self.slot_of[self.key_of[lowest]] = -1
         self.key_of[lowest] = -1
         return lowest

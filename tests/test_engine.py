@@ -6,10 +6,11 @@ import threading
 import time
 
 import numpy as np
-import prescope
 import pytest
 import torch
-from models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import prescope
 from prescope.cache import _BY_NAME, LRU
 from prescope.config import EngineConfig
 from prescope.core import Need
@@ -24,7 +25,7 @@ from prescope.errors import (
     UnsupportedExperts,
     UnsupportedOption,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
 
 FAST_LINK = {"device": "cpu", "link_gb_per_s": 50.0}
 TOTAL = LAYERS * EXPERTS
@@ -47,7 +48,9 @@ def test_tokens_are_the_plain_models_whatever_slots_cache_and_device(model, devi
         run = engine.generate(ids, max_new_tokens=12)
         engine.check_integrity()
     assert run.tokens == expected
-    assert len({token for row in expected for token in row}) > 6, "a model that repeats one token proves nothing"
+    assert len({token for row in expected for token in row}) > 6, (
+        "a model that repeats one token proves nothing"
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -103,7 +106,9 @@ def test_every_copy_waits_for_the_last_use_of_its_slot(model, monkeypatch):
         latest = max((mark.time_us for mark in after), default=-1.0)
         for slot, _ in pairs:
             checked += slot.data_ptr() in last_use
-            assert last_use.get(slot.data_ptr(), -1.0) <= latest, "a copy may start before the slot's last use is over"
+            assert last_use.get(slot.data_ptr(), -1.0) <= latest, (
+                "a copy may start before the slot's last use is over"
+            )
         return issue(pairs, after, timed)
 
     monkeypatch.setattr(device, "copy", copy)
@@ -259,7 +264,9 @@ def test_a_trace_says_which_token_used_which_expert(model):
 
 def test_a_dense_model_is_refused():
     llama = LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+        LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+        )
     )
     with pytest.raises(NotAMoE, match="mixture-of-experts"):
         prescope.attach(llama, slots=4)
@@ -383,7 +390,9 @@ def test_ctrl_c_in_the_middle_leaves_an_engine_that_works(model, monkeypatch, mo
 
 def test_cancel_returns_what_there_is(model):
     with prescope.attach(model, slots=6, **FAST_LINK) as engine:
-        run = engine.generate(prompt(), max_new_tokens=50, on_step=lambda n: engine.cancel() if n == 4 else None)
+        run = engine.generate(
+            prompt(), max_new_tokens=50, on_step=lambda n: engine.cancel() if n == 4 else None
+        )
         assert len(run.tokens[0]) == 4
         assert any("cancelled" in note for note in run.notes)
         assert len(engine.generate(prompt(), max_new_tokens=6).tokens[0]) == 6

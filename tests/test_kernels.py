@@ -3,23 +3,24 @@
 Triton runs in its interpreter where there is no GPU: the same source, element by element.
 """
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
-
 import numpy as np
 import pytest
 import torch
-from prescope.kernels import ExpertsSpec, LayerWeights, TorchKernel, Work, combine
 from torch.nn import functional
+
+from prescope.kernels import ExpertsSpec, LayerWeights, TorchKernel, Work, combine
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 try:
     from prescope.kernels.triton_experts import TritonKernel
 except ImportError:  # Triton exists for Linux only
     TritonKernel = None  # type: ignore[assignment,misc]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = [TorchKernel, pytest.param(TritonKernel, marks=pytest.mark.skipif(TritonKernel is None, reason="no Triton"))]
+KERNELS = [
+    TorchKernel,
+    pytest.param(TritonKernel, marks=pytest.mark.skipif(TritonKernel is None, reason="no Triton")),
+]
 
 
 def silu_gate(h: torch.Tensor) -> torch.Tensor:
@@ -31,7 +32,9 @@ def norm(y: torch.Tensor) -> torch.Tensor:
     return y * torch.rsqrt(y.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(y.dtype)
 
 
-def make_case(seed: int, *, tokens: int, transposed: bool, bias: bool, post_norm: bool, sentinel: bool, dtype):
+def make_case(
+    seed: int, *, tokens: int, transposed: bool, bias: bool, post_norm: bool, sentinel: bool, dtype
+):
     rng = torch.Generator().manual_seed(seed)
     experts, slots, k, d, f = 6, 4, 2, 48, 40
 
@@ -44,7 +47,12 @@ def make_case(seed: int, *, tokens: int, transposed: bool, bias: bool, post_norm
     ids = torch.stack([torch.randperm(experts, generator=rng)[:k] for _ in range(tokens)])
     if sentinel:
         ids[0, 0], ids[-1, 1] = experts, -1
-    full = {"up": up, "down": down, "up_bias": up_bias if bias else None, "down_bias": down_bias if bias else None}
+    full = {
+        "up": up,
+        "down": down,
+        "up_bias": up_bias if bias else None,
+        "down_bias": down_bias if bias else None,
+    }
     expected = torch.zeros(tokens, d, dtype=torch.float64)
     for t in range(tokens):
         for j in range(k):
@@ -89,7 +97,9 @@ def run_in_rounds(kernel, case) -> torch.Tensor:
             for name, target in pools.items():
                 if target is not None:
                     source = full[name][expert]
-                    target[slot] = (source.T if spec.is_transposed and source.dim() == 2 else source).to(dtype)
+                    target[slot] = (source.T if spec.is_transposed and source.dim() == 2 else source).to(
+                        dtype
+                    )
         layer = LayerWeights(pools["up"], pools["down"], pools["up_bias"], pools["down_bias"])
         kernel.run(work, spec, layer, chunk, slots)
     return combine(work.out_PD, weights.to(DEVICE, dtype), dtype).cpu()
@@ -103,7 +113,13 @@ def run_in_rounds(kernel, case) -> torch.Tensor:
 def test_a_kernel_equals_float64_in_any_layout(kernel, tokens, transposed, bias, post_norm):
     """float32 sums of 48 terms differ from float64 by about 1e-6; 1e-5 leaves room, a wrong weight gives 1e-1."""
     case = make_case(
-        tokens, tokens=tokens, transposed=transposed, bias=bias, post_norm=post_norm, sentinel=False, dtype=torch.float32
+        tokens,
+        tokens=tokens,
+        transposed=transposed,
+        bias=bias,
+        post_norm=post_norm,
+        sentinel=False,
+        dtype=torch.float32,
     )
     got = run_in_rounds(kernel(), case).double()
     assert torch.linalg.norm(got - case[5]) / torch.linalg.norm(case[5]) < 1e-5
@@ -113,7 +129,9 @@ def test_a_kernel_equals_float64_in_any_layout(kernel, tokens, transposed, bias,
 @pytest.mark.parametrize("tokens", [2, 30])
 def test_ids_of_no_expert_contribute_nothing(kernel, tokens):
     """Routers of some families mask experts with ids outside [0, E)."""
-    case = make_case(5, tokens=tokens, transposed=False, bias=True, post_norm=False, sentinel=True, dtype=torch.float32)
+    case = make_case(
+        5, tokens=tokens, transposed=False, bias=True, post_norm=False, sentinel=True, dtype=torch.float32
+    )
     got = run_in_rounds(kernel(), case).double()
     assert torch.linalg.norm(got - case[5]) / torch.linalg.norm(case[5]) < 1e-5
 

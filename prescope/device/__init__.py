@@ -8,7 +8,15 @@ from .cuda import CudaDevice
 from .emulated import EmulatedLinkDevice
 from .null import NullDevice
 
-__all__ = ["CudaDevice", "Device", "EmulatedLinkDevice", "Mark", "NullDevice", "open_device", "resolve_device"]
+__all__ = [
+    "CudaDevice",
+    "Device",
+    "EmulatedLinkDevice",
+    "Mark",
+    "NullDevice",
+    "open_device",
+    "resolve_device",
+]
 
 
 def resolve_device(config: EngineConfig, model_device: torch.device) -> tuple[str, str]:

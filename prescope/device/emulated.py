@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -117,7 +116,7 @@ class EmulatedLinkDevice:
                 job.start.set(start_us)
             try:
                 job.slot.copy_(job.row)
-            except Exception as error:  # handed to whoever waits for this copy, see `wait` and `copy`
+            except Exception as error:  # noqa: BLE001 - handed to whoever waits for this copy, see `wait` and `copy`
                 self._failure = error
                 job.ready.fail(error)
                 continue
@@ -144,7 +143,7 @@ class EmulatedLinkDevice:
         assert start.time_us is not None and end.time_us is not None, "a mark has not passed"
         return end.time_us - start.time_us
 
-    def read(self, tensor: torch.Tensor) -> NDArray[np.generic]:
+    def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.numpy()
 
     def synchronize(self) -> None:

@@ -9,7 +9,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -101,7 +100,7 @@ class NullDevice:
     def elapsed_us(self, start: VirtualMark, end: VirtualMark) -> float:
         return end.time_us - start.time_us
 
-    def read(self, tensor: torch.Tensor) -> NDArray[np.generic]:
+    def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.numpy()
 
     def synchronize(self) -> None:

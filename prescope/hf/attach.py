@@ -1,6 +1,7 @@
 """Take the experts out of a model into host rows, route its MoE layers to the engine, and undo all of it exactly."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,9 @@ def _experts_forward(
     weights = top_k_weights if top_k_weights is not None else routing_weights
     binding = module.__dict__.get("_prescope")
     if binding is None:
-        raise UnsupportedExperts("this experts module was set to 'prescope' by hand; use prescope.attach(model)")
+        raise UnsupportedExperts(
+            "this experts module was set to 'prescope' by hand; use prescope.attach(model)"
+        )
     serve, moe_layer = binding
     return serve(moe_layer, hidden_states, ids, weights)
 
@@ -48,16 +51,20 @@ class Attachment:
     while attached they are empty and a placeholder on `meta` stands in their module.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: list[MoELayer], device: Device, serve: ServeFunction) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: list[MoELayer], device: Device, serve: ServeFunction
+    ) -> None:
         if any("_prescope" in layer.module.__dict__ for layer in layers):
-            raise AlreadyAttached("this model already runs through an engine; call detach() on that one first")
+            raise AlreadyAttached(
+                "this model already runs through an engine; call detach() on that one first"
+            )
         self.model = model
         self.layers = layers
         self._device = device
         self._parameters: list[dict[str, nn.Parameter]] = []
         self._experts_devices: list[torch.device] = []
         self._moved: list[tuple[torch.Tensor, torch.device]] = []
-        self._implementations: list[tuple[object, str | None]] = []
+        self._implementations: list[tuple[Any, str | None]] = []
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
         self.host = HostPool([])
         try:
@@ -81,8 +88,11 @@ class Attachment:
                 parameter = layer.module._parameters[name]
                 assert parameter is not None
                 originals[name] = parameter
-                placeholder = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-                layer.module._parameters[name] = placeholder
+                placeholder = nn.Parameter(
+                    torch.empty_like(parameter, device="meta"), parameter.requires_grad
+                )
+                for module in (layer.module, *layer.twins):
+                    module._parameters[name] = placeholder
                 parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
     def _move_rest(self) -> None:
@@ -94,21 +104,23 @@ class Attachment:
 
     def _route(self, serve: ServeFunction) -> None:
         for layer in self.layers:
-            config = layer.module.config
-            if all(config is not known for known, _ in self._implementations):
-                self._implementations.append((config, config._experts_implementation_internal))
-                config._experts_implementation_internal = IMPLEMENTATION
-            layer.module.__dict__["_prescope"] = (serve, layer.moe_layer)
-            self._guards.append(layer.module.register_state_dict_pre_hook(_refuse_state_dict))
+            for module in (layer.module, *layer.twins):
+                config: Any = module.config
+                if all(config is not known for known, _ in self._implementations):
+                    self._implementations.append((config, config._experts_implementation_internal))
+                    config._experts_implementation_internal = IMPLEMENTATION
+                module.__dict__["_prescope"] = (serve, layer.moe_layer)
+                self._guards.append(module.register_state_dict_pre_hook(_refuse_state_dict))
 
     def detach(self) -> None:
         """Undo everything; does nothing the second time."""
         for guard in self._guards:
             guard.remove()
         for config, implementation in self._implementations:
-            config._experts_implementation_internal = implementation  # type: ignore[attr-defined]
+            config._experts_implementation_internal = implementation
         for layer in self.layers:
-            layer.module.__dict__.pop("_prescope", None)
+            for module in (layer.module, *layer.twins):
+                module.__dict__.pop("_prescope", None)
         for tensor, device in self._moved:
             tensor.data = tensor.data.to(device)
         for layer, rows, originals, device in zip(
@@ -116,7 +128,8 @@ class Attachment:
         ):
             for name, parameter in originals.items():
                 parameter.data = rows.tensor(name).to(device, copy=True).contiguous()
-                layer.module._parameters[name] = parameter
+                for module in (layer.module, *layer.twins):
+                    module._parameters[name] = parameter
         self.host.close()
         self._guards, self._implementations, self._moved = [], [], []
         self._parameters, self._experts_devices = [], []

@@ -79,9 +79,13 @@ def _check_folder(folder: Path) -> None:
             raise BadModelFolder(f"{folder / INDEX} is not a safetensors index: {error}") from error
         absent = sorted(named - {file.name for file in files})
         if absent:
-            raise BadModelFolder(f"{folder} lacks {', '.join(absent)}, which its index names; fetch them again")
+            raise BadModelFolder(
+                f"{folder} lacks {', '.join(absent)}, which its index names; fetch them again"
+            )
     if not files:
-        raise BadModelFolder(f"{folder} has no *.safetensors; convert the checkpoint with `save_pretrained` first")
+        raise BadModelFolder(
+            f"{folder} has no *.safetensors; convert the checkpoint with `save_pretrained` first"
+        )
     for file in files:
         try:
             with safe_open(file, "pt") as handle:  # compares the header with the file's length

@@ -7,6 +7,7 @@ gate function and its stacked weights. So one function serves all families.
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ class MoELayer:
     decoder_layer: int  # index in the model's layer list, -1 if the name has none
     name: str  # dotted module name
     module: nn.Module
+    twins: tuple[nn.Module, ...]  # modules that share its parameters, such as a decoder tied to an encoder
     num_experts: int
     spec: ExpertsSpec
     weight_names: tuple[str, ...]
@@ -55,12 +57,25 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
             f"{type(model).__name__} has no MoE layer that goes through transformers' experts interface; prescope "
             f"serves mixture-of-experts models (Mixtral, Qwen3-MoE, OLMoE, ...; docs/families.md lists them)"
         )
-    return [_moe_layer(rank, name, module) for rank, (name, module) in enumerate(found)]
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in found:
+        owners.setdefault(id(module.down_proj), []).append((name, module))
+    return [
+        _moe_layer(rank, *same[0], tuple(module for _, module in same[1:]))
+        for rank, same in enumerate(owners.values())
+    ]
 
 
 def top_k_of(model: PreTrainedModel) -> int:
     """Experts per token that the configuration names, the largest of all sub-configurations; 1 if none does."""
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+    names = (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_top_k",
+        "top_k_experts",
+        "moe_k",
+    )
     configs = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
     values: list[int] = []
     for config in configs:
@@ -73,16 +88,18 @@ def top_k_of(model: PreTrainedModel) -> int:
     return max(values, default=1)
 
 
-def _moe_layer(rank: int, name: str, module: nn.Module) -> MoELayer:
+def _moe_layer(rank: int, name: str, module: Any, twins: tuple[nn.Module, ...]) -> MoELayer:
     up = "gate_up_proj" if module.has_gate else "up_proj"
     names = [up, "down_proj"]
     if module.has_bias:
         names = [up, f"{up}_bias", "down_proj", "down_proj_bias"]
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for weight in names:
         tensor = getattr(module, weight, None)
         if not isinstance(tensor, nn.Parameter) or tensor.shape[0] != module.num_experts:
-            what = "missing" if tensor is None else f"a {type(tensor).__name__} of shape {tuple(tensor.shape)}"
+            what = (
+                "missing" if tensor is None else f"a {type(tensor).__name__} of shape {tuple(tensor.shape)}"
+            )
             raise UnsupportedExperts(
                 f"{name}.{weight} is {what}; prescope needs one stacked parameter of {module.num_experts} experts"
             )
@@ -108,6 +125,7 @@ def _moe_layer(rank: int, name: str, module: nn.Module) -> MoELayer:
         decoder_layer=int(index[1]) if index else -1,
         name=name,
         module=module,
+        twins=twins,
         num_experts=module.num_experts,
         spec=spec,
         weight_names=tuple(names),

@@ -48,7 +48,7 @@ class Work:
 
     x_TD: torch.Tensor
     ids_TK: torch.Tensor  # int64, on the device; ids outside [0, E) are nobody's
-    host_ids_TK: "IntArray"
+    host_ids_TK: IntArray
     num_experts: int
     out_PD: torch.Tensor  # rows of pairs without an expert stay as they are
 
@@ -62,6 +62,8 @@ class ExpertKernel(Protocol):
         """Once per layer call, before the first round."""
         ...
 
-    def run(self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray) -> None:
+    def run(
+        self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray
+    ) -> None:
         """Write the outputs of all pairs whose expert is among `experts` (n,), which are in `slots` (n,)."""
         ...

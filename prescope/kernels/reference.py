@@ -23,7 +23,9 @@ class TorchKernel:
         self._first = np.searchsorted(flat[order], np.arange(work.num_experts + 1))
         self._order = torch.from_numpy(order).to(work.x_TD.device, non_blocking=True)
 
-    def run(self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray) -> None:
+    def run(
+        self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray
+    ) -> None:
         top_k = work.ids_TK.shape[1]
         for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
             pairs = self._order[self._first[expert] : self._first[expert + 1]]
@@ -37,7 +39,9 @@ def _at(bias: torch.Tensor | None, slot: int) -> torch.Tensor | None:
     return None if bias is None else bias[slot]
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool
+) -> torch.Tensor:
     if not is_transposed:
         return functional.linear(x, weight, bias)
     y = x @ weight

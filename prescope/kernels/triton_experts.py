@@ -21,7 +21,7 @@ PAIRS_PER_EXPERT_FOR_TILES = 2.0
 
 
 @triton.jit
-def _pair_linear(
+def _pair_linear(  # type: ignore[no-untyped-def]
     x, w, bias, out, slot_of, ids,
     num_experts, out_dim, IN_DIM: tl.constexpr,
     x_div, x_stride, w_slot_stride, w_out_stride, w_in_stride, b_slot_stride, out_stride,
@@ -53,7 +53,7 @@ def _pair_linear(
 
 
 @triton.jit
-def _grouped_linear(
+def _grouped_linear(  # type: ignore[no-untyped-def]
     x, w, bias, out, order, blocks,
     out_dim, IN_DIM: tl.constexpr,
     x_div, x_stride, w_slot_stride, w_out_stride, w_in_stride, b_slot_stride, out_stride,
@@ -102,17 +102,21 @@ class TritonKernel:
         flat = work.host_ids_TK.ravel()
         flat = flat[(flat >= 0) & (flat < work.num_experts)]
         counts = np.bincount(flat, minlength=work.num_experts)
-        per_expert = len(flat) / max(1, np.count_nonzero(counts))
+        per_expert = len(flat) / max(1, int(np.count_nonzero(counts)))
         self._tiles = per_expert > PAIRS_PER_EXPERT_FOR_TILES
         if self._tiles:
-            self._block_m = 16 if per_expert <= 16 else 32 if per_expert <= 32 else 64 if per_expert <= 64 else 128
+            self._block_m = (
+                16 if per_expert <= 16 else 32 if per_expert <= 32 else 64 if per_expert <= 64 else 128
+            )
             self._counts = counts
             # Ids below 0 would sort first: the host's offsets count from the first expert's first pair.
             ids = work.ids_TK.reshape(-1)
             self._order = torch.where(ids < 0, work.num_experts, ids).argsort(stable=True)
             self._first = np.cumsum(counts) - counts
 
-    def run(self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray) -> None:
+    def run(
+        self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray
+    ) -> None:
         table = self._blocks(experts, slots) if self._tiles else _slot_table(work.num_experts, experts, slots)
         where = _upload(table, work.x_TD.device)
         top_k = work.ids_TK.shape[1]
@@ -136,7 +140,7 @@ class TritonKernel:
 
     def _blocks(self, experts: IntArray, slots: IntArray) -> IntArray:
         """Rows (slot, first place, end place) of each tile of this round, largest experts first."""
-        rows = []
+        rows: list[tuple[int, int, int]] = []
         for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
             first, end = int(self._first[expert]), int(self._first[expert] + self._counts[expert])
             rows.extend((slot, place, end) for place in range(first, end, self._block_m))
