@@ -111,7 +111,7 @@ def run_model(
 def run_plain(
     model: PreTrainedModel, prompt: torch.Tensor, mode: str, args: argparse.Namespace
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """The model all on the GPU: "eager" or "batched_mm" experts, transformers' "default", or "compiled" (static cache)."""
+    """The model all on the GPU, by experts "eager", "batched_mm", "default", or "compiled" with a static cache."""
     implementation = {"eager": "eager", "batched_mm": "batched_mm"}.get(mode, "grouped_mm")
     model.set_experts_implementation(implementation)
     keywords: dict[str, Any] = {"cache_implementation": "static"} if mode == "compiled" else {}

@@ -2,7 +2,7 @@
 
 Per MoE layer: the host reads the chosen experts (one small copy), the residency table says where they are, misses
 are copied into slots on the H2D lane, and the compute lane waits for exactly those copies. If a layer needs more
-experts than there are slots, it is served in rounds; each token's output is summed at the end, so nothing depends on it.
+experts than there are slots, it is served in rounds; a token's output is summed at the end, in one order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -139,8 +139,8 @@ class Engine:
         kind, device_reason = resolve_device(config, model.device)
         policy = make_policy(config.cache, self.shape, frequencies)
         self._dtype = layers[0].tensors()[layers[0].weight_names[0]].dtype
-        self._kernel, kernel_reason = make_kernel(config.kernels, kind, self._dtype)
-        self.config = replace(config, device=kind, kernels=self._kernel.name)
+        kernel, kernel_reason = make_kernel(config.kernels, kind, self._dtype)
+        self.config = replace(config, device=kind, kernels=kernel.name)
         self.reasons = {"slots": slots_reason, "device": device_reason, "kernels": kernel_reason}
         self.needs = dict.fromkeys(Need, 0)
         self._frequencies = frequencies
@@ -162,6 +162,8 @@ class Engine:
         )
 
     def _make_slots(self, policy: CachePolicy) -> None:
+        # Kernels keep copies of the residency table's rows, so a new table comes with a new kernel.
+        self._kernel, _ = make_kernel(self.config.kernels, self._device.kind, self._dtype)
         self._residency = ResidencyTable(self.shape, self.num_slots, policy)
         self._loader = Loader(self._device, self._attachment.host, self._residency, self.shape.row_bytes)
         self._weights = [self._layer_weights(layer) for layer in self._layers]
@@ -226,11 +228,20 @@ class Engine:
         layer = self._layers[moe_layer]
         need = self._find(layer, host_ids, weights_TK)
         rounds = self._residency.rounds(need)
-        found = need.experts[: need.num_hits + need.num_late]
-        self._residency.protect(self._residency.slots_for(moe_layer, found))
-        self._issue(moe_layer, rounds[0], timed) if rounds else None
+        if need.num_misses:
+            found = need.experts[: need.num_hits + need.num_late]
+            self._residency.protect(self._residency.slots_for(moe_layer, found))
+            self._issue(moe_layer, rounds[0], timed)
         work = Work(
-            x_TD, ids_TK.contiguous(), host_ids, layer.num_experts, self._pair_outputs(x_TD, host_ids, layer)
+            x_TD=x_TD,
+            ids_TK=ids_TK.contiguous(),
+            host_ids_TK=host_ids,
+            need=need,
+            num_experts=layer.num_experts,
+            out_PD=self._pair_outputs(x_TD, need, host_ids.size, layer),
+            num_rounds=len(rounds),
+            slot_row=self._residency.row(moe_layer),
+            version=int(self._residency.versions[moe_layer]),
         )
         self._kernel.prepare(work)
         if recorder is not None:
@@ -240,7 +251,8 @@ class Engine:
                 recorder.decided(moe_layer, self._device.mark(True))
         for i, experts in enumerate(rounds):
             self._serve_round(layer, work, experts, rounds[i + 1] if i + 1 < len(rounds) else None, timed)
-        self._residency.unprotect()
+        if need.num_misses:
+            self._residency.unprotect()
         self._serving = False
         return combine(work.out_PD, weights_TK, x.dtype).view(x.shape)
 
@@ -259,13 +271,14 @@ class Engine:
         self.needs[Need.MISS] += need.num_misses
         return need
 
-    def _pair_outputs(self, x_TD: torch.Tensor, host_ids: np.ndarray, layer: MoELayer) -> torch.Tensor:
+    def _pair_outputs(
+        self, x_TD: torch.Tensor, need: LayerNeed, num_pairs: int, layer: MoELayer
+    ) -> torch.Tensor:
         down = self._weights[layer.moe_layer].down
         width = down.shape[2] if layer.spec.is_transposed else down.shape[1]
-        all_used = host_ids.size > 0 and host_ids.min() >= 0 and host_ids.max() < layer.num_experts
         # Ids of no expert (sentinels) contribute nothing, so their rows must be zero.
-        make = torch.empty if all_used else torch.zeros
-        return make((host_ids.size, width), dtype=x_TD.dtype, device=x_TD.device)
+        make = x_TD.new_empty if int(need.tokens.sum()) == num_pairs else x_TD.new_zeros
+        return make((num_pairs, width))
 
     def _issue(self, moe_layer: int, experts: IntArray, timed: bool) -> None:
         """Copy those of a round's experts that have no slot yet; all of the round's slots are protected then."""
@@ -292,7 +305,8 @@ class Engine:
         self._kernel.run(work, layer.spec, self._weights[moe_layer], experts, slots)
         done = self._device.mark(timed)
         self._loader.release(slots, done)
-        self._residency.unprotect(slots)
+        if work.num_rounds > 1:
+            self._residency.unprotect(slots)
         if recorder is not None and timed:
             recorder.computed(moe_layer, done)
         if following is not None and not issued:

@@ -41,8 +41,9 @@ class Loader:
         self._host = host
         self._residency = residency
         self.pool = device.allocate_slots(residency.num_slots, row_bytes)
-        self._ready: list[Mark | None] = [None] * residency.num_slots
-        self._released: list[Mark | None] = [None] * residency.num_slots
+        # Arrays of marks or None, so that a layer's slots are looked up and set in one step.
+        self._ready = np.full(residency.num_slots, None, dtype=object)
+        self._released = np.full(residency.num_slots, None, dtype=object)
 
     def load(
         self, moe_layer: int, experts: IntArray, slots: IntArray, reason: Reason, timed: bool
@@ -68,17 +69,15 @@ class Loader:
 
     def wait(self, slots: IntArray) -> bool:
         """The compute lane waits until the bytes of `slots` (n,) are there; returns whether it had to be told to."""
-        waited = False
-        for slot in slots.tolist():
-            ready = self._ready[slot]
-            if ready is not None:
-                self._device.wait(ready)
-                self._ready[slot] = None
-                waited = True
-        if waited:
-            # Everything the compute lane does from here on comes after these copies.
-            self._residency.landed(slots)
-        return waited
+        pending = [ready for ready in self._ready[slots] if ready is not None]
+        if not pending:
+            return False
+        for ready in pending:
+            self._device.wait(ready)
+        # Everything the compute lane does from here on comes after these copies.
+        self._ready[slots] = None
+        self._residency.landed(slots)
+        return True
 
     def poll(self) -> None:
         """Find out which copies in flight have completed meanwhile, so that needing them counts as a hit."""
@@ -93,13 +92,12 @@ class Loader:
 
     def release(self, slots: IntArray, mark: Mark) -> None:
         """The last use of `slots` (n,) is over at `mark`."""
-        for slot in slots.tolist():
-            self._released[slot] = mark
+        self._released[slots] = mark
 
     def clear(self) -> None:
         """Forget all marks; both lanes must be idle."""
-        self._ready = [None] * len(self._ready)
-        self._released = [None] * len(self._released)
+        self._ready[:] = None
+        self._released[:] = None
 
     def close(self) -> None:
         """Give the slots back."""

@@ -98,10 +98,8 @@ def _notes(run: RunResult) -> str:
 
 
 def _div(figure: go.Figure) -> str:
-    if not isinstance(figure, go.Figure) or hasattr(figure, "comm"):
-        raise TypeError(
-            f"{type(figure).__name__} is no plain go.Figure; a page without a kernel cannot show it"
-        )
+    if isinstance(figure, go.FigureWidget):
+        raise TypeError(f"{type(figure).__name__} needs a kernel; pass a plain go.Figure")
     return pio.to_html(figure, full_html=False, include_plotlyjs=False, include_mathjax=False, config=CONFIG)
 
 
@@ -187,6 +185,10 @@ body.jp-Notebook {{ max-width: 1080px; margin: 0 auto; padding: 1em; --jp-conten
 """
 
 
+def _log(line: str) -> None:
+    print(line, flush=True)  # into a pipe too, cell by cell
+
+
 class _SameInterpreter(KernelSpecManager):
     """The kernel is this interpreter, whatever kernel the user has installed under the notebook's name."""
 
@@ -201,7 +203,7 @@ def execute_notebook(
     *,
     parameters: Mapping[str, Any] | None = None,
     timeout_s: int | None = None,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = _log,
 ) -> Path:
     """Run a notebook from top to bottom without a browser and write it as one HTML page.
 
@@ -251,15 +253,20 @@ async def _execute(
 ) -> None:
     code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.source.strip()]
     number_of = {index: number for number, index in enumerate(code, 1)}
-    started = 0.0
+    started, is_interrupted = 0.0, False
     task = asyncio.current_task()
     assert task is not None
 
+    def interrupt() -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
+        task.cancel()
+
     def on_notebook_start(**_: Any) -> None:
-        # nbclient's handlers kill the kernel and report it as dead; a cancelled task cleans up and says so.
+        # Instead of nbclient's, which kill the kernel but let the wait for its reply go on.
         with suppress(NotImplementedError):  # no signal handlers on Windows' loops
             for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+                asyncio.get_running_loop().add_signal_handler(number, interrupt)
 
     def on_cell_execute(**_: Any) -> None:
         nonlocal started
@@ -289,15 +296,17 @@ async def _execute(
             **os.environ,
             "PRESCOPE_HEADLESS": "1",
             "PLOTLY_RENDERER": "plotly_mimetype",
-            "TQDM_DISABLE": "1",  # its bars are widgets
+            "TQDM_DISABLE": "1",  # bars are widgets
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "PYTHONPATH": os.pathsep.join(_import_paths()),
         }
         try:
             await client.async_execute(cleanup_kc=True, env=environment)
         except CellExecutionError as error:
-            index = next(i for i in reversed(code) if notebook.cells[i].get("outputs") or i == code[0])
-            raise NotebookFailed(_failure(notebook, index, error)) from error
+            raise NotebookFailed(_failure(notebook, error)) from error
         except (CellTimeoutError, DeadKernelError) as error:
+            if is_interrupted:  # nbclient takes a cancelled task for a dead kernel
+                raise KeyboardInterrupt from error
             raise NotebookFailed(f"{type(error).__name__}: {error}") from error
 
 
@@ -309,10 +318,17 @@ def _import_paths() -> list[str]:
     return paths + [os.path.abspath(path) for path in given.split(os.pathsep) if path]
 
 
-def _failure(notebook: nbformat.NotebookNode, index: int, error: CellExecutionError) -> str:
-    tracebacks = [o.traceback for o in notebook.cells[index].outputs if o.output_type == "error"]
-    text = "\n".join(tracebacks[-1]) if tracebacks else str(error)
-    return f"cell {index + 1} of {len(notebook.cells)} raised {error.ename}: {error.evalue}\n{text}"
+def _failure(notebook: nbformat.NotebookNode, error: CellExecutionError) -> str:
+    """Number of the cell that raised and its traceback."""
+    found = [
+        (number, output)
+        for number, cell in enumerate(notebook.cells, 1)
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    ]
+    number, output = found[-1]
+    head = f"cell {number} of {len(notebook.cells)} raised {error.ename}: {error.evalue}"
+    return "\n".join([head, *output.traceback])
 
 
 def _notebook_page(notebook: nbformat.NotebookNode, name: str, provenance: dict[str, Any]) -> str:

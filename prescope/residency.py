@@ -49,6 +49,8 @@ class ResidencyTable:
         self.slot_of = np.full(shape.total_experts, -1, dtype=np.int64)
         self.key_of = np.full(num_slots, -1, dtype=np.int64)
         self.in_flight = np.zeros(num_slots, dtype=bool)
+        #: Counts the changes of each layer's row of `slot_of`, so that copies of it know when they are stale.
+        self.versions = np.zeros(shape.num_layers, dtype=np.int64)
         self._protected = np.zeros(num_slots, dtype=bool)
         self._free = list(range(num_slots - 1, -1, -1))
 
@@ -57,8 +59,12 @@ class ResidencyTable:
     ) -> LayerNeed:
         """Sort a layer's distinct experts (n,) into hits, late and misses; the policy learns the need."""
         self.policy.use(moe_layer, experts, weights)
-        slots = self.slot_of[moe_layer * self.shape.num_experts + experts]
+        slots = self.slots_for(moe_layer, experts)
         found = slots >= 0
+        if (
+            found.all() and not self.in_flight[slots].any()
+        ):  # the common case on warm slots, and the hottest path
+            return LayerNeed(moe_layer, experts, tokens, len(experts), 0)
         late = found & self.in_flight[slots]
         # Hits (0) before late (1) before misses (2): what is here is computed while the rest travels.
         rank = np.where(found, late, 2).astype(np.int64)
@@ -66,6 +72,11 @@ class ResidencyTable:
         return LayerNeed(
             moe_layer, experts[order], tokens[order], int((found & ~late).sum()), int(late.sum())
         )
+
+    def row(self, moe_layer: int) -> IntArray:
+        """A layer's row (E,) of the table: the slot of each expert, -1 for none. A view."""
+        first = moe_layer * self.shape.num_experts
+        return self.slot_of[first : first + self.shape.num_experts]
 
     def slots_for(self, moe_layer: int, experts: IntArray) -> IntArray:
         """Slots (n,) of experts, -1 for those that have none."""
@@ -85,6 +96,7 @@ class ResidencyTable:
         keys = moe_layer * self.shape.num_experts + experts
         self.key_of[slots] = keys
         self.slot_of[keys] = slots
+        self.versions[moe_layer] += 1
         self.in_flight[slots] = True
         return slots
 
@@ -98,7 +110,9 @@ class ResidencyTable:
         lowest = (
             candidates[np.argpartition(scores, count - 1)[:count]] if count < len(candidates) else candidates
         )
-        self.slot_of[self.key_of[lowest]] = -1
+        evicted = self.key_of[lowest]
+        self.slot_of[evicted] = -1
+        self.versions[evicted // self.shape.num_experts] += 1
         self.key_of[lowest] = -1
         return lowest
 
@@ -123,6 +137,7 @@ class ResidencyTable:
     def clear(self) -> None:
         """Every expert back to PINNED, every slot free."""
         self.slot_of[:] = -1
+        self.versions += 1
         self.key_of[:] = -1
         self.in_flight[:] = False
         self._protected[:] = False
@@ -133,13 +148,14 @@ class ResidencyTable:
 
         Two consecutive chunks fit into the pool together, so that one is copied while the other is computed.
         """
-        found, misses = np.split(need.experts, [need.num_hits + need.num_late])
+        num_found = need.num_hits + need.num_late
         # Prefetches for other layers that are still on the wire cannot be evicted.
         capacity = self.num_slots - (int(self.in_flight.sum()) - need.num_late)
         assert capacity >= 1, f"all {self.num_slots} slots are in flight for other layers"
         chunk = max(1, min(ROUND_EXPERTS, capacity // 2))
-        if len(misses) <= ROUND_EXPERTS and len(need.experts) <= capacity:
+        if need.num_misses <= ROUND_EXPERTS and len(need.experts) <= capacity:
             return [need.experts]
+        found, misses = need.experts[:num_found], need.experts[num_found:]
         chunks = [misses[i : i + chunk] for i in range(0, len(misses), chunk)]
         return [found, *chunks] if len(found) else chunks
 
@@ -159,7 +175,8 @@ class ResidencyTable:
 def distinct(expert_ids: NDArray[np.integer], num_experts: int) -> tuple[IntArray, IntArray]:
     """Distinct experts (n,) of an id array of any shape and the uses of each (n,); ids outside [0, E) are none."""
     flat = expert_ids.ravel()
-    flat = flat[(flat >= 0) & (flat < num_experts)]
+    if flat.size and (flat.min() < 0 or flat.max() >= num_experts):
+        flat = flat[(flat >= 0) & (flat < num_experts)]
     counts = np.bincount(flat, minlength=num_experts)
-    experts = np.flatnonzero(counts)
+    experts = counts.nonzero()[0]
     return experts, counts[experts]

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from prescope.kernels import ExpertsSpec, LayerWeights, TorchKernel, Work, combine
+from prescope.residency import LayerNeed, distinct
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -85,11 +86,19 @@ def run_in_rounds(kernel, case) -> torch.Tensor:
 
     pools = {name: pool(name) for name in full}
     host_ids = ids.numpy()
-    valid = (host_ids >= 0) & (host_ids < experts)
-    out = torch.zeros(ids.numel(), x.shape[1], dtype=dtype, device=DEVICE)
-    work = Work(x.to(DEVICE, dtype), ids.to(DEVICE), host_ids, experts, out)
+    needed, tokens = distinct(host_ids, experts)
+    work = Work(
+        x_TD=x.to(DEVICE, dtype),
+        ids_TK=ids.to(DEVICE),
+        host_ids_TK=host_ids,
+        need=LayerNeed(0, needed, tokens, 0, 0),
+        num_experts=experts,
+        out_PD=torch.zeros(ids.numel(), x.shape[1], dtype=dtype, device=DEVICE),
+        num_rounds=-(-len(needed) // (num_slots - 1)),
+        slot_row=np.full(experts, -1),
+        version=0,
+    )
     kernel.prepare(work)
-    needed = np.unique(host_ids[valid])
     for first in range(0, len(needed), num_slots - 1):
         chunk = needed[first : first + num_slots - 1]
         slots = np.arange(len(chunk))[::-1] + 1
@@ -100,6 +109,7 @@ def run_in_rounds(kernel, case) -> torch.Tensor:
                     target[slot] = (source.T if spec.is_transposed and source.dim() == 2 else source).to(
                         dtype
                     )
+        work.slot_row[chunk] = slots
         layer = LayerWeights(pools["up"], pools["down"], pools["up_bias"], pools["down_bias"])
         kernel.run(work, spec, layer, chunk, slots)
     return combine(work.out_PD, weights.to(DEVICE, dtype), dtype).cpu()

@@ -111,7 +111,7 @@ def _skeleton(config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedM
             return AutoModelForCausalLM.from_config(config, dtype=wanted or torch.float32)
     except ValueError as error:
         raise NotAMoE(
-            f"{type(config).__name__} is not a configuration of a causal language model that transformers knows: {error}"
+            f"{type(config).__name__} is not the configuration of a causal language model: {error}"
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from ..residency import IntArray
+from ..residency import IntArray, LayerNeed
 
 TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -49,8 +49,12 @@ class Work:
     x_TD: torch.Tensor
     ids_TK: torch.Tensor  # int64, on the device; ids outside [0, E) are nobody's
     host_ids_TK: IntArray
+    need: LayerNeed  # distinct experts and the tokens of each
     num_experts: int
     out_PD: torch.Tensor  # rows of pairs without an expert stay as they are
+    num_rounds: int
+    slot_row: IntArray  # (E,) slot of each expert, -1 for none: the residency table's own row
+    version: int  # of that row
 
 
 class ExpertKernel(Protocol):

@@ -2,7 +2,7 @@
 
 Two kernels: `_pair_linear`, a matrix-vector product per (token, expert) pair, for few tokens; `_grouped_linear`, a
 tiled product over the pairs of one expert, for many. Both round where transformers' `batched_mm`/`grouped_mm` do: fp32
-accumulation, one rounding to the weights' dtype after each linear. The gate between them is the family's own torch code.
+accumulation, one rounding to the weights' dtype after each linear. The gate between them is the family's own code.
 
 A pair's result depends on neither the slots nor the rounds: the tile shapes are a function of the problem's sizes.
 """
@@ -97,14 +97,14 @@ class TritonKernel:
         self._order = torch.empty(0, dtype=torch.int64)
         self._counts = np.zeros(0, dtype=np.int64)
         self._first = np.zeros(0, dtype=np.int64)
+        self._rows: dict[int, tuple[int, torch.Tensor]] = {}  # by MoE layer: version and row on the device
 
     def prepare(self, work: Work) -> None:
-        flat = work.host_ids_TK.ravel()
-        flat = flat[(flat >= 0) & (flat < work.num_experts)]
-        counts = np.bincount(flat, minlength=work.num_experts)
-        per_expert = len(flat) / max(1, int(np.count_nonzero(counts)))
+        per_expert = work.host_ids_TK.size / max(1, len(work.need.experts))
         self._tiles = per_expert > PAIRS_PER_EXPERT_FOR_TILES
         if self._tiles:
+            counts = np.zeros(work.num_experts, dtype=np.int64)
+            counts[work.need.experts] = work.need.tokens
             self._block_m = (
                 16 if per_expert <= 16 else 32 if per_expert <= 32 else 64 if per_expert <= 64 else 128
             )
@@ -117,8 +117,12 @@ class TritonKernel:
     def run(
         self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray
     ) -> None:
-        table = self._blocks(experts, slots) if self._tiles else _slot_table(work.num_experts, experts, slots)
-        where = _upload(table, work.x_TD.device)
+        if self._tiles:
+            where = _upload(self._blocks(experts, slots), work.x_TD.device)
+        elif work.num_rounds == 1:
+            where = self._slot_row(work)
+        else:  # experts of later rounds have slots already, but not yet their bytes
+            where = _upload(_slot_table(work.num_experts, experts, slots), work.x_TD.device)
         top_k = work.ids_TK.shape[1]
         up_dim = weights.up.shape[2 if spec.is_transposed else 1]
         h = work.x_TD.new_empty((work.out_PD.shape[0], up_dim))
@@ -128,6 +132,15 @@ class TritonKernel:
         self._linear(work, where, act, 1, weights.down, weights.down_bias, y, spec.is_transposed)
         if spec.post_norm is not None:
             self._keep_round(work, experts, spec.post_norm(y))
+
+    def _slot_row(self, work: Work) -> torch.Tensor:
+        """The layer's row of the residency table on the device, uploaded only when it has changed."""
+        layer = work.need.moe_layer
+        version, row = self._rows.get(layer, (-1, torch.empty(0)))
+        if version != work.version:
+            row = _upload(work.slot_row, work.x_TD.device)
+            self._rows[layer] = work.version, row
+        return row
 
     def _keep_round(self, work: Work, experts: IntArray, y_PD: torch.Tensor) -> None:
         """Take over the normed rows of this round's pairs only: the others hold nothing yet, or a former round's."""

@@ -8,6 +8,6 @@ from .latency import latency
 from .layers import layers
 from .load import load
 from .slots_curve import slots_curve
-from .timeline import timeline
+from .timeline import timeline, timeline_info
 
-__all__ = ["hit_rate", "latency", "layers", "load", "slots_curve", "timeline"]
+__all__ = ["hit_rate", "latency", "layers", "load", "slots_curve", "timeline", "timeline_info"]

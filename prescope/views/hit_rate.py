@@ -8,11 +8,11 @@ from prescope.core import Phase
 from prescope.errors import BadTrace
 from prescope.result import RunResult
 
-from .theme import COLORS, NAMES, TEXT, origin, style
+from .theme import COLORS, NAMES, add_line, origin, style
 
 
 class HitRateInfo(NamedTuple):
-    """Counts of each MoE layer, summed over the steps; denominators are distinct experts per layer and step."""
+    """Counts of each MoE layer, summed over steps; the denominator is distinct experts per layer and step."""
 
     phase: Phase | None
     num_steps: int
@@ -48,7 +48,9 @@ def hit_rate_info(run: RunResult, phase: Phase | None = "decode") -> HitRateInfo
     """
     table = run.layers if phase is None else run.layers[run.layers["phase"] == phase]
     if table.empty:
-        raise BadTrace(f"the run has no {phase or ''} steps; ask for more than one new token, or for another phase")
+        raise BadTrace(
+            f"the run has no {phase or ''} steps; ask for more than one new token, or for another phase"
+        )
     columns = ["hits", "late", "misses"]
     sums = table.astype(dict.fromkeys(columns, "int64")).groupby("moe_layer")[columns].sum()
     sums = sums.reindex(range(int(run.layers["moe_layer"].max()) + 1), fill_value=0)
@@ -70,14 +72,13 @@ def plot_hit_rate(info: HitRateInfo) -> go.Figure:
                 marker={"color": COLORS[name], "line": {"width": 0}, "opacity": 0.85},
                 hovertemplate="%{y:.2f} per step (%{customdata[0]:,} of %{customdata[1]:,})",
             )
-    fig.add_scatter(
+    add_line(
+        fig,
+        COLORS["line"],
         x=layers,
         y=[100 * rate for rate in info.rates],
         yaxis="y2",
-        name="hit rate",
-        mode="lines+markers",
-        line={"color": TEXT, "width": 2},
-        marker={"size": 6},
+        name="hit rate (right axis)",
         hovertemplate="%{y:.1f} %",
     )
     needed = sum(info.needed)
@@ -87,19 +88,13 @@ def plot_hit_rate(info: HitRateInfo) -> go.Figure:
     style(
         fig,
         title="Are the experts there when a layer needs them?",
-        subtitle=f"{phase}{shares} of {needed:,} needed (distinct experts per layer and step)<br>{info.origin}",
+        subtitle=f"{phase}{shares} of {needed:,} needed (distinct per layer and step)<br>{info.origin}",
         height=380,
     )
-    fig.update_layout(
-        barmode="stack",
-        bargap=0.25,
-        hovermode="x unified",
-        margin={"t": 122, "r": 66},
-        yaxis2={"overlaying": "y", "side": "right", "range": [0, 105], "tickmode": "auto", "tickvals": None},
-    )
+    fig.update_layout(barmode="stack", bargap=0.25, hovermode="x unified", margin={"t": 108, "r": 66})
+    fig.update_layout(yaxis2={"overlaying": "y", "side": "right", "range": [0, 105], "tickmode": "auto"})
+    fig.update_layout(yaxis2={"showgrid": False, "zeroline": False, "ticks": ""})
+    fig.update_layout(yaxis2_title={"text": "hit rate, %", "font": {"size": 12.5}})
     fig.update_xaxes(title_text="MoE layer", showgrid=False, dtick=1 if len(layers) <= 32 else None)
-    fig.update_layout(
-        yaxis={"title_text": "distinct experts per step", "rangemode": "tozero"},
-        yaxis2={"title_text": "hit rate, %", "showgrid": False, "zeroline": False, "ticks": ""},
-    )
+    fig.update_yaxes(title_text="distinct experts per step", rangemode="tozero", selector=0)
     return fig

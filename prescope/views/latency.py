@@ -42,7 +42,9 @@ def latency_info(run: RunResult) -> LatencyInfo:
     """
     decode = run.steps[run.steps["phase"] == "decode"]
     if decode.empty:
-        raise BadTrace("the run has no decode steps; ask for more than one new token (max_new_tokens=2 or more)")
+        raise BadTrace(
+            "the run has no decode steps; ask for more than one new token (max_new_tokens=2 or more)"
+        )
     step_ms = decode["dur_us"].to_numpy() / 1e3
     return LatencyInfo(
         steps=tuple(decode["step"].tolist()),
@@ -89,12 +91,21 @@ def plot_latency(info: LatencyInfo) -> go.Figure:
         showlegend=not info.cause_ms,
         hovertemplate="%{y:.3f} ms",
     )
-    for value, name, dash in ((info.p50_ms, "p50", "dash"), (info.p95_ms, "p95", "dot")):
-        fig.add_hline(
+    for value, name, dash, side in (
+        (info.p50_ms, "p50", "dash", "top"),
+        (info.p95_ms, "p95", "dot", "bottom"),
+    ):
+        fig.add_hline(y=value, line={"color": TEXT, "width": 1.2, "dash": dash})
+        fig.add_annotation(
+            text=f"{name} {value:.3g} ms",
+            x=1,
+            xref="paper",
+            xanchor="left",
+            xshift=4,
             y=value,
-            line={"color": TEXT, "width": 1.2, "dash": dash},
-            annotation={"text": f"{name} {value:.3g} ms", "font": {"size": 12, "color": TEXT}, "xanchor": "right"},
-            annotation_position="top right",
+            yanchor=side,
+            showarrow=False,
+            font={"size": 12},
         )
     p50, p95 = f"{info.p50_ms:.3g}", f"{info.p95_ms:.3g}"
     style(
@@ -104,7 +115,9 @@ def plot_latency(info: LatencyInfo) -> go.Figure:
         f"{len(info.steps)} decode steps<br>{info.origin}",
         height=380,
     )
-    fig.update_layout(barmode="stack", bargap=0.1, barcornerradius=0, hovermode="x unified", margin_t=122)
+    fig.update_layout(
+        barmode="stack", bargap=0.1, barcornerradius=0, hovermode="x unified", margin={"t": 108, "r": 92}
+    )
     fig.update_xaxes(title_text="decode step (one token of each sequence)", showgrid=False)
     fig.update_yaxes(title_text="ms per step", rangemode="tozero")
     return fig

@@ -10,7 +10,7 @@ from prescope.core import Phase
 from prescope.errors import BadTrace
 from prescope.result import RunResult
 
-from .theme import COLORS, NAMES, origin, style
+from .theme import COLORS, NAMES, add_line, origin, style
 
 _KINDS = ["dense", "experts", "stall", "host_wait"]
 _COMPUTE_LANES = ["gpu", "stall", "host"]
@@ -87,25 +87,28 @@ def plot_layers(info: LayersInfo) -> go.Figure:
                 hovertemplate="%{y:,.0f} µs",
             )
     if any(info.link_us):
-        fig.add_scatter(
+        add_line(
+            fig,
+            COLORS["line"],
             x=info.labels[:-1],
             y=info.link_us[:-1],
             name="link busy",
-            mode="lines+markers",
-            line={"color": COLORS["line"], "width": 2, "dash": "dot"},
-            marker={"size": 6},
             hovertemplate="%{y:,.0f} µs",
         )
-    shares = [f"{NAMES[k].split(' (')[0]} {100 * sum(v) / info.step_us:.0f} %" for k, v in info.kind_us.items()]
+    shares = [
+        f"{NAMES[k].split(' (')[0]} {100 * sum(v) / info.step_us:.0f} %" for k, v in info.kind_us.items()
+    ]
     mean = f"mean of {info.num_steps} {info.phase} step{'s' if info.num_steps > 1 else ''}: "
-    mean += f"{info.step_us / 1e3:.3g} ms = {', '.join(shares)}, other {100 * info.other_us / info.step_us:.0f} %"
+    mean += (
+        f"{info.step_us / 1e3:.3g} ms = {', '.join(shares)}, other {100 * info.other_us / info.step_us:.0f} %"
+    )
     style(
         fig,
         title=f"Where a {info.phase} step's time goes, layer by layer",
         subtitle=f"{mean}<br>{info.origin}",
         height=400,
     )
-    fig.update_layout(barmode="stack", bargap=0.25, hovermode="x unified", margin_t=122)
+    fig.update_layout(barmode="stack", bargap=0.25, hovermode="x unified", margin_t=108)
     fig.update_xaxes(title_text="MoE layer (head: after the last one)", type="category", showgrid=False)
     fig.update_yaxes(title_text="µs per step", rangemode="tozero", tickformat=",")
     return fig

@@ -15,6 +15,12 @@ from .theme import style
 #: Light to dark in one hue: reads in grey and with any colour vision.
 _SCALE = [[0, "#f1f5f9"], [0.25, "#bcd7ea"], [0.5, "#56a3d2"], [0.75, "#0072b2"], [1, "#06304f"]]
 
+_COLORBAR = {
+    "title": {"text": "% of uses", "side": "right", "font": {"size": 12.5}},
+    "thickness": 12,
+    "outlinewidth": 0,
+}
+
 
 class LoadInfo(NamedTuple):
     """Tokens each expert of each MoE layer was used by, and the share of the layer's uses."""
@@ -22,7 +28,9 @@ class LoadInfo(NamedTuple):
     counts: tuple[tuple[int, ...], ...]  # L rows of E
     share_pct: tuple[tuple[float, ...], ...]
     num_unused: int  # experts no token used
-    top_quarter_pct: float  # share of uses that go to the busiest quarter of each layer's experts, mean over layers
+    top_quarter_pct: (
+        float  # share of uses that go to the busiest quarter of each layer's experts, mean over layers
+    )
     num_tokens: int
     model: str
 
@@ -72,7 +80,7 @@ def plot_load(info: LoadInfo) -> go.Figure:
             zmin=0,
             xgap=1 if num_experts <= 64 else 0,
             ygap=1 if num_layers <= 64 else 0,
-            colorbar={"title": {"text": "% of uses", "side": "right"}, "thickness": 12, "outlinewidth": 0},
+            colorbar=_COLORBAR,
             hovertemplate="layer %{y}, expert %{x}<br>%{z:.1f} % of the layer's uses, %{customdata:,} tokens"
             "<extra></extra>",
         )
@@ -81,11 +89,14 @@ def plot_load(info: LoadInfo) -> go.Figure:
     style(
         fig,
         title="Which experts do the tokens use?",
-        subtitle=f"the busiest {quarter} of {num_experts} experts of a layer serve {info.top_quarter_pct:.0f} % of its "
-        f"uses (even load: {100 * quarter / num_experts:.0f} %), {info.num_unused} experts unused<br>"
+        subtitle=f"the busiest {quarter} of {num_experts} experts of a layer get "
+        f"{info.top_quarter_pct:.0f} % of its uses (even load: {100 * quarter / num_experts:.0f} %), "
+        f"{info.num_unused} experts unused<br>"
         f"{info.num_tokens:,} tokens through {info.model}",
         height=min(900, 170 + 26 * num_layers),
     )
     fig.update_xaxes(title_text="expert", showgrid=False, dtick=1 if num_experts <= 32 else None)
-    fig.update_yaxes(title_text="MoE layer", showgrid=False, autorange="reversed", dtick=1 if num_layers <= 32 else None)
+    fig.update_yaxes(
+        title_text="MoE layer", showgrid=False, autorange="reversed", dtick=1 if num_layers <= 32 else None
+    )
     return fig

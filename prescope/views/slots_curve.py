@@ -1,4 +1,4 @@
-"""What do more slots buy? Hit rate and tokens/s against the share of experts on the device, with its memory."""
+"""What do more slots buy? Hit rate and tokens/s against the share of experts with a slot."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 
 from prescope.errors import BadTrace
 from prescope.result import RunResult
+from prescope.units import GIB, format_bytes
 
 from .theme import COLORS, style
 
@@ -20,7 +21,9 @@ class SlotsPoint(NamedTuple):
     share_pct: float  # of all experts of the model
     memory_gib: float
     num_runs: int
-    hit_rate_pct: tuple[float, float, float]  # least, median, most; decode, distinct experts per layer and step
+    hit_rate_pct: tuple[
+        float, float, float
+    ]  # least, median, most; decode, distinct experts per layer and step
     tokens_per_s: tuple[float, float, float]  # decode, all sequences
 
 
@@ -78,7 +81,7 @@ def plot_slots_curve(info: SlotsCurveInfo) -> go.Figure:
     """Two rows over one x-axis; every point says its count and memory."""
     fig = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09)
     x = [point.share_pct for point in info.points]
-    customdata = [(point.num_slots, point.memory_gib, point.num_runs) for point in info.points]
+    customdata = [(p.num_slots, format_bytes(p.memory_gib * GIB), p.num_runs) for p in info.points]
     rows = [
         ("hit rate", "hit", [point.hit_rate_pct for point in info.points], "%{y:.1f} %"),
         ("decode speed", "experts", [point.tokens_per_s for point in info.points], "%{y:,.1f} tokens/s"),
@@ -100,7 +103,7 @@ def plot_slots_curve(info: SlotsCurveInfo) -> go.Figure:
             mode="lines+markers",
             line={"color": COLORS[color], "width": 2.2},
             marker={"size": 8},
-            hovertemplate=text + ", %{customdata[0]} slots = %{customdata[1]:.3g} GiB, "
+            hovertemplate=text + ", %{customdata[0]} slots = %{customdata[1]}, "
             "%{customdata[2]} run(s)<extra></extra>",
             row=row,
             col=1,
@@ -111,10 +114,14 @@ def plot_slots_curve(info: SlotsCurveInfo) -> go.Figure:
         subtitle=f"median and range of the runs at each number of slots<br>{info.origin}",
         height=460,
     )
-    ticks = [f"{p.share_pct:.0f} %<br>{p.num_slots} slots<br>{p.memory_gib:.2g} GiB" for p in info.points]
+    ticks = [
+        f"{p.share_pct:.0f} %<br>{p.num_slots} slots<br>{format_bytes(p.memory_gib * GIB)}"
+        for p in info.points
+    ]
     fig.update_layout(hovermode="x unified", showlegend=False, margin={"t": 92, "b": 84})
-    fig.update_xaxes(tickmode="array", tickvals=x, ticktext=ticks if len(x) <= 12 else None, row=2, col=1)
+    if len(x) <= 12:  # more labels would run into one another
+        fig.update_xaxes(tickmode="array", tickvals=x, ticktext=ticks)
     fig.update_xaxes(title_text="experts that have a slot, share of all · memory of the slots", row=2, col=1)
-    fig.update_yaxes(title_text="hit rate, %", range=[0, 105], row=1, col=1)
+    fig.update_yaxes(title_text="hit rate, %", range=[-4, 106], row=1, col=1)
     fig.update_yaxes(title_text="decode tokens/s", rangemode="tozero", row=2, col=1)
     return fig

@@ -1,7 +1,7 @@
 """What all figures share: colours with a fixed meaning, fonts, grid, title with the run's origin.
 
-Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart with any colour vision. Backgrounds
-are transparent and text is a mid grey, so that a figure reads on a light and on a dark page.
+Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart with any colour vision.
+Backgrounds are transparent and text is a mid grey, so that a figure reads on a light and on a dark page.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ NAMES: dict[str, str] = {
     "miss": "miss",
     "other": "other",
 }
-TEXT = "#717986"
+TEXT = "#7a828e"
 GRID = "rgba(128,128,128,.18)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 #: For `fig.show(config=...)` and the report: no logo, no buttons that do nothing here.
@@ -56,11 +56,23 @@ def origin(run: RunResult) -> str:
     slots = run.config.get("num_slots", run.config.get("slots"))
     if slots is not None:
         share = run.config.get("slots_frac")
-        parts.append(f"{slots} slots" + (f" ({100 * share:.0f} % of the experts)" if share is not None else ""))
+        parts.append(
+            f"{slots} slots" + (f" ({100 * share:.0f} % of the experts)" if share is not None else "")
+        )
     if "cache" in run.config:
         parts.append(str(run.config["cache"]))
     parts.append(f"batch {run.metrics.batch}")
     return " · ".join(parts)
+
+
+def add_line(fig: go.Figure, color: str, **trace: Any) -> None:
+    """A line with a light halo, so that it is seen on top of bars of any colour."""
+    halo = {"x": trace["x"], "y": trace["y"], "yaxis": trace.get("yaxis", "y"), "mode": "lines"}
+    fig.add_scatter(
+        **halo, line={"color": "rgba(255,255,255,.75)", "width": 5}, hoverinfo="skip", showlegend=False
+    )
+    marker = {"size": 7, "color": color, "line": {"color": "white", "width": 1.5}}
+    fig.add_scatter(**trace, mode="lines+markers", line={"color": color, "width": 2}, marker=marker)
 
 
 def style(fig: go.Figure, *, title: str, subtitle: str, height: int) -> go.Figure:

@@ -1,0 +1,70 @@
+"""The notebooks, executed as `make report` does, and opened offline."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from browser import count_plots, offline_page
+
+from prescope import RoutingTrace
+from prescope.report import execute_notebook
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+QUICKSTART = NOTEBOOKS / "00_quickstart.ipynb"
+NUM_FIGURES = 8  # timeline, layers, hit rate, latency, the panel's three, slots curve
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    lines: list[str] = []
+    page = execute_notebook(
+        QUICKSTART,
+        folder / "quickstart.html",
+        parameters={"max_new_tokens": 8, "device": "cpu", "out": str(folder)},
+        log=lines.append,
+    )
+    return page, lines
+
+
+def test_the_quickstart_runs_and_its_page_holds_every_figure_once(executed):
+    page, lines = executed
+    text = page.read_text()
+    assert len(re.findall(r'Plotly\.newPlot\("', text)) == NUM_FIGURES
+    assert text.count("plotly.js v") == 1
+    assert "application/vnd.jupyter.widget-view+json" not in text
+    assert "emulated link of 1 GB/s" in text
+    assert "What this does not show" in text
+    assert len(text) < 7_000_000
+    assert "cdn" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL).lower()
+    assert lines[-1].startswith(str(page))
+
+
+def test_the_quickstart_leaves_a_trace_and_a_timeline(executed):
+    folder = executed[0].parent
+    trace = RoutingTrace.load(folder / "trace.safetensors")
+    assert [prompt["domain"] for prompt in trace.prompts] == ["story", "code", "maths"]
+    assert len(trace.steps) == 8
+    assert (folder / "timeline.json.gz").stat().st_size > 1_000
+
+
+@pytest.mark.browser
+def test_the_quickstart_page_opens_offline(executed):
+    with offline_page(executed[0]) as (page, requests, errors):
+        assert count_plots(page, NUM_FIGURES) == NUM_FIGURES
+        assert (requests, errors) == ([], [])
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_asks_one_question_takes_parameters_and_says_what_it_does_not_show(path):
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    headings = [line for cell in cells if cell.cell_type == "markdown" for line in cell.source.splitlines()]
+    titles = [line for line in headings if line.startswith("# ")]
+    assert len(titles) == 1
+    assert titles[0].endswith("?")
+    assert "parameters" in code[0].metadata["tags"]
+    assert "assert " in code[-1].source
+    assert "## What this does not show" in cells[-1].source
+    assert not any(line.startswith(("def ", "class ")) for cell in code for line in cell.source.splitlines())
