@@ -48,23 +48,28 @@ def main() -> None:
     try:
         for name in args.model:
             bench = open_model(name, torch.device(args.device), DTYPES[args.dtype])
-            run_model(bench, args, facts["link_gb_per_s"], records)
+            run_model(bench, args, facts, records)
             del bench
             torch.compiler.reset()
             if on_gpu:
                 torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        print("# interrupted: what follows is what there is")
     finally:
         table = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", *map(table_row, records)]
         print("\n" + "\n".join(table))
-        if args.out:
-            text = json.dumps(
-                {"machine": facts, "arguments": vars(args), "cells": records}, indent=1, default=str
-            )
-            Path(args.out).write_text(text + "\n")
+        write_json(args, facts, records)
+
+
+def write_json(args: argparse.Namespace, facts: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Write everything there is so far: an interrupted run keeps its cells."""
+    if args.out:
+        everything = {"machine": facts, "arguments": vars(args), "cells": records}
+        Path(args.out).write_text(json.dumps(everything, indent=1, default=str) + "\n")
 
 
 def run_model(
-    bench: BenchModel, args: argparse.Namespace, link: float, records: list[dict[str, Any]]
+    bench: BenchModel, args: argparse.Namespace, facts: dict[str, Any], records: list[dict[str, Any]]
 ) -> None:
     """Append all cells of one model: the plain ones, then the engine's, then the check of the tokens."""
     first = len(records)
@@ -84,10 +89,11 @@ def run_model(
         records.append({**base, **cell})
         outputs.append(tokens)
         print(table_row(records[-1]), flush=True)
+        write_json(args, facts, records)
 
     for batch in args.batch:
         for mode in args.plain:
-            if mode != "compiled" or batch in args.compiled_batch:
+            if batch in {"compiled": args.compiled_batch, "eager": args.eager_batch}.get(mode, args.batch):
                 cell, tokens = run_plain(bench.model, prompts[batch], mode, args)
                 keep({"batch": batch, "engine": f"plain {mode}", "slots": "all on GPU", **cell}, tokens)
     fastest = {
@@ -101,7 +107,9 @@ def run_model(
         for batch in args.batch:
             for share in args.slots:
                 engine.configure(slots=share)
-                cell, tokens = run_engine(engine, source, prompts[batch], args, fastest[batch], link)
+                cell, tokens = run_engine(
+                    engine, source, prompts[batch], args, fastest[batch], facts["link_gb_per_s"]
+                )
                 keep({"batch": batch, "slots": f"{share:.0%}", **cell}, tokens)
         if args.events_cost:
             keep(events_cost(engine, prompts[args.batch[0]], args), None)
@@ -244,8 +252,11 @@ def check_tokens(
             equal = (new == reference[cell["batch"]][:, args.prompt :]).float().mean()
             cell["tokens_equal"] = float(equal)
         gaps = []
+        ends = model.generation_config.eos_token_id
         for row in tokens:  # one sequence at a time: logits of a batch over a large vocabulary take gigabytes
             logits = model(row[None].to(model.device)).logits[0, args.prompt - 1 : -1].float()
+            if ends is not None:  # forbidden while generating, so that all runs have the same length
+                logits[:, ends] = float("-inf")
             chosen = logits.gather(1, row[args.prompt :, None].to(model.device))[:, 0]
             gaps.append((logits.max(dim=1).values - chosen).max())
         cell["worst_gap"] = float(torch.stack(gaps).max())
@@ -324,6 +335,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--plain", nargs="*", default=["eager", "batched_mm", "default", "compiled"])
     parser.add_argument("--compiled-batch", nargs="*", type=int, default=[1, 8])
+    parser.add_argument("--eager-batch", nargs="*", type=int, default=[1, 8, 16])
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try the script")
