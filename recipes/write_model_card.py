@@ -241,6 +241,8 @@ def main(argv: list[str] | None = None) -> None:
         "## Text it was trained and tested on",
         "Only the tokenizer and the weights are here, not the text. Markup, links and metadata were removed, "
         "duplicates dropped, long novels cut.\n\n" + sources,
+        "## Licence",
+        "Weights and tokenizer: Apache-2.0, as the rest of this repository. The licences of the texts are above.",
     ]
     (args.model / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     print(f"wrote {args.model / 'README.md'} and loss.svg")
