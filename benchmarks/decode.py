@@ -22,10 +22,10 @@ from transformers import PreTrainedModel, StoppingCriteria
 
 from prescope import attach
 from prescope.bounds import belady_misses
-from prescope.config import DEFAULT_EMULATED_GB_PER_S
 from prescope.engine import Engine
 from prescope.hardware import machine_facts
 
+TRIAL_LINK_GB_PER_S = 1.0  # emulated, with --device cpu
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 COLUMNS = [
     "model", "batch", "engine", "slots", "tok/s", "spread", "TTFT ms", "hit %", "late %", "miss %", "GB moved",
@@ -41,7 +41,7 @@ def main() -> None:
         **machine_facts(),
         "device": torch.cuda.get_device_name() if on_gpu else "CPU standing in for the GPU",
         "link": "measured with pinned 64 MiB copies" if on_gpu else "emulated",
-        "link_gb_per_s": link_rate() if on_gpu else DEFAULT_EMULATED_GB_PER_S,
+        "link_gb_per_s": link_rate() if on_gpu else TRIAL_LINK_GB_PER_S,
     }
     print(f"# {facts['device']}, link {facts['link_gb_per_s']:.1f} GB/s ({facts['link']})", flush=True)
     records: list[dict[str, Any]] = []
@@ -101,7 +101,10 @@ def run_model(
         for batch in args.batch
     }
     started = time.perf_counter()
-    with attach(bench.model, slots=1.0, device=args.device, kernels=args.kernels) as engine:
+    link = None if args.device == "cuda" else TRIAL_LINK_GB_PER_S
+    with attach(
+        bench.model, slots=1.0, device=args.device, kernels=args.kernels, link_gb_per_s=link
+    ) as engine:
         seconds = time.perf_counter() - started
         print(f"# {engine!r}: experts to pinned rows in {seconds:.1f} s", flush=True)
         for batch in args.batch:

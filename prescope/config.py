@@ -12,9 +12,10 @@ from .units import format_bytes, parse_bytes
 DEVICES = ("auto", "cuda", "cpu", "null")
 CACHES = ("lru", "lfu", "static", "score")
 KERNELS = ("auto", "torch", "triton")
-#: Emulated link of the CPU device when the user names none, GB/s. Chosen so that, as on a real machine
-#: with PCIe 4, moving one expert takes several times longer than computing with it.
-DEFAULT_EMULATED_GB_PER_S = 1.0
+#: Emulated link when the user names none: one expert takes a millisecond, so that, as on a real machine, moving an
+#: expert takes longer than computing with it; at most PCIe 4 x16.
+EMULATED_EXPERT_US = 1000.0
+EMULATED_MOST_GB_PER_S = 26.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +29,8 @@ class EngineConfig:
             when there is one and says so.
         cache: which expert gives up its slot: "lru", "lfu", "static" (least frequent by `frequencies`)
             or "score" (decayed router weight).
-        link_gb_per_s: bandwidth of the emulated link, GB/s; only with device="cpu" or "null".
+        link_gb_per_s: bandwidth of the emulated link, GB/s; only with device="cpu" or "null". By default one
+            expert takes a millisecond.
         kernels: "torch" (reference), "triton" (CUDA), or "auto".
         events: record the timeline (costs at most 2 % of a token's time, see benchmarks/).
         record_routing: keep each step's expert ids and weights for `RunResult.trace`.
@@ -75,6 +77,11 @@ class EngineConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def emulated_link_gb_per_s(row_bytes: int) -> float:
+    """Bandwidth of the emulated link for experts of `row_bytes`, when the user names none; two digits."""
+    return float(f"{min(EMULATED_MOST_GB_PER_S, row_bytes / EMULATED_EXPERT_US / 1e3):.2g}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -56,7 +56,8 @@ def load(
     """
     config = EngineConfig(**settings)
     loaded = load_model(model, dtype, lambda layers, top_k: _check_early(config, layers, top_k))
-    return Engine(loaded.model, config, tokenizer=loaded.tokenizer, name=str(model), frequencies=frequencies)
+    name = Path(model).name if Path(model).is_dir() else str(model)
+    return Engine(loaded.model, config, tokenizer=loaded.tokenizer, name=name, frequencies=frequencies)
 
 
 def attach(
@@ -147,7 +148,7 @@ class Engine:
         self._recorder: Recorder | None = None
         self._serving = False
         self._cancelled = False
-        self._device: Device = open_device(kind, config.link_gb_per_s)
+        self._device: Device = open_device(kind, config.link_gb_per_s, self.shape.row_bytes)
         try:
             self._require_memory(self.num_slots)
             self._attachment = Attachment(model, layers, self._device, self._serve)

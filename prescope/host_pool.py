@@ -29,10 +29,18 @@ class HostLayer:
         self._pinned = False
 
     def fill(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy stacked expert tensors (E, ...) into the rows, then pin them."""
-        for name, tensor in tensors.items():
-            self.layout.view(self.rows, name).copy_(tensor.detach())
+        """Pin the rows and copy stacked expert tensors (E, ...) into them."""
+        # Pinned first: a GPU writes into pinned memory at the link's rate, into pageable memory at a seventh of it.
         self._pinned = self._device.pin(self.rows)
+        for name, tensor in tensors.items():
+            target, source = self.layout.view(self.rows, name), tensor.detach()
+            if source.device.type == "cpu":
+                target.copy_(source)
+                continue
+            # Expert by expert: one copy into the strided view would go through a temporary of the whole layer.
+            for expert in range(source.shape[0]):
+                target[expert].copy_(source[expert], non_blocking=True)
+        self._device.synchronize()
 
     def tensor(self, name: str) -> torch.Tensor:
         """A field of all experts (E, ...), as a view of the rows."""

@@ -3,7 +3,7 @@
 Open it at ui.perfetto.dev or chrome://tracing. One process holds one named track for each lane, above them a
 track of steps with their MoE layers, and three counters: hit rate of the step, bytes in flight, link GB/s.
 Times are microseconds with nanosecond digits. `tests/test_perfetto.py` checks the schema and that slices of
-a track nest; Perfetto's own importer is a download and was not run.
+a track nest. traceinsight (HTA) 0.6.1 loads the file; Perfetto's own importer is a download and was not run.
 """
 
 import gzip
@@ -157,12 +157,9 @@ def _name(row: Any) -> str:
 
 
 def _args(row: Any, tid: int) -> dict[str, Any]:
-    args: dict[str, Any] = {
-        "step": int(row.step),
-        "phase": row.phase,
-        "layer": int(row.moe_layer),
-        "stream": tid,
-    }
+    args: dict[str, Any] = {"step": int(row.step), "phase": row.phase, "layer": int(row.moe_layer)}
+    if row.lane in ("gpu", "h2d"):  # HTA takes whatever has a stream for work of the GPU
+        args["stream"] = tid
     if row.kind == "transfer":
         args |= {
             "expert": int(row.expert),

@@ -45,7 +45,7 @@ _ARRAYS: dict[str, tuple[str, str]] = {
     "position": ("int32", "R"),
     "phase": ("int8", "R"),
 }
-_FRAME_DTYPES: dict[str, object] = {
+_FRAME_DTYPES: dict[str, Any] = {
     "row": np.dtype("int64"),
     "step": np.dtype("int32"),
     "phase": pd.CategoricalDtype(PHASES),
@@ -296,7 +296,7 @@ class RoutingTrace:
         columns = {
             "row": row_RLK,
             "step": self.step[row_RLK],
-            "phase": pd.Categorical.from_codes(self.phase[row_RLK], PHASES),
+            "phase": pd.Categorical.from_codes(self.phase[row_RLK], dtype=_FRAME_DTYPES["phase"]),
             "sequence": self.sequence[row_RLK],
             "position": self.position[row_RLK],
             "moe_layer": layer_RLK,

@@ -75,6 +75,8 @@ def _bundle() -> _Bundle:
 class SlimFigureWidget(go.FigureWidget):
     """A `FigureWidget` of a few kilobytes that survives a page reload."""
 
+    data: Any  # plotly's property; its packages ship no types
+
     _esm = _STUB
     _bundle_ref = traitlets.Unicode().tag(sync=True)
 

@@ -13,10 +13,9 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from . import views
 from .core import Phase
@@ -27,6 +26,9 @@ from .paths import embedded_model
 from .report import write_report
 from .result import RunResult
 from .widgets import SlotsPanel
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 #: One text, several, or a name (a domain, say) for each: the names go into the trace.
 Prompts = str | Sequence[str] | Mapping[str, str]
@@ -216,27 +218,27 @@ class Session:
             raise BadTrace("the session has no run yet; call session.run(prompts, max_new_tokens=32)")
         return self.runs[-1]
 
-    def timeline(self, run: RunResult | None = None, steps: int | range | None = None) -> go.Figure:
+    def timeline(self, run: RunResult | None = None, steps: int | range | None = None) -> "go.Figure":
         """Lanes of some steps of a run (the last one)."""
         return views.timeline(run or self.last, steps)
 
-    def layers(self, run: RunResult | None = None, phase: Phase = "decode") -> go.Figure:
+    def layers(self, run: RunResult | None = None, phase: Phase = "decode") -> "go.Figure":
         """Where a step's time goes, layer by layer."""
         return views.layers(run or self.last, phase)
 
-    def hit_rate(self, run: RunResult | None = None, phase: Phase | None = "decode") -> go.Figure:
+    def hit_rate(self, run: RunResult | None = None, phase: Phase | None = "decode") -> "go.Figure":
         """Hits, late ones and misses by layer."""
         return views.hit_rate(run or self.last, phase)
 
-    def latency(self, run: RunResult | None = None) -> go.Figure:
+    def latency(self, run: RunResult | None = None) -> "go.Figure":
         """Latency of every token."""
         return views.latency(run or self.last)
 
-    def load(self, run: RunResult | None = None, phase: Phase | None = None) -> go.Figure:
+    def load(self, run: RunResult | None = None, phase: Phase | None = None) -> "go.Figure":
         """Which experts the tokens used."""
         return views.load(run or self.last, phase)
 
-    def slots_curve(self, runs: Sequence[RunResult] | None = None) -> go.Figure:
+    def slots_curve(self, runs: Sequence[RunResult] | None = None) -> "go.Figure":
         """Hit rate and speed against slots, from all runs of the session or those given."""
         return views.slots_curve(runs or self.runs)
 

@@ -57,7 +57,7 @@ def test_tokens_are_the_plain_models_whatever_slots_cache_and_device(model, devi
 def test_tokens_survive_copies_that_land_in_any_order(model, seed, monkeypatch):
     """The null device poisons a slot when its copy is issued and lands the bytes as late as the protocol allows: a
     missing wait, or a slot given away while in use, puts NaN into the logits."""
-    monkeypatch.setattr("prescope.engine.open_device", lambda kind, gb_per_s: NullDevice(seed=seed))
+    monkeypatch.setattr("prescope.engine.open_device", lambda *args: NullDevice(seed=seed))
     ids = prompt(batch=4, length=11, seed=seed)
     expected = plain_tokens(model, ids)
     with prescope.attach(model, slots=3 + seed, device="null") as engine:
@@ -112,7 +112,7 @@ def test_every_copy_waits_for_the_last_use_of_its_slot(model, monkeypatch):
         return issue(pairs, after, timed)
 
     monkeypatch.setattr(device, "copy", copy)
-    monkeypatch.setattr("prescope.engine.open_device", lambda kind, gb_per_s: device)
+    monkeypatch.setattr("prescope.engine.open_device", lambda *args: device)
     with prescope.attach(model, slots=5, device="null") as engine:
         release = engine._loader.release
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..config import DEFAULT_EMULATED_GB_PER_S, EngineConfig
+from ..config import EngineConfig, emulated_link_gb_per_s
 from .base import Device, Mark
 from .cuda import CudaDevice
 from .emulated import EmulatedLinkDevice
@@ -29,13 +29,12 @@ def resolve_device(config: EngineConfig, model_device: torch.device) -> tuple[st
         return "cuda", "the model is on the GPU"
     if torch.cuda.is_available():
         return "cuda", f"torch sees {torch.cuda.get_device_name()}"
-    return "cpu", f"torch sees no CUDA GPU; the link is emulated at {DEFAULT_EMULATED_GB_PER_S:g} GB/s"
+    return "cpu", "torch sees no CUDA GPU; the CPU stands in for it, the link is emulated"
 
 
-def open_device(kind: str, link_gb_per_s: float | None) -> Device:
-    """Open a device of a resolved kind."""
+def open_device(kind: str, link_gb_per_s: float | None, row_bytes: int) -> Device:
+    """Open a device of a resolved kind; `row_bytes`, the size of an expert, sets an emulated link's default."""
     if kind == "cuda":
         return CudaDevice()
-    if kind == "null":
-        return NullDevice() if link_gb_per_s is None else NullDevice(link_gb_per_s)
-    return EmulatedLinkDevice(DEFAULT_EMULATED_GB_PER_S if link_gb_per_s is None else link_gb_per_s)
+    link = emulated_link_gb_per_s(row_bytes) if link_gb_per_s is None else link_gb_per_s
+    return NullDevice(link) if kind == "null" else EmulatedLinkDevice(link)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -14,6 +15,8 @@ from ..host_pool import HostLayer, HostPool
 from .seam import MoELayer
 
 IMPLEMENTATION = "prescope"
+#: Experts that take longer than about two seconds to copy get a progress bar.
+PROGRESS_BYTES = 4 << 30
 
 #: (moe_layer, hidden_states (T, D), expert ids (T, K), weights (T, K)) -> (T, D)
 ServeFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -77,6 +80,14 @@ class Attachment:
 
     def _take_experts(self) -> None:
         # Layer by layer, so that the peak is the model plus one layer.
+        nbytes = sum(layer.num_experts * layer.layout.row_bytes for layer in self.layers)
+        progress = tqdm(
+            total=nbytes, desc="experts to host memory", unit="B", unit_scale=True, disable=nbytes < PROGRESS_BYTES
+        )
+        with progress:
+            self._fill_rows(progress)
+
+    def _fill_rows(self, progress: tqdm) -> None:
         for layer in self.layers:
             rows = HostLayer(layer.layout, layer.num_experts, self._device)
             self.host.layers.append(rows)
@@ -94,6 +105,7 @@ class Attachment:
                 for module in (layer.module, *layer.twins):
                     module._parameters[name] = placeholder
                 parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            progress.update(rows.rows.nbytes)
 
     def _move_rest(self) -> None:
         target = self._device.torch_device

@@ -85,7 +85,8 @@ def timeline_info(
     table = run.steps[run.steps["step"].isin(list(chosen))]
     if table.empty:
         raise BadTrace(f"the run has no step of {steps}; its steps are 0 to {int(run.steps['step'].max())}")
-    spans = [Span(int(r.step), -1, float(r.start_us), float(r.dur_us)) for r in table.itertuples()]
+    columns = (table[name].tolist() for name in ("step", "start_us", "dur_us"))
+    spans = [Span(step, -1, start, dur) for step, start, dur in zip(*columns, strict=True)]
     start_us, end_us = spans[0].start_us, spans[-1].start_us + spans[-1].dur_us
     events = run.events
     ends = events["start_us"] + events["dur_us"]
@@ -110,7 +111,7 @@ def _choose_steps(steps: pd.DataFrame, wanted: int | range | None) -> range:
     decode = steps[steps["phase"] == "decode"]
     if decode.empty:
         return range(1)
-    nearest = (decode["dur_us"] - decode["dur_us"].median()).abs().to_numpy().argmin()
+    nearest = int((decode["dur_us"] - decode["dur_us"].median()).abs().to_numpy().argmin())
     first = int(decode["step"].iloc[min(nearest, max(0, len(decode) - 2))])
     return range(first, first + 2)
 
