@@ -130,30 +130,40 @@ def run_plain(
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     runs, output = [], inputs["input_ids"]
     for i in range(args.plain_repeats + (2 if mode == "compiled" else 1)):
-        clock = TokenClock()
-        clock.start()
+        clock = DecodeClock()
         output = model.generate(
             **inputs, max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False,
             stopping_criteria=[clock], **keywords,
         )  # fmt: skip
+        tpot_ms = clock.tpot_ms()
         if i >= (2 if mode == "compiled" else 1):
-            runs.append(clock.tpot_ms())
+            runs.append(tpot_ms)
     return speed(runs, prompt.shape[0]), output.cpu()
 
 
-class TokenClock(StoppingCriteria):
-    """Times of each token, by the host's clock after the GPU is done with it."""
+class DecodeClock(StoppingCriteria):
+    """Wall time of the decode phase: from the first token to the end, both after the GPU is done."""
 
-    def start(self) -> None:
-        self.times = [time.perf_counter()]
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._tokens = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **keywords: Any) -> torch.Tensor:
-        # `generate` itself waits for the GPU after each token (it asks whether all sequences are finished).
-        self.times.append(time.perf_counter())
+        self._tokens += 1
+        if self._first is None:
+            self._first = self._now()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def tpot_ms(self) -> float:
-        return (self.times[-1] - self.times[1]) / (len(self.times) - 2) * 1e3
+        """Call when `generate` has returned."""
+        assert self._first is not None, "no token was generated"
+        return (self._now() - self._first) / (self._tokens - 1) * 1e3
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def speed(tpot_ms: list[float], batch: int) -> dict[str, Any]:

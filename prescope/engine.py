@@ -458,6 +458,7 @@ class Engine:
             tokens.append(row[:end])
         return tokens
 
+    @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._recorder is None:
             return

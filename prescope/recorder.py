@@ -151,10 +151,12 @@ class Recorder:
     def routing(
         self, moe_layer: int, ids_TK: NDArray[np.integer], weights_TK: torch.Tensor, inputs_TD: torch.Tensor
     ) -> None:
-        """Keep a layer's routing. Inputs are cloned: the model may write into them later."""
+        """Keep a layer's routing. Tensors are cloned: the model, or the next replay of a CUDA graph, may overwrite
+        them.
+        """
         if self._routing:
             inputs = inputs_TD.detach().clone() if self._inputs else None
-            self._steps[-1].routing[moe_layer] = _Routing(ids_TK, weights_TK.detach(), inputs)
+            self._steps[-1].routing[moe_layer] = _Routing(ids_TK.copy(), weights_TK.detach().clone(), inputs)
 
     def tables(self) -> Tables:
         """All three tables. Call once, when the run is over."""

@@ -24,6 +24,7 @@ from IPython.display import HTML, display
 from . import views
 from .result import RunResult
 from .units import GIB, format_bytes
+from .views.theme import CONFIG
 
 if TYPE_CHECKING:
     from .workbench import Job, Prompts, Session
@@ -49,7 +50,18 @@ export default () => {
       widget = (await plotly(props.model))();
       return widget.initialize(props);
     },
-    render(props) { return widget.render(props); },
+    render(props) {
+      // Drawn when it has a width: before that, plotly measures texts as nothing and takes 700 pixels.
+      let clean, width = 0;
+      const observer = new ResizeObserver(() => {
+        if (!props.el.clientWidth || props.el.clientWidth === width) return;
+        width = props.el.clientWidth;
+        if (clean) globalThis.dispatchEvent(new Event("resize")); // Lab's side bars resize no window
+        else clean = widget.render(props);
+      });
+      observer.observe(props.el);
+      return () => { observer.disconnect(); clean?.(); };
+    },
   };
 };
 """
@@ -79,6 +91,10 @@ class SlimFigureWidget(go.FigureWidget):
 
     _esm = _STUB
     _bundle_ref = traitlets.Unicode().tag(sync=True)
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._config = dict(CONFIG)
 
     @traitlets.default("_bundle_ref")
     def _default_bundle_ref(self) -> str:  # a default: set after __init__ it would come too late for the page
@@ -228,6 +244,7 @@ class SlotsPanel:
         error = job.error
         if error is None:
             self._show(job.result())
+            self.bar.bar_style = "warning" if job.is_cancelled else "success"
             self.status.value = "; ".join(["done", *map(escape, job.result().notes)])
         elif isinstance(error, CancelledError):
             self.status.value = "cancelled before the first token; the figures show the former run"

@@ -190,7 +190,7 @@ class Session:
         texts, info = _unfold(prompts)
         result = self.engine.generate(texts, **keywords)
         if is_new:
-            result.notes.append("the slots were cold at the start: settings changed before this run")
+            result.notes.append("cold slots at the start (settings changed)")
         if result.trace is not None:
             result = replace(result, trace=replace(result.trace, prompts=info))
         self.runs.append(result)

@@ -4,11 +4,12 @@ import gc
 import resource
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 import prescope
 from prescope.cache import _BY_NAME, LRU
@@ -396,3 +397,18 @@ def test_cancel_returns_what_there_is(model):
         assert len(run.tokens[0]) == 4
         assert any("cancelled" in note for note in run.notes)
         assert len(engine.generate(prompt(), max_new_tokens=6).tokens[0]) == 6
+
+
+@pytest.mark.slow
+def test_a_compiled_forward_with_a_static_cache_gives_the_same_tokens(model):
+    """torch.compile breaks its graph at the experts and compiles the rest; `generate` decides it by the cache."""
+    ids = prompt(batch=2)
+    expected = plain_tokens(model, ids)
+    compiled = CompileConfig(mode="default")
+    compiled._compile_all_devices = True  # transformers compiles on accelerators only
+    with prescope.attach(model, slots=6, **FAST_LINK) as engine, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch and transformers warn about their own internals while tracing
+        run = engine.generate(ids, max_new_tokens=12, cache_implementation="static", compile_config=compiled)
+    assert run.tokens == expected
+    assert len(run.steps) == 12
+    assert (run.layers["hits"] + run.layers["misses"] == run.layers["needed"]).all()

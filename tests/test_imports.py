@@ -31,7 +31,7 @@ RANK = {row: rank for rank, row in enumerate(LADDER)}
 # One door per library: who may import it, at any depth. Imports under TYPE_CHECKING are free.
 DOORS: dict[str, set[str]] = {
     "transformers": {"hf", "engine"},
-    "plotly": {"views", "report"},
+    "plotly": {"views", "report", "widgets"},
     "ipywidgets": {"widgets"},
     "anywidget": {"widgets"},
     "IPython": {"widgets", "report"},

@@ -37,7 +37,7 @@ def test_every_figure_has_a_title_its_origin_and_units(view, run):
     layout = figure.layout
     assert type(figure) is go.Figure
     assert layout.title.text
-    assert ("synthetic" if view is views.load else LABEL) in layout.title.subtitle.text
+    assert ("synthetic" if view is views.load else LABEL) in layout.title.text
     assert layout.xaxis.title.text
     assert layout.yaxis.title.text or layout.yaxis.ticktext  # a timeline's rows are lanes
     figure.to_json()

@@ -79,7 +79,7 @@ def test_a_figure_taken_over_equals_the_new_one(view):
         assert [trace.name for trace in widget.data] == [trace.name for trace in figure.data]
         for mine, new in zip(widget.data, figure.data, strict=True):
             assert mine.to_plotly_json()["x"] == pytest.approx(new.to_plotly_json()["x"])
-        assert widget.layout.title.subtitle.text == figure.layout.title.subtitle.text
+        assert widget.layout.title.text == figure.layout.title.text
         assert len(widget.layout.shapes) == len(figure.layout.shapes)
 
 
@@ -109,7 +109,7 @@ def test_moving_the_slider_runs_again_and_updates_the_figures_in_place(panel):
     panel.slots.value = 96
     assert settled(panel)["shown_slots"] == 96
     assert panel.figures == figures, "the same widgets"
-    assert all("96 slots" in f.layout.title.subtitle.text for f in panel.figures.values())
+    assert all("96 slots" in f.layout.title.text for f in panel.figures.values())
     assert panel.bar.value == 1.0
     assert panel.status.value.startswith("done")
     assert panel.cancel_button.disabled
@@ -237,7 +237,7 @@ def lab(tmp_path):
 @pytest.mark.browser
 @pytest.mark.slow
 def test_in_jupyterlab_the_slider_runs_the_model_and_a_reload_keeps_the_figures(lab):
-    title = "[...document.querySelectorAll('.gsubtitle, .gtitle-subtitle')].map(t => t.textContent).join('|')"
+    title = "[...document.querySelectorAll('.gtitle')].map(t => t.textContent).join('|')"
     with chromium(lab) as (page, requests, errors):
         page.goto(f"{lab}/lab/tree/panel.ipynb?reset")
         page.get_by_text("| Idle").wait_for(timeout=60_000)

@@ -82,7 +82,11 @@ class Attachment:
         # Layer by layer, so that the peak is the model plus one layer.
         nbytes = sum(layer.num_experts * layer.layout.row_bytes for layer in self.layers)
         progress = tqdm(
-            total=nbytes, desc="experts to host memory", unit="B", unit_scale=True, disable=nbytes < PROGRESS_BYTES
+            total=nbytes,
+            desc="experts to host memory",
+            unit="B",
+            unit_scale=True,
+            disable=nbytes < PROGRESS_BYTES,
         )
         with progress:
             self._fill_rows(progress)

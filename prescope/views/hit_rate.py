@@ -89,9 +89,9 @@ def plot_hit_rate(info: HitRateInfo) -> go.Figure:
         fig,
         title="Are the experts there when a layer needs them?",
         subtitle=f"{phase}{shares} of {needed:,} needed (distinct per layer and step)<br>{info.origin}",
-        height=380,
+        height=390,
     )
-    fig.update_layout(barmode="stack", bargap=0.25, hovermode="x unified", margin={"t": 108, "r": 66})
+    fig.update_layout(barmode="stack", bargap=0.25, hovermode="x unified", margin_r=66)
     fig.update_layout(yaxis2={"overlaying": "y", "side": "right", "range": [0, 105], "tickmode": "auto"})
     fig.update_layout(yaxis2={"showgrid": False, "zeroline": False, "ticks": ""})
     fig.update_layout(yaxis2_title={"text": "hit rate, %", "font": {"size": 12.5}})

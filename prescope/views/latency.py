@@ -113,11 +113,9 @@ def plot_latency(info: LatencyInfo) -> go.Figure:
         title="How long does each token take?",
         subtitle=f"first token after {info.ttft_ms:.3g} ms (TTFT), then p50 {p50} ms, p95 {p95} ms over "
         f"{len(info.steps)} decode steps<br>{info.origin}",
-        height=380,
+        height=390,
     )
-    fig.update_layout(
-        barmode="stack", bargap=0.1, barcornerradius=0, hovermode="x unified", margin={"t": 108, "r": 92}
-    )
+    fig.update_layout(barmode="stack", bargap=0.1, barcornerradius=0, hovermode="x unified", margin_r=92)
     fig.update_xaxes(title_text="decode step (one token of each sequence)", showgrid=False)
     fig.update_yaxes(title_text="ms per step", rangemode="tozero")
     return fig

@@ -108,7 +108,7 @@ def plot_layers(info: LayersInfo) -> go.Figure:
         subtitle=f"{mean}<br>{info.origin}",
         height=400,
     )
-    fig.update_layout(barmode="stack", bargap=0.25, hovermode="x unified", margin_t=108)
+    fig.update_layout(barmode="stack", bargap=0.25, hovermode="x unified")
     fig.update_xaxes(title_text="MoE layer (head: after the last one)", type="category", showgrid=False)
     fig.update_yaxes(title_text="µs per step", rangemode="tozero", tickformat=",")
     return fig

@@ -93,7 +93,8 @@ def plot_load(info: LoadInfo) -> go.Figure:
         f"{info.top_quarter_pct:.0f} % of its uses (even load: {100 * quarter / num_experts:.0f} %), "
         f"{info.num_unused} experts unused<br>"
         f"{info.num_tokens:,} tokens through {info.model}",
-        height=min(900, 170 + 26 * num_layers),
+        height=min(900, 150 + 26 * num_layers),
+        bottom=52,
     )
     fig.update_xaxes(title_text="expert", showgrid=False, dtick=1 if num_experts <= 32 else None)
     fig.update_yaxes(

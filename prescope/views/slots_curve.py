@@ -118,7 +118,7 @@ def plot_slots_curve(info: SlotsCurveInfo) -> go.Figure:
         f"{p.share_pct:.0f} %<br>{p.num_slots} slots<br>{format_bytes(p.memory_gib * GIB)}"
         for p in info.points
     ]
-    fig.update_layout(hovermode="x unified", showlegend=False, margin={"t": 92, "b": 84})
+    fig.update_layout(hovermode="x unified", showlegend=False)
     if len(x) <= 12:  # more labels would run into one another
         fig.update_xaxes(tickmode="array", tickvals=x, ticktext=ticks)
     fig.update_xaxes(title_text="experts that have a slot, share of all · memory of the slots", row=2, col=1)

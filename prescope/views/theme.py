@@ -75,11 +75,18 @@ def add_line(fig: go.Figure, color: str, **trace: Any) -> None:
     fig.add_scatter(**trace, mode="lines+markers", line={"color": color, "width": 2}, marker=marker)
 
 
-def style(fig: go.Figure, *, title: str, subtitle: str, height: int) -> go.Figure:
-    """Give a figure the common looks; axis titles (with units) are the caller's."""
+def style(
+    fig: go.Figure, *, title: str, subtitle: str, height: int, top: int = 84, bottom: int = 90
+) -> go.Figure:
+    """Give a figure the common looks; axis titles (with units) are the caller's.
+
+    The subtitle is part of the title's text: plotly places its own subtitle below the title as measured, which is
+    nothing in a widget that is drawn before it is shown. The legend stands below the plot and pushes the
+    margin, so that it covers nothing when a narrow page wraps it.
+    """
     fig.update_layout(
         title={
-            "text": f"<b>{title}</b>",
+            "text": f"<b>{title}</b><br><span style='font-size:12.5px'>{subtitle}</span>",
             "x": 0,
             "xref": "container",
             "xanchor": "left",
@@ -88,10 +95,10 @@ def style(fig: go.Figure, *, title: str, subtitle: str, height: int) -> go.Figur
             "yanchor": "top",
             "pad": {"t": 14, "l": 12},
             "font": {"size": 17},
-            "subtitle": {"text": subtitle, "font": {"size": 12.5}},
         },
         height=height,
-        margin={"l": 66, "r": 24, "t": 96, "b": 52},
+        autosize=True,
+        margin={"l": 66, "r": 24, "t": top, "b": bottom},
         font={"family": FONT, "size": 13, "color": TEXT},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
@@ -100,8 +107,8 @@ def style(fig: go.Figure, *, title: str, subtitle: str, height: int) -> go.Figur
             "orientation": "h",
             "x": 0,
             "xanchor": "left",
-            "y": 1,
-            "yanchor": "bottom",
+            "y": -52 / (height - top - bottom),
+            "yanchor": "top",
             "traceorder": "normal",
             "font": {"size": 12.5},
             "bgcolor": "rgba(0,0,0,0)",

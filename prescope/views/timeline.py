@@ -207,10 +207,10 @@ def _style(fig: go.Figure, info: TimelineInfo, y_of: dict[str, int]) -> None:
         title="Where does each token's time go?",
         subtitle=f"{len(info.steps)} {info.phase} step{'s' if len(info.steps) > 1 else ''}, "
         f"{info.num_events:,} events{note}<br>{info.origin}",
-        height=166 + 52 * len(y_of),
+        height=196 + 50 * len(y_of),
+        top=106,
     )
-    fig.update_layout(barmode="overlay", hovermode="closest", barcornerradius=0, margin={"t": 104, "b": 80})
-    fig.update_layout(legend={"yref": "container", "y": 0.02, "yanchor": "bottom"})
+    fig.update_layout(barmode="overlay", hovermode="closest", barcornerradius=0)
     fig.update_xaxes(
         title_text="ms since the start of the first step shown",
         range=[0, (info.end_us - info.start_us) / 1e3],
