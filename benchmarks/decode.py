@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ COLUMNS = [
 def main() -> None:
     """Run all models, print the table, write the JSON."""
     args = _arguments()
+    args.deadline = time.perf_counter() + args.seconds
     on_gpu = args.device == "cuda"
     facts = {
         **machine_facts(),
@@ -64,7 +66,8 @@ def main() -> None:
 def write_json(args: argparse.Namespace, facts: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Write everything there is so far: an interrupted run keeps its cells."""
     if args.out:
-        everything = {"machine": facts, "arguments": vars(args), "cells": records}
+        arguments = {name: value for name, value in vars(args).items() if name not in ("deadline", "out")}
+        everything = {"machine": facts, "arguments": arguments, "cells": records}
         Path(args.out).write_text(json.dumps(everything, indent=1, default=str) + "\n")
 
 
@@ -107,15 +110,16 @@ def run_model(
     ) as engine:
         seconds = time.perf_counter() - started
         print(f"# {engine!r}: experts to pinned rows in {seconds:.1f} s", flush=True)
-        for batch in args.batch:
-            for share in args.slots:
-                engine.configure(slots=share)
-                cell, tokens = run_engine(
-                    engine, source, prompts[batch], args, fastest[batch], facts["link_gb_per_s"]
-                )
-                keep({"batch": batch, "slots": f"{share:.0%}", **cell}, tokens)
         if args.events_cost:
             keep(events_cost(engine, prompts[args.batch[0]], args), None)
+        for batch, mode, share in product(args.batch, args.modes, args.slots):
+            if time.perf_counter() > args.deadline:
+                print(f"# no time left for batch {batch}, {mode}, {share:.0%} slots", flush=True)
+                continue
+            engine.configure(slots=share)
+            bounds = (fastest[batch], facts["link_gb_per_s"])
+            cell, tokens = run_engine(engine, source, prompts[batch], mode, args, bounds)
+            keep({"batch": batch, "slots": f"{share:.0%}", **cell}, tokens)
     check_tokens(bench.model, args, records[first:], outputs)
 
 
@@ -180,13 +184,22 @@ def run_engine(
     engine: Engine,
     source: "Prompts",
     prompt: torch.Tensor,
+    mode: str,
     args: argparse.Namespace,
-    plain_tpot_ms: float,
-    link: float,
+    bounds: tuple[float, float],
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """One cell of the engine: a cold run, then warm ones, each on a prompt of its own (repeated prompts flatter any
-    cache). The last run has the prompt of the plain model, to compare the tokens."""
-    settings = {"max_new_tokens": args.new, "min_new_tokens": args.new}
+    cache). The last run has the prompt of the plain model, to compare the tokens.
+
+    mode: "eager", or "compiled": static cache, the forward compiled around the experts.
+    bounds: TPOT of the fastest plain mode in ms, and the link's rate in GB/s.
+    """
+    plain_tpot_ms, link = bounds
+    settings: dict[str, Any] = {"max_new_tokens": args.new, "min_new_tokens": args.new}
+    if mode == "compiled":
+        settings["cache_implementation"] = "static"
+        engine.generate(prompt, **settings)
+        engine.generate(prompt, **settings)
     engine.clear_cache()
     others = [source.draw(*prompt.shape, seed=2 + i) for i in range(args.repeats)]
     cold, *runs = [engine.generate(ids, **settings) for ids in [*others, prompt]]
@@ -197,7 +210,7 @@ def run_engine(
     floor_ms = floor.misses_decode * engine.shape.row_bytes / steps / link / 1e6
     bound_ms = max(plain_tpot_ms, floor_ms)
     cell = {
-        "engine": f"prescope {engine.config.kernels} {engine.config.cache}",
+        "engine": f"prescope {engine.config.kernels} {engine.config.cache} {mode}",
         "num_slots": engine.num_slots,
         "slots_gib": engine.describe()["slots_gib"],
         **speed([run.metrics.tpot_ms for run in runs], prompt.shape[0]),
@@ -348,6 +361,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--plain", nargs="*", default=["eager", "batched_mm", "default", "compiled"])
     parser.add_argument("--compiled-batch", nargs="*", type=int, default=[1, 8])
+    parser.add_argument(
+        "--modes", nargs="+", default=["eager"], choices=["eager", "compiled"], help="of the engine"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="start no new cell of the engine after this"
+    )
     parser.add_argument("--eager-batch", nargs="*", type=int, default=[1, 8, 16])
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)

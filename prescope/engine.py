@@ -108,6 +108,19 @@ def _count_slots(config: EngineConfig, shape: MoEShape, layers: list[MoELayer]) 
     )
 
 
+def _freed_bytes(model: PreTrainedModel, layers: list[MoELayer], device: torch.device) -> int:
+    """Device memory that attaching frees: experts that are there now, less the rest of the model that is not."""
+    experts = {id(tensor) for layer in layers for tensor in layer.tensors().values()}
+    freed = 0
+    for tensor in [*model.parameters(), *model.buffers()]:
+        is_here = tensor.device.type == device.type
+        if is_here and id(tensor) in experts:
+            freed += tensor.nbytes
+        elif not is_here and id(tensor) not in experts:
+            freed -= tensor.nbytes
+    return freed if device.type != "cpu" else 0  # on the CPU the rows take the experts' place
+
+
 class Engine:
     """A model that runs with its experts in host memory.
 
@@ -150,13 +163,18 @@ class Engine:
         self._cancelled = False
         self._device: Device = open_device(kind, config.link_gb_per_s, self.shape.row_bytes)
         try:
-            self._require_memory(self.num_slots)
+            self._require_memory(self.num_slots, _freed_bytes(model, layers, self._device.torch_device))
             self._attachment = Attachment(model, layers, self._device, self._serve)
         except BaseException:
             self._device.close()
             raise
         self._layers = layers
-        self._make_slots(policy)
+        try:
+            self._make_slots(policy)
+        except BaseException:
+            self._attachment.detach()
+            self._device.close()
+            raise
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self.fingerprint = self._attachment.host.fingerprint(
             repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
@@ -182,20 +200,20 @@ class Engine:
         )
         count, reason = _count_slots(config, self.shape, self._layers)
         policy = make_policy(config.cache, self.shape, self._frequencies)
-        self._require_memory(count - self.num_slots)
+        self._require_memory(count, self.num_slots * self.shape.row_bytes)
         self._device.synchronize()
         self._weights = []
         self._loader.close()
         self.config, self.num_slots, self.reasons["slots"] = config, count, reason
         self._make_slots(policy)
 
-    def _require_memory(self, num_slots: int) -> None:
-        wanted, free = num_slots * self.shape.row_bytes, self._device.free_bytes()
+    def _require_memory(self, num_slots: int, freed_bytes: int) -> None:
+        """Raise SlotPoolTooLarge unless the slots fit, given what will be freed (or taken, if negative) before."""
+        wanted, free = num_slots * self.shape.row_bytes, max(0, self._device.free_bytes() + freed_bytes)
         if wanted > free:
-            most = free // self.shape.row_bytes
             raise SlotPoolTooLarge(
-                f"{num_slots} more slots take {format_bytes(wanted)}, the device has {format_bytes(free)} to spare; "
-                f"use slots={most} or fewer (slots='{free >> 30}GiB')"
+                f"{num_slots} slots take {format_bytes(wanted)}, the device has {format_bytes(free)} for them; "
+                f"use slots={free // self.shape.row_bytes} or fewer"
             )
 
     def _layer_weights(self, layer: MoELayer) -> LayerWeights:

@@ -286,6 +286,13 @@ def test_slots_beyond_the_devices_memory_are_refused(model, monkeypatch):
     with pytest.raises(SlotPoolTooLarge, match="use slots=2 or fewer"):
         prescope.attach(model, slots=1.0, device="cpu")
     assert not model.model.layers[0].mlp.experts.gate_up_proj.is_meta
+    monkeypatch.undo()
+    with prescope.attach(model, slots=4, **FAST_LINK) as engine:
+        monkeypatch.setattr("prescope.device.emulated.available_memory_bytes", lambda: 20_000)
+        with pytest.raises(SlotPoolTooLarge, match="24 slots take"):
+            engine.configure(slots=1.0)
+        assert engine.num_slots == 4
+        assert len(engine.generate(prompt(), max_new_tokens=3).tokens[0]) == 3
 
 
 @pytest.mark.parametrize(

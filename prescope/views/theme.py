@@ -76,7 +76,7 @@ def add_line(fig: go.Figure, color: str, **trace: Any) -> None:
 
 
 def style(
-    fig: go.Figure, *, title: str, subtitle: str, height: int, top: int = 84, bottom: int = 90
+    fig: go.Figure, *, title: str, subtitle: str, height: int, top: int = 90, bottom: int = 90
 ) -> go.Figure:
     """Give a figure the common looks; axis titles (with units) are the caller's.
 
@@ -93,7 +93,7 @@ def style(
             "y": 1,
             "yref": "container",
             "yanchor": "top",
-            "pad": {"t": 14, "l": 12},
+            "pad": {"t": 20, "l": 12},
             "font": {"size": 17},
         },
         height=height,

@@ -207,8 +207,8 @@ def _style(fig: go.Figure, info: TimelineInfo, y_of: dict[str, int]) -> None:
         title="Where does each token's time go?",
         subtitle=f"{len(info.steps)} {info.phase} step{'s' if len(info.steps) > 1 else ''}, "
         f"{info.num_events:,} events{note}<br>{info.origin}",
-        height=196 + 50 * len(y_of),
-        top=106,
+        height=202 + 50 * len(y_of),
+        top=112,
     )
     fig.update_layout(barmode="overlay", hovermode="closest", barcornerradius=0)
     fig.update_xaxes(
