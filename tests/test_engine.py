@@ -419,3 +419,15 @@ def test_a_compiled_forward_with_a_static_cache_gives_the_same_tokens(model):
     assert run.tokens == expected
     assert len(run.steps) == 12
     assert (run.layers["hits"] + run.layers["misses"] == run.layers["needed"]).all()
+
+
+def test_no_full_garbage_collection_walks_the_heap_during_a_run(model):
+    """One takes as long as ten tokens; and what was frozen is thawed afterwards, also after an error."""
+    frozen = []
+    with prescope.attach(model, slots=6, **FAST_LINK) as engine:
+        engine.generate(prompt(), max_new_tokens=3, on_step=lambda _: frozen.append(gc.get_freeze_count()))
+        assert min(frozen) > 10_000
+        assert gc.get_freeze_count() == 0
+        with pytest.raises(ZeroDivisionError):
+            engine.generate(prompt(), max_new_tokens=3, on_step=lambda _: 1 / 0)
+        assert gc.get_freeze_count() == 0

@@ -99,9 +99,8 @@ def plot_layers(info: LayersInfo) -> go.Figure:
         f"{NAMES[k].split(' (')[0]} {100 * sum(v) / info.step_us:.0f} %" for k, v in info.kind_us.items()
     ]
     mean = f"mean of {info.num_steps} {info.phase} step{'s' if info.num_steps > 1 else ''}: "
-    mean += (
-        f"{info.step_us / 1e3:.3g} ms = {', '.join(shares)}, other {100 * info.other_us / info.step_us:.0f} %"
-    )
+    shares.append(f"other {100 * max(0.0, info.other_us) / info.step_us:.0f} %")
+    mean += f"{info.step_us / 1e3:.3g} ms = {', '.join(shares)}"
     style(
         fig,
         title=f"Where a {info.phase} step's time goes, layer by layer",
