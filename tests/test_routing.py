@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from pyarrow import parquet
 from safetensors.numpy import load_file, save_file
 from small_run import NUM_EXPERTS, NUM_LAYERS, TOP_K, small_trace
 
@@ -45,7 +46,6 @@ def test_parquet_keeps_everything_but_the_inputs(trace, tmp_path):
 
 def test_parquet_keeps_the_fingerprint_in_its_schema(trace, tmp_path):
     """Other tools read it without prescope, so it stands in the file's schema and not in a column."""
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is a core dependency")
     attrs = parquet.read_schema(trace.save_parquet(tmp_path / "t.parquet")).metadata[b"PANDAS_ATTRS"]
     assert json.loads(json.loads(attrs)["prescope"])["fingerprint"] == trace.fingerprint
 
