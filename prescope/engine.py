@@ -379,9 +379,9 @@ class Engine:
             settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         with self._recording() as recorder:
             output = self.model.generate(**inputs, **settings, stopping_criteria=criteria)
-            result = self._result(recorder, settings)
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        tokens = self._new_tokens(sequences, inputs["input_ids"].shape[1])
+            sequences = output if isinstance(output, torch.Tensor) else output.sequences
+            tokens = self._new_tokens(sequences, inputs["input_ids"].shape[1])
+            result = self._result(recorder, settings, sum(map(len, tokens)))
         text = (
             self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             if self.tokenizer
@@ -405,7 +405,7 @@ class Engine:
         results: list[RunResult] = []
         with self._recording() as recorder:
             yield results
-            results.append(self._result(recorder, {}))
+            results.append(self._result(recorder, {}, recorder.batch * recorder.num_steps))
 
     @contextmanager
     def without_events(self, off: bool = True) -> Iterator[None]:
@@ -434,12 +434,10 @@ class Engine:
         finally:
             self._recorder = None
 
-    def _result(self, recorder: Recorder, settings: dict[str, Any]) -> RunResult:
+    def _result(self, recorder: Recorder, settings: dict[str, Any], output_tokens: int) -> RunResult:
         tables = recorder.tables()
         hardware = self.hardware()
-        metrics = compute_metrics(
-            *tables, batch=recorder.batch, output_tokens=recorder.batch * recorder.num_steps
-        )
+        metrics = compute_metrics(*tables, batch=recorder.batch, output_tokens=output_tokens)
         trace = recorder.trace(
             num_experts=self.shape.num_experts,
             decoder_layers=[layer.decoder_layer for layer in self._layers],

@@ -431,3 +431,20 @@ def test_no_full_garbage_collection_walks_the_heap_during_a_run(model):
         with pytest.raises(ZeroDivisionError):
             engine.generate(prompt(), max_new_tokens=3, on_step=lambda _: 1 / 0)
         assert gc.get_freeze_count() == 0
+
+
+def test_tokens_after_a_sequences_end_are_not_counted_as_speed():
+    """One sequence stops at once, the other goes on: tokens/s counts what came out."""
+    model = tiny_moe()
+    ids = prompt(batch=2)
+    first, second = plain_tokens(model, ids)
+    model.generation_config.eos_token_id = next(token for token in first[1:] if token not in second)
+    model.generation_config.pad_token_id = 0
+    with prescope.attach(model, slots=6, device="null") as engine:
+        run = engine.generate(ids, max_new_tokens=12)
+    assert [len(tokens) for tokens in run.tokens] == [
+        first.index(model.generation_config.eos_token_id) + 1,
+        12,
+    ]
+    generated = sum(map(len, run.tokens))
+    assert np.isclose(run.metrics.tokens_per_s, (generated - 2) / run.metrics.decode.wall_ms * 1e3)
