@@ -1,0 +1,193 @@
+"""What a predictor is: from a router's input at one MoE layer, how likely each expert of the coming layers is used.
+
+One protocol, two ways in. `predict` answers live, for the tokens of one layer, on whatever device they are.
+`replay` scores a whole recorded trace at once, vectorised over rows and layers, for score cards and the simulator;
+each row is replayed as if it were decoded: what earlier positions of its sequence used is known, what it uses is not.
+Knows nothing of models, caches or links.
+
+Shapes: R rows of a trace, T tokens of a call, D model width, E experts, K top-k, L MoE layers.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import BadTrace, PrescopeError, TraceMismatch, UnsupportedOption
+from ..routing import RoutingTrace
+
+ScoreArray = NDArray[np.float32]
+IdArray = NDArray[np.int64]
+
+#: Probabilities stay this far from 0 and 1, so that their logarithms are finite.
+TINY = 1e-6
+
+
+class BadPredictor(PrescopeError):
+    """A predictor file cannot be read, or its tensors are not those of a predictor."""
+
+
+class TooFewPrompts(PrescopeError, ValueError):
+    """Too few prompts to hold some out: a predictor judged on what it was trained on is not judged."""
+
+
+class BadState(PrescopeError, ValueError):
+    """A router input is NaN or infinite, or has another width than the predictor was trained on."""
+
+
+class Prediction(NamedTuple):
+    """Scores for one coming MoE layer."""
+
+    moe_layer: int  # the layer predicted, a rank among the MoE layers
+    lookahead: int  # layers between the state and the use, >= 1
+    scores_TE: torch.Tensor  # (T, E) float32 in [0, 1]: probability that the token uses the expert
+
+
+class Cost(NamedTuple):
+    """What one call of `predict` costs for one layer and one token, all lookaheads together; the largest layer's."""
+
+    parameters: int  # numbers read, those taken from the model's own routers included
+    nbytes: int  # of these, in the dtype they are held in
+    flops: int  # two for each multiply-add
+
+    def __str__(self) -> str:
+        return f"{self.parameters:,} parameters, {self.nbytes / 2**20:.2f} MiB, {self.flops / 1e6:.2f} MFLOP per layer"
+
+
+class Shape(NamedTuple):
+    """Sizes a predictor is made for."""
+
+    num_layers: int  # L
+    num_experts: int  # E
+    top_k: int  # K
+
+    @classmethod
+    def of(cls, trace: RoutingTrace) -> "Shape":
+        return cls(trace.num_layers, trace.num_experts, trace.top_k)
+
+
+class Predictor(Protocol):
+    """What engine, simulator and score card ask of a predictor."""
+
+    name: str
+    shape: Shape
+    lookahead: int  # D: layers it looks ahead at most
+    needs_inputs: bool  # True: it reads router inputs, so a trace for `replay` must hold them
+    is_calibrated: bool  # True: scores were fitted to be probabilities
+
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """Scores for layers `moe_layer + 1 ..  moe_layer + lookahead`, those that exist, in this order.
+
+        Args:
+            x_TD: router input at `moe_layer`. `ids_TK`, `weights_TK`: experts chosen there and their weights.
+        """
+        ...
+
+    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
+        """Learn which experts a layer really used in this step; does nothing where there is nothing to learn."""
+        ...
+
+    def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
+        """(R, L - lookahead, E): [:, l] are the scores for layer l + lookahead given what is known at layer l."""
+        ...
+
+    def cost(self) -> Cost:
+        """Counted, not measured; `measure_us` measures."""
+        ...
+
+
+def targets_of(moe_layer: int, shape: Shape, lookahead: int) -> Iterator[tuple[int, int]]:
+    """(lookahead, layer) for each coming layer that exists."""
+    for ahead in range(1, lookahead + 1):
+        if moe_layer + ahead < shape.num_layers:
+            yield ahead, moe_layer + ahead
+
+
+def used_mask(ids: NDArray[np.integer[Any]], num_experts: int) -> NDArray[np.bool_]:
+    """(..., E) bool from ids (..., K): which experts are used; an id of -1 marks none."""
+    flat = ids.reshape(-1, ids.shape[-1]).astype(np.int64)
+    # One column more takes the ids of -1, and is cut off.
+    mask = np.zeros((len(flat), num_experts + 1), dtype=bool)
+    np.put_along_axis(mask, np.where(flat < 0, num_experts, flat), True, axis=1)
+    return mask[:, :num_experts].reshape(*ids.shape[:-1], num_experts)
+
+
+def used_mask_torch(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """(..., E) float32 0/1 from ids (..., K); as `used_mask`, on the ids' device."""
+    ids = ids_TK.to(torch.int64)
+    mask = torch.zeros((*ids.shape[:-1], num_experts + 1), device=ids.device)
+    return mask.scatter_(-1, torch.where(ids < 0, num_experts, ids), 1.0)[..., :num_experts]
+
+
+def require_inputs(trace: RoutingTrace, name: str) -> NDArray[np.float16]:
+    """The router inputs (R, L, D) of a trace.
+
+    Raises:
+        BadTrace: it was recorded without.
+    """
+    if trace.inputs is None:
+        raise BadTrace(
+            f"{name} reads router inputs and this trace of {trace.model} has none; record it with "
+            f"record_inputs=True (prescope.load(..., record_inputs=True), or prescope.learning.record_trace)"
+        )
+    return trace.inputs
+
+
+def require_shape(trace: RoutingTrace, shape: Shape, lookahead: int, most: int, name: str) -> None:
+    """Make sure that a predictor can replay a trace at a lookahead.
+
+    Raises:
+        TraceMismatch: the trace is of a model of another shape.
+        UnsupportedOption: the lookahead is beyond the predictor's or the model's.
+    """
+    if Shape.of(trace) != shape:
+        raise TraceMismatch(
+            f"{name} was made for (layers, experts, top-k) = {tuple(shape)}, the trace of {trace.model} has "
+            f"{tuple(Shape.of(trace))}; record a trace with the predictor's model, or train one for this model"
+        )
+    require_lookahead(lookahead, min(most, shape.num_layers - 1), name)
+
+
+def require_lookahead(lookahead: int, most: int, name: str) -> None:
+    """Raises UnsupportedOption unless 1 <= lookahead <= most."""
+    if not 1 <= lookahead <= most:
+        raise UnsupportedOption(f"lookahead {lookahead} of {name}: choose 1 to {most}")
+
+
+def require_finite(x_TD: torch.Tensor, moe_layer: int) -> None:
+    """Raises BadState when a router input is NaN or infinite. Reads back one bool, so not for the decode path."""
+    if not bool(torch.isfinite(x_TD).all()):
+        bad = int((~torch.isfinite(x_TD)).any(dim=-1).sum())
+        raise BadState(
+            f"router inputs of MoE layer {moe_layer} hold NaN or infinite numbers in {bad} of {len(x_TD)} tokens; "
+            f"the model's own output is broken there too: load it in bfloat16 or float32 instead of float16"
+        )
+
+
+def measure_us(predictor: Predictor, width: int, *, tokens: int = 1, repeats: int = 50, device: str = "cpu") -> float:
+    """Median microseconds of `predict` for one middle layer, with random inputs of `width`; the device is waited for.
+
+    Measured on this machine, when it is called; a first call is left out as warm-up.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(tokens, width, generator=generator).to(device)
+    ids_TK = torch.arange(predictor.shape.top_k).expand(tokens, -1).to(device)
+    weights_TK = torch.full(ids_TK.shape, 1.0 / predictor.shape.top_k, device=device)
+    layer = max(0, (predictor.shape.num_layers - 1 - predictor.lookahead) // 2)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        predictions = predictor.predict(layer, x_TD, ids_TK, weights_TK)
+        for prediction in predictions[-1:]:
+            prediction.scores_TE[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]) * 1e6)

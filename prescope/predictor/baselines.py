@@ -1,0 +1,402 @@
+"""Predictors that need no training, or only counting: what a trained one has to beat, and the two controls.
+
+| name | knows | source of the idea |
+|---|---|---|
+| early router | layer l + d's router, applied to layer l's router input | Fate, HybriMoE |
+| frequency | how often each expert was used in a trace | static hot set |
+| previous token | what the previous position of the sequence used | mixtral-offloading |
+| transition | counts: expert at layer l -> expert at layer l + d | MoE-Infinity's kind |
+| oracle | the future of the trace it replays: must score 1.0 | control |
+| chance | nothing: must score K / E | control |
+
+Shapes: R rows, T tokens, D width, E experts, K top-k, L MoE layers.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import BadTrace, TraceMismatch
+from ..routing import RoutingTrace
+from .base import (
+    TINY,
+    Cost,
+    Prediction,
+    ScoreArray,
+    Shape,
+    require_inputs,
+    require_shape,
+    targets_of,
+    used_mask,
+    used_mask_torch,
+)
+from .calibration import fit_platt, logit
+
+#: Rows scored at once: bounds the memory of a replay at about ROWS x L x D floats.
+ROWS = 4096
+#: Weight of the prior, in tokens, where something is counted: an expert never seen is not impossible.
+PRIOR_TOKENS = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Routers:
+    """The routers of a model as plain tensors.
+
+    Attributes:
+        weight_LED: (L, E, D) float32.
+        logit_bias_LE: (L, E), added to the logits.
+        selection_bias_LE: (L, E), added to the routing scores when experts are chosen (DeepSeek-V3's correction).
+        scoring: how the family turns logits into routing scores.
+    """
+
+    weight_LED: torch.Tensor
+    logit_bias_LE: torch.Tensor
+    selection_bias_LE: torch.Tensor
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+
+    def __post_init__(self) -> None:
+        L, E, _ = self.weight_LED.shape
+        for name in ("logit_bias_LE", "selection_bias_LE"):
+            if getattr(self, name).shape != (L, E):
+                raise TraceMismatch(f"{name} has shape {tuple(getattr(self, name).shape)}, the routers are {L} x {E}")
+
+    @classmethod
+    def of_weights(cls, weight_LED: torch.Tensor, scoring: Literal["softmax", "sigmoid"] = "softmax") -> "Routers":
+        """Routers without biases."""
+        zeros = torch.zeros(weight_LED.shape[:2])
+        return cls(weight_LED.detach().float().cpu(), zeros, zeros.clone(), scoring)
+
+    def to(self, device: torch.device | str) -> "Routers":
+        return Routers(
+            self.weight_LED.to(device), self.logit_bias_LE.to(device), self.selection_bias_LE.to(device), self.scoring
+        )
+
+    def logits(self, moe_layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """(T, E) routing logits of a layer for inputs x (T, D)."""
+        return torch.addmm(self.logit_bias_LE[moe_layer], x_TD.float(), self.weight_LED[moe_layer].T)
+
+    @cached_property
+    def has_selection_bias(self) -> bool:
+        return bool((self.selection_bias_LE != 0).any())
+
+    def choice(self, moe_layer: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """(T, E) what the family's top-k compares, as logits: monotone in its scores plus their bias."""
+        logits = self.logits(moe_layer, x_TD)
+        if not self.has_selection_bias:  # the logits rank alike and keep more resolution than probabilities do
+            return logits
+        scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
+        return torch.logit(scores + self.selection_bias_LE[moe_layer], TINY)
+
+
+def above_threshold(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Logits less the middle between the K-th and the next one of their row: positive for exactly the top K."""
+    if top_k >= logits_TE.shape[-1]:
+        return logits_TE - logits_TE.amin(-1, keepdim=True) + 1.0
+    best = logits_TE.topk(top_k + 1, dim=-1).values
+    return logits_TE - best[..., top_k - 1 :].mean(-1, keepdim=True)
+
+
+class _Baseline:
+    """What all of them share; `observe` does nothing unless a predictor keeps a state."""
+
+    name = ""
+    needs_inputs = False
+    is_calibrated = False
+
+    def __init__(self, shape: Shape, lookahead: int) -> None:
+        self.shape = shape
+        self.lookahead = lookahead
+
+    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
+        """Nothing to learn."""
+
+    def _check(self, trace: RoutingTrace, lookahead: int) -> None:
+        require_shape(trace, self.shape, lookahead, self.lookahead, self.name)
+
+    def cost(self) -> Cost:
+        """A table look-up for each lookahead."""
+        numbers = self.shape.num_experts * self.lookahead
+        return Cost(numbers, 4 * numbers, numbers)
+
+
+class EarlyRouter(_Baseline):
+    """Layer l + d's own router on layer l's router input: the residual stream changes little from layer to layer.
+
+    Scores are a sigmoid of the logits above the row's top-k threshold; `calibrate` makes them probabilities.
+    """
+
+    name = "early router"
+    needs_inputs = True
+
+    def __init__(self, shape: Shape, routers: Routers, lookahead: int) -> None:
+        super().__init__(shape, lookahead)
+        if routers.weight_LED.shape[:2] != shape[:2]:
+            raise TraceMismatch(
+                f"routers of {tuple(routers.weight_LED.shape[:2])} layers x experts, the trace has {tuple(shape[:2])}"
+            )
+        self.routers = routers
+        self.platt: dict[int, tuple[float, float]] = {}
+
+    def calibrate(self, trace: RoutingTrace) -> None:
+        """Fit one slope and offset for each lookahead on a trace."""
+        self.platt = {}
+        for ahead in range(1, min(self.lookahead, self.shape.num_layers - 1) + 1):
+            scores = self.replay(trace, ahead)
+            self.platt[ahead] = fit_platt(logit(scores), used_mask(trace.expert_ids, self.shape.num_experts)[:, ahead:])
+        self.is_calibrated = True
+
+    def _scores(self, target: int, ahead: int, x_TD: torch.Tensor) -> torch.Tensor:
+        slope, offset = self.platt.get(ahead, (1.0, 0.0))
+        margin_TE = above_threshold(self.routers.choice(target, x_TD), self.shape.top_k)
+        return torch.sigmoid(slope * margin_TE + offset)
+
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """Apply the routers of the coming layers now."""
+        return [
+            Prediction(target, ahead, self._scores(target, ahead, x_TD))
+            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
+        ]
+
+    def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
+        """As `Predictor.replay`. Raises BadTrace when the trace has no router inputs."""
+        self._check(trace, lookahead)
+        inputs_RLD = require_inputs(trace, self.name)
+        L = self.shape.num_layers - lookahead
+        out = np.empty((len(trace), L, self.shape.num_experts), dtype=np.float32)
+        device = self.routers.weight_LED.device
+        for first in range(0, len(trace), ROWS):
+            for layer in range(L):
+                x_TD = torch.from_numpy(inputs_RLD[first : first + ROWS, layer].astype(np.float32)).to(device)
+                out[first : first + ROWS, layer] = self._scores(layer + lookahead, lookahead, x_TD).cpu().numpy()
+        return out
+
+    def cost(self) -> Cost:
+        """One router product for each lookahead; its weights are the model's own."""
+        numbers = self.routers.weight_LED[0].numel() * self.lookahead
+        return Cost(numbers, numbers * self.routers.weight_LED.element_size(), 2 * numbers)
+
+
+class Frequency(_Baseline):
+    """Share of a trace's tokens that used each expert; the same answer for every token."""
+
+    name = "frequency"
+    is_calibrated = True
+
+    def __init__(self, trace: RoutingTrace, lookahead: int) -> None:
+        super().__init__(Shape.of(trace), lookahead)
+        chance = self.shape.top_k / self.shape.num_experts
+        counts_LE = used_mask(trace.expert_ids, self.shape.num_experts).sum(axis=0)
+        self.rate_LE = ((counts_LE + PRIOR_TOKENS * chance) / (len(trace) + PRIOR_TOKENS)).astype(np.float32)
+
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """The rates of the coming layers, whatever the state."""
+        rate_LE = torch.from_numpy(self.rate_LE).to(x_TD.device)
+        return [
+            Prediction(target, ahead, rate_LE[target].expand(len(x_TD), -1))
+            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
+        ]
+
+    def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
+        """As `Predictor.replay`; a read-only view."""
+        self._check(trace, lookahead)
+        return np.broadcast_to(self.rate_LE[lookahead:], (len(trace), *self.rate_LE[lookahead:].shape))
+
+
+class PreviousToken(_Baseline):
+    """What the sequence's previous position used at the layer; older positions, decayed, order the rest.
+
+    In a live prefill all positions pass a layer at once, so there the state is that before the prefill; a replay
+    scores each row as if decoded.
+
+    Args:
+        decay: weight of the past. At most 1/2, so that the previous position outweighs all older ones.
+    """
+
+    name = "previous token"
+
+    def __init__(self, shape: Shape, lookahead: int, decay: float = 0.25) -> None:
+        super().__init__(shape, lookahead)
+        self.decay = decay
+        self.begin(1)
+
+    def begin(self, num_sequences: int) -> None:
+        """Forget the past: a run of so many sequences starts."""
+        chance = self.shape.top_k / self.shape.num_experts
+        self._recent_SLE = torch.full((num_sequences, *self.shape[:2]), chance)
+
+    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
+        """Rows are the sequences' tokens, sequence by sequence, as in a forward pass."""
+        self._recent_SLE = self._recent_SLE.to(ids_TK.device)
+        used_SNE = used_mask_torch(ids_TK, self.shape.num_experts).view(
+            len(self._recent_SLE), -1, self.shape.num_experts
+        )
+        recent_SE = self._recent_SLE[:, moe_layer]
+        for position in range(used_SNE.shape[1]):
+            recent_SE = self.decay * recent_SE + (1.0 - self.decay) * used_SNE[:, position]
+        self._recent_SLE[:, moe_layer] = recent_SE
+
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """The decayed past of each token's sequence at the coming layers."""
+        tokens = len(x_TD) // len(self._recent_SLE)
+        return [
+            Prediction(target, ahead, self._recent_SLE[:, target].to(x_TD.device).repeat_interleave(tokens, dim=0))
+            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
+        ]
+
+    def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
+        """As `Predictor.replay`."""
+        self._check(trace, lookahead)
+        used_RLE = used_mask(trace.expert_ids, self.shape.num_experts)[:, lookahead:]
+        sequences, sequence_R = np.unique(trace.sequence, return_inverse=True)
+        chance = self.shape.top_k / self.shape.num_experts
+        recent_SLE = np.full((len(sequences), *used_RLE.shape[1:]), chance, dtype=np.float32)
+        out = np.broadcast_to(np.float32(chance), used_RLE.shape).copy()
+        # Padding (position -1) is nobody's past.
+        order = np.argsort(trace.position, kind="stable")
+        order = order[trace.position[order] >= 0]
+        starts = np.flatnonzero(np.diff(trace.position[order])) + 1
+        for rows in np.split(order, starts):
+            at = sequence_R[rows]
+            out[rows] = recent_SLE[at]
+            recent_SLE[at] = self.decay * recent_SLE[at] + (1.0 - self.decay) * used_RLE[rows]
+        return out
+
+
+class Transition(_Baseline):
+    """Counts of "expert i at layer l, expert j at layer l + d" in a trace, combined as if the K experts spoke
+    independently: logit = logit of the rate + sum over chosen i of (logit of P(j | i) - logit of the rate).
+    """
+
+    name = "transition"
+
+    def __init__(self, trace: RoutingTrace, lookahead: int) -> None:
+        super().__init__(Shape.of(trace), lookahead)
+        L, E, K = self.shape
+        used_LRE = used_mask(trace.expert_ids, E).transpose(1, 0, 2).astype(np.float32)
+        rate_LE = (used_LRE.sum(1) + PRIOR_TOKENS * K / E) / (len(trace) + PRIOR_TOKENS)
+        self._prior_LE = torch.from_numpy(logit(rate_LE).astype(np.float32))
+        #: [d - 1, l, i, j]: what expert i at layer l adds to the logit of expert j at layer l + d.
+        self._evidence_DLEE = torch.zeros(lookahead, L, E, E)
+        for ahead in range(1, min(lookahead, L - 1) + 1):
+            together = np.einsum("lri,lrj->lij", used_LRE[:-ahead], used_LRE[ahead:], optimize=True)
+            rate = rate_LE[ahead:, None, :]
+            given = (together + PRIOR_TOKENS * rate) / (used_LRE[:-ahead].sum(1)[:, :, None] + PRIOR_TOKENS)
+            self._evidence_DLEE[ahead - 1, : L - ahead] = torch.from_numpy(logit(given) - logit(rate)).float()
+
+    def _scores(self, moe_layer: int, ahead: int, used_TE: torch.Tensor) -> torch.Tensor:
+        evidence_EE = self._evidence_DLEE[ahead - 1, moe_layer].to(used_TE.device)
+        prior_E = self._prior_LE[moe_layer + ahead].to(used_TE.device)
+        return torch.sigmoid(torch.addmm(prior_E, used_TE, evidence_EE))
+
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """From the experts chosen at this layer. Raises BadTrace without them."""
+        if ids_TK is None:
+            raise BadTrace("the transition predictor reads the chosen experts; pass ids_TK to predict()")
+        used_TE = used_mask_torch(ids_TK, self.shape.num_experts)
+        return [
+            Prediction(target, ahead, self._scores(moe_layer, ahead, used_TE))
+            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
+        ]
+
+    def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
+        """As `Predictor.replay`."""
+        self._check(trace, lookahead)
+        used_RLE = torch.from_numpy(used_mask(trace.expert_ids, self.shape.num_experts).astype(np.float32))
+        layers = range(self.shape.num_layers - lookahead)
+        return torch.stack([self._scores(i, lookahead, used_RLE[:, i]) for i in layers], dim=1).numpy()
+
+    def cost(self) -> Cost:
+        """K rows of a table for each lookahead."""
+        numbers = self.shape.num_experts * self.shape.top_k * self.lookahead
+        return Cost(numbers, 4 * numbers, numbers)
+
+
+class Oracle(_Baseline):
+    """Knows the trace that it replays. A score card on which it gets less than 1.0 miscounts."""
+
+    name = "oracle"
+    is_calibrated = True
+
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """Always raises BadTrace: live, nobody knows the future."""
+        raise BadTrace("the oracle knows a recorded trace only; use replay(trace, lookahead)")
+
+    def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
+        """As `Predictor.replay`: exactly what was used."""
+        self._check(trace, lookahead)
+        return used_mask(trace.expert_ids, self.shape.num_experts)[:, lookahead:].astype(np.float32)
+
+
+class Chance(_Baseline):
+    """Knows the number of experts only. Scores are K / E with noise too small to matter but for the order."""
+
+    name = "chance"
+    is_calibrated = True
+
+    def __init__(self, shape: Shape, lookahead: int, seed: int = 0) -> None:
+        super().__init__(shape, lookahead)
+        self.seed = seed
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def _scores(self, noise: NDArray[np.float64]) -> ScoreArray:
+        return (self.shape.top_k / self.shape.num_experts * (1.0 - 1e-3 * noise)).astype(np.float32)
+
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """Another order at each call."""
+        size = (len(x_TD), self.shape.num_experts)
+        return [
+            Prediction(
+                target,
+                ahead,
+                torch.from_numpy(self._scores(torch.rand(size, generator=self._generator).double().numpy())).to(
+                    x_TD.device
+                ),
+            )
+            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
+        ]
+
+    def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
+        """As `Predictor.replay`; the same order at each call, another at each lookahead."""
+        self._check(trace, lookahead)
+        rng = np.random.default_rng([self.seed, lookahead])
+        return self._scores(rng.random((len(trace), self.shape.num_layers - lookahead, self.shape.num_experts)))

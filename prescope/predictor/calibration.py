@@ -1,0 +1,48 @@
+"""Platt scaling: turn scores that only rank into probabilities, by one slope and one offset per layer and lookahead.
+
+probability = sigmoid(slope * logit + offset), fitted by Newton's method on labels held out from training
+(Platt 1999). A positive slope never changes a ranking, so recall is untouched.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import TINY
+
+#: Pull towards slope 1, offset 0, in units of observations: a layer with few labels keeps its scores.
+PRIOR_STRENGTH = 1.0
+MAX_ITERATIONS = 50
+
+
+def logit(scores: NDArray[np.floating]) -> NDArray[np.float64]:
+    """log(p / (1 - p)) of scores in [0, 1], kept finite."""
+    clipped = np.clip(scores.astype(np.float64), TINY, 1.0 - TINY)
+    return np.log(clipped) - np.log1p(-clipped)
+
+
+def sigmoid(values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """1 / (1 + exp(-v)) without overflow."""
+    return 0.5 * (1.0 + np.tanh(0.5 * values.astype(np.float64)))
+
+
+def fit_platt(logits: NDArray[np.floating], used: NDArray[np.bool_]) -> tuple[float, float]:
+    """Slope and offset that maximise the likelihood of `used`, both arrays of any one shape.
+
+    The slope is kept positive: a score that predicts the opposite is a fault to be seen, not to be corrected.
+    """
+    z = logits.ravel().astype(np.float64)
+    y = used.ravel().astype(np.float64)
+    theta = np.array([1.0, 0.0])
+    prior = np.array([1.0, 0.0])
+    for _ in range(MAX_ITERATIONS):
+        p = sigmoid(theta[0] * z + theta[1])
+        residual, weight = p - y, np.maximum(p * (1.0 - p), 1e-9)
+        gradient = np.array([residual @ z, residual.sum()]) + PRIOR_STRENGTH * (theta - prior)
+        cross = weight @ z
+        hessian = np.array([[weight @ (z * z), cross], [cross, weight.sum()]]) + PRIOR_STRENGTH * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        # A full step may overshoot where the labels are separable; two units at most keeps it stable.
+        theta = theta - step * min(1.0, 2.0 / max(np.abs(step).max(), 1e-12))
+        if np.abs(step).max() < 1e-8:
+            break
+    return max(float(theta[0]), 1e-3), float(theta[1])
