@@ -173,7 +173,9 @@ def require_finite(x_TD: torch.Tensor, moe_layer: int) -> None:
         )
 
 
-def measure_us(predictor: Predictor, width: int, *, tokens: int = 1, repeats: int = 50, device: str = "cpu") -> float:
+def measure_us(
+    predictor: Predictor, width: int, *, tokens: int = 1, repeats: int = 50, device: str = "cpu"
+) -> float:
     """Median microseconds of `predict` for one middle layer, with random inputs of `width`; the device is waited for.
 
     Measured on this machine, when it is called; a first call is left out as warm-up.

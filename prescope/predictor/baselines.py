@@ -62,17 +62,24 @@ class Routers:
         L, E, _ = self.weight_LED.shape
         for name in ("logit_bias_LE", "selection_bias_LE"):
             if getattr(self, name).shape != (L, E):
-                raise TraceMismatch(f"{name} has shape {tuple(getattr(self, name).shape)}, the routers are {L} x {E}")
+                raise TraceMismatch(
+                    f"{name} has shape {tuple(getattr(self, name).shape)}, the routers are {L} x {E}"
+                )
 
     @classmethod
-    def of_weights(cls, weight_LED: torch.Tensor, scoring: Literal["softmax", "sigmoid"] = "softmax") -> "Routers":
+    def of_weights(
+        cls, weight_LED: torch.Tensor, scoring: Literal["softmax", "sigmoid"] = "softmax"
+    ) -> "Routers":
         """Routers without biases."""
         zeros = torch.zeros(weight_LED.shape[:2])
         return cls(weight_LED.detach().float().cpu(), zeros, zeros.clone(), scoring)
 
     def to(self, device: torch.device | str) -> "Routers":
         return Routers(
-            self.weight_LED.to(device), self.logit_bias_LE.to(device), self.selection_bias_LE.to(device), self.scoring
+            self.weight_LED.to(device),
+            self.logit_bias_LE.to(device),
+            self.selection_bias_LE.to(device),
+            self.scoring,
         )
 
     def logits(self, moe_layer: int, x_TD: torch.Tensor) -> torch.Tensor:
@@ -86,7 +93,9 @@ class Routers:
     def choice(self, moe_layer: int, x_TD: torch.Tensor) -> torch.Tensor:
         """(T, E) what the family's top-k compares, as logits: monotone in its scores plus their bias."""
         logits = self.logits(moe_layer, x_TD)
-        if not self.has_selection_bias:  # the logits rank alike and keep more resolution than probabilities do
+        if (
+            not self.has_selection_bias
+        ):  # the logits rank alike and keep more resolution than probabilities do
             return logits
         scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
         return torch.logit(scores + self.selection_bias_LE[moe_layer], TINY)
@@ -146,7 +155,9 @@ class EarlyRouter(_Baseline):
         self.platt = {}
         for ahead in range(1, min(self.lookahead, self.shape.num_layers - 1) + 1):
             scores = self.replay(trace, ahead)
-            self.platt[ahead] = fit_platt(logit(scores), used_mask(trace.expert_ids, self.shape.num_experts)[:, ahead:])
+            self.platt[ahead] = fit_platt(
+                logit(scores), used_mask(trace.expert_ids, self.shape.num_experts)[:, ahead:]
+            )
         self.is_calibrated = True
 
     def _scores(self, target: int, ahead: int, x_TD: torch.Tensor) -> torch.Tensor:
@@ -177,7 +188,9 @@ class EarlyRouter(_Baseline):
         for first in range(0, len(trace), ROWS):
             for layer in range(L):
                 x_TD = torch.from_numpy(inputs_RLD[first : first + ROWS, layer].astype(np.float32)).to(device)
-                out[first : first + ROWS, layer] = self._scores(layer + lookahead, lookahead, x_TD).cpu().numpy()
+                out[first : first + ROWS, layer] = (
+                    self._scores(layer + lookahead, lookahead, x_TD).cpu().numpy()
+                )
         return out
 
     def cost(self) -> Cost:
@@ -261,7 +274,9 @@ class PreviousToken(_Baseline):
         """The decayed past of each token's sequence at the coming layers."""
         tokens = len(x_TD) // len(self._recent_SLE)
         return [
-            Prediction(target, ahead, self._recent_SLE[:, target].to(x_TD.device).repeat_interleave(tokens, dim=0))
+            Prediction(
+                target, ahead, self._recent_SLE[:, target].to(x_TD.device).repeat_interleave(tokens, dim=0)
+            )
             for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
         ]
 
@@ -388,9 +403,9 @@ class Chance(_Baseline):
             Prediction(
                 target,
                 ahead,
-                torch.from_numpy(self._scores(torch.rand(size, generator=self._generator).double().numpy())).to(
-                    x_TD.device
-                ),
+                torch.from_numpy(
+                    self._scores(torch.rand(size, generator=self._generator).double().numpy())
+                ).to(x_TD.device),
             )
             for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
         ]
@@ -399,4 +414,6 @@ class Chance(_Baseline):
         """As `Predictor.replay`; the same order at each call, another at each lookahead."""
         self._check(trace, lookahead)
         rng = np.random.default_rng([self.seed, lookahead])
-        return self._scores(rng.random((len(trace), self.shape.num_layers - lookahead, self.shape.num_experts)))
+        return self._scores(
+            rng.random((len(trace), self.shape.num_layers - lookahead, self.shape.num_experts))
+        )

@@ -90,13 +90,21 @@ def measure_cues(trace: RoutingTrace) -> Cues:
     load = np.array([_gini(load_E) for load_E in used_RLE.sum(axis=0)])
     weight = _weight_skew(trace.weights[real])
     return Cues(
-        (by_layer + by_token) / 2, (load + weight) / 2, _similarity(inputs_RLD[real]), by_layer, by_token, load, weight
+        (by_layer + by_token) / 2,
+        (load + weight) / 2,
+        _similarity(inputs_RLD[real]),
+        by_layer,
+        by_token,
+        load,
+        weight,
     )
 
 
 def contrast_of(cues: Cues) -> Curve:
     """(L,) the one curve that is high in outer layers: standardised (correlation + skew) / 2 - similarity."""
-    return (_standardised(cues.correlation_L) + _standardised(cues.skew_L)) / 2 - _standardised(cues.similarity_L)
+    return (_standardised(cues.correlation_L) + _standardised(cues.skew_L)) / 2 - _standardised(
+        cues.similarity_L
+    )
 
 
 def group_layers(cues: Cues, max_chance: float = MAX_CHANCE) -> LayerGroups:
@@ -146,7 +154,9 @@ def _best_cuts(
     last = (sums[:, [L]] - sums[:, end]) / (L - end)
     # The variance that pieces explain is that of their means about the mean of all.
     mean = curves_NL.mean(axis=1, keepdims=True)
-    between = start * (first - mean) ** 2 + (end - start) * (middle - mean) ** 2 + (L - end) * (last - mean) ** 2
+    between = (
+        start * (first - mean) ** 2 + (end - start) * (middle - mean) ** 2 + (L - end) * (last - mean) ** 2
+    )
     best = between.argmax(axis=1)
     at = (np.arange(N), best)
     explained = between[at] / np.maximum(((curves_NL - mean) ** 2).sum(axis=1), 1e-12)
@@ -174,7 +184,9 @@ def _cramer(together_EE: NDArray[np.floating]) -> float:
     if n < 2 or min(rows, columns) < 2:
         return 0.0
     expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / n
-    phi2 = max(0.0, float(((table - expected) ** 2 / expected).sum() / n) - (rows - 1) * (columns - 1) / (n - 1))
+    phi2 = max(
+        0.0, float(((table - expected) ** 2 / expected).sum() / n) - (rows - 1) * (columns - 1) / (n - 1)
+    )
     least = min(rows - (rows - 1) ** 2 / (n - 1), columns - (columns - 1) ** 2 / (n - 1)) - 1
     return float(np.sqrt(phi2 / least)) if least > 0 else 0.0
 
