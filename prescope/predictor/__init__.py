@@ -1,0 +1,59 @@
+"""Predictors: which experts the coming MoE layers will use, under one protocol (`base.Predictor`).
+
+`llapor` is the trained one, `train` trains it, `online` tunes it while it runs; `baselines` hold those that need no
+training and the two controls; `groups` finds the layer groups; `score` judges them all; `failures` breaks them.
+Imports no model code: routers come in as tensors, states as a `RoutingTrace`.
+"""
+
+from .base import BadPredictor, BadState, Cost, Prediction, Predictor, Shape, TooFewPrompts, measure_us
+from .baselines import Chance, EarlyRouter, Frequency, Oracle, PreviousToken, Routers, Transition
+from .failures import Inverted, Shift, adversarial_trace, domain_shift, joined_stream, random_predictor
+from .groups import Cues, LayerGroups, contrast_of, find_groups, group_layers, measure_cues
+from .llapor import Llapor, LlaporConfig
+from .online import OnlineConfig, OnlineTuner
+from .score import Interval, ScoreCard, difference, score
+from .train import Progress, Split, TrainConfig, TrainResult, split_by_prompt, train
+
+__all__ = [
+    "BadPredictor",
+    "BadState",
+    "Chance",
+    "Cost",
+    "Cues",
+    "EarlyRouter",
+    "Frequency",
+    "Interval",
+    "Inverted",
+    "LayerGroups",
+    "Llapor",
+    "LlaporConfig",
+    "OnlineConfig",
+    "OnlineTuner",
+    "Oracle",
+    "Prediction",
+    "Predictor",
+    "PreviousToken",
+    "Progress",
+    "Routers",
+    "ScoreCard",
+    "Shape",
+    "Shift",
+    "Split",
+    "TooFewPrompts",
+    "TrainConfig",
+    "TrainResult",
+    "Transition",
+    "adversarial_trace",
+    "contrast_of",
+    "difference",
+    "domain_shift",
+    "find_groups",
+    "group_layers",
+    "joined_stream",
+    "measure_cues",
+    "measure_us",
+    "random_predictor",
+    "score",
+    "split_by_prompt",
+    "train",
+]

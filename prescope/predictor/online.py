@@ -1,0 +1,250 @@
+"""Online tuning: when predictions become worse than they were held out, learn from the tokens just seen.
+
+A wrapper around a `Llapor`. It keeps the last tokens (hidden states, early-router logits, experts used) in a ring; when
+the error over the last `window` tokens exceeds the held-out error by `margin`, it changes the last layer and its
+bias by a few gradient steps on the ring. The networks below stay as trained, so a cycle is cheap; `tuning_ms` counts.
+The paper tunes when "the error exceeds 10 % over a window of 64 tokens": here the 10 points are on top of the
+held-out error, for a predictor that is never better than 15 % would otherwise tune forever.
+
+Shapes: T tokens, H hidden, E experts, K top-k, L MoE layers, N = lookahead * E, W tokens of the ring.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from ..errors import UnsupportedOption
+from ..routing import RoutingTrace
+from .base import Cost, Prediction, ScoreArray, require_shape, targets_of
+from .llapor import Llapor, used_of
+
+TUNED = ("head", "head_bias", "skip")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlineConfig:
+    """When and how to tune.
+
+    Args:
+        window: tokens the error is measured over.
+        margin: tune when the windowed error exceeds the held-out one by more than this; 0.1 is ten points.
+        ring: tokens remembered to learn from.
+        steps: gradient steps of a cycle. `learning_rate`: of Adam. `pull`: weight of the squared distance to the
+            trained weights, so that one odd text does not undo the training.
+        pause: tokens between two cycles.
+    """
+
+    window: int = 64
+    margin: float = 0.1
+    ring: int = 512
+    steps: int = 4
+    learning_rate: float = 2e-3
+    pull: float = 1e-3
+    pause: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.window, self.ring, self.steps, self.pause) < 1 or self.ring < self.window:
+            raise UnsupportedOption(
+                "window, ring, steps and pause are at least 1, and the ring holds a window"
+            )
+
+
+class OnlineTuner:
+    """A `Llapor` that learns while it runs. The trained predictor is not changed; `reset` goes back to it.
+
+    Attributes:
+        cycles: tuning cycles so far. `tuning_ms`: wall-clock they took together. `error`: over the last window.
+    """
+
+    needs_inputs = True
+
+    def __init__(self, predictor: Llapor, config: OnlineConfig | None = None) -> None:
+        self._trained = predictor
+        self.config = config or OnlineConfig()
+        self.name = f"{predictor.name} tuned online"
+        self.shape, self.lookahead = predictor.shape, predictor.lookahead
+        self.is_calibrated = predictor.is_calibrated
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was learned online."""
+        p = self._trained
+        tensors = {name: t.detach().clone() if name in TUNED else t for name, t in p.tensors.items()}
+        self.predictor = Llapor(
+            p.config,
+            p.shape,
+            p.groups,
+            tensors,
+            p.tag,
+            scoring=p.scoring,
+            validation_error=p.validation_error,
+        )
+        self._tuned = {name: tensors[name].requires_grad_() for name in TUNED if name in tensors}
+        self._start = {name: t.detach().clone() for name, t in self._tuned.items()}
+        self._optimizer = torch.optim.Adam(list(self._tuned.values()), lr=self.config.learning_rate)
+        L, N, ring = (
+            self.shape.num_layers,
+            self.predictor.config.lookahead * self.shape.num_experts,
+            self.config.ring,
+        )
+        device = p.device
+        self._hidden = torch.zeros(L, ring, p.config.hidden, device=device)
+        self._base = torch.zeros(L, ring, N, device=device) if p.config.residual else None
+        self._used = torch.zeros(L, ring, self.shape.num_experts, device=device)
+        self._errors = np.full(self.config.window, np.nan)
+        self._seen = 0
+        self._last_cycle = -self.config.pause
+        self._live: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._live_used: dict[int, torch.Tensor] = {}
+        self.cycles = 0
+        self.tuning_ms = 0.0
+
+    @property
+    def error(self) -> float:
+        """1 - recall@K over the last window, mean over layers and lookaheads; NaN before any token."""
+        return float(np.nanmean(self._errors)) if self._seen else float("nan")
+
+    @property
+    def threshold(self) -> float:
+        """Windowed error above which it tunes."""
+        held_out = self._trained.validation_error
+        return (0.0 if np.isnan(held_out) else held_out) + self.config.margin
+
+    # -- live --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """As `Llapor.predict`; remembers the state until the step's last layer was observed."""
+        if moe_layer == 0:
+            self._live, self._live_used = {}, {}
+        h, base = self.predictor.live_hidden(moe_layer, x_TD, ids_TK, weights_TK)
+        self._live[moe_layer] = (h, base)
+        z_TN = self.predictor.live_logits(moe_layer, h, base)
+        platt = self.predictor.tensors["platt"][moe_layer]
+        return [
+            Prediction(
+                target,
+                ahead,
+                torch.sigmoid(
+                    platt[ahead - 1, 0] * z_TN[:, self.predictor.columns(ahead)] + platt[ahead - 1, 1]
+                ),
+            )
+            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
+        ]
+
+    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
+        """What a layer used. After the last layer of a step, all layers known, it learns."""
+        self._live_used[moe_layer] = used_of(ids_TK, self.shape.num_experts)
+        L = self.shape.num_layers
+        if moe_layer != L - 1 or len(self._live_used) < L or len(self._live) < L:
+            return
+        states = [self._live[layer] for layer in range(L)]
+        hidden = torch.stack([h for h, _ in states])
+        base = torch.stack([b for _, b in states if b is not None]) if self._base is not None else None
+        used = torch.stack([self._live_used[layer] for layer in range(L)])
+        self._learn(hidden, base, used)
+
+    # -- replay ------------------------------------------------------------------------------------------------
+
+    def replay(self, trace: RoutingTrace, lookahead: int, chunk: int = 16) -> ScoreArray:
+        """As `Predictor.replay`, in the order of the rows, learning after each `chunk` of them; starts anew.
+
+        Each chunk is scored before it is learned from.
+        """
+        return self.replay_all(trace, (lookahead,), chunk)[lookahead]
+
+    def replay_all(
+        self, trace: RoutingTrace, lookaheads: tuple[int, ...], chunk: int = 16
+    ) -> dict[int, ScoreArray]:
+        """`replay` for several lookaheads in one pass."""
+        for ahead in lookaheads:
+            require_shape(trace, self.shape, ahead, self.lookahead, self.name)
+        self.reset()
+        L, E = self.shape.num_layers, self.shape.num_experts
+        out = {ahead: np.empty((len(trace), L - ahead, E), dtype=np.float32) for ahead in lookaheads}
+        for first in range(0, len(trace), chunk):
+            rows = slice(first, min(first + chunk, len(trace)))
+            x, choice = self.predictor.batch_of(trace, rows)
+            with torch.no_grad():
+                hidden, base = self.predictor.hidden(x, choice), self.predictor.base(x)
+                z = self.predictor.logits(hidden, base)
+                for ahead in lookaheads:
+                    p = self.predictor.probabilities(z[: L - ahead, :, self.predictor.columns(ahead)], ahead)
+                    out[ahead][rows] = p.transpose(0, 1).cpu().numpy()
+            ids = torch.from_numpy(trace.expert_ids[rows]).to(self.predictor.device).transpose(0, 1)
+            self._learn(hidden, base, used_of(ids, E))
+        return out
+
+    # -- learning ----------------------------------------------------------------------------------------------
+
+    def _learn(self, hidden: torch.Tensor, base: torch.Tensor | None, used: torch.Tensor) -> None:
+        """Take in T tokens (L, T, ...) whose outcome is known; tune if they say so."""
+        at = torch.arange(self._seen, self._seen + hidden.shape[1], device=hidden.device)[-self.config.ring :]
+        keep = len(at)
+        self._hidden[:, at % self.config.ring] = hidden[:, -keep:].detach()
+        self._used[:, at % self.config.ring] = used[:, -keep:]
+        if self._base is not None and base is not None:
+            self._base[:, at % self.config.ring] = base[:, -keep:].detach()
+        errors = self._token_errors(hidden, base, used)[-self.config.window :]
+        self._errors[
+            (self._seen + hidden.shape[1] - len(errors) + np.arange(len(errors))) % self.config.window
+        ] = errors
+        self._seen += hidden.shape[1]
+        rested = self._seen - self._last_cycle >= self.config.pause
+        if self._seen >= self.config.window and rested and self.error > self.threshold:
+            self._tune()
+
+    @torch.no_grad()
+    def _token_errors(
+        self, hidden: torch.Tensor, base: torch.Tensor | None, used: torch.Tensor
+    ) -> np.ndarray:
+        """(T,) 1 - recall@K of each token, mean over lookaheads of the mean over layers."""
+        z = self.predictor.logits(hidden, base)
+        recalls = []
+        for ahead in range(1, self.lookahead + 1):
+            part = z[: self.shape.num_layers - ahead, :, self.predictor.columns(ahead)]
+            best = part.topk(self.shape.top_k, dim=-1).indices
+            hits, total = used[ahead:].gather(-1, best).sum((0, 2)), used[ahead:].sum((0, 2))
+            recalls.append(hits / total.clamp_min(1))
+        return 1.0 - torch.stack(recalls).mean(0).cpu().numpy()
+
+    def _tune(self) -> None:
+        started = time.perf_counter()
+        n = min(self._seen, self.config.ring)
+        with torch.enable_grad():
+            for _ in range(self.config.steps):
+                base = self._base[:, :n] if self._base is not None else None
+                z = self.predictor.logits(self._hidden[:, :n], base)
+                loss = self._loss(z, self._used[:, :n])
+                self._optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self._optimizer.step()
+        loss.item()  # waits for the device, so that the time is that of the work
+        self._last_cycle = self._seen
+        self.cycles += 1
+        self.tuning_ms += (time.perf_counter() - started) * 1e3
+
+    def _loss(self, z: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+        losses = [
+            binary_cross_entropy_with_logits(
+                z[: self.shape.num_layers - ahead, :, self.predictor.columns(ahead)], used[ahead:]
+            )
+            for ahead in range(1, self.lookahead + 1)
+        ]
+        distance = torch.stack(
+            [(t - self._start[name]).square().sum() for name, t in self._tuned.items()]
+        ).sum()
+        return torch.stack(losses).mean() + self.config.pull * distance
+
+    def cost(self) -> Cost:
+        """Of a prediction; what tuning took stands in `tuning_ms`."""
+        return self.predictor.cost()

@@ -1,0 +1,473 @@
+"""Train LLaPor on a routing trace: PCA, all layers at once, early stopping on held-out prompts, calibration.
+
+Deterministic by seed: order and dropout of epoch n depend on (seed, n) only, so a run that was resumed from its
+checkpoint ends at the same weights as one that was not interrupted.
+
+Shapes: R rows, T tokens of a batch, D width, P compressed width, E experts, K top-k, L MoE layers,
+N = lookahead * E outputs.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from ..errors import BadTrace, UnsupportedOption
+from ..routing import RoutingTrace
+from .base import BadPredictor, BadState, IdArray, Shape, TooFewPrompts, require_inputs, used_mask
+from .baselines import Routers
+from .calibration import fit_platt
+from .groups import LayerGroups, find_groups
+from .llapor import (
+    Llapor,
+    LlaporConfig,
+    ModelTag,
+    check_tensors,
+    read_tensors,
+    used_of,
+    write_tensors,
+)
+
+CHECKPOINT_FORMAT = "prescope-predictor-checkpoint-1"
+#: Two to train on, one to stop by, one to calibrate on.
+MIN_PROMPTS = 4
+#: Rows PCA is fitted on; more change the components by less than training does.
+PCA_ROWS = 16384
+#: Frequency weights of the balanced loss stay within this factor, or a dead expert would rule the loss.
+MAX_BALANCE = 4.0
+CLIP_NORM = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How to train.
+
+    Args:
+        epochs: at most so many. `patience`: stop after so many without a better held-out recall.
+        batch_tokens: tokens of a step, each with all layers.
+        learning_rate: AdamW's peak, with a linear warm-up over 5 % of the steps and a cosine to zero. `weight_decay`: AdamW's.
+        hold_out: share of the prompts held out; half of them to stop by, half to calibrate on.
+        seed: of weights, split, order and dropout.
+    """
+
+    epochs: int = 6
+    patience: int = 2
+    batch_tokens: int = 512
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    hold_out: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.patience, self.batch_tokens) < 1:
+            raise UnsupportedOption("epochs, patience and batch_tokens are at least 1")
+        if not 0.0 < self.hold_out < 1.0:
+            raise UnsupportedOption(f"hold_out is {self.hold_out}; it is a share of the prompts, in (0, 1)")
+        if not self.learning_rate > 0:
+            raise UnsupportedOption(f"learning_rate is {self.learning_rate}; it is positive")
+
+
+class Split(NamedTuple):
+    """Rows of a trace by purpose; no prompt is in two of them, and padding is in none."""
+
+    train: IdArray
+    validation: IdArray
+    calibration: IdArray
+
+
+class Progress(NamedTuple):
+    """What training reports after each epoch."""
+
+    epoch: int  # from 1
+    epochs: int
+    loss: float  # mean over the epoch's steps
+    validation_recall: float  # recall@K of the held-out prompts, mean over layers and lookaheads
+    is_best: bool
+    seconds: float  # since training began, in this process
+
+
+class TrainResult(NamedTuple):
+    """A trained predictor and how it came about."""
+
+    predictor: Llapor
+    history: list[Progress]
+    split: Split
+    groups: LayerGroups
+
+
+def prompt_keys(trace: RoutingTrace) -> IdArray:
+    """(R,) a number for each row's prompt. Sequences of the same text are one prompt: they must not be split."""
+    numbers: dict[str, int] = {}
+    sequences, row_sequence = np.unique(trace.sequence, return_inverse=True)
+    keys = []
+    for sequence in sequences.tolist():
+        known = trace.prompts[sequence] if sequence < len(trace.prompts) else {}
+        text = known.get("tokens", known.get("text"))
+        name = f"sequence {sequence}" if text is None else json.dumps(text)
+        keys.append(numbers.setdefault(name, len(numbers)))
+    return np.array(keys, dtype=np.int64)[row_sequence]
+
+
+def split_by_prompt(trace: RoutingTrace, hold_out: float, seed: int) -> Split:
+    """Rows for training, validation and calibration, whole prompts each.
+
+    Raises:
+        TooFewPrompts: fewer than 4 different prompts.
+    """
+    keys = prompt_keys(trace)
+    real = trace.position >= 0
+    prompts = np.unique(keys[real])
+    if len(prompts) < MIN_PROMPTS:
+        raise TooFewPrompts(
+            f"the trace holds {len(prompts)} different prompts, training needs {MIN_PROMPTS} or more (some dozens of "
+            f"different texts are better): two to train on, one to stop by and one to calibrate on"
+        )
+    order = np.random.default_rng(seed).permutation(prompts)
+    held = min(max(2, round(hold_out * len(prompts))), len(prompts) - 2)
+    parts = (order[held:], order[: held // 2], order[held // 2 : held])
+    return Split(*(np.flatnonzero(np.isin(keys, part) & real) for part in parts))
+
+
+def fit_pca(
+    inputs_RLD: NDArray[np.float16], width: list[int], device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (L, 1, D) and components (L, D, P) of each layer; P is the largest of `width`, one per layer.
+
+    Columns are scaled so that the compressed input has variance 1 on average; those beyond a layer's width are zero.
+    The sign of each is such that its largest entry is positive, so the same data give the same components.
+    """
+    R, L, D = inputs_RLD.shape
+    rows = np.linspace(0, R - 1, min(R, PCA_ROWS)).astype(int)
+    mean = torch.zeros(L, 1, D)
+    components = torch.zeros(L, D, max(width))
+    for layer in range(L):
+        x = torch.from_numpy(inputs_RLD[rows, layer]).to(device).float()
+        centre = x.mean(0)
+        covariance = (x - centre).T @ (x - centre) / len(x)
+        variance, vectors = torch.linalg.eigh(covariance.double())
+        best, scale = (
+            vectors[:, -width[layer] :].flip(1),
+            variance[-width[layer] :].clamp_min(0).mean().sqrt(),
+        )
+        sign = torch.sign(best.gather(0, best.abs().argmax(0, keepdim=True)))
+        mean[layer, 0] = centre.cpu()
+        components[layer, :, : width[layer]] = (best * sign / scale.clamp_min(1e-6)).float().cpu()
+    return mean, components
+
+
+def train(
+    trace: RoutingTrace,
+    *,
+    config: LlaporConfig | None = None,
+    training: TrainConfig | None = None,
+    routers: Routers | None = None,
+    groups: LayerGroups | None = None,
+    device: str = "cpu",
+    checkpoint: str | Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> TrainResult:
+    """Train a predictor on a trace with router inputs.
+
+    Args:
+        routers: of the model, for the residual variant; `prescope.learning.routers_of` extracts them.
+        groups: of the layers; measured on the training prompts when not given.
+        checkpoint: written after each epoch; when it is there already, training goes on from it.
+        on_progress: called after each epoch; what it raises ends training, the checkpoint stays.
+
+    Raises:
+        BadTrace: the trace has no router inputs. TooFewPrompts: see `split_by_prompt`.
+        BadState: training met NaN; nothing was overwritten.
+        BadPredictor: the checkpoint is damaged, or of another trace or other settings.
+    """
+    config, training = config or LlaporConfig(), training or TrainConfig()
+    inputs = require_inputs(trace, "training LLaPor")
+    if trace.num_layers < 2:
+        raise BadTrace(f"{trace.model} has {trace.num_layers} MoE layer; there is no coming layer to predict")
+    if np.isnan(inputs).any():
+        raise BadState(
+            "the trace's router inputs hold NaN; record it again with the model in bfloat16 or float32"
+        )
+    split = split_by_prompt(trace, training.hold_out, training.seed)
+    groups = groups or find_groups(rows_of(trace, split.train))
+    run = _Run(trace, split, config, training, routers, groups, device)
+    path = Path(checkpoint) if checkpoint is not None else None
+    if path is not None and path.exists():
+        run.resume(path)
+    started = time.perf_counter()
+    while run.epoch < training.epochs and run.epochs_since_best < training.patience:
+        progress = run.run_epoch(started)
+        if path is not None:
+            run.write(path)
+        if on_progress is not None:
+            on_progress(progress)
+    predictor = run.finish()
+    return TrainResult(predictor, run.history, split, groups)
+
+
+def rows_of(trace: RoutingTrace, rows: IdArray) -> RoutingTrace:
+    """Those rows as a trace."""
+    keep = np.zeros(len(trace), dtype=bool)
+    keep[rows] = True
+    arrays: dict[str, Any] = {
+        name: getattr(trace, name)[keep]
+        for name in ("expert_ids", "weights", "step", "sequence", "position", "phase", "inputs")
+    }
+    return RoutingTrace(
+        **arrays,
+        model=trace.model,
+        fingerprint=trace.fingerprint,
+        num_experts=trace.num_experts,
+        top_k=trace.top_k,
+        decoder_layers=trace.decoder_layers,
+        prompts=trace.prompts,
+    )
+
+
+class _Run:
+    """State of one training: weights, optimiser, best weights so far, history."""
+
+    def __init__(
+        self,
+        trace: RoutingTrace,
+        split: Split,
+        config: LlaporConfig,
+        training: TrainConfig,
+        routers: Routers | None,
+        groups: LayerGroups,
+        device: str,
+    ) -> None:
+        self.trace, self.split, self.config, self.training = trace, split, config, training
+        shape = Shape.of(trace)
+        inputs = require_inputs(trace, "training LLaPor")
+        D = inputs.shape[2]
+        width = [
+            min(D, config.width_middle if layer in groups.middle else config.width_outer)
+            for layer in range(shape.num_layers)
+        ]
+        # The tensor is as wide as the widest setting, so that the file's shapes follow from the settings alone.
+        mean, components = fit_pca(inputs[split.train], width, device)
+        most = min(D, max(config.width_outer, config.width_middle))
+        components = torch.nn.functional.pad(components, (0, most - components.shape[2]))
+        tag = ModelTag(model=trace.model, fingerprint=trace.fingerprint)
+        self.predictor = Llapor.fresh(
+            config, shape, groups, (mean, components), tag, routers, training.seed
+        ).to(device)
+        self.routers = routers.to(device) if routers is not None else None
+        self.device = torch.device(device)
+        for tensor in self.predictor.trained().values():
+            tensor.requires_grad_()
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [t], "name": n} for n, t in self.predictor.trained().items()],
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+        )
+        self.epoch = 0
+        self.epochs_since_best = 0
+        self.best_recall = -1.0
+        self.best = self._copy()
+        self.history: list[Progress] = []
+        self._is_outer = torch.tensor(
+            [layer not in groups.middle for layer in range(shape.num_layers)], device=self.device
+        ).float()[:, None, None]
+        self._balance_LE = self._balance()
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.predictor.trained().items()}
+
+    def _balance(self) -> torch.Tensor:
+        """(L, E) weights of the balanced loss: inverse to an expert's use, 1 on average, within a factor."""
+        used = used_mask(self.trace.expert_ids[self.split.train], self.trace.num_experts)
+        rate_LE = used.mean(axis=0)
+        chance = self.trace.top_k / self.trace.num_experts
+        weight = np.clip(chance / np.maximum(rate_LE, 1e-6), 1.0 / MAX_BALANCE, MAX_BALANCE)
+        return torch.from_numpy(weight / weight.mean(axis=1, keepdims=True)).float().to(self.device)
+
+    # -- epochs ------------------------------------------------------------------------------------------------
+
+    def run_epoch(self, started: float) -> Progress:
+        """One pass over the training rows, then the held-out recall."""
+        rng = np.random.default_rng([self.training.seed, self.epoch])
+        order = rng.permutation(self.split.train)
+        size = min(self.training.batch_tokens, len(order))
+        batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+        losses = []
+        # Dropout draws from torch's global generator: seeded for this epoch, and given back as it was.
+        devices = [self.device] if self.device.type != "cpu" else []
+        with torch.random.fork_rng(devices=devices, device_type=self.device.type if devices else "cpu"):
+            torch.manual_seed(int(rng.integers(2**31)))
+            for i, rows in enumerate(batches):
+                losses.append(self._step(rows, (self.epoch + i / len(batches)) / self.training.epochs))
+        loss = float(torch.stack(losses).mean())
+        if not np.isfinite(loss):
+            raise BadState(
+                f"the loss became {loss} in epoch {self.epoch + 1}; lower learning_rate "
+                f"({self.training.learning_rate}); nothing was overwritten"
+            )
+        recall = self._validation_recall()
+        is_best = recall > self.best_recall
+        self.epoch += 1
+        self.epochs_since_best = 0 if is_best else self.epochs_since_best + 1
+        if is_best:
+            self.best_recall, self.best = recall, self._copy()
+        seconds = time.perf_counter() - started
+        self.history.append(Progress(self.epoch, self.training.epochs, loss, recall, is_best, seconds))
+        return self.history[-1]
+
+    def _step(self, rows: IdArray, done: float) -> torch.Tensor:
+        warm = min(1.0, (done + 1e-3) / 0.05)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.training.learning_rate * warm * 0.5 * (1.0 + np.cos(np.pi * done))
+        rows = np.sort(rows)
+        x_LTD, choice = self.predictor.batch_of(self.trace, rows)
+        z_LTN = self.predictor.forward(x_LTD, choice, self.config.dropout)
+        ids = torch.from_numpy(self.trace.expert_ids[rows]).to(self.device).transpose(0, 1)
+        loss = self._loss(z_LTN, used_of(ids, self.trace.num_experts), self._teacher(x_LTD))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.predictor.trained().values()), CLIP_NORM)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _teacher(self, x_LTD: torch.Tensor) -> torch.Tensor | None:
+        """(L, T, E) what each layer's own router says about its own input."""
+        if self.routers is None or not self.config.residual or self.config.distill == 0.0:
+            return None
+        with torch.no_grad():
+            return torch.stack([self.routers.choice(layer, x).softmax(-1) for layer, x in enumerate(x_LTD)])
+
+    def _loss(
+        self, z_LTN: torch.Tensor, used_LTE: torch.Tensor, teacher: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Mean over lookaheads of: balanced BCE + lambda x focal outside, BCE in the middle, + distillation.
+
+        In units of one token: summed over experts, divided by K.
+        """
+        losses = []
+        for ahead in range(1, self.predictor.lookahead + 1):
+            L = self.predictor.shape.num_layers - ahead
+            z = z_LTN[:L, :, self.predictor.columns(ahead)]
+            used = used_LTE[ahead:]
+            bce = binary_cross_entropy_with_logits(z, used, reduction="none")
+            outer = self._is_outer[:L]
+            # exp(-bce) is the probability given to what happened.
+            focal = (1.0 - torch.exp(-bce)).pow(self.config.focal_gamma) * bce
+            balance = self._balance_LE[ahead:, None, :]
+            weighted = (1.0 - outer) * bce + outer * (balance * bce + self.config.focal_lambda * focal)
+            loss = weighted.sum(-1).mean() / self.predictor.shape.top_k
+            if teacher is not None:
+                cross = -(teacher[ahead:] * torch.log_softmax(z, dim=-1)).sum(-1).mean()
+                loss = loss + self.config.distill * cross
+            losses.append(loss)
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def _validation_recall(self) -> float:
+        """recall@K of the validation rows, mean over layers and lookaheads."""
+        hits: dict[int, torch.Tensor] = {}
+        used_total: dict[int, torch.Tensor] = {}
+        for first in range(0, len(self.split.validation), 2048):
+            rows = self.split.validation[first : first + 2048]
+            z_LTN = self.predictor.forward(*self.predictor.batch_of(self.trace, rows))
+            ids = torch.from_numpy(self.trace.expert_ids[rows]).to(self.device).transpose(0, 1)
+            used = used_of(ids, self.trace.num_experts)
+            for ahead in range(1, self.predictor.lookahead + 1):
+                z = z_LTN[: len(used) - ahead, :, self.predictor.columns(ahead)]
+                best = z.topk(self.predictor.shape.top_k, dim=-1).indices
+                hits[ahead] = hits.get(ahead, 0) + used[ahead:].gather(-1, best).sum((1, 2))
+                used_total[ahead] = used_total.get(ahead, 0) + used[ahead:].sum((1, 2))
+        recalls = [(hits[a] / used_total[a].clamp_min(1)).mean() for a in hits]
+        return float(torch.stack(recalls).mean())
+
+    def finish(self) -> Llapor:
+        """The best weights, calibrated."""
+        predictor = self.predictor
+        for name, tensor in self.best.items():
+            predictor.tensors[name] = tensor.detach()
+        predictor.forget_live()
+        predictor.validation_error = 1.0 - self.best_recall
+        calibrate(predictor, rows_of(self.trace, self.split.calibration))
+        return predictor
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be of this training."""
+        return {
+            "config": asdict(self.config),
+            "training": asdict(self.training),
+            "fingerprint": self.trace.fingerprint,
+            "rows": [len(part) for part in self.split],
+            "ids": int(self.trace.expert_ids[self.split.train].astype(np.int64).sum()),
+        }
+
+    def write(self, path: Path) -> None:
+        """Weights, best weights, optimiser and history, by rename."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in self.predictor.trained().items():
+            state = self.optimizer.state.get(tensor, {})
+            tensors |= {f"now.{name}": tensor, f"best.{name}": self.best[name]}
+            tensors |= {
+                f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step") if key in state
+            }
+        metadata = {
+            "identity": self._identity(),
+            "epoch": self.epoch,
+            "epochs_since_best": self.epochs_since_best,
+            "best_recall": self.best_recall,
+            "history": [list(p) for p in self.history],
+        }
+        write_tensors(tensors, {"format": CHECKPOINT_FORMAT, "prescope": json.dumps(metadata)}, path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            BadPredictor: it is damaged, or of another training.
+        """
+        tensors, metadata = read_tensors(path, CHECKPOINT_FORMAT)
+        identity, mine = metadata.get("identity", {}), json.loads(json.dumps(self._identity()))
+        if identity != mine:
+            differs = [name for name in mine if identity.get(name) != mine[name]]
+            raise BadPredictor(
+                f"the checkpoint {path} is of another training: {', '.join(differs)} differ; give another path to "
+                f"start anew, or the same trace and settings to go on"
+            )
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, tensor in self.predictor.trained().items():
+            expected |= {
+                f"{part}.{name}": tuple(tensor.shape) for part in ("now", "best", "exp_avg", "exp_avg_sq")
+            }
+            expected[f"step.{name}"] = ()
+        check_tensors(tensors, expected, str(path))
+        with torch.no_grad():
+            for name, tensor in self.predictor.trained().items():
+                tensor.copy_(tensors[f"now.{name}"])
+                self.best[name] = tensors[f"best.{name}"].to(self.device)
+                self.optimizer.state[tensor] = {
+                    "step": tensors[f"step.{name}"],
+                    "exp_avg": tensors[f"exp_avg.{name}"].to(self.device),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device),
+                }
+        self.epoch, self.epochs_since_best = int(metadata["epoch"]), int(metadata["epochs_since_best"])
+        self.best_recall = float(metadata["best_recall"])
+        self.history = [Progress(*entry) for entry in metadata["history"]]
+
+
+def calibrate(predictor: Llapor, trace: RoutingTrace) -> None:
+    """Fit Platt scaling of each layer and lookahead on a trace the networks were not trained on."""
+    z_LRN = predictor.replay_logits(trace).numpy()
+    used_RLE = used_mask(trace.expert_ids, trace.num_experts)
+    platt = predictor.tensors["platt"].cpu().clone()
+    for ahead in range(1, predictor.lookahead + 1):
+        for layer in range(predictor.shape.num_layers - ahead):
+            z = z_LRN[layer, :, predictor.columns(ahead)]
+            platt[layer, ahead - 1] = torch.tensor(fit_platt(z, used_RLE[:, layer + ahead]))
+    predictor.tensors["platt"] = platt.to(predictor.device)
+    predictor.is_calibrated = True
