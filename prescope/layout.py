@@ -27,9 +27,13 @@ class RowLayout(NamedTuple):
     fields: tuple[Field, ...]
     row_bytes: int
 
+    def field(self, name: str) -> Field:
+        """The field of that name."""
+        return next(field for field in self.fields if field.name == name)
+
     def view(self, rows: torch.Tensor, name: str) -> torch.Tensor:
         """One field of all rows, (N, *shape), as a view of (N, >= row_bytes) uint8 memory."""
-        field = next(field for field in self.fields if field.name == name)
+        field = self.field(name)
         data = rows[:, field.offset : field.offset + field.nbytes].view(field.dtype)
         return data.unflatten(1, field.shape)
 

@@ -7,8 +7,19 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prescope
-from prescope.errors import BadModelFolder, NotAMoE, PrescopeError, SlotPoolTooSmall, TraceMismatch
-from tests.models import plain_tokens, prompt, tiny_moe
+from prescope.device import NullDevice, pages
+from prescope.errors import (
+    BadModelFolder,
+    NotAMoE,
+    PrescopeError,
+    SlotPoolTooSmall,
+    TraceMismatch,
+    UnsupportedOption,
+)
+from prescope.hf import Attachment, find_moe_layers
+from prescope.host_pool import HostLayer
+from prescope.layout import row_layout
+from tests.models import LAYERS, plain_tokens, prompt, tiny_moe
 
 SETTINGS = {"slots": 6, "device": "cpu", "link_gb_per_s": 50.0}
 
@@ -135,3 +146,103 @@ def test_every_error_is_of_one_family():
     """One `except prescope.errors.PrescopeError` catches all that prescope raises on purpose."""
     assert issubclass(BadModelFolder, PrescopeError)
     assert issubclass(NotAMoE, PrescopeError)
+
+
+class PinningDevice(NullDevice):
+    """Keeps count of what is pinned, as CUDA does, and may refuse the n-th time."""
+
+    def __init__(self, refuse_at: int = -1) -> None:
+        super().__init__()
+        self.pinned: set[int] = set()
+        self._refuse_at = refuse_at
+
+    def pin(self, row: torch.Tensor) -> bool:
+        if len(self.pinned) == self._refuse_at:
+            raise UnsupportedOption("the host limits locked memory")
+        assert row.data_ptr() not in self.pinned, "pinned twice"
+        self.pinned.add(row.data_ptr())
+        return True
+
+    def unpin(self, row: torch.Tensor) -> None:
+        self.pinned.remove(row.data_ptr())
+
+
+def attachment(model, device) -> Attachment:
+    return Attachment(model, find_moe_layers(model), device, lambda *arguments: None)
+
+
+@pytest.mark.parametrize("job_bytes", [64, 1000, 1 << 20])
+def test_rows_equal_their_sources_however_the_copy_is_cut(job_bytes, monkeypatch):
+    """Several threads copy pieces of a row, or of several rows; transposed sources go another way."""
+    monkeypatch.setattr(pages, "JOB_BYTES", job_bytes)
+    tensors = {
+        "up": torch.randn(5, 24, 7).to(torch.bfloat16),
+        "up_bias": torch.randn(5, 24),
+        "down": torch.randn(5, 11, 24).transpose(1, 2),
+    }
+    rows = HostLayer(row_layout(tensors), 5, NullDevice())
+    rows.fill(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(rows.tensor(name), tensor)
+        assert torch.equal(rows.restore(name, torch.device("cpu")), tensor)
+    assert all(torch.equal(rows.row(expert), rows.rows[expert]) for expert in range(5))
+    rows.close()
+
+
+@pytest.mark.parametrize("nbytes", [1, 4097, (2 << 20) - 1, 2 << 20, (5 << 20) + 3])
+def test_pages_are_zero_and_large_ones_start_on_a_huge_page(nbytes):
+    memory = pages.HostPages(nbytes)
+    memory.touch()
+    assert memory.data.shape == (nbytes,) and not memory.data.any()
+    if nbytes >= pages.HUGE_PAGE_BYTES:
+        assert memory.data.data_ptr() % pages.HUGE_PAGE_BYTES == 0
+    memory.keep_from_children()
+    memory.close()
+
+
+def test_every_pinned_row_is_unpinned_by_detach():
+    model, device = tiny_moe(), PinningDevice()
+    attached = attachment(model, device)
+    assert len(device.pinned) == LAYERS
+    attached.detach()
+    assert not device.pinned
+    for name, tensor in tiny_moe().state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("refuse_at", range(LAYERS))
+def test_a_refused_pin_leaves_the_model_as_it_was_and_nothing_pinned(refuse_at):
+    """Pinning runs beside the copies, so a refusal comes when later layers have been filled already."""
+    model, device = tiny_moe(), PinningDevice(refuse_at)
+    with pytest.raises(UnsupportedOption, match="locked memory"):
+        attachment(model, device)
+    assert not device.pinned
+    for name, tensor in tiny_moe().state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    ids = prompt()
+    assert plain_tokens(model, ids) == plain_tokens(tiny_moe(), ids)
+
+
+def test_a_layers_originals_are_gone_before_the_next_is_copied(monkeypatch):
+    """The peak of host memory is the model plus one layer, on the way in and on the way out."""
+    model = tiny_moe()
+    layers = find_moe_layers(model)
+    parameters = [list(layer.module.parameters()) for layer in layers]
+    live: list[int] = []
+
+    def count() -> None:
+        live.append(sum(any(p.numel() for p in of_layer) for of_layer in parameters))
+
+    copy, restore = HostLayer.copy, HostLayer.restore
+    monkeypatch.setattr(HostLayer, "copy", lambda self, tensors: (count(), copy(self, tensors))[1])
+    monkeypatch.setattr(HostLayer, "restore", lambda self, *of: (count(), restore(self, *of))[1])
+    attached = Attachment(model, layers, NullDevice(), lambda *arguments: None)
+    assert live == [3, 2, 1]
+    live.clear()
+    open_rows = list(attached.host.layers)
+    closed: list[int] = []
+    close = HostLayer.close
+    monkeypatch.setattr(HostLayer, "close", lambda self: (closed.append(len(live)), close(self))[1])
+    attached.detach()
+    assert closed[:LAYERS] == [2, 4, 6], "each layer's rows are closed as soon as its two weights are back"
+    assert all(rows.rows.numel() == 0 for rows in open_rows)

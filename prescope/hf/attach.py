@@ -1,6 +1,8 @@
 """Take the experts out of a model into host rows, route its MoE layers to the engine, and undo all of it exactly."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..device import Device
 from ..errors import AlreadyAttached, UnsupportedExperts
-from ..host_pool import HostLayer, HostPool
+from ..host_pool import HostLayer, HostPool, is_on_host
 from .seam import MoELayer
 
 IMPLEMENTATION = "prescope"
@@ -52,6 +54,10 @@ class Attachment:
 
     The model's Parameter objects stay the same objects, so references to them (optimizers, hooks, ties) survive;
     while attached they are empty and a placeholder on `meta` stands in their module.
+
+    Attributes:
+        host: the rows.
+        fill_seconds: wall time of filling and pinning them; `host.seconds` has its parts, which overlap.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Attachment:
         self._implementations: list[tuple[Any, str | None]] = []
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
         self.host = HostPool([])
+        self.fill_seconds = 0.0
         try:
             self._take_experts()
             self._move_rest()
@@ -81,6 +88,7 @@ class Attachment:
     def _take_experts(self) -> None:
         # Layer by layer, so that the peak is the model plus one layer.
         nbytes = sum(layer.num_experts * layer.layout.row_bytes for layer in self.layers)
+        started = time.perf_counter()
         progress = tqdm(
             total=nbytes,
             desc="experts to host memory",
@@ -88,28 +96,51 @@ class Attachment:
             unit_scale=True,
             disable=nbytes < PROGRESS_BYTES,
         )
-        with progress:
-            self._fill_rows(progress)
+        # On leaving, the helper's work is over, also after an error: `detach` then unpins what it has pinned.
+        with progress, ThreadPoolExecutor(1, thread_name_prefix="prescope-pin") as helper:
+            self._fill_rows(progress, helper)
+        self.fill_seconds = time.perf_counter() - started
 
-    def _fill_rows(self, progress: tqdm) -> None:
-        for layer in self.layers:
-            rows = HostLayer(layer.layout, layer.num_experts, self._device)
-            self.host.layers.append(rows)
-            rows.fill(layer.tensors())
-            originals: dict[str, nn.Parameter] = {}
-            self._experts_devices.append(layer.tensors()[layer.weight_names[0]].device)
-            self._parameters.append(originals)
-            for name in layer.weight_names:
-                parameter = layer.module._parameters[name]
-                assert parameter is not None
-                originals[name] = parameter
-                placeholder = nn.Parameter(
-                    torch.empty_like(parameter, device="meta"), parameter.requires_grad
-                )
-                for module in (layer.module, *layer.twins):
-                    module._parameters[name] = placeholder
-                parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    def _fill_rows(self, progress: tqdm, helper: ThreadPoolExecutor) -> None:
+        """Fill all rows; the helper pins one layer while another is copied."""
+        pinned: list[Future[None]] = []
+        for rank, layer in enumerate(self.layers):
+            tensors = layer.tensors()
+            if not is_on_host(tensors):
+                # The pages of the next layer are faulted in and pinned while the GPU writes into this one's.
+                while len(pinned) < min(rank + 2, len(self.layers)):
+                    pinned.append(helper.submit(self._open_rows(len(pinned)).prepare))
+            if rank < len(pinned):
+                pinned[rank].result()
+            rows = self._open_rows(rank)
+            rows.copy(tensors)
+            self._give_up_originals(layer)
+            if rank == len(pinned):
+                # After the originals are gone, so that the next layer can be copied meanwhile within the peak.
+                pinned.append(helper.submit(rows.pin))
             progress.update(rows.rows.nbytes)
+        for done in pinned:
+            done.result()
+
+    def _open_rows(self, rank: int) -> HostLayer:
+        """Rows of a layer, opened in the order of the layers; `detach` closes them all."""
+        if rank == len(self.host.layers):
+            layer = self.layers[rank]
+            self.host.layers.append(HostLayer(layer.layout, layer.num_experts, self._device))
+        return self.host.layers[rank]
+
+    def _give_up_originals(self, layer: MoELayer) -> None:
+        originals: dict[str, nn.Parameter] = {}
+        self._experts_devices.append(layer.tensors()[layer.weight_names[0]].device)
+        self._parameters.append(originals)
+        for name in layer.weight_names:
+            parameter = layer.module._parameters[name]
+            assert parameter is not None
+            originals[name] = parameter
+            placeholder = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+            for module in (layer.module, *layer.twins):
+                module._parameters[name] = placeholder
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
     def _move_rest(self) -> None:
         target = self._device.torch_device
@@ -139,16 +170,21 @@ class Attachment:
                 module.__dict__.pop("_prescope", None)
         for tensor, device in self._moved:
             tensor.data = tensor.data.to(device)
-        for layer, rows, originals, device in zip(
-            self.layers, self.host.layers, self._parameters, self._experts_devices, strict=False
-        ):
-            for name, parameter in originals.items():
-                parameter.data = rows.tensor(name).to(device, copy=True).contiguous()
-                for module in (layer.module, *layer.twins):
-                    module._parameters[name] = parameter
+        self._restore_experts()
         self.host.close()
         self._guards, self._implementations, self._moved = [], [], []
-        self._parameters, self._experts_devices = [], []
+
+    def _restore_experts(self) -> None:
+        # Layer by layer again: each layer's rows are closed before the next one's originals take memory.
+        for layer, rows in zip(self.layers, self.host.layers, strict=False):
+            if not self._parameters:
+                break  # attaching failed here: this layer and those after it still have their own weights
+            for name, parameter in self._parameters[0].items():
+                parameter.data = rows.restore(name, self._experts_devices[0])
+                for module in (layer.module, *layer.twins):
+                    module._parameters[name] = parameter
+            del self._parameters[0], self._experts_devices[0]
+            rows.close()
 
 
 def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
