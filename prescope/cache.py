@@ -3,6 +3,9 @@
 Pure numpy; engine and simulator call the same objects. A policy keeps one score per expert of the model in a flat
 array (index = moe_layer * E + expert) and learns from each layer's needs; the residency table evicts the lowest
 score among the slots that may be given up. So every policy costs O(needed) to learn and one argpartition to evict.
+
+Scores of experts that can be resident are distinct (a layer's experts are told apart by their number), so that the
+GPU's version of a policy (`kernels.on_device._plan`) evicts the same experts and counts the same hits.
 """
 
 from collections.abc import Callable
@@ -26,6 +29,7 @@ class CachePolicy(Protocol):
 
     name: str
     scores: FloatArray  # (L * E,), the lowest is evicted first
+    tick: int  # layers learned from so far
 
     def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
         """Learn one layer's needs: distinct `experts` (n,), and the sum of their router weights (n,)."""
@@ -44,15 +48,15 @@ class LRU:
     def __init__(self, shape: MoEShape) -> None:
         self._experts = shape.num_experts
         self.scores = np.zeros(shape.total_experts)
-        self._tick = 0.0
+        self.tick = 0
 
     def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
-        self._tick += 1.0
-        self.scores[moe_layer * self._experts + experts] = self._tick
+        self.tick += 1
+        self.scores[moe_layer * self._experts + experts] = self.tick + experts / self._experts
 
     def reset(self) -> None:
         self.scores[:] = 0.0
-        self._tick = 0.0
+        self.tick = 0
 
 
 class LFU:
@@ -63,17 +67,18 @@ class LFU:
     def __init__(self, shape: MoEShape) -> None:
         self._experts = shape.num_experts
         self.scores = np.zeros(shape.total_experts)
-        self._tick = 0.0
+        self.tick = 0
 
     def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
         keys = moe_layer * self._experts + experts
         # Integer part: uses. Fraction: the last use, squeezed below 1, so that it only breaks ties.
-        self._tick += 1.0
-        self.scores[keys] = np.floor(self.scores[keys]) + 1.0 + self._tick / (self._tick + 1e9)
+        self.tick += 1
+        last = self.tick + experts / self._experts
+        self.scores[keys] = np.floor(self.scores[keys]) + 1.0 + last / (last + 1e9)
 
     def reset(self) -> None:
         self.scores[:] = 0.0
-        self._tick = 0.0
+        self.tick = 0
 
 
 class StaticFrequency:
@@ -93,10 +98,14 @@ class StaticFrequency:
                 f"frequencies have shape {frequencies.shape}, the model has "
                 f"{shape.num_layers} MoE layers x {shape.num_experts} experts; record a trace with this model"
             )
-        self.scores = frequencies.astype(np.float64).ravel().copy()
+        # Ranks, so that no two are equal.
+        order = np.argsort(frequencies.ravel(), kind="stable")
+        self.scores = np.empty(order.size)
+        self.scores[order] = np.arange(order.size)
+        self.tick = 0
 
     def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
-        pass
+        self.tick += 1
 
     def reset(self) -> None:
         pass
@@ -111,14 +120,17 @@ class DecayedScore:
         self._experts = shape.num_experts
         self._decay = decay
         self.scores = np.zeros(shape.total_experts)
+        self.tick = 0
 
     def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
+        self.tick += 1
         first = moe_layer * self._experts
         self.scores[first : first + self._experts] *= self._decay
         self.scores[first + experts] += weights
 
     def reset(self) -> None:
         self.scores[:] = 0.0
+        self.tick = 0
 
 
 _BY_NAME: dict[str, Callable[[MoEShape], CachePolicy]] = {"lru": LRU, "lfu": LFU, "score": DecayedScore}

@@ -134,6 +134,18 @@ class ResidencyTable:
         """Lift the protection of `slots`, or all protection."""
         self._protected[slice(None) if slots is None else slots] = False
 
+    def adopt(
+        self, slot_of: IntArray, key_of: IntArray, scores: NDArray[np.float64], tick: int
+    ) -> None:
+        """Take over what a step that ran on the GPU made of the table: (L * E,) slots and scores, (S,) keys."""
+        self.slot_of[:], self.key_of[:] = slot_of, key_of
+        self.policy.scores[:] = scores
+        self.policy.tick = tick
+        self.versions += 1
+        self._free = np.flatnonzero(key_of < 0)[::-1].tolist()
+        self.in_flight[:] = False
+        self._protected[:] = False
+
     def clear(self) -> None:
         """Every expert back to PINNED, every slot free."""
         self.slot_of[:] = -1

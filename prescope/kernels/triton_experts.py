@@ -7,6 +7,8 @@ accumulation, one rounding to the weights' dtype after each linear. The gate bet
 A pair's result depends on neither the slots nor the rounds: the tile shapes are a function of the problem's sizes.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import triton
@@ -14,6 +16,7 @@ import triton.language as tl
 
 from ..residency import IntArray
 from .base import ExpertsSpec, LayerWeights, Work
+from .tuning import tune, tuned
 
 #: Up to this many pairs per distinct expert on average, reading an expert once per pair (mostly from the L2) is
 #: cheaper than the tiles of 16 rows, of which most would be empty.
@@ -64,6 +67,8 @@ def _grouped_linear(  # type: ignore[no-untyped-def]
     slot = tl.load(blocks + block * 3).to(tl.int64)
     start = tl.load(blocks + block * 3 + 1)
     end = tl.load(blocks + block * 3 + 2)
+    if start >= end:  # a captured step launches as many tiles as it could ever need
+        return
     places = start + tl.arange(0, BLOCK_M)
     place_mask = places < end
     pairs = tl.load(order + places, mask=place_mask, other=0)
@@ -170,30 +175,101 @@ class TritonKernel:
         out: torch.Tensor,
         is_transposed: bool,
     ) -> None:
-        out_axis, in_axis = (2, 1) if is_transposed else (1, 2)
-        out_dim, in_dim = w.shape[out_axis], w.shape[in_axis]
-        strides = (
-            x_div, x.stride(0), w.stride(0), w.stride(out_axis), w.stride(in_axis),
-            bias.stride(0) if bias is not None else 0, out.stride(0),
+        linear = Linear(x, x_div, w, bias, out, is_transposed)
+        if self._tiles:
+            linear.tiles(self._order, where, where.numel() // 3, self._block_m)
+        else:
+            linear.pairs(work.ids_TK, where, work.num_experts)
+
+
+class PairConfig(NamedTuple):
+    """Tile of weights of one program of `_pair_linear`."""
+
+    block_out: int
+    block_in: int
+    num_warps: int
+
+
+#: A tile of 16 x 256 weights per program: 8 KiB in flight each, enough programs to fill an H200.
+DEFAULT_PAIRS = PairConfig(16, 256, 4)
+DEFAULT_PAIRS_TRANSPOSED = PairConfig(64, 32, 4)
+PAIR_CANDIDATES = [
+    *(PairConfig(*c) for c in [(16, 256, 4), (8, 512, 4), (4, 1024, 4), (8, 256, 4), (4, 512, 4), (16, 512, 8)]),
+    *(PairConfig(*c) for c in [(32, 256, 8), (2, 1024, 4), (8, 1024, 8), (4, 2048, 8)]),
+]  # fmt: skip
+TRANSPOSED_CANDIDATES = [
+    PairConfig(*c) for c in [(64, 32, 4), (128, 16, 4), (64, 64, 4), (128, 32, 8), (32, 64, 4), (256, 16, 8)]
+]
+
+
+class Linear(NamedTuple):
+    """One linear over all pairs, out (P, O) = w[slot] @ x[pair // x_div] + bias[slot], ready to be launched."""
+
+    x: torch.Tensor  # (T, I) with x_div = K, or (P, I) with x_div = 1
+    x_div: int
+    w: torch.Tensor  # (S, O, I), or (S, I, O) when transposed
+    bias: torch.Tensor | None  # (S, O)
+    out: torch.Tensor  # (P, O)
+    is_transposed: bool
+
+    def pairs(
+        self, ids: torch.Tensor, slot_of: torch.Tensor, num_experts: int, config: PairConfig | None = None
+    ) -> None:
+        """A matrix-vector product per pair; `slot_of` (E,) int32 on the device."""
+        out_dim, in_dim = self._dims()
+        config = config or pair_config(self)
+        grid = (self.out.shape[0], triton.cdiv(out_dim, config.block_out))
+        _pair_linear[grid](
+            self.x, self.w, self._some_bias(), self.out, slot_of, ids, num_experts, out_dim, in_dim, *self._strides(),
+            HAS_BIAS=self.bias is not None, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in,
+            num_warps=config.num_warps,
         )  # fmt: skip
-        some_bias = bias if bias is not None else w
-        if not self._tiles:
-            # A tile of 16 x 256 weights per program: 8 KiB in flight each, enough programs to fill an H200.
-            block_out, block_in = (64, 32) if is_transposed else (16, 256)
-            grid = (work.out_PD.shape[0], triton.cdiv(out_dim, block_out))
-            _pair_linear[grid](
-                x, w, some_bias, out, where, work.ids_TK, work.num_experts, out_dim, in_dim, *strides,
-                HAS_BIAS=bias is not None, BLOCK_OUT=block_out, BLOCK_IN=block_in, num_warps=4,
-            )  # fmt: skip
-            return
-        wide = self._block_m >= 64
+
+    def tiles(self, order: torch.Tensor, blocks: torch.Tensor, num_blocks: int, block_m: int) -> None:
+        """Tiles of `block_m` pairs of one expert; `order` (P,), `blocks` (num_blocks, 3): slot, first, end place."""
+        out_dim, in_dim = self._dims()
+        wide = block_m >= 64
         block_out = 128 if wide else 64
-        grid = (triton.cdiv(out_dim, block_out), where.numel() // 3)
-        _grouped_linear[grid](
-            x, w, some_bias, out, self._order, where, out_dim, in_dim, *strides,
-            HAS_BIAS=bias is not None, PRECISION="ieee", BLOCK_M=self._block_m, BLOCK_OUT=block_out,
-            BLOCK_IN=32 if w.dtype == torch.float32 else 64, num_warps=8 if wide else 4, num_stages=3,
+        _grouped_linear[(triton.cdiv(out_dim, block_out), num_blocks)](
+            self.x, self.w, self._some_bias(), self.out, order, blocks, out_dim, in_dim, *self._strides(),
+            HAS_BIAS=self.bias is not None, PRECISION="ieee", BLOCK_M=block_m, BLOCK_OUT=block_out,
+            BLOCK_IN=32 if self.w.dtype == torch.float32 else 64, num_warps=8 if wide else 4, num_stages=3,
         )  # fmt: skip
+
+    def _dims(self) -> tuple[int, int]:
+        out_axis, in_axis = (2, 1) if self.is_transposed else (1, 2)
+        return self.w.shape[out_axis], self.w.shape[in_axis]
+
+    def _strides(self) -> tuple[int, ...]:
+        out_axis, in_axis = (2, 1) if self.is_transposed else (1, 2)
+        return (
+            self.x_div, self.x.stride(0), self.w.stride(0), self.w.stride(out_axis), self.w.stride(in_axis),
+            self.bias.stride(0) if self.bias is not None else 0, self.out.stride(0),
+        )  # fmt: skip
+
+    def _some_bias(self) -> torch.Tensor:
+        return self.bias if self.bias is not None else self.w
+
+    @property
+    def key(self) -> str:
+        """What a tuned configuration depends on."""
+        out_dim, in_dim = self._dims()
+        form = "T" if self.is_transposed else "N"
+        return f"{str(self.w.dtype).removeprefix('torch.')} {out_dim}x{in_dim}{form} {self.out.shape[0]} pairs"
+
+
+def pair_config(linear: Linear) -> PairConfig:
+    """The configuration tuned for this GPU, or the default where none was tuned."""
+    found = tuned(linear.w.device, linear.key)
+    if found is not None:
+        return PairConfig(*found)
+    return DEFAULT_PAIRS_TRANSPOSED if linear.is_transposed else DEFAULT_PAIRS
+
+
+def tune_pairs(linear: Linear, ids: torch.Tensor, slot_of: torch.Tensor, num_experts: int) -> None:
+    """Time all candidates once per GPU and shape and keep the fastest; does nothing the second time."""
+    candidates = TRANSPOSED_CANDIDATES if linear.is_transposed else PAIR_CANDIDATES
+    tune(linear.w.device, linear.key, candidates, lambda c: linear.pairs(ids, slot_of, num_experts, PairConfig(*c)))
 
 
 def _slot_table(num_experts: int, experts: IntArray, slots: IntArray) -> IntArray:

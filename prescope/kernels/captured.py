@@ -1,0 +1,318 @@
+"""Buffers and launches of a decode step that runs from one CUDA graph (see `on_device`).
+
+Knows the GPU's copy of the residency table and the messages between GPU and host; knows nothing of models.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+from numpy.typing import NDArray
+
+from ..core import MoEShape
+from ..errors import UnsupportedOption
+from ..residency import ResidencyTable
+from . import on_device
+from .base import ExpertsSpec, LayerWeights
+from .triton_experts import PAIRS_PER_EXPERT_FOR_TILES, Linear, tune_pairs
+
+#: Policies that `_plan` knows. The others need the host.
+DEVICE_POLICIES = {"lru": on_device.LRU, "lfu": on_device.LFU, "static": on_device.STATIC}
+#: Steps whose messages are kept: the GPU runs at most one ahead of the host.
+RING = 4
+#: Most pairs of one layer that one program sorts.
+MOST_PAIRS = 2048
+#: Programs and words (int64) per program of `_fetch`: measured in benchmarks/overhead.py, see LOG.md.
+FETCH_PROGRAMS, FETCH_WORDS = 64, 2048
+BLOCK_M = 16
+
+
+class DeviceTable:
+    """The GPU's copy of the residency table.
+
+    Args:
+        shape, num_slots: as the table's.
+        device: the GPU.
+    """
+
+    def __init__(self, shape: MoEShape, num_slots: int, device: torch.device) -> None:
+        self.shape, self.num_slots = shape, num_slots
+        self.slot_of = torch.empty(shape.total_experts, dtype=torch.int32, device=device)
+        self.key_of = torch.empty(num_slots, dtype=torch.int32, device=device)
+        self.scores = torch.empty(shape.total_experts, dtype=torch.float64, device=device)
+        self.tick = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def take(self, table: ResidencyTable) -> None:
+        """Copy the host's table here."""
+        self.slot_of.copy_(torch.from_numpy(table.slot_of))
+        self.key_of.copy_(torch.from_numpy(table.key_of))
+        self.scores.copy_(torch.from_numpy(table.policy.scores))
+        self.tick.fill_(table.policy.tick)
+
+    def give(self, table: ResidencyTable) -> None:
+        """Bring the host's table up to date."""
+        slots, keys = self.slot_of.cpu().numpy().astype(np.int64), self.key_of.cpu().numpy().astype(np.int64)
+        table.adopt(slots, keys, self.scores.cpu().numpy(), int(self.tick))
+
+
+class StepLog(NamedTuple):
+    """What one step left: copies, on the host."""
+
+    tokens: NDArray[np.int64]  # (T,) chosen
+    ids_LTK: NDArray[np.int32]  # -1 for nobody's
+    weights_LTK: NDArray[np.float32]
+    needs: NDArray[np.int32]  # (L, 2): needed, missing
+    stamps_ns: NDArray[np.int64]  # (L, 4): routed, decided, fetched, done, by the GPU's clock
+    begin_ns: int
+    end_ns: int
+
+
+class CapturedStep:
+    """All that a captured step writes, and the launches of its MoE layers.
+
+    Args:
+        table: shared by all steps of an engine.
+        num_tokens, top_k: T and K of each layer.
+        policy: number in `DEVICE_POLICIES`, or `on_device.HOST` when the host serves misses.
+        row_bytes: of the slots.
+        timed: write stamps.
+    """
+
+    def __init__(self, table: DeviceTable, num_tokens: int, top_k: int, policy: int, timed: bool) -> None:
+        shape, device = table.shape, table.slot_of.device
+        self.table, self.num_tokens, self.top_k = table, num_tokens, top_k
+        self.policy, self._timed = policy, timed
+        self.num_pairs = num_tokens * top_k
+        if self.num_pairs > MOST_PAIRS:
+            raise UnsupportedOption(
+                f"{num_tokens} tokens x top-{top_k} are more than {MOST_PAIRS} pairs of a captured layer"
+            )
+        L, P, most = shape.num_layers, self.num_pairs, min(self.num_pairs, shape.num_experts)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._log = self._make_log(L, P, device)
+        self._ring = _mapped((RING, self._log.numel()), torch.int32, device)
+        self._tokens_ring = _mapped((RING, num_tokens), torch.int64, device)
+        self._fetch = torch.zeros((2, most), dtype=torch.int32, device=device)
+        self._mark = torch.zeros(_power_of_2(shape.num_experts + 1), dtype=torch.int32, device=device)
+        # Host-driven only.
+        self.most_updates = _power_of_2(2 * most)
+        self._ask = _mapped((L, P), torch.int32, device)
+        self._updates = _mapped((L, 1 + 2 * self.most_updates), torch.int32, device)
+        self._ack = torch.zeros(L, dtype=torch.int32, device=device)
+        self._numbers = _mapped((on_device.NUMBERS + 1,), torch.int32, device)
+        self._numbers.copy_(torch.arange(on_device.NUMBERS + 1))
+        # Host views.
+        self.asked = self._ask.numpy()
+        self.updates = self._updates.numpy()
+        self._host_ring = self._ring.numpy()
+        self._host_tokens = self._tokens_ring.numpy()
+        # Tiles, when an expert has several pairs on average.
+        expected = shape.num_experts * (1.0 - (1.0 - 1.0 / shape.num_experts) ** P)
+        self._tiles = P / expected > PAIRS_PER_EXPERT_FOR_TILES
+        self._most_blocks = min(P, shape.num_experts + P // BLOCK_M)
+        self._order = torch.zeros(P, dtype=torch.int32, device=device)
+        self._blocks = torch.zeros((self._most_blocks, 3), dtype=torch.int32, device=device)
+        self._first = torch.zeros_like(self._mark)
+
+    def _make_log(self, L: int, P: int, device: torch.device) -> torch.Tensor:
+        sizes = {"stamps": 2 * (L * on_device.NUM_STAMPS + 2), "needs": 2 * L, "ids": L * P, "weights": L * P}
+        log = torch.zeros(sum(sizes.values()) + sum(sizes.values()) % 2, dtype=torch.int32, device=device)
+        parts = dict(zip(sizes, log[: sum(sizes.values())].split(list(sizes.values())), strict=True))
+        self._stamps = parts["stamps"].view(torch.int64)
+        self._needs = parts["needs"].view(L, 2)
+        self._ids = parts["ids"].view(L, P)
+        self._weights = parts["weights"].view(torch.float32).view(L, P)
+        self._sizes = sizes
+        return log
+
+    # -- launches, while the step is captured ------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """First launch of a step."""
+        if self._timed:
+            on_device._stamp[(1,)](self._stamps[-2:])
+
+    def layer(
+        self,
+        moe_layer: int,
+        num_experts: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        spec: ExpertsSpec,
+        slots: LayerWeights,
+        pool: torch.Tensor,
+        host_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """All launches of one MoE layer; `host_rows` (E, row_bytes) pinned, `pool` (S, bytes). Returns (T, D)."""
+        ids = ids_TK.reshape(-1).to(torch.int32)
+        weights_TK = weights_TK.contiguous()
+        self._plan(moe_layer, num_experts, ids, weights_TK)
+        first = moe_layer * self.table.shape.num_experts
+        slot_of = self.table.slot_of[first : first + num_experts]
+        stamps = self._stamps[moe_layer * on_device.NUM_STAMPS :]
+        if self.policy == on_device.HOST:
+            on_device._wait[(1,)](
+                self._needs[moe_layer], self.step, self._ack[moe_layer:], self._updates[moe_layer],
+                self.table.slot_of, stamps, MOST=self.most_updates, TIMED=self._timed, num_warps=1,
+            )  # fmt: skip
+        else:
+            on_device._fetch[(FETCH_PROGRAMS,)](
+                host_rows.view(torch.int64), pool.view(torch.int64), self._needs[moe_layer], self._fetch[0],
+                self._fetch[1], stamps, host_rows.shape[1] // 8, pool.shape[1] // 8, BLOCK=FETCH_WORDS,
+                TIMED=self._timed, num_warps=8,
+            )  # fmt: skip
+        y_PD = self._experts(num_experts, x_TD, ids, slot_of, spec, slots)
+        width = y_PD.shape[1]
+        out = torch.empty((self.num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
+        block = min(512, _power_of_2(width))
+        on_device._combine[(self.num_tokens, triton.cdiv(width, block))](
+            y_PD, weights_TK, ids, out, stamps, width, num_experts, TOP_K=self.top_k,
+            ROUNDED=weights_TK.dtype == y_PD.dtype, BLOCK=block, TIMED=self._timed,
+        )  # fmt: skip
+        return out
+
+    def _plan(self, moe_layer: int, num_experts: int, ids: torch.Tensor, weights_TK: torch.Tensor) -> None:
+        shape = self.table.shape
+        on_device._plan[(1,)](
+            ids, weights_TK, self.table.slot_of, self.table.key_of, self.table.scores, self.table.tick, self.step,
+            self._ids[moe_layer], self._weights[moe_layer], self._needs[moe_layer],
+            self._stamps[moe_layer * on_device.NUM_STAMPS :], self._ask[moe_layer], self._fetch[0], self._fetch[1],
+            self._mark, moe_layer * shape.num_experts, self.num_pairs, num_experts, self.table.num_slots,
+            # At least as many pairs as threads: histograms of fewer elements are not supported everywhere.
+            POLICY=self.policy, PAIRS=max(128, _power_of_2(self.num_pairs)), EXPERTS=len(self._mark),
+            SLOTS=_power_of_2(self.table.num_slots), TIMED=self._timed, num_warps=4,
+        )  # fmt: skip
+
+    def _experts(
+        self,
+        num_experts: int,
+        x_TD: torch.Tensor,
+        ids: torch.Tensor,
+        slot_of: torch.Tensor,
+        spec: ExpertsSpec,
+        slots: LayerWeights,
+    ) -> torch.Tensor:
+        if self._tiles:
+            on_device._align[(1,)](
+                ids, slot_of, self._order, self._first, self._blocks, self.num_pairs, num_experts, self._most_blocks,
+                PAIRS=max(128, _power_of_2(self.num_pairs)), EXPERTS=len(self._first),
+                BLOCKS=_power_of_2(self._most_blocks), BLOCK_M=BLOCK_M, num_warps=4,
+            )  # fmt: skip
+        h = x_TD.new_empty((self.num_pairs, slots.up.shape[2 if spec.is_transposed else 1]))
+        self._linear(
+            Linear(x_TD, self.top_k, slots.up, slots.up_bias, h, spec.is_transposed), ids, slot_of, num_experts
+        )
+        act = spec.gate(h).contiguous()
+        y = x_TD.new_empty((self.num_pairs, slots.down.shape[2 if spec.is_transposed else 1]))
+        self._linear(
+            Linear(act, 1, slots.down, slots.down_bias, y, spec.is_transposed), ids, slot_of, num_experts
+        )
+        return y if spec.post_norm is None else spec.post_norm(y)
+
+    def _linear(self, linear: Linear, ids: torch.Tensor, slot_of: torch.Tensor, num_experts: int) -> None:
+        if self._tiles:
+            linear.tiles(self._order, self._blocks, self._most_blocks, BLOCK_M)
+        else:
+            linear.pairs(ids, slot_of, num_experts)
+
+    def tune(self, x_TD: torch.Tensor, spec: ExpertsSpec, slots: LayerWeights, num_experts: int) -> None:
+        """Tune the pair kernels for these shapes; the slots' contents do not matter."""
+        if self._tiles:
+            return
+        P, device = self.num_pairs, x_TD.device
+        ids = (torch.arange(P, device=device) % num_experts).to(torch.int32)
+        slot_of = (torch.arange(num_experts, device=device) % self.table.num_slots).to(torch.int32)
+        h = x_TD.new_empty((P, slots.up.shape[2 if spec.is_transposed else 1]))
+        tune_pairs(
+            Linear(x_TD, self.top_k, slots.up, slots.up_bias, h, spec.is_transposed),
+            ids, slot_of, num_experts,
+        )  # fmt: skip
+        act = spec.gate(h).contiguous()
+        y = x_TD.new_empty((P, slots.down.shape[2 if spec.is_transposed else 1]))
+        tune_pairs(
+            Linear(act, 1, slots.down, slots.down_bias, y, spec.is_transposed), ids, slot_of, num_experts
+        )
+
+    def finish(self, tokens: torch.Tensor) -> None:
+        """Last launches of a step: the log and the chosen tokens (T,) go to the host."""
+        if self._timed:
+            on_device._stamp[(1,)](self._stamps[-1:])
+        words = self._log.numel()
+        on_device._publish[(triton.cdiv(words, 1024),)](
+            self._log, self._ring, self.step, words, RING=RING, BLOCK=1024
+        )
+        on_device._finish[(1,)](
+            tokens, self._tokens_ring, self.step, self.num_tokens, RING=RING, BLOCK=_power_of_2(self.num_tokens)
+        )
+
+    # -- the host's side ---------------------------------------------------------------------------------------
+
+    def restart(self, step: int = 0) -> None:
+        """Before a run: number the next step `step`, forget old messages. The GPU must be idle."""
+        self.step.fill_(step)
+        self._ack.zero_()
+        self._ask.zero_()
+        self._tokens_ring.zero_()
+
+    @staticmethod
+    def number(step: int) -> int:
+        """A step's number in messages (`on_device.sequence_of`)."""
+        return step % on_device.NUMBERS + 1
+
+    def choice(self, moe_layer: int, step: int) -> NDArray[np.int64] | None:
+        """Host-driven: the experts (P,) that a layer asks for, once they are there; ids of nobody are -1."""
+        words = self.asked[moe_layer]
+        if not (words >> 16 == self.number(step)).all():
+            return None
+        ids = (words & 0xFFFF).astype(np.int64)
+        ids[ids == 0xFFFF] = -1
+        return ids
+
+    def answer(self, moe_layer: int, step: int, keys: NDArray[np.int64], slots: NDArray[np.int64]) -> Any:
+        """Host-driven: tell a layer its changed `keys` (n,) and their `slots` (n,).
+
+        Returns the (target, source) of the copy that must follow the experts' bytes on the H2D stream.
+        """
+        message = self.updates[moe_layer]
+        message[1 : 1 + len(keys)] = keys
+        message[1 + self.most_updates : 1 + self.most_updates + len(keys)] = slots
+        message[0] = len(keys)
+        number = self.number(step)
+        return self._ack[moe_layer : moe_layer + 1], self._numbers[number : number + 1]
+
+    def tokens(self, step: int) -> NDArray[np.int64] | None:
+        """The tokens (T,) chosen in a step, once they are there."""
+        words = self._host_tokens[step % RING]
+        if not (words >> 32 == self.number(step)).all():
+            return None
+        return words & 0xFFFFFFFF
+
+    def log(self, step: int) -> StepLog:
+        """What a step left. Call after its tokens are there and before the step RING - 1 later is launched."""
+        tokens = self.tokens(step)
+        assert tokens is not None, f"step {step} is not over"
+        words = self._host_ring[step % RING].copy()
+        shape = (self.table.shape.num_layers, self.num_tokens, self.top_k)
+        ends = np.cumsum([0, *self._sizes.values()])
+        stamps, needs, ids, weights = (words[a:b] for a, b in zip(ends, ends[1:], strict=False))
+        stamps = stamps.view(np.int64)
+        return StepLog(
+            tokens,
+            ids.reshape(shape),
+            weights.view(np.float32).reshape(shape),
+            needs.reshape(-1, 2),
+            stamps[:-2].reshape(-1, on_device.NUM_STAMPS),
+            int(stamps[-2]),
+            int(stamps[-1]),
+        )
+
+
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeroed host memory that the GPU reads and writes (the CPU's own in the interpreter)."""
+    return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,232 @@
+"""Kernels of a captured decode step: what is needed, what is missing, who gives up a slot, and the fetching of it.
+
+They let a whole step run from one CUDA graph. Two ways to serve misses:
+
+*GPU-driven*: `_plan` looks up, chooses slots by the cache policy and `_fetch` reads the experts from pinned host
+memory, all on the GPU; the host learns what happened a step later.
+*Host-driven*: `_plan` writes the chosen experts into mapped host memory, the host decides with the same objects as
+everywhere else and copies on the H2D stream, and `_wait` lets the step go on when the last byte is there.
+
+Both keep (layer, expert) -> slot on the GPU, where the expert kernels look it up. Shapes: T tokens, K top-k, P = T * K
+pairs, L MoE layers, E experts, S slots.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+#: How `_plan` serves misses: not at all (the host does), or by the policy of this number.
+HOST, LRU, LFU, STATIC = 0, 1, 2, 3
+#: Columns of `stamps`: when the routing was there, when it was decided, when the bytes were there, when it was done.
+ROUTED, DECIDED, FETCHED, DONE = range(4)
+NUM_STAMPS = 4
+
+#: Numbers of steps in messages run from 1 to this and over again.
+NUMBERS = 32767
+_NUMBERS = tl.constexpr(NUMBERS)
+_POLICY_LRU = tl.constexpr(LRU)
+_POLICY_LFU = tl.constexpr(LFU)
+_POLICY_HOST = tl.constexpr(HOST)
+_DECIDED = tl.constexpr(DECIDED)
+_FETCHED = tl.constexpr(FETCHED)
+_DONE = tl.constexpr(DONE)
+
+
+@triton.jit
+def sequence_of(step):  # type: ignore[no-untyped-def]
+    """Number of a step in messages between GPU and host: never 0, so that fresh memory is no message."""
+    return (step % _NUMBERS + 1).to(tl.int32)
+
+
+@triton.jit
+def _plan(  # type: ignore[no-untyped-def]
+    ids, weights, slot_of, key_of, scores, tick, step,
+    log_ids, log_weights, needs, stamps, ask, fetch_expert, fetch_slot, used_mark,
+    first_key, num_pairs, num_experts, num_slots,
+    POLICY: tl.constexpr, PAIRS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, TIMED: tl.constexpr,
+):  # fmt: skip
+    """One program per layer. `ids` (P,), `slot_of` and `scores` (L * E,), `key_of` (S,); the rest per layer."""
+    if TIMED:
+        tl.store(stamps, globaltimer())
+    pair = tl.arange(0, PAIRS)
+    here = pair < num_pairs
+    id = tl.load(ids + pair, mask=here, other=-1).to(tl.int32)
+    known = here & (id >= 0) & (id < num_experts)
+    tl.store(log_ids + pair, tl.where(known, id, -1), mask=here)
+    tl.store(log_weights + pair, tl.load(weights + pair, mask=here, other=0.0).to(tl.float32), mask=here)
+    expert = tl.arange(0, EXPERTS)
+    # Ids of nobody are counted in the last bin, which is no expert's: EXPERTS > num_experts.
+    counts = tl.histogram(tl.where(known, id, EXPERTS - 1), EXPERTS)
+    used = (counts > 0) & (expert < num_experts)
+    missing = used & (tl.load(slot_of + first_key + expert, mask=used, other=0) < 0)
+    num_missing = tl.sum(missing.to(tl.int32))
+    tl.store(needs, tl.sum(used.to(tl.int32)))
+    tl.store(needs + 1, num_missing)
+    if POLICY == _POLICY_HOST:
+        # The step's number in every word: the host knows a message is whole without any order between stores.
+        word = (sequence_of(tl.load(step)) << 16) | (tl.where(known, id, 0xFFFF) & 0xFFFF)
+        tl.store(ask + pair, word, mask=here)
+    else:
+        now = tl.load(tick) + 1
+        tl.store(tick, now)
+        # As in `cache.py`, to the bit: hits are counted alike on both sides.
+        use = now.to(tl.float64) + expert.to(tl.float64) / num_experts
+        if POLICY == _POLICY_LRU:
+            tl.store(scores + first_key + expert, use, mask=used)
+        elif POLICY == _POLICY_LFU:
+            old = tl.load(scores + first_key + expert, mask=used, other=0.0)
+            tl.store(scores + first_key + expert, tl.floor(old) + 1.0 + use / (use + 1e9), mask=used)
+        if num_missing > 0:
+            place = tl.cumsum(missing.to(tl.int32)) - 1
+            tl.store(fetch_expert + place, expert, mask=missing)
+            tl.store(used_mark + expert, used.to(tl.int32))
+            tl.debug_barrier()
+            slot = tl.arange(0, SLOTS)
+            in_pool = slot < num_slots
+            key = tl.load(key_of + slot, mask=in_pool, other=-1)
+            owned = key >= 0
+            score = tl.load(scores + key, mask=owned, other=0.0)
+            local = key - first_key
+            mine = owned & (local >= 0) & (local < num_experts)
+            is_used = tl.load(used_mark + local, mask=mine, other=0) > 0
+            # Free slots go first, then the lowest score; what this layer uses is protected.
+            score = tl.where(owned, score, -float("inf"))
+            score = tl.where((is_used & mine) | (slot >= num_slots), float("inf"), score)
+            for i in range(num_missing):
+                lowest = tl.min(score)
+                chosen = tl.min(tl.where(score == lowest, slot, SLOTS))
+                evicted = tl.load(key_of + chosen)
+                tl.store(slot_of + evicted, -1, mask=evicted >= 0)
+                taken = first_key + tl.load(fetch_expert + i)
+                tl.store(slot_of + taken, chosen)
+                tl.store(key_of + chosen, taken)
+                tl.store(fetch_slot + i, chosen)
+                score = tl.where(slot == chosen, float("inf"), score)
+    if TIMED:
+        tl.store(stamps + _DECIDED, globaltimer())
+
+
+@triton.jit
+def _fetch(  # type: ignore[no-untyped-def]
+    rows, pool, needs, fetch_expert, fetch_slot, stamps, row_words, slot_words,
+    BLOCK: tl.constexpr, TIMED: tl.constexpr,
+):  # fmt: skip
+    """Copy missing experts, one after the other, by all programs together; words are int64."""
+    parts = tl.cdiv(row_words, BLOCK)
+    total = tl.load(needs + 1) * parts
+    for part in range(tl.program_id(0), total, tl.num_programs(0)):
+        i = part // parts
+        expert = tl.load(fetch_expert + i).to(tl.int64)
+        slot = tl.load(fetch_slot + i).to(tl.int64)
+        word = (part % parts) * BLOCK + tl.arange(0, BLOCK)
+        mask = word < row_words
+        tl.store(pool + slot * slot_words + word, tl.load(rows + expert * row_words + word, mask=mask), mask=mask)
+    if TIMED:
+        tl.atomic_max(stamps + _FETCHED, globaltimer())
+
+
+@triton.jit
+def _wait(  # type: ignore[no-untyped-def]
+    needs, step, ack, updates, slot_of, stamps, MOST: tl.constexpr, TIMED: tl.constexpr
+):  # fmt: skip
+    """Wait for the host's answer, if one is due, and take over its changes of the slot table.
+
+    `ack` is copied by the H2D stream behind the experts' bytes, so it says that they are there. `updates` lies in
+    mapped host memory: their number, then MOST keys, then MOST slots.
+    """
+    if tl.load(needs + 1) > 0:
+        number = sequence_of(tl.load(step))
+        while tl.atomic_add(ack, 0, sem="acquire") != number:
+            pass
+        count = tl.load(updates, volatile=True)
+        i = tl.arange(0, MOST)
+        key = tl.load(updates + 1 + i, mask=i < count, other=0, volatile=True)
+        slot = tl.load(updates + 1 + MOST + i, mask=i < count, other=0, volatile=True)
+        tl.store(slot_of + key, slot, mask=i < count)
+    if TIMED:
+        tl.store(stamps + _FETCHED, globaltimer())
+
+
+@triton.jit
+def _align(  # type: ignore[no-untyped-def]
+    ids, slot_of, order, first, blocks, num_pairs, num_experts, most_blocks,
+    PAIRS: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Pairs sorted by expert, and tiles of BLOCK_M of them: `blocks` (most_blocks, 3) = slot, first place, end place."""
+    pair = tl.arange(0, PAIRS)
+    id = tl.load(ids + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
+    known = (pair < num_pairs) & (id >= 0) & (id < num_experts)
+    id = tl.where(known, id, EXPERTS - 1)
+    counts = tl.histogram(id, EXPERTS)
+    expert = tl.arange(0, EXPERTS)
+    counts = tl.where(expert < num_experts, counts, 0)
+    starts = tl.cumsum(counts) - counts
+    tl.store(first + expert, starts)
+    block = tl.arange(0, BLOCKS)
+    for column in tl.static_range(3):
+        tl.store(blocks + block * 3 + column, tl.zeros((BLOCKS,), tl.int32), mask=block < most_blocks)
+    key = tl.sort(id * PAIRS + pair)  # stable: the pair breaks the tie
+    tl.store(order + pair, key % PAIRS, mask=pair < num_pairs)
+    tl.debug_barrier()
+    mine = key // PAIRS
+    start = tl.load(first + mine)
+    is_known = mine < num_experts
+    is_head = is_known & ((pair - start) % BLOCK_M == 0)
+    index = tl.cumsum(is_head.to(tl.int32)) - 1
+    end = tl.minimum(pair + BLOCK_M, tl.load(first + mine + 1, mask=is_known, other=0))
+    tl.store(blocks + index * 3, tl.load(slot_of + mine, mask=is_head, other=0), mask=is_head)
+    tl.store(blocks + index * 3 + 1, pair, mask=is_head)
+    tl.store(blocks + index * 3 + 2, end, mask=is_head)
+
+
+@triton.jit
+def _combine(  # type: ignore[no-untyped-def]
+    pairs, weights, ids, out, stamps, width, num_experts,
+    TOP_K: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr, TIMED: tl.constexpr,
+):  # fmt: skip
+    """(T, D) sum of each token's pairs times router weights, in the order of the top-k, as `kernels.combine` does.
+
+    ROUNDED: the product is rounded to the weights' dtype first, as torch does for two tensors of that dtype.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        pair = token * TOP_K + k
+        expert = tl.load(ids + pair)
+        known = (expert >= 0) & (expert < num_experts)  # nobody's pairs were never written
+        value = tl.load(pairs + pair * width + column, mask=mask & known, other=0.0)
+        product = value.to(tl.float32) * tl.load(weights + pair).to(tl.float32)
+        if ROUNDED:
+            product = product.to(pairs.dtype.element_ty).to(tl.float32)
+        total += product
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=mask)
+    if TIMED:
+        tl.atomic_max(stamps + _DONE, globaltimer())
+
+
+@triton.jit
+def _publish(log, ring, step, num_words, RING: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Copy a step's log to its place in mapped host memory; words are int32."""
+    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = word < num_words
+    place = (tl.load(step) % RING).to(tl.int64) * num_words
+    tl.store(ring + place + word, tl.load(log + word, mask=mask), mask=mask)
+
+
+@triton.jit
+def _finish(tokens, ring, step, num_tokens, RING: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tell the host the step's tokens, with the step's number in each word, and count the step."""
+    number = tl.load(step)
+    i = tl.arange(0, BLOCK)
+    mask = i < num_tokens
+    token = tl.load(tokens + i, mask=mask, other=0)
+    word = (sequence_of(number).to(tl.int64) << 32) | token
+    tl.store(ring + (number % RING) * num_tokens + i, word, mask=mask)
+    tl.store(step, number + 1)
+
+
+@triton.jit
+def _stamp(target):  # type: ignore[no-untyped-def]
+    tl.store(target, globaltimer())

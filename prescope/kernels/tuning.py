@@ -1,0 +1,50 @@
+"""Kernel configurations tuned once per GPU and kept in the user's cache folder."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import triton
+from triton.testing import do_bench_cudagraph
+
+_loaded: dict[str, dict[str, list[int]]] = {}  # by file
+
+
+def _file(device: torch.device) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    gpu = torch.cuda.get_device_name(device).replace(" ", "-")
+    return cache / "prescope" / f"kernels_{gpu}_triton-{triton.__version__}.json"
+
+
+def _known(file: Path) -> dict[str, list[int]]:
+    if str(file) not in _loaded:
+        try:
+            _loaded[str(file)] = json.loads(file.read_text())
+        except (OSError, json.JSONDecodeError):  # none yet, or half-written by a process that was killed
+            _loaded[str(file)] = {}
+    return _loaded[str(file)]
+
+
+def tuned(device: torch.device, key: str) -> list[int] | None:
+    """The configuration found for `key` on this GPU, if it was tuned."""
+    return _known(_file(device)).get(key) if device.type == "cuda" else None
+
+
+def tune(
+    device: torch.device, key: str, candidates: Sequence[tuple[int, ...]], run: Callable[[tuple[int, ...]], None]
+) -> None:
+    """Time `run(candidate)` of each candidate (CUDA graph of many runs, median) and keep the fastest for `key`."""
+    if device.type != "cuda" or tuned(device, key) is not None:
+        return
+    times = {}
+    for candidate in candidates:
+        times[candidate] = do_bench_cudagraph(lambda c=candidate: run(c), rep=5)
+    file = _file(device)
+    known = _known(file)
+    known[key] = list(min(times, key=lambda candidate: times[candidate]))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(known, indent=1))
+    partial.replace(file)
