@@ -1,4 +1,4 @@
-"""How one expert lies in memory: all its tensors in one contiguous row of bytes, so that one copy moves it.
+"""How experts lie in memory: all tensors of one in one contiguous row of bytes, so that one copy moves it.
 
 Standard library and torch dtypes only; the same layout serves host rows and slots.
 """
@@ -36,6 +36,32 @@ class RowLayout(NamedTuple):
         field = self.field(name)
         data = rows[:, field.offset : field.offset + field.nbytes].view(field.dtype)
         return data.unflatten(1, field.shape)
+
+
+class Run(NamedTuple):
+    """Experts that one copy moves: rows `expert`, `expert + 1`, ... into slots `slot`, `slot + 1`, ..."""
+
+    expert: int
+    slot: int
+    num: int
+
+
+def adjacent_runs(experts: list[int], slots: list[int], most: int) -> list[Run]:
+    """Cut pairs of expert and slot into runs of at most `most` in which both follow one another.
+
+    Which slot an expert gets is the residency table's choice: slots taken from an empty pool follow one another,
+    evicted ones only by chance. With most = 1 the order is kept, else it is that of the experts.
+    """
+    if most <= 1 or len(experts) <= 1:
+        return [Run(expert, slot, 1) for expert, slot in zip(experts, slots, strict=True)]
+    runs: list[Run] = []
+    for expert, slot in sorted(zip(experts, slots, strict=True)):
+        last = runs[-1] if runs else Run(-2, -2, most)
+        if last.num < most and (expert, slot) == (last.expert + last.num, last.slot + last.num):
+            runs[-1] = last._replace(num=last.num + 1)
+        else:
+            runs.append(Run(expert, slot, 1))
+    return runs
 
 
 def row_layout(tensors: dict[str, torch.Tensor]) -> RowLayout:

@@ -6,7 +6,7 @@ three devices: CUDA; the CPU with an emulated link (a real, paced copy in a thre
 clock that completes copies in any order the protocol allows, for tests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,12 +43,20 @@ class Device(Protocol):
         ...
 
     def copy(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[Mark], timed: bool
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        after: Sequence[Mark],
+        timed: bool,
+        each: bool = True,
     ) -> tuple[Mark, list[Mark]]:
         """Issue copies of (slot, host row) pairs on the H2D lane, in order, once all of `after` have passed.
 
+        Args:
+            pairs: contiguous tensors of the same shape.
+            each: whether every copy needs a ready mark of its own; if not, one mark may stand for all of them.
+
         Returns:
-            The mark before the first copy, and one ready mark after each copy.
+            The mark before the first copy, and a ready mark for each pair.
 
         Raises:
             TransferFailed: an earlier or this copy failed.
@@ -64,7 +72,7 @@ class Device(Protocol):
         ...
 
     def is_done(self, mark: Mark) -> bool:
-        """Whether the mark has passed, without waiting."""
+        """Whether the mark has passed, without waiting. Raises TransferFailed if its copy failed."""
         ...
 
     def elapsed_us(self, start: Mark, end: Mark) -> float:
@@ -73,6 +81,25 @@ class Device(Protocol):
 
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         """Copy a small tensor to the host; the host waits for it."""
+        ...
+
+    def signal(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy a small pinned tensor on the H2D lane, behind everything issued there so far."""
+        ...
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """Take down the launches of `run` without running them; returns how to replay them, and `run`'s result.
+
+        Raises UnsupportedOption where there are no graphs, RuntimeError if a launch cannot be captured.
+        """
+        ...
+
+    def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[Mark, int]:
+        """One moment as a timed mark and as `stamp` reads it from the device's own clock, in nanoseconds."""
+        ...
+
+    def is_idle(self) -> bool:
+        """Whether the compute lane has nothing left to do."""
         ...
 
     def synchronize(self) -> None:

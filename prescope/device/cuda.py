@@ -1,29 +1,41 @@
 """CUDA: the compute lane is the current stream, the H2D lane a stream of its own, marks are CUDA events."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
 
 from ..errors import TransferFailed, UnsupportedOption
+from .driver import open_memcpy
 
 #: Memory left to activations, KV cache and the allocator when slots are sized, bytes.
 HEADROOM_BYTES = 1 << 30
 
+Copies = Literal["torch", "driver"]
+#: "torch" is `Tensor.copy_`; "driver" calls cuMemcpyHtoDAsync directly, which spares the host torch's dispatch.
+#: benchmarks/async_io.py measures what enqueueing costs by each.
+COPIES: Copies = "torch"
+
 
 class CudaDevice:
-    """One CUDA GPU and its link."""
+    """One CUDA GPU and its link.
+
+    Args:
+        index: of the GPU; by default torch's current one.
+        copies: how a row is handed to the copy engine, see COPIES.
+    """
 
     kind = "cuda"
 
-    def __init__(self, index: int | None = None) -> None:
+    def __init__(self, index: int | None = None, copies: Copies = COPIES) -> None:
         if not torch.cuda.is_available():
             raise UnsupportedOption(
                 "device='cuda' asked for, but torch sees no CUDA GPU; use device='cpu' for an emulated link"
             )
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self._h2d = torch.cuda.Stream(self.torch_device)
+        self._memcpy = open_memcpy() if copies == "driver" else None
 
     def describe(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.torch_device)
@@ -65,6 +77,7 @@ class CudaDevice:
         pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
         after: Sequence[torch.cuda.Event],
         timed: bool,
+        each: bool = True,
     ) -> tuple[torch.cuda.Event, list[torch.cuda.Event]]:
         ready = []
         try:
@@ -73,11 +86,21 @@ class CudaDevice:
                     self._h2d.wait_event(mark)
                 start = self._record(self._h2d, timed)
                 for slot, row in pairs:
-                    slot.copy_(row, non_blocking=True)
-                    ready.append(self._record(self._h2d, timed))
+                    self._issue(slot, row)
+                    if each:
+                        ready.append(self._record(self._h2d, timed))
+                if not each:
+                    ready = [self._record(self._h2d, timed)] * len(pairs)
         except RuntimeError as error:
             raise TransferFailed(f"copying {len(pairs)} experts to the GPU failed: {error}") from error
         return start, ready
+
+    def _issue(self, slot: torch.Tensor, row: torch.Tensor) -> None:
+        if self._memcpy is None:
+            slot.copy_(row, non_blocking=True)
+            return
+        assert slot.is_contiguous() and row.is_contiguous() and slot.nbytes == row.nbytes
+        self._memcpy(slot.data_ptr(), row.data_ptr(), row.nbytes, self._h2d.cuda_stream)
 
     def _record(self, stream: torch.cuda.Stream, timed: bool) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=timed)
@@ -94,13 +117,35 @@ class CudaDevice:
         mark.wait()
 
     def is_done(self, mark: torch.cuda.Event) -> bool:
-        return bool(mark.query())
+        try:
+            return bool(mark.query())
+        except RuntimeError as error:
+            raise TransferFailed(f"a copy to the GPU, or work beside it, failed: {error}") from error
 
     def elapsed_us(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         return float(start.elapsed_time(end)) * 1e3
 
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.cpu().numpy()
+
+    def signal(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(self._h2d):
+            target.copy_(source, non_blocking=True)
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = run()
+        return graph.replay, result
+
+    def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[torch.cuda.Event, int]:
+        self.synchronize()
+        mark = self.mark(timed=True)
+        return mark, int(stamp())
+
+    def is_idle(self) -> bool:
+        return bool(torch.cuda.current_stream(self.torch_device).query())
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)

@@ -8,13 +8,13 @@ times are those of an emulation and are labelled so everywhere.
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
 
-from ..errors import TransferFailed
+from ..errors import TransferFailed, UnsupportedOption
 from ..hardware import available_memory_bytes
 
 
@@ -92,7 +92,11 @@ class EmulatedLinkDevice:
         pass
 
     def copy(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[HostMark], timed: bool
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        after: Sequence[HostMark],
+        timed: bool,
+        each: bool = True,
     ) -> tuple[HostMark, list[HostMark]]:
         self._raise_failure()
         # Marks of the compute lane have passed when they are made: compute is synchronous here.
@@ -137,6 +141,8 @@ class EmulatedLinkDevice:
         self._raise_failure()
 
     def is_done(self, mark: HostMark) -> bool:
+        if mark.error is not None:
+            self._raise_failure()
         return mark.done
 
     def elapsed_us(self, start: HostMark, end: HostMark) -> float:
@@ -145,6 +151,19 @@ class EmulatedLinkDevice:
 
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.numpy()
+
+    def signal(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self._raise_failure()
+        target.copy_(source)
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        raise UnsupportedOption("steps are captured on CUDA only")
+
+    def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[HostMark, int]:
+        raise UnsupportedOption("only steps captured on CUDA read the device's clock")
+
+    def is_idle(self) -> bool:
+        return True  # compute is synchronous
 
     def synchronize(self) -> None:
         self._drain()

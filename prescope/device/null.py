@@ -6,11 +6,13 @@ latest when somebody waits for it: whoever reads a slot without waiting, or give
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
+
+from ..errors import UnsupportedOption
 
 POISON = 0xFF  # all bits set is NaN in every float format
 
@@ -60,7 +62,11 @@ class NullDevice:
         pass
 
     def copy(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], after: Sequence[VirtualMark], timed: bool
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        after: Sequence[VirtualMark],
+        timed: bool,
+        each: bool = True,
     ) -> tuple[VirtualMark, list[VirtualMark]]:
         earliest = max([self.now_us, self._link_free_us, *(mark.time_us for mark in after)])
         start = VirtualMark(earliest)
@@ -102,6 +108,18 @@ class NullDevice:
 
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.numpy()
+
+    def signal(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        raise UnsupportedOption("steps are captured on CUDA only")
+
+    def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[VirtualMark, int]:
+        raise UnsupportedOption("only steps captured on CUDA read the device's clock")
+
+    def is_idle(self) -> bool:
+        return True  # compute is synchronous
 
     def synchronize(self) -> None:
         for mark in list(self._in_flight):
