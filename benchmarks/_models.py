@@ -69,6 +69,7 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> BenchMode
     if name.partition("-cut")[0] in FAMILIES:
         return BenchModel(name, "random", "", _random_model(name, device, dtype))
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+    model.generation_config.eos_token_id = None  # all runs have the same length
     return BenchModel(name.rstrip("/").rsplit("/", 1)[-1], "trained", name, model)
 
 

@@ -116,7 +116,8 @@ def run_model(
             if time.perf_counter() > args.deadline:
                 print(f"# no time left for batch {batch}, {mode}, {share:.0%} slots", flush=True)
                 continue
-            engine.configure(slots=share)
+            decode, _, compiled = mode.partition("+")
+            engine.configure(slots=share, decode=decode, compiled=bool(compiled))
             bounds = (fastest[batch], facts["link_gb_per_s"])
             cell, tokens = run_engine(engine, source, prompts[batch], mode, args, bounds)
             keep({"batch": batch, "slots": f"{share:.0%}", **cell}, tokens)
@@ -136,7 +137,7 @@ def run_plain(
     for i in range(args.plain_repeats + (2 if mode == "compiled" else 1)):
         clock = DecodeClock()
         output = model.generate(
-            **inputs, max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False,
+            **inputs, max_new_tokens=args.new, do_sample=False,
             stopping_criteria=[clock], **keywords,
         )  # fmt: skip
         tpot_ms = clock.tpot_ms()
@@ -191,15 +192,14 @@ def run_engine(
     """One cell of the engine: a cold run, then warm ones, each on a prompt of its own (repeated prompts flatter any
     cache). The last run has the prompt of the plain model, to compare the tokens.
 
-    mode: "eager", or "compiled": static cache, the forward compiled around the experts.
+    mode: `EngineConfig.decode`, with "+compiled" behind it for layers compiled around the experts.
     bounds: TPOT of the fastest plain mode in ms, and the link's rate in GB/s.
     """
     plain_tpot_ms, link = bounds
-    settings: dict[str, Any] = {"max_new_tokens": args.new, "min_new_tokens": args.new}
-    if mode == "compiled":
-        settings["cache_implementation"] = "static"
-        engine.generate(prompt, **settings)
-        engine.generate(prompt, **settings)
+    settings: dict[str, Any] = {"max_new_tokens": args.new}
+    started = time.perf_counter()
+    engine.generate(source.draw(*prompt.shape, seed=99), **settings)
+    first_s = time.perf_counter() - started
     engine.clear_cache()
     others = [source.draw(*prompt.shape, seed=2 + i) for i in range(args.repeats)]
     cold, *runs = [engine.generate(ids, **settings) for ids in [*others, prompt]]
@@ -210,7 +210,9 @@ def run_engine(
     floor_ms = floor.misses_decode * engine.shape.row_bytes / steps / link / 1e6
     bound_ms = max(plain_tpot_ms, floor_ms)
     cell = {
-        "engine": f"prescope {engine.config.kernels} {engine.config.cache} {mode}",
+        "engine": f"prescope {engine.config.cache} {mode}",
+        "decode": last.config["reasons"]["decode"],
+        "first_run_s": first_s,  # tuning, compiling and capturing included
         "num_slots": engine.num_slots,
         "slots_gib": engine.describe()["slots_gib"],
         **speed([run.metrics.tpot_ms for run in runs], prompt.shape[0]),
@@ -238,10 +240,10 @@ def events_cost(engine: Engine, prompt: torch.Tensor, args: argparse.Namespace) 
     """Cost of the timeline: TPOT with and without events, A-B-B-A, at half the experts in slots."""
     engine.configure(slots=0.5)
     times: dict[bool, list[float]] = {True: [], False: []}
-    engine.generate(prompt, max_new_tokens=args.new, min_new_tokens=args.new)
+    engine.generate(prompt, max_new_tokens=args.new)
     for events in [True, False, False, True] * max(2, args.repeats // 2):
         with engine.without_events(not events):
-            run = engine.generate(prompt, max_new_tokens=args.new, min_new_tokens=args.new)
+            run = engine.generate(prompt, max_new_tokens=args.new)
         times[events].append(run.metrics.tpot_ms)
     on, off = statistics.median(times[True]), statistics.median(times[False])
     return {
@@ -278,11 +280,8 @@ def check_tokens(
             equal = (new == reference[cell["batch"]][:, args.prompt :]).float().mean()
             cell["tokens_equal"] = float(equal)
         gaps = []
-        ends = model.generation_config.eos_token_id
         for row in tokens:  # one sequence at a time: logits of a batch over a large vocabulary take gigabytes
             logits = model(row[None].to(model.device)).logits[0, args.prompt - 1 : -1].float()
-            if ends is not None:  # forbidden while generating, so that all runs have the same length
-                logits[:, ends] = float("-inf")
             chosen = logits.gather(1, row[args.prompt :, None].to(model.device))[:, 0]
             gaps.append((logits.max(dim=1).values - chosen).max())
         cell["worst_gap"] = float(torch.stack(gaps).max())
@@ -362,7 +361,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--plain", nargs="*", default=["eager", "batched_mm", "default", "compiled"])
     parser.add_argument("--compiled-batch", nargs="*", type=int, default=[1, 8])
     parser.add_argument(
-        "--modes", nargs="+", default=["eager"], choices=["eager", "compiled"], help="of the engine"
+        "--modes", nargs="+", default=["auto"], help="EngineConfig.decode, with or without +compiled"
     )
     parser.add_argument(
         "--seconds", type=float, default=1e9, help="start no new cell of the engine after this"

@@ -12,6 +12,7 @@ from .units import format_bytes, parse_bytes
 DEVICES = ("auto", "cuda", "cpu", "null")
 CACHES = ("lru", "lfu", "static", "score")
 KERNELS = ("auto", "torch", "triton")
+DECODES = ("auto", "layered", "gpu-driven", "host-driven")
 #: Emulated link when the user names none: one expert takes a millisecond, so that, as on a real machine, moving an
 #: expert takes longer than computing with it; at most PCIe 4 x16.
 EMULATED_EXPERT_US = 1000.0
@@ -32,6 +33,11 @@ class EngineConfig:
         link_gb_per_s: bandwidth of the emulated link, GB/s; only with device="cpu" or "null". By default one
             expert takes a millisecond.
         kernels: "torch" (reference), "triton" (CUDA), or "auto".
+        decode: how decode steps run. "layered": layer by layer, launched from Python. "gpu-driven" and
+            "host-driven": from one CUDA graph, in which the GPU fetches misses itself or the host serves them.
+            "auto": from a graph where that is possible, by the driver that is faster in the first steps.
+        compiled: compile the layers around the experts before the graph is captured (torch.compile, half a minute
+            once per model and batch size).
         events: record the timeline (costs at most 2 % of a token's time, see benchmarks/).
         record_routing: keep each step's expert ids and weights for `RunResult.trace`.
         record_inputs: keep the router inputs too (D values per token and layer), to train predictors.
@@ -42,6 +48,8 @@ class EngineConfig:
     cache: str = "lru"
     link_gb_per_s: float | None = None
     kernels: str = "auto"
+    decode: str = "auto"
+    compiled: bool = False
     events: bool = True
     record_routing: bool = True
     record_inputs: bool = False
@@ -50,6 +58,7 @@ class EngineConfig:
         _one_of("device", self.device, DEVICES)
         _one_of("cache", self.cache, CACHES)
         _one_of("kernels", self.kernels, KERNELS)
+        _one_of("decode", self.decode, DECODES)
         if isinstance(self.slots, bool) or not isinstance(self.slots, int | float | str):
             raise UnsupportedOption(f"slots is {self.slots!r}; give a count, a share such as 0.25, or '8GiB'")
         if isinstance(self.slots, str):

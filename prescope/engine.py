@@ -1,11 +1,11 @@
 """Run a transformers MoE model with its experts in host memory: `load`, `attach`, `generate`.
 
-Per MoE layer: the host reads the chosen experts (one small copy), the residency table says where they are, misses
-are copied into slots on the H2D lane, and the compute lane waits for exactly those copies. If a layer needs more
-experts than there are slots, it is served in rounds; a token's output is summed at the end, in one order.
+The engine owns the pieces and their lifetimes; `serving` serves its MoE layers, `decode` runs whole steps from one
+graph, `recorder` takes down what happened.
 """
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,20 +18,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from .cache import CachePolicy, FloatArray, make_policy
+from .cache import make_policy
 from .config import EngineConfig, resolve_slots
-from .core import MoEShape, Need, Reason
+from .core import MoEShape, Need
+from .decode import GPU, HOST, DecodeLoop, DecodeStep
 from .device import Device, open_device, resolve_device
 from .errors import NotAttached, SlotPoolTooLarge, UnsupportedOption
 from .hardware import machine_facts
 from .hf import Attachment, MoELayer, find_moe_layers, load_model, top_k_of
-from .kernels import LayerWeights, Work, combine, make_kernel
-from .loader import Loader
+from .kernels import DEVICE_POLICIES, MOST_PAIRS, make_device_table, make_kernel
 from .metrics import compute_metrics
 from .recorder import Recorder
-from .residency import IntArray, LayerNeed, ResidencyTable, distinct
 from .result import RunResult
+from .serving import Serving
 from .units import format_bytes
+
+#: Captured decode steps that are kept, of different batch sizes.
+MOST_STEPS = 4
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor
 
@@ -150,7 +153,6 @@ class Engine:
         shape: sizes of its MoE part.
         num_slots: places for experts on the device.
         fingerprint: identity of the model, written into traces.
-        needs: hits, late ones and misses since the engine was made, by `Need`.
     """
 
     def __init__(
@@ -174,21 +176,22 @@ class Engine:
         kernel, kernel_reason = make_kernel(config.kernels, kind, self._dtype)
         self.config = replace(config, device=kind, kernels=kernel.name)
         self.reasons = {"slots": slots_reason, "device": device_reason, "kernels": kernel_reason}
-        self.needs = dict.fromkeys(Need, 0)
         self._frequencies = frequencies
-        self._recorder: Recorder | None = None
-        self._serving = False
         self._cancelled = False
         self._device: Device = open_device(kind, config.link_gb_per_s, self.shape.row_bytes)
+        self._serving = Serving(self._device, layers, self.shape, kernel.name, self._dtype)
         try:
             self._require_memory(self.num_slots, _freed_bytes(model, layers, self._device.torch_device))
-            self._attachment = Attachment(model, layers, self._device, self._serve)
+            self._attachment = Attachment(model, layers, self._device, self._serving.serve)
         except BaseException:
             self._device.close()
             raise
         self._layers = layers
+        self._steps: dict[int, DecodeStep] = {}  # by batch
+        self._table: Any = None  # the residency table on the GPU, for captured steps
+        self._serving.host = self._attachment.host
         try:
-            self._make_slots(policy)
+            self._serving.open_slots(self.num_slots, policy)
         except BaseException:
             self._attachment.detach()
             self._device.close()
@@ -198,32 +201,35 @@ class Engine:
             repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
         )
 
-    def _make_slots(self, policy: CachePolicy) -> None:
-        # Kernels keep copies of the residency table's rows, so a new table comes with a new kernel.
-        self._kernel, _ = make_kernel(self.config.kernels, self._device.kind, self._dtype)
-        self._residency = ResidencyTable(self.shape, self.num_slots, policy)
-        self._loader = Loader(self._device, self._attachment.host, self._residency, self.shape.row_bytes)
-        self._weights = [self._layer_weights(layer) for layer in self._layers]
-
-    def configure(self, *, slots: int | float | str | None = None, cache: str | None = None) -> None:
-        """Change slots or cache policy between two runs; the slots are cold afterwards.
+    def configure(
+        self,
+        *,
+        slots: int | float | str | None = None,
+        cache: str | None = None,
+        decode: str | None = None,
+        compiled: bool | None = None,
+    ) -> None:
+        """Change settings between two runs (see `EngineConfig`); after new slots or another cache, slots are cold.
 
         Raises: as `load`; the engine then goes on with its former settings.
         """
         self._require_attached()
-        if self._recorder is not None:
+        if self._serving.recorder is not None:
             raise UnsupportedOption("a run is under way; change settings after it, or cancel() it first")
-        config = replace(
-            self.config, slots=self.config.slots if slots is None else slots, cache=cache or self.config.cache
-        )
+        given = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
+        config = replace(self.config, **{name: value for name, value in given.items() if value is not None})
+        if slots is None and cache is None:
+            self._forget_steps()
+            self.config = config
+            return
         count, reason = _count_slots(config, self.shape, self._layers)
         policy = make_policy(config.cache, self.shape, self._frequencies)
         self._require_memory(count, self.num_slots * self.shape.row_bytes)
         self._device.synchronize()
-        self._weights = []
-        self._loader.close()
+        self._forget_steps()
+        self._serving.close_slots()
         self.config, self.num_slots, self.reasons["slots"] = config, count, reason
-        self._make_slots(policy)
+        self._serving.open_slots(count, policy)
 
     def _require_memory(self, num_slots: int, freed_bytes: int) -> None:
         """Raise SlotPoolTooLarge unless the slots fit, given what will be freed (or taken, if negative) before."""
@@ -233,121 +239,6 @@ class Engine:
                 f"{num_slots} slots take {format_bytes(wanted)}, the device has {format_bytes(free)} for them; "
                 f"use slots={free // self.shape.row_bytes} or fewer"
             )
-
-    def _layer_weights(self, layer: MoELayer) -> LayerWeights:
-        spec, pool = layer.spec, self._loader.pool
-        return LayerWeights(
-            up=layer.layout.view(pool, spec.up),
-            down=layer.layout.view(pool, spec.down),
-            up_bias=layer.layout.view(pool, spec.up_bias) if spec.up_bias else None,
-            down_bias=layer.layout.view(pool, spec.down_bias) if spec.down_bias else None,
-        )
-
-    # -- serving one MoE layer ---------------------------------------------------------------------------------
-
-    def _serve(
-        self, moe_layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """What stands in for the experts' forward of every MoE layer."""
-        if x.numel() == 0:  # image tokens only, in a family with experts of its own for them
-            return torch.zeros_like(x)
-        if self._serving:  # an interrupt or an error ended the last call half-way
-            self.recover()
-        self._serving = True
-        recorder = self._recorder
-        timed = recorder is not None and recorder.timed
-        if recorder is not None and timed:
-            recorder.routed(moe_layer, self._device.mark(True))
-        x_TD = x.reshape(-1, x.shape[-1])
-        ids_TK = ids.reshape(x_TD.shape[0], -1).to(torch.int64)
-        weights_TK = weights.reshape(ids_TK.shape)
-        host_ids = self._device.read(ids_TK)
-        layer = self._layers[moe_layer]
-        need = self._find(layer, host_ids, weights_TK)
-        rounds = self._residency.rounds(need)
-        if need.num_misses:
-            found = need.experts[: need.num_hits + need.num_late]
-            self._residency.protect(self._residency.slots_for(moe_layer, found))
-            self._issue(moe_layer, rounds[0], timed)
-        work = Work(
-            x_TD=x_TD,
-            ids_TK=ids_TK.contiguous(),
-            host_ids_TK=host_ids,
-            need=need,
-            num_experts=layer.num_experts,
-            out_PD=self._pair_outputs(x_TD, need, host_ids.size, layer),
-            num_rounds=len(rounds),
-            slot_row=self._residency.row(moe_layer),
-            version=int(self._residency.versions[moe_layer]),
-        )
-        self._kernel.prepare(work)
-        if recorder is not None:
-            recorder.need(need, len(rounds), x_TD.shape[0])
-            recorder.routing(moe_layer, host_ids, weights_TK, x_TD)
-            if timed:
-                recorder.decided(moe_layer, self._device.mark(True))
-        for i, experts in enumerate(rounds):
-            self._serve_round(layer, work, experts, rounds[i + 1] if i + 1 < len(rounds) else None, timed)
-        if need.num_misses:
-            self._residency.unprotect()
-        self._serving = False
-        return combine(work.out_PD, weights_TK, x.dtype).view(x.shape)
-
-    def _find(self, layer: MoELayer, host_ids: np.ndarray, weights_TK: torch.Tensor) -> LayerNeed:
-        experts, counts = distinct(host_ids, layer.num_experts)
-        sums: FloatArray = counts.astype(np.float64)
-        if self._residency.policy.name == "score":
-            flat, values = host_ids.ravel(), self._device.read(weights_TK.float()).ravel()
-            valid = (flat >= 0) & (flat < layer.num_experts)
-            sums = np.bincount(flat[valid], values[valid], layer.num_experts)[experts].astype(np.float64)
-        if self._residency.in_flight.any():
-            self._loader.poll()
-        need = self._residency.need(layer.moe_layer, experts, counts, sums)
-        self.needs[Need.HIT] += need.num_hits
-        self.needs[Need.LATE] += need.num_late
-        self.needs[Need.MISS] += need.num_misses
-        return need
-
-    def _pair_outputs(
-        self, x_TD: torch.Tensor, need: LayerNeed, num_pairs: int, layer: MoELayer
-    ) -> torch.Tensor:
-        down = self._weights[layer.moe_layer].down
-        width = down.shape[2] if layer.spec.is_transposed else down.shape[1]
-        # Ids of no expert (sentinels) contribute nothing, so their rows must be zero.
-        make = x_TD.new_empty if int(need.tokens.sum()) == num_pairs else x_TD.new_zeros
-        return make((num_pairs, width))
-
-    def _issue(self, moe_layer: int, experts: IntArray, timed: bool) -> None:
-        """Copy those of a round's experts that have no slot yet; all of the round's slots are protected then."""
-        missing = experts[self._residency.slots_for(moe_layer, experts) < 0]
-        if len(missing) == 0:
-            return
-        slots = self._residency.take(moe_layer, missing)
-        self._residency.protect(slots)
-        transfers = self._loader.load(moe_layer, missing, slots, Reason.ON_DEMAND, timed)
-        if self._recorder is not None:
-            self._recorder.transfers(transfers)
-
-    def _serve_round(
-        self, layer: MoELayer, work: Work, experts: IntArray, following: IntArray | None, timed: bool
-    ) -> None:
-        moe_layer, recorder = layer.moe_layer, self._recorder
-        slots = self._residency.slots_for(moe_layer, experts)
-        # The next round's copies are issued before this round is computed wherever there is room for both.
-        issued = following is None or self._residency.can_take(len(following))
-        if following is not None and issued:
-            self._issue(moe_layer, following, timed)
-        if self._loader.wait(slots) and recorder is not None and timed:
-            recorder.waited(moe_layer, self._device.mark(True))
-        self._kernel.run(work, layer.spec, self._weights[moe_layer], experts, slots)
-        done = self._device.mark(timed)
-        self._loader.release(slots, done)
-        if work.num_rounds > 1:
-            self._residency.unprotect(slots)
-        if recorder is not None and timed:
-            recorder.computed(moe_layer, done)
-        if following is not None and not issued:
-            self._issue(moe_layer, following, timed)
 
     # -- runs --------------------------------------------------------------------------------------------------
 
@@ -373,12 +264,22 @@ class Engine:
         inputs = self._tokenize(prompts)
         self._cancelled = False
         stop = _Progress(self, on_step, inputs["input_ids"].shape[1])
-        criteria = StoppingCriteriaList([*keywords.pop("stopping_criteria", []), stop])
+        user_criteria = StoppingCriteriaList(keywords.pop("stopping_criteria", []))
         settings = {"do_sample": False, **keywords}
         if self.model.generation_config.pad_token_id is None and self.tokenizer is not None:
             settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        loop = self._decode_loop(inputs["input_ids"], settings, user_criteria, on_step)
         with self._recording() as recorder:
-            output = self.model.generate(**inputs, **settings, stopping_criteria=criteria)
+            if isinstance(loop, DecodeLoop):
+                output = self.model.generate(
+                    **inputs, **settings, custom_generate=loop, past_key_values=loop.cache
+                )
+                self.reasons["decode"] = loop.reason
+            else:
+                self.reasons["decode"] = loop
+                output = self.model.generate(
+                    **inputs, **settings, stopping_criteria=StoppingCriteriaList([*user_criteria, stop])
+                )
             sequences = output if isinstance(output, torch.Tensor) else output.sequences
             tokens = self._new_tokens(sequences, inputs["input_ids"].shape[1])
             result = self._result(recorder, settings, sum(map(len, tokens)))
@@ -390,6 +291,79 @@ class Engine:
         if self._cancelled:
             result.notes.append(f"cancelled after {recorder.num_steps} steps")
         return replace(result, text=text, tokens=tokens)
+
+    def _decode_loop(
+        self,
+        input_ids: torch.Tensor,
+        settings: dict[str, Any],
+        criteria: StoppingCriteriaList,
+        on_step: Callable[[int], None] | None,
+    ) -> DecodeLoop | str:
+        """A loop that runs captured steps, or the reason why transformers' own loop runs, layer by layer."""
+        batch = input_ids.shape[0]
+        if reason := self._why_layered(batch, settings, criteria):
+            if self.config.decode not in ("auto", "layered"):
+                warnings.warn(
+                    f"decode={self.config.decode!r}: decode steps run layer by layer: {reason}", stacklevel=3
+                )
+            return f"layered: {reason}"
+        drivers, only = self._drivers()
+        step = self._steps.get(batch)
+        length = input_ids.shape[1] + settings["max_new_tokens"]
+        if step is None or step.length < length or step.timed != self.config.events:
+            self._steps.pop(batch, None)
+            try:
+                step = DecodeStep(
+                    self.model, self._serving, batch=batch, length=length, drivers=drivers,
+                    timed=self.config.events, compiled=self.config.compiled,
+                )  # fmt: skip
+            except UnsupportedOption as error:
+                return f"layered: {error}"
+            if len(self._steps) >= MOST_STEPS:
+                self._steps.pop(next(iter(self._steps)))
+            self._steps[batch] = step
+        if self._table is None:
+            self._table = make_device_table(self.shape, self.num_slots, self._device.torch_device)
+        step.cache.reset()
+        return DecodeLoop(
+            step, self._serving, self._table, only, on_step or (lambda tokens: None), lambda: self._cancelled
+        )
+
+    def _drivers(self) -> tuple[list[str], str]:
+        """Which drivers to capture decode steps for, and why it is one only."""
+        if self.config.decode in (GPU, HOST):
+            return [self.config.decode], "as given"
+        if self.config.cache not in DEVICE_POLICIES:
+            return [HOST], f"cache={self.config.cache!r} needs the host"
+        if self.num_slots >= sum(layer.num_experts for layer in self._layers):
+            return [GPU], "all experts have slots"
+        return [GPU, HOST], ""
+
+    def _why_layered(self, batch: int, settings: dict[str, Any], criteria: StoppingCriteriaList) -> str:
+        """Why decode steps cannot run from a graph in this run; "" if they can."""
+        needed = min(self.shape.num_experts, batch * self.shape.top_k)
+        allowed = {"do_sample", "max_new_tokens", "min_new_tokens", "pad_token_id", "eos_token_id", "temperature",
+                   "top_k", "top_p", "min_p", "repetition_penalty"}  # fmt: skip
+        other = sorted(set(settings) - allowed) + (["stopping_criteria"] if criteria else [])
+        checks = [
+            (self.config.decode == "layered", "as given"),
+            (self._device.kind != "cuda", "graphs need CUDA"),
+            (self.config.kernels != "triton", f"kernels={self.config.kernels!r} cannot be captured"),
+            (self.config.record_inputs, "router inputs are recorded"),
+            (self.config.decode == GPU and self.config.cache not in DEVICE_POLICIES,
+             f"cache={self.config.cache!r} needs the host"),
+            (needed > self.num_slots, f"a layer may need {needed} experts at once, there are {self.num_slots} slots"),
+            (batch * self.shape.top_k > MOST_PAIRS, f"more than {MOST_PAIRS} pairs of token and expert"),
+            ("max_new_tokens" not in settings, "max_new_tokens is not given"),
+            (bool(other), f"generate has {', '.join(other)}"),
+            (self.model.generation_config.num_beams not in (None, 1), "beam search"),
+        ]  # fmt: skip
+        return next((reason for holds, reason in checks if holds), "")
+
+    def _forget_steps(self) -> None:
+        """Graphs hold the addresses of slots."""
+        self._steps.clear()
+        self._table = None
 
     @contextmanager
     def record(self) -> Iterator[list[RunResult]]:
@@ -419,23 +393,23 @@ class Engine:
 
     @contextmanager
     def _recording(self) -> Iterator[Recorder]:
-        if self._recorder is not None:
+        if self._serving.recorder is not None:
             raise UnsupportedOption("a recording is under way already; one engine records one run at a time")
         config = self.config
-        self._recorder = Recorder(
+        self._serving.recorder = Recorder(
             self._device, events=config.events, routing=config.record_routing, inputs=config.record_inputs
         )
         try:
             with _frozen_heap():
-                yield self._recorder
+                yield self._serving.recorder
         except BaseException:
             self.recover()
             raise
         finally:
-            self._recorder = None
+            self._serving.recorder = None
 
     def _result(self, recorder: Recorder, settings: dict[str, Any], output_tokens: int) -> RunResult:
-        tables = recorder.tables()
+        tables = recorder.tables([layer.layout.row_bytes for layer in self._layers])
         hardware = self.hardware()
         metrics = compute_metrics(*tables, batch=recorder.batch, output_tokens=output_tokens)
         trace = recorder.trace(
@@ -495,7 +469,7 @@ class Engine:
 
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._recorder is None:
+        if self._serving.recorder is None or self._serving.captured is not None:
             return
         given = kwargs.get("input_ids", args[0] if args else None)
         tokens = given if given is not None else kwargs.get("inputs_embeds")
@@ -511,7 +485,7 @@ class Engine:
             and mask.dim() == 2
         ):
             padding = self._device.read(mask) == 0
-        self._recorder.begin_step(batch, length, padding)
+        self._serving.recorder.begin_step(batch, length, padding)
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -541,17 +515,11 @@ class Engine:
         """Empty all slots and forget what the cache policy learned: the next run starts cold."""
         self._require_attached()
         self._device.synchronize()
-        self._residency.clear()
-        self._residency.policy.reset()
-        self._loader.clear()
+        self._serving.clear()
 
     def recover(self) -> None:
         """Make the engine usable after an interrupt or a failed copy; the slots are cold afterwards."""
-        self._device.recover()
-        self._residency.clear()
-        self._residency.policy.reset()
-        self._loader.clear()
-        self._serving = False
+        self._serving.recover()
 
     def cancel(self) -> None:
         """End the running `generate` after the token it is at; what there is by then is returned."""
@@ -561,15 +529,20 @@ class Engine:
     def is_cancelled(self) -> bool:
         return self._cancelled
 
+    @property
+    def needs(self) -> dict[Need, int]:
+        """Hits, late ones and misses since the engine was made."""
+        return self._serving.needs
+
     def check_integrity(self) -> None:
         """Assert that slots and table agree and that each resident expert's bytes equal its host row's."""
-        self._residency.check_integrity()
+        self._serving.residency.check_integrity()
         self._device.synchronize()
-        for slot, key in enumerate(self._residency.key_of.tolist()):
+        for slot, key in enumerate(self._serving.residency.key_of.tolist()):
             if key >= 0:
                 moe_layer, expert = divmod(key, self.shape.num_experts)
                 row = self._attachment.host.row(moe_layer, expert)
-                assert torch.equal(self._loader.pool[slot, : len(row)].cpu(), row), (
+                assert torch.equal(self._serving.loader.pool[slot, : len(row)].cpu(), row), (
                     f"slot {slot} does not hold the bytes of expert {expert} of MoE layer {moe_layer}"
                 )
 
@@ -578,8 +551,8 @@ class Engine:
         if self._attachment.host.layers:
             self._device.recover()
             self._hook.remove()
-            self._weights = []
-            self._loader.close()
+            self._forget_steps()
+            self._serving.close_slots()
             self._attachment.detach()
             self._device.close()
 

@@ -11,9 +11,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from .core import Lane, Phase
+from .core import Lane, Phase, Reason
 from .device import Device, Mark
 from .events import PHASES, Event, LayerRow, StepRow, event_frame, layer_frame, step_frame
+from .kernels import StepLog
 from .loader import Transfer
 from .residency import LayerNeed
 from .routing import RoutingTrace
@@ -27,8 +28,8 @@ class _Span(NamedTuple):
     expert: int
     reason: str
     nbytes: int
-    start: Mark
-    end: Mark
+    start: Mark | float  # a float is microseconds since the run's start
+    end: Mark | float
 
 
 @dataclass
@@ -46,7 +47,8 @@ class _Step:
     batch: int
     length: int  # tokens per sequence
     padding: NDArray[np.bool_] | None  # (batch, length), True where a token is padding
-    start: Mark
+    start: Mark | None  # None for a step from a graph: its log says
+    log: StepLog | None = None
     routing: dict[int, _Routing] = field(default_factory=dict)
 
 
@@ -77,6 +79,9 @@ class Recorder:
         self._steps: list[_Step] = []
         self._start = device.mark(timed=True)
         self._last: Mark = self._start  # end of the last thing on the compute lane
+        self._anchor: tuple[Mark, int] | None = (
+            None  # one moment by both clocks: a mark, and the GPU's own in ns
+        )
 
     @property
     def num_steps(self) -> int:
@@ -94,8 +99,80 @@ class Recorder:
         self._steps.append(_Step(phase, batch, length, padding, mark))
         self._last = mark
 
+    # -- steps from a graph ------------------------------------------------------------------------------------
+
+    def anchor(self, mark: Mark, gpu_ns: int) -> None:
+        """The moment of `mark` by the GPU's clock, from which the stamps of graph steps are counted."""
+        self._close_step(mark)
+        self._anchor = mark, gpu_ns
+
+    def begin_logged_step(self, batch: int) -> int:
+        """A decode step from a graph is launched; `log` follows when it is over. Returns its number."""
+        self._steps.append(_Step("decode", batch, 1, None, None))
+        return len(self._steps) - 1
+
+    def drop_step(self) -> None:
+        """The step launched last came after the end of all sequences: it never was."""
+        dropped = len(self._steps) - 1
+        del self._steps[-1]
+        self._spans = [span for span in self._spans if span.step < dropped]
+
+    def log(self, step: int, log: StepLog) -> None:
+        """What a graph step wrote down."""
+        entry = self._steps[step]
+        entry.log = log
+        tokens = log.ids_LTK.shape[1]
+        for layer, (needed, missing) in enumerate(log.needs.tolist()):
+            self._layers.append(
+                LayerRow(step, "decode", layer, tokens, needed, needed - missing, 0, missing, 1)
+            )
+            if self._routing:
+                weights = torch.from_numpy(log.weights_LTK[layer])
+                entry.routing[layer] = _Routing(log.ids_LTK[layer], weights, None)
+
+    def _logged_spans(self, row_bytes: list[int]) -> None:
+        """The timeline of all graph steps, from their stamps."""
+        if self._anchor is None or not self.timed:
+            return
+        former_end = None
+        for index, step in enumerate(self._steps):
+            if step.log is None:
+                continue
+            begin, end = self._log_us(step.log.begin_ns), self._log_us(step.log.end_ns)
+            if former_end is not None:  # between two steps the GPU waits for the next launch
+                self._add(index - 1, Lane.HOST, "host_wait", -1, former_end, begin)
+            former_end, last = end, begin
+            for layer, stamps in enumerate(step.log.stamps_ns.tolist()):
+                routed, decided, fetched, done = map(self._log_us, stamps)
+                missing = int(step.log.needs[layer, 1])
+                self._add(index, Lane.GPU, "dense", layer, last, routed)
+                self._add(index, Lane.HOST, "host_wait", layer, routed, decided)
+                if missing:
+                    self._add(index, Lane.STALL, "stall", layer, decided, fetched)
+                    experts = step.log.fetched[layer]
+                    share = (fetched - decided) / missing
+                    for i, expert in enumerate(experts[:missing].tolist() if experts[0] >= 0 else []):
+                        start = decided + i * share
+                        self._spans.append(
+                            _Span(Lane.H2D, "transfer", index, layer, expert, Reason.ON_DEMAND, row_bytes[layer],
+                                  start, start + share)
+                        )  # fmt: skip
+                self._add(index, Lane.GPU, "experts", layer, fetched if missing else decided, done)
+                last = done
+            self._add(index, Lane.GPU, "dense", -1, last, end)
+
+    def _add(self, step: int, lane: Lane, kind: str, layer: int, start: float, end: float) -> None:
+        self._spans.append(_Span(lane, kind, step, layer, -1, "", 0, start, end))
+
+    def _log_us(self, gpu_ns: int) -> float:
+        assert self._anchor is not None
+        _, at_ns = self._anchor
+        return self._anchor_us + (gpu_ns - at_ns) / 1e3
+
+    # -- tables ------------------------------------------------------------------------------------------------
+
     def _close_step(self, end: Mark) -> None:
-        if self._steps:
+        if self._steps and self._steps[-1].start is not None:
             self._span(Lane.GPU, "dense", -1, self._last, end)
 
     def _span(self, lane: Lane, kind: str, moe_layer: int, start: Mark, end: Mark) -> None:
@@ -158,22 +235,30 @@ class Recorder:
             inputs = inputs_TD.detach().clone() if self._inputs else None
             self._steps[-1].routing[moe_layer] = _Routing(ids_TK.copy(), weights_TK.detach().clone(), inputs)
 
-    def tables(self) -> Tables:
-        """All three tables. Call once, when the run is over."""
+    def tables(self, row_bytes: list[int]) -> Tables:
+        """All three tables. Call once, when the run is over; `row_bytes` of one expert of each MoE layer."""
         end = self._device.mark(timed=True)
-        self._close_step(end)
+        if self._anchor is None:
+            self._close_step(end)
         self._device.synchronize()
         bases = self._step_times_us(end)
+        self._logged_spans(row_bytes)
         steps = [
             StepRow(i, step.phase, step.batch * step.length, bases[i], bases[i + 1] - bases[i])
             for i, step in enumerate(self._steps)
         ]
         times: dict[int, float] = {}
 
-        def time_us(mark: Mark, step: int) -> float:
+        def time_us(mark: Mark | float, step: int) -> float:
+            if isinstance(mark, float):
+                return mark
             key = id(mark)
             if key not in times:
-                times[key] = bases[step] + self._device.elapsed_us(self._steps[step].start, mark)
+                base, reference = bases[step], self._steps[step].start
+                if reference is None:
+                    assert self._anchor is not None
+                    base, reference = self._anchor_us, self._anchor[0]
+                times[key] = base + self._device.elapsed_us(reference, mark)
             return times[key]
 
         events = []
@@ -203,10 +288,23 @@ class Recorder:
         """
         times = [0.0]
         last = self._start
-        for mark in [*(step.start for step in self._steps), end]:
-            times.append(times[-1] + self._device.elapsed_us(last, mark))
-            last = mark
-        return times[1:]
+        for step in self._steps:
+            if step.start is not None:
+                times.append(times[-1] + self._device.elapsed_us(last, step.start))
+                last = step.start
+        if self._anchor is None:
+            times.append(times[-1] + self._device.elapsed_us(last, end))
+            return times[1:]
+        mark, _ = self._anchor
+        self._anchor_us = times[-1] + self._device.elapsed_us(last, mark)
+        logs = [step.log for step in self._steps if step.log is not None]
+        times += [self._log_us(log.begin_ns) for log in logs] if self.timed else []
+        end_us = self._anchor_us + self._device.elapsed_us(mark, end)
+        if not self.timed:  # no stamps: the steps of a graph share the time evenly
+            times += np.linspace(self._anchor_us, end_us, len(logs), endpoint=False).tolist()
+        elif logs:  # what follows the last step's end is not the step's
+            end_us = self._log_us(logs[-1].end_ns)
+        return [*times[1:], end_us]
 
     def trace(self, *, num_experts: int, decoder_layers: list[int], **metadata: Any) -> RoutingTrace | None:
         """The routing of every token, or None if none was kept.

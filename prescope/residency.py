@@ -134,9 +134,7 @@ class ResidencyTable:
         """Lift the protection of `slots`, or all protection."""
         self._protected[slice(None) if slots is None else slots] = False
 
-    def adopt(
-        self, slot_of: IntArray, key_of: IntArray, scores: NDArray[np.float64], tick: int
-    ) -> None:
+    def adopt(self, slot_of: IntArray, key_of: IntArray, scores: NDArray[np.float64], tick: int) -> None:
         """Take over what a step that ran on the GPU made of the table: (L * E,) slots and scores, (S,) keys."""
         self.slot_of[:], self.key_of[:] = slot_of, key_of
         self.policy.scores[:] = scores

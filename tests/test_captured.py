@@ -1,4 +1,4 @@
-"""The kernels of a captured decode step against the host's own decisions, in Triton's interpreter where there is no GPU."""
+"""The kernels of a captured step against the host's own decisions; in Triton's interpreter where there is no GPU."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from prescope.cache import make_policy
 from prescope.core import MoEShape
-from prescope.kernels import ExpertsSpec, LayerWeights
+from prescope.kernels import DEVICE_POLICIES, ExpertsSpec, LayerWeights
 from prescope.layout import row_layout
 from prescope.residency import ResidencyTable, distinct
 
@@ -25,7 +25,9 @@ def silu_gate(h: torch.Tensor) -> torch.Tensor:
 class World:
     """A small MoE whose experts are in host rows, its table on both sides, and one captured step's buffers."""
 
-    def __init__(self, tokens: int, top_k: int, num_slots: int, policy: str, host: bool = False, seed: int = 0):
+    def __init__(
+        self, tokens: int, top_k: int, num_slots: int, policy: str, host: bool = False, seed: int = 0
+    ):
         rng = torch.Generator().manual_seed(seed)
         self.shape = MoEShape(L, E, top_k, 0)
         self.up = torch.randn(L, E, 2 * F, D, generator=rng) / 6
@@ -45,7 +47,7 @@ class World:
         self.host_table = ResidencyTable(self.shape, num_slots, make_policy(policy, self.shape, frequencies))
         self.table = captured.DeviceTable(self.shape, num_slots, torch.device(DEVICE))
         self.table.take(self.host_table)
-        number = captured.on_device.HOST if host else captured.DEVICE_POLICIES[policy]
+        number = captured.on_device.HOST if host else DEVICE_POLICIES[policy]
         self.step = captured.CapturedStep(self.table, tokens, top_k, number, timed=DEVICE == "cuda")
         self.spec = ExpertsSpec(
             up="gate_up_proj", down="down_proj", up_bias=None, down_bias=None, is_transposed=False,
@@ -91,7 +93,9 @@ class World:
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "static"])
 @pytest.mark.parametrize(("tokens", "top_k", "num_slots"), [(1, 2, 5), (3, 3, 11), (9, 2, 14), (16, 4, 36)])
-def test_the_gpu_keeps_the_same_experts_as_the_host_and_computes_the_same_sums(policy, tokens, top_k, num_slots):
+def test_the_gpu_keeps_the_same_experts_as_the_host_and_computes_the_same_sums(
+    policy, tokens, top_k, num_slots
+):
     world = World(tokens, top_k, num_slots, policy)
     for step in range(6):
         world.step.begin()
@@ -99,7 +103,9 @@ def test_the_gpu_keeps_the_same_experts_as_the_host_and_computes_the_same_sums(p
         for layer in range(L):
             case = world.draw(tokens, sentinels=step == 3)
             needs.append(world.host_need(layer, case[1]))
-            torch.testing.assert_close(world.launch(layer, *case), world.expected(layer, *case), rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(
+                world.launch(layer, *case), world.expected(layer, *case), rtol=2e-5, atol=2e-5
+            )
         world.step.finish(torch.full((tokens,), step + 7, device=DEVICE))
         if DEVICE == "cuda":
             torch.cuda.synchronize()
@@ -127,7 +133,9 @@ def test_a_host_driven_step_asks_for_its_experts_and_goes_on_when_they_are_there
     target.copy_(source)
     out = world.launch(0, x, ids, weights)
     torch.testing.assert_close(out, world.expected(0, x, ids, weights), rtol=2e-5, atol=2e-5)
-    assert world.step.choice(0, 0).tolist() == ids.ravel().tolist()
+    asked, asked_weights = world.step.choice(0, 0)
+    assert asked.tolist() == ids.ravel().tolist()
+    assert asked_weights.tolist() == weights.ravel().tolist()
     assert world.step.choice(0, 1) is None, "a message of another step is none"
     assert (world.table.slot_of.cpu().numpy() == world.host_table.slot_of).all()
 

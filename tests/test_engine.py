@@ -83,7 +83,7 @@ def test_a_slot_given_away_while_in_use_is_seen_by_the_null_device(model, monkey
 
     class MRU(LRU):
         def use(self, moe_layer, experts, weights):
-            self._tick -= 2.0
+            self.tick -= 2.0
             super().use(moe_layer, experts, weights)
 
     monkeypatch.setitem(_BY_NAME, "lru", MRU)
@@ -115,14 +115,14 @@ def test_every_copy_waits_for_the_last_use_of_its_slot(model, monkeypatch):
     monkeypatch.setattr(device, "copy", copy)
     monkeypatch.setattr("prescope.engine.open_device", lambda *args: device)
     with prescope.attach(model, slots=5, device="null") as engine:
-        release = engine._loader.release
+        release = engine._serving.loader.release
 
         def released(slots, mark):
             for slot in slots.tolist():
-                last_use[engine._loader.pool[slot].data_ptr()] = mark.time_us
+                last_use[engine._serving.loader.pool[slot].data_ptr()] = mark.time_us
             release(slots, mark)
 
-        monkeypatch.setattr(engine._loader, "release", released)
+        monkeypatch.setattr(engine._serving.loader, "release", released)
         engine.generate(prompt(batch=2), max_new_tokens=10)
     assert checked > 50
 
@@ -204,13 +204,13 @@ def test_bytes_in_slots_equal_the_models_weights(model):
     with prescope.attach(model, slots=9, device="null") as engine:
         engine.generate(prompt(batch=2), max_new_tokens=6)
         checked = 0
-        for slot, key in enumerate(engine._residency.key_of.tolist()):
+        for slot, key in enumerate(engine._serving.residency.key_of.tolist()):
             if key < 0:
                 continue
             layer, expert = divmod(key, EXPERTS)
             name = f"model.layers.{layer}.mlp.experts"
-            assert torch.equal(engine._weights[layer].up[slot], weights[f"{name}.gate_up_proj"][expert])
-            assert torch.equal(engine._weights[layer].down[slot], weights[f"{name}.down_proj"][expert])
+            assert torch.equal(engine._serving.weights[layer].up[slot], weights[f"{name}.gate_up_proj"][expert])
+            assert torch.equal(engine._serving.weights[layer].down[slot], weights[f"{name}.down_proj"][expert])
             checked += 1
     assert checked == 9
 
@@ -372,7 +372,7 @@ def test_ctrl_c_in_the_middle_leaves_an_engine_that_works(model, monkeypatch, mo
     ids = prompt(batch=2)
     expected = plain_tokens(model, ids)
     with prescope.attach(model, slots=5, **FAST_LINK) as engine:
-        target = engine._residency if moment == "take" else engine._loader
+        target = engine._serving.residency if moment == "take" else engine._serving.loader
         original = getattr(target, moment)
         calls = 0
 

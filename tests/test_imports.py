@@ -22,7 +22,7 @@ LADDER: dict[str, tuple[str, ...]] = {
     "evidence": ("events", "routing", "bounds", "hardware", "metrics", "perfetto", "result"),
     "decisions": ("cost", "cache", "residency", "predictor", "scheduler", "simulator"),
     "bytes": ("device", "layout", "host_pool", "slots", "loader", "cpu_experts", "kernels"),
-    "model": ("hf", "recorder", "engine"),
+    "model": ("hf", "recorder", "serving", "decode", "engine"),
     "workbench": ("views", "tuning", "report", "widgets", "workbench"),
 }
 ROW_OF = {module: row for row, modules in LADDER.items() for module in modules}

@@ -3,5 +3,16 @@
 from .attach import Attachment
 from .load import LoadedModel, load_model
 from .seam import MoELayer, find_moe_layers, top_k_of
+from .static import cache_length, compiled_layers, static_cache
 
-__all__ = ["Attachment", "LoadedModel", "MoELayer", "find_moe_layers", "load_model", "top_k_of"]
+__all__ = [
+    "Attachment",
+    "LoadedModel",
+    "MoELayer",
+    "cache_length",
+    "compiled_layers",
+    "find_moe_layers",
+    "load_model",
+    "static_cache",
+    "top_k_of",
+]

@@ -1,15 +1,36 @@
 """Expert kernels: plain torch everywhere, Triton on CUDA."""
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..core import MoEShape
 from ..errors import UnsupportedOption
-from .base import ExpertKernel, ExpertsSpec, LayerWeights, Work
+from .base import ExpertKernel, ExpertsSpec, LayerWeights, StepLog, Work
 from .reference import TorchKernel, combine
 
-__all__ = ["ExpertKernel", "ExpertsSpec", "LayerWeights", "TorchKernel", "Work", "combine", "make_kernel"]
+if TYPE_CHECKING:
+    from .captured import DeviceTable
 
+__all__ = [
+    "DEVICE_POLICIES",
+    "MOST_PAIRS",
+    "ExpertKernel",
+    "ExpertsSpec",
+    "LayerWeights",
+    "StepLog",
+    "TorchKernel",
+    "Work",
+    "combine",
+    "make_device_table",
+    "make_kernel",
+]
+
+#: Cache policies that captured steps run on the GPU, by their numbers in `on_device`. The others need the host.
+DEVICE_POLICIES = {"lru": 1, "lfu": 2, "static": 3}
+#: Most pairs of token and expert in one layer of a captured step: one program sorts them.
+MOST_PAIRS = 2048
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -38,3 +59,10 @@ def _triton_problem(device_kind: str, dtype: torch.dtype) -> str:
     if dtype not in TRITON_DTYPES:
         return f"Triton kernels take {TRITON_DTYPES}, the experts are {dtype}"
     return ""
+
+
+def make_device_table(shape: MoEShape, num_slots: int, device: torch.device) -> "DeviceTable":
+    """The residency table's copy on a GPU, for captured steps."""
+    from .captured import DeviceTable
+
+    return DeviceTable(shape, num_slots, device)

@@ -7,9 +7,11 @@ slots, nor on how many rounds the layer took.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..residency import IntArray, LayerNeed
 
@@ -55,6 +57,19 @@ class Work:
     num_rounds: int
     slot_row: IntArray  # (E,) slot of each expert, -1 for none: the residency table's own row
     version: int  # of that row
+
+
+class StepLog(NamedTuple):
+    """What a step that ran from a graph wrote down by itself (`captured`): copies, on the host."""
+
+    tokens: NDArray[np.int64]  # (T,) chosen
+    ids_LTK: NDArray[np.int32]  # -1 for nobody's
+    weights_LTK: NDArray[np.float32]
+    needs: NDArray[np.int32]  # (L, 2): needed, missing
+    fetched: NDArray[np.int32]  # (L, M): the missing experts in front, if the GPU fetched them; else -1
+    stamps_ns: NDArray[np.int64]  # (L, 4): routed, decided, fetched, done, by the GPU's clock
+    begin_ns: int
+    end_ns: int
 
 
 class ExpertKernel(Protocol):

@@ -3,7 +3,8 @@
 Knows the GPU's copy of the residency table and the messages between GPU and host; knows nothing of models.
 """
 
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,18 +12,13 @@ import triton
 from numpy.typing import NDArray
 
 from ..core import MoEShape
-from ..errors import UnsupportedOption
 from ..residency import ResidencyTable
 from . import on_device
-from .base import ExpertsSpec, LayerWeights
+from .base import ExpertsSpec, LayerWeights, StepLog
 from .triton_experts import PAIRS_PER_EXPERT_FOR_TILES, Linear, tune_pairs
 
-#: Policies that `_plan` knows. The others need the host.
-DEVICE_POLICIES = {"lru": on_device.LRU, "lfu": on_device.LFU, "static": on_device.STATIC}
 #: Steps whose messages are kept: the GPU runs at most one ahead of the host.
 RING = 4
-#: Most pairs of one layer that one program sorts.
-MOST_PAIRS = 2048
 #: Programs and words (int64) per program of `_fetch`: measured in benchmarks/overhead.py, see LOG.md.
 FETCH_PROGRAMS, FETCH_WORDS = 64, 2048
 BLOCK_M = 16
@@ -56,26 +52,13 @@ class DeviceTable:
         table.adopt(slots, keys, self.scores.cpu().numpy(), int(self.tick))
 
 
-class StepLog(NamedTuple):
-    """What one step left: copies, on the host."""
-
-    tokens: NDArray[np.int64]  # (T,) chosen
-    ids_LTK: NDArray[np.int32]  # -1 for nobody's
-    weights_LTK: NDArray[np.float32]
-    needs: NDArray[np.int32]  # (L, 2): needed, missing
-    stamps_ns: NDArray[np.int64]  # (L, 4): routed, decided, fetched, done, by the GPU's clock
-    begin_ns: int
-    end_ns: int
-
-
 class CapturedStep:
     """All that a captured step writes, and the launches of its MoE layers.
 
     Args:
         table: shared by all steps of an engine.
         num_tokens, top_k: T and K of each layer.
-        policy: number in `DEVICE_POLICIES`, or `on_device.HOST` when the host serves misses.
-        row_bytes: of the slots.
+        policy: number in `kernels.DEVICE_POLICIES`, or `on_device.HOST` when the host serves misses.
         timed: write stamps.
     """
 
@@ -84,20 +67,17 @@ class CapturedStep:
         self.table, self.num_tokens, self.top_k = table, num_tokens, top_k
         self.policy, self._timed = policy, timed
         self.num_pairs = num_tokens * top_k
-        if self.num_pairs > MOST_PAIRS:
-            raise UnsupportedOption(
-                f"{num_tokens} tokens x top-{top_k} are more than {MOST_PAIRS} pairs of a captured layer"
-            )
         L, P, most = shape.num_layers, self.num_pairs, min(self.num_pairs, shape.num_experts)
+        self.launched = 0  # steps since `restart`; the next one's number
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self._log = self._make_log(L, P, device)
         self._ring = _mapped((RING, self._log.numel()), torch.int32, device)
         self._tokens_ring = _mapped((RING, num_tokens), torch.int64, device)
-        self._fetch = torch.zeros((2, most), dtype=torch.int32, device=device)
+        self._fetch_slot = torch.zeros(most, dtype=torch.int32, device=device)
         self._mark = torch.zeros(_power_of_2(shape.num_experts + 1), dtype=torch.int32, device=device)
         # Host-driven only.
         self.most_updates = _power_of_2(2 * most)
-        self._ask = _mapped((L, P), torch.int32, device)
+        self._ask = _mapped((L, P), torch.int64, device)
         self._updates = _mapped((L, 1 + 2 * self.most_updates), torch.int32, device)
         self._ack = torch.zeros(L, dtype=torch.int32, device=device)
         self._numbers = _mapped((on_device.NUMBERS + 1,), torch.int32, device)
@@ -116,11 +96,19 @@ class CapturedStep:
         self._first = torch.zeros_like(self._mark)
 
     def _make_log(self, L: int, P: int, device: torch.device) -> torch.Tensor:
-        sizes = {"stamps": 2 * (L * on_device.NUM_STAMPS + 2), "needs": 2 * L, "ids": L * P, "weights": L * P}
+        M = min(P, self.table.shape.num_experts)
+        sizes = {
+            "stamps": 2 * (L * on_device.NUM_STAMPS + 2),
+            "needs": 2 * L,
+            "fetched": L * M,
+            "ids": L * P,
+            "weights": L * P,
+        }
         log = torch.zeros(sum(sizes.values()) + sum(sizes.values()) % 2, dtype=torch.int32, device=device)
         parts = dict(zip(sizes, log[: sum(sizes.values())].split(list(sizes.values())), strict=True))
         self._stamps = parts["stamps"].view(torch.int64)
         self._needs = parts["needs"].view(L, 2)
+        self._fetched = parts["fetched"].view(L, M).fill_(-1)
         self._ids = parts["ids"].view(L, P)
         self._weights = parts["weights"].view(torch.float32).view(L, P)
         self._sizes = sizes
@@ -159,8 +147,8 @@ class CapturedStep:
             )  # fmt: skip
         else:
             on_device._fetch[(FETCH_PROGRAMS,)](
-                host_rows.view(torch.int64), pool.view(torch.int64), self._needs[moe_layer], self._fetch[0],
-                self._fetch[1], stamps, host_rows.shape[1] // 8, pool.shape[1] // 8, BLOCK=FETCH_WORDS,
+                host_rows.view(torch.int64), pool.view(torch.int64), self._needs[moe_layer], self._fetched[moe_layer],
+                self._fetch_slot, stamps, host_rows.shape[1] // 8, pool.shape[1] // 8, BLOCK=FETCH_WORDS,
                 TIMED=self._timed, num_warps=8,
             )  # fmt: skip
         y_PD = self._experts(num_experts, x_TD, ids, slot_of, spec, slots)
@@ -178,11 +166,13 @@ class CapturedStep:
         on_device._plan[(1,)](
             ids, weights_TK, self.table.slot_of, self.table.key_of, self.table.scores, self.table.tick, self.step,
             self._ids[moe_layer], self._weights[moe_layer], self._needs[moe_layer],
-            self._stamps[moe_layer * on_device.NUM_STAMPS :], self._ask[moe_layer], self._fetch[0], self._fetch[1],
-            self._mark, moe_layer * shape.num_experts, self.num_pairs, num_experts, self.table.num_slots,
+            self._stamps[moe_layer * on_device.NUM_STAMPS :], self._ask[moe_layer], self._fetched[moe_layer],
+            self._fetch_slot, self._mark, moe_layer * shape.num_experts, self.num_pairs, num_experts,
+            self.table.num_slots,
             # At least as many pairs as threads: histograms of fewer elements are not supported everywhere.
             POLICY=self.policy, PAIRS=max(128, _power_of_2(self.num_pairs)), EXPERTS=len(self._mark),
-            SLOTS=_power_of_2(self.table.num_slots), TIMED=self._timed, num_warps=4,
+            SLOTS=_power_of_2(self.table.num_slots), TIMED=self._timed,
+            num_warps=4 if self.table.num_slots <= 2048 else 16,
         )  # fmt: skip
 
     def _experts(
@@ -202,7 +192,10 @@ class CapturedStep:
             )  # fmt: skip
         h = x_TD.new_empty((self.num_pairs, slots.up.shape[2 if spec.is_transposed else 1]))
         self._linear(
-            Linear(x_TD, self.top_k, slots.up, slots.up_bias, h, spec.is_transposed), ids, slot_of, num_experts
+            Linear(x_TD, self.top_k, slots.up, slots.up_bias, h, spec.is_transposed),
+            ids,
+            slot_of,
+            num_experts,
         )
         act = spec.gate(h).contiguous()
         y = x_TD.new_empty((self.num_pairs, slots.down.shape[2 if spec.is_transposed else 1]))
@@ -244,14 +237,26 @@ class CapturedStep:
             self._log, self._ring, self.step, words, RING=RING, BLOCK=1024
         )
         on_device._finish[(1,)](
-            tokens, self._tokens_ring, self.step, self.num_tokens, RING=RING, BLOCK=_power_of_2(self.num_tokens)
+            tokens,
+            self._tokens_ring,
+            self.step,
+            self.num_tokens,
+            RING=RING,
+            BLOCK=_power_of_2(self.num_tokens),
         )
 
     # -- the host's side ---------------------------------------------------------------------------------------
 
-    def restart(self, step: int = 0) -> None:
-        """Before a run: number the next step `step`, forget old messages. The GPU must be idle."""
-        self.step.fill_(step)
+    def stamp(self) -> torch.Tensor:
+        """The GPU's clock now, nanoseconds, (1,)."""
+        now = torch.zeros(1, dtype=torch.int64, device=self.step.device)
+        on_device._stamp[(1,)](now)
+        return now
+
+    def restart(self) -> None:
+        """Before a run: number steps from 0, forget old messages. The GPU must be idle."""
+        self.launched = 0
+        self.step.zero_()
         self._ack.zero_()
         self._ask.zero_()
         self._tokens_ring.zero_()
@@ -261,14 +266,14 @@ class CapturedStep:
         """A step's number in messages (`on_device.sequence_of`)."""
         return step % on_device.NUMBERS + 1
 
-    def choice(self, moe_layer: int, step: int) -> NDArray[np.int64] | None:
-        """Host-driven: the experts (P,) that a layer asks for, once they are there; ids of nobody are -1."""
+    def choice(self, moe_layer: int, step: int) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """Host-driven: the experts (P,) and router weights (P,) of a layer, once they are there; nobody's id is -1."""
         words = self.asked[moe_layer]
-        if not (words >> 16 == self.number(step)).all():
+        if not (words >> 48 == self.number(step)).all():
             return None
-        ids = (words & 0xFFFF).astype(np.int64)
+        ids = words >> 32 & 0xFFFF
         ids[ids == 0xFFFF] = -1
-        return ids
+        return ids, (words & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
 
     def answer(self, moe_layer: int, step: int, keys: NDArray[np.int64], slots: NDArray[np.int64]) -> Any:
         """Host-driven: tell a layer its changed `keys` (n,) and their `slots` (n,).
@@ -296,13 +301,14 @@ class CapturedStep:
         words = self._host_ring[step % RING].copy()
         shape = (self.table.shape.num_layers, self.num_tokens, self.top_k)
         ends = np.cumsum([0, *self._sizes.values()])
-        stamps, needs, ids, weights = (words[a:b] for a, b in zip(ends, ends[1:], strict=False))
+        stamps, needs, fetched, ids, weights = (words[a:b] for a, b in pairwise(ends))
         stamps = stamps.view(np.int64)
         return StepLog(
             tokens,
             ids.reshape(shape),
             weights.view(np.float32).reshape(shape),
             needs.reshape(-1, 2),
+            fetched.reshape(shape[0], -1),
             stamps[:-2].reshape(-1, on_device.NUM_STAMPS),
             int(stamps[-2]),
             int(stamps[-1]),

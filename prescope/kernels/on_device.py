@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-#: How `_plan` serves misses: not at all (the host does), or by the policy of this number.
+#: How `_plan` serves misses: not at all (the host does), or by the policy of this number (`kernels.DEVICE_POLICIES`).
 HOST, LRU, LFU, STATIC = 0, 1, 2, 3
 #: Columns of `stamps`: when the routing was there, when it was decided, when the bytes were there, when it was done.
 ROUTED, DECIDED, FETCHED, DONE = range(4)
@@ -53,7 +53,8 @@ def _plan(  # type: ignore[no-untyped-def]
     id = tl.load(ids + pair, mask=here, other=-1).to(tl.int32)
     known = here & (id >= 0) & (id < num_experts)
     tl.store(log_ids + pair, tl.where(known, id, -1), mask=here)
-    tl.store(log_weights + pair, tl.load(weights + pair, mask=here, other=0.0).to(tl.float32), mask=here)
+    weight = tl.load(weights + pair, mask=here, other=0.0).to(tl.float32)
+    tl.store(log_weights + pair, weight, mask=here)
     expert = tl.arange(0, EXPERTS)
     # Ids of nobody are counted in the last bin, which is no expert's: EXPERTS > num_experts.
     counts = tl.histogram(tl.where(known, id, EXPERTS - 1), EXPERTS)
@@ -64,8 +65,9 @@ def _plan(  # type: ignore[no-untyped-def]
     tl.store(needs + 1, num_missing)
     if POLICY == _POLICY_HOST:
         # The step's number in every word: the host knows a message is whole without any order between stores.
-        word = (sequence_of(tl.load(step)) << 16) | (tl.where(known, id, 0xFFFF) & 0xFFFF)
-        tl.store(ask + pair, word, mask=here)
+        bits = weight.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        place = tl.where(known, id, 0xFFFF).to(tl.int64) & 0xFFFF
+        tl.store(ask + pair, (sequence_of(tl.load(step)).to(tl.int64) << 48) | (place << 32) | bits, mask=here)
     else:
         now = tl.load(tick) + 1
         tl.store(tick, now)
@@ -120,7 +122,9 @@ def _fetch(  # type: ignore[no-untyped-def]
         slot = tl.load(fetch_slot + i).to(tl.int64)
         word = (part % parts) * BLOCK + tl.arange(0, BLOCK)
         mask = word < row_words
-        tl.store(pool + slot * slot_words + word, tl.load(rows + expert * row_words + word, mask=mask), mask=mask)
+        tl.store(
+            pool + slot * slot_words + word, tl.load(rows + expert * row_words + word, mask=mask), mask=mask
+        )
     if TIMED:
         tl.atomic_max(stamps + _FETCHED, globaltimer())
 
@@ -152,7 +156,7 @@ def _align(  # type: ignore[no-untyped-def]
     ids, slot_of, order, first, blocks, num_pairs, num_experts, most_blocks,
     PAIRS: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Pairs sorted by expert, and tiles of BLOCK_M of them: `blocks` (most_blocks, 3) = slot, first place, end place."""
+    """Pairs sorted by expert, and tiles of BLOCK_M of them: `blocks` (most_blocks, 3): slot, first and end place."""
     pair = tl.arange(0, PAIRS)
     id = tl.load(ids + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
     known = (pair < num_pairs) & (id >= 0) & (id < num_experts)

@@ -255,7 +255,9 @@ class Linear(NamedTuple):
         """What a tuned configuration depends on."""
         out_dim, in_dim = self._dims()
         form = "T" if self.is_transposed else "N"
-        return f"{str(self.w.dtype).removeprefix('torch.')} {out_dim}x{in_dim}{form} {self.out.shape[0]} pairs"
+        return (
+            f"{str(self.w.dtype).removeprefix('torch.')} {out_dim}x{in_dim}{form} {self.out.shape[0]} pairs"
+        )
 
 
 def pair_config(linear: Linear) -> PairConfig:
@@ -269,7 +271,12 @@ def pair_config(linear: Linear) -> PairConfig:
 def tune_pairs(linear: Linear, ids: torch.Tensor, slot_of: torch.Tensor, num_experts: int) -> None:
     """Time all candidates once per GPU and shape and keep the fastest; does nothing the second time."""
     candidates = TRANSPOSED_CANDIDATES if linear.is_transposed else PAIR_CANDIDATES
-    tune(linear.w.device, linear.key, candidates, lambda c: linear.pairs(ids, slot_of, num_experts, PairConfig(*c)))
+    tune(
+        linear.w.device,
+        linear.key,
+        candidates,
+        lambda c: linear.pairs(ids, slot_of, num_experts, PairConfig(*c)),
+    )
 
 
 def _slot_table(num_experts: int, experts: IntArray, slots: IntArray) -> IntArray:

@@ -33,7 +33,10 @@ def tuned(device: torch.device, key: str) -> list[int] | None:
 
 
 def tune(
-    device: torch.device, key: str, candidates: Sequence[tuple[int, ...]], run: Callable[[tuple[int, ...]], None]
+    device: torch.device,
+    key: str,
+    candidates: Sequence[tuple[int, ...]],
+    run: Callable[[tuple[int, ...]], None],
 ) -> None:
     """Time `run(candidate)` of each candidate (CUDA graph of many runs, median) and keep the fastest for `key`."""
     if device.type != "cuda" or tuned(device, key) is not None:

@@ -1,0 +1,208 @@
+"""Decode steps from a graph: the same tokens, counts and text as layer by layer, whoever drives, whatever is missing.
+
+Without a GPU a step's launches are run by Triton's interpreter in a thread of their own, as a GPU would beside the host.
+"""
+
+import threading
+
+import pytest
+import torch
+
+import prescope
+from prescope.core import Need
+from prescope.device.emulated import EmulatedLinkDevice
+from prescope.errors import TransferFailed
+from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
+
+pytest.importorskip("triton", reason="Triton exists for Linux only")
+TOTAL = LAYERS * EXPERTS
+
+
+class InterpretedGpu(EmulatedLinkDevice):
+    """The CPU device with "graphs": launches taken down as a function, replayed in a thread, one after the other."""
+
+    kind = "cuda"
+
+    def __init__(self) -> None:
+        super().__init__(50.0)
+        self.thread = threading.Thread(target=lambda: None)
+        self.thread.start()
+        self.error: BaseException | None = None
+
+    def copy(self, *arguments, **keywords):
+        # The interpreter copies every argument onto itself behind a kernel: bytes that arrive meanwhile would be lost.
+        issued = super().copy(*arguments, **keywords)
+        self._drain()
+        return issued
+
+    def capture(self, run):
+        result = torch.empty(0)
+
+        def replay() -> None:
+            former = self.thread
+
+            def work() -> None:
+                former.join()
+                try:
+                    with torch.no_grad():
+                        value = run()
+                        result.resize_(value.shape).copy_(value)
+                except BaseException as error:  # noqa: BLE001 - shown by the test that waits
+                    self.error = error
+
+            self.thread = threading.Thread(target=work)
+            self.thread.start()
+
+        return replay, result
+
+    def clock(self, stamp):
+        return self.mark(True), 0
+
+    def is_idle(self) -> bool:
+        return not self.thread.is_alive()
+
+    def synchronize(self) -> None:
+        self.thread.join()
+        super().synchronize()
+
+    def recover(self) -> None:
+        self.thread.join()
+        super().recover()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_moe()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`attach(device="cpu")` gives the interpreted GPU."""
+    if torch.cuda.is_available():
+        return {"device": "cuda"}
+    monkeypatch.setattr("prescope.engine.open_device", lambda *_: InterpretedGpu())
+    monkeypatch.setattr("prescope.kernels._triton_problem", lambda *_: "")
+    monkeypatch.setattr("prescope.kernels.captured.FETCH_PROGRAMS", 2)
+    return {"device": "cpu", "kernels": "triton", "events": False}
+
+
+@pytest.mark.parametrize("driver", ["gpu-driven", "host-driven"])
+@pytest.mark.parametrize(("batch", "slots", "cache"), [(1, 5, "lru"), (2, 9, "lfu"), (3, TOTAL, "lru")])
+def test_tokens_and_counts_are_those_of_serving_layer_by_layer(model, gpu, driver, batch, slots, cache):
+    ids = prompt(batch=batch)
+    expected = plain_tokens(model, ids, new=7)
+    runs = {}
+    for decode in ("layered", driver):
+        with prescope.attach(model, slots=slots, cache=cache, decode=decode, **gpu) as engine:
+            runs[decode] = [engine.generate(ids, max_new_tokens=7), engine.generate(ids, max_new_tokens=7)]
+            engine.check_integrity()
+            needs = dict(engine.needs)
+        for run in runs[decode]:
+            assert run.config["reasons"]["decode"].startswith(decode), run.config["reasons"]["decode"]
+            assert run.tokens == expected
+        if decode == driver:
+            assert needs == former, "hits or misses were counted in another way"
+        former = needs
+    for layered, captured in zip(runs["layered"], runs[driver], strict=True):
+        assert layered.layers.equals(captured.layers)
+        assert (layered.trace.expert_ids == captured.trace.expert_ids).all()
+
+
+def test_the_score_policy_needs_the_host(model, gpu):
+    ids = prompt()
+    with prescope.attach(model, slots=6, cache="score", **gpu) as engine:
+        run = engine.generate(ids, max_new_tokens=6)
+    assert run.config["reasons"]["decode"].startswith("host-driven")
+    assert run.tokens == plain_tokens(model, ids, new=6)
+
+
+def test_the_faster_driver_is_kept_and_the_result_says_so(model, gpu):
+    ids = prompt()
+    with prescope.attach(model, slots=6, **gpu) as engine:
+        run = engine.generate(ids, max_new_tokens=16)
+        again = engine.generate(ids, max_new_tokens=5)
+    assert "against" in run.config["reasons"]["decode"]
+    assert again.config["reasons"]["decode"].split(":")[0] == run.config["reasons"]["decode"].split(":")[0]
+    assert run.tokens == plain_tokens(model, ids, new=16)
+
+
+def test_generation_ends_with_the_text_and_the_step_launched_too_early_is_not_counted(gpu):
+    model = tiny_moe()
+    ids = prompt(batch=2, seed=3)
+    free = plain_tokens(model, ids, new=9)
+    end = free[0][3]
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, 0
+    with prescope.attach(model, slots=10, decode="layered", **gpu) as engine:
+        layered = engine.generate(ids[:1], max_new_tokens=9)
+    with prescope.attach(model, slots=10, decode="gpu-driven", **gpu) as engine:
+        captured = engine.generate(ids[:1], max_new_tokens=9)
+        both = engine.generate(ids, max_new_tokens=9)
+    assert captured.tokens == layered.tokens
+    assert len(captured.tokens[0]) == free[0].index(end) + 1
+    assert len(captured.steps) == len(layered.steps)
+    for row, expected in zip(both.tokens, free, strict=True):
+        assert row == expected[: expected.index(end) + 1 if end in expected else None]
+
+
+def test_sampling_and_processors_choose_on_the_host(model, gpu):
+    ids = prompt(batch=2)
+    settings = {"max_new_tokens": 8, "do_sample": True, "top_k": 5, "repetition_penalty": 1.2}
+    texts = []
+    for decode in ("layered", "gpu-driven"):
+        with prescope.attach(model, slots=8, decode=decode, **gpu) as engine:
+            torch.manual_seed(5)
+            texts.append(engine.generate(ids, **settings).tokens)
+    assert texts[0] == texts[1]
+
+
+def test_an_interrupt_in_a_step_leaves_an_engine_that_works(model, gpu, monkeypatch):
+    ids = prompt()
+    with prescope.attach(model, slots=6, decode="host-driven", **gpu) as engine:
+        engine.generate(ids, max_new_tokens=4)
+        load = engine._serving.loader.load
+
+        def interrupted(moe_layer, *args):
+            if engine._serving.recorder.num_steps > 3:
+                raise KeyboardInterrupt
+            return load(moe_layer, *args)
+
+        monkeypatch.setattr(engine._serving.loader, "load", interrupted)
+        engine.clear_cache()
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(ids, max_new_tokens=30)
+        monkeypatch.undo()
+        assert engine.generate(ids, max_new_tokens=6).tokens == plain_tokens(model, ids, new=6)
+
+
+def test_cancelling_returns_what_there_is(model, gpu):
+    ids = prompt()
+    with prescope.attach(model, slots=TOTAL, decode="gpu-driven", **gpu) as engine:
+        run = engine.generate(ids, max_new_tokens=40, on_step=lambda n: engine.cancel() if n == 5 else None)
+    assert 5 <= len(run.tokens[0]) < 10
+    assert run.tokens[0] == plain_tokens(model, ids, new=12)[0][: len(run.tokens[0])]
+
+
+def test_a_step_that_cannot_be_captured_is_said_aloud_and_runs_layer_by_layer(model, gpu, monkeypatch):
+    ids = prompt()
+    with prescope.attach(model, slots=6, **gpu) as engine:
+
+        def refuse(run):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(engine._device, "capture", refuse)
+        with pytest.warns(UserWarning, match="layer by layer"):
+            run = engine.generate(ids, max_new_tokens=6)
+    assert run.config["reasons"]["decode"].startswith("layered: capturing")
+    assert run.tokens == plain_tokens(model, ids, new=6)
+
+
+def test_a_gpu_that_stops_is_an_error_and_not_a_hang(model, gpu, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("a real GPU cannot be stopped by a test")
+    ids = prompt()
+    with prescope.attach(model, slots=6, decode="gpu-driven", **gpu) as engine:
+        engine.generate(ids, max_new_tokens=4)
+        monkeypatch.setattr("prescope.kernels.captured.CapturedStep.finish", lambda self, tokens: None)
+        with pytest.raises(TransferFailed, match="stopped"):
+            engine.generate(ids, max_new_tokens=4)
+    assert engine.needs[Need.MISS] > 0
