@@ -1,6 +1,7 @@
 """Loading a folder: what is wrong with it is said before anything is built on it."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -198,6 +199,27 @@ def test_pages_are_zero_and_large_ones_start_on_a_huge_page(nbytes):
         assert memory.data.data_ptr() % pages.HUGE_PAGE_BYTES == 0
     memory.keep_from_children()
     memory.close()
+
+
+@pytest.mark.parametrize("device_layers", [set(range(LAYERS)), {0}, {1}, {LAYERS - 1}])
+def test_pages_prepared_ahead_for_a_gpu_hold_the_right_bytes(device_layers, monkeypatch):
+    """Touching writes zeros: it must be over before a layer's bytes come, whichever layers are on the GPU."""
+    model, device = tiny_moe(), PinningDevice()
+    names = {id(layer.module): rank for rank, layer in enumerate(find_moe_layers(model))}
+    owner = {id(p): names[id(m)] for m in model.modules() if id(m) in names for p in m.parameters()}
+
+    def is_on_host(tensors):
+        return owner[id(next(iter(tensors.values())))] not in device_layers
+
+    touch = pages.HostPages.touch
+    monkeypatch.setattr(pages.HostPages, "touch", lambda self: (time.sleep(0.05), touch(self))[1])
+    monkeypatch.setattr("prescope.hf.attach.is_on_host", is_on_host)
+    attached = attachment(model, device)
+    assert len(device.pinned) == LAYERS
+    attached.detach()
+    assert not device.pinned
+    for name, tensor in tiny_moe().state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 def test_every_pinned_row_is_unpinned_by_detach():

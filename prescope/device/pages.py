@@ -8,12 +8,10 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-
-Bytes = NDArray[np.uint8]
 
 HUGE_PAGE_BYTES = 2 << 20
 #: Bytes one thread copies or touches at a time: a few huge pages, and enough that handing it out costs nothing.
@@ -51,11 +49,11 @@ class HostPages:
         #: The memory as a flat uint8 tensor, on a huge page's boundary if it is as large as one.
         self.data = whole[start : start + nbytes]
 
-    def touch(self) -> None:
-        """Fault all pages in, several threads at a time; they read as zeros."""
+    def touch(self, threads: int | None = None) -> None:
+        """Fault all pages in, by several threads; they read as zeros. Bytes that are there already are lost."""
         flat = self.data.numpy()
         pieces = [flat[i : i + JOB_BYTES : mmap.PAGESIZE] for i in range(0, self.nbytes, JOB_BYTES)]
-        run_jobs([lambda piece=piece: piece.fill(0) for piece in pieces])  # type: ignore[misc]
+        run_jobs([partial(piece.fill, 0) for piece in pieces], threads)
 
     def keep_from_children(self) -> None:
         """Leave these pages out of a child process: `fork` would copy pinned pages one by one, all of them."""
@@ -68,29 +66,25 @@ class HostPages:
         self._memory = None
 
 
-def copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy_rows(target: torch.Tensor, source: torch.Tensor, threads: int | None = None) -> None:
     """Copy (N, n) bytes of `source` to `target`, both on the CPU with contiguous rows, by several threads."""
     to, of = target.numpy(), source.numpy()
     num_rows, row_bytes = of.shape
     if row_bytes >= JOB_BYTES:
         jobs = [
-            _copy_job(to[row, i : i + JOB_BYTES], of[row, i : i + JOB_BYTES])
+            partial(np.copyto, to[row, i : i + JOB_BYTES], of[row, i : i + JOB_BYTES])
             for row in range(num_rows)
             for i in range(0, row_bytes, JOB_BYTES)
         ]
     else:
         step = max(1, JOB_BYTES // max(1, row_bytes))
-        jobs = [_copy_job(to[i : i + step], of[i : i + step]) for i in range(0, num_rows, step)]
-    run_jobs(jobs)
+        jobs = [partial(np.copyto, to[i : i + step], of[i : i + step]) for i in range(0, num_rows, step)]
+    run_jobs(jobs, threads)
 
 
-def _copy_job(to: Bytes, of: Bytes) -> Callable[[], None]:
-    return lambda: np.copyto(to, of)
-
-
-def run_jobs(jobs: Sequence[Callable[[], None]]) -> None:
-    """Run jobs that leave the interpreter (copies), on all CPUs this process may use; the first error is raised."""
-    threads = min(num_threads(), len(jobs))
+def run_jobs(jobs: Sequence[Callable[[], None]], threads: int | None = None) -> None:
+    """Run jobs that leave the interpreter (copies) by `threads`, or all CPUs; the first error is raised."""
+    threads = min(threads or num_threads(), len(jobs))
     if threads <= 1:
         for job in jobs:
             job()
