@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import mmap
+import os
 import statistics
 import threading
 import time
@@ -58,6 +59,8 @@ def main() -> None:
         "threads": num_threads(),
         "huge_pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),
         "huge_pages_shmem": _first_line("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+        # torch's own memory on huge pages: 1 makes transformers' loading several times faster; read once, at start.
+        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "not set"),
         "weights": "random",
     }
     print(f"# {facts}", flush=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+import weakref
 
 import torch
 
@@ -28,6 +29,7 @@ class HostLayer:
         self._pages = HostPages(num_experts * layout.row_bytes)
         self.rows = self._pages.data.view(num_experts, layout.row_bytes)
         self._pinned = False
+        self._unpin: weakref.finalize | None = None
         self._views: list[torch.Tensor] = []
 
     def fill(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -56,6 +58,11 @@ class HostLayer:
         started = time.perf_counter()
         self._pinned = self._device.pin(self.rows)
         if self._pinned:
+            # Registered memory must be unregistered before it is freed: a later allocation at the same address fails
+            # with "resource already mapped" otherwise. Also when an engine is dropped without `detach`: the finalizer
+            # keeps the memory until it has run. At the process's end the driver does it faster.
+            self._unpin = weakref.finalize(self, self._device.unpin, self.rows)
+            self._unpin.atexit = False
             self._pages.keep_from_children()
         self.seconds["pin"] += time.perf_counter() - started
 
@@ -110,11 +117,9 @@ class HostLayer:
 
     def close(self) -> None:
         """Unpin and give the memory back; views of it must not be used afterwards."""
-        # Registered memory must be unregistered before it is freed: a later allocation at the same address fails
-        # with "resource already mapped" otherwise.
-        if self._pinned:
-            self._device.unpin(self.rows)
-            self._pinned = False
+        if self._unpin is not None:
+            self._unpin()
+        self._pinned, self._unpin = False, None
         self._views = []
         self.rows = torch.empty(0, dtype=torch.uint8)
         self._pages.close()

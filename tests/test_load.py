@@ -1,5 +1,6 @@
 """Loading a folder: what is wrong with it is said before anything is built on it."""
 
+import gc
 import json
 import time
 
@@ -230,6 +231,18 @@ def test_every_pinned_row_is_unpinned_by_detach():
     assert not device.pinned
     for name, tensor in tiny_moe().state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_rows_that_are_dropped_unclosed_are_unpinned():
+    """A notebook cell run twice drops an engine without `detach`; its memory must not be freed while registered."""
+    device = PinningDevice()
+    weights = {"w": torch.ones(2, 300)}
+    rows = HostLayer(row_layout(weights), 2, device)
+    rows.fill(weights)
+    assert device.pinned
+    del rows
+    gc.collect()
+    assert not device.pinned
 
 
 @pytest.mark.parametrize("refuse_at", range(LAYERS))
