@@ -397,7 +397,13 @@ class DecodeLoop:
             found, missing = need.experts[: -need.num_misses], need.experts[-need.num_misses :]
             keys, slots = self._take_slots(moe_layer, found, missing)
             taken = slots[-need.num_misses :]
-            transfers = serving.loader.load(moe_layer, missing, taken, Reason.ON_DEMAND, timed)
+            # The first copy runs while the host prepares the others: the link is idle until it is issued.
+            transfers = [
+                transfer
+                for part in (slice(0, 1), slice(1, None))
+                if len(missing[part])
+                for transfer in serving.loader.load(moe_layer, missing[part], taken[part], Reason.ON_DEMAND, timed)
+            ]
             serving.device.signal(*captured.answer(moe_layer, number, keys, slots))
             serving.residency.landed(taken)
             if recorder is not None:

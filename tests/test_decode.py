@@ -157,6 +157,7 @@ def test_sampling_and_processors_choose_on_the_host(model, gpu):
 
 def test_an_interrupt_in_a_step_leaves_an_engine_that_works(model, gpu, monkeypatch):
     ids = prompt()
+    expected = plain_tokens(model, ids, new=6)
     with prescope.attach(model, slots=6, decode="host-driven", **gpu) as engine:
         engine.generate(ids, max_new_tokens=4)
         load = engine._serving.loader.load
@@ -171,7 +172,7 @@ def test_an_interrupt_in_a_step_leaves_an_engine_that_works(model, gpu, monkeypa
         with pytest.raises(KeyboardInterrupt):
             engine.generate(ids, max_new_tokens=30)
         monkeypatch.undo()
-        assert engine.generate(ids, max_new_tokens=6).tokens == plain_tokens(model, ids, new=6)
+        assert engine.generate(ids, max_new_tokens=6).tokens == expected
 
 
 def test_cancelling_returns_what_there_is(model, gpu):

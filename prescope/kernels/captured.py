@@ -268,8 +268,8 @@ class CapturedStep:
 
     def choice(self, moe_layer: int, step: int) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Host-driven: the experts (P,) and router weights (P,) of a layer, once they are there; nobody's id is -1."""
-        words = self.asked[moe_layer]
-        if not (words >> 48 == self.number(step)).all():
+        words, number = self.asked[moe_layer], self.number(step)
+        if int(words[-1]) >> 48 != number or not (words >> 48 == number).all():
             return None
         ids = words >> 32 & 0xFFFF
         ids[ids == 0xFFFF] = -1
