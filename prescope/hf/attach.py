@@ -17,8 +17,11 @@ from ..host_pool import HostLayer, HostPool, is_on_host
 from .seam import MoELayer
 
 IMPLEMENTATION = "prescope"
-#: Experts that take longer than about two seconds to copy get a progress bar.
+#: Experts that take from half a second (fresh huge pages, many cores) to a few seconds to copy get a progress bar.
 PROGRESS_BYTES = 4 << 30
+#: Layers whose pages are prepared while the GPU writes into an earlier one's: one is faulted in, another pinned. The
+#: host gets no fuller by it than it will be in the end; from CPU memory no layer is opened ahead.
+LAYERS_AHEAD = 2
 
 #: (moe_layer, hidden_states (T, D), expert ids (T, K), weights (T, K)) -> (T, D)
 ServeFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -96,20 +99,20 @@ class Attachment:
             unit_scale=True,
             disable=nbytes < PROGRESS_BYTES,
         )
-        # On leaving, the helper's work is over, also after an error: `detach` then unpins what it has pinned.
-        with progress, ThreadPoolExecutor(1, thread_name_prefix="prescope-pin") as helper:
-            self._fill_rows(progress, helper)
+        # On leaving, the helpers' work is over, also after an error: `detach` then unpins what they have pinned.
+        with progress, ThreadPoolExecutor(LAYERS_AHEAD, thread_name_prefix="prescope-pin") as helpers:
+            self._fill_rows(progress, helpers)
         self.fill_seconds = time.perf_counter() - started
 
-    def _fill_rows(self, progress: tqdm, helper: ThreadPoolExecutor) -> None:
-        """Fill all rows; the helper pins one layer while another is copied."""
+    def _fill_rows(self, progress: tqdm, helpers: ThreadPoolExecutor) -> None:
+        """Fill all rows; the helpers pin some layers while another is copied."""
         pinned: list[Future[None]] = []
         for rank, layer in enumerate(self.layers):
             tensors = layer.tensors()
             if not is_on_host(tensors):
-                # The pages of the next layer are faulted in and pinned while the GPU writes into this one's.
-                while len(pinned) < min(rank + 2, len(self.layers)):
-                    pinned.append(helper.submit(self._open_rows(len(pinned)).prepare))
+                # The next layers' pages are faulted in and pinned while the GPU writes into this one's.
+                while len(pinned) < min(rank + 1 + LAYERS_AHEAD, len(self.layers)):
+                    pinned.append(helpers.submit(self._open_rows(len(pinned)).prepare))
             if rank < len(pinned):
                 pinned[rank].result()
             rows = self._open_rows(rank)
@@ -117,7 +120,7 @@ class Attachment:
             self._give_up_originals(layer)
             if rank == len(pinned):
                 # After the originals are gone, so that the next layer can be copied meanwhile within the peak.
-                pinned.append(helper.submit(rows.pin))
+                pinned.append(helpers.submit(rows.pin))
             progress.update(rows.rows.nbytes)
         for done in pinned:
             done.result()
