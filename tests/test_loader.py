@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prescope.cache import LRU
 from prescope.core import MoEShape, Reason
-from prescope.device import EmulatedLinkDevice, NullDevice
+from prescope.device import CudaDevice, EmulatedLinkDevice, NullDevice
 from prescope.errors import TransferFailed
 from prescope.host_pool import HostLayer, HostPool
 from prescope.layout import Run, adjacent_runs, row_layout
@@ -273,3 +273,26 @@ def test_runs_by_hand():
     assert adjacent_runs([4, 2, 3], [9, 7, 8], 2) == [Run(2, 7, 2), Run(4, 9, 1)]
     assert adjacent_runs([4, 2, 3], [9, 8, 7], 8) == [Run(2, 8, 1), Run(3, 7, 1), Run(4, 9, 1)]
     assert adjacent_runs([], [], 8) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("copies", ["torch", "driver"])
+def test_both_ways_of_copying_on_cuda_move_the_same_bytes(copies, timed):
+    """Through torch and by the driver alone; marks of each copy and one for all; joined and single rows."""
+    bench = Bench(CudaDevice(copies=copies), num_slots=LAYERS * EXPERTS)
+    for layer, experts in enumerate([[0, 1, 2, 5], [7, 3], [0, 2, 4, 6]]):
+        bench.prefetch(layer, [1, 7])
+        wanted = np.asarray(experts)
+        missing = wanted[bench.table.slots_for(layer, wanted) < 0]
+        slots = bench.table.take(layer, missing)
+        bench.loader.load(layer, missing, slots, Reason.ON_DEMAND, timed)
+        slots = bench.table.slots_for(layer, wanted)
+        bench.loader.wait(slots)
+        on_stream = bench.loader.pool[slots].cpu()  # on the compute stream, which waits; the host did not
+        assert torch.equal(on_stream, bench.host.layers[layer].rows[wanted])
+        bench.loader.release(slots, bench.device.mark(timed))
+    bench.loader.close()
+    bench.host.close()
+    bench.device.close()
