@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from prescope.engine import Engine as Engine
     from prescope.engine import attach as attach
     from prescope.engine import load as load
+    from prescope.learning import train_predictor as train_predictor
     from prescope.result import RunResult as RunResult
     from prescope.routing import RoutingTrace as RoutingTrace
 
@@ -22,9 +23,10 @@ _HOME_OF = {
     "RunResult": "prescope.result",
     "attach": "prescope.engine",
     "load": "prescope.engine",
+    "train_predictor": "prescope.learning",
 }
 
-__all__ = ["Engine", "RoutingTrace", "RunResult", "__version__", "attach", "load"]
+__all__ = ["Engine", "RoutingTrace", "RunResult", "__version__", "attach", "load", "train_predictor"]
 
 
 def __getattr__(name: str) -> Any:

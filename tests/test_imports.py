@@ -23,7 +23,7 @@ LADDER: dict[str, tuple[str, ...]] = {
     "decisions": ("cost", "cache", "residency", "predictor", "scheduler", "simulator"),
     "bytes": ("device", "layout", "host_pool", "slots", "loader", "cpu_experts", "kernels"),
     "model": ("hf", "recorder", "serving", "decode", "engine"),
-    "workbench": ("views", "tuning", "report", "widgets", "workbench"),
+    "workbench": ("learning", "views", "tuning", "report", "widgets", "workbench"),
 }
 ROW_OF = {module: row for row, modules in LADDER.items() for module in modules}
 RANK = {row: rank for rank, row in enumerate(LADDER)}

@@ -1,7 +1,8 @@
 """Predictors: which experts the coming MoE layers will use, under one protocol (`base.Predictor`).
 
 `llapor` is the trained one, `train` trains it, `online` tunes it while it runs; `baselines` hold those that need no
-training and the two controls; `groups` finds the layer groups; `score` judges them all; `failures` breaks them.
+training and the two controls; `groups` finds the layer groups; `score` judges them all, `worth`
+says whether they pay; `failures` breaks them.
 Imports no model code: routers come in as tensors, states as a `RoutingTrace`.
 """
 
@@ -11,8 +12,10 @@ from .failures import Inverted, Shift, adversarial_trace, domain_shift, joined_s
 from .groups import Cues, LayerGroups, contrast_of, find_groups, group_layers, measure_cues
 from .llapor import Llapor, LlaporConfig
 from .online import OnlineConfig, OnlineTuner
+from .prepare import Split, rows_of, split_by_prompt
 from .score import Interval, ScoreCard, difference, score
-from .train import Progress, Split, TrainConfig, TrainResult, split_by_prompt, train
+from .train import Progress, TrainConfig, TrainResult, train
+from .worth import Worth, worth
 
 __all__ = [
     "BadPredictor",
@@ -43,6 +46,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Transition",
+    "Worth",
     "adversarial_trace",
     "contrast_of",
     "difference",
@@ -53,7 +57,9 @@ __all__ = [
     "measure_cues",
     "measure_us",
     "random_predictor",
+    "rows_of",
     "score",
     "split_by_prompt",
     "train",
+    "worth",
 ]

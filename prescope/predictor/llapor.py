@@ -1,19 +1,19 @@
-"""LLaPor, the learnable layer-aware predictor, as we re-implement it (arXiv 2509.23638; paper.md says what is known).
+"""LLaPor, the learnable layer-aware predictor, as we re-implement it (arXiv 2509.23638).
 
 One small network per MoE layer on its PCA-compressed router input; layers in groups (`groups`): the outer ones
 shallow (Linear - GELU - Dropout), the middle one deeper by a gated residual block. One head per lookahead. All layers
-lie in one set of tensors with the layer first, so that one bmm serves all of them in training and replay.
+lie in one set of tensors with the layer first, so that one bmm serves all of them in training and replay, and the
+same code serves one layer live. Nothing in `predict` makes the host wait, so a CUDA graph can hold it.
 
-The residual variant, the default, adds the correction to the early router's logits (layer l + d's own router on layer
-l's input); `residual=False` is the paper's form. benchmarks/predictor.py measures both.
+The residual variant, the default, adds a correction to the early router's logits (layer l + d's own router on layer
+l's input); `residual=False` is the paper's form. The correction counts less the stranger a state is (`trust`):
+on text unlike that of the training the predictor falls back to the early router instead of below it.
 
-Shapes: T tokens, D width, P compressed width, H hidden, E experts, K top-k, L MoE layers, M middle layers,
-N = lookahead * E outputs.
+Shapes: T tokens, D width, P compressed width, H hidden, B width of the block, E experts, K top-k, L MoE layers,
+M middle layers, N = lookahead * E outputs.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -22,8 +22,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.nn.functional import dropout, gelu
 
 from ..errors import TraceMismatch, UnsupportedOption
@@ -38,16 +36,17 @@ from .base import (
     require_inputs,
     require_shape,
     targets_of,
-    used_mask_torch,
 )
 from .baselines import Routers
+from .files import check_tensors, read_tensors, require_finite_tensors, write_tensors
 from .groups import LayerGroups
 
-FORMAT = "prescope-predictor-1"
+FORMAT = "prescope-predictor-2"
 #: Rows scored at once in a replay.
 ROWS = 2048
 #: Compressed widths of the paper, for hidden size 4096; a model narrower than that keeps all its dimensions.
 WIDTH_OUTER, WIDTH_MIDDLE = 256, 512
+ALL = slice(None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +56,11 @@ class LlaporConfig:
     Args:
         lookahead: layers ahead, 1..lookahead are all predicted.
         width_outer, width_middle: PCA dimensions kept, cut to the model's width.
-        hidden: width of the networks.
+        hidden: width of the networks. `block`: of the middle group's gated residual block.
         dropout: share of hidden units dropped in training.
         residual: early-router logits + learned correction; needs the model's routers.
+        trust: the residual variant's correction counts in full up to this mean squared whitened distance of a state
+            from the training states (which lie at 1 on average), beyond it as trust / distance; 0 always in full.
         use_choice: the chosen experts and their weights are inputs too.
         focal_lambda, focal_gamma: weight and exponent of the focal loss in the outer groups.
         distill: weight of the cross-entropy to the coming router's own probabilities, which say more than the K
@@ -69,24 +70,24 @@ class LlaporConfig:
     lookahead: int = 4
     width_outer: int = WIDTH_OUTER
     width_middle: int = WIDTH_MIDDLE
-    hidden: int = 256
+    hidden: int = 512
+    block: int = 128
     dropout: float = 0.1
     residual: bool = True
+    trust: float = 0.7
     use_choice: bool = True
     focal_lambda: float = 0.5
     focal_gamma: float = 2.0
     distill: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("lookahead", "width_outer", "width_middle", "hidden"):
+        for name in ("lookahead", "width_outer", "width_middle", "hidden", "block"):
             if getattr(self, name) < 1:
                 raise UnsupportedOption(f"{name} is {getattr(self, name)}; it is at least 1")
         if not 0.0 <= self.dropout < 1.0:
             raise UnsupportedOption(f"dropout is {self.dropout}; it lies in [0, 1)")
-        if min(self.focal_lambda, self.focal_gamma, self.distill) < 0.0:
-            raise UnsupportedOption(
-                "focal_lambda, focal_gamma and distill are weights; they are not negative"
-            )
+        if min(self.trust, self.focal_lambda, self.focal_gamma, self.distill) < 0.0:
+            raise UnsupportedOption("trust, focal_lambda, focal_gamma and distill are not negative")
 
     @classmethod
     def paper(cls, **changes: Any) -> "LlaporConfig":
@@ -110,17 +111,18 @@ def tensor_shapes(
     """Name -> shape of every tensor of a predictor; `width` is D. A file is checked against it."""
     L, E, _ = shape
     P = min(width, max(config.width_outer, config.width_middle))
-    H, N = config.hidden, config.lookahead * E
+    H, B, N = config.hidden, config.block, config.lookahead * E
     shapes: dict[str, tuple[int, ...]] = {
         "pca_mean": (L, 1, width),
         "pca": (L, width, P),
+        "whiten": (L, 1, P),
         "in": (L, P, H),
         "in_bias": (L, 1, H),
-        "up": (num_middle, H, H),
-        "up_bias": (num_middle, 1, H),
-        "gate": (num_middle, H, H),
-        "gate_bias": (num_middle, 1, H),
-        "down": (num_middle, H, H),
+        "up": (num_middle, H, B),
+        "up_bias": (num_middle, 1, B),
+        "gate": (num_middle, H, B),
+        "gate_bias": (num_middle, 1, B),
+        "down": (num_middle, B, H),
         "head": (L, H, N),
         "head_bias": (L, 1, N),
         "platt": (L, config.lookahead, 2),
@@ -132,13 +134,12 @@ def tensor_shapes(
             "skip": (L, 1, N),
             "router": (L, E, width),
             "router_bias": (L, E),
-            "selection_bias": (L, E),
         }
     return shapes
 
 
 #: Tensors that are not trained by gradient.
-FIXED = ("pca_mean", "pca", "platt", "router", "router_bias", "selection_bias")
+FIXED = ("pca_mean", "pca", "whiten", "platt", "router", "router_bias")
 
 
 class Llapor:
@@ -161,20 +162,16 @@ class Llapor:
         tensors: Mapping[str, torch.Tensor],
         tag: ModelTag,
         *,
-        scoring: str = "softmax",
         validation_error: float = float("nan"),
     ) -> None:
         self.config, self.shape, self.groups, self.tag = config, shape, groups, tag
         self.tensors = dict(tensors)
-        self.scoring = scoring
         self.validation_error = validation_error
         self.name = "llapor" if config.residual else "llapor plain"
         self.lookahead = min(config.lookahead, shape.num_layers - 1)
         self.is_calibrated = bool((self.tensors["platt"] != _identity_platt(config, shape)).any())
         self.width = self.tensors["pca_mean"].shape[2]
-        self._middle = list(groups.middle)
         self._early = self._early_routers()
-        self._live: dict[int, _LiveLayer] = {}
 
     @classmethod
     def fresh(
@@ -182,7 +179,7 @@ class Llapor:
         config: LlaporConfig,
         shape: Shape,
         groups: LayerGroups,
-        pca: tuple[torch.Tensor, torch.Tensor],
+        pca: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         tag: ModelTag,
         routers: Routers | None,
         seed: int,
@@ -190,7 +187,7 @@ class Llapor:
         """An untrained predictor: the residual variant starts as exactly the early router.
 
         Args:
-            pca: mean (L, 1, D) and components (L, D, P), scaled; columns beyond a layer's width are zero.
+            pca: mean (L, 1, D), components (L, D, P) and whitening (L, 1, P), see `train.fit_pca`.
 
         Raises:
             UnsupportedOption: the residual variant without routers.
@@ -200,40 +197,42 @@ class Llapor:
                 "the residual variant corrects the early router, so it needs the model's routers; pass routers=..., "
                 "or use LlaporConfig.paper()"
             )
-        mean, components = pca
+        fixed = dict(zip(("pca_mean", "pca", "whiten"), (part.cpu() for part in pca), strict=True))
+        fixed["platt"] = _identity_platt(config, shape)
+        if config.residual and routers is not None:
+            fixed |= {"router": routers.weight_LED.cpu(), "router_bias": routers.logit_bias_LE.cpu()}
         generator = torch.Generator().manual_seed(seed)
         tensors: dict[str, torch.Tensor] = {}
-        for name, size in tensor_shapes(config, shape, mean.shape[2], len(groups.middle)).items():
-            if name in FIXED:
-                continue
-            tensors[name] = torch.zeros(size)
-            is_last = name == "down" or (name == "head" and config.residual)
-            if not is_last and not name.endswith("_bias") and name != "skip":
+        width = fixed["pca_mean"].shape[2]
+        for name, size in tensor_shapes(config, shape, width, len(groups.middle)).items():
+            # A block or a correction that starts at zero starts as what it is added to.
+            starts_at_zero = name == "down" or name.endswith("_bias") or (name == "head" and config.residual)
+            if name in fixed:
+                tensors[name] = fixed[name]
+            elif name == "skip":
+                tensors[name] = torch.ones(size)
+            elif starts_at_zero:
+                tensors[name] = torch.zeros(size)
+            else:
                 tensors[name] = torch.randn(size, generator=generator) * size[-2] ** -0.5
-        # Without the block the middle layers start as shallow ones; its gate starts half open.
-        tensors |= {"pca_mean": mean.cpu(), "pca": components.cpu(), "platt": _identity_platt(config, shape)}
-        if config.residual and routers is not None:
-            tensors["skip"] = torch.ones(shape.num_layers, 1, config.lookahead * shape.num_experts)
-            tensors["router"] = routers.weight_LED.cpu()
-            tensors["router_bias"] = routers.logit_bias_LE.cpu()
-            tensors["selection_bias"] = routers.selection_bias_LE.cpu()
-        return cls(config, shape, groups, tensors, tag, scoring=routers.scoring if routers else "softmax")
+        return cls(config, shape, groups, tensors, tag)
 
     def _early_routers(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(L, D, N) and (L, 1, N): for each layer the routers of the coming ones, side by side; zero beyond the last."""
+        """(L, D, N) and (L, 1, N): for each layer the routers of the coming ones, side by side; zero beyond the last.
+
+        Views into one padded copy of the routers: at Qwen3-30B's shape copies would take 200 MB of the GPU.
+        """
         if not self.config.residual:
             return None
         L, E, _ = self.shape
-        router = self.tensors["router"]
-        weights = router.new_zeros(L, self.width, self.config.lookahead * E)
-        biases = router.new_zeros(L, 1, self.config.lookahead * E)
-        for ahead in range(1, self.lookahead + 1):
-            columns = self.columns(ahead)
-            weights[: L - ahead, :, columns] = router[ahead:].transpose(1, 2)
-            biases[: L - ahead, 0, columns] = self.tensors["router_bias"][ahead:]
-        return weights, biases
+        D, ahead = self.width, self.config.lookahead
+        weight = torch.cat([self.tensors["router"], self.tensors["router"].new_zeros(ahead, E, D)])
+        bias = torch.cat([self.tensors["router_bias"], self.tensors["router_bias"].new_zeros(ahead, E)])
+        weights = weight.as_strided((L, ahead * E, D), (E * D, D, 1), E * D).transpose(1, 2)
+        return weights, bias.as_strided((L, 1, ahead * E), (E, E, 1), E)
 
     def columns(self, ahead: int) -> slice:
+        """Of the N outputs those of one lookahead."""
         E = self.shape.num_experts
         return slice((ahead - 1) * E, ahead * E)
 
@@ -241,7 +240,6 @@ class Llapor:
         """Move all tensors; returns itself."""
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         self._early = self._early_routers()
-        self._live = {}
         return self
 
     @property
@@ -252,67 +250,113 @@ class Llapor:
         """The tensors that training changes."""
         return {name: tensor for name, tensor in self.tensors.items() if name not in FIXED}
 
-    def forget_live(self) -> None:
-        """Drop what `predict` folded; call it after changing tensors."""
-        self._live = {}
+    # -- the networks, of all layers or of a slice of them -------------------------------------------------------
 
-    # -- all layers at once ------------------------------------------------------------------------------------
-
-    def hidden(self, x_LTD: torch.Tensor, choice_LTE: torch.Tensor | None, drop: float = 0.0) -> torch.Tensor:
-        """(L, T, H): the networks up to their heads."""
+    def hidden(
+        self, x_LTD: torch.Tensor, choice_LTE: torch.Tensor | None, at: slice = ALL, *, training: bool = False
+    ) -> torch.Tensor:
+        """(L, T, H): the networks up to their heads, scaled by `trust`; with dropout and unscaled in training."""
         t = self.tensors
-        f = torch.bmm(x_LTD - t["pca_mean"], t["pca"])
-        h = torch.baddbmm(t["in_bias"], f, t["in"])
+        drop = self.config.dropout if training else 0.0
+        f = torch.bmm(x_LTD - t["pca_mean"][at], t["pca"][at])
+        h = torch.baddbmm(t["in_bias"][at], f, t["in"][at])
         if self.config.use_choice and choice_LTE is not None:
-            h = torch.baddbmm(h, choice_LTE, t["choice"])
-        h = dropout(gelu(h), drop, training=drop > 0)
-        if not self._middle:
+            h = torch.baddbmm(h, choice_LTE, t["choice"][at])
+        h = dropout(gelu(h), drop, training=training)
+        h = self._through_block(h, at, drop)
+        if training or not self.config.residual or not self.config.trust:
             return h
-        first, last = self._middle[0], self._middle[-1] + 1
-        middle = h[first:last]
-        update = dropout(gelu(torch.baddbmm(t["up_bias"], middle, t["up"])), drop, training=drop > 0)
-        gate = torch.sigmoid(torch.baddbmm(t["gate_bias"], middle, t["gate"]))
-        middle = middle + gate * torch.bmm(update, t["down"])
-        return torch.cat([h[:first], middle, h[last:]])
+        distance = torch.bmm(f.square(), t["whiten"][at].transpose(1, 2))
+        return h * (self.config.trust / distance.clamp_min(self.config.trust))
 
-    def base(self, x_LTD: torch.Tensor) -> torch.Tensor | None:
-        """(L, T, N) early-router logits of the coming layers, scaled by nothing yet; None in the paper's form."""
+    def _through_block(self, h_LTH: torch.Tensor, at: slice, drop: float) -> torch.Tensor:
+        """The gated residual block, for those of the layers that are in the middle group."""
+        first, last, _ = at.indices(self.shape.num_layers)
+        begin, end = max(first, self.groups.middle.start), min(last, self.groups.middle.stop)
+        if begin >= end:
+            return h_LTH
+        t, rows = self.tensors, slice(begin - self.groups.middle.start, end - self.groups.middle.start)
+        h = h_LTH[begin - first : end - first]
+        update = gelu(torch.baddbmm(t["up_bias"][rows], h, t["up"][rows]))
+        gate = torch.sigmoid(torch.baddbmm(t["gate_bias"][rows], h, t["gate"][rows]))
+        h = torch.baddbmm(h, dropout(gate * update, drop, training=drop > 0), t["down"][rows])
+        return torch.cat([h_LTH[: begin - first], h, h_LTH[end - first :]])
+
+    def base(self, x_LTD: torch.Tensor, at: slice = ALL) -> torch.Tensor | None:
+        """(L, T, N) early-router log-probabilities of the coming layers; None in the paper's form.
+
+        Normalised within each lookahead: the routers' own scale drifts from layer to layer.
+        """
         if self._early is None:
             return None
         weights, biases = self._early
-        return self._normalised(torch.baddbmm(biases, x_LTD, weights))
-
-    def _normalised(self, logits: torch.Tensor) -> torch.Tensor:
-        """Log-softmax within each lookahead: the routers' own scale drifts from layer to layer."""
-        parts = logits.unflatten(-1, (self.config.lookahead, self.shape.num_experts))
+        parts = torch.baddbmm(biases[at], x_LTD, weights[at])
+        parts = parts.unflatten(-1, (self.config.lookahead, self.shape.num_experts))
         return torch.log_softmax(parts, dim=-1).flatten(-2)
 
-    def logits(self, h_LTH: torch.Tensor, base_LTN: torch.Tensor | None) -> torch.Tensor:
+    def logits(self, h_LTH: torch.Tensor, base_LTN: torch.Tensor | None, at: slice = ALL) -> torch.Tensor:
         """(L, T, N) logits of "expert is used", before Platt scaling."""
-        z = torch.baddbmm(self.tensors["head_bias"], h_LTH, self.tensors["head"])
-        return z if base_LTN is None else z + self.tensors["skip"] * base_LTN
+        z = torch.baddbmm(self.tensors["head_bias"][at], h_LTH, self.tensors["head"][at])
+        return z if base_LTN is None else torch.addcmul(z, self.tensors["skip"][at], base_LTN)
 
     def forward(
-        self, x_LTD: torch.Tensor, choice_LTE: torch.Tensor | None, drop: float = 0.0
+        self, x_LTD: torch.Tensor, choice_LTE: torch.Tensor | None, *, training: bool = False
     ) -> torch.Tensor:
         """(L, T, N) logits for router inputs x and choices of all layers."""
-        return self.logits(self.hidden(x_LTD, choice_LTE, drop), self.base(x_LTD))
+        return self.logits(self.hidden(x_LTD, choice_LTE, training=training), self.base(x_LTD))
 
-    def probabilities(self, z_LTE: torch.Tensor, ahead: int) -> torch.Tensor:
-        """Platt-scaled probabilities of one lookahead's logits, of the first layers of the model."""
-        platt = self.tensors["platt"][: len(z_LTE), ahead - 1]
-        return torch.sigmoid(platt[:, 0, None, None] * z_LTE + platt[:, 1, None, None])
+    def probabilities(self, z_LTN: torch.Tensor, at: slice = ALL) -> torch.Tensor:
+        """(L, T, lookahead, E): Platt-scaled probabilities."""
+        platt = self.tensors["platt"][at][:, None, :, None, :]
+        z = z_LTN.unflatten(-1, (self.config.lookahead, self.shape.num_experts))
+        return torch.sigmoid(torch.addcmul(platt[..., 1], platt[..., 0], z))
+
+    # -- ways in -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def replay_logits(self, trace: RoutingTrace) -> torch.Tensor:
-        """(L, R, N) logits of a whole trace, on the CPU; for calibration.
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """Scores for the coming layers, on the device of `x_TD`, which must be the predictor's.
 
-        Raises:
-            BadTrace, TraceMismatch, BadState: see `batch_of`.
+        A NaN in the state gives NaN scores: checking here would make the host wait at each layer. Ids are needed
+        when `use_choice` is set; without weights each chosen expert counts 1 / K.
         """
-        require_shape(trace, self.shape, self.lookahead, self.lookahead, self.name)
-        parts = [self.forward(*self.batch_of(trace, rows)).cpu() for rows in _chunks(len(trace))]
-        return torch.cat(parts, dim=1)
+        if moe_layer >= self.shape.num_layers - 1:
+            return []
+        at = slice(moe_layer, moe_layer + 1)
+        p_TNE = self.probabilities(self.logits(*self.live(at, x_TD, ids_TK, weights_TK), at), at)[0]
+        return [
+            Prediction(target, ahead, p_TNE[:, ahead - 1])
+            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
+        ]
+
+    def live(
+        self, at: slice, x_TD: torch.Tensor, ids_TK: torch.Tensor | None, weights_TK: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden` and `base` of one layer for the tokens of one call."""
+        if x_TD.shape[-1] != self.width:
+            raise BadState(
+                f"router inputs are {x_TD.shape[-1]} wide, {self.name} was trained on {self.width}"
+            )
+        choice = None
+        if self.config.use_choice:
+            if ids_TK is None:
+                raise BadState(
+                    f"{self.name} was trained with the chosen experts as input; pass ids_TK to predict()"
+                )
+            if weights_TK is None:
+                weights_TK = torch.full(ids_TK.shape, 1.0 / self.shape.top_k, device=x_TD.device)
+            choice = choice_of(ids_TK, weights_TK, self.shape.num_experts)[None]
+        x_LTD = x_TD.float()[None]
+        return self.hidden(x_LTD, choice, at), self.base(x_LTD, at)
+
+    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
+        """Nothing: `online.OnlineTuner` learns while it runs."""
 
     def batch_of(
         self, trace: RoutingTrace, rows: slice | np.ndarray
@@ -328,12 +372,19 @@ class Llapor:
             raise BadState(
                 f"router inputs are {inputs.shape[2]} wide, {self.name} was trained on {self.width}"
             )
-        x_LTD = torch.from_numpy(inputs[rows]).to(self.device).float().transpose(0, 1).contiguous()
+        x_LTD = torch.from_numpy(inputs[rows]).to(self.device).transpose(0, 1).float().contiguous()
         if not self.config.use_choice:
             return x_LTD, None
         ids = torch.from_numpy(trace.expert_ids[rows]).to(self.device).transpose(0, 1)
         weights = torch.from_numpy(trace.weights[rows]).to(self.device).transpose(0, 1)
         return x_LTD, choice_of(ids, weights, self.shape.num_experts)
+
+    @torch.no_grad()
+    def replay_logits(self, trace: RoutingTrace) -> torch.Tensor:
+        """(L, R, N) logits of a whole trace, on the CPU; for calibration. Raises as `replay`."""
+        require_shape(trace, self.shape, self.lookahead, self.lookahead, self.name)
+        parts = [self.forward(*self.batch_of(trace, rows)).cpu() for rows in _chunks(len(trace))]
+        return torch.cat(parts, dim=1)
 
     @torch.no_grad()
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
@@ -342,95 +393,27 @@ class Llapor:
         L = self.shape.num_layers - lookahead
         out = np.empty((len(trace), L, self.shape.num_experts), dtype=np.float32)
         for rows in _chunks(len(trace)):
-            z = self.forward(*self.batch_of(trace, rows))[:L, :, self.columns(lookahead)]
-            out[rows] = self.probabilities(z, lookahead).transpose(0, 1).cpu().numpy()
+            p = self.probabilities(self.forward(*self.batch_of(trace, rows)))
+            out[rows] = p[:L, :, lookahead - 1].transpose(0, 1).cpu().numpy()
         return out
 
-    # -- one layer, live ---------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
-        """Scores for the coming layers, on the device of `x_TD`, which must be the predictor's.
-
-        A NaN in the state gives NaN scores: checking here would make the host wait at each layer. Ids are needed
-        when `use_choice` is set; without weights each chosen expert counts 1 / K.
-        """
-        if x_TD.shape[-1] != self.width:
-            raise BadState(
-                f"router inputs are {x_TD.shape[-1]} wide, {self.name} was trained on {self.width}"
-            )
-        if moe_layer >= self.shape.num_layers - 1:
-            return []
-        z_TN = self.live_logits(moe_layer, *self.live_hidden(moe_layer, x_TD, ids_TK, weights_TK))
-        platt = self.tensors["platt"][moe_layer]
-        return [
-            Prediction(
-                target,
-                ahead,
-                torch.sigmoid(platt[ahead - 1, 0] * z_TN[:, self.columns(ahead)] + platt[ahead - 1, 1]),
-            )
-            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
-        ]
-
-    def live_hidden(
-        self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor | None, weights_TK: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(T, H) and (T, N) or None: as `hidden` and `base`, for one layer, with PCA and routers in one product."""
-        live = self._live.get(moe_layer) or self._fold(moe_layer)
-        t, H = self.tensors, self.config.hidden
-        both = torch.addmm(live.bias, x_TD.float(), live.weight)
-        h = both[:, :H]
-        if self.config.use_choice:
-            if ids_TK is None:
-                raise BadState(
-                    f"{self.name} was trained with the chosen experts as input; pass ids_TK to predict()"
-                )
-            weights = torch.full(ids_TK.shape, 1.0 / self.shape.top_k, device=x_TD.device)
-            weights = weights if weights_TK is None else weights_TK
-            h = torch.addmm(h, choice_of(ids_TK, weights, self.shape.num_experts), t["choice"][moe_layer])
-        h = gelu(h)
-        if moe_layer in self.groups.middle:
-            i = moe_layer - self._middle[0]
-            update = gelu(torch.addmm(t["up_bias"][i], h, t["up"][i]))
-            h = h + torch.sigmoid(torch.addmm(t["gate_bias"][i], h, t["gate"][i])) * (update @ t["down"][i])
-        return h, self._normalised(both[:, H:]) if self.config.residual else None
-
-    def live_logits(self, moe_layer: int, h_TH: torch.Tensor, base_TN: torch.Tensor | None) -> torch.Tensor:
-        """(T, N), as `logits` for one layer."""
-        z = torch.addmm(self.tensors["head_bias"][moe_layer], h_TH, self.tensors["head"][moe_layer])
-        return z if base_TN is None else z + self.tensors["skip"][moe_layer] * base_TN
-
-    def _fold(self, moe_layer: int) -> "_LiveLayer":
-        t = self.tensors
-        weight = t["pca"][moe_layer] @ t["in"][moe_layer]
-        bias = t["in_bias"][moe_layer] - t["pca_mean"][moe_layer] @ weight
-        if self._early is not None:
-            weight = torch.cat([weight, self._early[0][moe_layer]], dim=1)
-            bias = torch.cat([bias, self._early[1][moe_layer]], dim=1)
-        self._live[moe_layer] = _LiveLayer(weight.contiguous(), bias.contiguous())
-        return self._live[moe_layer]
-
-    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
-        """Nothing: `online.OnlineTuner` learns while it runs."""
-
     def cost(self) -> Cost:
-        """Of `predict` for a middle layer (the largest) and one token; PCA and first product count as folded."""
+        """Of `predict` for a middle layer (the largest) and one token. The routers' share is the model's own."""
         D, H, E = self.width, self.config.hidden, self.shape.num_experts
-        N = self.config.lookahead * E
-        numbers = D * H + H + H * N + N
+        P, N = self.tensors["pca"].shape[2], self.config.lookahead * E
+        numbers = D + D * P + P + P * H + H + H * N + N
         if self.config.residual:
             numbers += D * N + 2 * N
         if self.config.use_choice:
             numbers += E * H
-        if self._middle:
-            numbers += 3 * H * H + 2 * H
+        if len(self.groups.middle):
+            numbers += 3 * H * self.config.block + 2 * self.config.block
         return Cost(numbers, numbers * self.tensors["head"].element_size(), 2 * numbers)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, the routers' copies included."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def __repr__(self) -> str:
         error = (
@@ -446,13 +429,14 @@ class Llapor:
         Raises:
             BadPredictor: a tensor holds NaN or infinite numbers; nothing is written.
         """
-        _require_finite(self.tensors, "the predictor", "train it again with a smaller learning rate")
+        require_finite_tensors(
+            self.tensors, "the predictor", "train it again with a smaller learning rate; nothing was written"
+        )
         metadata = {
             "config": asdict(self.config),
             "shape": self.shape._asdict(),
             "groups": [self.groups.middle.start, self.groups.middle.stop, self.groups.reason],
             "tag": asdict(self.tag),
-            "scoring": self.scoring,
             "width": self.width,
             "validation_error": None if np.isnan(self.validation_error) else self.validation_error,
         }
@@ -484,15 +468,8 @@ class Llapor:
                 f"{path}: its metadata is damaged: {problem!r}; train the predictor again"
             ) from problem
         check_tensors(tensors, expected, str(path))
-        predictor = cls(
-            config,
-            shape,
-            groups,
-            tensors,
-            tag,
-            scoring=str(metadata.get("scoring", "softmax")),
-            validation_error=float("nan") if error is None else float(error),
-        )
+        error = float("nan") if error is None else float(error)
+        predictor = cls(config, shape, groups, tensors, tag, validation_error=error)
         if fingerprint is not None:
             predictor.check_model(fingerprint, "this model")
         return predictor.to(device)
@@ -510,24 +487,11 @@ class Llapor:
             )
 
 
-@dataclass(frozen=True)
-class _LiveLayer:
-    """PCA and first product folded, the early routers beside them: (D, H + N) and (1, H + N)."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-
 def choice_of(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
     """(..., E) float32: each chosen expert's router weight at its place; ids of -1 leave nothing."""
     ids = ids.to(torch.int64)
     out = torch.zeros((*ids.shape[:-1], num_experts + 1), device=ids.device)
     return out.scatter_(-1, torch.where(ids < 0, num_experts, ids), weights.float())[..., :num_experts]
-
-
-def used_of(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(..., E) float32 0/1: which experts are used."""
-    return used_mask_torch(ids, num_experts)
 
 
 def _identity_platt(config: LlaporConfig, shape: Shape) -> torch.Tensor:
@@ -536,66 +500,3 @@ def _identity_platt(config: LlaporConfig, shape: Shape) -> torch.Tensor:
 
 def _chunks(num_rows: int) -> list[slice]:
     return [slice(first, min(first + ROWS, num_rows)) for first in range(0, num_rows, ROWS)]
-
-
-def _require_finite(tensors: Mapping[str, torch.Tensor], what: str, remedy: str) -> None:
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise BadPredictor(f"{what}: tensor {name!r} holds NaN or infinite numbers; {remedy}")
-
-
-def check_tensors(
-    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], what: str
-) -> None:
-    """Raises BadPredictor unless the tensors are exactly the expected ones, finite and of their shapes."""
-    if tensors.keys() != expected.keys():
-        missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-        raise BadPredictor(f"{what}: tensors missing: {missing or 'none'}, unknown: {extra or 'none'}")
-    for name, size in expected.items():
-        if tuple(tensors[name].shape) != size:
-            raise BadPredictor(
-                f"{what}: tensor {name!r} has shape {tuple(tensors[name].shape)}, expected {size}"
-            )
-    _require_finite(tensors, what, "the file is damaged or training failed; train the predictor again")
-
-
-def write_tensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], path: Path) -> Path:
-    """Write beside the target, then rename: a crash leaves no half-written target."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(descriptor)
-    try:
-        on_host = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor.numel()
-        }
-        empty = {name: list(tensor.shape) for name, tensor in tensors.items() if not tensor.numel()}
-        save_file(on_host, temporary, {**metadata, "empty": json.dumps(empty)})
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
-
-
-def read_tensors(path: Path, expected_format: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors and metadata written by `write_tensors`.
-
-    Raises:
-        BadPredictor: unreadable, or of another format.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    except SafetensorError as error:
-        raise BadPredictor(
-            f"{path} cannot be read as safetensors, it is truncated or another file: {error}"
-        ) from error
-    if header.get("format") != expected_format:
-        raise BadPredictor(
-            f"{path}: its format is {header.get('format', 'none')!r}, expected {expected_format!r}"
-        )
-    try:
-        empty = {name: torch.zeros(size) for name, size in json.loads(header.get("empty", "{}")).items()}
-        metadata: dict[str, Any] = json.loads(header["prescope"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadPredictor(f"{path}: its metadata is damaged: {error!r}") from error
-    return tensors | empty, metadata

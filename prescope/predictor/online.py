@@ -18,8 +18,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import UnsupportedOption
 from ..routing import RoutingTrace
-from .base import Cost, Prediction, ScoreArray, require_shape, targets_of
-from .llapor import Llapor, used_of
+from .base import Cost, Prediction, ScoreArray, require_shape, targets_of, used_mask_torch
+from .llapor import Llapor
 
 TUNED = ("head", "head_bias", "skip")
 
@@ -74,13 +74,7 @@ class OnlineTuner:
         p = self._trained
         tensors = {name: t.detach().clone() if name in TUNED else t for name, t in p.tensors.items()}
         self.predictor = Llapor(
-            p.config,
-            p.shape,
-            p.groups,
-            tensors,
-            p.tag,
-            scoring=p.scoring,
-            validation_error=p.validation_error,
+            p.config, p.shape, p.groups, tensors, p.tag, validation_error=p.validation_error
         )
         self._tuned = {name: tensors[name].requires_grad_() for name in TUNED if name in tensors}
         self._start = {name: t.detach().clone() for name, t in self._tuned.items()}
@@ -126,24 +120,18 @@ class OnlineTuner:
         """As `Llapor.predict`; remembers the state until the step's last layer was observed."""
         if moe_layer == 0:
             self._live, self._live_used = {}, {}
-        h, base = self.predictor.live_hidden(moe_layer, x_TD, ids_TK, weights_TK)
-        self._live[moe_layer] = (h, base)
-        z_TN = self.predictor.live_logits(moe_layer, h, base)
-        platt = self.predictor.tensors["platt"][moe_layer]
+        at = slice(moe_layer, moe_layer + 1)
+        h, base = self.predictor.live(at, x_TD, ids_TK, weights_TK)
+        self._live[moe_layer] = (h[0], None if base is None else base[0])
+        p_TNE = self.predictor.probabilities(self.predictor.logits(h, base, at), at)[0]
         return [
-            Prediction(
-                target,
-                ahead,
-                torch.sigmoid(
-                    platt[ahead - 1, 0] * z_TN[:, self.predictor.columns(ahead)] + platt[ahead - 1, 1]
-                ),
-            )
+            Prediction(target, ahead, p_TNE[:, ahead - 1])
             for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
         ]
 
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
         """What a layer used. After the last layer of a step, all layers known, it learns."""
-        self._live_used[moe_layer] = used_of(ids_TK, self.shape.num_experts)
+        self._live_used[moe_layer] = used_mask_torch(ids_TK, self.shape.num_experts)
         L = self.shape.num_layers
         if moe_layer != L - 1 or len(self._live_used) < L or len(self._live) < L:
             return
@@ -176,12 +164,11 @@ class OnlineTuner:
             x, choice = self.predictor.batch_of(trace, rows)
             with torch.no_grad():
                 hidden, base = self.predictor.hidden(x, choice), self.predictor.base(x)
-                z = self.predictor.logits(hidden, base)
+                p = self.predictor.probabilities(self.predictor.logits(hidden, base))
                 for ahead in lookaheads:
-                    p = self.predictor.probabilities(z[: L - ahead, :, self.predictor.columns(ahead)], ahead)
-                    out[ahead][rows] = p.transpose(0, 1).cpu().numpy()
+                    out[ahead][rows] = p[: L - ahead, :, ahead - 1].transpose(0, 1).cpu().numpy()
             ids = torch.from_numpy(trace.expert_ids[rows]).to(self.predictor.device).transpose(0, 1)
-            self._learn(hidden, base, used_of(ids, E))
+            self._learn(hidden, base, used_mask_torch(ids, E))
         return out
 
     # -- learning ----------------------------------------------------------------------------------------------

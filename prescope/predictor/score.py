@@ -18,7 +18,7 @@ from ..errors import TraceMismatch
 from ..routing import RoutingTrace
 from .base import Predictor, ScoreArray, Shape, require_lookahead, used_mask
 from .groups import LayerGroups
-from .train import prompt_keys
+from .prepare import prompt_keys
 
 FloatArray = NDArray[np.float64]
 
@@ -268,7 +268,7 @@ def expected_chance_recall(shape: Shape, k: int) -> float:
     return min(1.0, k / shape.num_experts)
 
 
-def _best(scores: NDArray[np.floating], k: int) -> NDArray[np.bool_]:
+def _best(scores: NDArray[Any], k: int) -> NDArray[np.bool_]:
     """(..., E) the k best scored; stable, so a tie goes to the lower id and does not depend on the machine."""
     order = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
     mask = np.zeros(scores.shape, dtype=bool)

@@ -16,30 +16,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import BadTrace, UnsupportedOption
 from ..routing import RoutingTrace
-from .base import BadPredictor, BadState, IdArray, Shape, TooFewPrompts, require_inputs, used_mask
+from .base import BadPredictor, BadState, IdArray, Shape, require_inputs, used_mask, used_mask_torch
 from .baselines import Routers
 from .calibration import fit_platt
+from .files import check_tensors, read_tensors, write_tensors
 from .groups import LayerGroups, find_groups
-from .llapor import (
-    Llapor,
-    LlaporConfig,
-    ModelTag,
-    check_tensors,
-    read_tensors,
-    used_of,
-    write_tensors,
-)
+from .llapor import Llapor, LlaporConfig, ModelTag
+from .prepare import Split, fit_pca, rows_of, split_by_prompt
 
 CHECKPOINT_FORMAT = "prescope-predictor-checkpoint-1"
-#: Two to train on, one to stop by, one to calibrate on.
-MIN_PROMPTS = 4
-#: Rows PCA is fitted on; more change the components by less than training does.
-PCA_ROWS = 16384
 #: Frequency weights of the balanced loss stay within this factor, or a dead expert would rule the loss.
 MAX_BALANCE = 4.0
 CLIP_NORM = 1.0
@@ -52,7 +41,8 @@ class TrainConfig:
     Args:
         epochs: at most so many. `patience`: stop after so many without a better held-out recall.
         batch_tokens: tokens of a step, each with all layers.
-        learning_rate: AdamW's peak, with a linear warm-up over 5 % of the steps and a cosine to zero. `weight_decay`: AdamW's.
+        learning_rate: AdamW's peak, with a linear warm-up over 5 % of the steps and a cosine to zero.
+            `weight_decay`: AdamW's.
         hold_out: share of the prompts held out; half of them to stop by, half to calibrate on.
         seed: of weights, split, order and dropout.
     """
@@ -72,14 +62,6 @@ class TrainConfig:
             raise UnsupportedOption(f"hold_out is {self.hold_out}; it is a share of the prompts, in (0, 1)")
         if not self.learning_rate > 0:
             raise UnsupportedOption(f"learning_rate is {self.learning_rate}; it is positive")
-
-
-class Split(NamedTuple):
-    """Rows of a trace by purpose; no prompt is in two of them, and padding is in none."""
-
-    train: IdArray
-    validation: IdArray
-    calibration: IdArray
 
 
 class Progress(NamedTuple):
@@ -102,69 +84,10 @@ class TrainResult(NamedTuple):
     groups: LayerGroups
 
 
-def prompt_keys(trace: RoutingTrace) -> IdArray:
-    """(R,) a number for each row's prompt. Sequences of the same text are one prompt: they must not be split."""
-    numbers: dict[str, int] = {}
-    sequences, row_sequence = np.unique(trace.sequence, return_inverse=True)
-    keys = []
-    for sequence in sequences.tolist():
-        known = trace.prompts[sequence] if sequence < len(trace.prompts) else {}
-        text = known.get("tokens", known.get("text"))
-        name = f"sequence {sequence}" if text is None else json.dumps(text)
-        keys.append(numbers.setdefault(name, len(numbers)))
-    return np.array(keys, dtype=np.int64)[row_sequence]
-
-
-def split_by_prompt(trace: RoutingTrace, hold_out: float, seed: int) -> Split:
-    """Rows for training, validation and calibration, whole prompts each.
-
-    Raises:
-        TooFewPrompts: fewer than 4 different prompts.
-    """
-    keys = prompt_keys(trace)
-    real = trace.position >= 0
-    prompts = np.unique(keys[real])
-    if len(prompts) < MIN_PROMPTS:
-        raise TooFewPrompts(
-            f"the trace holds {len(prompts)} different prompts, training needs {MIN_PROMPTS} or more (some dozens of "
-            f"different texts are better): two to train on, one to stop by and one to calibrate on"
-        )
-    order = np.random.default_rng(seed).permutation(prompts)
-    held = min(max(2, round(hold_out * len(prompts))), len(prompts) - 2)
-    parts = (order[held:], order[: held // 2], order[held // 2 : held])
-    return Split(*(np.flatnonzero(np.isin(keys, part) & real) for part in parts))
-
-
-def fit_pca(
-    inputs_RLD: NDArray[np.float16], width: list[int], device: str = "cpu"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (L, 1, D) and components (L, D, P) of each layer; P is the largest of `width`, one per layer.
-
-    Columns are scaled so that the compressed input has variance 1 on average; those beyond a layer's width are zero.
-    The sign of each is such that its largest entry is positive, so the same data give the same components.
-    """
-    R, L, D = inputs_RLD.shape
-    rows = np.linspace(0, R - 1, min(R, PCA_ROWS)).astype(int)
-    mean = torch.zeros(L, 1, D)
-    components = torch.zeros(L, D, max(width))
-    for layer in range(L):
-        x = torch.from_numpy(inputs_RLD[rows, layer]).to(device).float()
-        centre = x.mean(0)
-        covariance = (x - centre).T @ (x - centre) / len(x)
-        variance, vectors = torch.linalg.eigh(covariance.double())
-        best, scale = (
-            vectors[:, -width[layer] :].flip(1),
-            variance[-width[layer] :].clamp_min(0).mean().sqrt(),
-        )
-        sign = torch.sign(best.gather(0, best.abs().argmax(0, keepdim=True)))
-        mean[layer, 0] = centre.cpu()
-        components[layer, :, : width[layer]] = (best * sign / scale.clamp_min(1e-6)).float().cpu()
-    return mean, components
-
-
 def train(
     trace: RoutingTrace,
     *,
+    own_text: RoutingTrace | None = None,
     config: LlaporConfig | None = None,
     training: TrainConfig | None = None,
     routers: Routers | None = None,
@@ -176,10 +99,15 @@ def train(
     """Train a predictor on a trace with router inputs.
 
     Args:
+        own_text: more to train on, never held out: text the model wrote itself, from `prescope.learning.own_text`.
+            Without it a predictor trained on one kind of text falls behind the early router on another.
         routers: of the model, for the residual variant; `prescope.learning.routers_of` extracts them.
         groups: of the layers; measured on the training prompts when not given.
         checkpoint: written after each epoch; when it is there already, training goes on from it.
         on_progress: called after each epoch; what it raises ends training, the checkpoint stays.
+
+    Returns:
+        The predictor; the split holds rows of `trace`, own text is not among them.
 
     Raises:
         BadTrace: the trace has no router inputs. TooFewPrompts: see `split_by_prompt`.
@@ -196,7 +124,12 @@ def train(
         )
     split = split_by_prompt(trace, training.hold_out, training.seed)
     groups = groups or find_groups(rows_of(trace, split.train))
-    run = _Run(trace, split, config, training, routers, groups, device)
+    rows = split
+    if own_text is not None:
+        more = len(trace) + np.flatnonzero(own_text.position >= 0)
+        rows = split._replace(train=np.concatenate([split.train, more]))
+        trace = RoutingTrace.concat([trace, own_text])
+    run = _Run(trace, rows, config, training, routers, groups, device)
     path = Path(checkpoint) if checkpoint is not None else None
     if path is not None and path.exists():
         run.resume(path)
@@ -209,25 +142,6 @@ def train(
             on_progress(progress)
     predictor = run.finish()
     return TrainResult(predictor, run.history, split, groups)
-
-
-def rows_of(trace: RoutingTrace, rows: IdArray) -> RoutingTrace:
-    """Those rows as a trace."""
-    keep = np.zeros(len(trace), dtype=bool)
-    keep[rows] = True
-    arrays: dict[str, Any] = {
-        name: getattr(trace, name)[keep]
-        for name in ("expert_ids", "weights", "step", "sequence", "position", "phase", "inputs")
-    }
-    return RoutingTrace(
-        **arrays,
-        model=trace.model,
-        fingerprint=trace.fingerprint,
-        num_experts=trace.num_experts,
-        top_k=trace.top_k,
-        decoder_layers=trace.decoder_layers,
-        prompts=trace.prompts,
-    )
 
 
 class _Run:
@@ -251,14 +165,11 @@ class _Run:
             min(D, config.width_middle if layer in groups.middle else config.width_outer)
             for layer in range(shape.num_layers)
         ]
-        # The tensor is as wide as the widest setting, so that the file's shapes follow from the settings alone.
-        mean, components = fit_pca(inputs[split.train], width, device)
+        # As wide as the widest setting, so that the file's shapes follow from the settings alone.
         most = min(D, max(config.width_outer, config.width_middle))
-        components = torch.nn.functional.pad(components, (0, most - components.shape[2]))
+        pca = fit_pca(inputs[split.train], width, most, device)
         tag = ModelTag(model=trace.model, fingerprint=trace.fingerprint)
-        self.predictor = Llapor.fresh(
-            config, shape, groups, (mean, components), tag, routers, training.seed
-        ).to(device)
+        self.predictor = Llapor.fresh(config, shape, groups, pca, tag, routers, training.seed).to(device)
         self.routers = routers.to(device) if routers is not None else None
         self.device = torch.device(device)
         for tensor in self.predictor.trained().values():
@@ -326,9 +237,9 @@ class _Run:
             group["lr"] = self.training.learning_rate * warm * 0.5 * (1.0 + np.cos(np.pi * done))
         rows = np.sort(rows)
         x_LTD, choice = self.predictor.batch_of(self.trace, rows)
-        z_LTN = self.predictor.forward(x_LTD, choice, self.config.dropout)
+        z_LTN = self.predictor.forward(x_LTD, choice, training=True)
         ids = torch.from_numpy(self.trace.expert_ids[rows]).to(self.device).transpose(0, 1)
-        loss = self._loss(z_LTN, used_of(ids, self.trace.num_experts), self._teacher(x_LTD))
+        loss = self._loss(z_LTN, used_mask_torch(ids, self.trace.num_experts), self._teacher(x_LTD))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self.predictor.trained().values()), CLIP_NORM)
@@ -376,7 +287,7 @@ class _Run:
             rows = self.split.validation[first : first + 2048]
             z_LTN = self.predictor.forward(*self.predictor.batch_of(self.trace, rows))
             ids = torch.from_numpy(self.trace.expert_ids[rows]).to(self.device).transpose(0, 1)
-            used = used_of(ids, self.trace.num_experts)
+            used = used_mask_torch(ids, self.trace.num_experts)
             for ahead in range(1, self.predictor.lookahead + 1):
                 z = z_LTN[: len(used) - ahead, :, self.predictor.columns(ahead)]
                 best = z.topk(self.predictor.shape.top_k, dim=-1).indices
@@ -390,7 +301,6 @@ class _Run:
         predictor = self.predictor
         for name, tensor in self.best.items():
             predictor.tensors[name] = tensor.detach()
-        predictor.forget_live()
         predictor.validation_error = 1.0 - self.best_recall
         calibrate(predictor, rows_of(self.trace, self.split.calibration))
         return predictor
