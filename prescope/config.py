@@ -12,7 +12,7 @@ from .units import format_bytes, parse_bytes
 DEVICES = ("auto", "cuda", "cpu", "null")
 CACHES = ("lru", "lfu", "static", "score")
 KERNELS = ("auto", "torch", "triton")
-DECODES = ("auto", "layered", "gpu-driven", "host-driven")
+DECODES = ("auto", "layered", "gpu-driven", "copy-engine", "host-driven")
 #: Emulated link when the user names none: one expert takes a millisecond, so that, as on a real machine, moving an
 #: expert takes longer than computing with it; at most PCIe 4 x16.
 EMULATED_EXPERT_US = 1000.0
@@ -33,9 +33,10 @@ class EngineConfig:
         link_gb_per_s: bandwidth of the emulated link, GB/s; only with device="cpu" or "null". By default one
             expert takes a millisecond.
         kernels: "torch" (reference), "triton" (CUDA), or "auto".
-        decode: how decode steps run. "layered": layer by layer, launched from Python. "gpu-driven" and
-            "host-driven": from one CUDA graph, in which the GPU fetches misses itself or the host serves them.
-            "auto": from a graph where that is possible, by the driver that is faster in the first steps.
+        decode: how decode steps run. "layered": layer by layer, launched from Python. From one CUDA graph, with
+            misses read by the GPU ("gpu-driven"), copied on the GPU's orders ("copy-engine"), or served by the host,
+            which every cache policy can ("host-driven"). "auto": from a graph where that is possible, by the faster
+            of the first two as measured in the first steps, or by the host where the cache policy needs it.
         compiled: compile the layers around the experts before the graph is captured (torch.compile, half a minute
             once per model and batch size).
         events: record the timeline (costs at most 2 % of a token's time, see benchmarks/).

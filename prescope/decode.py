@@ -1,8 +1,9 @@
 """Decode steps that run from one CUDA graph: no launches from Python, no host in the way.
 
 A `DecodeStep` is one decode step of a fixed batch over its own static cache. Its first run is served layer by layer;
-then it is captured, once for each *driver*: GPU-driven (misses are fetched by the GPU itself) and host-driven (the host
-answers each layer's question while the step runs). `DecodeLoop` stands in for transformers' decoding loop in
+then it is captured, once for each *driver*: GPU-driven (the GPU decides and fetches misses itself), copy-engine (the
+GPU decides, the host hands its orders to the copy engine) and host-driven (the host decides while the step runs; every
+cache policy can). `DecodeLoop` stands in for transformers' decoding loop in
 `model.generate` and runs at most one step ahead of what the host has seen.
 """
 
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
     from .kernels.captured import CapturedStep, DeviceTable
 
-GPU, HOST = "gpu-driven", "host-driven"
+GPU, COPY, HOST = "gpu-driven", "copy-engine", "host-driven"
 #: Order in which two drivers are tried against each other, a step each; the first step of each warms up.
-CONTEST = (GPU, HOST, GPU, HOST, HOST, GPU, GPU, HOST, HOST, GPU)
+CONTEST = (GPU, COPY, GPU, COPY, COPY, GPU, GPU, COPY, COPY, GPU)
 #: Polls between two looks at whether the GPU is still running.
 POLLS = 20_000
 
@@ -131,8 +132,10 @@ class DecodeStep:
 
         serving = self._serving
         for driver in self._drivers:
-            policy = DEVICE_POLICIES[serving.residency.policy.name] if driver == GPU else 0
-            step = CapturedStep(table, self.batch, serving.shape.top_k, policy, self.timed)
+            policy = DEVICE_POLICIES[serving.residency.policy.name] if driver != HOST else 0
+            step = CapturedStep(
+                table, self.batch, serving.shape.top_k, policy=policy, orders=driver == COPY, timed=self.timed
+            )
             self._warm_up(step)
             with compiled_layers(self._model, serving.layers, self._compiled):
                 replay, logits = serving.device.capture(lambda step=step: self._whole(step))
@@ -316,6 +319,7 @@ class DecodeLoop:
             launched = self._launch()
             if not sample.greedy:
                 self._finish(launched)
+                self._serving.device.synchronize()  # the host chooses, so it waits anyway
                 sample.next(launched.captured.logits, self._step.inputs["input_ids"])
                 if sample.is_done() or self._told(i + 2):
                     return
@@ -347,6 +351,8 @@ class DecodeLoop:
         captured.replay()
         if driver == HOST:
             self._answer(buffers, launched.number)
+        elif driver == COPY:
+            self._obey(buffers, launched.number)
         if contest:
             self._await(lambda: buffers.tokens(launched.number))
             step.times_s[driver].append(time.perf_counter() - started)
@@ -358,7 +364,7 @@ class DecodeLoop:
         buffers = launched.captured.buffers
         self._await(lambda: buffers.tokens(launched.number))
         log = buffers.log(launched.number)
-        if buffers.policy:  # the host has counted its own steps already
+        if buffers.policy:  # where the host decides it has counted already
             self._serving.count(log.needs)
         if self._serving.recorder is not None:
             self._serving.recorder.log(launched.index, log)
@@ -402,12 +408,26 @@ class DecodeLoop:
                 transfer
                 for part in (slice(0, 1), slice(1, None))
                 if len(missing[part])
-                for transfer in serving.loader.load(moe_layer, missing[part], taken[part], Reason.ON_DEMAND, timed)
+                for transfer in serving.loader.load(
+                    moe_layer, missing[part], taken[part], Reason.ON_DEMAND, timed
+                )
             ]
-            serving.device.signal(*captured.answer(moe_layer, number, keys, slots))
+            serving.device.send([captured.answer(moe_layer, number, keys, slots)], None)
             serving.residency.landed(taken)
             if recorder is not None:
                 recorder.transfers(transfers)
+
+    def _obey(self, captured: "CapturedStep", number: int) -> None:
+        """Copy what the GPU orders for each layer of a step that is running."""
+        device, host, pool = self._serving.device, self._serving.host, self._serving.loader.pool
+        for layer in self._serving.layers:
+            moe_layer = layer.moe_layer
+            orders = self._await(lambda m=moe_layer: captured.order(m, number))
+            if orders:
+                nbytes = layer.layout.row_bytes
+                # One by one, so that the first copy is under way while the others are prepared.
+                pairs = ((pool[slot, :nbytes], host.row(moe_layer, expert)) for expert, slot in orders)
+                device.send(pairs, captured.acknowledgement(moe_layer, number))
 
     def _take_slots(self, moe_layer: int, found: IntArray, missing: IntArray) -> tuple[IntArray, IntArray]:
         """Slots for the missing experts; returns the changed keys and their slots, evicted ones (-1) first."""
@@ -425,19 +445,17 @@ class DecodeLoop:
         """Let a host-driven step that is still waiting run to its end, with whatever weights there are."""
         nothing = np.empty(0, dtype=np.int64)
         for buffers in (captured.buffers for captured in self._step.captured.values()):
-            if not buffers.policy and buffers.launched:
+            if (buffers.orders or not buffers.policy) and buffers.launched:
                 for layer in self._serving.layers:
                     answer = buffers.answer(layer.moe_layer, buffers.launched - 1, nothing, nothing)
-                    self._serving.device.signal(*answer)
+                    self._serving.device.send([answer], None)
         self._serving.device.recover()
 
     # -- whose table is the true one ---------------------------------------------------------------------------
 
     def _turn(self, driver: str) -> None:
-        if self._driver not in ("", driver):
-            if driver == HOST:
-                self._give_table()
-            self._take_table()
+        # In a contest both decide on the GPU, by one table.
+        assert HOST not in (self._driver, driver) or self._driver in ("", driver)
         self._driver = driver
 
     def _take_table(self) -> None:
@@ -446,7 +464,7 @@ class DecodeLoop:
 
     def _give_table(self) -> None:
         """The host's table was not kept while the GPU decided."""
-        if self._driver == GPU and self._table is not None:
+        if self._driver in (GPU, COPY) and self._table is not None:
             self._table.give(self._serving.residency)
 
 

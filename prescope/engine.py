@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from .cache import make_policy
 from .config import EngineConfig, resolve_slots
 from .core import MoEShape, Need
-from .decode import GPU, HOST, DecodeLoop, DecodeStep
+from .decode import COPY, GPU, HOST, DecodeLoop, DecodeStep
 from .device import Device, open_device, resolve_device
 from .errors import NotAttached, SlotPoolTooLarge, UnsupportedOption
 from .hardware import machine_facts
@@ -331,13 +331,13 @@ class Engine:
 
     def _drivers(self) -> tuple[list[str], str]:
         """Which drivers to capture decode steps for, and why it is one only."""
-        if self.config.decode in (GPU, HOST):
+        if self.config.decode in (GPU, COPY, HOST):
             return [self.config.decode], "as given"
         if self.config.cache not in DEVICE_POLICIES:
             return [HOST], f"cache={self.config.cache!r} needs the host"
         if self.num_slots >= sum(layer.num_experts for layer in self._layers):
             return [GPU], "all experts have slots"
-        return [GPU, HOST], ""
+        return [GPU, COPY], ""
 
     def _why_layered(self, batch: int, settings: dict[str, Any], criteria: StoppingCriteriaList) -> str:
         """Why decode steps cannot run from a graph in this run; "" if they can."""
@@ -350,7 +350,7 @@ class Engine:
             (self._device.kind != "cuda", "graphs need CUDA"),
             (self.config.kernels != "triton", f"kernels={self.config.kernels!r} cannot be captured"),
             (self.config.record_inputs, "router inputs are recorded"),
-            (self.config.decode == GPU and self.config.cache not in DEVICE_POLICIES,
+            (self.config.decode in (GPU, COPY) and self.config.cache not in DEVICE_POLICIES,
              f"cache={self.config.cache!r} needs the host"),
             (needed > self.num_slots, f"a layer may need {needed} experts at once, there are {self.num_slots} slots"),
             (batch * self.shape.top_k > MOST_PAIRS, f"more than {MOST_PAIRS} pairs of token and expert"),

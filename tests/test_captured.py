@@ -48,7 +48,9 @@ class World:
         self.table = captured.DeviceTable(self.shape, num_slots, torch.device(DEVICE))
         self.table.take(self.host_table)
         number = captured.on_device.HOST if host else DEVICE_POLICIES[policy]
-        self.step = captured.CapturedStep(self.table, tokens, top_k, number, timed=DEVICE == "cuda")
+        self.step = captured.CapturedStep(
+            self.table, tokens, top_k, policy=number, orders=False, timed=DEVICE == "cuda"
+        )
         self.spec = ExpertsSpec(
             up="gate_up_proj", down="down_proj", up_bias=None, down_bias=None, is_transposed=False,
             gate=silu_gate, post_norm=None,

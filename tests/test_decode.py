@@ -29,6 +29,10 @@ class InterpretedGpu(EmulatedLinkDevice):
         self.thread.start()
         self.error: BaseException | None = None
 
+    def send(self, pairs, last) -> None:
+        for target, source in [*pairs, *([last] if last else [])]:
+            target.copy_(source)
+
     def copy(self, *arguments, **keywords):
         # The interpreter copies every argument onto itself behind a kernel: bytes that arrive meanwhile would be lost.
         issued = super().copy(*arguments, **keywords)
@@ -86,7 +90,7 @@ def gpu(monkeypatch):
     return {"device": "cpu", "kernels": "triton", "events": False}
 
 
-@pytest.mark.parametrize("driver", ["gpu-driven", "host-driven"])
+@pytest.mark.parametrize("driver", ["gpu-driven", "copy-engine", "host-driven"])
 @pytest.mark.parametrize(("batch", "slots", "cache"), [(1, 5, "lru"), (2, 9, "lfu"), (3, TOTAL, "lru")])
 def test_tokens_and_counts_are_those_of_serving_layer_by_layer(model, gpu, driver, batch, slots, cache):
     ids = prompt(batch=batch)

@@ -6,7 +6,7 @@ three devices: CUDA; the CPU with an emulated link (a real, paced copy in a thre
 clock that completes copies in any order the protocol allows, for tests.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -83,8 +83,12 @@ class Device(Protocol):
         """Copy a small tensor to the host; the host waits for it."""
         ...
 
-    def signal(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy a small pinned tensor on the H2D lane, behind everything issued there so far."""
+    def send(
+        self,
+        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        last: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """Copy (target, source) pairs on the H2D lane in order, without marks, and `last` behind all of them."""
         ...
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:

@@ -1,7 +1,8 @@
 """CUDA: the compute lane is the current stream, the H2D lane a stream of its own, marks are CUDA events."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -130,9 +131,17 @@ class CudaDevice:
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.cpu().numpy()
 
-    def signal(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(self._h2d):
-            target.copy_(source, non_blocking=True)
+    def send(
+        self,
+        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        last: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        try:
+            with torch.cuda.stream(self._h2d):
+                for target, source in chain(pairs, [] if last is None else [last]):
+                    self._issue(target, source)
+        except RuntimeError as error:
+            raise TransferFailed(f"copying experts to the GPU failed: {error}") from error
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         self.synchronize()

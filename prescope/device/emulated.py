@@ -8,7 +8,8 @@ times are those of an emulation and are labelled so everywhere.
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -152,9 +153,13 @@ class EmulatedLinkDevice:
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.numpy()
 
-    def signal(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self._raise_failure()
-        target.copy_(source)
+    def send(
+        self,
+        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        last: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        for target, source in chain(pairs, [] if last is None else [last]):
+            target.copy_(source)
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         raise UnsupportedOption("steps are captured on CUDA only")

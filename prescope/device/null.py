@@ -6,7 +6,8 @@ latest when somebody waits for it: whoever reads a slot without waiting, or give
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -109,8 +110,13 @@ class NullDevice:
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.numpy()
 
-    def signal(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source)
+    def send(
+        self,
+        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        last: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        for target, source in chain(pairs, [] if last is None else [last]):
+            target.copy_(source)
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         raise UnsupportedOption("steps are captured on CUDA only")

@@ -4,7 +4,6 @@ Knows the GPU's copy of the residency table and the messages between GPU and hos
 """
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,14 +57,17 @@ class CapturedStep:
     Args:
         table: shared by all steps of an engine.
         num_tokens, top_k: T and K of each layer.
-        policy: number in `kernels.DEVICE_POLICIES`, or `on_device.HOST` when the host serves misses.
+        policy: number in `kernels.DEVICE_POLICIES`, or `on_device.HOST` when the host decides.
+        orders: the host hands the GPU's decisions to the copy engine; if not, the GPU fetches misses itself.
         timed: write stamps.
     """
 
-    def __init__(self, table: DeviceTable, num_tokens: int, top_k: int, policy: int, timed: bool) -> None:
+    def __init__(
+        self, table: DeviceTable, num_tokens: int, top_k: int, *, policy: int, orders: bool, timed: bool
+    ) -> None:
         shape, device = table.shape, table.slot_of.device
         self.table, self.num_tokens, self.top_k = table, num_tokens, top_k
-        self.policy, self._timed = policy, timed
+        self.policy, self.orders, self._timed = policy, orders, timed
         self.num_pairs = num_tokens * top_k
         L, P, most = shape.num_layers, self.num_pairs, min(self.num_pairs, shape.num_experts)
         self.launched = 0  # steps since `restart`; the next one's number
@@ -75,15 +77,17 @@ class CapturedStep:
         self._tokens_ring = _mapped((RING, num_tokens), torch.int64, device)
         self._fetch_slot = torch.zeros(most, dtype=torch.int32, device=device)
         self._mark = torch.zeros(_power_of_2(shape.num_experts + 1), dtype=torch.int32, device=device)
-        # Host-driven only.
+        # Messages to the host and back, where the host serves misses.
         self.most_updates = _power_of_2(2 * most)
         self._ask = _mapped((L, P), torch.int64, device)
+        self._orders = _mapped((L, 1 + most), torch.int64, device)
         self._updates = _mapped((L, 1 + 2 * self.most_updates), torch.int32, device)
         self._ack = torch.zeros(L, dtype=torch.int32, device=device)
         self._numbers = _mapped((on_device.NUMBERS + 1,), torch.int32, device)
         self._numbers.copy_(torch.arange(on_device.NUMBERS + 1))
         # Host views.
         self.asked = self._ask.numpy()
+        self._ordered = self._orders.numpy()
         self.updates = self._updates.numpy()
         self._host_ring = self._ring.numpy()
         self._host_tokens = self._tokens_ring.numpy()
@@ -140,10 +144,11 @@ class CapturedStep:
         first = moe_layer * self.table.shape.num_experts
         slot_of = self.table.slot_of[first : first + num_experts]
         stamps = self._stamps[moe_layer * on_device.NUM_STAMPS :]
-        if self.policy == on_device.HOST:
+        if self.policy == on_device.HOST or self.orders:
             on_device._wait[(1,)](
                 self._needs[moe_layer], self.step, self._ack[moe_layer:], self._updates[moe_layer],
-                self.table.slot_of, stamps, MOST=self.most_updates, TIMED=self._timed, num_warps=1,
+                self.table.slot_of, stamps, UPDATES=self.policy == on_device.HOST, MOST=self.most_updates,
+                TIMED=self._timed, num_warps=1,
             )  # fmt: skip
         else:
             on_device._fetch[(FETCH_PROGRAMS,)](
@@ -166,12 +171,13 @@ class CapturedStep:
         on_device._plan[(1,)](
             ids, weights_TK, self.table.slot_of, self.table.key_of, self.table.scores, self.table.tick, self.step,
             self._ids[moe_layer], self._weights[moe_layer], self._needs[moe_layer],
-            self._stamps[moe_layer * on_device.NUM_STAMPS :], self._ask[moe_layer], self._fetched[moe_layer],
+            self._stamps[moe_layer * on_device.NUM_STAMPS :], self._ask[moe_layer], self._orders[moe_layer],
+            self._fetched[moe_layer],
             self._fetch_slot, self._mark, moe_layer * shape.num_experts, self.num_pairs, num_experts,
             self.table.num_slots,
             # At least as many pairs as threads: histograms of fewer elements are not supported everywhere.
-            POLICY=self.policy, PAIRS=max(128, _power_of_2(self.num_pairs)), EXPERTS=len(self._mark),
-            SLOTS=_power_of_2(self.table.num_slots), TIMED=self._timed,
+            POLICY=self.policy, ORDERS=self.orders, PAIRS=max(128, _power_of_2(self.num_pairs)),
+            EXPERTS=len(self._mark), SLOTS=_power_of_2(self.table.num_slots), TIMED=self._timed,
             num_warps=4 if self.table.num_slots <= 2048 else 16,
         )  # fmt: skip
 
@@ -259,6 +265,7 @@ class CapturedStep:
         self.step.zero_()
         self._ack.zero_()
         self._ask.zero_()
+        self._orders.zero_()
         self._tokens_ring.zero_()
 
     @staticmethod
@@ -275,15 +282,29 @@ class CapturedStep:
         ids[ids == 0xFFFF] = -1
         return ids, (words & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
 
-    def answer(self, moe_layer: int, step: int, keys: NDArray[np.int64], slots: NDArray[np.int64]) -> Any:
-        """Host-driven: tell a layer its changed `keys` (n,) and their `slots` (n,).
+    def order(self, moe_layer: int, step: int) -> list[tuple[int, int]] | None:
+        """Copy-engine: what a layer wants copied, (expert, slot) each, once all of it is there."""
+        words, number = self._ordered[moe_layer], self.number(step)
+        head = int(words[0])
+        if head >> 48 != number:
+            return None
+        found = words[1 : 1 + (head & 0xFFFF)].tolist()
+        if any(word >> 48 != number for word in found):
+            return None
+        return [(word >> 24 & 0xFFFFFF, word & 0xFFFFFF) for word in found]
 
-        Returns the (target, source) of the copy that must follow the experts' bytes on the H2D stream.
-        """
+    def answer(
+        self, moe_layer: int, step: int, keys: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Host-driven: tell a layer its changed `keys` (n,) and their `slots` (n,). Returns as `acknowledgement`."""
         message = self.updates[moe_layer]
         message[1 : 1 + len(keys)] = keys
         message[1 + self.most_updates : 1 + self.most_updates + len(keys)] = slots
         message[0] = len(keys)
+        return self.acknowledgement(moe_layer, step)
+
+    def acknowledgement(self, moe_layer: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The (target, source) of the copy that must follow the experts' bytes on the H2D stream."""
         number = self.number(step)
         return self._ack[moe_layer : moe_layer + 1], self._numbers[number : number + 1]
 

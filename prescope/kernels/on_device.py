@@ -1,13 +1,15 @@
 """Kernels of a captured decode step: what is needed, what is missing, who gives up a slot, and the fetching of it.
 
-They let a whole step run from one CUDA graph. Two ways to serve misses:
+They let a whole step run from one CUDA graph. Three ways to serve misses:
 
 *GPU-driven*: `_plan` looks up, chooses slots by the cache policy and `_fetch` reads the experts from pinned host
 memory, all on the GPU; the host learns what happened a step later.
-*Host-driven*: `_plan` writes the chosen experts into mapped host memory, the host decides with the same objects as
-everywhere else and copies on the H2D stream, and `_wait` lets the step go on when the last byte is there.
+*Copy-engine*: `_plan` decides as above and writes its orders into mapped host memory; the host does nothing but hand
+them to the copy engine, and `_wait` lets the step go on when the last byte is there.
+*Host-driven*: `_plan` writes the chosen experts there, and the host decides too, with the same objects as everywhere
+else.
 
-Both keep (layer, expert) -> slot on the GPU, where the expert kernels look it up. Shapes: T tokens, K top-k, P = T * K
+All keep (layer, expert) -> slot on the GPU, where the expert kernels look it up. Shapes: T tokens, K top-k, P = T * K
 pairs, L MoE layers, E experts, S slots.
 """
 
@@ -41,9 +43,10 @@ def sequence_of(step):  # type: ignore[no-untyped-def]
 @triton.jit
 def _plan(  # type: ignore[no-untyped-def]
     ids, weights, slot_of, key_of, scores, tick, step,
-    log_ids, log_weights, needs, stamps, ask, fetch_expert, fetch_slot, used_mark,
+    log_ids, log_weights, needs, stamps, ask, orders, fetch_expert, fetch_slot, used_mark,
     first_key, num_pairs, num_experts, num_slots,
-    POLICY: tl.constexpr, PAIRS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, TIMED: tl.constexpr,
+    POLICY: tl.constexpr, ORDERS: tl.constexpr,
+    PAIRS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     """One program per layer. `ids` (P,), `slot_of` and `scores` (L * E,), `key_of` (S,); the rest per layer."""
     if TIMED:
@@ -67,8 +70,13 @@ def _plan(  # type: ignore[no-untyped-def]
         # The step's number in every word: the host knows a message is whole without any order between stores.
         bits = weight.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         place = tl.where(known, id, 0xFFFF).to(tl.int64) & 0xFFFF
-        tl.store(ask + pair, (sequence_of(tl.load(step)).to(tl.int64) << 48) | (place << 32) | bits, mask=here)
+        tl.store(
+            ask + pair, (sequence_of(tl.load(step)).to(tl.int64) << 48) | (place << 32) | bits, mask=here
+        )
     else:
+        if ORDERS:
+            number = sequence_of(tl.load(step)).to(tl.int64) << 48
+            tl.store(orders, number | num_missing)
         now = tl.load(tick) + 1
         tl.store(tick, now)
         # As in `cache.py`, to the bit: hits are counted alike on both sides.
@@ -99,7 +107,10 @@ def _plan(  # type: ignore[no-untyped-def]
                 chosen = tl.min(tl.where(score == lowest, slot, SLOTS))
                 evicted = tl.load(key_of + chosen)
                 tl.store(slot_of + evicted, -1, mask=evicted >= 0)
-                taken = first_key + tl.load(fetch_expert + i)
+                missed = tl.load(fetch_expert + i)
+                taken = first_key + missed
+                if ORDERS:
+                    tl.store(orders + 1 + i, number | (missed.to(tl.int64) << 24) | chosen)
                 tl.store(slot_of + taken, chosen)
                 tl.store(key_of + chosen, taken)
                 tl.store(fetch_slot + i, chosen)
@@ -131,9 +142,9 @@ def _fetch(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _wait(  # type: ignore[no-untyped-def]
-    needs, step, ack, updates, slot_of, stamps, MOST: tl.constexpr, TIMED: tl.constexpr
+    needs, step, ack, updates, slot_of, stamps, UPDATES: tl.constexpr, MOST: tl.constexpr, TIMED: tl.constexpr
 ):  # fmt: skip
-    """Wait for the host's answer, if one is due, and take over its changes of the slot table.
+    """Wait for the host's answer, if one is due, and take over its changes of the slot table, if it decides.
 
     `ack` is copied by the H2D stream behind the experts' bytes, so it says that they are there. `updates` lies in
     mapped host memory: their number, then MOST keys, then MOST slots.
@@ -142,11 +153,12 @@ def _wait(  # type: ignore[no-untyped-def]
         number = sequence_of(tl.load(step))
         while tl.atomic_add(ack, 0, sem="acquire") != number:
             pass
-        count = tl.load(updates, volatile=True)
-        i = tl.arange(0, MOST)
-        key = tl.load(updates + 1 + i, mask=i < count, other=0, volatile=True)
-        slot = tl.load(updates + 1 + MOST + i, mask=i < count, other=0, volatile=True)
-        tl.store(slot_of + key, slot, mask=i < count)
+        if UPDATES:
+            count = tl.load(updates, volatile=True)
+            i = tl.arange(0, MOST)
+            key = tl.load(updates + 1 + i, mask=i < count, other=0, volatile=True)
+            slot = tl.load(updates + 1 + MOST + i, mask=i < count, other=0, volatile=True)
+            tl.store(slot_of + key, slot, mask=i < count)
     if TIMED:
         tl.store(stamps + _FETCHED, globaltimer())
 
