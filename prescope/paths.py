@@ -30,3 +30,15 @@ def embedded_model() -> Path:
             f"(pip install -e .), install a wheel built from one, or pass the folder of any MoE model"
         )
     return folder
+
+
+def embedded_prompts() -> Path:
+    """File of the prompts that come with prescope, one JSON object a line: id, domain, turns, licence.
+
+    Raises:
+        BadModelFolder: this installation does not have it.
+    """
+    path = data_dir() / "prompts" / "own_prompts.jsonl"
+    if not path.is_file():
+        raise BadModelFolder(f"the embedded prompts are not at {path}; work in a checkout, or pass your own")
+    return path

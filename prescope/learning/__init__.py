@@ -22,13 +22,14 @@ from ..predictor.score import ScoreCard, difference, score
 from ..predictor.train import Progress, TrainConfig, train
 from ..predictor.worth import worth
 from ..routing import RoutingTrace
-from .record import PromptSet, device_of, opened, own_text, record_trace
+from .record import PromptSet, device_of, opened, own_prompts, own_text, record_trace
 from .routers import router_agreement, routers_of, routers_or_reason
 
 __all__ = [
     "TrainedPredictor",
     "baselines",
     "comparison",
+    "own_prompts",
     "own_text",
     "record_trace",
     "router_agreement",

@@ -3,6 +3,7 @@
 Shapes: as `RoutingTrace`.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 
 from ..engine import Engine, attach, load
 from ..errors import UnsupportedOption
+from ..paths import embedded_prompts
 from ..predictor.base import TooFewPrompts
 from ..routing import RoutingTrace
 
@@ -26,6 +28,22 @@ RECORD_TOKENS = 1024
 #: Texts the model writes side by side, and tokens of each at most.
 OWN_BATCH, OWN_TOKENS = 64, 128
 OWN_DOMAIN = "own text"
+
+
+def own_prompts(*domains: str) -> dict[str, list[str]]:
+    """The prompts that come with prescope, by domain (all, or those named); "ood_..." are not in tiny-moe's training.
+
+    Raises:
+        UnsupportedOption: there is no such domain.
+    """
+    found: dict[str, list[str]] = {}
+    for line in embedded_prompts().read_text(encoding="utf-8").splitlines():
+        prompt = json.loads(line)
+        found.setdefault(prompt["domain"], []).append(prompt["turns"][0])
+    unknown = sorted(set(domains) - found.keys())
+    if unknown:
+        raise UnsupportedOption(f"no prompts of domain {', '.join(unknown)}; there are {', '.join(found)}")
+    return {name: found[name] for name in domains} if domains else found
 
 
 def record_trace(
