@@ -4,7 +4,8 @@ Shapes: R rows, D width, P compressed width, L MoE layers.
 """
 
 import json
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,22 +64,12 @@ def split_by_prompt(trace: RoutingTrace, hold_out: float, seed: int) -> Split:
 
 
 def rows_of(trace: RoutingTrace, rows: IdArray) -> RoutingTrace:
-    """Those rows as a trace."""
+    """Those rows as a trace, in the trace's order."""
     keep = np.zeros(len(trace), dtype=bool)
     keep[rows] = True
-    arrays: dict[str, Any] = {
-        name: getattr(trace, name)[keep]
-        for name in ("expert_ids", "weights", "step", "sequence", "position", "phase", "inputs")
-    }
-    return RoutingTrace(
-        **arrays,
-        model=trace.model,
-        fingerprint=trace.fingerprint,
-        num_experts=trace.num_experts,
-        top_k=trace.top_k,
-        decoder_layers=trace.decoder_layers,
-        prompts=trace.prompts,
-    )
+    names = ("expert_ids", "weights", "step", "sequence", "position", "phase", "inputs")
+    arrays = {name: array[keep] for name in names if (array := getattr(trace, name)) is not None}
+    return replace(trace, **arrays)
 
 
 def fit_pca(

@@ -6,6 +6,7 @@ resamples prompts: tokens of one text are not independent.
 Shapes: R rows, E experts, K top-k, L MoE layers, Q prompts, A lookaheads, B bins, G batches of tokens.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -50,7 +51,8 @@ class ScoreCard:
         predictor: its name. `is_calibrated`: whether it claims probabilities.
         lookaheads: A of them. Arrays (A, L, ...) hold at [a, l] the scores made AT layer l for layer
             l + lookaheads[a]; entries without such a layer are zero.
-        domains: of each of the Q prompts. `prompts`: their numbers, equal for cards of one trace.
+        trace_id: checksum of the experts used: equal for cards of one trace.
+        prompts: numbers of the Q prompts. `domains`: of each.
         used: (A, L, Q) experts used. `hits`, `hits_double`: of these, found among the best K and 2K.
         predicted: (A, L, Q) experts predicted by taking the best K: K for each token.
         hot_right, hot_total: (A, L, G) hot experts found and predicted in each batch of tokens.
@@ -64,6 +66,7 @@ class ScoreCard:
     shape: Shape
     groups: LayerGroups
     lookaheads: tuple[int, ...]
+    trace_id: int
     prompts: NDArray[np.int64]
     domains: NDArray[np.str_]
     used: FloatArray
@@ -243,9 +246,7 @@ def difference(
     Raises:
         TraceMismatch: the cards are of different traces.
     """
-    if not np.array_equal(first.prompts, second.prompts) or not np.array_equal(
-        first.used[first.lookaheads.index(lookahead)], second.used[second.lookaheads.index(lookahead)]
-    ):
+    if first.trace_id != second.trace_id:
         raise TraceMismatch(
             f"{first.predictor} and {second.predictor} were scored on different traces; score both on one"
         )
@@ -302,6 +303,7 @@ class _Sums:
         self.K, self.E = trace.top_k, trace.num_experts
         self.real = np.flatnonzero(trace.position >= 0)
         self.used_RLE = used_mask(trace.expert_ids, self.E)
+        self.trace_id = zlib.crc32(trace.expert_ids[self.real].tobytes())
         keys = prompt_keys(trace)[self.real]
         self.prompts, self.prompt_R = np.unique(keys, return_inverse=True)
         by_sequence = [str(p.get("domain", "all")) for p in trace.prompts]
@@ -363,6 +365,7 @@ class _Sums:
 
     def arrays(self) -> dict[str, Any]:
         return {
+            "trace_id": self.trace_id,
             **self.per_prompt,
             **self.per_batch,
             "prompts": self.prompts,
