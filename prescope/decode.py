@@ -10,6 +10,7 @@ cache policy can). `DecodeLoop` stands in for transformers' decoding loop in
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ class Launched(NamedTuple):
 
     captured: Captured
     number: int  # in the messages of its buffers
-    index: int  # in the recording
+    row: int  # its step in the recording
 
 
 class DecodeStep:
@@ -128,17 +129,15 @@ class DecodeStep:
         Raises:
             UnsupportedOption, RuntimeError: something in it cannot be captured.
         """
-        from .kernels.captured import CapturedStep  # Triton exists only where a GPU is
-
         serving = self._serving
         for driver in self._drivers:
             policy = DEVICE_POLICIES[serving.residency.policy.name] if driver != HOST else 0
-            step = CapturedStep(
-                table, self.batch, serving.shape.top_k, policy=policy, orders=driver == COPY, timed=self.timed
+            step = table.new_step(
+                self.batch, serving.shape.top_k, policy=policy, orders=driver == COPY, timed=self.timed
             )
             self._warm_up(step)
             with compiled_layers(self._model, serving.layers, self._compiled):
-                replay, logits = serving.device.capture(lambda step=step: self._whole(step))
+                replay, logits = serving.device.capture(partial(self._whole, step))
             self.captured[driver] = Captured(step, replay, logits)
         if len(self._drivers) == 1:
             self.driver, self.why = self._drivers[0], reason
@@ -345,8 +344,8 @@ class DecodeLoop:
         captured = step.captured[driver]
         buffers = captured.buffers
         started = time.perf_counter()
-        index = recorder.begin_logged_step(step.batch) if recorder is not None else -1
-        launched = Launched(captured, buffers.launched, index)
+        row = recorder.begin_logged_step(step.batch) if recorder is not None else -1
+        launched = Launched(captured, buffers.launched, row)
         buffers.launched += 1
         captured.replay()
         if driver == HOST:
@@ -354,7 +353,7 @@ class DecodeLoop:
         elif driver == COPY:
             self._obey(buffers, launched.number)
         if contest:
-            self._await(lambda: buffers.tokens(launched.number))
+            self._await(partial(buffers.tokens, launched.number))
             step.times_s[driver].append(time.perf_counter() - started)
             step.choose()
             self.reason = self._driver_reason() or f"{driver}: undecided, both are tried in turn"
@@ -362,17 +361,17 @@ class DecodeLoop:
 
     def _finish(self, launched: Launched) -> StepLog:
         buffers = launched.captured.buffers
-        self._await(lambda: buffers.tokens(launched.number))
+        self._await(partial(buffers.tokens, launched.number))
         log = buffers.log(launched.number)
         if buffers.policy:  # where the host decides it has counted already
             self._serving.count(log.needs)
         if self._serving.recorder is not None:
-            self._serving.recorder.log(launched.index, log)
+            self._serving.recorder.log(launched.row, log)
         return log
 
     def _drop(self, launched: Launched) -> None:
         """A step that was launched before the host knew that all sequences had ended."""
-        self._await(lambda: launched.captured.buffers.tokens(launched.number))
+        self._await(partial(launched.captured.buffers.tokens, launched.number))
         if self._serving.recorder is not None:
             self._serving.recorder.drop_step()
 
@@ -396,7 +395,7 @@ class DecodeLoop:
         timed = recorder is not None and recorder.timed
         for layer in serving.layers:
             moe_layer = layer.moe_layer
-            ids, weights = self._await(lambda m=moe_layer: captured.choice(m, number))
+            ids, weights = self._await(partial(captured.choice, moe_layer, number))
             need = serving.find(layer, ids, serving.weight_sums(layer, ids, weights))
             if not need.num_misses:
                 continue
@@ -422,7 +421,7 @@ class DecodeLoop:
         device, host, pool = self._serving.device, self._serving.host, self._serving.loader.pool
         for layer in self._serving.layers:
             moe_layer = layer.moe_layer
-            orders = self._await(lambda m=moe_layer: captured.order(m, number))
+            orders = self._await(partial(captured.order, moe_layer, number))
             if orders:
                 nbytes = layer.layout.row_bytes
                 # One by one, so that the first copy is under way while the others are prepared.

@@ -216,7 +216,7 @@ class Engine:
         self._require_attached()
         if self._serving.recorder is not None:
             raise UnsupportedOption("a run is under way; change settings after it, or cancel() it first")
-        given = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
+        given: dict[str, Any] = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
         config = replace(self.config, **{name: value for name, value in given.items() if value is not None})
         if slots is None and cache is None:
             self._forget_steps()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,8 +46,11 @@ def compiled_layers(model: PreTrainedModel, layers: list[MoELayer], on: bool) ->
         return
     blocks = _decoder_layers(model, layers)
     # Every layer has its own index in it, which dynamo takes for a constant: one compilation each.
-    limits = {"recompile_limit": 2 * len(blocks) + 8, "accumulated_recompile_limit": 64 * len(blocks)}
-    with torch._dynamo.config.patch(**limits):
+    limits: dict[str, Any] = {
+        "recompile_limit": 2 * len(blocks) + 8,
+        "accumulated_recompile_limit": 64 * len(blocks),
+    }
+    with torch._dynamo.config.patch(limits):
         for block in blocks:
             block.__dict__["forward"] = torch.compile(block.forward, dynamic=False)
         try:

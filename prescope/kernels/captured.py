@@ -38,6 +38,12 @@ class DeviceTable:
         self.scores = torch.empty(shape.total_experts, dtype=torch.float64, device=device)
         self.tick = torch.zeros(1, dtype=torch.int64, device=device)
 
+    def new_step(
+        self, num_tokens: int, top_k: int, *, policy: int, orders: bool, timed: bool
+    ) -> "CapturedStep":
+        """Buffers of a step that goes by this table; see `CapturedStep`."""
+        return CapturedStep(self, num_tokens, top_k, policy=policy, orders=orders, timed=timed)
+
     def take(self, table: ResidencyTable) -> None:
         """Copy the host's table here."""
         self.slot_of.copy_(torch.from_numpy(table.slot_of))

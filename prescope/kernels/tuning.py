@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,13 +42,11 @@ def tune(
     """Time `run(candidate)` of each candidate (CUDA graph of many runs, median) and keep the fastest for `key`."""
     if device.type != "cuda" or tuned(device, key) is not None:
         return
-    times = {}
-    for candidate in candidates:
-        times[candidate] = do_bench_cudagraph(lambda c=candidate: run(c), rep=5)
+    times = [do_bench_cudagraph(partial(run, candidate), rep=5) for candidate in candidates]
     file = _file(device)
     known = _known(file)
-    known[key] = list(min(times, key=lambda candidate: times[candidate]))
+    known[key] = list(candidates[times.index(min(times))])
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(known, indent=1))
-    partial.replace(file)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(known, indent=1))
+    unfinished.replace(file)
