@@ -418,14 +418,14 @@ class DecodeLoop:
 
     def _obey(self, captured: "CapturedStep", number: int) -> None:
         """Copy what the GPU orders for each layer of a step that is running."""
-        device, host, pool = self._serving.device, self._serving.host, self._serving.loader.pool
+        device, host, loader = self._serving.device, self._serving.host, self._serving.loader
         for layer in self._serving.layers:
             moe_layer = layer.moe_layer
             orders = self._await(partial(captured.order, moe_layer, number))
             if orders:
                 nbytes = layer.layout.row_bytes
                 # One by one, so that the first copy is under way while the others are prepared.
-                pairs = ((pool[slot, :nbytes], host.row(moe_layer, expert)) for expert, slot in orders)
+                pairs = ((loader.slot(slot, nbytes), host.row(moe_layer, expert)) for expert, slot in orders)
                 device.send(pairs, captured.acknowledgement(moe_layer, number))
 
     def _take_slots(self, moe_layer: int, found: IntArray, missing: IntArray) -> tuple[IntArray, IntArray]:

@@ -129,14 +129,16 @@ class Loader:
                 start = mark  # of joined experts the first has the copy's time: a sum counts it once
         return transfers
 
+    def slot(self, slot: int, nbytes: int) -> torch.Tensor:
+        """The first `nbytes` of a slot."""
+        view = self._slot_views[slot]
+        return view if nbytes == self.pool.shape[1] else view[:nbytes]
+
     def _pair(self, moe_layer: int, run: Run, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
         if run.num > 1:
             rows = self._host.layers[moe_layer].rows
             return self.pool[run.slot : run.slot + run.num], rows[run.expert : run.expert + run.num]
-        slot = self._slot_views[run.slot]
-        if nbytes != self.pool.shape[1]:
-            slot = slot[:nbytes]
-        return slot, self._host.row(moe_layer, run.expert)
+        return self.slot(run.slot, nbytes), self._host.row(moe_layer, run.expert)
 
     # -- prefetches --------------------------------------------------------------------------------------------
 

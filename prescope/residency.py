@@ -130,6 +130,10 @@ class ResidencyTable:
         """Forbid evicting `slots` until `unprotect`."""
         self._protected[slots] = True
 
+    def is_protected(self, slots: IntArray) -> NDArray[np.bool_]:
+        """Whether each of `slots` (n,) may not be evicted."""
+        return self._protected[slots]
+
     def unprotect(self, slots: IntArray | None = None) -> None:
         """Lift the protection of `slots`, or all protection."""
         self._protected[slice(None) if slots is None else slots] = False

@@ -19,10 +19,17 @@ from .host_pool import HostPool
 from .kernels import LayerWeights, Work, combine, make_kernel
 from .loader import Loader
 from .recorder import Recorder
-from .residency import IntArray, LayerNeed, ResidencyTable, distinct
+from .residency import ROUND_EXPERTS, IntArray, LayerNeed, ResidencyTable, distinct
 
 if TYPE_CHECKING:
     from .kernels.captured import CapturedStep
+
+
+#: When a layer needed at least this share of its experts, as a long prompt's do, the next one will too: its first
+#: experts are copied ahead, so that the link does not wait for its router.
+STREAM_SHARE = 0.95
+#: How many: two rounds, which keep the link busy for longer than the layers around the experts take.
+STREAM_EXPERTS = 2 * ROUND_EXPERTS
 
 
 class Serving:
@@ -162,7 +169,10 @@ class Serving:
             if timed:
                 recorder.decided(moe_layer, self.device.mark(True))
         for i, experts in enumerate(rounds):
-            self._serve_round(layer, work, experts, rounds[i + 1] if i + 1 < len(rounds) else None, timed)
+            following = rounds[i + 1] if i + 1 < len(rounds) else None
+            if following is None:
+                self._stream_ahead(layer, need, timed)
+            self._serve_round(layer, work, experts, following, timed)
         if need.num_misses:
             self.residency.unprotect()
         return combine(work.out_PD, weights_TK, x_TD.dtype)
@@ -215,6 +225,23 @@ class Serving:
         transfers = self.loader.load(moe_layer, missing, slots, Reason.ON_DEMAND, timed)
         if self.recorder is not None:
             self.recorder.transfers(transfers)
+
+    def _stream_ahead(self, layer: MoELayer, need: LayerNeed, timed: bool) -> None:
+        """Copy experts of the next layer behind this layer's own, if it is all but certain to need them."""
+        if layer.moe_layer + 1 == len(self.layers) or len(need.experts) < STREAM_SHARE * layer.num_experts:
+            return
+        following = self.layers[layer.moe_layer + 1]
+        row = self.residency.row(following.moe_layer)[: following.num_experts]
+        missing, resident = np.flatnonzero(row < 0), row[row >= 0]
+        count = min(len(missing), STREAM_EXPERTS, self.residency.num_slots // 4)
+        free = resident[~self.residency.is_protected(resident)]
+        self.residency.protect(free)  # needed next, however long ago they were used
+        if count and self.residency.can_take(count):
+            slots = self.residency.take(following.moe_layer, missing[:count])
+            transfers = self.loader.load(following.moe_layer, missing[:count], slots, Reason.PREFETCH, timed)
+            if self.recorder is not None:
+                self.recorder.transfers(transfers)
+        self.residency.unprotect(free)
 
     def _serve_round(
         self, layer: MoELayer, work: Work, experts: IntArray, following: IntArray | None, timed: bool

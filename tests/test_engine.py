@@ -139,8 +139,31 @@ def test_hits_late_and_misses_are_all_that_was_needed(model):
         chosen = [len(need.experts) for need in run.trace.needed(step)]
         assert table[table["step"] == step]["needed"].tolist() == chosen
     transfers = run.events[run.events["kind"] == "transfer"]
-    assert len(transfers) == table["misses"].sum(), "without prefetching, every transfer is a miss"
+    on_demand = transfers["reason"] == "on_demand"
+    assert on_demand.sum() == table["misses"].sum(), "every miss is one transfer"
+    assert (~on_demand).sum() <= table["late"].sum() + table["hits"].sum()
     assert transfers["bytes"].sum() == len(transfers) * engine.shape.row_bytes
+
+
+def test_a_long_prompt_streams_the_next_layers_experts_behind_its_own(model):
+    """The link need not wait for a router that will choose all experts anyway; tokens and counts stay honest."""
+    ids = prompt(batch=4, length=40)
+    expected = plain_tokens(model, ids, new=3)
+    with prescope.attach(model, slots=TOTAL // 2, device="null", decode="layered") as engine:
+        run = engine.generate(ids, max_new_tokens=3)
+        engine.check_integrity()
+    assert run.tokens == expected
+    prefill = run.layers[run.layers["phase"] == "prefill"].set_index("moe_layer")
+    assert (prefill["needed"] == EXPERTS).all()
+    assert (prefill["hits"] + prefill["late"] + prefill["misses"] == EXPERTS).all()
+    ahead = run.events[(run.events["reason"] == "prefetch") & (run.events["phase"] == "prefill")]
+    assert set(ahead["moe_layer"]) == {1, 2}, (
+        "the first layer cannot be known before, and no layer follows the last"
+    )
+    copies = run.events[(run.events["kind"] == "transfer") & (run.events["phase"] == "prefill")]
+    assert copies.groupby("moe_layer").size().tolist() == [EXPERTS] * LAYERS, "an expert was copied twice"
+    for layer in (1, 2):
+        assert prefill.loc[layer, "misses"] == EXPERTS - (ahead["moe_layer"] == layer).sum()
 
 
 def test_a_layer_that_needs_more_experts_than_slots_takes_rounds(model):
@@ -209,8 +232,12 @@ def test_bytes_in_slots_equal_the_models_weights(model):
                 continue
             layer, expert = divmod(key, EXPERTS)
             name = f"model.layers.{layer}.mlp.experts"
-            assert torch.equal(engine._serving.weights[layer].up[slot], weights[f"{name}.gate_up_proj"][expert])
-            assert torch.equal(engine._serving.weights[layer].down[slot], weights[f"{name}.down_proj"][expert])
+            assert torch.equal(
+                engine._serving.weights[layer].up[slot], weights[f"{name}.gate_up_proj"][expert]
+            )
+            assert torch.equal(
+                engine._serving.weights[layer].down[slot], weights[f"{name}.down_proj"][expert]
+            )
             checked += 1
     assert checked == 9
 
