@@ -49,7 +49,7 @@ SAME_NAME = [
 
 def shape_of(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """Class and configuration of "qwen3-30b-a3b", or of "qwen3-30b-a3b-cut16" with its first 16 layers only."""
-    base, _, layers = name.partition("-cut")
+    base, _, layers = name.partition("~")[0].partition("-cut")
     facts = TOY if base == "toy" else json.loads((CONFIGS / f"{base}.json").read_text())
     values = {key: facts[key] for key in SAME_NAME if key in facts}
     if layers:
@@ -66,7 +66,7 @@ def shape_of(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
 
 def open_model(name: str, device: torch.device, dtype: torch.dtype) -> BenchModel:
     """A shape by name, or a folder with trained weights."""
-    if name.partition("-cut")[0] in FAMILIES:
+    if name.partition("~")[0].partition("-cut")[0] in FAMILIES:
         return BenchModel(name, "random", "", _random_model(name, device, dtype))
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None  # all runs have the same length
@@ -76,8 +76,10 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> BenchMode
 @torch.no_grad()
 def _random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Random weights with enough entropy: greedy decoding would otherwise fall into a loop of one token, in which
-    any cache looks perfect. Unit embeddings, and attention outputs halved so that they do not drown the token.
+    any cache looks perfect. Unit embeddings, and attention outputs halved so that they do not drown the token; a name
+    that ends in "~0.65" scales them by that instead: the more of them, the more alike is the routing of neighbours.
     """
+    scale = float(name.partition("~")[2] or 0.5)
     cls, config = shape_of(name)
     config.eos_token_id = config.pad_token_id = config.bos_token_id = None
     with torch.device("meta"):
@@ -92,7 +94,7 @@ def _random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTra
         else:
             parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
             if key.endswith("o_proj.weight"):
-                parameter.mul_(0.5)
+                parameter.mul_(scale)
     with device:  # its buffers are computed, not loaded: `to_empty` left them empty
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.generation_config.eos_token_id = None

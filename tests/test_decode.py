@@ -10,6 +10,7 @@ import torch
 
 import prescope
 from prescope.core import Need
+from prescope.decode import DecodeLoop
 from prescope.device.emulated import EmulatedLinkDevice
 from prescope.errors import TransferFailed
 from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
@@ -211,3 +212,37 @@ def test_a_gpu_that_stops_is_an_error_and_not_a_hang(model, gpu, monkeypatch):
         with pytest.raises(TransferFailed, match="stopped"):
             engine.generate(ids, max_new_tokens=4)
     assert engine.needs[Need.MISS] > 0
+
+
+def test_the_host_reads_the_routing_once_a_layer_and_waits_for_nothing_else(model, monkeypatch):
+    """Layer by layer, each read is a wait for the GPU: one per MoE layer and step, whatever is missing."""
+    with prescope.attach(model, slots=5, device="null", decode="layered") as engine:
+        engine.generate(prompt(), max_new_tokens=2)
+        reads = []
+        read = engine._device.read
+        monkeypatch.setattr(engine._device, "read", lambda tensor: reads.append(tensor.shape) or read(tensor))
+        run = engine.generate(prompt(), max_new_tokens=6)
+    assert reads.count((1, TOP_K)) == LAYERS * (len(run.steps) - 1)
+    assert len(reads) - LAYERS * len(run.steps) <= 1, "at most the prompt's attention mask is read beside"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("driver", ["gpu-driven", "copy-engine"])
+def test_steps_from_a_graph_do_not_wait_for_the_gpu_at_all(driver, monkeypatch):
+    """torch raises at every synchronising call between the first captured step and the last."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    with prescope.attach(tiny_moe(), slots=6, device="cuda", decode=driver) as engine:
+        engine.generate(prompt(), max_new_tokens=4)
+        run_steps = DecodeLoop._run_steps
+
+        def strict(self, *arguments):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                run_steps(self, *arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(DecodeLoop, "_run_steps", strict)
+        run = engine.generate(prompt(), max_new_tokens=20)
+    assert len(run.tokens[0]) == 20
