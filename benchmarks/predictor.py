@@ -1,16 +1,27 @@
-"""How well do predictors predict: in the domains they were trained on, and when the text changes.
+"""How well do predictors predict: in the domains they were trained on, when the text changes, and at what cost.
 
-    python benchmarks/predictor.py --model data/tiny-moe --train code=train/code.txt --test code=valid/code.txt ... --out r.json
+    python benchmarks/predictor.py --corpus corpus --out predictor.json                  # data/tiny-moe, CPU or GPU
+    python benchmarks/predictor.py --model medium --corpus corpus --out medium.json --prompts 200 --epochs 12
 
-Trains LLaPor in both forms on excerpts of the training files, fits the counting baselines on the same trace, and scores all
-on the test files and, apart, on the shifted ones. Then a second training on the --only domains alone, scored on all others:
-dialogue -> code, prose -> maths, another language. Recall@K is the mean over layers; intervals are 95 %, over prompts.
-Prints tables and writes JSON. Accuracy does not depend on the machine; training times do, so the machine stands beside them.
+The corpus is a folder with train/<domain>.txt, valid/<domain>.txt and ood/<domain>.txt. Parts, each written to the
+JSON as soon as it is done; one that fails leaves its traceback there and the next goes on:
+
+all       LLaPor and the paper's form trained on all domains, scored beside the baselines on held-out and unknown text
+shifts    trained on one domain alone (--only), scored on the others: dialogue -> code, prose -> maths, another language
+ablation  the same training without one thing each: trust, own text, distillation, the chosen experts
+online    the text changes in mid-stream, with and without online tuning
+failures  inverted, random and adversarial predictions
+worth     milliseconds saved per token by the cost model, for the machine of --link-us, --gpu-us and --rest-us
+cost      time and size of one prediction at Qwen3-30B-A3B's shape on this machine: eager, and in a CUDA graph
+
+Recall@K is the mean over layers; intervals are 95 %, over prompts. Accuracy does not depend on the machine; times do.
 """
 
 import argparse
 import json
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,102 +29,266 @@ import numpy as np
 import torch
 
 import prescope
+from prescope.cost import LayerCosts
 from prescope.engine import Engine
 from prescope.hardware import machine_facts
-from prescope.learning import baselines, record_trace, router_agreement, routers_of
+from prescope.learning import baselines, own_text, record_trace, router_agreement, routers_of
 from prescope.predictor import (
+    Inverted,
+    LayerGroups,
+    Llapor,
     LlaporConfig,
     OnlineConfig,
     Routers,
-    ScoreCard,
+    Shape,
     TrainConfig,
+    adversarial_trace,
     difference,
     domain_shift,
     find_groups,
     measure_us,
+    random_predictor,
+    rows_of,
     score,
     train,
+    worth,
 )
-from prescope.predictor.train import rows_of
+from prescope.predictor.llapor import ModelTag
+from prescope.predictor.score import ScoreCard
 from prescope.routing import RoutingTrace
 
 LOOKAHEADS = (1, 2, 4)
+#: Qwen3-30B-A3B (data/configs/qwen3-30b-a3b.json): experts, top-k, hidden size.
+QWEN3 = (128, 8, 2048)
 
 
-def main() -> None:
-    """Record, train, score, print, write."""
-    args = _arguments()
-    torch.set_num_threads(args.threads)
-    engine = prescope.load(args.model, slots=1.0, device=args.device, events=False)
-    report: dict[str, Any] = {"machine": machine_facts(), "arguments": vars(args), "model": engine.name}
-    started = time.perf_counter()
-    traces = {
-        name: record_trace(
-            engine, excerpts(engine, pairs(getattr(args, name)), count, args.tokens), max_tokens=args.tokens
+class Study:
+    """What the parts share: traces, routers, trained predictors, and the report they add to."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.started = time.perf_counter()
+        self.report: dict[str, Any] = {"arguments": vars(args), "machine": machine_facts() | gpu_facts()}
+        self.tables: list[str] = []
+        self.predictors: dict[str, Llapor] = {}
+
+    def record(self) -> None:
+        """Traces of all splits and the model's own text."""
+        args = self.args
+        with prescope.load(args.model, slots=1.0, device=args.device, events=False) as engine:
+            self.traces = {
+                split: record_trace(
+                    engine,
+                    excerpts(engine, Path(args.corpus) / split, count, args.tokens),
+                    max_tokens=args.tokens,
+                    batch_tokens=args.batch_tokens,
+                )
+                for split, count in (
+                    ("train", args.prompts),
+                    ("valid", args.test_prompts),
+                    ("ood", args.test_prompts),
+                )
+            }
+            self.routers = routers_of(engine, self.traces["train"])
+            reading_s = time.perf_counter() - self.started
+            self.own = own_text(engine, args.own_tokens) if args.own_tokens else None
+        self.groups = find_groups(self.traces["train"])
+        self.report["recorded"] = {
+            "tokens": {name: len(trace) for name, trace in self.traces.items()},
+            "own_tokens": 0 if self.own is None else len(self.own),
+            "reading_s": reading_s,
+            "own_text_s": time.perf_counter() - self.started - reading_s,
+            "router_agreement": router_agreement(self.routers, self.traces["train"]),
+            "groups": self.groups.reason,
+        }
+        print(f"# {self.report['recorded']}", flush=True)
+
+    def trained(self, name: str, trace: RoutingTrace, own: RoutingTrace | None, **changes: Any) -> Llapor:
+        """Train one, and note what it took."""
+        args, started = self.args, time.perf_counter()
+        form = LlaporConfig.paper if changes.pop("paper", False) else LlaporConfig
+        settings = {"hidden": args.hidden} if args.hidden else {}
+        training = TrainConfig(
+            epochs=args.epochs, seed=args.seed, batch_tokens=args.train_batch, patience=args.epochs
         )
-        for name, count in (
-            ("train", args.prompts),
-            ("test", args.test_prompts),
-            ("shifted", args.test_prompts),
+        result = train(
+            trace,
+            own_text=own,
+            config=form(**settings, **changes),
+            training=training,
+            routers=self.routers,
+            device=args.train_device,
         )
-    }
-    report["recording_s"] = time.perf_counter() - started
-    report["tokens"] = {name: len(trace) for name, trace in traces.items()}
-    routers = routers_of(engine, traces["train"])
-    report["router_agreement"] = router_agreement(routers, traces["train"])
-    groups = find_groups(traces["train"])
-    report["groups"] = groups.reason
-    print(
-        f"# {report['tokens']} tokens recorded in {report['recording_s']:.0f} s; {groups.reason}", flush=True
-    )
-    everything = run(
-        args, traces["train"], {k: traces[k] for k in ("test", "shifted")}, routers, report, "all domains"
-    )
-    for only in args.only:
-        known = of_domain(traces["train"], only)
-        run(args, known, {"test": traces["test"]}, routers, report, f"{only} only", by_domain=True)
-    shift_study(everything, traces, report)
-    write(args, report)
-
-
-def run(
-    args: argparse.Namespace,
-    trace: RoutingTrace,
-    tests: dict[str, RoutingTrace],
-    routers: Routers,
-    report: dict[str, Any],
-    label: str,
-    by_domain: bool = False,
-) -> Any:
-    """Train both forms on a trace, score everything on the tests; returns the residual predictor."""
-    trained = {}
-    for config in (LlaporConfig(), LlaporConfig.paper()):
-        started = time.perf_counter()
-        training = TrainConfig(epochs=args.epochs, seed=args.seed)
-        result = train(trace, config=config, training=training, routers=routers, device=args.train_device)
         predictor = result.predictor
-        trained[predictor.name] = predictor
-        report.setdefault("trained", []).append({
-            "on": label, "predictor": predictor.name, "tokens": len(trace), "seconds": time.perf_counter() - started,
-            "epochs": len(result.history), "cost": predictor.cost()._asdict(),
-            "predict_us": measure_us(predictor, predictor.width, device=args.train_device),
+        self.predictors[name] = predictor
+        self.report.setdefault("trained", []).append({
+            "name": name, "tokens": len(trace), "seconds": time.perf_counter() - started,
+            "held_out_recall": [p.validation_recall for p in result.history], "groups": result.groups.reason,
+            "cost": predictor.cost()._asdict(), "nbytes": predictor.nbytes,
         })  # fmt: skip
-        print(f"# {label}: {predictor!r} in {report['trained'][-1]['seconds']:.0f} s", flush=True)
-    residual = trained["llapor"]
-    everyone = [*trained.values(), *baselines(trace, routers, residual)]
-    for name, test in tests.items():
-        cards = {p.name: score(p, test, lookaheads=LOOKAHEADS, groups=residual.groups) for p in everyone}
-        domains = sorted(set(cards["llapor"].domains.tolist())) if by_domain or name == "shifted" else []
-        for domain in [None, *domains]:
-            cells = [cell(card, cards["early router"], domain) for card in cards.values()]
-            report.setdefault("scores", []).append(
-                {"trained_on": label, "scored_on": name, "domain": domain, "cells": cells}
+        print(f"# {name}: {predictor!r} in {self.report['trained'][-1]['seconds']:.0f} s", flush=True)
+        return predictor
+
+    def scored(self, title: str, everyone: list[Any], trace: RoutingTrace, domain: str | None = None) -> None:
+        """Cards of several predictors on one trace, the early router among them, as a table."""
+        cards = {p.name: score(p, trace, lookaheads=LOOKAHEADS, groups=self.groups) for p in everyone}
+        cells = [cell(card, cards["early router"], domain) for card in cards.values()]
+        self.report.setdefault("scores", []).append({"title": title, "cells": cells})
+        self.report.setdefault("by_layer", {})[title] = {
+            name: card.to_frame().groupby(["lookahead", "moe_layer"]).recall.mean().unstack(0).to_dict()
+            for name, card in cards.items() if name in ("llapor", "early router")
+        }  # fmt: skip
+        self.tables.append(table_of(title, cells))
+        print(self.tables[-1], flush=True)
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    def all(self) -> None:
+        """Trained on all domains."""
+        trace = self.traces["train"]
+        full = self.trained("llapor", trace, self.own)
+        paper = self.trained("llapor plain", trace, self.own, paper=True)
+        everyone = [full, paper, *baselines(trace, self.routers, full)]
+        self.scored("all domains -> held-out text of the same domains", everyone, self.traces["valid"])
+        for domain in domains_of(self.traces["ood"]):
+            self.scored(
+                f"all domains -> {domain}", [full, paper, everyone[2]], of_domain(self.traces["ood"], domain)
             )
-            print_table(f"trained on {label}, scored on {name} ({domain or 'all domains'})", cells)
-        by_layer = {c.predictor: c.to_frame().groupby(["lookahead", "moe_layer"]).recall.mean().unstack(0).to_dict()
-                    for c in (cards["llapor"], cards["early router"])}  # fmt: skip
-        report.setdefault("by_layer", []).append({"trained_on": label, "scored_on": name, "recall": by_layer})
-    return residual
+
+    def shifts(self) -> None:
+        """Trained on one domain alone, with and without own text."""
+        for only in self.args.only:
+            known = of_domain(self.traces["train"], only)
+            early = baselines(known, self.routers, self.predictors["llapor"])[0]
+            with_own = self.trained(f"llapor, {only} only", known, self.own)
+            for domain in domains_of(self.traces["valid"]):
+                self.scored(f"{only} -> {domain}", [with_own, early], of_domain(self.traces["valid"], domain))
+
+    def ablation(self) -> None:
+        """One thing less each, on the domain of the first shift: in domain and on all others."""
+        only = self.args.only[0]
+        known = of_domain(self.traces["train"], only)
+        early = baselines(known, self.routers, self.predictors["llapor"])[0]
+        others = of_domain(self.traces["valid"], *(d for d in domains_of(self.traces["valid"]) if d != only))
+        forms: dict[str, dict[str, Any]] = {
+            "no trust": {"trust": 0.0}, "no own text": {"own": None}, "neither": {"trust": 0.0, "own": None},
+            "no distillation": {"distill": 0.0}, "no choice": {"use_choice": False}, "hidden 256": {"hidden": 256},
+        }  # fmt: skip
+        for name, changes in forms.items():
+            own = changes.pop("own", self.own)
+            one = self.trained(name, known, own, **changes)
+            for label, trace in ((only, of_domain(self.traces["valid"], only)), ("all others", others)):
+                self.scored(f"{only} -> {label}, {name}", [one, early], trace)
+
+    def online(self) -> None:
+        """The text changes from what was trained on to what was not."""
+        predictor = self.predictors.get(f"llapor, {self.args.only[0]} only", self.predictors["llapor"])
+        before = of_domain(self.traces["valid"], self.args.only[0])
+        for domain in domains_of(self.traces["ood"]):
+            for margin in (0.1, 0.02):
+                after = of_domain(self.traces["ood"], domain)
+                shift = domain_shift(predictor, before, after, online=OnlineConfig(margin=margin))
+                found = {k: v for k, v in shift._asdict().items() if k not in ("fixed", "tuned")}
+                found |= {
+                    "after": domain, "margin": margin, "cycle_ms": shift.tuning_ms / max(shift.cycles, 1),
+                }  # fmt: skip
+                self.report.setdefault("online", []).append(found)
+        self.tables.append(markdown("Change of text in mid-stream, lookahead 1", self.report["online"]))
+        print(self.tables[-1], flush=True)
+
+    def failures(self) -> None:
+        """Predictions that are wrong on purpose."""
+        good, trace = self.predictors["llapor"], self.traces["valid"]
+        hostile = adversarial_trace(trace, good)
+        rows = [
+            {"case": name, "recall@1": score(one, on, lookaheads=(1,)).recall(1)}
+            for name, one, on in (
+                ("as trained", good, trace), ("inverted", Inverted(good), trace),
+                ("random", random_predictor(good.shape, 1), trace), ("adversarial routing", good, hostile),
+            )
+        ]  # fmt: skip
+        self.report["failures"] = rows
+        self.tables.append(markdown("Failures on purpose", rows))
+        print(self.tables[-1], flush=True)
+
+    def worth(self) -> None:
+        """Would a predictor pay on the machine that the arguments describe?"""
+        args, good = self.args, self.predictors["llapor"]
+        everyone = [good, *baselines(self.traces["train"], self.routers, good), Inverted(good)]
+        costs = LayerCosts(
+            link_us=args.link_us, gpu_us=args.gpu_us, rest_us=args.rest_us, source=args.cost_source
+        )
+        rows = []
+        for ahead in LOOKAHEADS:
+            for one in everyone:
+                spent = args.predict_us if one.needs_inputs else 0.0
+                found = worth(one, self.traces["valid"], costs.with_predictor(spent), lookahead=ahead)
+                rows.append(found._asdict() | {"saved_ms": found.saved_ms})
+        self.report["worth"] = rows
+        self.tables.append(markdown(f"Worth by the cost model, ms per token at batch 1: {costs}", rows))
+        print(self.tables[-1], flush=True)
+
+    def cost(self) -> None:
+        """One prediction at the shape of Qwen3-30B-A3B, weights random: time does not depend on them."""
+        rows = [
+            prediction_cost(num_layers, tokens, self.args.train_device, config)
+            for config in (LlaporConfig(), LlaporConfig(hidden=256))
+            for num_layers in (16, 48)
+            for tokens in (1, 16)
+        ]
+        self.report["cost"] = rows
+        self.tables.append(markdown("One prediction, Qwen3-30B-A3B's shape, 4 layers ahead, per layer", rows))
+        print(self.tables[-1], flush=True)
+
+
+def prediction_cost(num_layers: int, tokens: int, device: str, config: LlaporConfig) -> dict[str, Any]:
+    """Microseconds per layer and call: eager with the device waited for, and in a graph of all layers."""
+    E, K, D = QWEN3
+    shape = Shape(num_layers, E, K)
+    groups = LayerGroups.at(num_layers // 4, 3 * num_layers // 4, num_layers, "for the measurement")
+    generator = torch.Generator().manual_seed(0)
+    routers = Routers.of_weights(torch.randn(num_layers, E, D, generator=generator) * D**-0.5)
+    P = config.width_middle
+    pca = (
+        torch.zeros(num_layers, 1, D), torch.randn(num_layers, D, P, generator=generator) * D**-0.5,
+        torch.full((num_layers, 1, P), 1.0 / P),
+    )  # fmt: skip
+    tag = ModelTag(model="random weights", fingerprint="none")
+    predictor = Llapor.fresh(config, shape, groups, pca, tag, routers, seed=0).to(device)
+    row: dict[str, Any] = {
+        "layers": num_layers, "tokens": tokens, "hidden": config.hidden,
+        "eager_us": measure_us(predictor, D, tokens=tokens, device=device),
+        "graph_us": graph_us(predictor, tokens, D) if device.startswith("cuda") else None,
+        "MiB_per_layer": predictor.cost().nbytes / 2**20, "GiB_all": predictor.nbytes / 2**30,
+    }  # fmt: skip
+    return row
+
+
+def graph_us(predictor: Llapor, tokens: int, width: int, repeats: int = 50) -> float:
+    """Device time of `predict` for all layers, one after the other, in one CUDA graph; per layer."""
+    x = torch.randn(tokens, width, device=predictor.device)
+    ids = torch.arange(predictor.shape.top_k, device=predictor.device).expand(tokens, -1).contiguous()
+    weights = torch.full(ids.shape, 1.0 / predictor.shape.top_k, device=predictor.device)
+
+    def step() -> list[Any]:
+        return [predictor.predict(layer, x, ids, weights) for layer in range(predictor.shape.num_layers - 1)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = step()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    begin.record()
+    for _ in range(repeats):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    assert all(bool(torch.isfinite(p.scores_TE).all()) for layer in kept for p in layer)
+    return 1e3 * begin.elapsed_time(end) / repeats / (predictor.shape.num_layers - 1)
 
 
 def cell(card: ScoreCard, early: ScoreCard, domain: str | None) -> dict[str, Any]:
@@ -126,97 +301,140 @@ def cell(card: ScoreCard, early: ScoreCard, domain: str | None) -> dict[str, Any
             "gain": difference(card, early, ahead, domain=domain)._asdict(),
             "hot": card.hot(ahead, domain=domain),
             "count_error_frac": card.count_error_frac(ahead, domain=domain),
-            "ece": card.ece(ahead) if domain is None else None,
+            "ece": card.ece(ahead),
         }
     return out
 
 
-def print_table(title: str, cells: list[dict[str, Any]]) -> None:
-    """Recall@K at each lookahead with its interval, the gain over the early router, then 2K, hot 4 in 6 and ECE."""
-    print(
-        f"\n{title}\n| predictor | " + " | ".join(f"@{a} | gain | 2K | hot | ECE" for a in LOOKAHEADS) + " |"
-    )
-    print("|---|" + "---|" * 5 * len(LOOKAHEADS))
+def table_of(title: str, cells: list[dict[str, Any]]) -> str:
+    """Recall@K at each lookahead, the gain over the early router, then 2K, hot 4 in 6, count error and ECE."""
+    rows = []
     for one in cells:
-        parts = []
+        row: dict[str, Any] = {"predictor": one["predictor"]}
         for ahead in LOOKAHEADS:
             c = one[f"@{ahead}"]
-            r, g = c["recall"], c["gain"]
-            gain = f"{g['value']:+.3f} [{g['low']:+.3f}, {g['high']:+.3f}]"
-            ece = "" if c["ece"] is None else f"{c['ece']:.3f}"
-            parts.append(
-                f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}] | {gain} | {c['recall_double']:.3f} | "
-                f"{c['hot']:.3f} | {ece}"
-            )
-        print(f"| {one['predictor']} | " + " | ".join(parts) + " |", flush=True)
+            g = c["gain"]
+            row[f"recall @{ahead}"] = c["recall"]["value"]
+            row[f"gain @{ahead}"] = f"{g['value']:+.3f} [{g['low']:+.3f}, {g['high']:+.3f}]"
+            row[f"2K @{ahead}"], row[f"hot @{ahead}"] = c["recall_double"], c["hot"]
+            row[f"count err @{ahead}"], row[f"ECE @{ahead}"] = c["count_error_frac"], c["ece"]
+        rows.append(row)
+    return markdown(title, rows)
 
 
-def shift_study(predictor: Any, traces: dict[str, RoutingTrace], report: dict[str, Any]) -> None:
-    """The text changes in mid-stream, with and without online tuning, for each margin."""
-    for margin in (0.1, 0.02):
-        shift = domain_shift(predictor, traces["test"], traces["shifted"], online=OnlineConfig(margin=margin))
-        report.setdefault("shift", []).append(
-            {"margin": margin, **{k: v for k, v in shift._asdict().items() if k not in ("fixed", "tuned")}}
-        )
-        cycle = shift.tuning_ms / max(shift.cycles, 1)
-        print(
-            f"# shift, margin {margin}: recall {shift.before:.3f} before, {shift.after_fixed:.3f} after, "
-            f"{shift.after_tuned:.3f} tuned; half the drop made up after {shift.recovery_tokens} tokens; "
-            f"{shift.cycles} cycles of {cycle:.1f} ms"
-        )
+def markdown(title: str, rows: list[dict[str, Any]]) -> str:
+    """A table; floats with three digits."""
+    names = list(rows[0])
+    lines = [f"\n### {title}\n", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for row in rows:
+        values = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in (row[name] for name in names)]
+        lines.append("| " + " | ".join(values) + " |")
+    return "\n".join(lines)
 
 
-def of_domain(trace: RoutingTrace, domain: str) -> RoutingTrace:
-    """The rows of one domain's prompts."""
-    sequences = [i for i, prompt in enumerate(trace.prompts) if prompt["domain"] == domain]
+def of_domain(trace: RoutingTrace, *domains: str) -> RoutingTrace:
+    """The rows of some domains' prompts."""
+    sequences = [i for i, prompt in enumerate(trace.prompts) if prompt["domain"] in domains]
     return rows_of(trace, np.flatnonzero(np.isin(trace.sequence, sequences)))
 
 
-def excerpts(engine: Engine, files: dict[str, str], count: int, tokens: int) -> dict[str, list[list[int]]]:
-    """`count` excerpts of each file at evenly spaced places, `tokens` long each."""
+def domains_of(trace: RoutingTrace) -> list[str]:
+    """Domains of a trace, sorted."""
+    return sorted({str(prompt["domain"]) for prompt in trace.prompts})
+
+
+def excerpts(engine: Engine, folder: Path, count: int, tokens: int) -> dict[str, list[list[int]]]:
+    """`count` excerpts of each file of a folder, at evenly spaced places, `tokens` long each."""
     assert engine.tokenizer is not None, "text needs a tokenizer"
     found: dict[str, list[list[int]]] = {}
-    for domain, path in files.items():
-        text = Path(path).read_text(encoding="utf-8")
+    for path in sorted(folder.glob("*.txt")):
+        text = path.read_text(encoding="utf-8", errors="replace")
         starts = np.linspace(0, max(0, len(text) - 8 * tokens), count).astype(int)
         # The first token may be a piece of a word.
-        found[domain] = [
+        found[path.stem] = [
             engine.tokenizer(text[i : i + 8 * tokens])["input_ids"][1 : tokens + 1] for i in starts
         ]
+    if not found:
+        raise SystemExit(
+            f"{folder} holds no <domain>.txt; --corpus needs train/, valid/ and ood/ with one a domain"
+        )
     return found
 
 
-def pairs(items: list[str]) -> dict[str, str]:
-    """["code=a.txt"] -> {"code": "a.txt"}."""
-    return dict(item.split("=", 1) for item in items)
+def gpu_facts() -> dict[str, Any]:
+    """The GPU's name, if there is one."""
+    return {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-def write(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Write the JSON, if asked to."""
+def main() -> None:
+    """Run the parts in order while time is left; print all tables again at the end."""
+    args = arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    study = Study(args)
+    parts: list[Callable[[], None]] = [study.record, *(getattr(study, name) for name in args.parts)]
+    for part in parts:
+        name, began = part.__name__, time.perf_counter()
+        if began - study.started > args.seconds and name != "cost":
+            study.report.setdefault("left_out", []).append(name)
+            continue
+        try:
+            part()
+        except Exception:  # noqa: BLE001 - nothing is lost: the traceback is printed and kept, other parts go on
+            study.report.setdefault("failed", {})[name] = traceback.format_exc()
+            traceback.print_exc()
+        study.report.setdefault("part_s", {})[name] = time.perf_counter() - began
+        if args.out:
+            Path(args.out).write_text(json.dumps(study.report, indent=1, default=str) + "\n")
+    head = (
+        f"# {study.report['machine']}\n# {study.report.get('recorded')}\n# seconds {study.report['part_s']}"
+    )
+    text = "\n".join([head, *study.tables, f"\nfailed: {list(study.report.get('failed', {})) or 'nothing'}, "
+                      f"left out: {study.report.get('left_out', 'nothing')}"])  # fmt: skip
     if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=1, default=str) + "\n")
+        Path(args.out).with_suffix(".md").write_text(text + "\n")
+    print("\n" + "=" * 100 + "\n" + text)
 
 
-def _arguments() -> argparse.Namespace:
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="data/tiny-moe")
-    parser.add_argument("--train", nargs="+", required=True, metavar="DOMAIN=FILE")
-    parser.add_argument("--test", nargs="+", required=True, metavar="DOMAIN=FILE")
-    parser.add_argument("--shifted", nargs="+", required=True, metavar="DOMAIN=FILE")
-    parser.add_argument(
-        "--only", nargs="*", default=[], help="train on one domain alone as well, for each of these"
+    add = parser.add_argument
+    on_gpu = torch.cuda.is_available()
+    add("--model", default="data/tiny-moe")
+    add(
+        "--corpus",
+        required=True,
+        help="folder with train/, valid/ and ood/, one <domain>.txt a domain in each",
     )
-    parser.add_argument("--prompts", type=int, default=64, help="of each training domain")
-    parser.add_argument("--test-prompts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=128, help="of each prompt")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--train-device", default="cpu")
-    parser.add_argument("--out", default="")
+    add("--out", default="", help="JSON; a .md is written beside it")
+    add("--parts", nargs="*", default=["all", "shifts", "online", "failures", "worth", "cost", "ablation"])
+    add(
+        "--only",
+        nargs="*",
+        default=["dialogue", "prose"],
+        help="train on each of these domains alone as well",
+    )
+    add("--seconds", type=float, default=170.0, help="no part but the cost begins after so many")
+    add("--prompts", type=int, default=48, help="of each training domain")
+    add("--test-prompts", type=int, default=16)
+    add("--tokens", type=int, default=128, help="of each prompt")
+    add("--own-tokens", type=int, default=16384, help="of text the model writes itself")
+    add("--epochs", type=int, default=6)
+    add("--hidden", type=int, default=0, help="width of the networks; 0 the default")
+    add("--train-batch", type=int, default=512, help="tokens")
+    add("--batch-tokens", type=int, default=8192 if on_gpu else 1024, help="of a pass when recording")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, default=0)
+    add("--device", default="auto")
+    add("--train-device", default="cuda" if on_gpu else "cpu")
+    add("--link-us", type=float, default=172.0)
+    add("--gpu-us", type=float, default=5.0)
+    add("--rest-us", type=float, default=200.0)
+    add("--predict-us", type=float, default=60.0)
+    add("--cost-source", default="Qwen3-30B-A3B's expert of 9.4 MB over 55 GB/s; the rest assumed")
     return parser.parse_args()
 
 

@@ -330,11 +330,13 @@ class _Sums:
 
     def _per_token(self, a: int, layer: int, scores: ScoreArray, used: NDArray[np.bool_]) -> None:
         Q = len(self.prompts)
-        best, double = _best(scores, self.K), _best(scores, min(2 * self.K, self.E))
+        # Stable: a tie goes to the lower id and does not depend on the machine.
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : 2 * self.K]
+        found = np.take_along_axis(used, order, axis=1)
         values = {
             "used": used.sum(1),
-            "hits": (best & used).sum(1),
-            "hits_double": (double & used).sum(1),
+            "hits": found[:, : self.K].sum(1),
+            "hits_double": found.sum(1),
             # A row that used no expert (the layer did not run for it) asked for no prediction.
             "predicted": np.where(used.any(1), self.K, 0),
         }
