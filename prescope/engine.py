@@ -5,7 +5,6 @@ graph, `recorder` takes down what happened.
 """
 
 import gc
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,20 +20,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from .cache import make_policy
 from .config import EngineConfig, resolve_slots
 from .core import MoEShape, Need
-from .decode import COPY, GPU, HOST, DecodeLoop, DecodeStep
+from .decode import DecodeLoop, Decoder
 from .device import Device, open_device, resolve_device
 from .errors import NotAttached, SlotPoolTooLarge, UnsupportedOption
 from .hardware import machine_facts
 from .hf import Attachment, MoELayer, find_moe_layers, load_model, top_k_of
-from .kernels import DEVICE_POLICIES, MOST_PAIRS, make_device_table, make_kernel
+from .kernels import make_kernel
 from .metrics import compute_metrics
 from .recorder import Recorder
 from .result import RunResult
 from .serving import Serving
 from .units import format_bytes
-
-#: Captured decode steps that are kept, of different batch sizes.
-MOST_STEPS = 4
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor
 
@@ -187,8 +183,7 @@ class Engine:
             self._device.close()
             raise
         self._layers = layers
-        self._steps: dict[int, DecodeStep] = {}  # by batch
-        self._table: Any = None  # the residency table on the GPU, for captured steps
+        self._decoder = Decoder(model, self._serving)
         self._serving.host = self._attachment.host
         try:
             self._serving.open_slots(self.num_slots, policy)
@@ -219,14 +214,14 @@ class Engine:
         given: dict[str, Any] = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
         config = replace(self.config, **{name: value for name, value in given.items() if value is not None})
         if slots is None and cache is None:
-            self._forget_steps()
+            self._decoder.forget()
             self.config = config
             return
         count, reason = _count_slots(config, self.shape, self._layers)
         policy = make_policy(config.cache, self.shape, self._frequencies)
         self._require_memory(count, self.num_slots * self.shape.row_bytes)
         self._device.synchronize()
-        self._forget_steps()
+        self._decoder.forget()
         self._serving.close_slots()
         self.config, self.num_slots, self.reasons["slots"] = config, count, reason
         self._serving.open_slots(count, policy)
@@ -264,106 +259,34 @@ class Engine:
         inputs = self._tokenize(prompts)
         self._cancelled = False
         stop = _Progress(self, on_step, inputs["input_ids"].shape[1])
-        user_criteria = StoppingCriteriaList(keywords.pop("stopping_criteria", []))
+        criteria = keywords.pop("stopping_criteria", [])
         settings = {"do_sample": False, **keywords}
         if self.model.generation_config.pad_token_id is None and self.tokenizer is not None:
             settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
-        loop = self._decode_loop(inputs["input_ids"], settings, user_criteria, on_step)
+        batch, length = inputs["input_ids"].shape
+        loop = self._decoder.loop(
+            self.config, batch, length, settings, bool(criteria), on_step or _ignore, lambda: self._cancelled
+        )
         with self._recording() as recorder:
             if isinstance(loop, DecodeLoop):
-                output = self.model.generate(
-                    **inputs, **settings, custom_generate=loop, past_key_values=loop.cache
-                )
-                self.reasons["decode"] = loop.reason
+                settings |= {"custom_generate": loop, "past_key_values": loop.cache}
             else:
-                self.reasons["decode"] = loop
-                output = self.model.generate(
-                    **inputs, **settings, stopping_criteria=StoppingCriteriaList([*user_criteria, stop])
-                )
+                settings["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
+            output = self.model.generate(**inputs, **settings)
+            self.reasons["decode"] = loop.reason if isinstance(loop, DecodeLoop) else loop
             sequences = output if isinstance(output, torch.Tensor) else output.sequences
             tokens = self._new_tokens(sequences, inputs["input_ids"].shape[1])
-            result = self._result(recorder, settings, sum(map(len, tokens)))
+            result = self._result(recorder, keywords, sum(map(len, tokens)))
         text = (
             self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             if self.tokenizer
             else [""] * len(tokens)
         )
+        if self._device.kind == "cuda" and self.config.decode == "auto" and isinstance(loop, str):
+            result.notes.append(f"decode steps ran layer by layer: {loop.removeprefix('layered: ')}")
         if self._cancelled:
             result.notes.append(f"cancelled after {recorder.num_steps} steps")
         return replace(result, text=text, tokens=tokens)
-
-    def _decode_loop(
-        self,
-        input_ids: torch.Tensor,
-        settings: dict[str, Any],
-        criteria: StoppingCriteriaList,
-        on_step: Callable[[int], None] | None,
-    ) -> DecodeLoop | str:
-        """A loop that runs captured steps, or the reason why transformers' own loop runs, layer by layer."""
-        batch = input_ids.shape[0]
-        if reason := self._why_layered(batch, settings, criteria):
-            if self.config.decode not in ("auto", "layered"):
-                warnings.warn(
-                    f"decode={self.config.decode!r}: decode steps run layer by layer: {reason}", stacklevel=3
-                )
-            return f"layered: {reason}"
-        drivers, only = self._drivers()
-        step = self._steps.get(batch)
-        length = input_ids.shape[1] + settings["max_new_tokens"]
-        if step is None or step.length < length or step.timed != self.config.events:
-            self._steps.pop(batch, None)
-            try:
-                step = DecodeStep(
-                    self.model, self._serving, batch=batch, length=length, drivers=drivers,
-                    timed=self.config.events, compiled=self.config.compiled,
-                )  # fmt: skip
-            except UnsupportedOption as error:
-                return f"layered: {error}"
-            if len(self._steps) >= MOST_STEPS:
-                self._steps.pop(next(iter(self._steps)))
-            self._steps[batch] = step
-        if self._table is None:
-            self._table = make_device_table(self.shape, self.num_slots, self._device.torch_device)
-        step.cache.reset()
-        return DecodeLoop(
-            step, self._serving, self._table, only, on_step or (lambda tokens: None), lambda: self._cancelled
-        )
-
-    def _drivers(self) -> tuple[list[str], str]:
-        """Which drivers to capture decode steps for, and why it is one only."""
-        if self.config.decode in (GPU, COPY, HOST):
-            return [self.config.decode], "as given"
-        if self.config.cache not in DEVICE_POLICIES:
-            return [HOST], f"cache={self.config.cache!r} needs the host"
-        if self.num_slots >= sum(layer.num_experts for layer in self._layers):
-            return [GPU], "all experts have slots"
-        return [GPU, COPY], ""
-
-    def _why_layered(self, batch: int, settings: dict[str, Any], criteria: StoppingCriteriaList) -> str:
-        """Why decode steps cannot run from a graph in this run; "" if they can."""
-        needed = min(self.shape.num_experts, batch * self.shape.top_k)
-        allowed = {"do_sample", "max_new_tokens", "min_new_tokens", "pad_token_id", "eos_token_id", "temperature",
-                   "top_k", "top_p", "min_p", "repetition_penalty"}  # fmt: skip
-        other = sorted(set(settings) - allowed) + (["stopping_criteria"] if criteria else [])
-        checks = [
-            (self.config.decode == "layered", "as given"),
-            (self._device.kind != "cuda", "graphs need CUDA"),
-            (self.config.kernels != "triton", f"kernels={self.config.kernels!r} cannot be captured"),
-            (self.config.record_inputs, "router inputs are recorded"),
-            (self.config.decode in (GPU, COPY) and self.config.cache not in DEVICE_POLICIES,
-             f"cache={self.config.cache!r} needs the host"),
-            (needed > self.num_slots, f"a layer may need {needed} experts at once, there are {self.num_slots} slots"),
-            (batch * self.shape.top_k > MOST_PAIRS, f"more than {MOST_PAIRS} pairs of token and expert"),
-            ("max_new_tokens" not in settings, "max_new_tokens is not given"),
-            (bool(other), f"generate has {', '.join(other)}"),
-            (self.model.generation_config.num_beams not in (None, 1), "beam search"),
-        ]  # fmt: skip
-        return next((reason for holds, reason in checks if holds), "")
-
-    def _forget_steps(self) -> None:
-        """Graphs hold the addresses of slots."""
-        self._steps.clear()
-        self._table = None
 
     @contextmanager
     def record(self) -> Iterator[list[RunResult]]:
@@ -551,7 +474,7 @@ class Engine:
         if self._attachment.host.layers:
             self._device.recover()
             self._hook.remove()
-            self._forget_steps()
+            self._decoder.forget()
             self._serving.close_slots()
             self._attachment.detach()
             self._device.close()
@@ -579,6 +502,10 @@ class Engine:
             f"{self.num_slots} slots = {format_bytes(self.num_slots * self.shape.row_bytes)}, "
             f"{self.config.cache}, {self._device.describe()['label']}{state})"
         )
+
+
+def _ignore(tokens: int) -> None:
+    """Nobody asked to be told."""
 
 
 class _Progress(StoppingCriteria):
