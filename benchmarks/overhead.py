@@ -177,7 +177,7 @@ def _print(records: dict[str, Any]) -> None:
     print(
         "\nmicroseconds per decode token, medians; 'ours': deciding, gaps, and stall beyond bytes / link rate\n"
     )
-    print("| batch | slots | mode | " + " | ".join(PARTS + ["ours %"] + counts) + " |")
+    print("| batch | slots | mode | " + " | ".join([*PARTS, "ours %", *counts]) + " |")
     print("|" + "---|" * (len(PARTS) + len(counts) + 4))
     for row in records["token"]:
         values = [f"{row[part]:.0f}" for part in PARTS] + [f"{row['ours'] / row['wall']:.1%}"]
