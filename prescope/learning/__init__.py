@@ -162,10 +162,11 @@ def train_predictor(
     cards = {p.name: score(p, test, groups=result.groups) for p in [predictor, *others]}
     if path is not None:
         predictor.save(path)
+    cues = measure_cues(trace, result.split.train)
+    seconds = time.perf_counter() - started
     return TrainedPredictor(
-        predictor, others, cards, result.history, result.groups, measure_cues(known), trace, test, judged_on,
-        time.perf_counter() - started,
-    )  # fmt: skip
+        predictor, others, cards, result.history, result.groups, cues, trace, test, judged_on, seconds
+    )
 
 
 def baselines(trace: RoutingTrace, routers: Routers | None, like: Llapor) -> list[Any]:

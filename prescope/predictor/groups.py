@@ -15,7 +15,7 @@ Shapes: R rows, L MoE layers, E experts, K top-k, D width.
 """
 
 from itertools import combinations, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,15 +76,17 @@ class LayerGroups(NamedTuple):
         )
 
 
-def measure_cues(trace: RoutingTrace) -> Cues:
-    """The cues of a trace with router inputs; padding rows are left out.
+def measure_cues(trace: RoutingTrace, rows: NDArray[np.integer[Any]] | None = None) -> Cues:
+    """The cues of a trace with router inputs, or of some of its rows; padding is left out.
 
     Raises:
         BadTrace: it has no router inputs.
     """
     inputs_RLD = require_inputs(trace, "the similarity of router inputs")
     real = np.flatnonzero(trace.position >= 0)
-    used_RLE = used_mask(trace.expert_ids, trace.num_experts)[real].astype(np.float32)
+    if rows is not None:
+        real = np.intersect1d(real, rows)
+    used_RLE = used_mask(trace.expert_ids[real], trace.num_experts).astype(np.float32)
     by_layer = _neighbour_correlation(used_RLE)
     by_token = _token_correlation(trace, used_RLE, real)
     load = np.array([_gini(load_E) for load_E in used_RLE.sum(axis=0)])
@@ -92,7 +94,7 @@ def measure_cues(trace: RoutingTrace) -> Cues:
     return Cues(
         (by_layer + by_token) / 2,
         (load + weight) / 2,
-        _similarity(inputs_RLD[real]),
+        _similarity(inputs_RLD[real[np.linspace(0, len(real) - 1, min(len(real), MAX_ROWS)).astype(int)]]),
         by_layer,
         by_token,
         load,
@@ -134,9 +136,9 @@ def group_layers(cues: Cues, max_chance: float = MAX_CHANCE) -> LayerGroups:
     return LayerGroups.at(int(start), int(end), L, f"three groups: {found}")
 
 
-def find_groups(trace: RoutingTrace) -> LayerGroups:
-    """Groups of the layers of a trace: `group_layers(measure_cues(trace))`."""
-    return group_layers(measure_cues(trace))
+def find_groups(trace: RoutingTrace, rows: NDArray[np.integer[Any]] | None = None) -> LayerGroups:
+    """Groups of the layers of a trace, or of some of its rows: `group_layers(measure_cues(trace, rows))`."""
+    return group_layers(measure_cues(trace, rows))
 
 
 def _best_cuts(
@@ -221,11 +223,10 @@ def _weight_skew(weights_RLK: NDArray[np.float32]) -> Curve:
 
 def _similarity(inputs_RLD: NDArray[np.float16]) -> Curve:
     """Mean cosine between the router inputs of each layer and of those beside it."""
-    rows = np.linspace(0, len(inputs_RLD) - 1, min(len(inputs_RLD), MAX_ROWS)).astype(int)
     L = inputs_RLD.shape[1]
     links = []
     for a in range(L - 1):
-        x, y = inputs_RLD[rows, a].astype(np.float32), inputs_RLD[rows, a + 1].astype(np.float32)
+        x, y = inputs_RLD[:, a].astype(np.float32), inputs_RLD[:, a + 1].astype(np.float32)
         lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
         links.append(float(((x * y).sum(axis=1) / np.maximum(lengths, 1e-12)).mean()))
     return np.array([float(np.mean(links[max(0, a - 1) : a + 1])) if links else 0.0 for a in range(L)])

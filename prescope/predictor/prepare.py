@@ -72,6 +72,11 @@ def rows_of(trace: RoutingTrace, rows: IdArray) -> RoutingTrace:
     return replace(trace, **arrays)
 
 
+def spread(rows: IdArray, most: int) -> IdArray:
+    """At most so many of some rows, evenly spaced."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]
+
+
 def fit_pca(
     inputs_RLD: NDArray[np.float16], width: list[int], most: int, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,11 +90,10 @@ def fit_pca(
     Args:
         width: dimensions of each layer. `most`: P; columns beyond a layer's width are zero.
     """
-    R, L, D = inputs_RLD.shape
-    rows = np.linspace(0, R - 1, min(R, PCA_ROWS)).astype(int)
+    _, L, D = inputs_RLD.shape
     mean, components, whitening = torch.zeros(L, 1, D), torch.zeros(L, D, most), torch.zeros(L, 1, most)
     for layer, keep in enumerate(width):
-        x = torch.from_numpy(inputs_RLD[rows, layer]).to(device).float()
+        x = torch.from_numpy(inputs_RLD[:, layer]).to(device).float()
         centre = x.mean(0)
         covariance = (x - centre).T @ (x - centre) / len(x)
         variance, vectors = torch.linalg.eigh(covariance.double())

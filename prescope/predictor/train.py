@@ -26,7 +26,7 @@ from .calibration import fit_platt
 from .files import check_tensors, read_tensors, write_tensors
 from .groups import LayerGroups, find_groups
 from .llapor import Llapor, LlaporConfig, ModelTag
-from .prepare import Split, fit_pca, rows_of, split_by_prompt
+from .prepare import PCA_ROWS, Split, fit_pca, rows_of, split_by_prompt, spread
 
 CHECKPOINT_FORMAT = "prescope-predictor-checkpoint-1"
 #: Frequency weights of the balanced loss stay within this factor, or a dead expert would rule the loss.
@@ -115,15 +115,11 @@ def train(
         BadPredictor: the checkpoint is damaged, or of another trace or other settings.
     """
     config, training = config or LlaporConfig(), training or TrainConfig()
-    inputs = require_inputs(trace, "training LLaPor")
+    require_inputs(trace, "training LLaPor")
     if trace.num_layers < 2:
         raise BadTrace(f"{trace.model} has {trace.num_layers} MoE layer; there is no coming layer to predict")
-    if np.isnan(inputs).any():
-        raise BadState(
-            "the trace's router inputs hold NaN; record it again with the model in bfloat16 or float32"
-        )
     split = split_by_prompt(trace, training.hold_out, training.seed)
-    groups = groups or find_groups(rows_of(trace, split.train))
+    groups = groups or find_groups(trace, split.train)
     rows = split
     if own_text is not None:
         more = len(trace) + np.flatnonzero(own_text.position >= 0)
@@ -167,7 +163,7 @@ class _Run:
         ]
         # As wide as the widest setting, so that the file's shapes follow from the settings alone.
         most = min(D, max(config.width_outer, config.width_middle))
-        pca = fit_pca(inputs[split.train], width, most, device)
+        pca = fit_pca(inputs[spread(split.train, PCA_ROWS)], width, most, device)
         tag = ModelTag(model=trace.model, fingerprint=trace.fingerprint)
         self.predictor = Llapor.fresh(config, shape, groups, pca, tag, routers, training.seed).to(device)
         self.routers = routers.to(device) if routers is not None else None
