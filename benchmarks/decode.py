@@ -120,18 +120,20 @@ def run_model(
         print(f"# {engine!r}: experts to pinned rows in {seconds:.1f} s", flush=True)
         if args.events_cost:
             keep(events_cost(engine, prompts[args.batch[0]], args), None)
-        for batch, mode, share in product(args.batch, args.modes, args.slots):
-            if time.perf_counter() > args.deadline:
-                print(f"# no time left for batch {batch}, {mode}, {share:.0%} slots", flush=True)
-                continue
-            decode, _, compiled = mode.partition("+")
-            engine.configure(slots=share, decode=decode, compiled=bool(compiled))
-            bounds = (fastest[batch], facts["link_gb_per_s"])
-            cell, tokens = run_engine(engine, source, prompts[batch], mode, args, bounds)
-            if share == 1.0:  # the same model all on the GPU: no slots to wait for
-                fastest[batch] = min(fastest[batch], cell["tpot_ms"])
-            new = new_tokens(batch, args)
-            keep({"batch": batch, "new": new, "slots": f"{share:.0%}", **cell}, tokens)
+        modes = {batch: args.modes if batch < 8 else args.modes_large or args.modes for batch in args.batch}
+        for batch in args.batch:
+            for mode, share in product(modes[batch], args.slots):
+                if time.perf_counter() > args.deadline:
+                    print(f"# no time left for batch {batch}, {mode}, {share:.0%} slots", flush=True)
+                    continue
+                decode, _, compiled = mode.partition("+")
+                engine.configure(slots=share, decode=decode, compiled=bool(compiled))
+                bounds = (fastest[batch], facts["link_gb_per_s"])
+                cell, tokens = run_engine(engine, source, prompts[batch], mode, args, bounds)
+                if share == 1.0:  # the same model all on the GPU: no slots to wait for
+                    fastest[batch] = min(fastest[batch], cell["tpot_ms"])
+                new = new_tokens(batch, args)
+                keep({"batch": batch, "new": new, "slots": f"{share:.0%}", **cell}, tokens)
     check_tokens(bench.model, args, records[first:], outputs)
 
 
@@ -382,6 +384,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--modes", nargs="+", default=["auto"], help="EngineConfig.decode, with or without +compiled"
     )
+    parser.add_argument("--modes-large", nargs="*", default=[], help="modes at batch 8 and above, if others")
     parser.add_argument(
         "--seconds", type=float, default=1e9, help="start no new cell of the engine after this"
     )
