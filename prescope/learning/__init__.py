@@ -17,7 +17,7 @@ from ..predictor.base import Shape, TooFewPrompts, measure_us
 from ..predictor.baselines import Chance, EarlyRouter, Frequency, Oracle, PreviousToken, Routers, Transition
 from ..predictor.groups import Cues, LayerGroups, measure_cues
 from ..predictor.llapor import Llapor, LlaporConfig
-from ..predictor.prepare import MIN_PROMPTS, rows_of
+from ..predictor.prepare import MIN_PROMPTS, rows_of, spread
 from ..predictor.score import ScoreCard, difference, score
 from ..predictor.train import Progress, TrainConfig, train
 from ..predictor.worth import worth
@@ -39,6 +39,8 @@ __all__ = [
 
 #: Own text when the caller names no amount: as much as the prompts, but no more than this many tokens.
 MOST_OWN_TOKENS = 16384
+#: Rows the early router's two numbers per lookahead are fitted on.
+CALIBRATION_ROWS = 8192
 
 
 class TrainedPredictor(NamedTuple):
@@ -181,7 +183,7 @@ def baselines(trace: RoutingTrace, routers: Routers | None, like: Llapor) -> lis
     ]
     if routers is not None:
         early = EarlyRouter(shape, routers.to(like.device), lookahead)
-        early.calibrate(trace)
+        early.calibrate(rows_of(trace, spread(np.flatnonzero(trace.position >= 0), CALIBRATION_ROWS)))
         found.insert(0, early)
     return found
 
