@@ -38,6 +38,7 @@ from prescope.predictor import (
     LayerGroups,
     Llapor,
     LlaporConfig,
+    ModelTag,
     OnlineConfig,
     Routers,
     Shape,
@@ -53,7 +54,6 @@ from prescope.predictor import (
     train,
     worth,
 )
-from prescope.predictor.llapor import ModelTag
 from prescope.predictor.score import ScoreCard
 from prescope.routing import RoutingTrace
 

@@ -18,6 +18,7 @@ from prescope.predictor import (
     LayerGroups,
     Llapor,
     LlaporConfig,
+    ModelTag,
     Shape,
     TooFewPrompts,
     TrainConfig,
@@ -25,7 +26,6 @@ from prescope.predictor import (
     split_by_prompt,
     train,
 )
-from prescope.predictor.llapor import ModelTag
 from tests.models import EXPERTS, LAYERS, TOP_K, VOCABULARY, tiny_moe
 
 SHAPE = Shape(LAYERS, EXPERTS, TOP_K)

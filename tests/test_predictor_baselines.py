@@ -7,15 +7,8 @@ import torch
 import prescope
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
 from prescope.predictor.base import Shape, used_mask
-from prescope.predictor.baselines import (
-    Chance,
-    EarlyRouter,
-    Frequency,
-    Oracle,
-    PreviousToken,
-    Routers,
-    Transition,
-)
+from prescope.predictor.baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
+from prescope.predictor.controls import Chance, Oracle
 from prescope.predictor.groups import Cues, group_layers
 from tests.models import EXPERTS, LAYERS, TOP_K, prompt, tiny_moe
 

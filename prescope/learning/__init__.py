@@ -14,9 +14,11 @@ import pandas as pd
 
 from ..cost import LayerCosts
 from ..predictor.base import Shape, TooFewPrompts, measure_us
-from ..predictor.baselines import Chance, EarlyRouter, Frequency, Oracle, PreviousToken, Routers, Transition
+from ..predictor.baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
+from ..predictor.controls import Chance, Oracle
+from ..predictor.form import LlaporConfig
 from ..predictor.groups import Cues, LayerGroups, measure_cues
-from ..predictor.llapor import Llapor, LlaporConfig
+from ..predictor.llapor import Llapor
 from ..predictor.prepare import MIN_PROMPTS, rows_of, spread
 from ..predictor.score import ScoreCard, difference, score
 from ..predictor.train import Progress, TrainConfig, train

@@ -14,7 +14,7 @@ from ..errors import UnsupportedOption
 from ..hf import MoELayer, find_moe_layers
 from ..predictor.base import BadState, require_inputs, used_mask
 from ..predictor.baselines import Routers
-from ..predictor.llapor import LlaporConfig
+from ..predictor.form import LlaporConfig
 from ..routing import RoutingTrace
 
 #: Share of the recorded choices that routers taken from a model must reproduce on the recorded inputs.

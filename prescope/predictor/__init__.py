@@ -1,16 +1,18 @@
 """Predictors: which experts the coming MoE layers will use, under one protocol (`base.Predictor`).
 
-`llapor` is the trained one, `train` trains it, `online` tunes it while it runs; `baselines` hold those that need no
-training and the two controls; `groups` finds the layer groups; `score` judges them all, `worth`
-says whether they pay; `failures` breaks them.
+`llapor` is the trained one (`form` its settings and tensors), `train` trains it, `online` tunes it while it runs;
+`baselines` hold those that need no training, `controls` those that must score everything and chance; `groups` finds the
+layer groups; `score` judges them all, `worth` says whether they pay; `failures` breaks them.
 Imports no model code: routers come in as tensors, states as a `RoutingTrace`.
 """
 
 from .base import BadPredictor, BadState, Cost, Prediction, Predictor, Shape, TooFewPrompts, measure_us
-from .baselines import Chance, EarlyRouter, Frequency, Oracle, PreviousToken, Routers, Transition
+from .baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
+from .controls import Chance, Oracle
 from .failures import Inverted, Shift, adversarial_trace, domain_shift, joined_stream, random_predictor
+from .form import LlaporConfig, ModelTag
 from .groups import Cues, LayerGroups, contrast_of, find_groups, group_layers, measure_cues
-from .llapor import Llapor, LlaporConfig
+from .llapor import Llapor
 from .online import OnlineConfig, OnlineTuner
 from .prepare import Split, rows_of, split_by_prompt
 from .score import Interval, ScoreCard, difference, score
@@ -30,6 +32,7 @@ __all__ = [
     "LayerGroups",
     "Llapor",
     "LlaporConfig",
+    "ModelTag",
     "OnlineConfig",
     "OnlineTuner",
     "Oracle",

@@ -18,7 +18,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..errors import BadTrace, TraceMismatch
 from ..routing import RoutingTrace
@@ -109,7 +108,7 @@ def above_threshold(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
     return logits_TE - best[..., top_k - 1 :].mean(-1, keepdim=True)
 
 
-class _Baseline:
+class Baseline:
     """What all of them share; `observe` does nothing unless a predictor keeps a state."""
 
     name = ""
@@ -132,7 +131,7 @@ class _Baseline:
         return Cost(numbers, 4 * numbers, numbers)
 
 
-class EarlyRouter(_Baseline):
+class EarlyRouter(Baseline):
     """Layer l + d's own router on layer l's router input: the residual stream changes little from layer to layer.
 
     Scores are a sigmoid of the logits above the row's top-k threshold; `calibrate` makes them probabilities.
@@ -199,7 +198,7 @@ class EarlyRouter(_Baseline):
         return Cost(numbers, numbers * self.routers.weight_LED.element_size(), 2 * numbers)
 
 
-class Frequency(_Baseline):
+class Frequency(Baseline):
     """Share of a trace's tokens that used each expert; the same answer for every token."""
 
     name = "frequency"
@@ -231,7 +230,7 @@ class Frequency(_Baseline):
         return np.broadcast_to(self.rate_LE[lookahead:], (len(trace), *self.rate_LE[lookahead:].shape))
 
 
-class PreviousToken(_Baseline):
+class PreviousToken(Baseline):
     """What the sequence's previous position used at the layer; older positions, decayed, order the rest.
 
     In a live prefill all positions pass a layer at once, so there the state is that before the prefill; a replay
@@ -299,7 +298,7 @@ class PreviousToken(_Baseline):
         return out
 
 
-class Transition(_Baseline):
+class Transition(Baseline):
     """Counts of "expert i at layer l, expert j at layer l + d" in a trace, combined as if the K experts spoke
     independently: logit = logit of the rate + sum over chosen i of (logit of P(j | i) - logit of the rate).
     """
@@ -352,68 +351,3 @@ class Transition(_Baseline):
         """K rows of a table for each lookahead."""
         numbers = self.shape.num_experts * self.shape.top_k * self.lookahead
         return Cost(numbers, 4 * numbers, numbers)
-
-
-class Oracle(_Baseline):
-    """Knows the trace that it replays. A score card on which it gets less than 1.0 miscounts."""
-
-    name = "oracle"
-    is_calibrated = True
-
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
-        """Always raises BadTrace: live, nobody knows the future."""
-        raise BadTrace("the oracle knows a recorded trace only; use replay(trace, lookahead)")
-
-    def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
-        """As `Predictor.replay`: exactly what was used."""
-        self._check(trace, lookahead)
-        return used_mask(trace.expert_ids, self.shape.num_experts)[:, lookahead:].astype(np.float32)
-
-
-class Chance(_Baseline):
-    """Knows the number of experts only. Scores are K / E with noise too small to matter but for the order."""
-
-    name = "chance"
-    is_calibrated = True
-
-    def __init__(self, shape: Shape, lookahead: int, seed: int = 0) -> None:
-        super().__init__(shape, lookahead)
-        self.seed = seed
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def _scores(self, noise: NDArray[np.float64]) -> ScoreArray:
-        return (self.shape.top_k / self.shape.num_experts * (1.0 - 1e-3 * noise)).astype(np.float32)
-
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
-        """Another order at each call."""
-        size = (len(x_TD), self.shape.num_experts)
-        return [
-            Prediction(
-                target,
-                ahead,
-                torch.from_numpy(
-                    self._scores(torch.rand(size, generator=self._generator).double().numpy())
-                ).to(x_TD.device),
-            )
-            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
-        ]
-
-    def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
-        """As `Predictor.replay`; the same order at each call, another at each lookahead."""
-        self._check(trace, lookahead)
-        rng = np.random.default_rng([self.seed, lookahead])
-        return self._scores(
-            rng.random((len(trace), self.shape.num_layers - lookahead, self.shape.num_experts))
-        )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import TraceMismatch
 from ..routing import RoutingTrace
 from .base import Cost, Prediction, Predictor, ScoreArray, Shape, used_mask
-from .baselines import Chance
+from .controls import Chance
 from .llapor import Llapor
 from .online import OnlineConfig, OnlineTuner
 from .score import recall_at

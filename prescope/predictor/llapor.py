@@ -15,10 +15,9 @@ M middle layers, N = lookahead * E outputs.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -39,107 +38,13 @@ from .base import (
 )
 from .baselines import Routers
 from .files import check_tensors, read_tensors, require_finite_tensors, write_tensors
+from .form import FIXED, LlaporConfig, ModelTag, tensor_shapes
 from .groups import LayerGroups
 
 FORMAT = "prescope-predictor-2"
 #: Rows scored at once in a replay.
 ROWS = 2048
-#: Compressed widths of the paper, for hidden size 4096; a model narrower than that keeps all its dimensions.
-WIDTH_OUTER, WIDTH_MIDDLE = 256, 512
 ALL = slice(None)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LlaporConfig:
-    """What decides the form of the networks and their loss.
-
-    Args:
-        lookahead: layers ahead, 1..lookahead are all predicted.
-        width_outer, width_middle: PCA dimensions kept, cut to the model's width.
-        hidden: width of the networks. `block`: of the middle group's gated residual block.
-        dropout: share of hidden units dropped in training.
-        residual: early-router logits + learned correction; needs the model's routers.
-        trust: the residual variant's correction counts in full up to this mean squared whitened distance of a state
-            from the training states (which lie at 1 on average), beyond it as trust / distance; 0 always in full.
-        use_choice: the chosen experts and their weights are inputs too.
-        focal_lambda, focal_gamma: weight and exponent of the focal loss in the outer groups.
-        distill: weight of the cross-entropy to the coming router's own probabilities, which say more than the K
-            chosen ids; needs the model's routers; 0 is the paper's loss. Applies to the residual variant only.
-    """
-
-    lookahead: int = 4
-    width_outer: int = WIDTH_OUTER
-    width_middle: int = WIDTH_MIDDLE
-    hidden: int = 512
-    block: int = 128
-    dropout: float = 0.1
-    residual: bool = True
-    trust: float = 0.7
-    use_choice: bool = True
-    focal_lambda: float = 0.5
-    focal_gamma: float = 2.0
-    distill: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("lookahead", "width_outer", "width_middle", "hidden", "block"):
-            if getattr(self, name) < 1:
-                raise UnsupportedOption(f"{name} is {getattr(self, name)}; it is at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UnsupportedOption(f"dropout is {self.dropout}; it lies in [0, 1)")
-        if min(self.trust, self.focal_lambda, self.focal_gamma, self.distill) < 0.0:
-            raise UnsupportedOption("trust, focal_lambda, focal_gamma and distill are not negative")
-
-    @classmethod
-    def paper(cls, **changes: Any) -> "LlaporConfig":
-        """The paper's form: no early router, no distillation."""
-        return cls(**{"residual": False, "distill": 0.0, **changes})
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelTag:
-    """Which model a predictor belongs to, and what is known of its training."""
-
-    model: str
-    fingerprint: str
-    notes: dict[str, Any] = field(default_factory=dict)
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-
-
-def tensor_shapes(
-    config: LlaporConfig, shape: Shape, width: int, num_middle: int
-) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a predictor; `width` is D. A file is checked against it."""
-    L, E, _ = shape
-    P = min(width, max(config.width_outer, config.width_middle))
-    H, B, N = config.hidden, config.block, config.lookahead * E
-    shapes: dict[str, tuple[int, ...]] = {
-        "pca_mean": (L, 1, width),
-        "pca": (L, width, P),
-        "whiten": (L, 1, P),
-        "in": (L, P, H),
-        "in_bias": (L, 1, H),
-        "up": (num_middle, H, B),
-        "up_bias": (num_middle, 1, B),
-        "gate": (num_middle, H, B),
-        "gate_bias": (num_middle, 1, B),
-        "down": (num_middle, B, H),
-        "head": (L, H, N),
-        "head_bias": (L, 1, N),
-        "platt": (L, config.lookahead, 2),
-    }
-    if config.use_choice:
-        shapes["choice"] = (L, E, H)
-    if config.residual:
-        shapes |= {
-            "skip": (L, 1, N),
-            "router": (L, E, width),
-            "router_bias": (L, E),
-        }
-    return shapes
-
-
-#: Tensors that are not trained by gradient.
-FIXED = ("pca_mean", "pca", "whiten", "platt", "router", "router_bias")
 
 
 class Llapor:

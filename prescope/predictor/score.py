@@ -1,12 +1,11 @@
 """The score card: how good a predictor is, by layer, group, lookahead and domain, with intervals over prompts.
 
-Everything is summed per prompt first (`PromptSums`), so any grouping is a sum, a ratio of sums, and the bootstrap
+Everything is summed per prompt first (`sums`), so any grouping is a sum, a ratio of sums, and the bootstrap
 resamples prompts: tokens of one text are not independent.
 
 Shapes: R rows, E experts, K top-k, L MoE layers, Q prompts, A lookaheads, B bins, G batches of tokens.
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,17 +16,10 @@ from numpy.typing import NDArray
 
 from ..errors import TraceMismatch
 from ..routing import RoutingTrace
-from .base import Predictor, ScoreArray, Shape, require_lookahead, used_mask
+from .base import Predictor, ScoreArray, Shape, require_lookahead
 from .groups import LayerGroups
-from .prepare import prompt_keys
+from .sums import BATCH_TOKENS, NUM_BINS, FloatArray, Sums, best_mask, ratio
 
-FloatArray = NDArray[np.float64]
-
-#: Tokens scored together in the metrics of batches; the paper's batches are 4 to 64 sequences.
-BATCH_TOKENS = 64
-#: The paper's "hot Top-4": right if among the true Top-6.
-HOT_PREDICTED, HOT_TRUE = 4, 6
-NUM_BINS = 10
 #: Resamples of a 95 % interval: its ends move by about 1 % of its width from seed to seed.
 RESAMPLES = 2000
 
@@ -103,7 +95,7 @@ class ScoreCard:
         Loose: on 8 experts of which 2 are used, chance scores 0.75. Mean over layers and batches.
         """
         a, layers, batches = self._at(lookahead, domain)
-        return _ratio(
+        return ratio(
             self.hot_right[a, :layers][:, batches].sum(), self.hot_total[a, :layers][:, batches].sum()
         )
 
@@ -113,7 +105,7 @@ class ScoreCard:
         Expected tokens are the sums of the scores: of predictors that are not calibrated it is large.
         """
         a, layers, batches = self._at(lookahead, domain)
-        return _ratio(
+        return ratio(
             self.count_error[a, :layers][:, batches].sum(), self.count_total[a, :layers][:, batches].sum()
         )
 
@@ -136,7 +128,7 @@ class ScoreCard:
     def ece(self, lookahead: int) -> float:
         """Expected calibration error: mean over pairs of |probability - share used| of their bin, 10 equal bins."""
         bins = self.bins[self.lookaheads.index(lookahead)].sum(axis=0)
-        return _ratio(np.abs(bins[:, 1] - bins[:, 2]).sum(), bins[:, 0].sum())
+        return ratio(np.abs(bins[:, 1] - bins[:, 2]).sum(), bins[:, 0].sum())
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each lookahead, layer and domain: recall@K, recall@2K, precision@K and the batch metrics."""
@@ -162,11 +154,11 @@ class ScoreCard:
         used, hits = self.used[a, layer, q].sum(), self.hits[a, layer, q].sum()
         return {
             "used": used,
-            "recall": _ratio(hits, used),
-            "recall_double": _ratio(self.hits_double[a, layer, q].sum(), used),
-            "precision": _ratio(hits, self.predicted[a, layer, q].sum()),
-            "hot": _ratio(self.hot_right[a, layer, g].sum(), self.hot_total[a, layer, g].sum()),
-            "count_error_frac": _ratio(
+            "recall": ratio(hits, used),
+            "recall_double": ratio(self.hits_double[a, layer, q].sum(), used),
+            "precision": ratio(hits, self.predicted[a, layer, q].sum()),
+            "hot": ratio(self.hot_right[a, layer, g].sum(), self.hot_total[a, layer, g].sum()),
+            "count_error_frac": ratio(
                 self.count_error[a, layer, g].sum(), self.count_total[a, layer, g].sum()
             ),
         }
@@ -225,7 +217,7 @@ def score(
     ahead_A = tuple(lookaheads) if lookaheads is not None else tuple(range(1, most + 1))
     for ahead in ahead_A:
         require_lookahead(ahead, most, predictor.name)
-    sums = _Sums(trace, ahead_A, batch_tokens)
+    sums = Sums(trace, ahead_A, batch_tokens)
     for a, ahead in enumerate(ahead_A):
         sums.add(a, ahead, predictor.replay(trace, ahead))
     return ScoreCard(
@@ -260,25 +252,13 @@ def difference(
 
 def recall_at(scores_TE: ScoreArray, used_TE: NDArray[np.bool_], k: int) -> float:
     """Share of used experts among the k best scored. Equal scores are taken in order of the expert's id."""
-    hits = (_best(scores_TE, k) & used_TE).sum()
-    return _ratio(float(hits), float(used_TE.sum()))
+    hits = (best_mask(scores_TE, k) & used_TE).sum()
+    return ratio(float(hits), float(used_TE.sum()))
 
 
 def expected_chance_recall(shape: Shape, k: int) -> float:
     """Recall@k of a random order: k / E."""
     return min(1.0, k / shape.num_experts)
-
-
-def _best(scores: NDArray[Any], k: int) -> NDArray[np.bool_]:
-    """(..., E) the k best scored; stable, so a tie goes to the lower id and does not depend on the machine."""
-    order = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
-    mask = np.zeros(scores.shape, dtype=bool)
-    np.put_along_axis(mask, order, True, axis=-1)
-    return mask
-
-
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole > 0 else float("nan")
 
 
 def _resamples(chosen: NDArray[np.bool_], seed: int) -> FloatArray:
@@ -294,102 +274,3 @@ def _interval(value: float, resampled: FloatArray) -> Interval:
     low, high = np.quantile(resampled, [0.025, 0.975])
     # The percentile interval of few, skewed prompts can miss the point; it never should.
     return Interval(value, min(float(low), value), max(float(high), value))
-
-
-class _Sums:
-    """Adds up one trace's scores."""
-
-    def __init__(self, trace: RoutingTrace, lookaheads: tuple[int, ...], batch_tokens: int) -> None:
-        self.K, self.E = trace.top_k, trace.num_experts
-        self.real = np.flatnonzero(trace.position >= 0)
-        self.used_RLE = used_mask(trace.expert_ids, self.E)
-        self.trace_id = zlib.crc32(trace.expert_ids[self.real].tobytes())
-        keys = prompt_keys(trace)[self.real]
-        self.prompts, self.prompt_R = np.unique(keys, return_inverse=True)
-        by_sequence = [str(p.get("domain", "all")) for p in trace.prompts]
-        row_domain = np.array(
-            [by_sequence[s] if s < len(by_sequence) else "all" for s in trace.sequence[self.real].tolist()]
-        )
-        self.domains = np.array([row_domain[self.prompt_R == q][0] for q in range(len(self.prompts))])
-        self.batch_R, self.batch_domains = _batches(trace, self.real, row_domain, batch_tokens)
-        A, L, Q, G = len(lookaheads), trace.num_layers, len(self.prompts), len(self.batch_domains)
-        self.per_prompt = {name: np.zeros((A, L, Q)) for name in ("used", "hits", "hits_double", "predicted")}
-        self.per_batch = {
-            name: np.zeros((A, L, G)) for name in ("hot_right", "hot_total", "count_error", "count_total")
-        }
-        self.bins = np.zeros((A, L, NUM_BINS, 3))
-
-    def add(self, a: int, ahead: int, scores_RLE: ScoreArray) -> None:
-        """Scores for layer l + ahead at [:, l]."""
-        for layer in range(scores_RLE.shape[1]):
-            scores = np.asarray(scores_RLE[self.real, layer])
-            used = self.used_RLE[self.real, layer + ahead]
-            self._per_token(a, layer, scores, used)
-            self._per_batch(a, layer, scores, used)
-            self._calibration(a, layer, scores, used)
-
-    def _per_token(self, a: int, layer: int, scores: ScoreArray, used: NDArray[np.bool_]) -> None:
-        Q = len(self.prompts)
-        # Stable: a tie goes to the lower id and does not depend on the machine.
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : 2 * self.K]
-        found = np.take_along_axis(used, order, axis=1)
-        values = {
-            "used": used.sum(1),
-            "hits": found[:, : self.K].sum(1),
-            "hits_double": found.sum(1),
-            # A row that used no expert (the layer did not run for it) asked for no prediction.
-            "predicted": np.where(used.any(1), self.K, 0),
-        }
-        for name, per_row in values.items():
-            self.per_prompt[name][a, layer] = np.bincount(self.prompt_R, per_row, Q)
-
-    def _per_batch(self, a: int, layer: int, scores: ScoreArray, used: NDArray[np.bool_]) -> None:
-        G = len(self.batch_domains)
-        flat = self.batch_R[:, None] * self.E + np.arange(self.E)
-        expected = np.bincount(flat.ravel(), scores.ravel(), G * self.E).reshape(G, self.E)
-        true = np.bincount(flat.ravel(), used.ravel(), G * self.E).reshape(G, self.E)
-        hot = _best(expected, min(HOT_PREDICTED, self.E))
-        # An expert tied with the sixth counts as in the Top-6; one that no token used never does.
-        sixth = np.sort(true, axis=1)[:, -min(HOT_TRUE, self.E)]
-        right = (true >= sixth[:, None]) & (true > 0)
-        # No more can be right than are used at all.
-        possible = np.minimum(hot.sum(1), (true > 0).sum(1))
-        self.per_batch["hot_right"][a, layer] = (hot & right).sum(1)
-        self.per_batch["hot_total"][a, layer] = possible
-        self.per_batch["count_error"][a, layer] = np.abs(expected - true).sum(1)
-        self.per_batch["count_total"][a, layer] = true.sum(1)
-
-    def _calibration(self, a: int, layer: int, scores: ScoreArray, used: NDArray[np.bool_]) -> None:
-        p = np.clip(scores.ravel().astype(np.float64), 0.0, 1.0)
-        which = np.minimum((p * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-        columns = (np.ones_like(p), p, used.ravel().astype(np.float64))
-        self.bins[a, layer] = np.stack([np.bincount(which, c, NUM_BINS) for c in columns], axis=1)
-
-    def arrays(self) -> dict[str, Any]:
-        return {
-            "trace_id": self.trace_id,
-            **self.per_prompt,
-            **self.per_batch,
-            "prompts": self.prompts,
-            "domains": self.domains,
-            "batch_domains": self.batch_domains,
-            "bins": self.bins,
-        }
-
-
-def _batches(
-    trace: RoutingTrace, real: NDArray[np.intp], domain_R: NDArray[np.str_], batch_tokens: int
-) -> tuple[NDArray[np.int64], NDArray[np.str_]]:
-    """A batch number for each row and each batch's domain: tokens at (nearly) one position of different prompts, as
-    a decode step of a large batch has them; of one domain each.
-    """
-    names, domain_index = np.unique(domain_R, return_inverse=True)
-    order = np.lexsort((trace.sequence[real], trace.position[real], domain_index))
-    batch_R = np.zeros(len(real), dtype=np.int64)
-    domains: list[str] = []
-    for d, name in enumerate(names.tolist()):
-        rows = order[domain_index[order] == d]
-        numbers = np.arange(len(rows)) // batch_tokens
-        batch_R[rows] = numbers + len(domains)
-        domains += [name] * (int(numbers.max(initial=-1)) + 1)
-    return batch_R, np.array(domains)

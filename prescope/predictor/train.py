@@ -24,8 +24,9 @@ from .base import BadPredictor, BadState, IdArray, Shape, require_inputs, used_m
 from .baselines import Routers
 from .calibration import fit_platt
 from .files import check_tensors, read_tensors, write_tensors
+from .form import LlaporConfig, ModelTag
 from .groups import LayerGroups, find_groups
-from .llapor import Llapor, LlaporConfig, ModelTag
+from .llapor import Llapor
 from .prepare import PCA_ROWS, Split, fit_pca, rows_of, split_by_prompt, spread
 
 CHECKPOINT_FORMAT = "prescope-predictor-checkpoint-1"
@@ -47,7 +48,7 @@ class TrainConfig:
         seed: of weights, split, order and dropout.
     """
 
-    epochs: int = 6
+    epochs: int = 5
     patience: int = 2
     batch_tokens: int = 512
     learning_rate: float = 2e-3

@@ -1,0 +1,78 @@
+"""The two controls: who knows everything must score 1.0, who knows nothing K / E; else the score card miscounts.
+
+Shapes: R rows, T tokens, E experts, K top-k, L MoE layers.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import BadTrace
+from ..routing import RoutingTrace
+from .base import Prediction, ScoreArray, Shape, targets_of, used_mask
+from .baselines import Baseline
+
+
+class Oracle(Baseline):
+    """Knows the trace that it replays. A score card on which it gets less than 1.0 miscounts."""
+
+    name = "oracle"
+    is_calibrated = True
+
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """Always raises BadTrace: live, nobody knows the future."""
+        raise BadTrace("the oracle knows a recorded trace only; use replay(trace, lookahead)")
+
+    def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
+        """As `Predictor.replay`: exactly what was used."""
+        self._check(trace, lookahead)
+        return used_mask(trace.expert_ids, self.shape.num_experts)[:, lookahead:].astype(np.float32)
+
+
+class Chance(Baseline):
+    """Knows the number of experts only. Scores are K / E with noise too small to matter but for the order."""
+
+    name = "chance"
+    is_calibrated = True
+
+    def __init__(self, shape: Shape, lookahead: int, seed: int = 0) -> None:
+        super().__init__(shape, lookahead)
+        self.seed = seed
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def _scores(self, noise: NDArray[np.float64]) -> ScoreArray:
+        return (self.shape.top_k / self.shape.num_experts * (1.0 - 1e-3 * noise)).astype(np.float32)
+
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """Another order at each call."""
+        size = (len(x_TD), self.shape.num_experts)
+        return [
+            Prediction(
+                target,
+                ahead,
+                torch.from_numpy(
+                    self._scores(torch.rand(size, generator=self._generator).double().numpy())
+                ).to(x_TD.device),
+            )
+            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
+        ]
+
+    def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
+        """As `Predictor.replay`; the same order at each call, another at each lookahead."""
+        self._check(trace, lookahead)
+        rng = np.random.default_rng([self.seed, lookahead])
+        return self._scores(
+            rng.random((len(trace), self.shape.num_layers - lookahead, self.shape.num_experts))
+        )
