@@ -229,6 +229,8 @@ def test_bad_traces_are_refused_with_the_remedy(recorded, trained):
         train(rows_of(trace, np.flatnonzero(trace.sequence < 3)), routers=routers)
     with pytest.raises(TraceMismatch, match="was made for"):
         trained.replay(replace(trace, num_experts=EXPERTS + 1), 1)
+    with pytest.raises(TraceMismatch, match="was trained for"):
+        trained.replay(replace(trace, fingerprint="of another model"), 1)
     with pytest.raises(UnsupportedOption, match="routers"):
         train(trace, config=SMALL)
     with pytest.raises(BadState, match="wide"):

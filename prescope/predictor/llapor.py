@@ -287,14 +287,14 @@ class Llapor:
     @torch.no_grad()
     def replay_logits(self, trace: RoutingTrace) -> torch.Tensor:
         """(L, R, N) logits of a whole trace, on the CPU; for calibration. Raises as `replay`."""
-        require_shape(trace, self.shape, self.lookahead, self.lookahead, self.name)
+        self.check_trace(trace, self.lookahead)
         parts = [self.forward(*self.batch_of(trace, rows)).cpu() for rows in _chunks(len(trace))]
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`. Raises BadTrace, TraceMismatch, BadState."""
-        require_shape(trace, self.shape, lookahead, self.lookahead, self.name)
+        self.check_trace(trace, lookahead)
         L = self.shape.num_layers - lookahead
         out = np.empty((len(trace), L, self.shape.num_experts), dtype=np.float32)
         for rows in _chunks(len(trace)):
@@ -378,6 +378,15 @@ class Llapor:
         if fingerprint is not None:
             predictor.check_model(fingerprint, "this model")
         return predictor.to(device)
+
+    def check_trace(self, trace: RoutingTrace, lookahead: int) -> None:
+        """Make sure that this predictor can score a trace at a lookahead: the shape fits, and the model is its own.
+
+        Raises:
+            TraceMismatch: of another model. UnsupportedOption: the lookahead is beyond the predictor's.
+        """
+        require_shape(trace, self.shape, lookahead, self.lookahead, self.name)
+        self.check_model(trace.fingerprint, trace.model)
 
     def check_model(self, fingerprint: str, name: str) -> None:
         """Make sure that this predictor was trained for the model of this fingerprint.

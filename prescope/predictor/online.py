@@ -22,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import UnsupportedOption
 from ..routing import RoutingTrace
-from .base import Cost, Prediction, ScoreArray, require_shape, targets_of, used_mask_torch
+from .base import Cost, Prediction, ScoreArray, targets_of, used_mask_torch
 from .llapor import Llapor
 
 TUNED = ("head", "head_bias", "skip")
@@ -167,7 +167,7 @@ class OnlineTuner:
     ) -> dict[int, ScoreArray]:
         """`replay` for several lookaheads in one pass."""
         for ahead in lookaheads:
-            require_shape(trace, self.shape, ahead, self.lookahead, self.name)
+            self._trained.check_trace(trace, ahead)
         self.reset()
         L, E = self.shape.num_layers, self.shape.num_experts
         out = {ahead: np.empty((len(trace), L - ahead, E), dtype=np.float32) for ahead in lookaheads}
