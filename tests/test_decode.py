@@ -226,6 +226,7 @@ def test_the_host_reads_the_routing_once_a_layer_and_waits_for_nothing_else(mode
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("driver", ["gpu-driven", "copy-engine"])
 def test_steps_from_a_graph_do_not_wait_for_the_gpu_at_all(driver, monkeypatch):
     """torch raises at every synchronising call between the first captured step and the last."""
@@ -245,3 +246,14 @@ def test_steps_from_a_graph_do_not_wait_for_the_gpu_at_all(driver, monkeypatch):
         monkeypatch.setattr(DecodeLoop, "_run_steps", strict)
         run = engine.generate(prompt(), max_new_tokens=20)
     assert len(run.tokens[0]) == 20
+
+
+@pytest.mark.gpu
+def test_compiled_layers_give_the_same_tokens():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    model, ids = tiny_moe(), prompt(batch=2)
+    expected = plain_tokens(model, ids, new=20)
+    with prescope.attach(model, slots=9, device="cuda", compiled=True) as engine:
+        assert engine.generate(ids, max_new_tokens=20).tokens == expected
+        assert engine.generate(ids, max_new_tokens=20).tokens == expected
