@@ -31,10 +31,6 @@ class InterpretedGpu(EmulatedLinkDevice):
         self.thread.start()
         self.error: BaseException | None = None
 
-    def send(self, pairs, last) -> None:
-        for target, source in [*pairs, *([last] if last else [])]:
-            target.copy_(source)
-
     def copy(self, *arguments, **keywords):
         # The interpreter copies every argument onto itself behind a kernel: bytes that arrive meanwhile would be lost.
         issued = super().copy(*arguments, **keywords)
@@ -130,17 +126,20 @@ def test_the_faster_driver_is_kept_and_the_result_says_so(model, gpu):
     assert run.tokens == plain_tokens(model, ids, new=16)
 
 
-def test_generation_ends_with_the_text_and_the_step_launched_too_early_is_not_counted(gpu):
+@pytest.mark.parametrize("driver", ["gpu-driven", "host-driven"])
+def test_generation_ends_with_the_text_and_the_step_launched_too_early_is_not_counted(gpu, driver):
     model = tiny_moe()
     ids = prompt(batch=2, seed=3)
-    free = plain_tokens(model, ids, new=9)
+    free = plain_tokens(model, ids, new=7)
     end = free[0][3]
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, 0
     with prescope.attach(model, slots=10, decode="layered", **gpu) as engine:
-        layered = engine.generate(ids[:1], max_new_tokens=9)
-    with prescope.attach(model, slots=10, decode="gpu-driven", **gpu) as engine:
-        captured = engine.generate(ids[:1], max_new_tokens=9)
-        both = engine.generate(ids, max_new_tokens=9)
+        layered = engine.generate(ids[:1], max_new_tokens=7)
+        needs = dict(engine.needs)
+    with prescope.attach(model, slots=10, decode=driver, **gpu) as engine:
+        captured = engine.generate(ids[:1], max_new_tokens=7)
+        assert engine.needs == needs
+        both = engine.generate(ids, max_new_tokens=7)
     assert captured.tokens == layered.tokens
     assert len(captured.tokens[0]) == free[0].index(end) + 1
     assert len(captured.steps) == len(layered.steps)

@@ -200,7 +200,10 @@ class DecodeLoop:
 
     def _drop(self, launched: Launched) -> None:
         """A step that was launched before the host knew that all sequences had ended."""
-        self._await(partial(launched.captured.buffers.tokens, launched.number))
+        buffers = launched.captured.buffers
+        self._await(partial(buffers.tokens, launched.number))
+        if not buffers.policy:  # the host counted while it served
+            self._serving.count(-buffers.log(launched.number).needs)
         if self._serving.recorder is not None:
             self._serving.recorder.drop_step()
 

@@ -7,10 +7,13 @@ clock that completes copies in any order the protocol allows, for tests.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
+
+from ..errors import UnsupportedOption
 
 #: A point in time on one lane; opaque to everyone but its device.
 Mark = Any
@@ -117,3 +120,24 @@ class Device(Protocol):
     def close(self) -> None:
         """Stop threads; the device is not used afterwards."""
         ...
+
+
+class WithoutGraphs:
+    """What a device answers that computes at once, on the CPU, and captures nothing."""
+
+    def send(
+        self,
+        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        last: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        for target, source in chain(pairs, [] if last is None else [last]):
+            target.copy_(source)
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        raise UnsupportedOption("steps are captured on CUDA only")
+
+    def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[Mark, int]:
+        raise UnsupportedOption("only steps captured on CUDA read the device's clock")
+
+    def is_idle(self) -> bool:
+        return True

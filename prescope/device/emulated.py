@@ -8,15 +8,15 @@ times are those of an emulation and are labelled so everywhere.
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
 
-from ..errors import TransferFailed, UnsupportedOption
+from ..errors import TransferFailed
 from ..hardware import available_memory_bytes
+from .base import WithoutGraphs
 
 
 class HostMark:
@@ -54,7 +54,7 @@ class _Job(NamedTuple):
     ready: HostMark
 
 
-class EmulatedLinkDevice:
+class EmulatedLinkDevice(WithoutGraphs):
     """The CPU as compute device behind a link of `gb_per_s` GB/s.
 
     Args:
@@ -152,23 +152,6 @@ class EmulatedLinkDevice:
 
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.numpy()
-
-    def send(
-        self,
-        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
-        last: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> None:
-        for target, source in chain(pairs, [] if last is None else [last]):
-            target.copy_(source)
-
-    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        raise UnsupportedOption("steps are captured on CUDA only")
-
-    def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[HostMark, int]:
-        raise UnsupportedOption("only steps captured on CUDA read the device's clock")
-
-    def is_idle(self) -> bool:
-        return True  # compute is synchronous
 
     def synchronize(self) -> None:
         self._drain()

@@ -6,14 +6,13 @@ latest when somebody waits for it: whoever reads a slot without waiting, or give
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from ..errors import UnsupportedOption
+from .base import WithoutGraphs
 
 POISON = 0xFF  # all bits set is NaN in every float format
 
@@ -28,7 +27,7 @@ class VirtualMark:
         self.pending = pending
 
 
-class NullDevice:
+class NullDevice(WithoutGraphs):
     """Virtual clock; `seed` decides the order in which copies land."""
 
     kind = "null"
@@ -109,23 +108,6 @@ class NullDevice:
 
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         return tensor.numpy()
-
-    def send(
-        self,
-        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
-        last: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> None:
-        for target, source in chain(pairs, [] if last is None else [last]):
-            target.copy_(source)
-
-    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        raise UnsupportedOption("steps are captured on CUDA only")
-
-    def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[VirtualMark, int]:
-        raise UnsupportedOption("only steps captured on CUDA read the device's clock")
-
-    def is_idle(self) -> bool:
-        return True  # compute is synchronous
 
     def synchronize(self) -> None:
         for mark in list(self._in_flight):
