@@ -3,8 +3,12 @@
 What a family's experts are is read off the tiny model it builds; the notes come from the registry.
 """
 
+import re
+
 import transformers
 
+from prescope.errors import UnsupportedOption
+from prescope.hf import counts_in_python, static_cache
 from tests import families
 from tests.families import FAMILIES, UNSUPPORTED
 
@@ -27,8 +31,12 @@ says what differs:
 - **post norm**: each expert's output is normalised before it is weighted
 - **top-1**: one expert a token
 
-| family | class tested | special | works |
-|---|---|---|---|"""
+*Graph* says whether its decode steps can run from one CUDA graph, judged by the cache that transformers gives it:
+*yes*, *in its window* (a run that is shorter than the sliding window), or the state that stands in the way; then they
+run layer by layer. Captured steps were run on a GPU for qwen3_moe and olmoe.
+
+| family | class tested | special | works | graph |
+|---|---|---|---|---|"""
 
 
 def special(name: str) -> str:
@@ -48,17 +56,31 @@ def special(name: str) -> str:
     )
 
 
+def graph(name: str) -> str:
+    """Whether decode steps can be captured, as far as the cache says."""
+    if not FAMILIES[name].generates:
+        return ""
+    try:
+        # A handful of tokens: inside the window of every tiny model.
+        cache = static_cache(families.build(name), 1)
+    except UnsupportedOption as error:
+        words = re.findall(r"\w+(?:Layer|attention)\b", str(error))
+        return "no: " + (", ".join(words) or "a cache of its own")
+    return "in its window" if counts_in_python(cache) else "yes"
+
+
 def table() -> str:
     """The whole page."""
     rows = {
-        name: f"| `{name}` | `{f.model}` | {special(name)} | {'yes' if f.generates else 'forward only'} |"
+        name: f"| `{name}` | `{f.model}` | {special(name)} | "
+        f"{'yes' if f.generates else 'forward only'} | {graph(name)} |"
         for name, f in FAMILIES.items()
     }
     rows |= {
-        name: f"| `{name}` | | not in transformers {transformers.__version__} | not tested |"
+        name: f"| `{name}` | | not in transformers {transformers.__version__} | not tested | |"
         for name in families.missing()
     }
-    rows |= {name: f"| `{name}` | | | no: {reason} |" for name, reason in UNSUPPORTED.items()}
+    rows |= {name: f"| `{name}` | | | no: {reason} | |" for name, reason in UNSUPPORTED.items()}
     head = HEAD.format(version=transformers.__version__, count=len(FAMILIES))
     return "\n".join([head, *(rows[name] for name in sorted(rows))])
 

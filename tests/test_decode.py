@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import prescope
 from prescope.core import Need
@@ -106,6 +107,24 @@ def test_tokens_and_counts_are_those_of_serving_layer_by_layer(model, gpu, drive
     for layered, captured in zip(runs["layered"], runs[driver], strict=True):
         assert layered.layers.equals(captured.layers)
         assert (layered.trace.expert_ids == captured.trace.expert_ids).all()
+
+
+@pytest.mark.parametrize(("window", "is_captured"), [(64, True), (20, False)])
+def test_a_sliding_window_is_captured_where_it_does_not_slide(gpu, window, is_captured):
+    """The run has 9 + 8 tokens; beyond its window a sliding cache moves its tokens, by a count that Python keeps."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, sliding_window=window, eos_token_id=None,
+        initializer_range=0.3,
+    )  # fmt: skip
+    model, ids = MixtralForCausalLM(config).eval(), prompt()
+    expected = plain_tokens(model, ids, new=8)
+    with prescope.attach(model, slots=5, **gpu) as engine:
+        runs = [engine.generate(ids, max_new_tokens=8) for _ in range(2)]
+    for run in runs:
+        assert run.tokens == expected
+        assert run.config["reasons"]["decode"].startswith("layered") != is_captured, run.config["reasons"]
 
 
 def test_the_score_policy_needs_the_host(model, gpu):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..errors import UnsupportedOption
-from ..hf import cache_length, compiled_layers, static_cache
+from ..hf import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
 from ..kernels import DEVICE_POLICIES
 from ..serving import Serving
 
@@ -97,8 +97,8 @@ class DecodeStep:
         self.inputs["input_ids"].copy_(tokens[:, None])
         if "position_ids" in self.inputs:
             self.inputs["position_ids"].add_(1)
-        following = self.cache.get_seq_length().clamp(max=self.length - 1).view(1)
         for mask in _masks(self.inputs.get("attention_mask")):
+            following = cached_tokens(self.cache).clamp(max=mask.shape[-1] - 1).view(1)
             mask.index_fill_(-1, following, True if mask.dtype == torch.bool else 0.0)
 
     def capture(self, table: "DeviceTable", reason: str) -> None:
@@ -111,6 +111,10 @@ class DecodeStep:
             UnsupportedOption, RuntimeError: something in it cannot be captured.
         """
         serving = self._serving
+        if counts_in_python(self.cache) and "position_ids" not in self.inputs:
+            raise UnsupportedOption(
+                "the model takes its positions from the cache, which counts them in Python"
+            )
         for driver in self._drivers:
             policy = DEVICE_POLICIES[serving.residency.policy.name] if driver != HOST else 0
             step = table.new_step(

@@ -3,14 +3,16 @@
 from .attach import Attachment
 from .load import LoadedModel, load_model
 from .seam import MoELayer, find_moe_layers, top_k_of
-from .static import cache_length, compiled_layers, static_cache
+from .static import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
 
 __all__ = [
     "Attachment",
     "LoadedModel",
     "MoELayer",
     "cache_length",
+    "cached_tokens",
     "compiled_layers",
+    "counts_in_python",
     "find_moe_layers",
     "load_model",
     "static_cache",

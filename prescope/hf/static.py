@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers import GenerationMixin, PreTrainedModel, StaticCache
+from transformers.cache_utils import CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 
 from ..errors import UnsupportedOption
 from .seam import MoELayer
 
 #: Cache lengths are rounded up to this, so that runs of similar length share one captured step.
 LENGTH_STEP = 128
+#: Most captures of one step, over all drivers.
+CAPTURES = 4
 
 
 def static_cache(model: PreTrainedModel, length: int) -> StaticCache:
@@ -21,21 +23,52 @@ def static_cache(model: PreTrainedModel, length: int) -> StaticCache:
 
     Raises:
         UnsupportedOption: a layer of the model keeps another state than keys and values of all tokens, whose update
-            depends on the length in Python and so cannot be captured.
+            depends on the length in Python and so cannot be captured. A sliding window wider than `length` does not
+            slide.
     """
-    if not model._supports_default_dynamic_cache():
+    if not isinstance(model, GenerationMixin) or not model._supports_default_dynamic_cache():
         raise UnsupportedOption(f"{type(model).__name__} brings a cache of its own")
-    cache = StaticCache(config=model.config, max_cache_len=-(-length // LENGTH_STEP) * LENGTH_STEP)
-    kinds = {type(layer) for layer in cache.layers}
-    if kinds != {StaticLayer}:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds - {StaticLayer}))
-        raise UnsupportedOption(f"its cache has layers of {names}, which cannot be captured")
+    # Capturing a step counts a token in Python, in layers that count there, without one being cached.
+    rounded = -(-(length + CAPTURES) // LENGTH_STEP) * LENGTH_STEP
+    try:
+        cache = StaticCache(config=model.config, max_cache_len=rounded)
+    except KeyError as error:
+        raise UnsupportedOption(f"transformers has no static cache for layers of {error}") from error
+    other = {
+        type(layer).__name__ + (f" ({layer.max_cache_len} tokens)" if _slides(layer) else "")
+        for layer in cache.layers
+        if not _keeps_all_tokens(layer, length + CAPTURES)
+    }
+    if other:
+        raise UnsupportedOption(
+            f"its cache has layers of {', '.join(sorted(other))}; a run of {length} tokens cannot be captured with them"
+        )
     return cache
+
+
+def _slides(layer: CacheLayerMixin) -> bool:
+    return type(layer) is StaticSlidingWindowLayer
+
+
+def _keeps_all_tokens(layer: CacheLayerMixin, length: int) -> bool:
+    if _slides(layer):
+        return layer.max_cache_len >= length
+    return type(layer) is StaticLayer
 
 
 def cache_length(cache: StaticCache) -> int:
     """Tokens it has room for."""
-    return int(cache.layers[0].max_cache_len)
+    return min(int(layer.max_cache_len) for layer in cache.layers) - CAPTURES
+
+
+def cached_tokens(cache: StaticCache) -> torch.Tensor:
+    """How many tokens it holds, as a tensor that steps on the device keep up to date."""
+    return cache.layers[0].cumulative_length
+
+
+def counts_in_python(cache: StaticCache) -> bool:
+    """Whether models that ask this cache for its length get a number, which a graph would keep for ever."""
+    return any(type(layer) is not StaticLayer for layer in cache.layers)
 
 
 @contextmanager
