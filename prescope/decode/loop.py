@@ -50,7 +50,7 @@ class DecodeLoop:
         self,
         step: DecodeStep,
         serving: Serving,
-        table: "DeviceTable | None",
+        table: "DeviceTable",
         only: str,
         on_step: Callable[[int], None],
         is_cancelled: Callable[[], bool],
@@ -58,7 +58,7 @@ class DecodeLoop:
         self._step, self._serving, self._table, self._only = step, serving, table, only
         self._on_step, self._is_cancelled = on_step, is_cancelled
         self._driver = ""  # whose turn it was last: its table is the true one
-        self.reason = self._driver_reason()
+        self.reason = self._driver_reason() or "layered: the run ended before a step was captured"
         self.cache = step.cache
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ class DecodeLoop:
             if sample.is_done() or self._told(2):
                 return sample.sequences()
             first = 1
-            if self._table is not None and num_steps > 1:
+            if num_steps > 1:
                 self._capture()
         if num_steps > first:
             self._decode(sample, first, num_steps)
@@ -105,7 +105,6 @@ class DecodeLoop:
         return self._is_cancelled()
 
     def _capture(self) -> None:
-        assert self._table is not None
         try:
             self._step.capture(self._table, self._only)
             self.reason = self._driver_reason()
@@ -126,11 +125,12 @@ class DecodeLoop:
                     return
             return
         recorder = self._serving.recorder
-        for captured in self._step.captured.values():
-            captured.buffers.restart()
+        all_buffers = [captured.buffers for captured in self._step.captured.values()]
+        for buffers in all_buffers:
+            buffers.restart()
         self._take_table()
         if recorder is not None and self._step.timed:
-            recorder.anchor(*self._serving.device.clock(captured.buffers.stamp))
+            recorder.anchor(*self._serving.device.clock(all_buffers[0].stamp))
         elif recorder is not None:
             recorder.anchor(self._serving.device.mark(True), 0)
         try:
@@ -290,10 +290,9 @@ class DecodeLoop:
         self._driver = driver
 
     def _take_table(self) -> None:
-        assert self._table is not None
         self._table.take(self._serving.residency)
 
     def _give_table(self) -> None:
         """The host's table was not kept while the GPU decided."""
-        if self._driver in (GPU, COPY) and self._table is not None:
+        if self._driver in (GPU, COPY):
             self._table.give(self._serving.residency)
