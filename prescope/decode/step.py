@@ -81,7 +81,7 @@ class DecodeStep:
 
     def run(self) -> torch.Tensor:
         """Run the step now, layer by layer; returns logits (B, V) and advances the inputs to the next token."""
-        with compiled_layers(self._model, self._serving.layers, self._compiled):
+        with compiled_layers(self._model, self._serving.layers, self._compiled, progress=True):
             logits, _ = self._forward()
         return logits
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 
@@ -72,8 +73,13 @@ def counts_in_python(cache: StaticCache) -> bool:
 
 
 @contextmanager
-def compiled_layers(model: PreTrainedModel, layers: list[MoELayer], on: bool) -> Iterator[None]:
-    """Inside, the decoder layers around the experts run compiled (not the experts themselves)."""
+def compiled_layers(
+    model: PreTrainedModel, layers: list[MoELayer], on: bool, progress: bool = False
+) -> Iterator[None]:
+    """Inside, the decoder layers around the experts run compiled (not the experts themselves).
+
+    progress: show how many layers have run, for the pass that compiles them.
+    """
     if not on:
         yield
         return
@@ -83,12 +89,20 @@ def compiled_layers(model: PreTrainedModel, layers: list[MoELayer], on: bool) ->
         "recompile_limit": 2 * len(blocks) + 8,
         "accumulated_recompile_limit": 64 * len(blocks),
     }
-    with torch._dynamo.config.patch(limits):
+
+    def ran(*_: Any) -> None:
+        bar.update()
+
+    bar = tqdm(total=len(blocks), desc="compiling layers", unit="layer", disable=not progress)
+    with torch._dynamo.config.patch(limits), bar:
+        hooks = [block.register_forward_hook(ran) for block in blocks] if progress else []
         for block in blocks:
             block.__dict__["forward"] = torch.compile(block.forward, dynamic=False)
         try:
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for block in blocks:
                 del block.__dict__["forward"]
 

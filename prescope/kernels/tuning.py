@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import triton
+from tqdm.auto import tqdm
 from triton.testing import do_bench_cudagraph
 
 _loaded: dict[str, dict[str, list[int]]] = {}  # by file
@@ -42,7 +43,9 @@ def tune(
     """Time `run(candidate)` of each candidate (CUDA graph of many runs, median) and keep the fastest for `key`."""
     if device.type != "cuda" or tuned(device, key) is not None:
         return
-    times = [do_bench_cudagraph(partial(run, candidate), rep=5) for candidate in candidates]
+    # Each candidate is compiled first, half a second or so: some seconds once per shape and GPU.
+    bar = tqdm(candidates, desc=f"tuning expert kernels ({key})", leave=False)
+    times = [do_bench_cudagraph(partial(run, candidate), rep=5) for candidate in bar]
     file = _file(device)
     known = _known(file)
     known[key] = list(candidates[times.index(min(times))])
