@@ -89,6 +89,30 @@ def test_live_it_learns_as_in_a_replay(recorded):
     assert live.tuning_ms > 0
 
 
+def test_each_lookahead_is_answered_by_the_heads_that_were_better_at_it(recorded):
+    """One learns at a lookahead what it forgets at another; the answer need not follow the mean."""
+    predictor, _, after = recorded
+    tuner = OnlineTuner(predictor, EAGER)
+    tuner.replay(after, 1)
+    as_trained, as_tuned = 0, 1
+    tuner._errors[as_trained] = [[0.2, 0.9]]
+    tuner._errors[as_tuned] = [[0.3, 0.1]]
+    assert tuner.is_tuned.tolist() == [False, True]
+    assert tuner.error == pytest.approx((0.2 + 0.1) / 2)
+    inputs = torch.from_numpy(after.inputs[:5, 0].astype(np.float32))
+    ids, weights = (
+        torch.from_numpy(after.expert_ids[:5, 0].astype(np.int64)),
+        torch.from_numpy(after.weights[:5, 0]),
+    )
+    near, far = tuner.predict(0, inputs, ids, weights)
+    trained_near, trained_far = predictor.predict(0, inputs, ids, weights)
+    tuned_near, tuned_far = tuner.predictor.predict(0, inputs, ids, weights)
+    torch.testing.assert_close(near.scores_TE, trained_near.scores_TE)
+    torch.testing.assert_close(far.scores_TE, tuned_far.scores_TE)
+    assert not torch.allclose(trained_near.scores_TE, tuned_near.scores_TE)
+    assert not torch.allclose(trained_far.scores_TE, tuned_far.scores_TE)
+
+
 def test_wrong_settings_are_refused(recorded):
     predictor, before, after = recorded
     with pytest.raises(UnsupportedOption, match="ring holds a window"):

@@ -92,9 +92,9 @@ class CapturedStep:
         self._numbers = _mapped((on_device.NUMBERS + 1,), torch.int32, device)
         self._numbers.copy_(torch.arange(on_device.NUMBERS + 1))
         # Host views.
-        self.asked = self._ask.numpy()
+        self._asked = self._ask.numpy()
         self._ordered = self._orders.numpy()
-        self.updates = self._updates.numpy()
+        self._update_rows = self._updates.numpy()
         self._host_ring = self._ring.numpy()
         self._host_tokens = self._tokens_ring.numpy()
         # Tiles, when an expert has several pairs on average.
@@ -281,7 +281,7 @@ class CapturedStep:
 
     def choice(self, moe_layer: int, step: int) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Host-driven: the experts (P,) and router weights (P,) of a layer, once they are there; nobody's id is -1."""
-        words, number = self.asked[moe_layer], self.number(step)
+        words, number = self._asked[moe_layer], self.number(step)
         if int(words[-1]) >> 48 != number or not (words >> 48 == number).all():
             return None
         ids = words >> 32 & 0xFFFF
@@ -303,7 +303,7 @@ class CapturedStep:
         self, moe_layer: int, step: int, keys: NDArray[np.int64], slots: NDArray[np.int64]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Host-driven: tell a layer its changed `keys` (n,) and their `slots` (n,). Returns as `acknowledgement`."""
-        message = self.updates[moe_layer]
+        message = self._update_rows[moe_layer]
         message[1 : 1 + len(keys)] = keys
         message[1 + self.most_updates : 1 + self.most_updates + len(keys)] = slots
         message[0] = len(keys)

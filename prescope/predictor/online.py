@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import UnsupportedOption
@@ -61,7 +62,7 @@ class OnlineTuner:
 
     Attributes:
         cycles: tuning cycles so far. `tuning_ms`: wall-clock they took together. `error`: over the last window.
-        predictor: with what was learned. `serving`: the one that answers, this or the trained one.
+        predictor: with what was learned; it answers for those lookaheads at which it was better (`is_tuned`).
     """
 
     needs_inputs = True
@@ -93,7 +94,8 @@ class OnlineTuner:
         self._hidden = torch.zeros(L, ring, p.config.hidden, device=device)
         self._base = torch.zeros(L, ring, N, device=device) if p.config.residual else None
         self._used = torch.zeros(L, ring, self.shape.num_experts, device=device)
-        self._errors = np.full((2, self.config.window), np.nan)  # as trained, as tuned
+        # (2, window, lookahead): as trained, as tuned.
+        self._errors = np.full((2, self.config.window, self.lookahead), np.nan)
         self._seen = 0
         self._last_cycle = -self.config.pause
         self._live: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -104,13 +106,30 @@ class OnlineTuner:
     @property
     def error(self) -> float:
         """1 - recall@K of what served over the last window, mean over layers and lookaheads; NaN before any token."""
-        return float(np.nanmean(self._errors, axis=1).min()) if self._seen else float("nan")
+        return float(np.nanmean(self._errors, axis=1).min(axis=0).mean()) if self._seen else float("nan")
 
     @property
-    def serving(self) -> Llapor:
-        """The tuned predictor where it was better over the last window, else the trained one."""
-        as_trained, as_tuned = np.nanmean(self._errors, axis=1) if self._seen else (0.0, 0.0)
-        return self.predictor if self.cycles and as_tuned < as_trained else self._trained
+    def is_tuned(self) -> NDArray[np.bool_]:
+        """(lookahead,) where the tuned heads were better over the last window, and so answer; else the trained ones."""
+        if not self.cycles:
+            return np.zeros(self.lookahead, dtype=bool)
+        as_trained, as_tuned = np.nanmean(self._errors, axis=1)
+        return as_tuned < as_trained
+
+    def _probabilities(
+        self, hidden: torch.Tensor, base: torch.Tensor | None, at: slice = slice(None)
+    ) -> torch.Tensor:
+        """(layers, T, lookahead, E) of the layers `at`, each lookahead by the heads that answer for it."""
+        tuned = self.is_tuned
+        p, q = (
+            one.probabilities(one.logits(hidden, base, at), at) if needed else None
+            for one, needed in ((self._trained, not tuned.all()), (self.predictor, tuned.any()))
+        )
+        if p is None or q is None:
+            found = q if p is None else p
+            assert found is not None
+            return found
+        return torch.where(torch.from_numpy(tuned).to(p.device)[:, None], q, p)
 
     @property
     def threshold(self) -> float:
@@ -134,8 +153,7 @@ class OnlineTuner:
         at = slice(moe_layer, moe_layer + 1)
         h, base = self.predictor.live(at, x_TD, ids_TK, weights_TK)
         self._live[moe_layer] = (h[0], None if base is None else base[0])
-        serving = self.serving
-        p_TNE = serving.probabilities(serving.logits(h, base, at), at)[0]
+        p_TNE = self._probabilities(h, base, at)[0]
         return [
             Prediction(target, ahead, p_TNE[:, ahead - 1])
             for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
@@ -176,8 +194,7 @@ class OnlineTuner:
             x, choice = self.predictor.batch_of(trace, rows)
             with torch.no_grad():
                 hidden, base = self.predictor.hidden(x, choice), self.predictor.base(x)
-                serving = self.serving
-                p = serving.probabilities(serving.logits(hidden, base))
+                p = self._probabilities(hidden, base)
                 for ahead in lookaheads:
                     out[ahead][rows] = p[: L - ahead, :, ahead - 1].transpose(0, 1).cpu().numpy()
             ids = torch.from_numpy(trace.expert_ids[rows]).to(self.predictor.device).transpose(0, 1)
@@ -207,7 +224,7 @@ class OnlineTuner:
     def _token_errors(
         self, predictor: Llapor, hidden: torch.Tensor, base: torch.Tensor | None, used: torch.Tensor
     ) -> np.ndarray:
-        """(T,) 1 - recall@K of each token, mean over lookaheads of the mean over layers."""
+        """(T, lookahead) 1 - recall@K of each token, mean over layers."""
         z = predictor.logits(hidden, base)
         recalls = []
         for ahead in range(1, self.lookahead + 1):
@@ -215,7 +232,7 @@ class OnlineTuner:
             best = part.topk(self.shape.top_k, dim=-1).indices
             hits, total = used[ahead:].gather(-1, best).sum((0, 2)), used[ahead:].sum((0, 2))
             recalls.append(hits / total.clamp_min(1))
-        return 1.0 - torch.stack(recalls).mean(0).cpu().numpy()
+        return 1.0 - torch.stack(recalls, dim=1).cpu().numpy()
 
     def _tune(self) -> None:
         started = time.perf_counter()
