@@ -72,6 +72,8 @@ def saturating_float16(values: np.ndarray) -> np.ndarray:
     float16 has more mantissa bits than bfloat16, so bfloat16 inputs between 2**-14 and 65504 in size are kept
     exactly; smaller ones move by at most 3e-8.
     """
+    if values.dtype == np.float16:  # gigabytes, and a trace is made anew for every choice of its rows
+        return values
     limit = np.finfo(np.float16).max
     return np.clip(values, -limit, limit).astype(np.float16)
 
