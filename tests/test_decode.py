@@ -89,6 +89,11 @@ def gpu(monkeypatch):
     return {"device": "cpu", "kernels": "triton", "events": False}
 
 
+def found_and_missed(engine) -> tuple[int, int]:
+    """Counts so far. Whether what a prompt streams ahead is there or still late is the link's affair."""
+    return engine.needs[Need.HIT] + engine.needs[Need.LATE], engine.needs[Need.MISS]
+
+
 @pytest.mark.parametrize("driver", ["gpu-driven", "copy-engine", "host-driven"])
 @pytest.mark.parametrize(("batch", "slots", "cache"), [(1, 5, "lru"), (2, 9, "lfu"), (3, TOTAL, "lru")])
 def test_tokens_and_counts_are_those_of_serving_layer_by_layer(model, gpu, driver, batch, slots, cache):
@@ -99,12 +104,14 @@ def test_tokens_and_counts_are_those_of_serving_layer_by_layer(model, gpu, drive
         with prescope.attach(model, slots=slots, cache=cache, decode=decode, **gpu) as engine:
             runs[decode] = [engine.generate(ids, max_new_tokens=6) for _ in range(2)]
             engine.check_integrity()
-            needs[decode] = dict(engine.needs)
+            needs[decode] = found_and_missed(engine)
         for run in runs[decode]:
             assert run.config["reasons"]["decode"].startswith(decode), run.config["reasons"]["decode"]
             assert run.tokens == expected
     assert needs[driver] == needs["layered"], "hits or misses were counted in another way"
     for layered, captured in zip(runs["layered"], runs[driver], strict=True):
+        for run in (layered, captured):
+            run.layers["hits"] += run.layers.pop("late")
         assert layered.layers.equals(captured.layers)
         assert (layered.trace.expert_ids == captured.trace.expert_ids).all()
 
@@ -154,10 +161,10 @@ def test_generation_ends_with_the_text_and_the_step_launched_too_early_is_not_co
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, 0
     with prescope.attach(model, slots=10, decode="layered", **gpu) as engine:
         layered = engine.generate(ids[:1], max_new_tokens=7)
-        needs = dict(engine.needs)
+        needs = found_and_missed(engine)
     with prescope.attach(model, slots=10, decode=driver, **gpu) as engine:
         captured = engine.generate(ids[:1], max_new_tokens=7)
-        assert engine.needs == needs
+        assert found_and_missed(engine) == needs
         both = engine.generate(ids, max_new_tokens=7)
     assert captured.tokens == layered.tokens
     assert len(captured.tokens[0]) == free[0].index(end) + 1
