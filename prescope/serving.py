@@ -171,7 +171,7 @@ class Serving:
         for i, experts in enumerate(rounds):
             following = rounds[i + 1] if i + 1 < len(rounds) else None
             if following is None:
-                self._stream_ahead(layer, need, timed)
+                self._stream_ahead(layer, need, experts, timed)
             self._serve_round(layer, work, experts, following, timed)
         if need.num_misses:
             self.residency.unprotect()
@@ -226,16 +226,22 @@ class Serving:
         if self.recorder is not None:
             self.recorder.transfers(transfers)
 
-    def _stream_ahead(self, layer: MoELayer, need: LayerNeed, timed: bool) -> None:
-        """Copy experts of the next layer behind this layer's own, if it is all but certain to need them."""
+    def _stream_ahead(self, layer: MoELayer, need: LayerNeed, experts: IntArray, timed: bool) -> None:
+        """Copy experts of the next layer behind this layer's own, if it is all but certain to need them.
+
+        Args:
+            experts: of this layer's last round, which are still to be computed.
+        """
         if layer.moe_layer + 1 == len(self.layers) or len(need.experts) < STREAM_SHARE * layer.num_experts:
             return
         following = self.layers[layer.moe_layer + 1]
         row = self.residency.row(following.moe_layer)[: following.num_experts]
         missing, resident = np.flatnonzero(row < 0), row[row >= 0]
         count = min(len(missing), STREAM_EXPERTS, self.residency.num_slots // 4)
-        free = resident[~self.residency.is_protected(resident)]
-        self.residency.protect(free)  # needed next, however long ago they were used
+        # Needed now (a layer that missed nothing has not protected them), or next, however long ago they were used.
+        wanted = np.concatenate([self.residency.slots_for(layer.moe_layer, experts), resident])
+        free = wanted[~self.residency.is_protected(wanted)]
+        self.residency.protect(free)
         if count and self.residency.can_take(count):
             slots = self.residency.take(following.moe_layer, missing[:count])
             transfers = self.loader.load(following.moe_layer, missing[:count], slots, Reason.PREFETCH, timed)

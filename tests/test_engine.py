@@ -145,6 +145,21 @@ def test_hits_late_and_misses_are_all_that_was_needed(model):
     assert transfers["bytes"].sum() == len(transfers) * engine.shape.row_bytes
 
 
+@pytest.mark.parametrize("cache", ["lru", "lfu", "score", "static"])
+@pytest.mark.parametrize("slots", [EXPERTS + 1, 2 * EXPERTS, 2 * EXPERTS + 4])
+def test_streaming_ahead_takes_no_slot_of_the_layer_at_hand(model, cache, slots):
+    """A layer that finds all its experts computes from all of them, whichever the policy would rather give up."""
+    ids = prompt(batch=4, length=40)
+    expected = plain_tokens(model, ids, new=3)
+    frequencies = np.random.default_rng(0).random((LAYERS, EXPERTS))
+    with prescope.attach(
+        model, slots=slots, cache=cache, device="null", decode="layered", frequencies=frequencies
+    ) as engine:
+        for _ in range(3):  # the second and third find slots that the one before has filled
+            assert engine.generate(ids, max_new_tokens=3).tokens == expected
+            engine.check_integrity()
+
+
 def test_a_long_prompt_streams_the_next_layers_experts_behind_its_own(model):
     """The link need not wait for a router that will choose all experts anyway; tokens and counts stay honest."""
     ids = prompt(batch=4, length=40)

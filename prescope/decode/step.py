@@ -72,12 +72,15 @@ class DecodeStep:
         return cache_length(self.cache)
 
     def load(self, inputs: dict[str, Any]) -> None:
-        """Take over what `prepare_inputs_for_generation` gives for one new token per sequence."""
-        if not self.inputs:
-            self.inputs = {name: _own(value) for name, value in inputs.items()}
+        """Take over what `prepare_inputs_for_generation` gives for one new token per sequence.
+
+        Inputs of another form than the captured ones are taken too; the step is then captured anew.
+        """
+        if not _fits(self.inputs, inputs):
+            self.captured.clear()
+            self.inputs = _own(inputs)
             return
-        for name, value in inputs.items():
-            _refill(name, self.inputs[name], value)
+        _refill(self.inputs, inputs)
 
     def run(self) -> torch.Tensor:
         """Run the step now, layer by layer; returns logits (B, V) and advances the inputs to the next token."""
@@ -173,14 +176,21 @@ def _own(value: Any) -> Any:
     return value
 
 
-def _refill(name: str, target: Any, value: Any) -> None:
+def _fits(target: Any, value: Any) -> bool:
+    """Whether `value` can be copied into `target`: tensors of the same shape and dtype, all else equal."""
+    if isinstance(target, torch.Tensor) and isinstance(value, torch.Tensor):
+        return target.shape == value.shape and target.dtype == value.dtype
+    if isinstance(target, dict) and isinstance(value, dict):
+        return target.keys() == value.keys() and all(_fits(target[key], value[key]) for key in target)
+    return type(target) is type(value) and (target is value or bool(target == value))
+
+
+def _refill(target: Any, value: Any) -> None:
     if isinstance(target, torch.Tensor):
         target.copy_(value)
     elif isinstance(target, dict):
         for key, item in value.items():
-            _refill(f"{name}.{key}", target[key], item)
-    elif target is not value and target != value:
-        raise UnsupportedOption(f"{name} is {value!r} now, the step was captured with {target!r}")
+            _refill(target[key], item)
 
 
 def _masks(mask: Any) -> list[torch.Tensor]:

@@ -89,8 +89,7 @@ class CapturedStep:
         self._orders = _mapped((L, 1 + most), torch.int64, device)
         self._updates = _mapped((L, 1 + 2 * self.most_updates), torch.int32, device)
         self._ack = torch.zeros(L, dtype=torch.int32, device=device)
-        self._numbers = _mapped((on_device.NUMBERS + 1,), torch.int32, device)
-        self._numbers.copy_(torch.arange(on_device.NUMBERS + 1))
+        self._ack_sources = _mapped((L,), torch.int32, device)
         # Host views.
         self._asked = self._ask.numpy()
         self._ordered = self._orders.numpy()
@@ -311,8 +310,9 @@ class CapturedStep:
 
     def acknowledgement(self, moe_layer: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The (target, source) of the copy that must follow the experts' bytes on the H2D stream."""
-        number = self.number(step)
-        return self._ack[moe_layer : moe_layer + 1], self._numbers[number : number + 1]
+        at = slice(moe_layer, moe_layer + 1)
+        self._ack_sources[at] = step + 1  # its last copy is over: the GPU has gone on since
+        return self._ack[at], self._ack_sources[at]
 
     def tokens(self, step: int) -> NDArray[np.int64] | None:
         """The tokens (T,) chosen in a step, once they are there."""

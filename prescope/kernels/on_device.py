@@ -150,7 +150,8 @@ def _wait(  # type: ignore[no-untyped-def]
     mapped host memory: their number, then MOST keys, then MOST slots.
     """
     if tl.load(needs + 1) > 0:
-        number = sequence_of(tl.load(step))
+        # The step itself, not its number: an old acknowledgement must not answer when numbers come round again.
+        number = (tl.load(step) + 1).to(tl.int32)
         while tl.atomic_add(ack, 0, sem="acquire") != number:
             pass
         if UPDATES:
