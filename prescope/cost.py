@@ -29,6 +29,11 @@ class LayerCosts:
         gpu_us: one expert computed on the device, with the tokens of a step.
         rest_us: the rest of a layer: attention, router, launches.
         predict_us: one prediction, counted as the layer's own time: it runs on the same device.
+        cpu_us: `cpu_us[n]`: one expert with n tokens on the CPU while the link is busy, when several are submitted
+            together; index 0 is 0.0. Beyond its end whoever reads it goes on in a straight line. Empty: no CPU lane.
+        cpu_base_us: one submission of CPU experts, however many, and merging its result.
+        decide_us: from the router's choice on the device until the host has decided and the first copy can start.
+        copy_us: host time to enqueue one copy.
         source: where the numbers come from, in words.
     """
 
@@ -36,11 +41,18 @@ class LayerCosts:
     gpu_us: float
     rest_us: float
     predict_us: float = 0.0
+    cpu_us: tuple[float, ...] = ()
+    cpu_base_us: float = 0.0
+    decide_us: float = 0.0
+    copy_us: float = 0.0
     source: str
 
     def __post_init__(self) -> None:
-        if min(self.link_us, self.gpu_us, self.rest_us, self.predict_us) < 0:
+        times = (self.link_us, self.gpu_us, self.rest_us, self.predict_us)
+        if min(*times, *self.cpu_us, self.cpu_base_us, self.decide_us, self.copy_us) < 0:
             raise UnsupportedOption("costs are times in microseconds; none is negative")
+        if self.cpu_us and self.cpu_us[0] != 0.0:
+            raise UnsupportedOption("cpu_us[0] is the time of an expert without tokens: 0.0")
 
     def with_predictor(self, predict_us: float) -> "LayerCosts":
         """The same machine with a predictor of this cost in each layer."""

@@ -1,5 +1,7 @@
 """The timeline of `step_times`, held against timelines worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -79,3 +81,12 @@ def test_a_run_without_copies_tells_no_cost():
         costs_of_run(small_run(steps=1))
     with pytest.raises(UnsupportedOption, match="negative"):
         LayerCosts(link_us=-1.0, gpu_us=1.0, rest_us=1.0, source="")
+
+
+def test_the_cpu_lane_of_costs_is_off_unless_given():
+    """Costs written before there was a CPU lane mean the same as before."""
+    assert (COSTS.cpu_us, COSTS.cpu_base_us, COSTS.decide_us, COSTS.copy_us) == ((), 0.0, 0.0, 0.0)
+    with pytest.raises(UnsupportedOption, match="negative"):
+        replace(COSTS, cpu_us=(0.0, -1.0))
+    with pytest.raises(UnsupportedOption, match="without tokens"):
+        replace(COSTS, cpu_us=(3.0, 4.0))
