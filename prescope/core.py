@@ -36,10 +36,12 @@ class Need(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a transfer was issued."""
+    """Why an expert went where it went. Compiled decisions name them by their rank."""
 
-    ON_DEMAND = "on_demand"
-    PREFETCH = "prefetch"
+    ON_DEMAND = "on_demand"  # needed now and absent: over the link
+    PREFETCH = "prefetch"  # predicted for a coming layer
+    CPU = "cpu"  # needed now and absent: computed where it lies, that is sooner done
+    STREAM = "stream"  # its whole layer is copied, whatever is predicted
 
 
 class Lane(StrEnum):

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "prescope"
 
 # Top row first. A new module is added here, in the highest row whose needs it meets.
 LADDER: dict[str, tuple[str, ...]] = {
-    "words": ("core", "config", "errors", "units", "paths"),
+    "words": ("core", "config", "errors", "units", "paths", "jit"),
     "evidence": ("events", "routing", "bounds", "hardware", "metrics", "perfetto", "result"),
     "decisions": ("cost", "cache", "residency", "predictor", "scheduler", "simulator"),
     "bytes": ("device", "layout", "host_pool", "slots", "loader", "cpu_experts", "kernels"),

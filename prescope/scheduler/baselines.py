@@ -1,0 +1,39 @@
+"""How the systems that PreSched is compared with split a layer's misses, as policies of ours ("re-implemented").
+
+Each answers how many of the misses, hottest first, are copied; the rest goes to the CPU. What is the same as
+published, and what is not known, stands beside each name in `scheduler.SCHEDULES`.
+"""
+
+from ..jit import jit
+from .terms import Costs, IntArray
+from .terms import cpu_time as _cpu_time
+
+cpu_time = jit(_cpu_time)
+
+
+@jit
+def fiddler(costs: Costs, tokens: IntArray) -> int:
+    """Each expert for itself: copied if the CPU would take longer than copying and computing it."""
+    if len(costs.cpu_us) < 2:
+        return len(tokens)
+    k = 0
+    while k < len(tokens) and cpu_time(costs.cpu_us, tokens[k]) > costs.link_us + costs.gpu_us:
+        k += 1
+    return k
+
+
+@jit
+def hybrimoe(costs: Costs, tokens: IntArray, num_here: int, backlog_us: float) -> int:
+    """Greedy by both ends: the link takes the hottest, the CPU the coldest, whoever is done sooner takes the next."""
+    if len(costs.cpu_us) < 2:
+        return len(tokens)
+    link, cpu = backlog_us, costs.cpu_base_us
+    k, end = 0, len(tokens)
+    while k < end:
+        by_link = max(link + costs.link_us, num_here * costs.gpu_us) + costs.gpu_us
+        by_cpu = cpu + cpu_time(costs.cpu_us, tokens[end - 1])
+        if by_cpu < by_link:
+            cpu, end = by_cpu, end - 1
+        else:
+            link, k = link + costs.link_us, k + 1
+    return k

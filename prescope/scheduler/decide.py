@@ -1,0 +1,216 @@
+"""What is done about a layer, by any schedule: the code that engine and simulator share.
+
+Plain loops over arrays, compiled by numba; no clock, no bytes, no objects. Shapes: n experts needed, E experts of a
+layer, L MoE layers, S slots, d layers ahead. Keys are flat: moe_layer * E + expert.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..jit import jit
+from .baselines import fiddler, hybrimoe
+from .presched import split
+from .terms import Costs, FloatArray, IntArray, Knobs, Need, Plan
+
+ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED = range(8)
+
+#: Weight of the past in `learn`, per layer of a step: remembers about a hundred layers.
+TRUST_DECAY = 0.99
+
+
+@jit
+def sort_need(
+    experts: IntArray, tokens: IntArray, slots: IntArray, in_flight: NDArray[np.bool_]
+) -> Need:
+    """Experts (n,) with their tokens and slots: hits before late ones before misses, each by tokens, descending.
+
+    Args:
+        in_flight: (S,) by slot.
+    """
+    n = len(experts)
+    order = np.argsort(-tokens, kind="mergesort")  # stable: the expert's number breaks ties
+    sorted_experts, sorted_tokens = np.empty(n, np.int64), np.empty(n, np.int64)
+    counts = np.zeros(3, np.int64)
+    place = 0
+    for rank in range(3):
+        for i in order:
+            slot = slots[i]
+            mine = 2 if slot < 0 else (1 if in_flight[slot] else 0)
+            if mine == rank:
+                sorted_experts[place], sorted_tokens[place] = experts[i], tokens[i]
+                place += 1
+                counts[rank] += 1
+    return Need(sorted_experts, sorted_tokens, counts[0], counts[1])
+
+
+@jit
+def take_slots(
+    keys: IntArray,
+    key_of: IntArray,
+    slot_of: IntArray,
+    fixed: NDArray[np.bool_],
+    keep: IntArray,
+    scores: FloatArray,
+) -> IntArray:
+    """Give a slot (n,) to each key: free ones first, then those whose experts have the lowest scores.
+
+    Args:
+        fixed: (S,) slots that are never given up. `keep`: keys whose slots are given up last.
+        scores: (L * E,) of the cache policy.
+
+    Returns: slots; fewer than keys if there are not enough. `key_of` (S,) and `slot_of` (L * E,) are changed.
+    """
+    S = len(key_of)
+    rank = np.empty(S)
+    highest = 1.0
+    for slot in range(S):
+        if fixed[slot]:
+            rank[slot] = np.inf
+        elif key_of[slot] < 0:
+            rank[slot] = -np.inf
+        else:
+            rank[slot] = scores[key_of[slot]]
+            highest = max(highest, abs(rank[slot]))
+    for key in keep:
+        slot = slot_of[key]
+        if slot >= 0 and rank[slot] != np.inf:
+            rank[slot] += 3.0 * highest  # behind all others, in their own order
+    n = len(keys)
+    slots = np.empty(n, np.int64)
+    # A few: one pass for each. Many: sort once.
+    many = n > 8
+    order = np.argsort(rank, kind="mergesort") if many else np.empty(0, np.int64)
+    for i in range(n):
+        slot = order[i] if many and i < S else (np.argmin(rank) if not many else -1)
+        if slot < 0 or rank[slot] == np.inf:
+            return slots[:i]
+        rank[slot] = np.inf
+        if key_of[slot] >= 0:
+            slot_of[key_of[slot]] = -1
+        key_of[slot], slot_of[keys[i]], slots[i] = keys[i], slot, slot
+    return slots
+
+
+@jit
+def wanted(
+    knobs: Knobs, moe_layer: int, slot_of: IntArray, tokens_E: FloatArray, used_E: FloatArray
+) -> IntArray:
+    """Keys of a coming layer that are worth prefetching: absent, likely enough, most tokens first."""
+    E = len(tokens_E)
+    first = moe_layer * E
+    found, negative = np.empty(E, np.int64), np.empty(E)
+    count = 0
+    for expert in range(E):
+        if used_E[expert] >= knobs.threshold and used_E[expert] > 0 and slot_of[first + expert] < 0:
+            found[count], negative[count] = first + expert, -tokens_E[expert]
+            count += 1
+    order = np.argsort(negative[:count], kind="mergesort")
+    return found[order[: knobs.width]]
+
+
+@jit
+def likely_residents(
+    knobs: Knobs, moe_layer: int, num_layers: int, slot_of: IntArray, used_dE: FloatArray
+) -> IntArray:
+    """Keys of coming layers that are in slots and likely to be used there."""
+    d, E = used_dE.shape
+    found = np.empty(d * E, np.int64)
+    count = 0
+    for ahead in range(1, min(knobs.lookahead, d, num_layers - 1 - moe_layer) + 1):
+        first = (moe_layer + ahead) * E
+        for expert in range(E):
+            if used_dE[ahead - 1, expert] >= knobs.threshold and slot_of[first + expert] >= 0:
+                found[count] = first + expert
+                count += 1
+    return found[:count]
+
+
+@jit
+def plan(
+    knobs: Knobs,
+    costs: Costs,
+    moe_layer: int,
+    num_layers: int,
+    need: Need,
+    backlog_us: float,
+    slot_of: IntArray,
+    tokens_dE: FloatArray,
+    used_dE: FloatArray,
+) -> Plan:
+    """Decide about one layer, after its router has spoken.
+
+    Args:
+        need: of this layer. `backlog_us`: until the link is done with what is on the wire.
+        slot_of: (L * E,) slot of each key, -1 for those that have none.
+        tokens_dE, used_dE: predictions for the following layers, see `terms.Coming`.
+    """
+    nothing = np.empty(0, np.int64)
+    here = need.num_hits + need.num_late
+    missing = need.tokens[here:]
+    n = len(missing)
+    d, E = used_dE.shape
+    ahead = min(knobs.lookahead, d, num_layers - 1 - moe_layer)
+    if knobs.schedule == ON_DEMAND or knobs.schedule == FIDDLER:
+        k = fiddler(costs, missing) if knobs.schedule == FIDDLER else n
+        return Plan(k, nothing, nothing)
+    if knobs.schedule == STREAMING or knobs.schedule == KLOTSKI:
+        if moe_layer + 1 == num_layers:
+            return Plan(n, nothing, nothing)
+        row = np.zeros(E)
+        if knobs.schedule == KLOTSKI and d > 0:  # hottest first
+            row[:] = tokens_dE[0]
+        whole = Knobs(knobs.schedule, 1, E, 0.0)
+        return Plan(n, wanted(whole, moe_layer + 1, slot_of, row, np.ones(E)), nothing)
+    candidates = nothing
+    if ahead > 0:
+        candidates = wanted(knobs, moe_layer + 1, slot_of, tokens_dE[0], used_dE[0])
+    if knobs.schedule == FATE or knobs.schedule == MOE_INFINITY:
+        return Plan(n, candidates, nothing)
+    if knobs.schedule == HYBRIMOE:
+        return Plan(hybrimoe(costs, missing, here, backlog_us), candidates, nothing)
+    first = (moe_layer + 1) * E
+    m = len(candidates)
+    next_tokens, next_used = np.empty(m), np.empty(m)
+    for j in range(m):
+        next_tokens[j] = tokens_dE[0, candidates[j] - first]
+        next_used[j] = used_dE[0, candidates[j] - first]
+    k, p, _, slack = split(costs, missing, here, need.num_late, backlog_us, next_tokens, next_used)
+    prefetch = candidates[:p]
+    # Link time that the next layer has no use for goes to those behind it.
+    left = slack - m * costs.link_us
+    for further in range(2, ahead + 1):
+        if p < m or left <= 0:
+            break
+        more = wanted(knobs, moe_layer + further, slot_of, tokens_dE[further - 1], used_dE[further - 1])
+        more = more[: int(left / costs.link_us) + 1]
+        left -= len(more) * costs.link_us
+        prefetch = np.concatenate((prefetch, more))
+    return Plan(k, prefetch, likely_residents(knobs, moe_layer, num_layers, slot_of, used_dE))
+
+
+@jit
+def learn_trust(
+    trust: FloatArray, moe_layer: int, counts_E: IntArray, predicted_dLE: FloatArray, threshold: float
+) -> None:
+    """Hold what was predicted for a layer against what it used.
+
+    Args:
+        trust: (d, 2) decayed sums of the probabilities given to likely experts, and of how many of them were used.
+        counts_E: tokens of each expert. `predicted_dLE`: the last probability of use, by lookahead.
+    """
+    for ahead in range(min(len(trust), moe_layer)):
+        expected, found = 0.0, 0.0
+        for expert in range(len(counts_E)):
+            probability = predicted_dLE[ahead, moe_layer, expert]
+            if probability >= threshold:
+                expected += probability
+                found += 1.0 if counts_E[expert] > 0 else 0.0
+        trust[ahead, 0] = TRUST_DECAY * trust[ahead, 0] + expected
+        trust[ahead, 1] = TRUST_DECAY * trust[ahead, 1] + found
+
+
+@jit
+def discount(trust: FloatArray, ahead: int) -> float:
+    """Factor for probabilities given `ahead` layers before the use (1: the next layer); 1 until something is known."""
+    expected, found = trust[ahead - 1]
+    return 1.0 if expected <= 0.0 else min(1.0, found / expected)

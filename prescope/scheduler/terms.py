@@ -1,0 +1,63 @@
+"""What a schedule is told and what it answers, in forms that numba compiles.
+
+Times are microseconds. Shapes: n experts needed by a layer, E experts of a layer, L MoE layers, d layers ahead.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+class Costs(NamedTuple):
+    """`cost.LayerCosts` as compiled code reads it."""
+
+    link_us: float  # one expert over the link
+    link_busy_us: float  # the same while the CPU computes experts: both read the same memory
+    gpu_us: float  # one expert on the GPU
+    rest_us: float  # the rest of a layer
+    decide_us: float  # from the router's choice to the first copy on the link
+    cpu_base_us: float  # one submission to the CPU and the merging of its result
+    cpu_us: FloatArray  # (N + 1,) one expert with n tokens on the CPU; empty: there is no CPU lane
+
+
+class Knobs(NamedTuple):
+    """Settings of a schedule."""
+
+    schedule: int  # number in `scheduler.SCHEDULES`
+    lookahead: int  # layers ahead whose predictions are looked at
+    width: int  # experts prefetched for one layer at most
+    threshold: float  # least probability of use of an expert worth prefetching
+
+
+class Coming(NamedTuple):
+    """Predictions at one layer for the d layers behind it; rows beyond the last layer hold zeros."""
+
+    tokens_dE: FloatArray  # expected number of tokens that use the expert
+    used_dE: FloatArray  # probability that any token does
+
+
+class Plan(NamedTuple):
+    """What is done about one layer, now that its router has spoken."""
+
+    num_load: int  # of the misses, in their order, the first so many are copied on demand, the rest go to the CPU
+    prefetch: IntArray  # (p,) flat keys (moe_layer * E + expert), the most wanted first
+    keep: IntArray  # flat keys that are not to be evicted meanwhile, if there is any other choice
+
+
+class Need(NamedTuple):
+    """A layer's distinct experts, by where they are, then by tokens."""
+
+    experts: IntArray  # (n,) hits, late ones, misses
+    tokens: IntArray  # (n,)
+    num_hits: int
+    num_late: int
+
+
+def cpu_time(cpu_us: FloatArray, tokens: float) -> float:
+    """Microseconds of one expert with so many tokens on the CPU; between and beyond the points linear."""
+    last = len(cpu_us) - 1
+    low = min(int(tokens), last - 1)
+    return cpu_us[low] + (tokens - low) * (cpu_us[low + 1] - cpu_us[low])
