@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -64,6 +65,22 @@ class LayerNeed(NamedTuple):
     moe_layer: int
     experts: np.ndarray  # (n,) int64, distinct, ascending
     tokens: np.ndarray  # (n,) int64, tokens that use each of them
+
+
+class StepRouting(NamedTuple):
+    """The routing of all tokens of one step, layer by layer."""
+
+    ids_LTK: np.ndarray  # (L, T, K) int16, -1 where a token used fewer than K experts
+    weights_LTK: np.ndarray  # (L, T, K) float32, 0 beside an id of -1
+
+
+def used_mask(ids: NDArray[np.integer[Any]], num_experts: int) -> NDArray[np.bool_]:
+    """(..., E) bool from ids (..., K): which experts are used; an id of -1 marks none."""
+    flat = ids.reshape(-1, ids.shape[-1]).astype(np.int64)
+    # One column more takes the ids of -1, and is cut off.
+    mask = np.zeros((len(flat), num_experts + 1), dtype=bool)
+    np.put_along_axis(mask, np.where(flat < 0, num_experts, flat), True, axis=1)
+    return mask[:, :num_experts].reshape(*ids.shape[:-1], num_experts)
 
 
 def saturating_float16(values: np.ndarray) -> np.ndarray:
@@ -153,6 +170,25 @@ class RoutingTrace:
         for layer, counts_E in enumerate(counts_LE):
             experts = np.flatnonzero(counts_E)
             yield LayerNeed(layer, experts, counts_E[experts])
+
+    def step_routing(self, step: int) -> StepRouting:
+        """Ids (L, T, K) int16 and weights (L, T, K) float32 of a step's T tokens, in row order; contiguous copies.
+
+        What an engine needs to be forced to route as recorded, one layer after the other.
+
+        Raises:
+            BadTrace: the trace has no such step.
+        """
+        first, end = np.searchsorted(self.step, [step, step + 1])
+        if first == end:
+            steps = self.steps
+            known = f"steps {steps[0]} to {steps[-1]}" if steps else "no steps"
+            raise BadTrace(f"the trace of {self.model} has no step {step}; it has {known}")
+        rows = slice(first, end)
+        return StepRouting(
+            np.ascontiguousarray(self.expert_ids[rows].transpose(1, 0, 2)),
+            np.ascontiguousarray(self.weights[rows].transpose(1, 0, 2)),
+        )
 
     def expert_counts(self) -> np.ndarray:
         """(L, E) int64: tokens each expert of each MoE layer was used by; padding tokens count."""

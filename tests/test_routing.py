@@ -165,6 +165,30 @@ def test_needed_lists_each_distinct_expert_once_with_its_tokens(trace):
             np.testing.assert_array_equal(tokens, expected[1])
 
 
+def test_step_routing_is_the_step_layer_by_layer(trace):
+    """Contiguous int16 and float32: what is copied into an engine's buffers as it is."""
+    for step in trace.steps:
+        ids, weights = trace.step_routing(step)
+        rows = np.flatnonzero(trace.step == step)
+        assert ids.shape == weights.shape == (NUM_LAYERS, len(rows), TOP_K)
+        assert (ids.dtype, weights.dtype) == (np.int16, np.float32)
+        assert ids.flags.c_contiguous and weights.flags.c_contiguous
+        for layer in range(NUM_LAYERS):
+            np.testing.assert_array_equal(ids[layer], trace.expert_ids[rows, layer])
+            np.testing.assert_array_equal(weights[layer], trace.weights[rows, layer])
+
+
+def test_step_routing_does_not_lend_the_trace_itself(trace):
+    before = trace.expert_ids.copy()
+    trace.step_routing(1).ids_LTK[:] = 0
+    np.testing.assert_array_equal(trace.expert_ids, before)
+
+
+def test_a_step_that_is_not_there_is_named(trace):
+    with pytest.raises(BadTrace, match=r"no step 999; it has steps 0 to"):
+        trace.step_routing(999)
+
+
 def test_expert_counts_add_up_to_tokens_times_top_k(trace):
     counts = trace.expert_counts()
     assert counts.shape == (NUM_LAYERS, NUM_EXPERTS)

@@ -10,7 +10,7 @@ Shapes: R rows of a trace, T tokens of a call, D model width, E experts, K top-k
 
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadTrace, PrescopeError, TraceMismatch, UnsupportedOption
 from ..routing import RoutingTrace
+from ..routing import used_mask as used_mask
 
 ScoreArray = NDArray[np.float32]
 IdArray = NDArray[np.int64]
@@ -110,15 +111,6 @@ def targets_of(moe_layer: int, shape: Shape, lookahead: int) -> Iterator[tuple[i
     for ahead in range(1, lookahead + 1):
         if moe_layer + ahead < shape.num_layers:
             yield ahead, moe_layer + ahead
-
-
-def used_mask(ids: NDArray[np.integer[Any]], num_experts: int) -> NDArray[np.bool_]:
-    """(..., E) bool from ids (..., K): which experts are used; an id of -1 marks none."""
-    flat = ids.reshape(-1, ids.shape[-1]).astype(np.int64)
-    # One column more takes the ids of -1, and is cut off.
-    mask = np.zeros((len(flat), num_experts + 1), dtype=bool)
-    np.put_along_axis(mask, np.where(flat < 0, num_experts, flat), True, axis=1)
-    return mask[:, :num_experts].reshape(*ids.shape[:-1], num_experts)
 
 
 def used_mask_torch(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
