@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from prescope.engine import attach as attach
     from prescope.engine import load as load
     from prescope.learning import train_predictor as train_predictor
+    from prescope.profile import HardwareProfile as HardwareProfile
     from prescope.result import RunResult as RunResult
     from prescope.routing import RoutingTrace as RoutingTrace
 
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "Engine": "prescope.engine",
+    "HardwareProfile": "prescope.profile",
     "RoutingTrace": "prescope.routing",
     "RunResult": "prescope.result",
     "attach": "prescope.engine",
@@ -26,7 +28,16 @@ _HOME_OF = {
     "train_predictor": "prescope.learning",
 }
 
-__all__ = ["Engine", "RoutingTrace", "RunResult", "__version__", "attach", "load", "train_predictor"]
+__all__ = [
+    "Engine",
+    "HardwareProfile",
+    "RoutingTrace",
+    "RunResult",
+    "__version__",
+    "attach",
+    "load",
+    "train_predictor",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -48,5 +48,17 @@ class TransferFailed(PrescopeError):
     """Copying an expert's weights to its slot failed."""
 
 
+class BadProfile(PrescopeError):
+    """A hardware profile cannot be read, or lacks what was asked of it."""
+
+
+class NoProfile(PrescopeError):
+    """This machine has not been calibrated."""
+
+
+class ForeignProfile(PrescopeError):
+    """A hardware profile was measured on another machine, so no engine may be planned by it."""
+
+
 class UnsupportedOption(PrescopeError, ValueError):
     """A value of a setting that this machine, model or version cannot serve."""

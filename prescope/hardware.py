@@ -1,10 +1,69 @@
-"""Facts about the machine a run took place on, for `RunResult.hardware`. Measured curves come with calibration."""
+"""Facts about the machine a run took place on, for `RunResult.hardware`, and which machine it is, for a profile.
+
+Measured curves are in `profile`. Knows nothing of torch: GPU and link are asked of nvidia-smi.
+"""
 
 import os
 import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+NVIDIA_SMI_SECONDS = 20
+
+
+class Place(NamedTuple):
+    """What a measured time depends on; two machines of equal places are taken for the same."""
+
+    cpu: str  # with family, model and stepping: virtual machines call many CPUs by one name
+    cores: int
+    device: str  # GPU, or what stands in for it
+    link: str  # "PCIe 5 x16", "PCIe" where nothing is known of it, "emulated", "virtual"
+
+    def __str__(self) -> str:
+        return f"{self.device} behind {self.link}, {self.cores} cores of {self.cpu}"
+
+
+def this_place(described: Mapping[str, Any] | None = None) -> Place:
+    """The machine at hand.
+
+    Args:
+        described: a device's `describe()`; None: the first GPU that nvidia-smi knows, else the CPU standing in for one.
+    """
+    gpus = gpu_links()
+    if described is None:
+        device = next(iter(gpus), CPU_DEVICE)
+        kind = "measured" if gpus else "emulated"
+    else:
+        device, kind = str(described["device"]), str(described["link"])
+    link = gpus.get(device, "PCIe") if kind == "measured" else kind
+    return Place(_cpu_name() + _cpu_model(), os.cpu_count() or 1, device, link)
+
+
+#: What `EmulatedLinkDevice` calls the CPU that stands in for a GPU.
+CPU_DEVICE = "CPU (standing in for the GPU)"
+
+
+@cache
+def gpu_links() -> dict[str, str]:
+    """The GPUs nvidia-smi knows by name, each with its link, such as "PCIe 5 x16"; empty where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    # The most that GPU and slot can do together: the link in use falls to PCIe 1 while the GPU idles.
+    query = ["nvidia-smi", "--query-gpu=name,pcie.link.gen.max,pcie.link.width.max", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    links: dict[str, str] = {}
+    for line in answer.stdout.splitlines():
+        name, gen, width = ([part.strip() for part in line.split(",")] + ["", ""])[:3]
+        links.setdefault(name, f"PCIe {gen} x{width}" if gen.isdigit() and width.isdigit() else "PCIe")
+    return links
 
 
 def available_memory_bytes() -> int:
@@ -36,6 +95,17 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    wanted = {"cpu family": "family", "model": "model", "stepping": "stepping"}
+    found: dict[str, str] = {}
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
+        name, _, value = line.partition(":")
+        if name.strip() in wanted:
+            found.setdefault(name.strip(), f"{wanted[name.strip()]} {value.strip()}")
+    return f" ({' '.join(found[name] for name in wanted if name in found)})" if found else ""
 
 
 def _version(name: str) -> str | None:

@@ -3,6 +3,7 @@
 Knows paths only; reads no model.
 """
 
+import os
 from pathlib import Path
 
 from prescope.errors import BadModelFolder
@@ -42,3 +43,13 @@ def embedded_prompts() -> Path:
     if not path.is_file():
         raise BadModelFolder(f"the embedded prompts are not at {path}; work in a checkout, or pass your own")
     return path
+
+
+def shipped_profiles() -> Path:
+    """Folder of the hardware profiles that come with prescope; it may be missing in a wheel of one's own."""
+    return data_dir() / "profiles"
+
+
+def cache_dir() -> Path:
+    """Folder for what is measured or built once per machine: $XDG_CACHE_HOME/prescope, else ~/.cache/prescope."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prescope"

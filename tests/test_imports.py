@@ -20,9 +20,19 @@ PACKAGE = ROOT / "prescope"
 LADDER: dict[str, tuple[str, ...]] = {
     "words": ("core", "config", "errors", "units", "paths", "jit"),
     "evidence": ("events", "routing", "bounds", "hardware", "metrics", "perfetto", "result"),
-    "decisions": ("cost", "cache", "residency", "predictor", "scheduler", "simulator"),
+    "decisions": (
+        "cost",
+        "profile",
+        "cache",
+        "residency",
+        "rounds",
+        "planner",
+        "predictor",
+        "scheduler",
+        "simulator",
+    ),
     "bytes": ("device", "layout", "host_pool", "slots", "loader", "cpu_experts", "kernels"),
-    "model": ("hf", "recorder", "serving", "decode", "engine"),
+    "model": ("hf", "recorder", "scheduling", "serving", "decode", "engine"),
     "workbench": ("learning", "views", "tuning", "report", "widgets", "workbench"),
 }
 ROW_OF = {module: row for row, modules in LADDER.items() for module in modules}

@@ -1,0 +1,27 @@
+"""Points of the same machine behind another link, computed from those that were measured. Pure."""
+
+from collections.abc import Sequence
+
+from .points import Point
+
+
+def sent_often(points: Sequence[Point], factor: int) -> tuple[Point, ...]:
+    """Every copy made `factor` times: it takes so many times as long, and so does enqueueing it.
+
+    CPU times beside the link stay as they are, beside the full link: that is what an engine sees that really sends the
+    same bytes so often. A link that is slower by itself would leave the CPU more of the memory.
+    """
+    slower = ("h2d", "enqueue")
+    return tuple(p._replace(us=p.us * factor) if p.of.kind in slower else p for p in points)
+
+
+def paced(points: Sequence[Point], old_gb_per_s: float, gb_per_s: float) -> tuple[Point, ...]:
+    """An emulated link at another rate: bytes / rate, and what each copy took above that."""
+
+    def at_rate(point: Point) -> Point:
+        if point.of.kind != "h2d":
+            return point
+        over_us = max(0.0, point.us - point.of.nbytes / (old_gb_per_s * 1e3))
+        return point._replace(us=point.of.nbytes / (gb_per_s * 1e3) + over_us)
+
+    return tuple(map(at_rate, points))

@@ -1,0 +1,91 @@
+"""What calibration measures, as one flat table: a point is a median time under stated circumstances.
+
+Pure: numbers and words only. Everything else a profile knows (rates, fits, errors) is computed from its points.
+"""
+
+import math
+from typing import NamedTuple
+
+from ..errors import BadProfile
+
+#: kind -> what its `us` is.
+KINDS: dict[str, str] = {
+    "h2d": "one copy of `nbytes` from host memory to the device in a train of copies; busy: CPU experts run meanwhile",
+    "cpu": "`experts` experts with `tokens` tokens each, submitted together to the CPU, until all are done; "
+    "busy: the link copies meanwhile",
+    "gpu": "the same on the device, all resident: look-up, experts and weighted sum",
+    "rest": "the rest of a layer of a model (attention, router, launches) in a decode step of `tokens` sequences",
+    "decide": "from the router's choice until the first copy can start, in such a step",
+    "enqueue": "host time to enqueue one copy",
+    "read": "a small device-to-host read, the host waiting",
+    "message": "a word from the device into host memory, seen by the host, answered by a copy, seen by the device",
+    "dram": "reading `nbytes` of host memory by all threads; busy: the link copies meanwhile",
+}
+
+
+class Expert(NamedTuple):
+    """What an expert's time depends on: its bytes and its sizes. All zero where no expert is meant."""
+
+    nbytes: int
+    width: int  # D
+    expert_width: int  # F
+
+    def __str__(self) -> str:
+        return f"{self.nbytes / 1e6:.3g} MB ({self.width} x {self.expert_width})"
+
+
+class Circumstances(NamedTuple):
+    """What was measured; a profile has at most one point of each."""
+
+    kind: str  # of KINDS
+    busy: bool = False  # whether the other lane worked meanwhile
+    nbytes: int = 0  # of a copy, of a read, or of one expert
+    width: int = 0  # D
+    expert_width: int = 0  # F
+    experts: int = 0  # submitted together
+    tokens: int = 0  # of each expert, or the batch
+
+    @property
+    def expert(self) -> Expert:
+        return Expert(self.nbytes, self.width, self.expert_width)
+
+
+class Point(NamedTuple):
+    """One row of a profile: circumstances, median of `runs` times in microseconds, and (max - min) / median."""
+
+    of: Circumstances
+    us: float
+    spread: float
+    runs: int
+
+
+COLUMNS = (*Circumstances._fields, "us", "spread", "runs")
+
+
+def point_of(row: list[object], where: str) -> Point:
+    """A point from a row of COLUMNS.
+
+    Raises:
+        BadProfile: it is none; `where` names the file and row.
+    """
+    if not isinstance(row, list) or len(row) != len(COLUMNS):
+        raise BadProfile(f"{where}: a point has {len(COLUMNS)} values ({', '.join(COLUMNS)}), not {row!r}")
+    kind, busy, *numbers = row
+    if kind not in KINDS:
+        raise BadProfile(f"{where}: {kind!r} is not measured by this version; it knows {', '.join(KINDS)}")
+    if not isinstance(busy, bool) or any(
+        isinstance(n, bool) or not isinstance(n, int | float) for n in numbers
+    ):
+        raise BadProfile(f"{where}: {row!r} should be a word, true or false, and numbers")
+    values = [float(n) for n in numbers if isinstance(n, int | float)]
+    *sizes, us, spread, runs = values
+    if not all(map(math.isfinite, values)) or min(*sizes, spread) < 0 or us <= 0 or runs < 1:
+        raise BadProfile(f"{where}: {row!r} has a time or size that is not finite, negative or zero")
+    if any(size != int(size) for size in (*sizes, runs)):
+        raise BadProfile(f"{where}: {row!r}: sizes and counts are whole numbers")
+    return Point(Circumstances(str(kind), busy, *map(int, sizes)), us, spread, int(runs))
+
+
+def row_of(point: Point) -> list[object]:
+    """The row of COLUMNS that `point_of` reads."""
+    return [*point.of, point.us, point.spread, point.runs]

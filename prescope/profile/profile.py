@@ -1,0 +1,290 @@
+"""What one machine can do: measured points, the curves through them, and the costs of a model's layer.
+
+Pure but for its files. A profile is evidence of one machine: engines may plan only by a profile of the machine they run
+on; the simulator may take any, under its label.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..core import MoEShape
+from ..cost import LayerCosts
+from ..errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
+from ..hardware import Place, this_place
+from .curves import FitError
+from .files import named_file, own_file, read_json, shipped_files, write_json
+from .form import from_plain, to_plain
+from .lanes import Lanes, nearest
+from .links import paced, sent_often
+from .points import Expert, Point
+from .tables import description, points_table
+
+#: `LayerCosts.cpu_us` reaches at least so far, so that the straight line behind its end has two points.
+LEAST_CPU_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareProfile:
+    """Measured curves of one machine; `prescope.calibrate()` makes one.
+
+    Attributes:
+        place: CPU, GPU and link: which machine it is.
+        label: where its times come from, for titles: "measured on <GPU>", "emulated ...".
+        measured: ISO date of the measurement.
+        points: all that was measured (`points.KINDS` says what each is).
+        machine: facts and versions, as in `RunResult.hardware`.
+        cpu_backend: what computed experts on the CPU.
+        link_gb_per_s: rate of an emulated link; None for a real one.
+        link_factor: how many times each copy is made, to stand for a slower link.
+        origin: how to measure it again.
+        notes: what a reader must know.
+    """
+
+    place: Place
+    label: str
+    measured: str
+    points: tuple[Point, ...]
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    cpu_backend: str = ""
+    link_gb_per_s: float | None = None
+    link_factor: int = 1
+    origin: str = "prescope.calibrate()"
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.lanes  # raises BadProfile now rather than later
+
+    @cached_property
+    def lanes(self) -> Lanes:
+        """The curves through all points."""
+        return Lanes(self.points)
+
+    # -- times -------------------------------------------------------------------------------------------------
+
+    def link_us(self, nbytes: float, *, busy_cpu: bool = False) -> float:
+        """One copy of `nbytes` to the device in a train of copies, microseconds; `busy_cpu`: while CPU experts run."""
+        return (self.lanes.link_beside_cpu if busy_cpu else self.lanes.link).us(nbytes)
+
+    def cpu_us(self, tokens: float, expert: Expert | int, *, busy_link: bool = True) -> float:
+        """One expert with `tokens` tokens on the CPU, of several submitted together, microseconds; 0.0 for none.
+
+        Args:
+            expert: its sizes, or its bytes. Another size than the measured ones is scaled by bytes from the nearest.
+
+        Raises:
+            BadProfile: no CPU experts were measured.
+        """
+        return self.lanes.expert_us("cpu", tokens, expert, busy_link)
+
+    def gpu_us(self, tokens: float, expert: Expert | int) -> float:
+        """One resident expert with `tokens` tokens on the device, microseconds; otherwise as `cpu_us`."""
+        return self.lanes.expert_us("gpu", tokens, expert)
+
+    def base_us(self, lane: str, expert: Expert | int, *, busy_link: bool = True) -> float:
+        """Of one submission of experts to "cpu" or "gpu", however many, microseconds; not scaled by size."""
+        return nearest(self.lanes.experts_of(lane, busy_link), expert).base_us
+
+    def dram_gb_per_s(self, *, busy_link: bool = False) -> float:
+        """Rate at which all threads read host memory, GB/s; NaN where it was not measured."""
+        return self.lanes.dram_gb_per_s(busy_link)
+
+    @property
+    def fit_errors(self) -> dict[str, FitError]:
+        """Relative error of every fit: against its own points, or, for "scaled", against other sizes."""
+        return self.lanes.fit_errors
+
+    def costs(
+        self,
+        shape: MoEShape | int,
+        *,
+        width: int,
+        expert_width: int,
+        batch: int = 1,
+        cpu_lane: bool = True,
+        rest_us: float | None = None,
+    ) -> LayerCosts:
+        """Costs of one MoE layer of a model, in a decode step of `batch` sequences.
+
+        Args:
+            shape: of the model, or the bytes of one of its experts: then each expert is taken to have one token.
+            width, expert_width: D and F.
+            cpu_lane: experts are computed on the CPU too: link and CPU are then those measured beside each other.
+            rest_us: the rest of a layer; by default as measured with an engine of these sizes.
+
+        Raises:
+            BadProfile: nothing is known of the rest of a layer, or of experts on the device.
+        """
+        nbytes = shape if isinstance(shape, int) else shape.row_bytes
+        expert, lanes = Expert(nbytes, width, expert_width), self.lanes
+        rest = rest_us if rest_us is not None else lanes.layer_us("rest", expert, batch)
+        if rest is None:
+            raise BadProfile(
+                f"{self.label}: no engine with experts of {expert} was measured, so the rest of a layer is not known; "
+                f"run prescope.calibrate(engine), or pass rest_us"
+            )
+        has_cpu = cpu_lane and any(lane.startswith("cpu") for lane in lanes.measured)
+        near = nearest(lanes.experts_of("gpu"), expert).expert
+        scaled = "" if near == expert else f"; experts of {expert} scaled by bytes from those of {near}"
+        enqueue_us, decide_us = lanes.small_us("enqueue"), lanes.layer_us("decide", expert, batch)
+        return LayerCosts(
+            link_us=self.link_us(nbytes, busy_cpu=has_cpu),
+            gpu_us=self.gpu_us(tokens_per_expert(shape, batch), expert),
+            rest_us=rest + self.base_us("gpu", expert),
+            cpu_us=self._cpu_table(expert, batch) if has_cpu else (),
+            # The outputs, T x D of two bytes, cross the link in one small copy.
+            cpu_base_us=self.base_us("cpu", expert) + self.link_us(2 * batch * width) + enqueue_us
+            if has_cpu
+            else 0.0,
+            # Without an engine: what no decision can do without. Its own arithmetic comes on top.
+            decide_us=decide_us
+            if decide_us is not None
+            else lanes.small_us("message") or lanes.small_us("read"),
+            copy_us=enqueue_us,
+            source=f"{self.label}, {self.measured}{scaled}",
+        )
+
+    def _cpu_table(self, expert: Expert, batch: int) -> tuple[float, ...]:
+        return tuple(self.cpu_us(n, expert) for n in range(max(batch, LEAST_CPU_TOKENS) + 1))
+
+    # -- which machine -----------------------------------------------------------------------------------------
+
+    def is_this_machine(self, described: Mapping[str, Any] | None = None) -> bool:
+        """Whether CPU, GPU and link are those at hand.
+
+        Args:
+            described: `describe()` of the device that will run, and of a link that is used as if slower its
+                `link_factor`; None: the GPU there is, else the emulated link.
+        """
+        factor = (described or {}).get("link_factor", 1)
+        return self.place == this_place(described) and self.link_factor == factor
+
+    def require_this_machine(self, described: Mapping[str, Any] | None = None) -> None:
+        """Refuse to plan an engine's run by another machine's times.
+
+        Raises:
+            ForeignProfile: CPU, GPU or link differ.
+        """
+        if not self.is_this_machine(described):
+            raise ForeignProfile(
+                f"this profile ({self.label}) is of {self.place}; here is {this_place(described)}. An engine is "
+                f"planned by its own machine's times: run prescope.calibrate(). The simulator takes any profile"
+            )
+
+    @classmethod
+    def of_this_machine(cls, described: Mapping[str, Any] | None = None) -> "HardwareProfile":
+        """The profile that `prescope.calibrate()` saved here, else one that comes with prescope for this very machine.
+
+        Args:
+            described: as in `is_this_machine`; an emulated link's rate is taken from it.
+
+        Raises:
+            NoProfile: there is none, with the remedy.
+            BadProfile: the saved one cannot be read.
+        """
+        place, rate = this_place(described), (described or {}).get("link_gb_per_s")
+        profile = cls._found(place)
+        if profile is None:
+            raise NoProfile(f"{place} has not been calibrated; run prescope.calibrate(), which takes a minute")
+        return profile if rate is None or profile.link_gb_per_s is None else profile.with_link(rate)
+
+    @classmethod
+    def _found(cls, place: Place) -> "HardwareProfile | None":
+        if own_file(place).is_file():
+            return cls.load(own_file(place))
+        shipped = map(cls.load, shipped_files())
+        return next((profile for profile in shipped if (profile.place, profile.link_factor) == (place, 1)), None)
+
+    # -- other links -------------------------------------------------------------------------------------------
+
+    def emulated(self, link_factor: int, name: str) -> "HardwareProfile":
+        """This machine with each copy made `link_factor` times, to study a slower link (see `links.sent_often`).
+
+        Args:
+            link_factor: 2 for one PCIe version less, 4 for two.
+            name: of the link it stands for, such as "PCIe 4".
+
+        Raises:
+            UnsupportedOption: the factor is below 2, or the link is emulated already.
+        """
+        if link_factor < 2 or self.link_factor != 1 or self.link_gb_per_s is not None:
+            raise UnsupportedOption(
+                f"link_factor={link_factor} on {self.label}: give 2 or more, and a profile whose link is real"
+            )
+        return replace(
+            self,
+            points=sent_often(self.points, link_factor),
+            label=f"emulated {name} (each copy made {link_factor} times), {self.label}",
+            link_factor=link_factor,
+            notes=(
+                *self.notes,
+                f"{name} is emulated: the same bytes sent {link_factor} times over the real link",
+            ),
+        )
+
+    def with_link(self, gb_per_s: float) -> "HardwareProfile":
+        """The same with the emulated link at another rate.
+
+        Raises:
+            UnsupportedOption: the link is real, or the rate not positive.
+        """
+        if self.link_gb_per_s is None or not gb_per_s > 0:
+            raise UnsupportedOption(
+                f"{gb_per_s} GB/s on {self.label}: only an emulated link has a rate to choose"
+            )
+        return replace(
+            self,
+            points=paced(self.points, self.link_gb_per_s, gb_per_s),
+            label=self.label.replace(f"{self.link_gb_per_s:g} GB/s", f"{gb_per_s:g} GB/s"),
+            link_gb_per_s=gb_per_s,
+        )
+
+    def with_experts_of(self, older: "HardwareProfile") -> "HardwareProfile":
+        """This profile with what only an older one of the same machine knows: other sizes of experts, other models.
+
+        Copies and host costs of the older one are left out as a whole, and so is what another CPU backend computed.
+        """
+        mine = {(p.of.kind, p.of.expert) for p in self.points}
+        if older.place != self.place or older.link_factor != self.link_factor:
+            return self
+        kinds = {"gpu", "rest", "decide"} | ({"cpu"} if older.cpu_backend == self.cpu_backend else set())
+        others = [p for p in older.points if p.of.kind in kinds and (p.of.kind, p.of.expert) not in mine]
+        return replace(self, points=(*self.points, *others))
+
+    # -- tables and files --------------------------------------------------------------------------------------
+
+    def describe(self) -> pd.DataFrame:
+        """The profile in a few dozen rows: what, value, unit, fit error; `attrs["label"]` says where it is from."""
+        return description(self)
+
+    def table(self) -> pd.DataFrame:
+        """All points, one a row."""
+        return points_table(self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "HardwareProfile":
+        """Read a profile's file; a plain name such as "h200" is one that comes with prescope.
+
+        Raises:
+            BadProfile: it is not there, cut off, of a later version, or holds what no measurement gives.
+        """
+        file = named_file(path)
+        return cls(**from_plain(read_json(file), str(file)))
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write it as JSON, by an atomic rename; by default where `of_this_machine` finds it. Returns the path."""
+        file = own_file(self.place) if path is None else Path(path)
+        write_json(file, to_plain(self))
+        return file
+
+
+def tokens_per_expert(shape: MoEShape | int, batch: int) -> float:
+    """Mean tokens of the experts that a step needs, if each token chose at random; 1 if only bytes are known."""
+    if isinstance(shape, int) or not 0 < shape.top_k <= shape.num_experts:
+        return 1.0
+    share = shape.top_k / shape.num_experts
+    return batch * share / (1.0 - (1.0 - share) ** batch)
