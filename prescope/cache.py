@@ -16,18 +16,55 @@ from numpy.typing import NDArray
 
 from .core import MoEShape
 from .errors import UnsupportedOption
+from .jit import jit
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 #: Weight of the past in the `score` policy, per use of the layer. 0.9 remembers about ten tokens.
 SCORE_DECAY = 0.9
+#: Numbers of the policies in compiled code.
+LRU_KIND, LFU_KIND, STATIC_KIND, SCORE_KIND, SHALLOW_KIND = range(1, 6)
+
+
+@jit
+def learn(
+    kind: int,
+    scores: FloatArray,
+    tick: int,
+    moe_layer: int,
+    num_experts: int,
+    experts: IntArray,
+    weights: FloatArray,
+) -> None:
+    """What a policy of this kind makes of one layer's needs; `tick` counts the layers learned from, this one too.
+
+    Args:
+        scores: (L * E,), changed. `experts`: (n,) distinct, `weights`: (n,) sums of their router weights.
+    """
+    first = moe_layer * num_experts
+    if kind == SCORE_KIND:
+        for i in range(first, first + num_experts):
+            scores[i] *= SCORE_DECAY
+    for i in range(len(experts)):
+        key, last = first + experts[i], tick + experts[i] / num_experts
+        if kind == LRU_KIND:
+            scores[key] = last
+        elif kind == LFU_KIND:
+            # Integer part: uses. Fraction: the last use, squeezed below 1, so that it only breaks ties.
+            scores[key] = np.floor(scores[key]) + 1.0 + last / (last + 1e9)
+        elif kind == SCORE_KIND:
+            scores[key] += weights[i]
+        elif kind == SHALLOW_KIND:
+            # Layers before recency: the deepest layer's experts go first. Ticks stay below 1e9.
+            scores[key] = last / 1e9 - moe_layer
 
 
 class CachePolicy(Protocol):
     """What the residency table asks of a policy."""
 
     name: str
+    kind: int  # number in compiled code
     scores: FloatArray  # (L * E,), the lowest is evicted first
     tick: int  # layers learned from so far
 
@@ -40,45 +77,50 @@ class CachePolicy(Protocol):
         ...
 
 
-class LRU:
+class _Learned:
+    """A policy that learns from the needs alone."""
+
+    name: str
+    kind: int
+
+    def __init__(self, shape: MoEShape) -> None:
+        self._experts = shape.num_experts
+        self.scores = np.zeros(shape.total_experts)
+        self.tick = 0
+
+    def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
+        self.tick += 1
+        learn(self.kind, self.scores, self.tick, moe_layer, self._experts, experts, weights)
+
+    def reset(self) -> None:
+        self.scores[:] = 0.0
+        self.tick = 0
+
+
+class LRU(_Learned):
     """Evict the expert whose last use is longest ago."""
 
-    name = "lru"
-
-    def __init__(self, shape: MoEShape) -> None:
-        self._experts = shape.num_experts
-        self.scores = np.zeros(shape.total_experts)
-        self.tick = 0
-
-    def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
-        self.tick += 1
-        self.scores[moe_layer * self._experts + experts] = self.tick + experts / self._experts
-
-    def reset(self) -> None:
-        self.scores[:] = 0.0
-        self.tick = 0
+    name, kind = "lru", LRU_KIND
 
 
-class LFU:
+class LFU(_Learned):
     """Evict the expert used in the fewest steps; among equals the one used longest ago."""
 
-    name = "lfu"
+    name, kind = "lfu", LFU_KIND
 
-    def __init__(self, shape: MoEShape) -> None:
-        self._experts = shape.num_experts
-        self.scores = np.zeros(shape.total_experts)
-        self.tick = 0
 
-    def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
-        keys = moe_layer * self._experts + experts
-        # Integer part: uses. Fraction: the last use, squeezed below 1, so that it only breaks ties.
-        self.tick += 1
-        last = self.tick + experts / self._experts
-        self.scores[keys] = np.floor(self.scores[keys]) + 1.0 + last / (last + 1e9)
+class DecayedScore(_Learned):
+    """Evict the expert with the lowest decayed sum of router weights (score-aware, after HybriMoE's idea)."""
 
-    def reset(self) -> None:
-        self.scores[:] = 0.0
-        self.tick = 0
+    name, kind = "score", SCORE_KIND
+
+
+class ShallowFirst(_Learned):
+    """Evict from the deepest layers first, there the one used longest ago (after Fate's idea: the first layers have
+    the least time to prefetch).
+    """
+
+    name, kind = "shallow", SHALLOW_KIND
 
 
 class StaticFrequency:
@@ -90,7 +132,7 @@ class StaticFrequency:
         frequencies: (L, E) uses per expert, as `RoutingTrace.expert_counts()` gives.
     """
 
-    name = "static"
+    name, kind = "static", STATIC_KIND
 
     def __init__(self, shape: MoEShape, frequencies: FloatArray) -> None:
         if frequencies.shape != (shape.num_layers, shape.num_experts):
@@ -111,29 +153,9 @@ class StaticFrequency:
         pass
 
 
-class DecayedScore:
-    """Evict the expert with the lowest decayed sum of router weights (score-aware, after HybriMoE's idea)."""
-
-    name = "score"
-
-    def __init__(self, shape: MoEShape, decay: float = SCORE_DECAY) -> None:
-        self._experts = shape.num_experts
-        self._decay = decay
-        self.scores = np.zeros(shape.total_experts)
-        self.tick = 0
-
-    def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
-        self.tick += 1
-        first = moe_layer * self._experts
-        self.scores[first : first + self._experts] *= self._decay
-        self.scores[first + experts] += weights
-
-    def reset(self) -> None:
-        self.scores[:] = 0.0
-        self.tick = 0
-
-
-_BY_NAME: dict[str, Callable[[MoEShape], CachePolicy]] = {"lru": LRU, "lfu": LFU, "score": DecayedScore}
+_BY_NAME: dict[str, Callable[[MoEShape], CachePolicy]] = {
+    policy.name: policy for policy in (LRU, LFU, DecayedScore, ShallowFirst)
+}
 
 
 def make_policy(name: str, shape: MoEShape, frequencies: FloatArray | None = None) -> CachePolicy:

@@ -10,7 +10,10 @@ from .errors import SlotPoolTooSmall, UnsupportedOption
 from .units import format_bytes, parse_bytes
 
 DEVICES = ("auto", "cuda", "cpu", "null")
-CACHES = ("lru", "lfu", "static", "score")
+CACHES = ("lru", "lfu", "static", "score", "shallow")
+SCHEDULES = (
+    "on-demand", "streaming", "klotski", "fate", "fiddler", "hybrimoe", "moe-infinity", "presched",
+)  # fmt: skip
 KERNELS = ("auto", "torch", "triton")
 DECODES = ("auto", "layered", "gpu-driven", "copy-engine", "host-driven")
 #: Emulated link when the user names none: one expert takes a millisecond, so that, as on a real machine, moving an
@@ -29,7 +32,7 @@ class EngineConfig:
         device: "cuda"; "cpu" with an emulated link; "null" (virtual clock, for tests); "auto" takes CUDA
             when there is one and says so.
         cache: which expert gives up its slot: "lru", "lfu", "static" (least frequent by `frequencies`)
-            or "score" (decayed router weight).
+            "score" (decayed router weight) or "shallow" (first layers stay).
         link_gb_per_s: bandwidth of the emulated link, GB/s; only with device="cpu" or "null". By default one
             expert takes a millisecond.
         kernels: "torch" (reference), "triton" (CUDA), or "auto".
@@ -37,6 +40,12 @@ class EngineConfig:
             misses read by the GPU ("gpu-driven"), copied on the GPU's orders ("copy-engine"), or served by the host,
             which every cache policy can ("host-driven"). "auto": from a graph where that is possible, by the faster
             of the first two as measured in the first steps, or by the host where the cache policy needs it.
+        schedule: who decides what is copied, prefetched and computed on the CPU in decode steps
+            (`prescope.scheduler.SCHEDULES`): "on-demand", "presched", or a system it is compared with.
+        lookahead: layers ahead that are predicted; None: as the schedule has it.
+        width: experts prefetched for one layer at most; None: as the schedule has it.
+        threshold: least probability of use worth a prefetch, in [0, 1]; None: as the schedule has it.
+        cpu_threads: threads that compute experts on the CPU, where the schedule does; None: all cores but two; 0: none.
         compiled: compile the layers around the experts before the graph is captured (torch.compile, half a minute
             once per model and batch size).
         events: record the timeline (costs at most 2 % of a token's time, see benchmarks/).
@@ -50,6 +59,11 @@ class EngineConfig:
     link_gb_per_s: float | None = None
     kernels: str = "auto"
     decode: str = "auto"
+    schedule: str = "on-demand"
+    lookahead: int | None = None
+    width: int | None = None
+    threshold: float | None = None
+    cpu_threads: int | None = None
     compiled: bool = False
     events: bool = True
     record_routing: bool = True
@@ -60,6 +74,19 @@ class EngineConfig:
         _one_of("cache", self.cache, CACHES)
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("decode", self.decode, DECODES)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        if self.lookahead is not None and self.lookahead < 1:
+            raise UnsupportedOption(
+                f"lookahead is {self.lookahead}; predictions are for 1 layer ahead or more"
+            )
+        if self.width is not None and self.width < 0:
+            raise UnsupportedOption(
+                f"width is {self.width}; 0 prefetches nothing, more is a number of experts"
+            )
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise UnsupportedOption(f"threshold is {self.threshold}; a probability lies in [0, 1]")
+        if self.cpu_threads is not None and self.cpu_threads < 0:
+            raise UnsupportedOption(f"cpu_threads is {self.cpu_threads}; 0 switches the CPU lane off")
         if isinstance(self.slots, bool) or not isinstance(self.slots, int | float | str):
             raise UnsupportedOption(f"slots is {self.slots!r}; give a count, a share such as 0.25, or '8GiB'")
         if isinstance(self.slots, str):

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from .cache import make_policy
 from .config import EngineConfig, resolve_slots
 from .core import MoEShape, Need
+from .cost import LayerCosts
 from .decode import DecodeLoop, Decoder
 from .device import Device, open_device, resolve_device
 from .errors import NotAttached, SlotPoolTooLarge, UnsupportedOption
@@ -27,10 +28,17 @@ from .hardware import machine_facts
 from .hf import Attachment, MoELayer, find_moe_layers, load_model, top_k_of
 from .kernels import make_kernel
 from .metrics import compute_metrics
+from .predictor import Predictor
 from .recorder import Recorder
 from .result import RunResult
+from .scheduling import open_scheduling
 from .serving import Serving
 from .units import format_bytes
+
+#: Settings of a schedule, as `Engine.configure` takes them.
+SCHEDULE_SETTINGS = {"schedule", "lookahead", "width", "threshold", "cpu_threads"}
+#: Ways to decode in which the GPU decides.
+DEVICE_DRIVERS = ("gpu-driven", "copy-engine")
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor
 
@@ -40,6 +48,8 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     frequencies: np.ndarray | None = None,
+    predictor: Predictor | None = None,
+    costs: LayerCosts | None = None,
     **settings: Any,
 ) -> "Engine":
     """Load a model folder or hub id with its experts in host memory.
@@ -48,6 +58,8 @@ def load(
         model: folder written by `save_pretrained`, or a hub id.
         dtype: of the weights; "auto" keeps the checkpoint's.
         frequencies: (L, E) uses per expert, for cache="static".
+        predictor: for schedules that prefetch by predictions.
+        costs: of a layer on this machine, for schedules that weigh them; `prescope.calibrate` measures them.
         settings: see `EngineConfig`: slots, device, cache, link_gb_per_s, kernels, events, ...
 
     Raises:
@@ -57,7 +69,15 @@ def load(
     config = EngineConfig(**settings)
     loaded = load_model(model, dtype, lambda layers, top_k: _check_early(config, layers, top_k))
     name = Path(model).name if Path(model).is_dir() else str(model)
-    return Engine(loaded.model, config, tokenizer=loaded.tokenizer, name=name, frequencies=frequencies)
+    return Engine(
+        loaded.model,
+        config,
+        tokenizer=loaded.tokenizer,
+        name=name,
+        frequencies=frequencies,
+        predictor=predictor,
+        costs=costs,
+    )
 
 
 def attach(
@@ -66,6 +86,8 @@ def attach(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     frequencies: np.ndarray | None = None,
+    predictor: Predictor | None = None,
+    costs: LayerCosts | None = None,
     **settings: Any,
 ) -> "Engine":
     """Move the experts of a model that is already in memory to host rows; `detach` brings them back.
@@ -80,7 +102,13 @@ def attach(
         raise UnsupportedOption(f"give either config or keywords, not both (keywords: {', '.join(settings)})")
     name = model.config.name_or_path or type(model).__name__
     return Engine(
-        model, config or EngineConfig(**settings), tokenizer=tokenizer, name=name, frequencies=frequencies
+        model,
+        config or EngineConfig(**settings),
+        tokenizer=tokenizer,
+        name=name,
+        frequencies=frequencies,
+        predictor=predictor,
+        costs=costs,
     )
 
 
@@ -159,6 +187,8 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         name: str = "",
         frequencies: np.ndarray | None = None,
+        predictor: Predictor | None = None,
+        costs: LayerCosts | None = None,
     ) -> None:
         layers = find_moe_layers(model)
         self.model = model
@@ -185,8 +215,10 @@ class Engine:
         self._layers = layers
         self._decoder = Decoder(model, self._serving)
         self._serving.host = self._attachment.host
+        self._predictor, self._costs = predictor, costs
         try:
             self._serving.open_slots(self.num_slots, policy)
+            self._open_schedule(config, predictor, costs)
         except BaseException:
             self._attachment.detach()
             self._device.close()
@@ -203,28 +235,73 @@ class Engine:
         cache: str | None = None,
         decode: str | None = None,
         compiled: bool | None = None,
+        predictor: Predictor | None = None,
+        costs: LayerCosts | None = None,
+        **schedule: Any,
     ) -> None:
         """Change settings between two runs (see `EngineConfig`); after new slots or another cache, slots are cold.
+
+        Args:
+            predictor, costs: as `load` takes them; those there are stay if none are given.
+            schedule: schedule, lookahead, width, threshold, cpu_threads; None for the schedule's own.
 
         Raises: as `load`; the engine then goes on with its former settings.
         """
         self._require_attached()
         if self._serving.recorder is not None:
             raise UnsupportedOption("a run is under way; change settings after it, or cancel() it first")
+        unknown = schedule.keys() - SCHEDULE_SETTINGS
+        if unknown:
+            raise UnsupportedOption(
+                f"there is no setting {sorted(unknown)[0]!r} to configure; there are slots, cache, decode, compiled, "
+                f"predictor, costs, {', '.join(sorted(SCHEDULE_SETTINGS))}"
+            )
         given: dict[str, Any] = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
-        config = replace(self.config, **{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        config = replace(self.config, **given, **schedule)
+        self._device.synchronize()
+        self._decoder.forget()
+        if schedule or predictor is not None or costs is not None:
+            self._open_schedule(config, predictor or self._predictor, costs or self._costs)
         if slots is None and cache is None:
-            self._decoder.forget()
             self.config = config
             return
         count, reason = _count_slots(config, self.shape, self._layers)
         policy = make_policy(config.cache, self.shape, self._frequencies)
         self._require_memory(count, self.num_slots * self.shape.row_bytes)
-        self._device.synchronize()
-        self._decoder.forget()
         self._serving.close_slots()
         self.config, self.num_slots, self.reasons["slots"] = config, count, reason
         self._serving.open_slots(count, policy)
+
+    def _open_schedule(
+        self, config: EngineConfig, predictor: Predictor | None, costs: LayerCosts | None
+    ) -> None:
+        """Take up a schedule; the former one goes on if that fails."""
+        former = self._serving.scheduling
+        if config.schedule == "on-demand":
+            self._serving.scheduling, self.reasons["schedule"] = None, "as given"
+        else:
+            if config.decode in DEVICE_DRIVERS:
+                raise UnsupportedOption(
+                    f"decode={config.decode!r} leaves decisions to the GPU, which only on-demand loading can; "
+                    f"schedule={config.schedule!r} needs decode='auto', 'host-driven' or 'layered'"
+                )
+            if costs is None:
+                raise UnsupportedOption(
+                    f"schedule={config.schedule!r} weighs what copying and computing cost here; give "
+                    f"costs=prescope.calibrate(engine).costs(...), or use schedule='on-demand'"
+                )
+            opened = open_scheduling(
+                config, self.shape, self._layers, self._attachment.host, predictor, costs
+            )
+            self._serving.scheduling = opened
+            self.reasons["schedule"] = f"as given, by {costs.source}"
+            if opened.cpu is not None:
+                lane = opened.cpu
+                self.reasons["cpu"] = f"{lane.implementation}, {lane.threads} threads: {lane.reason}"
+        self._predictor, self._costs = predictor, costs
+        if former is not None:
+            former.close()
 
     def _require_memory(self, num_slots: int, freed_bytes: int) -> None:
         """Raise SlotPoolTooLarge unless the slots fit, given what will be freed (or taken, if negative) before."""
@@ -392,13 +469,16 @@ class Engine:
 
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._serving.recorder is None or self._serving.captured is not None:
+        if self._serving.captured is not None:
             return
         given = kwargs.get("input_ids", args[0] if args else None)
         tokens = given if given is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return
         batch, length = tokens.shape[:2]
+        self._serving.is_prefill = length > 1
+        if self._serving.recorder is None:
+            return
         mask = kwargs.get("attention_mask")
         padding = None
         if (
@@ -476,6 +556,8 @@ class Engine:
             self._hook.remove()
             self._decoder.forget()
             self._serving.close_slots()
+            if self._serving.scheduling is not None:
+                self._serving.scheduling.close()
             self._attachment.detach()
             self._device.close()
 

@@ -6,12 +6,12 @@ of clocks or devices. Times are microseconds since the start of the run.
 | column | dtype | meaning |
 |---|---|---|
 | lane | category | gpu, h2d, cpu, stall, host (`core.Lane`) |
-| kind | category | dense (attention, router and all that is no expert), experts, transfer, stall, host_wait |
+| kind | category | dense (attention, router and all that is no expert), experts, transfer, stall (for bytes), cpu_wait (for experts on the CPU), host_wait |
 | step | int32 | forward pass within the run, 0 is the prefill |
 | phase | category | prefill, decode |
 | moe_layer | int16 | rank among MoE layers, -1 where none applies |
 | expert | int16 | expert of a transfer, -1 elsewhere |
-| reason | category | on_demand, prefetch for transfers; "" elsewhere |
+| reason | category | `core.Reason` of transfers and of experts on the CPU; "" elsewhere |
 | bytes | int64 | bytes moved by a transfer, 0 elsewhere |
 | start_us, dur_us | float64 | start since the run's start, and duration |
 
@@ -30,7 +30,7 @@ from .core import Lane, Reason
 from .errors import BadTrace
 
 LANES = [str(lane) for lane in Lane]
-KINDS = ["dense", "experts", "transfer", "stall", "host_wait"]
+KINDS = ["dense", "experts", "transfer", "stall", "cpu_wait", "host_wait"]
 PHASES = ["prefill", "decode"]
 REASONS = ["", *(str(reason) for reason in Reason)]
 
@@ -59,6 +59,7 @@ LAYER_DTYPES: dict[str, object] = {
     "late": np.dtype("int16"),
     "misses": np.dtype("int16"),
     "rounds": np.dtype("int16"),  # 1 unless the layer needed more experts than there were slots
+    "on_cpu": np.dtype("int16"),  # of the misses, those computed on the CPU
 }
 
 #: One row per forward pass.
@@ -98,6 +99,7 @@ class LayerRow(NamedTuple):
     late: int
     misses: int
     rounds: int
+    on_cpu: int = 0
 
 
 class StepRow(NamedTuple):

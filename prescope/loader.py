@@ -17,7 +17,7 @@ from .core import Reason
 from .device import Device, Mark
 from .host_pool import HostPool
 from .layout import Run, adjacent_runs
-from .residency import IntArray, ResidencyTable
+from .residency import NOTHING, IntArray, ResidencyTable
 
 #: Bytes of prefetches on the wire at most; one expert that is larger goes alone. At 55 GB/s this is 0.6 ms: an
 #: on-demand copy waits no longer than that, and the link has work for the 0.3 to 1 ms from one layer's pump to the
@@ -82,6 +82,9 @@ class Loader:
         self._ready = np.full(residency.num_slots, None, dtype=object)
         self._released = np.full(residency.num_slots, None, dtype=object)
         self._held: dict[int, None] = {}  # keys (moe_layer * E + expert) in the order asked for
+        self._keep, self._why = NOTHING, Reason.PREFETCH
+        #: Prefetches on the wire at most, besides the limit of bytes. A schedule that pumps often keeps it small.
+        self.most_in_flight = residency.num_slots
         self._on_wire: list[OnWire] = []
         self.num_promoted = 0
         self.num_cancelled = 0
@@ -114,14 +117,14 @@ class Loader:
         most = -(-MIN_COPY_BYTES // nbytes) if joinable else 1
         runs = adjacent_runs(experts.tolist(), slots.tolist(), most)
         pairs = [self._pair(moe_layer, run, nbytes) for run in runs]
-        if timed or reason is Reason.PREFETCH:
+        if timed or reason is not Reason.ON_DEMAND:
             start, ready = self._device.copy(pairs, list(after.values()), timed)
         else:  # whoever needs experts waits for all of one `load`: no mark of each, two calls less per copy
             start, ready = self._device.copy(pairs, list(after.values()), timed, each=False)
         transfers = []
         for run, mark in zip(runs, ready, strict=True):
             self._ready[run.slot : run.slot + run.num] = mark
-            if reason is Reason.PREFETCH:
+            if reason is not Reason.ON_DEMAND:
                 of_run = np.arange(run.slot, run.slot + run.num)
                 self._on_wire.append(OnWire(mark, of_run, run.num * nbytes))
             for expert in range(run.expert, run.expert + run.num):
@@ -156,6 +159,20 @@ class Loader:
                 self._held.setdefault(first + expert)
         return self.pump(timed)
 
+    def hold(self, keys: IntArray, keep: IntArray, reason: Reason, timed: bool) -> list[Transfer]:
+        """Want `keys` (n,) instead of whatever is held, the most wanted first.
+
+        Args:
+            keep: keys that prefetches evict last.
+
+        Returns: as `prefetch`.
+        """
+        dropped = self._held.keys() - set(keys.tolist())
+        self.num_cancelled += len(dropped)
+        self._held = dict.fromkeys(keys.tolist())
+        self._keep, self._why = keep, reason
+        return self.pump(timed)
+
     def pump(self, timed: bool) -> list[Transfer]:
         """Issue held prefetches while fewer than `max_in_flight_bytes` are on the wire and slots can be had.
 
@@ -175,8 +192,8 @@ class Loader:
                 del self._held[key]
             moe_layer = keys[0] // num_experts
             experts = np.asarray(keys, dtype=np.int64) - moe_layer * num_experts
-            slots = self._residency.take(moe_layer, experts)
-            transfers += self._issue(moe_layer, experts, slots, Reason.PREFETCH, timed)
+            slots = self._residency.take(moe_layer, experts, self._keep)
+            transfers += self._issue(moe_layer, experts, slots, self._why, timed)
         return transfers
 
     def _has_landed(self, copy: OnWire) -> bool:
@@ -203,6 +220,8 @@ class Loader:
             num_slots += 1
             goes_alone = not keys and not self._on_wire
             if num_bytes > self._max_in_flight_bytes and not goes_alone:
+                break
+            if num_slots > self.most_in_flight:
                 break
             if num_slots > self._max_in_flight_slots or not self._residency.can_take(len(keys) + 1):
                 break

@@ -39,7 +39,9 @@ METRIC_DEFINITIONS: dict[str, str] = {
     "hit_rate": "hits / needed (distinct experts per MoE layer and step)",
     "late_rate": "late / needed (distinct experts per MoE layer and step)",
     "miss_rate": "misses / needed (distinct experts per MoE layer and step)",
+    "on_cpu": "of the misses, those computed on the CPU instead of copied",
     "stall_ms": "time the compute lane waited for bytes, ms",
+    "cpu_wait_ms": "time the compute lane waited for experts on the CPU, ms",
     "stall_frac": "stall time / wall time of the phase",
     "host_wait_ms": "time the compute lane waited for the host to read the routing and decide, ms",
     "dense_gpu_ms": "compute lane: attention, router and all that is no expert, ms",
@@ -101,11 +103,13 @@ class PhaseMetrics:
     hits: int
     late: int
     misses: int
+    on_cpu: int
     hit_rate: float
     late_rate: float
     miss_rate: float
     stall_ms: float
     stall_frac: float
+    cpu_wait_ms: float
     host_wait_ms: float
     dense_gpu_ms: float
     experts_gpu_ms: float
@@ -207,11 +211,13 @@ _ROWS = [
     ("experts on the GPU", "experts_gpu_ms"),
     ("stall", "stall_ms"),
     ("stall share", "stall_frac"),
+    ("waited for the CPU", "cpu_wait_ms"),
     ("host wait", "host_wait_ms"),
     ("experts needed", "needed"),
     ("hit rate", "hit_rate"),
     ("late rate", "late_rate"),
     ("miss rate", "miss_rate"),
+    ("computed on the CPU", "on_cpu"),
     ("copied H2D", "h2d_bytes"),
     ("link bandwidth", "link_gb_per_s"),
     ("link in use", "link_use_frac"),
@@ -274,6 +280,7 @@ def _phase_metrics(
         hits=hits,
         late=late,
         misses=misses,
+        on_cpu=int(layers["on_cpu"].sum()),
         hit_rate=_ratio(hits, needed),
         late_rate=_ratio(late, needed),
         miss_rate=_ratio(misses, needed),
@@ -294,6 +301,7 @@ def _event_metrics(events: pd.DataFrame, all_events: pd.DataFrame, wall_ms: floa
     return {
         "stall_ms": stall_ms,
         "stall_frac": _ratio(stall_ms, wall_ms),
+        "cpu_wait_ms": time_ms["stall", "cpu_wait"],
         "host_wait_ms": time_ms["host", "host_wait"],
         "dense_gpu_ms": time_ms["gpu", "dense"],
         "experts_gpu_ms": time_ms["gpu", "experts"],
@@ -306,13 +314,14 @@ def _event_metrics(events: pd.DataFrame, all_events: pd.DataFrame, wall_ms: floa
             overlap_us(busy, _lane_union(all_events[all_events["lane"] == "gpu"])) / 1e3, busy_ms
         ),
         "on_demand_transfers": int(reasons.get(str(Reason.ON_DEMAND), 0)),
-        "prefetch_transfers": int(reasons.get(str(Reason.PREFETCH), 0)),
+        "prefetch_transfers": sum(int(reasons.get(str(why), 0)) for why in (Reason.PREFETCH, Reason.STREAM)),
     }
 
 
 _EVENT_FIELDS = [
     "stall_ms",
     "stall_frac",
+    "cpu_wait_ms",
     "host_wait_ms",
     "dense_gpu_ms",
     "experts_gpu_ms",

@@ -3,6 +3,7 @@
 While the model runs only references are kept; times are computed, and tensors brought to the host, at the end.
 """
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from .kernels import StepLog
 from .loader import Transfer
 from .residency import LayerNeed
 from .routing import RoutingTrace
+from .scheduling import CpuWork
 
 
 class _Span(NamedTuple):
@@ -78,6 +80,7 @@ class Recorder:
         self._layers: list[LayerRow] = []
         self._steps: list[_Step] = []
         self._start = device.mark(timed=True)
+        self._start_ns = time.perf_counter_ns()  # the same moment by the host's clock, on an idle device
         self._last: Mark = self._start  # end of the last thing on the compute lane
         self._anchor: tuple[Mark, int] | None = (
             None  # one moment by both clocks: a mark, and the GPU's own in ns
@@ -208,8 +211,23 @@ class Recorder:
                 for t in transfers
             )
 
-    def need(self, need: LayerNeed, num_rounds: int, num_tokens: int) -> None:
-        """What a layer needed and where it was found."""
+    def merged(self, work: CpuWork, mark: Mark) -> None:
+        """The outputs of experts on the CPU are where they belong."""
+        self._span(Lane.STALL, "cpu_wait", work.moe_layer, self._last, mark)
+        self._last = mark
+        self.on_cpu(work)
+
+    def on_cpu(self, work: CpuWork) -> None:
+        """Experts were computed on the CPU; its clock is the host's."""
+        if self.timed:
+            start, end = ((at_ns - self._start_ns) / 1e3 for at_ns in work.job.span_ns())
+            step = len(self._steps) - 1
+            self._spans.append(
+                _Span(Lane.CPU, "experts", step, work.moe_layer, -1, Reason.CPU, 0, start, end)
+            )
+
+    def need(self, need: LayerNeed, num_rounds: int, num_tokens: int, num_on_cpu: int = 0) -> None:
+        """What a layer needed, where it was found, and how many of the missing are computed on the CPU."""
         step = len(self._steps) - 1
         self._layers.append(
             LayerRow(
@@ -222,6 +240,7 @@ class Recorder:
                 need.num_late,
                 need.num_misses,
                 num_rounds,
+                num_on_cpu,
             )
         )
 

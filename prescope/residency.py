@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from .cache import CachePolicy
 from .core import MoEShape
+from .scheduler.decide import sort_need, take_slots
 
 IntArray = NDArray[np.int64]
 
 #: Misses of one layer that are copied before their compute starts. More lets the link run ahead, fewer lets the
 #: GPU start earlier; only prefill and large batches miss more than this in one layer.
 ROUND_EXPERTS = 16
+NOTHING = np.empty(0, dtype=np.int64)
 
 
 class LayerNeed(NamedTuple):
@@ -52,26 +54,14 @@ class ResidencyTable:
         #: Counts the changes of each layer's row of `slot_of`, so that copies of it know when they are stale.
         self.versions = np.zeros(shape.num_layers, dtype=np.int64)
         self._protected = np.zeros(num_slots, dtype=bool)
-        self._free = list(range(num_slots - 1, -1, -1))
 
     def need(
         self, moe_layer: int, experts: IntArray, tokens: IntArray, weights: NDArray[np.float64]
     ) -> LayerNeed:
         """Sort a layer's distinct experts (n,) into hits, late and misses; the policy learns the need."""
         self.policy.use(moe_layer, experts, weights)
-        slots = self.slots_for(moe_layer, experts)
-        found = slots >= 0
-        if (
-            found.all() and not self.in_flight[slots].any()
-        ):  # the common case on warm slots, and the hottest path
-            return LayerNeed(moe_layer, experts, tokens, len(experts), 0)
-        late = found & self.in_flight[slots]
-        # Hits (0) before late (1) before misses (2): what is here is computed while the rest travels.
-        rank = np.where(found, late, 2).astype(np.int64)
-        order = np.lexsort((-tokens, rank))
-        return LayerNeed(
-            moe_layer, experts[order], tokens[order], int((found & ~late).sum()), int(late.sum())
-        )
+        need = sort_need(experts, tokens, self.slots_for(moe_layer, experts), self.in_flight)
+        return LayerNeed(moe_layer, need.experts, need.tokens, int(need.num_hits), int(need.num_late))
 
     def row(self, moe_layer: int) -> IntArray:
         """A layer's row (E,) of the table: the slot of each expert, -1 for none. A view."""
@@ -82,44 +72,28 @@ class ResidencyTable:
         """Slots (n,) of experts, -1 for those that have none."""
         return self.slot_of[moe_layer * self.shape.num_experts + experts]
 
-    def take(self, moe_layer: int, experts: IntArray) -> IntArray:
+    def take(self, moe_layer: int, experts: IntArray, keep: IntArray = NOTHING) -> IntArray:
         """Give a slot to each of `experts` (n,), evicting where none is free; they become IN_FLIGHT.
 
-        Slots protected or in flight are never given up.
+        Slots protected or in flight are never given up, those of the keys `keep` only when there are no others.
         """
-        slots = np.empty(len(experts), dtype=np.int64)
-        num_free = min(len(self._free), len(experts))
-        for i in range(num_free):
-            slots[i] = self._free.pop()
-        if num_free < len(experts):
-            slots[num_free:] = self._evict(len(experts) - num_free)
         keys = moe_layer * self.shape.num_experts + experts
-        self.key_of[slots] = keys
-        self.slot_of[keys] = slots
+        fixed = self._protected | self.in_flight
+        free = self.num_slots - int(fixed.sum())
+        assert free >= len(keys), (
+            f"{len(keys)} slots wanted, {free} of {self.num_slots} free or evictable "
+            f"({int(self._protected.sum())} protected, {int(self.in_flight.sum())} in flight)"
+        )
+        before = self.key_of.copy()
+        slots = take_slots(keys, self.key_of, self.slot_of, fixed, keep, self.policy.scores)
+        evicted = before[slots]
+        self.versions[evicted[evicted >= 0] // self.shape.num_experts] += 1
         self.versions[moe_layer] += 1
         self.in_flight[slots] = True
         return slots
 
-    def _evict(self, count: int) -> IntArray:
-        candidates = np.flatnonzero(~self._protected & ~self.in_flight & (self.key_of >= 0))
-        assert len(candidates) >= count, (
-            f"{count} slots wanted, {len(candidates)} of {self.num_slots} evictable "
-            f"({int(self._protected.sum())} protected, {int(self.in_flight.sum())} in flight)"
-        )
-        scores = self.policy.scores[self.key_of[candidates]]
-        lowest = (
-            candidates[np.argpartition(scores, count - 1)[:count]] if count < len(candidates) else candidates
-        )
-        evicted = self.key_of[lowest]
-        self.slot_of[evicted] = -1
-        self.versions[evicted // self.shape.num_experts] += 1
-        self.key_of[lowest] = -1
-        return lowest
-
     def can_take(self, count: int) -> bool:
         """Whether `count` slots are free or may be evicted now."""
-        if count <= len(self._free):
-            return True
         return count <= self.num_slots - int((self._protected | self.in_flight).sum())
 
     def landed(self, slots: IntArray) -> None:
@@ -144,7 +118,6 @@ class ResidencyTable:
         self.policy.scores[:] = scores
         self.policy.tick = tick
         self.versions += 1
-        self._free = np.flatnonzero(key_of < 0)[::-1].tolist()
         self.in_flight[:] = False
         self._protected[:] = False
 
@@ -155,7 +128,6 @@ class ResidencyTable:
         self.key_of[:] = -1
         self.in_flight[:] = False
         self._protected[:] = False
-        self._free = list(range(self.num_slots - 1, -1, -1))
 
     def rounds(self, need: LayerNeed) -> list[IntArray]:
         """Experts of each round. One round when all fit; otherwise what is here first, then misses in chunks.
@@ -180,9 +152,6 @@ class ResidencyTable:
         assert len(np.unique(keys)) == len(keys), f"an expert owns two slots: {keys.tolist()}"
         assert (self.slot_of[keys] == owned).all(), "the table and the slots disagree"
         assert int((self.slot_of >= 0).sum()) == len(owned), "an expert points to a slot it does not own"
-        assert sorted(self._free) == sorted(set(range(self.num_slots)) - set(owned.tolist())), (
-            f"{len(self._free)} free + {len(owned)} owned != {self.num_slots} slots"
-        )
         assert not self.in_flight[self.key_of < 0].any(), "a free slot is in flight"
 
 

@@ -12,24 +12,20 @@ import numpy as np
 import torch
 
 from .cache import CachePolicy, FloatArray
-from .core import MoEShape, Need, Reason
+from .core import MoEShape, Need
 from .device import Device
 from .hf import MoELayer
 from .host_pool import HostPool
 from .kernels import LayerWeights, Work, combine, make_kernel
-from .loader import Loader
+from .loader import Loader, Transfer
+from .planner import most_in_flight
 from .recorder import Recorder
-from .residency import ROUND_EXPERTS, IntArray, LayerNeed, ResidencyTable, distinct
+from .residency import NOTHING, IntArray, LayerNeed, ResidencyTable, distinct
+from .rounds import Act, What, walk
+from .scheduling import Scheduling
 
 if TYPE_CHECKING:
     from .kernels.captured import CapturedStep
-
-
-#: When a layer needed at least this share of its experts, as a long prompt's do, the next one will too: its first
-#: experts are copied ahead, so that the link does not wait for its router.
-STREAM_SHARE = 0.95
-#: How many: two rounds, which keep the link busy for longer than the layers around the experts take.
-STREAM_EXPERTS = 2 * ROUND_EXPERTS
 
 
 class Serving:
@@ -46,6 +42,8 @@ class Serving:
         host: rows of all experts; set by whoever fills them, before the first `open_slots`.
         recorder: takes down what happens, if there is one.
         captured: where launches go while a decode step is captured.
+        scheduling: decides in decode steps; without, everything that is missing is copied on demand.
+        is_prefill: whether the forward pass under way reads a prompt.
         needs: hits, late ones and misses so far, by `Need`.
     """
 
@@ -61,6 +59,8 @@ class Serving:
         self.weights: list[LayerWeights] = []
         self.recorder: Recorder | None = None
         self.captured: CapturedStep | None = None
+        self.scheduling: Scheduling | None = None
+        self.is_prefill = True
         self.needs = dict.fromkeys(Need, 0)
         self._serving = False
 
@@ -70,6 +70,7 @@ class Serving:
         self._kernel, _ = make_kernel(self._kernels, self.device.kind, self._dtype)
         self.residency = ResidencyTable(self.shape, num_slots, policy)
         self.loader = Loader(self.device, self.host, self.residency, self.shape.row_bytes)
+        self.loader.most_in_flight = most_in_flight(self.device.kind, self.shape.row_bytes)
         self.weights = [self._layer_weights(layer) for layer in self.layers]
 
     def close_slots(self) -> None:
@@ -98,6 +99,8 @@ class Serving:
         self.clear()
         self._serving = False
         self.captured = None
+        if self.scheduling is not None:
+            self.scheduling.recover()
 
     # -- one MoE layer -----------------------------------------------------------------------------------------
 
@@ -146,11 +149,55 @@ class Serving:
         host_ids = self.device.read(ids_TK)
         layer = self.layers[moe_layer]
         need = self.find(layer, host_ids, self.weight_sums(layer, host_ids, weights_TK))
-        rounds = self.residency.rounds(need)
-        if need.num_misses:
-            found = need.experts[: need.num_hits + need.num_late]
-            self.residency.protect(self.residency.slots_for(moe_layer, found))
-            self._issue(moe_layer, rounds[0], timed)
+        here = need.num_hits + need.num_late
+        scheduling = None if self.is_prefill else self.scheduling
+        num_load, plan, on_cpu = need.num_misses, None, None
+        if scheduling is not None:
+            plan = scheduling.plan(
+                need, self.residency, scheduling.predict(moe_layer, x_TD, ids_TK, weights_TK)
+            )
+            num_load = plan.num_load
+            if num_load < need.num_misses:
+                cold = need.experts[here + num_load :]
+                on_cpu = scheduling.submit(moe_layer, cold, host_ids, x_TD.detach().contiguous().cpu())
+        served = need._replace(experts=need.experts[: here + num_load], tokens=need.tokens[: here + num_load])
+        rounds = self.residency.rounds(served)
+        following = self._following(moe_layer) if scheduling is None else None
+        keep = NOTHING if plan is None else plan.keep
+        work, num_computed = None, 0
+        for act in walk(self.residency, served, rounds, layer.num_experts, following, keep):
+            if act.what is What.COPY:
+                self._load(act, timed)
+                continue
+            if work is None:
+                work = self._begin(layer, need, rounds, x_TD, ids_TK, host_ids)
+                self._record_begin(layer, need, len(rounds), num_load, x_TD, host_ids, weights_TK, timed)
+            num_computed += 1
+            if scheduling is not None and plan is not None and num_computed == len(rounds):
+                # All that is needed now has been issued, and is safe from what is wanted next.
+                self.residency.protect(act.slots)
+                self._recorded(scheduling.hold(plan, self.loader, timed))
+            self._compute(layer, work, act, timed)
+        assert work is not None, "a layer has a round at least"
+        if scheduling is not None:
+            self.residency.unprotect()
+            self._recorded(scheduling.pump(self.loader, timed))
+        if on_cpu is not None:
+            scheduling.merge(on_cpu, layer.spec, work.out_PD)
+            if recorder is not None and timed:
+                recorder.merged(on_cpu, self.device.mark(True))
+        return combine(work.out_PD, weights_TK, x_TD.dtype)
+
+    def _begin(
+        self,
+        layer: MoELayer,
+        need: LayerNeed,
+        rounds: list[IntArray],
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        host_ids: np.ndarray,
+    ) -> Work:
+        """Call when the first round's slots are taken."""
         work = Work(
             x_TD=x_TD,
             ids_TK=ids_TK.contiguous(),
@@ -159,23 +206,29 @@ class Serving:
             num_experts=layer.num_experts,
             out_PD=self._pair_outputs(x_TD, need, host_ids.size, layer),
             num_rounds=len(rounds),
-            slot_row=self.residency.row(moe_layer),
-            version=int(self.residency.versions[moe_layer]),
+            slot_row=self.residency.row(layer.moe_layer),
+            version=int(self.residency.versions[layer.moe_layer]),
         )
         self._kernel.prepare(work)
-        if recorder is not None:
-            recorder.need(need, len(rounds), x_TD.shape[0])
-            recorder.routing(moe_layer, host_ids, weights_TK, x_TD)
-            if timed:
-                recorder.decided(moe_layer, self.device.mark(True))
-        for i, experts in enumerate(rounds):
-            following = rounds[i + 1] if i + 1 < len(rounds) else None
-            if following is None:
-                self._stream_ahead(layer, need, experts, timed)
-            self._serve_round(layer, work, experts, following, timed)
-        if need.num_misses:
-            self.residency.unprotect()
-        return combine(work.out_PD, weights_TK, x_TD.dtype)
+        return work
+
+    def _record_begin(
+        self,
+        layer: MoELayer,
+        need: LayerNeed,
+        num_rounds: int,
+        num_load: int,
+        x_TD: torch.Tensor,
+        host_ids: np.ndarray,
+        weights_TK: torch.Tensor,
+        timed: bool,
+    ) -> None:
+        if self.recorder is None:
+            return
+        self.recorder.need(need, num_rounds, x_TD.shape[0], need.num_misses - num_load)
+        self.recorder.routing(layer.moe_layer, host_ids, weights_TK, x_TD)
+        if timed:
+            self.recorder.decided(layer.moe_layer, self.device.mark(True))
 
     def weight_sums(
         self, layer: MoELayer, host_ids: np.ndarray, weights: np.ndarray | torch.Tensor
@@ -215,57 +268,29 @@ class Serving:
         make = x_TD.new_empty if int(need.tokens.sum()) == num_pairs else x_TD.new_zeros
         return make((num_pairs, width))
 
-    def _issue(self, moe_layer: int, experts: IntArray, timed: bool) -> None:
-        """Copy those of a round's experts that have no slot yet; all of the round's slots are protected then."""
-        missing = experts[self.residency.slots_for(moe_layer, experts) < 0]
-        if len(missing) == 0:
-            return
-        slots = self.residency.take(moe_layer, missing)
-        self.residency.protect(slots)
-        transfers = self.loader.load(moe_layer, missing, slots, Reason.ON_DEMAND, timed)
-        if self.recorder is not None:
+    def _following(self, moe_layer: int) -> tuple[int, int] | None:
+        """The next MoE layer and its number of experts."""
+        if moe_layer + 1 == len(self.layers):
+            return None
+        return moe_layer + 1, self.layers[moe_layer + 1].num_experts
+
+    def _load(self, act: Act, timed: bool) -> None:
+        self._recorded(self.loader.load(act.moe_layer, act.experts, act.slots, act.reason, timed))
+        if self.scheduling is not None:
+            self.scheduling.issued(len(act.experts))  # the link is one, whoever uses it
+
+    def _recorded(self, transfers: list[Transfer]) -> None:
+        if self.recorder is not None and transfers:
             self.recorder.transfers(transfers)
 
-    def _stream_ahead(self, layer: MoELayer, need: LayerNeed, experts: IntArray, timed: bool) -> None:
-        """Copy experts of the next layer behind this layer's own, if it is all but certain to need them.
-
-        Args:
-            experts: of this layer's last round, which are still to be computed.
-        """
-        if layer.moe_layer + 1 == len(self.layers) or len(need.experts) < STREAM_SHARE * layer.num_experts:
-            return
-        following = self.layers[layer.moe_layer + 1]
-        row = self.residency.row(following.moe_layer)[: following.num_experts]
-        missing, resident = np.flatnonzero(row < 0), row[row >= 0]
-        count = min(len(missing), STREAM_EXPERTS, self.residency.num_slots // 4)
-        # Needed now (a layer that missed nothing has not protected them), or next, however long ago they were used.
-        wanted = np.concatenate([self.residency.slots_for(layer.moe_layer, experts), resident])
-        free = wanted[~self.residency.is_protected(wanted)]
-        self.residency.protect(free)
-        if count and self.residency.can_take(count):
-            slots = self.residency.take(following.moe_layer, missing[:count])
-            transfers = self.loader.load(following.moe_layer, missing[:count], slots, Reason.PREFETCH, timed)
-            if self.recorder is not None:
-                self.recorder.transfers(transfers)
-        self.residency.unprotect(free)
-
-    def _serve_round(
-        self, layer: MoELayer, work: Work, experts: IntArray, following: IntArray | None, timed: bool
-    ) -> None:
+    def _compute(self, layer: MoELayer, work: Work, act: Act, timed: bool) -> None:
         moe_layer, recorder = layer.moe_layer, self.recorder
-        slots = self.residency.slots_for(moe_layer, experts)
-        # The next round's copies are issued before this round is computed wherever there is room for both.
-        issued = following is None or self.residency.can_take(len(following))
-        if following is not None and issued:
-            self._issue(moe_layer, following, timed)
-        if self.loader.wait(slots) and recorder is not None and timed:
+        if len(act.experts) == 0:  # all of the layer's experts are computed on the CPU
+            return
+        if self.loader.wait(act.slots) and recorder is not None and timed:
             recorder.waited(moe_layer, self.device.mark(True))
-        self._kernel.run(work, layer.spec, self.weights[moe_layer], experts, slots)
+        self._kernel.run(work, layer.spec, self.weights[moe_layer], act.experts, act.slots)
         done = self.device.mark(timed)
-        self.loader.release(slots, done)
-        if work.num_rounds > 1:
-            self.residency.unprotect(slots)
+        self.loader.release(act.slots, done)
         if recorder is not None and timed:
             recorder.computed(moe_layer, done)
-        if following is not None and not issued:
-            self._issue(moe_layer, following, timed)

@@ -171,7 +171,7 @@ def test_a_long_prompt_streams_the_next_layers_experts_behind_its_own(model):
     prefill = run.layers[run.layers["phase"] == "prefill"].set_index("moe_layer")
     assert (prefill["needed"] == EXPERTS).all()
     assert (prefill["hits"] + prefill["late"] + prefill["misses"] == EXPERTS).all()
-    ahead = run.events[(run.events["reason"] == "prefetch") & (run.events["phase"] == "prefill")]
+    ahead = run.events[(run.events["reason"] == "stream") & (run.events["phase"] == "prefill")]
     assert set(ahead["moe_layer"]) == {1, 2}, (
         "the first layer cannot be known before, and no layer follows the last"
     )

@@ -1,0 +1,221 @@
+"""A schedule at work in the engine: predictions in, copies, CPU jobs and prefetches out.
+
+Decides in decode steps only: a prompt needs nearly all experts of every layer, so there is nothing to predict.
+Shapes: T tokens, D model width, K top-k, E experts, d layers ahead, P = T * K pairs.
+"""
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .config import EngineConfig
+from .core import MoEShape, Reason
+from .cost import LayerCosts
+from .cpu_experts import CpuExperts, CpuJob, CpuLayer, Flag, Lot, lot_of
+from .errors import UnsupportedOption
+from .hf import MoELayer
+from .host_pool import HostPool
+from .kernels import ExpertsSpec
+from .loader import Loader, Transfer
+from .planner import Planner
+from .predictor import Prediction, Predictor
+from .residency import IntArray, LayerNeed, ResidencyTable
+from .scheduler import Schedule, schedule_named
+from .scheduler.terms import Knobs, Plan
+from .simulator.prepare import compiled_costs
+
+Predicted = tuple[NDArray[np.floating], NDArray[np.floating]]
+
+
+class CpuWork(NamedTuple):
+    """Experts of one layer under way on the CPU."""
+
+    moe_layer: int
+    experts: IntArray  # (n,)
+    lot: Lot
+    job: CpuJob
+    out: torch.Tensor  # (m, D) of the lot's pairs, one after another, on the host
+
+
+class Scheduling:
+    """What a schedule needs to act.
+
+    Args:
+        planner: decides.
+        predictor: answers for coming layers, if the schedule asks.
+        cpu: computes experts on the CPU, if the schedule may.
+        reason: of its prefetches.
+    """
+
+    def __init__(
+        self, planner: Planner, predictor: Predictor | None, cpu: CpuExperts | None, reason: Reason
+    ) -> None:
+        self.planner, self.predictor, self.cpu, self._reason = planner, predictor, cpu, reason
+        self._under_way: list[CpuJob] = []
+
+    # -- predictions -------------------------------------------------------------------------------------------
+
+    @property
+    def lookahead(self) -> int:
+        """Layers ahead that predictions are made for."""
+        return self.planner.predicts if self.predictor is not None else 0
+
+    def scores(
+        self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor | None:
+        """(d, 2, E) float32 on the tokens' device: expected tokens, and probability that any uses the expert."""
+        if self.predictor is None:
+            return None
+        made = self.predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)[: self.lookahead]
+        return of_step(made, self.lookahead, self.predictor.shape.num_experts, x_TD.device)
+
+    def predict(
+        self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Predicted | None:
+        """The same, read by the host; None without a predictor."""
+        scores = self.scores(moe_layer, x_TD, ids_TK, weights_TK)
+        if scores is None:
+            return None
+        values = scores.cpu().numpy()
+        return values[:, 0], values[:, 1]
+
+    # -- decisions ---------------------------------------------------------------------------------------------
+
+    def plan(self, need: LayerNeed, table: ResidencyTable, predicted: Predicted | None) -> Plan:
+        """What to do about a layer; see `scheduler.decide.plan`."""
+        return self.planner.plan(need, table, _now_us(), predicted)
+
+    def issued(self, num_copies: int) -> None:
+        """So many experts were given to the link."""
+        self.planner.issued(num_copies, _now_us())
+
+    def hold(self, plan: Plan, loader: Loader, timed: bool) -> list[Transfer]:
+        """Want what a plan prefetches, and nothing else; returns what could be issued at once."""
+        transfers = loader.hold(plan.prefetch, plan.keep, self._reason, timed)
+        self.issued(len(transfers))
+        return transfers
+
+    def pump(self, loader: Loader, timed: bool) -> list[Transfer]:
+        """Issue what is held as far as the link has room."""
+        transfers = loader.pump(timed)
+        self.issued(len(transfers))
+        return transfers
+
+    # -- the CPU lane ------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        moe_layer: int,
+        experts: IntArray,
+        ids_TK: NDArray[np.integer[Any]],
+        x_TD: torch.Tensor,
+        flag: Flag | None = None,
+        out: torch.Tensor | None = None,
+    ) -> CpuWork:
+        """Begin to compute experts (n,) of a layer on the CPU; x_TD and `out` lie on the host.
+
+        Args:
+            out: (P, D) to write each pair's output to its own row; by default a new tensor without gaps.
+        """
+        assert self.cpu is not None, "a schedule without a CPU lane sent experts to the CPU"
+        lot = lot_of(ids_TK, experts)
+        target, places = (lot.compact(), len(lot.places)) if out is None else (lot, 0)
+        if out is None:
+            out = torch.empty((places, x_TD.shape[1]), dtype=x_TD.dtype)
+        job = self.cpu.submit(moe_layer, target, x_TD, out, flag)
+        self._under_way = [*(other for other in self._under_way if not other.done()), job]
+        return CpuWork(moe_layer, experts, lot, job, out)
+
+    def merge(self, work: CpuWork, spec: ExpertsSpec, out_PD: torch.Tensor) -> None:
+        """Wait for the CPU and put its pairs where they belong."""
+        work.job.wait()
+        y = work.out.to(out_PD.device)
+        if spec.post_norm is not None:
+            y = spec.post_norm(y)
+        out_PD.index_copy_(0, torch.from_numpy(work.lot.places).to(out_PD.device), y)
+
+    def recover(self) -> None:
+        """After an interrupt: nothing is computed any more, nothing is believed of predictions."""
+        for job in self._under_way:
+            job.cancel()
+        self._under_way = []
+        self.planner.restart()
+
+    def close(self) -> None:
+        """End the CPU lane's threads."""
+        if self.cpu is not None:
+            self.cpu.close()
+
+
+def open_scheduling(
+    config: EngineConfig,
+    shape: MoEShape,
+    layers: list[MoELayer],
+    host: HostPool,
+    predictor: Predictor | None,
+    costs: LayerCosts,
+) -> Scheduling:
+    """A schedule by its settings, ready to serve.
+
+    Raises:
+        UnsupportedOption: it needs a predictor and there is none, or the predictor is of another model.
+    """
+    schedule = schedule_named(config.schedule)
+    if predictor is None and schedule.needs_predictor:
+        raise UnsupportedOption(
+            f"schedule={schedule.name!r} prefetches by predictions; give predictor=... ({schedule.predictor} is the one "
+            f"it comes with), or use schedule='on-demand'"
+        )
+    if predictor is not None and tuple(predictor.shape) != (shape.num_layers, shape.num_experts, shape.top_k):
+        raise UnsupportedOption(
+            f"{predictor.name} is for (layers, experts, top-k) = {tuple(predictor.shape)}, this model has "
+            f"{(shape.num_layers, shape.num_experts, shape.top_k)}; train one with prescope.train_predictor"
+        )
+    has_cpu = schedule.uses_cpu and config.cpu_threads != 0
+    cpu = None
+    if has_cpu:
+        rows = zip(layers, host.layers, strict=True)
+        cpu = CpuExperts(
+            [CpuLayer(held.rows, layer.layout, layer.spec) for layer, held in rows],
+            threads=config.cpu_threads,
+        )
+    planner = plan_by(schedule, config, shape, predictor, costs, has_cpu)
+    return Scheduling(planner, predictor, cpu, Reason.STREAM if schedule.streams else Reason.PREFETCH)
+
+
+def plan_by(
+    schedule: Schedule,
+    config: EngineConfig,
+    shape: MoEShape,
+    predictor: Predictor | None,
+    costs: LayerCosts,
+    has_cpu: bool,
+) -> Planner:
+    """The planner of a schedule with a person's settings, and the schedule's own where there are none."""
+    lookahead = schedule.lookahead if config.lookahead is None else config.lookahead
+    width = schedule.width if config.width is None else config.width
+    knobs = Knobs(
+        schedule.number,
+        lookahead,
+        shape.num_experts if width is None else width,
+        schedule.threshold if config.threshold is None else config.threshold,
+    )
+    predicts = min(lookahead, predictor.lookahead, shape.num_layers - 1) if predictor is not None else 0
+    return Planner(knobs, compiled_costs(costs, cpu=has_cpu, predicts=predicts > 0), shape, predicts)
+
+
+def of_step(made: list[Prediction], lookahead: int, num_experts: int, device: torch.device) -> torch.Tensor:
+    """(d, 2, E) of a step's tokens together; rows beyond the last layer are zero."""
+    out = torch.zeros((lookahead, 2, num_experts), device=device)
+    if made:
+        scores_dTE = torch.stack([prediction.scores_TE for prediction in made])
+        out[: len(made), 0] = scores_dTE.sum(1)
+        out[: len(made), 1] = 1.0 - (1.0 - scores_dTE).prod(1)
+    return out
+
+
+def _now_us() -> float:
+    return time.perf_counter() * 1e6
