@@ -1,4 +1,4 @@
-"""Bounds no cache can beat on a recorded trace: Belady's misses. Pure Python and numpy."""
+"""Bounds no cache can beat on a recorded trace: Belady's misses, the best fixed set's. Pure Python and numpy."""
 
 import heapq
 from typing import NamedTuple
@@ -17,13 +17,18 @@ class BoundCounts(NamedTuple):
     misses_decode: int
 
 
-def belady_misses(trace: RoutingTrace, num_slots: int, before: RoutingTrace | None = None) -> BoundCounts:
+def belady_misses(
+    trace: RoutingTrace, num_slots: int, before: RoutingTrace | None = None, *, bypass: bool = False
+) -> BoundCounts:
     """Fewest misses of any cache with `num_slots` slots that loads on demand.
 
     It starts empty, or, to be held against a run on warm slots, with what the needs of the trace `before` left.
 
     Evicts the expert whose next need is farthest away (L. A. Belady, IBM Systems Journal 5(2), 1966), which is
     optimal for experts of equal size. The experts of one layer are needed one after the other, as in rounds.
+
+    Args:
+        bypass: what is missed need not be kept, as where the CPU computes it: a cache then misses less.
     """
     keys, phases = _needs(trace)
     first = 0
@@ -37,16 +42,34 @@ def belady_misses(trace: RoutingTrace, num_slots: int, before: RoutingTrace | No
     for i, key in enumerate(keys.tolist()):
         if key not in resident:
             misses[i] = True
-            while len(resident) >= num_slots:
-                use, candidate = heapq.heappop(farthest)
-                if resident.get(candidate) == -use:
-                    del resident[candidate]
+            if not bypass:
+                _evict(resident, farthest, num_slots - 1)
         resident[key] = int(following[i])
         heapq.heappush(farthest, (-int(following[i]), key))
+        _evict(resident, farthest, num_slots)  # nothing to do unless what was missed may go at once
     decode, misses = phases == 1, misses[first:]
     return BoundCounts(
         int((~decode).sum()), int(misses[~decode].sum()), int(decode.sum()), int(misses[decode].sum())
     )
+
+
+def static_misses(trace: RoutingTrace, num_slots: int) -> BoundCounts:
+    """Misses of the best fixed set of `num_slots` experts, chosen in hindsight for each phase; filling it is free."""
+    keys, phases = _needs(trace)
+    counts = []
+    for phase in (0, 1):
+        uses = np.bincount(keys[phases == phase], minlength=trace.num_layers * trace.num_experts)
+        kept = np.sort(uses)[::-1][:num_slots]
+        counts += [int(uses.sum()), int(uses.sum() - kept.sum())]
+    return BoundCounts(*counts)
+
+
+def _evict(resident: dict[int, int], farthest: list[tuple[int, int]], most: int) -> None:
+    """Give up those whose next use is farthest away until at most `most` are left."""
+    while len(resident) > most:
+        use, candidate = heapq.heappop(farthest)
+        if resident.get(candidate) == -use:
+            del resident[candidate]
 
 
 def _needs(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:

@@ -4,14 +4,17 @@ Engine and simulator call the same functions, so that a decision costs microseco
 as ordinary Python, with the same results and some hundred times slower; that is said once.
 """
 
+import hashlib
 import warnings
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 try:
-    from numba import njit
+    import numba
 except ImportError:  # a requirement of the package, but the core has to run where it is missing
-    njit = None
+    numba = None
     warnings.warn(
         "numba is not installed: scheduling decisions run as plain Python, some hundred times slower; "
         "install it with `pip install numba`",
@@ -21,9 +24,33 @@ except ImportError:  # a requirement of the package, but the core has to run whe
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: Whether decisions are compiled here; recorded in `RunResult.hardware`.
-IS_COMPILED = njit is not None
+IS_COMPILED = numba is not None
+
+
+@cache
+def cache_dir() -> str:
+    """Where compiled code is kept: a folder for each state of all sources that are compiled.
+
+    numba itself looks at the file of the function alone, and what is compiled into it from other files would be kept
+    when those change: an edit of `take_slots` did not reach `replay` (numba 0.68.1).
+    """
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_bytes()
+        if b"import jit" in source or path == Path(__file__):
+            digest.update(str(path.relative_to(package)).encode() + b"\0" + source + b"\0")
+    return str(package / "__pycache__" / f"compiled-{digest.hexdigest()[:16]}")
 
 
 def jit(function: F) -> F:
     """Compile on the first call, once per machine (numba keeps the code on disk); releases the GIL."""
-    return function if njit is None else njit(cache=True, nogil=True)(function)
+    if numba is None:
+        return function
+    former = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = former or cache_dir()
+    try:
+        compiled: F = numba.njit(cache=True, nogil=True)(function)
+    finally:
+        numba.config.CACHE_DIR = former
+    return compiled

@@ -5,10 +5,7 @@ published, and what is not known, stands beside each name in `scheduler.SCHEDULE
 """
 
 from ..jit import jit
-from .terms import Costs, IntArray
-from .terms import cpu_time as _cpu_time
-
-cpu_time = jit(_cpu_time)
+from .terms import Costs, IntArray, cpu_time
 
 
 @jit

@@ -19,9 +19,7 @@ TRUST_DECAY = 0.99
 
 
 @jit
-def sort_need(
-    experts: IntArray, tokens: IntArray, slots: IntArray, in_flight: NDArray[np.bool_]
-) -> Need:
+def sort_need(experts: IntArray, tokens: IntArray, slots: IntArray, in_flight: NDArray[np.bool_]) -> Need:
     """Experts (n,) with their tokens and slots: hits before late ones before misses, each by tokens, descending.
 
     Args:

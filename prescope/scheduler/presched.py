@@ -21,8 +21,6 @@ import numpy as np
 from ..jit import jit
 from .terms import Costs, FloatArray, IntArray, cpu_time
 
-cpu_time = jit(cpu_time)
-
 
 @jit
 def split(

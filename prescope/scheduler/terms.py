@@ -8,8 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..jit import jit
+
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+
 
 class Costs(NamedTuple):
     """`cost.LayerCosts` as compiled code reads it."""
@@ -42,7 +45,9 @@ class Coming(NamedTuple):
 class Plan(NamedTuple):
     """What is done about one layer, now that its router has spoken."""
 
-    num_load: int  # of the misses, in their order, the first so many are copied on demand, the rest go to the CPU
+    num_load: (
+        int  # of the misses, in their order, the first so many are copied on demand, the rest go to the CPU
+    )
     prefetch: IntArray  # (p,) flat keys (moe_layer * E + expert), the most wanted first
     keep: IntArray  # flat keys that are not to be evicted meanwhile, if there is any other choice
 
@@ -56,6 +61,7 @@ class Need(NamedTuple):
     num_late: int
 
 
+@jit
 def cpu_time(cpu_us: FloatArray, tokens: float) -> float:
     """Microseconds of one expert with so many tokens on the CPU; between and beyond the points linear."""
     last = len(cpu_us) - 1

@@ -5,7 +5,8 @@ Times are microseconds.
 
 The machine it walks: one link that serves one copy at a time and interrupts none; the GPU; the CPU lane; and a host
 that hears of each router's choice `decide_us` later, hands on-demand copies to the link at once and prefetches only
-while fewer than `most_in_flight` copies of them are under way. The slots of a layer are safe until the next router has spoken.
+while fewer than `most_in_flight` copies of them are under way. The slots of a layer are safe until the next router
+has spoken.
 """
 
 from typing import NamedTuple
@@ -16,10 +17,8 @@ from numpy.typing import NDArray
 from ..cache import learn
 from ..jit import jit
 from ..scheduler.decide import discount, learn_trust, plan, sort_need, take_slots
-from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs
-from ..scheduler.terms import cpu_time as _cpu_time
+from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, cpu_time
 
-cpu_time = jit(_cpu_time)
 #: Columns of `Log.times_us`: the layer begins (the one before is done), its router has spoken, the host has decided,
 #: the bytes are there, the GPU is done, the CPU is done (NaN without), the layer is done.
 BEGIN, ROUTED, DECIDED, FETCHED, GPU_DONE, CPU_DONE, DONE = range(7)
@@ -43,7 +42,9 @@ class Demand(NamedTuple):
     """What each step needs, and what was predicted of it."""
 
     tokens_SLE: NDArray[np.int32]
-    weights_SLE: NDArray[np.float32]  # sums of router weights; (0, 0, 0) when the cache policy does not look at them
+    weights_SLE: NDArray[
+        np.float32
+    ]  # sums of router weights; (0, 0, 0) when the cache policy does not look at them
     #: Predictions for layer l made `a + 1` layers before it, zeros where there is no such layer; (0, ...) for none.
     expected_dSLE: NDArray[np.float32]  # tokens
     used_dSLE: NDArray[np.float32]  # probability that any token uses it
@@ -61,7 +62,14 @@ class Log(NamedTuple):
 
 @jit
 def replay(
-    knobs: Knobs, costs: Costs, policy: int, most_in_flight: int, step_us: float, start_us: float, state: State, demand: Demand
+    knobs: Knobs,
+    costs: Costs,
+    policy: int,
+    most_in_flight: int,
+    step_us: float,
+    start_us: float,
+    state: State,
+    demand: Demand,
 ) -> Log:
     """Run all steps from `start_us` on; `step_us` is what a step takes besides its layers.
 
@@ -106,7 +114,9 @@ def replay(
                 if state.slot_of[key] >= 0:
                     continue
                 one[0] = key
-                taken = take_slots(one, state.key_of, state.slot_of, protected | in_flight, keep, state.scores)
+                taken = take_slots(
+                    one, state.key_of, state.slot_of, protected | in_flight, keep, state.scores
+                )
                 if len(taken) == 0:
                     break
                 begin = max(issue, link_free)
@@ -114,7 +124,10 @@ def replay(
                 in_flight[taken[0]] = True
                 if wire_last == len(wire_end):  # move the queue to the front
                     rest = wire_last - wire_first
-                    wire_slot[:rest], wire_end[:rest] = wire_slot[wire_first:wire_last], wire_end[wire_first:wire_last]
+                    wire_slot[:rest], wire_end[:rest] = (
+                        wire_slot[wire_first:wire_last],
+                        wire_end[wire_first:wire_last],
+                    )
                     wire_first, wire_last = 0, rest
                 wire_slot[wire_last], wire_end[wire_last] = taken[0], link_free
                 wire_last += 1
@@ -132,7 +145,9 @@ def replay(
             tokens_E = demand.tokens_SLE[s, layer]
             experts = np.flatnonzero(tokens_E).astype(np.int64)
             first = layer * E
-            need = sort_need(experts, tokens_E[experts].astype(np.int64), state.slot_of[first + experts], in_flight)
+            need = sort_need(
+                experts, tokens_E[experts].astype(np.int64), state.slot_of[first + experts], in_flight
+            )
             state.tick[0] += 1
             weights = no_weights
             if len(demand.weights_SLE):
@@ -147,7 +162,9 @@ def replay(
                         used = demand.used_dSLE[ahead - 1, s, layer + ahead, e]
                         predicted_dLE[ahead - 1, layer + ahead, e] = used
                         used_dE[ahead - 1, e] = factor * used
-                        tokens_dE[ahead - 1, e] = factor * demand.expected_dSLE[ahead - 1, s, layer + ahead, e]
+                        tokens_dE[ahead - 1, e] = (
+                            factor * demand.expected_dSLE[ahead - 1, s, layer + ahead, e]
+                        )
                 else:
                     used_dE[ahead - 1], tokens_dE[ahead - 1] = 0.0, 0.0
             backlog = max(0.0, link_free - decided)
@@ -162,7 +179,9 @@ def replay(
             copy = costs.link_busy_us if on_cpu else costs.link_us
             if k:
                 keys = first + need.experts[here : here + k]
-                taken = take_slots(keys, state.key_of, state.slot_of, protected | in_flight, keep, state.scores)
+                taken = take_slots(
+                    keys, state.key_of, state.slot_of, protected | in_flight, keep, state.scores
+                )
                 for i in range(len(taken)):
                     protected[taken[i]] = True
                     begin = max(decided, link_free)

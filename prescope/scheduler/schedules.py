@@ -1,0 +1,175 @@
+"""The schedules by name: PreSched and the systems it is compared with, as we re-implement them.
+
+None of the published systems' code is used, and their authors' constants are replaced by costs measured on the
+machine at hand; `same` and `unknown` say of each how far that makes it the published system.
+"""
+
+from dataclasses import dataclass
+
+from ..errors import UnsupportedOption
+from .decide import FATE, FIDDLER, HYBRIMOE, KLOTSKI, MOE_INFINITY, ON_DEMAND, PRESCHED, STREAMING
+
+#: Predictors a schedule names; "none" for those that look at no prediction.
+PREDICTORS = ("none", "early router", "frequency", "transition", "llapor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One way to decide about a layer's experts.
+
+    Attributes:
+        name: as a user writes it. `title`: as a figure writes it. `number`: in compiled code (`decide.plan`).
+        cache: cache policy it comes with. `predictor`: of `PREDICTORS`, the one it comes with.
+        uses_cpu: it may compute experts on the CPU lane.
+        lookahead: layers ahead it prefetches for. `width`: experts for one layer at most, None: all.
+            `threshold`: least probability of use of an expert worth prefetching.
+        same: what is as published. `unknown`: what is not known, or ours. `source`: where it is published.
+    """
+
+    name: str
+    title: str
+    number: int
+    cache: str
+    predictor: str
+    uses_cpu: bool
+    lookahead: int = 0
+    width: int | None = None
+    threshold: float = 0.0
+    same: str
+    unknown: str
+    source: str
+
+    @property
+    def needs_predictor(self) -> bool:
+        """Without predictions it would be loading on demand."""
+        return self.number in (FATE, MOE_INFINITY)
+
+    @property
+    def streams(self) -> bool:
+        """It copies whole layers, whatever is predicted."""
+        return self.number in (STREAMING, KLOTSKI)
+
+
+_ALL = (
+    Schedule(
+        name="on-demand",
+        title="On demand",
+        number=ON_DEMAND,
+        cache="lru",
+        predictor="none",
+        uses_cpu=False,
+        same="experts are copied once the router has named them; LRU over the experts in GPU memory",
+        unknown="mixtral-offloading also quantises experts and guesses the next layer's; neither is done here. Its "
+        "LRU is one for each layer, ours one for the model",
+        source="mixtral-offloading, arXiv 2312.17238",
+    ),
+    Schedule(
+        name="streaming",
+        title="Static hot set + streaming",
+        number=STREAMING,
+        cache="static",
+        predictor="none",
+        uses_cpu=False,
+        lookahead=1,
+        same="no published system: the simplest that a scheduler has to beat",
+        unknown="ours: a fixed set of the most frequent experts stays; all other experts of the next layer are copied "
+        "while this one computes, those that this one misses first",
+        source="ours",
+    ),
+    Schedule(
+        name="klotski",
+        title="Klotski-like",
+        number=KLOTSKI,
+        cache="lru",
+        predictor="frequency",
+        uses_cpu=False,
+        lookahead=1,
+        same="no prediction of single tokens; whole layers streamed behind compute, hot experts first",
+        unknown="its grouping of several batches into one pass is left to whoever chooses the batch; which experts it "
+        "calls hot is ours: the most frequent of a recorded trace",
+        source="Klotski, arXiv 2502.06888",
+    ),
+    Schedule(
+        name="fate",
+        title="Fate-like",
+        number=FATE,
+        cache="shallow",
+        predictor="early router",
+        uses_cpu=False,
+        lookahead=1,
+        threshold=0.5,
+        same="the next layer's router on this layer's input says what to prefetch; the cache favours shallow layers",
+        unknown="how it weighs depth against recency, and its quantised copies: ours evicts the deepest layer first "
+        "and copies experts whole",
+        source="Fate, arXiv 2502.12224",
+    ),
+    Schedule(
+        name="fiddler",
+        title="Fiddler-like",
+        number=FIDDLER,
+        cache="static",
+        predictor="none",
+        uses_cpu=True,
+        same="each expert for itself: on the CPU if that is sooner done than moving it; popular experts stay on the "
+        "GPU; no prefetch",
+        unknown="it never replaces the popular set; ours takes the slot of the least popular for what is copied",
+        source="Fiddler, arXiv 2402.07033",
+    ),
+    Schedule(
+        name="hybrimoe",
+        title="HybriMoE-like",
+        number=HYBRIMOE,
+        cache="score",
+        predictor="early router",
+        uses_cpu=True,
+        lookahead=1,
+        threshold=0.5,
+        same="a greedy split of each layer between CPU and GPU by cost; prefetch of the next layer by router scores; "
+        "score-aware cache",
+        unknown="how it measures a prefetch's impact: ours takes the experts with most expected tokens first; it looks "
+        "further than one layer, ours does not",
+        source="HybriMoE, arXiv 2504.05897",
+    ),
+    Schedule(
+        name="moe-infinity",
+        title="MoE-Infinity-like",
+        number=MOE_INFINITY,
+        cache="lru",
+        predictor="transition",
+        uses_cpu=False,
+        lookahead=1,
+        threshold=0.1,
+        same="which experts follow is told from earlier routing, not from the router's input; prefetch, else on demand",
+        unknown="it compares the activations of whole requests; ours counts which expert follows which from one layer "
+        "to the next. Its cache weighs activation ratio and depth, ours is LRU",
+        source="MoE-Infinity, arXiv 2401.14361",
+    ),
+    Schedule(
+        name="presched",
+        title="PreSched",
+        number=PRESCHED,
+        cache="lru",
+        predictor="llapor",
+        uses_cpu=True,
+        lookahead=2,
+        threshold=0.2,
+        same="this and the next layer are planned together: resident, prefetched, loaded on demand or computed on the "
+        "CPU, so that both are done soonest, in O(n) after a sort; costs are profiled",
+        unknown="no code is public. Ours: the formulas of the window, probabilities in them, further layers when the "
+        "link is idle, an eviction that knows the plan, and trust in the predictor by what its predictions were worth",
+        source="PreScope, arXiv 2509.23638",
+    ),
+)
+#: By name, in the order of the figures.
+SCHEDULES: dict[str, Schedule] = {schedule.name: schedule for schedule in _ALL}
+
+
+def schedule_named(name: str) -> Schedule:
+    """The schedule a user chose.
+
+    Raises:
+        UnsupportedOption: there is none of this name.
+    """
+    if name not in SCHEDULES:
+        raise UnsupportedOption(f"schedule is {name!r}; choose one of {', '.join(map(repr, SCHEDULES))}")
+    return SCHEDULES[name]

@@ -1,0 +1,44 @@
+"""The slots as a prompt leaves them: the engine's walk through a layer's rounds, without bytes and clock."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache import CachePolicy
+from ..core import MoEShape
+from ..events import PHASES
+from ..residency import ResidencyTable
+from ..rounds import walk
+from ..routing import RoutingTrace
+
+PREFILL = PHASES.index("prefill")
+
+
+def prefill_steps(trace: RoutingTrace) -> NDArray[np.int64]:
+    """Numbers of a trace's prefill steps, ascending."""
+    return np.unique(trace.step[trace.phase == PREFILL]).astype(np.int64)
+
+
+def prefill(table: ResidencyTable, trace: RoutingTrace, step: int) -> None:
+    """Walk through one prefill step; all that was copied has landed afterwards."""
+    first, end = np.searchsorted(trace.step, [step, step + 1])
+    shape = table.shape
+    ids, weights = trace.expert_ids[first:end], trace.weights[first:end]
+    for layer in range(shape.num_layers):
+        flat = ids[:, layer].ravel().astype(np.int64)
+        is_used = flat >= 0
+        counts = np.bincount(flat[is_used], minlength=shape.num_experts)
+        sums = np.bincount(flat[is_used], weights[:, layer].ravel()[is_used], minlength=shape.num_experts)
+        experts = np.flatnonzero(counts)
+        need = table.need(layer, experts, counts[experts], sums[experts].astype(np.float64))
+        following = (layer + 1, shape.num_experts) if layer + 1 < shape.num_layers else None
+        for act in walk(table, need, table.rounds(need), shape.num_experts, following):
+            table.landed(act.slots)
+
+
+def table_after(
+    trace: RoutingTrace, shape: MoEShape, num_slots: int, policy: CachePolicy, step: int
+) -> ResidencyTable:
+    """A table that starts cold and has seen one prefill step."""
+    table = ResidencyTable(shape, num_slots, policy)
+    prefill(table, trace, step)
+    return table

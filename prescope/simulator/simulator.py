@@ -1,0 +1,347 @@
+"""The simulator: what any setting would have done with a recorded trace, in milliseconds.
+
+Pure: a trace, costs and a predictor in, a `SimResult` out. Only decode steps are on the clock; prefill steps bring
+the slots into the state that the engine's prefill leaves.
+"""
+
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bounds import belady_misses, static_misses
+from ..cache import CachePolicy, make_policy
+from ..config import resolve_slots
+from ..core import MoEShape
+from ..cost import LayerCosts
+from ..errors import UnsupportedOption
+from ..planner import most_in_flight as on_cuda
+from ..predictor.base import Predictor
+from ..residency import ResidencyTable
+from ..routing import RoutingTrace
+from ..scheduler import Schedule, schedule_named
+from ..scheduler.terms import Knobs
+from .prefill import prefill, prefill_steps
+from .prepare import LOOKAHEAD, Needs, Predicted, compiled_costs, needs_of, predictions_of
+from .replay import Demand, Log, State, replay
+from .result import Bounds, SimResult
+
+#: Slots that prefetches on the wire may hold: one in so many, as the engine's loader does.
+IN_FLIGHT_SHARE = 4
+CACHES = ("lru", "lfu", "score", "shallow", "static")
+
+
+class Settings(NamedTuple):
+    """A run's settings as resolved."""
+
+    schedule: Schedule
+    num_slots: int
+    cache: str
+    lookahead: int
+    width: int
+    threshold: float
+    cpu: bool
+    most_in_flight: int
+    hindsight: bool  # "static" knows the frequencies of the very trace it is replayed on
+
+
+class Simulator:
+    """Replays one trace under any setting.
+
+    Args:
+        trace: with decode steps; see `as_decode` for one without.
+        costs: of one layer, with their origin.
+        row_bytes: of one expert.
+        predictor: what prefetching schedules go by; None: no predictions.
+        lookahead: layers ahead that predictions are prepared for.
+        link_busy_us: one copy while the CPU computes experts; as `costs.link_us` unless given.
+        step_us: what a step takes besides its MoE layers.
+        label: what was replayed, for titles; the trace's model unless given.
+
+    Raises:
+        BadTrace: no decode step, or the predictor reads router inputs and the trace has none.
+        TraceMismatch: the predictor is for another model.
+    """
+
+    def __init__(
+        self,
+        trace: RoutingTrace,
+        costs: LayerCosts,
+        *,
+        row_bytes: int,
+        predictor: Predictor | None = None,
+        lookahead: int = LOOKAHEAD,
+        link_busy_us: float | None = None,
+        step_us: float = 0.0,
+        label: str = "",
+    ) -> None:
+        if row_bytes < 1 or step_us < 0 or (link_busy_us is not None and link_busy_us < 0):
+            raise UnsupportedOption(
+                "row_bytes is at least 1; step_us and link_busy_us are times in microseconds"
+            )
+        self.trace, self.costs, self.predictor, self.row_bytes = trace, costs, predictor, row_bytes
+        self.link_busy_us, self.step_us = link_busy_us, step_us
+        self.label = label or trace.model
+        self.shape = MoEShape(trace.num_layers, trace.num_experts, trace.top_k, row_bytes)
+        self.needs = needs_of(trace)
+        self.predicted = (
+            _nothing(self.needs) if predictor is None else predictions_of(predictor, trace, lookahead)
+        )
+        self._segments = _segments(trace, self.needs)
+        self._warm: dict[tuple[int, str, bytes], tuple[NDArray[np.generic], ...]] = {}
+        self._bounds: dict[tuple[int, bool], Bounds] = {}
+
+    @property
+    def batch(self) -> int:
+        """Tokens of a step, the most of any."""
+        return int(self.needs.tokens_S.max())
+
+    def run(
+        self,
+        schedule: str = "presched",
+        *,
+        slots: int | float | str = 0.25,
+        cache: str | None = None,
+        lookahead: int | None = None,
+        width: int | None = None,
+        threshold: float | None = None,
+        cpu: bool | None = None,
+        frequencies: NDArray[np.floating] | None = None,
+        most_in_flight: int | None = None,
+    ) -> SimResult:
+        """Replay the trace; what is not given is the schedule's own.
+
+        Args:
+            schedule: name in `scheduler.SCHEDULES`.
+            slots: as of the engine: a count, a share of all experts, or a text such as "8GiB".
+            cache: "lru", "lfu", "score", "shallow" or "static".
+            lookahead, width, threshold: see `scheduler.Schedule`.
+            cpu: whether the CPU lane is used; by schedules that can, if the costs have one, unless given.
+            frequencies: (L, E) that "static" goes by; those of this very trace unless given, which is said in `notes`.
+            most_in_flight: prefetches on the wire at most; as the engine has it on CUDA unless given.
+
+        Raises:
+            UnsupportedOption: a setting that does not exist or cannot be.
+            SlotPoolTooSmall: fewer slots than a token needs.
+        """
+        settings = self._resolve(
+            schedule, slots, cache, lookahead, width, threshold, cpu, frequencies, most_in_flight
+        )
+        counts = self.trace.expert_counts() if frequencies is None else frequencies
+        policy = make_policy(settings.cache, self.shape, np.asarray(counts, dtype=np.float64))
+        log = self._replay(settings, policy)
+        return SimResult(
+            log=log,
+            config=self._config(settings),
+            label=f"simulated, costs: {self.costs.source}",
+            trace=self.trace,
+            batch=self.batch,
+            row_bytes=self.row_bytes,
+            notes=self._notes(settings),
+            needs=self.needs,
+            streams=settings.schedule.streams,
+            find_bounds=lambda: self.bounds(settings.num_slots, cpu=settings.cpu),
+        )
+
+    def bounds(self, slots: int | float | str = 0.25, *, cpu: bool = False) -> Bounds:
+        """What no schedule can beat with so many slots, with or without the CPU lane."""
+        num_slots, _ = self._num_slots(slots)
+        key = num_slots, cpu
+        if key not in self._bounds:
+            self._bounds[key] = self._find_bounds(num_slots, cpu)
+        return self._bounds[key]
+
+    # -- settings ----------------------------------------------------------------------------------------------
+
+    def _num_slots(self, slots: int | float | str) -> tuple[int, str]:
+        return resolve_slots(
+            slots, total_experts=self.shape.total_experts, row_bytes=self.row_bytes, top_k=self.shape.top_k
+        )
+
+    def _resolve(
+        self,
+        name: str,
+        slots: int | float | str,
+        cache: str | None,
+        lookahead: int | None,
+        width: int | None,
+        threshold: float | None,
+        cpu: bool | None,
+        frequencies: NDArray[np.floating] | None,
+        most_in_flight: int | None,
+    ) -> Settings:
+        schedule = schedule_named(name)
+        cache = schedule.cache if cache is None else cache
+        if cache not in CACHES:
+            raise UnsupportedOption(f"cache is {cache!r}; choose one of {', '.join(map(repr, CACHES))}")
+        depth, E = len(self.predicted.used_dSLE), self.shape.num_experts
+        if lookahead is None:
+            lookahead = min(schedule.lookahead, depth)
+        if not 0 <= lookahead <= depth:
+            by = "there is no predictor" if self.predictor is None else f"{self.predictor.name} was prepared"
+            raise UnsupportedOption(f"lookahead is {lookahead}; {by} for 0 to {depth} layers ahead here")
+        width = (E if schedule.width is None else schedule.width) if width is None else width
+        if not 0 <= width <= E:
+            raise UnsupportedOption(f"width is {width}; a layer has {E} experts: choose 0 to {E}")
+        threshold = schedule.threshold if threshold is None else threshold
+        if not 0.0 <= threshold <= 1.0:
+            raise UnsupportedOption(f"threshold is {threshold}; a probability lies in [0, 1]")
+        has_lane = len(self.costs.cpu_us) > 1
+        if cpu and not (schedule.uses_cpu and has_lane):
+            why = (
+                "the costs have no CPU times (cpu_us)" if schedule.uses_cpu else f"{name} never uses the CPU"
+            )
+            raise UnsupportedOption(f"cpu=True, but {why}")
+        num_slots, _ = self._num_slots(slots)
+        if most_in_flight is None:
+            most_in_flight = on_cuda("cuda", self.row_bytes)
+        if most_in_flight < 0:
+            raise UnsupportedOption(f"most_in_flight is {most_in_flight}; a count is at least 0")
+        return Settings(
+            schedule=schedule,
+            num_slots=num_slots,
+            cache=cache,
+            lookahead=lookahead,
+            width=width,
+            threshold=threshold,
+            cpu=schedule.uses_cpu and has_lane if cpu is None else cpu,
+            most_in_flight=min(most_in_flight, max(1, num_slots // IN_FLIGHT_SHARE), num_slots - 1),
+            hindsight=cache == "static" and frequencies is None,
+        )
+
+    def _config(self, settings: Settings) -> dict[str, Any]:
+        predictor = self.predictor.name if self.predictor is not None and settings.lookahead else "none"
+        return {
+            "schedule": settings.schedule.name,
+            "num_slots": settings.num_slots,
+            "slots_frac": settings.num_slots / self.shape.total_experts,
+            "cache": settings.cache,
+            "predictor": predictor,
+            "lookahead": settings.lookahead,
+            "width": settings.width,
+            "threshold": settings.threshold,
+            "cpu": settings.cpu,
+            "most_in_flight": settings.most_in_flight,
+            "model": self.label,
+            "row_bytes": self.row_bytes,
+            "step_us": self.step_us,
+            "costs": asdict(self.costs),
+        }
+
+    def _notes(self, settings: Settings) -> list[str]:
+        notes = []
+        if settings.hindsight:
+            notes.append("the static cache knows how often this very trace uses each expert (hindsight)")
+        if settings.schedule.predictor != "none" and self.predictor is None:
+            notes.append(
+                f"{settings.schedule.title} ran without predictions: the simulator was given no predictor"
+            )
+        return notes
+
+    # -- the replay --------------------------------------------------------------------------------------------
+
+    def _replay(self, settings: Settings, policy: CachePolicy) -> Log:
+        table = ResidencyTable(self.shape, settings.num_slots, policy)
+        knobs = Knobs(settings.schedule.number, settings.lookahead, settings.width, settings.threshold)
+        costs = compiled_costs(
+            self.costs, cpu=settings.cpu, predicts=settings.lookahead > 0, link_busy_us=self.link_busy_us
+        )
+        depth = settings.lookahead
+        trust = np.zeros((depth, 2))
+        logs, now = [], 0.0
+        for i, (prefills, steps) in enumerate(self._segments):
+            self._prefill(table, prefills, is_first=i == 0)
+            state = State(
+                table.slot_of, table.key_of, policy.scores, np.array([policy.tick], np.int64), trust
+            )
+            demand = Demand(
+                self.needs.tokens_SLE[steps],
+                self.needs.weights_SLE[steps] if settings.cache == "score" else NO_WEIGHTS,
+                self.predicted.expected_dSLE[:depth, steps],
+                self.predicted.used_dSLE[:depth, steps],
+            )
+            logs.append(
+                replay(knobs, costs, policy.kind, settings.most_in_flight, self.step_us, now, state, demand)
+            )
+            policy.tick, now = int(state.tick[0]), float(logs[-1].step_end_us[-1])
+        return _joined(logs)
+
+    def _prefill(self, table: ResidencyTable, prefills: list[int], is_first: bool) -> None:
+        """The first prompt's walk starts cold and depends on little, so it is remembered: a slider comes back to it."""
+        policy = table.policy
+        key = table.num_slots, policy.name, policy.scores.tobytes() if policy.name == "static" else b""
+        if is_first and key in self._warm:
+            table.slot_of[:], table.key_of[:], policy.scores[:], tick = self._warm[key]
+            policy.tick = int(tick)
+            return
+        for step in prefills:
+            prefill(table, self.trace, step)
+        if is_first:
+            kept = table.slot_of.copy(), table.key_of.copy(), policy.scores.copy(), np.array(policy.tick)
+            self._warm[key] = kept
+
+    def _find_bounds(self, num_slots: int, cpu: bool) -> Bounds:
+        costs, S = self.costs, len(self.needs.steps)
+        misses = belady_misses(self.trace, num_slots).misses_decode
+        fewest = belady_misses(self.trace, num_slots, bypass=True).misses_decode
+        needed = int((self.needs.tokens_SLE > 0).sum())
+        link_ms = misses * costs.link_us / S / 1e3
+        has_lane = cpu and len(costs.cpu_us) > 1
+        both_us = _together(costs.link_us, costs.cpu_us[1]) if has_lane else float("nan")
+        expert_us = _together(costs.gpu_us, costs.cpu_us[1]) if has_lane else costs.gpu_us
+        both_ms = fewest * both_us / S / 1e3
+        layers_us = self.shape.num_layers * (costs.rest_us + costs.decide_us)
+        gpu_ms = (layers_us + self.step_us + needed * expert_us / S) / 1e3
+        step_ms = max(gpu_ms, both_ms if has_lane else link_ms)
+        return Bounds(
+            misses,
+            fewest,
+            static_misses(self.trace, num_slots).misses_decode,
+            link_ms,
+            both_ms,
+            gpu_ms,
+            step_ms,
+            1e3 * float(self.needs.tokens_S.mean()) / step_ms,
+        )
+
+
+def _together(first_us: float, second_us: float) -> float:
+    """Time of one piece of work when two work side by side."""
+    return 0.0 if min(first_us, second_us) == 0 else 1.0 / (1.0 / first_us + 1.0 / second_us)
+
+
+NO_WEIGHTS = np.zeros((0, 0, 0), np.float32)
+
+
+def _nothing(needs: Needs) -> Predicted:
+    empty = np.zeros((0, *needs.tokens_SLE.shape), np.float32)
+    return Predicted(empty, empty)
+
+
+def _segments(trace: RoutingTrace, needs: Needs) -> list[tuple[list[int], slice]]:
+    """Prefill steps and the decode steps behind them, in order: several pairs where runs were joined."""
+    prefills = prefill_steps(trace)
+    before = np.searchsorted(prefills, needs.steps)  # prefills that come before each decode step
+    firsts = np.flatnonzero(np.diff(before, prepend=-1))
+    ends = [*firsts[1:].tolist(), len(needs.steps)]
+    segments, seen = [], 0
+    for first, end in zip(firsts.tolist(), ends, strict=True):
+        segments.append((prefills[seen : before[first]].tolist(), slice(first, end)))
+        seen = int(before[first])
+    return segments
+
+
+def _joined(logs: list[Log]) -> Log:
+    """Logs of consecutive segments as one; steps are counted on."""
+    if len(logs) == 1:
+        return logs[0]
+    firsts = np.cumsum([0, *(len(log.step_end_us) for log in logs[:-1])])
+    copies = [log.copies + np.array([first, 0, 0, 0]) for log, first in zip(logs, firsts, strict=True)]
+    return Log(
+        np.concatenate([log.times_us for log in logs]),
+        np.concatenate([log.counts for log in logs]),
+        np.concatenate([log.step_end_us for log in logs]),
+        np.concatenate(copies),
+        np.concatenate([log.copy_us for log in logs]),
+    )
