@@ -201,7 +201,11 @@ class RoutingTrace:
             keep &= self.phase == PHASES.index(phase)
         if steps is not None:
             keep &= np.isin(self.step, list(steps))
-        kept: dict[str, Any] = {name: array[keep] for name, array in self._arrays().items()}
+        return self.take(keep)
+
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.integer[Any]]) -> Self:
+        """Some rows, by a mask (R,) or by ascending numbers; ids, steps and metadata unchanged."""
+        kept: dict[str, Any] = {name: array[rows] for name, array in self._arrays().items()}
         return replace(self, **kept)
 
     def check_model(self, fingerprint: str, name: str) -> None:

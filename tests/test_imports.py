@@ -30,6 +30,7 @@ LADDER: dict[str, tuple[str, ...]] = {
         "predictor",
         "scheduler",
         "simulator",
+        "synthetic",
     ),
     "bytes": ("device", "layout", "host_pool", "slots", "loader", "cpu_experts", "kernels"),
     "model": ("hf", "recorder", "scheduling", "serving", "decode", "engine"),

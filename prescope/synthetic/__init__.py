@@ -1,0 +1,21 @@
+"""Routing traces without a model: a generator with habits, fitted to a recorded trace, and traces made to hurt.
+
+`spec` is the generator, `drawing` its draws, `fit` the search for its parameters, `habits` the numbers it is judged
+by, `adversarial` the traces made to hurt, `rows` what they all share. Pure numpy.
+"""
+
+from .adversarial import ADVERSARIAL, adversarial
+from .fit import Fit
+from .habits import Habits, Overlaps, habits_of, lru_hit_rate
+from .spec import SyntheticSpec
+
+__all__ = [
+    "ADVERSARIAL",
+    "Fit",
+    "Habits",
+    "Overlaps",
+    "SyntheticSpec",
+    "adversarial",
+    "habits_of",
+    "lru_hit_rate",
+]
