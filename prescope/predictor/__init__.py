@@ -1,8 +1,9 @@
 """Predictors: which experts the coming MoE layers will use, under one protocol (`base.Predictor`).
 
 `llapor` is the trained one (`form` its settings and tensors), `train` trains it, `online` tunes it while it runs;
-`baselines` hold those that need no training, `controls` those that must score everything and chance; `groups` finds the
-layer groups; `score` judges them all, `worth` says whether they pay; `failures` breaks them.
+`baselines` hold those that need no training, `controls` those that must score everything and chance; `noisy` is an
+oracle that errs; `groups` finds the layer groups; `score` judges them all, `worth` says whether they pay; `failures`
+breaks them.
 Imports no model code: routers come in as tensors, states as a `RoutingTrace`.
 """
 
@@ -13,6 +14,7 @@ from .failures import Inverted, Shift, adversarial_trace, domain_shift, joined_s
 from .form import LlaporConfig, ModelTag
 from .groups import Cues, LayerGroups, contrast_of, find_groups, group_layers, measure_cues
 from .llapor import Llapor
+from .noisy import NoisyOracle
 from .online import OnlineConfig, OnlineTuner
 from .prepare import Split, rows_of, split_by_prompt
 from .score import Interval, ScoreCard, difference, score
@@ -33,6 +35,7 @@ __all__ = [
     "Llapor",
     "LlaporConfig",
     "ModelTag",
+    "NoisyOracle",
     "OnlineConfig",
     "OnlineTuner",
     "Oracle",
