@@ -238,7 +238,7 @@ def test_padding_is_nobodys_habit(trace_with_padding):
     ],
 )
 def test_a_fit_finds_the_habits_again(habits):
-    """From 16 sequences of 127 tokens; errors allowed are 1.5 to 3 times the largest seen over 6 seeds and these habits:
+    """From 16 sequences of 127 tokens; errors allowed are 1.5 to 3 times the largest seen over 6 seeds:
     0.01, 0.005, 0.024 and 0.15. Diversity shows in differences between sequences, and 16 are few.
     """
     fit = SyntheticSpec.fit(made(batch=16, **habits))

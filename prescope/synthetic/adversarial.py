@@ -17,7 +17,7 @@ from .spec import SyntheticSpec
 
 IdArray = NDArray[np.int16]
 
-#: Popularity of the trace that flips: the quarter of the experts used most gets about three quarters of the uses.
+#: Popularity of the trace that flips: a quarter of the experts gets two thirds of the uses or more (65 % of 16 top-2).
 FLIP_ZIPF = 1.2
 
 #: Name -> what the trace does.

@@ -36,7 +36,8 @@ class SyntheticSpec:
         persistence: probability that an expert is used again by the next token of its sequence, whatever its
             popularity; popularity comes on top.
         correlation: probability that an expert calls its successor, a fixed one in the next layer, as long as the token
-            has room for it after `persistence`.
+            has room for it after `persistence`. From layer to layer only: two layers ahead little of it is left, while
+            on tiny-moe transitions foresee two layers ahead as well as one (recall@2 0.47 against 0.31 in its fit).
         diversity: how far each sequence has its own favourites, 0 (all share one order) to 1 (none in common). Real
             sequences do, since a text has a topic; without it a fit to tiny-moe misses LRU's hits at 50 % of the
             slots by 0.17 instead of 0.04: a sequence comes back to its experts long after the last use.
