@@ -17,7 +17,7 @@ from .spec import SyntheticSpec
 
 IdArray = NDArray[np.int16]
 
-#: Popularity of the trace that flips: a quarter of the experts gets two thirds of the uses or more (65 % of 16 top-2).
+#: Popularity of the trace that flips: a quarter of the experts gets 65 % (16 top-2) to 77 % (128 top-8) of the uses.
 FLIP_ZIPF = 1.2
 
 #: Name -> what the trace does.
