@@ -4,7 +4,8 @@
 
 For each model: the plain model all on the GPU in its own modes, then the engine with each share of slots. Every cell
 is the median of --repeats runs after a warm-up; tokens/s is the decode phase, the prefill stands apart. In the same
-run: the link's rate, Belady's misses on the recorded trace, and the check of the tokens (`check_tokens`).
+run: the link's rate, Belady's misses on the recorded trace, the distinct tokens of the last text (few: it loops, and
+every cache looks good), and the check of the tokens (`check_tokens`).
 Prints a table and writes JSON with everything, one record per cell.
 """
 
@@ -30,7 +31,8 @@ TRIAL_LINK_GB_PER_S = 1.0  # emulated, with --device cpu
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 COLUMNS = [
     "model", "batch", "engine", "slots", "tok/s", "spread", "TTFT ms", "hit %", "late %", "miss %", "GB moved",
-    "link GB/s", "stall %", "host %", "Belady miss %", "bound ms", "efficiency %", "tokens = plain %", "worst gap",
+    "link GB/s", "stall %", "host %", "Belady miss %", "bound ms", "efficiency %", "distinct", "tokens = plain %",
+    "worst gap",
 ]  # fmt: skip
 
 
@@ -363,7 +365,7 @@ def table_row(cell: dict[str, Any]) -> str:
         show("link_gb_per_s"), show("stall_frac", 100),
         f"{cell['host_wait_ms'] / cell['wall_ms']:.1%}".rstrip("%") if cell.get("wall_ms") else "",
         show("belady_miss_rate", 100), show("bound_ms", 1, 2), show("efficiency", 100),
-        show("tokens_equal", 100), show("worst_gap", 1, 3),
+        show("distinct_tokens", 1, 0), show("tokens_equal", 100), show("worst_gap", 1, 3),
     ]  # fmt: skip
     return f"| {' | '.join(values)} |"
 
