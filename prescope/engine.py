@@ -23,7 +23,8 @@ from .core import MoEShape, Need
 from .cost import LayerCosts
 from .decode import DecodeLoop, Decoder
 from .device import Device, open_device, resolve_device
-from .errors import NotAttached, SlotPoolTooLarge, UnsupportedOption
+from .errors import NotAttached, SlotPoolTooLarge, TraceMismatch, UnsupportedOption
+from .forced import ForcedRouting
 from .hardware import machine_facts
 from .hf import Attachment, MoELayer, find_moe_layers, load_model, top_k_of
 from .kernels import make_kernel
@@ -31,6 +32,7 @@ from .metrics import compute_metrics
 from .predictor import Predictor
 from .recorder import Recorder
 from .result import RunResult
+from .routing import RoutingTrace
 from .scheduling import open_scheduling
 from .serving import Serving
 from .units import format_bytes
@@ -292,8 +294,15 @@ class Engine:
                     f"costs=prescope.calibrate(engine).costs(...), or use schedule='on-demand'"
                 )
             opened = open_scheduling(
-                config, self.shape, self._layers, self._attachment.host, predictor, costs
+                config,
+                self.shape,
+                self._layers,
+                self._attachment.host,
+                predictor,
+                costs,
+                self._device.torch_device,
             )
+            opened.forced = self._serving.forced
             self._serving.scheduling = opened
             self.reasons["schedule"] = f"as given, by {costs.source}"
             if opened.cpu is not None:
@@ -341,6 +350,8 @@ class Engine:
         if self.model.generation_config.pad_token_id is None and self.tokenizer is not None:
             settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         batch, length = inputs["input_ids"].shape
+        if self._serving.forced is not None:
+            self._serving.forced.restart()
         loop = self._decoder.loop(
             self.config, batch, length, settings, bool(criteria), on_step or _ignore, lambda: self._cancelled
         )
@@ -361,6 +372,10 @@ class Engine:
         )
         if self._device.kind == "cuda" and self.config.decode == "auto" and isinstance(loop, str):
             result.notes.append(f"decode steps ran layer by layer: {loop.removeprefix('layered: ')}")
+        if self._serving.forced is not None:
+            result.notes.append(
+                "decode steps were routed by a trace, not by the model: the tokens mean nothing"
+            )
         if self._cancelled:
             result.notes.append(f"cancelled after {recorder.num_steps} steps")
         return replace(result, text=text, tokens=tokens)
@@ -477,6 +492,8 @@ class Engine:
             return
         batch, length = tokens.shape[:2]
         self._serving.is_prefill = length > 1
+        if length == 1 and self._serving.forced is not None:
+            self._serving.forced.advance()
         if self._serving.recorder is None:
             return
         mask = kwargs.get("attention_mask")
@@ -523,6 +540,40 @@ class Engine:
     def recover(self) -> None:
         """Make the engine usable after an interrupt or a failed copy; the slots are cold afterwards."""
         self._serving.recover()
+
+    def force_routing(self, trace: RoutingTrace | None, scores: np.ndarray | None = None) -> None:
+        """Route decode steps as a trace does instead of by the model's routers; None ends it.
+
+        For shapes with random weights. Results say so in their notes.
+
+        Args:
+            trace: its decode steps hold as many tokens as the batch that is generated.
+            scores: (S, L, d, 2, E) predictions of these steps to be used instead of a predictor's own: expected tokens
+                and probability of use by layers ahead.
+
+        Raises:
+            TraceMismatch: the trace is of another shape.
+        """
+        self._require_attached()
+        self._decoder.forget()
+        if trace is None:
+            self._serving.forced = None
+            if self._serving.scheduling is not None:
+                self._serving.scheduling.forced = None
+            return
+        found = (trace.num_layers, trace.num_experts, trace.top_k)
+        if found != (self.shape.num_layers, self.shape.num_experts, self.shape.top_k):
+            raise TraceMismatch(
+                f"the trace has (layers, experts, top-k) = {found}, the model has "
+                f"{(self.shape.num_layers, self.shape.num_experts, self.shape.top_k)}"
+            )
+        first = trace.select(phase="decode").steps[:1]
+        batch = int((trace.step == first[0]).sum()) if first else 0
+        self._serving.forced = forced = ForcedRouting.of_trace(
+            trace, batch, self._device.torch_device, scores
+        )
+        if self._serving.scheduling is not None:
+            self._serving.scheduling.forced = forced
 
     def cancel(self) -> None:
         """End the running `generate` after the token it is at; what there is by then is returned."""

@@ -119,16 +119,18 @@ class Recorder:
         dropped = len(self._steps) - 1
         del self._steps[-1]
         self._spans = [span for span in self._spans if span.step < dropped]
+        self._layers = [row for row in self._layers if row.step < dropped]
 
-    def log(self, step: int, log: StepLog) -> None:
-        """What a graph step wrote down."""
+    def log(self, step: int, log: StepLog, is_counted: bool = False) -> None:
+        """What a graph step wrote down; `is_counted`: its needs were taken down as the host served them."""
         entry = self._steps[step]
         entry.log = log
         tokens = log.ids_LTK.shape[1]
         for layer, (needed, missing) in enumerate(log.needs.tolist()):
-            self._layers.append(
-                LayerRow(step, "decode", layer, tokens, needed, needed - missing, 0, missing, 1)
-            )
+            if not is_counted:
+                self._layers.append(
+                    LayerRow(step, "decode", layer, tokens, needed, needed - missing, 0, missing, 1)
+                )
             if self._routing:
                 weights = torch.from_numpy(log.weights_LTK[layer])
                 entry.routing[layer] = _Routing(log.ids_LTK[layer], weights, None)
@@ -146,11 +148,12 @@ class Recorder:
                 self._add(index - 1, Lane.HOST, "host_wait", -1, former_end, begin)
             former_end, last = end, begin
             for layer, stamps in enumerate(step.log.stamps_ns.tolist()):
-                routed, decided, fetched, done = map(self._log_us, stamps)
+                routed, decided, fetched, done, computed = map(self._log_us, stamps)
                 missing = int(step.log.needs[layer, 1])
                 self._add(index, Lane.GPU, "dense", layer, last, routed)
                 self._add(index, Lane.HOST, "host_wait", layer, routed, decided)
-                if missing:
+                has_cpu = stamps[-1] > 0
+                if missing or has_cpu:
                     self._add(index, Lane.STALL, "stall", layer, decided, fetched)
                     experts = step.log.fetched[layer]
                     share = (fetched - decided) / missing
@@ -160,7 +163,10 @@ class Recorder:
                             _Span(Lane.H2D, "transfer", index, layer, expert, Reason.ON_DEMAND, row_bytes[layer],
                                   start, start + share)
                         )  # fmt: skip
-                self._add(index, Lane.GPU, "experts", layer, fetched if missing else decided, done)
+                begin = fetched if missing or has_cpu else decided
+                self._add(index, Lane.GPU, "experts", layer, begin, computed if has_cpu else done)
+                if has_cpu:  # summing up the pairs, some microseconds, is in it
+                    self._add(index, Lane.STALL, "cpu_wait", layer, computed, done)
                 last = done
             self._add(index, Lane.GPU, "dense", -1, last, end)
 

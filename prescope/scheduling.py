@@ -5,6 +5,8 @@ Shapes: T tokens, D model width, K top-k, E experts, d layers ahead, P = T * K p
 """
 
 import time
+from contextlib import suppress
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +18,13 @@ from .core import MoEShape, Reason
 from .cost import LayerCosts
 from .cpu_experts import CpuExperts, CpuJob, CpuLayer, Flag, Lot, lot_of
 from .errors import UnsupportedOption
+from .forced import ForcedRouting
 from .hf import MoELayer
 from .host_pool import HostPool
 from .kernels import ExpertsSpec
 from .loader import Loader, Transfer
 from .planner import Planner
-from .predictor import Prediction, Predictor
+from .predictor import EarlyRouter, Llapor, Prediction, Predictor
 from .residency import IntArray, LayerNeed, ResidencyTable
 from .scheduler import Schedule, schedule_named
 from .scheduler.terms import Knobs, Plan
@@ -55,6 +58,7 @@ class Scheduling:
     ) -> None:
         self.planner, self.predictor, self.cpu, self._reason = planner, predictor, cpu, reason
         self._under_way: list[CpuJob] = []
+        self.forced: ForcedRouting | None = None  # its predictions are used instead of the predictor's
 
     # -- predictions -------------------------------------------------------------------------------------------
 
@@ -69,6 +73,8 @@ class Scheduling:
         """(d, 2, E) float32 on the tokens' device: expected tokens, and probability that any uses the expert."""
         if self.predictor is None:
             return None
+        if self.forced is not None and self.forced.scores is not None:
+            return self.forced.scores[moe_layer]
         made = self.predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)[: self.lookahead]
         return of_step(made, self.lookahead, self.predictor.shape.num_experts, x_TD.device)
 
@@ -141,6 +147,10 @@ class Scheduling:
         """After an interrupt: nothing is computed any more, nothing is believed of predictions."""
         for job in self._under_way:
             job.cancel()
+            with suppress(
+                Exception
+            ):  # whatever it was, its run is over; a late flag must not answer the next one
+                job.wait(timeout_s=1.0)
         self._under_way = []
         self.planner.restart()
 
@@ -157,6 +167,7 @@ def open_scheduling(
     host: HostPool,
     predictor: Predictor | None,
     costs: LayerCosts,
+    device: torch.device,
 ) -> Scheduling:
     """A schedule by its settings, ready to serve.
 
@@ -166,14 +177,19 @@ def open_scheduling(
     schedule = schedule_named(config.schedule)
     if predictor is None and schedule.needs_predictor:
         raise UnsupportedOption(
-            f"schedule={schedule.name!r} prefetches by predictions; give predictor=... ({schedule.predictor} is the one "
-            f"it comes with), or use schedule='on-demand'"
+            f"schedule={schedule.name!r} prefetches by predictions; give predictor=... (it comes with "
+            f"{schedule.predictor}), or use schedule='on-demand'"
         )
     if predictor is not None and tuple(predictor.shape) != (shape.num_layers, shape.num_experts, shape.top_k):
         raise UnsupportedOption(
             f"{predictor.name} is for (layers, experts, top-k) = {tuple(predictor.shape)}, this model has "
             f"{(shape.num_layers, shape.num_experts, shape.top_k)}; train one with prescope.train_predictor"
         )
+    if isinstance(predictor, Llapor):
+        predictor.to(device)
+    elif isinstance(predictor, EarlyRouter):
+        predictor = copy(predictor)
+        predictor.routers = predictor.routers.to(device)
     has_cpu = schedule.uses_cpu and config.cpu_threads != 0
     cpu = None
     if has_cpu:

@@ -14,6 +14,7 @@ import torch
 from .cache import CachePolicy, FloatArray
 from .core import MoEShape, Need
 from .device import Device
+from .forced import ForcedRouting
 from .hf import MoELayer
 from .host_pool import HostPool
 from .kernels import LayerWeights, Work, combine, make_kernel
@@ -43,6 +44,7 @@ class Serving:
         recorder: takes down what happens, if there is one.
         captured: where launches go while a decode step is captured.
         scheduling: decides in decode steps; without, everything that is missing is copied on demand.
+        forced: routing from a trace, in decode steps.
         is_prefill: whether the forward pass under way reads a prompt.
         needs: hits, late ones and misses so far, by `Need`.
     """
@@ -60,6 +62,7 @@ class Serving:
         self.recorder: Recorder | None = None
         self.captured: CapturedStep | None = None
         self.scheduling: Scheduling | None = None
+        self.forced: ForcedRouting | None = None
         self.is_prefill = True
         self.needs = dict.fromkeys(Need, 0)
         self._serving = False
@@ -112,6 +115,8 @@ class Serving:
             return torch.zeros_like(x)
         x_TD = x.reshape(-1, x.shape[-1])
         ids_TK = ids.reshape(x_TD.shape[0], -1)
+        if self.forced is not None and not self.is_prefill:
+            ids_TK = self.forced.ids_LTK[moe_layer]
         weights_TK = weights.reshape(ids_TK.shape)
         if self.captured is not None:
             return self._serve_captured(moe_layer, x_TD, ids_TK, weights_TK).view(x.shape)
@@ -176,13 +181,13 @@ class Serving:
             if scheduling is not None and plan is not None and num_computed == len(rounds):
                 # All that is needed now has been issued, and is safe from what is wanted next.
                 self.residency.protect(act.slots)
-                self._recorded(scheduling.hold(plan, self.loader, timed))
+                self.recorded(scheduling.hold(plan, self.loader, timed))
             self._compute(layer, work, act, timed)
         assert work is not None, "a layer has a round at least"
         if scheduling is not None:
             self.residency.unprotect()
-            self._recorded(scheduling.pump(self.loader, timed))
-        if on_cpu is not None:
+            self.recorded(scheduling.pump(self.loader, timed))
+        if on_cpu is not None and scheduling is not None:
             scheduling.merge(on_cpu, layer.spec, work.out_PD)
             if recorder is not None and timed:
                 recorder.merged(on_cpu, self.device.mark(True))
@@ -275,11 +280,12 @@ class Serving:
         return moe_layer + 1, self.layers[moe_layer + 1].num_experts
 
     def _load(self, act: Act, timed: bool) -> None:
-        self._recorded(self.loader.load(act.moe_layer, act.experts, act.slots, act.reason, timed))
+        self.recorded(self.loader.load(act.moe_layer, act.experts, act.slots, act.reason, timed))
         if self.scheduling is not None:
             self.scheduling.issued(len(act.experts))  # the link is one, whoever uses it
 
-    def _recorded(self, transfers: list[Transfer]) -> None:
+    def recorded(self, transfers: list[Transfer]) -> None:
+        """Take down copies that were issued."""
         if self.recorder is not None and transfers:
             self.recorder.transfers(transfers)
 

@@ -26,7 +26,14 @@ class World:
     """A small MoE whose experts are in host rows, its table on both sides, and one captured step's buffers."""
 
     def __init__(
-        self, tokens: int, top_k: int, num_slots: int, policy: str, host: bool = False, seed: int = 0
+        self,
+        tokens: int,
+        top_k: int,
+        num_slots: int,
+        policy: str,
+        host: bool = False,
+        seed: int = 0,
+        scheduled=None,
     ):
         rng = torch.Generator().manual_seed(seed)
         self.shape = MoEShape(L, E, top_k, 0)
@@ -49,7 +56,13 @@ class World:
         self.table.take(self.host_table)
         number = captured.on_device.HOST if host else DEVICE_POLICIES[policy]
         self.step = captured.CapturedStep(
-            self.table, tokens, top_k, policy=number, orders=False, timed=DEVICE == "cuda"
+            self.table,
+            tokens,
+            top_k,
+            policy=number,
+            orders=False,
+            timed=DEVICE == "cuda",
+            scheduled=scheduled,
         )
         self.spec = ExpertsSpec(
             up="gate_up_proj", down="down_proj", up_bias=None, down_bias=None, is_transposed=False,
@@ -153,3 +166,48 @@ def test_the_log_holds_each_layers_routing():
         assert log.ids_LTK[layer].tolist() == ids.tolist()
         assert log.weights_LTK[layer].tolist() == weights.tolist()
     assert world.step.tokens(1) is None, "the next step has not run"
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 3), (9, 4)])
+def test_a_scheduled_step_takes_changes_and_the_cpus_pairs(tokens, top_k):
+    """The host answers every layer: two experts on the CPU, the others in slots, one of them changed meanwhile."""
+    way = captured.Scheduled(lookahead=0, scores=None, has_cpu=True, width=D, dtype=torch.float32)
+    world = World(tokens, top_k, 20, "lru", host=True, scheduled=way)
+    for layer in range(2):
+        x, ids, weights = world.draw(tokens)
+        needed = np.unique(ids.numpy())
+        on_cpu, here = needed[:2], needed[2:]
+        slots = world.host_table.take(layer, here)
+        for expert, slot in zip(here, slots, strict=True):
+            world.pool[slot].copy_(world.rows[layer][expert])
+        world.host_table.landed(slots)
+        for t, k in np.ndindex(*ids.shape):
+            if ids[t, k] in on_cpu:
+                h = silu_gate(functional.linear(x[t], world.up[layer, ids[t, k]]))
+                world.step.cpu_pairs[layer, t * top_k + k] = functional.linear(
+                    h, world.down[layer, ids[t, k]]
+                )
+        # In the interpreter the waiting kernel and the host are one thread, so the answer comes first.
+        world.step.reply(layer, 0, layer * E + here, slots, waits=False, num_on_cpu=len(on_cpu))
+        word, value = world.step.cpu_flag(layer, 0)
+        word.fill_(value)
+        out = world.launch(layer, x, ids, weights)
+        torch.testing.assert_close(out, world.expected(layer, x, ids, weights), rtol=2e-5, atol=2e-5)
+        assert torch.equal(world.step.inputs[layer], x), "the CPU is given the router's inputs"
+        asked, _ = world.step.choice(layer, 0)
+        assert asked.tolist() == ids.ravel().tolist()
+
+
+def test_predictions_reach_the_host_with_the_number_of_their_step():
+    scores = torch.rand(2, 2, E)
+    way = captured.Scheduled(
+        lookahead=2, scores=lambda *_: scores.to(DEVICE), has_cpu=False, width=D, dtype=torch.float32
+    )
+    world = World(1, 2, 20, "lru", host=True, scheduled=way)
+    x, ids, weights = world.draw(1)
+    slots = world.host_table.take(0, np.sort(ids.numpy().ravel()))
+    assert world.step.predicted(0, 0) is None, "nothing has been predicted"
+    world.step.reply(0, 0, np.sort(ids.numpy().ravel()), slots, waits=False, num_on_cpu=0)
+    world.launch(0, x, ids, weights)
+    assert world.step.predicted(0, 0).tolist() == scores.tolist()
+    assert world.step.predicted(0, 1) is None, "a message of another step is none"

@@ -96,6 +96,8 @@ class Decoder:
 
     def _drivers(self, config: EngineConfig) -> tuple[list[str], str]:
         """Which drivers to capture steps for, and why it is one only."""
+        if self._serving.scheduling is not None:
+            return [HOST], f"schedule={config.schedule!r} is the host's"
         if config.decode in (GPU, COPY, HOST):
             return [config.decode], "as given"
         if config.cache not in DEVICE_POLICIES:
@@ -111,7 +113,13 @@ class Decoder:
         shape, num_slots = self._serving.shape, self._serving.residency.num_slots
         needed = min(shape.num_experts, batch * shape.top_k)
         other = sorted(set(keywords) - KEYWORDS) + ["stopping_criteria"] * has_criteria
+        scheduling = self._serving.scheduling
+        has_norms = any(layer.spec.post_norm is not None for layer in self._serving.layers)
         checks = [
+            (
+                scheduling is not None and scheduling.cpu is not None and has_norms,
+                "a norm follows the experts, and those on the CPU would miss it",
+            ),
             (config.decode == "layered", "as given"),
             (self._serving.device.kind != "cuda", "graphs need CUDA"),
             (config.kernels != "triton", f"kernels={config.kernels!r} cannot be captured"),

@@ -15,6 +15,7 @@ from ..kernels import StepLog
 from ..residency import IntArray
 from ..serving import Serving
 from .sampler import Sampler
+from .scheduled import ScheduledStep
 from .step import CONTEST, COPY, GPU, HOST, Captured, DecodeStep
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Polls between two looks at whether the GPU is still running.
 POLLS = 20_000
+#: Polls (of about a microsecond) between two looks at whether the link has room for a prefetch.
+POLLS_BETWEEN = 8
 
 
 class Launched(NamedTuple):
@@ -60,6 +63,7 @@ class DecodeLoop:
         self._driver = ""  # whose turn it was last: its table is the true one
         self.reason = self._driver_reason() or "layered: the run ended before a step was captured"
         self.cache = step.cache
+        self._scheduled_step = ScheduledStep(serving, self._await)
 
     @torch.no_grad()
     def __call__(
@@ -133,12 +137,14 @@ class DecodeLoop:
             recorder.anchor(*self._serving.device.clock(all_buffers[0].stamp))
         elif recorder is not None:
             recorder.anchor(self._serving.device.mark(True), 0)
+        self._scheduled_step.begin()
         try:
             self._run_steps(sample, first, num_steps)
         except BaseException:
             self._abandon()
             raise
         finally:
+            self._scheduled_step.end()
             self._give_table()
 
     def _run_steps(self, sample: "Sampler", first: int, num_steps: int) -> None:
@@ -176,8 +182,12 @@ class DecodeLoop:
         row = recorder.begin_logged_step(step.batch) if recorder is not None else -1
         launched = Launched(captured, buffers.launched, row)
         buffers.launched += 1
+        if self._serving.forced is not None:
+            self._serving.forced.advance()
         captured.replay()
-        if driver == HOST:
+        if driver == HOST and buffers.scheduled is not None:
+            self._scheduled_step.run(buffers, launched.number)
+        elif driver == HOST:
             self._answer(buffers, launched.number)
         elif driver == COPY:
             self._obey(buffers, launched.number)
@@ -195,24 +205,28 @@ class DecodeLoop:
         if buffers.policy:  # where the host decides it has counted already
             self._serving.count(log.needs)
         if self._serving.recorder is not None:
-            self._serving.recorder.log(launched.row, log)
+            self._serving.recorder.log(launched.row, log, is_counted=buffers.scheduled is not None)
         return log
 
     def _drop(self, launched: Launched) -> None:
         """A step that was launched before the host knew that all sequences had ended."""
         buffers = launched.captured.buffers
         self._await(partial(buffers.tokens, launched.number))
-        if not buffers.policy:  # the host counted while it served
+        if buffers.scheduled is not None:
+            self._scheduled_step.undo()
+        elif not buffers.policy:  # the host counted while it served
             self._serving.count(-buffers.log(launched.number).needs)
         if self._serving.recorder is not None:
             self._serving.recorder.drop_step()
 
-    def _await(self, poll: Callable[[], Any]) -> Any:
-        """Poll a message of the GPU until it is there."""
+    def _await(self, poll: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
+        """Poll a message of the GPU until it is there, doing something else in between."""
         while True:
-            for _ in range(POLLS):
+            for i in range(POLLS):
                 if (found := poll()) is not None:
                     return found
+                if meanwhile is not None and i % POLLS_BETWEEN == 0:
+                    meanwhile()
             if self._serving.device.is_idle() and poll() is None:
                 raise TransferFailed(
                     "the GPU stopped without a message; the CUDA error is above, if there is one"
@@ -276,7 +290,9 @@ class DecodeLoop:
         """Let a host-driven step that is still waiting run to its end, with whatever weights there are."""
         nothing = np.empty(0, dtype=np.int64)
         for buffers in (captured.buffers for captured in self._step.captured.values()):
-            if (buffers.orders or not buffers.policy) and buffers.launched:
+            if buffers.scheduled is not None and buffers.launched:
+                self._scheduled_step.abandon(buffers, buffers.launched - 1)
+            elif (buffers.orders or not buffers.policy) and buffers.launched:
                 for layer in self._serving.layers:
                     answer = buffers.answer(layer.moe_layer, buffers.launched - 1, nothing, nothing)
                     self._serving.device.send([answer], None)

@@ -9,13 +9,14 @@ import torch
 
 from ..errors import UnsupportedOption
 from ..hf import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
-from ..kernels import DEVICE_POLICIES
+from ..kernels import DEVICE_POLICIES, make_scheduled
+from ..residency import NOTHING
 from ..serving import Serving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..kernels.captured import CapturedStep, DeviceTable
+    from ..kernels.captured import CapturedStep, DeviceTable, Scheduled
 
 #: Who serves the misses of a captured step: see `prescope.decode`.
 GPU, COPY, HOST = "gpu-driven", "copy-engine", "host-driven"
@@ -121,14 +122,28 @@ class DecodeStep:
         for driver in self._drivers:
             policy = DEVICE_POLICIES[serving.residency.policy.name] if driver != HOST else 0
             step = table.new_step(
-                self.batch, serving.shape.top_k, policy=policy, orders=driver == COPY, timed=self.timed
-            )
+                self.batch, serving.shape.top_k, policy=policy, orders=driver == COPY, timed=self.timed,
+                scheduled=self._scheduled(),
+            )  # fmt: skip
             self._warm_up(step)
             with compiled_layers(self._model, serving.layers, self._compiled):
                 replay, logits = serving.device.capture(partial(self._whole, step))
             self.captured[driver] = Captured(step, replay, logits)
         if len(self._drivers) == 1:
             self.driver, self.why = self._drivers[0], reason
+
+    def _scheduled(self) -> "Scheduled | None":
+        scheduling = self._serving.scheduling
+        if scheduling is None:
+            return None
+        slots, spec = self._serving.weights[0], self._serving.layers[0].spec
+        return make_scheduled(
+            lookahead=scheduling.lookahead,
+            scores=scheduling.scores if scheduling.lookahead else None,
+            has_cpu=scheduling.cpu is not None,
+            width=slots.up.shape[1 if spec.is_transposed else 2],
+            dtype=slots.up.dtype,
+        )
 
     def _whole(self, step: "CapturedStep") -> torch.Tensor:
         self._serving.captured = step
@@ -147,6 +162,8 @@ class DecodeStep:
             width = slots.up.shape[1 if layer.spec.is_transposed else 2]
             x = torch.zeros((self.batch, width), dtype=slots.up.dtype, device=device)
             nobody = torch.full((self.batch, step.top_k), -1, device=device)
+            if step.scheduled is not None:  # nobody is asked, so the answer is there before
+                step.reply(layer.moe_layer, 0, NOTHING, NOTHING, waits=False, num_on_cpu=0)
             # Weights in both dtypes that routers give: the kernels differ.
             for dtype in {x.dtype, torch.float32}:
                 weights = torch.zeros((self.batch, step.top_k), dtype=dtype, device=device)

@@ -1,7 +1,7 @@
 """Expert kernels: plain torch everywhere, Triton on CUDA."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +11,7 @@ from .base import ExpertKernel, ExpertsSpec, LayerWeights, StepLog, Work
 from .reference import TorchKernel, combine
 
 if TYPE_CHECKING:
-    from .captured import DeviceTable
+    from .captured import DeviceTable, Scheduled
 
 __all__ = [
     "DEVICE_POLICIES",
@@ -25,6 +25,7 @@ __all__ = [
     "combine",
     "make_device_table",
     "make_kernel",
+    "make_scheduled",
 ]
 
 #: Cache policies that captured steps run on the GPU, by their numbers in `on_device`. The others need the host.
@@ -59,6 +60,13 @@ def _triton_problem(device_kind: str, dtype: torch.dtype) -> str:
     if dtype not in TRITON_DTYPES:
         return f"Triton kernels take {TRITON_DTYPES}, the experts are {dtype}"
     return ""
+
+
+def make_scheduled(**settings: Any) -> "Scheduled":
+    """What a schedule adds to a captured step; see `captured.Scheduled`."""
+    from .captured import Scheduled
+
+    return Scheduled(**settings)
 
 
 def make_device_table(shape: MoEShape, num_slots: int, device: torch.device) -> "DeviceTable":

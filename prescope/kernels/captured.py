@@ -3,7 +3,9 @@
 Knows the GPU's copy of the residency table and the messages between GPU and host; knows nothing of models.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +23,18 @@ RING = 4
 #: Programs and words (int64) per program of `_fetch`: measured in benchmarks/overhead.py, see LOG.md.
 FETCH_PROGRAMS, FETCH_WORDS = 64, 2048
 BLOCK_M = 16
+#: (moe_layer, x (T, D), ids (T, K), weights (T, K)) -> (d, 2, E): expected tokens and probability of use.
+ScoreFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+
+class Scheduled(NamedTuple):
+    """What a schedule of the host's adds to a step: it answers every layer, and may compute and predict."""
+
+    lookahead: int  # layers ahead that predictions are made for; 0 for none
+    scores: ScoreFunction | None
+    has_cpu: bool
+    width: int  # D
+    dtype: torch.dtype  # of x
 
 
 class DeviceTable:
@@ -39,10 +53,19 @@ class DeviceTable:
         self.tick = torch.zeros(1, dtype=torch.int64, device=device)
 
     def new_step(
-        self, num_tokens: int, top_k: int, *, policy: int, orders: bool, timed: bool
+        self,
+        num_tokens: int,
+        top_k: int,
+        *,
+        policy: int,
+        orders: bool,
+        timed: bool,
+        scheduled: Scheduled | None = None,
     ) -> "CapturedStep":
         """Buffers of a step that goes by this table; see `CapturedStep`."""
-        return CapturedStep(self, num_tokens, top_k, policy=policy, orders=orders, timed=timed)
+        return CapturedStep(
+            self, num_tokens, top_k, policy=policy, orders=orders, timed=timed, scheduled=scheduled
+        )
 
     def take(self, table: ResidencyTable) -> None:
         """Copy the host's table here."""
@@ -66,14 +89,23 @@ class CapturedStep:
         policy: number in `kernels.DEVICE_POLICIES`, or `on_device.HOST` when the host decides.
         orders: the host hands the GPU's decisions to the copy engine; if not, the GPU fetches misses itself.
         timed: write stamps.
+        scheduled: a schedule of the host's decides; without, the host is asked only where something is missing.
     """
 
     def __init__(
-        self, table: DeviceTable, num_tokens: int, top_k: int, *, policy: int, orders: bool, timed: bool
+        self,
+        table: DeviceTable,
+        num_tokens: int,
+        top_k: int,
+        *,
+        policy: int,
+        orders: bool,
+        timed: bool,
+        scheduled: Scheduled | None = None,
     ) -> None:
         shape, device = table.shape, table.slot_of.device
         self.table, self.num_tokens, self.top_k = table, num_tokens, top_k
-        self.policy, self.orders, self._timed = policy, orders, timed
+        self.policy, self.orders, self._timed, self.scheduled = policy, orders, timed, scheduled
         self.num_pairs = num_tokens * top_k
         L, P, most = shape.num_layers, self.num_pairs, min(self.num_pairs, shape.num_experts)
         self.launched = 0  # steps since `restart`; the next one's number
@@ -84,16 +116,18 @@ class CapturedStep:
         self._fetch_slot = torch.zeros(most, dtype=torch.int32, device=device)
         self._mark = torch.zeros(_power_of_2(shape.num_experts + 1), dtype=torch.int32, device=device)
         # Messages to the host and back, where the host serves misses.
-        self.most_updates = _power_of_2(2 * most)
+        # Between two answers a whole layer may have been prefetched, and each expert taken in has put one out.
+        self.most_updates = _power_of_2(2 * most + (2 * shape.num_experts if scheduled else 0))
         self._ask = _mapped((L, P), torch.int64, device)
         self._orders = _mapped((L, 1 + most), torch.int64, device)
-        self._updates = _mapped((L, 1 + 2 * self.most_updates), torch.int32, device)
+        self._updates = _mapped((L, on_device.HEAD + 2 * self.most_updates), torch.int32, device)
         self._ack = torch.zeros(L, dtype=torch.int32, device=device)
         self._ack_sources = _mapped((L,), torch.int32, device)
         # Host views.
         self._asked = self._ask.numpy()
         self._ordered = self._orders.numpy()
         self._update_rows = self._updates.numpy()
+        self._make_lanes(L, P, device)
         self._host_ring = self._ring.numpy()
         self._host_tokens = self._tokens_ring.numpy()
         # Tiles, when an expert has several pairs on average.
@@ -103,6 +137,19 @@ class CapturedStep:
         self._order = torch.zeros(P, dtype=torch.int32, device=device)
         self._blocks = torch.zeros((self._most_blocks, 3), dtype=torch.int32, device=device)
         self._first = torch.zeros_like(self._mark)
+
+    def _make_lanes(self, L: int, P: int, device: torch.device) -> None:
+        """Messages of a schedule: router inputs and predictions to the host, the CPU's outputs back."""
+        way, E = self.scheduled, self.table.shape.num_experts
+        if way is None:
+            return
+        T = self.num_tokens
+        self._scores = _mapped((L, way.lookahead * 2 * E), torch.int64, device)
+        self._scored = self._scores.numpy()
+        if way.has_cpu:
+            self.inputs = _mapped((L, T, way.width), way.dtype, device)
+            self.cpu_pairs = _mapped((L, P, way.width), way.dtype, device)
+            self.cpu_flags = _mapped((L,), torch.int32, device)
 
     def _make_log(self, L: int, P: int, device: torch.device) -> torch.Tensor:
         M = min(P, self.table.shape.num_experts)
@@ -145,11 +192,24 @@ class CapturedStep:
         """All launches of one MoE layer; `host_rows` (E, row_bytes) pinned, `pool` (S, bytes). Returns (T, D)."""
         ids = ids_TK.reshape(-1).to(torch.int32)
         weights_TK = weights_TK.contiguous()
+        way = self.scheduled
+        has_cpu = way is not None and way.has_cpu
+        if has_cpu:
+            on_device._to_host[(triton.cdiv(x_TD.numel(), 1024),)](
+                x_TD, self.inputs[moe_layer], x_TD.numel(), BLOCK=1024
+            )
         self._plan(moe_layer, num_experts, ids, weights_TK)
+        if way is not None and way.scores is not None:
+            self._publish_scores(moe_layer, way.scores(moe_layer, x_TD, ids_TK, weights_TK))
         first = moe_layer * self.table.shape.num_experts
         slot_of = self.table.slot_of[first : first + num_experts]
         stamps = self._stamps[moe_layer * on_device.NUM_STAMPS :]
-        if self.policy == on_device.HOST or self.orders:
+        if way is not None:
+            on_device._await_answer[(1,)](
+                self.step, self._ack[moe_layer:], self._updates[moe_layer], self.table.slot_of, stamps,
+                MOST=self.most_updates, TIMED=self._timed, num_warps=1,
+            )  # fmt: skip
+        elif self.policy == on_device.HOST or self.orders:
             on_device._wait[(1,)](
                 self._needs[moe_layer], self.step, self._ack[moe_layer:], self._updates[moe_layer],
                 self.table.slot_of, stamps, UPDATES=self.policy == on_device.HOST, MOST=self.most_updates,
@@ -162,14 +222,31 @@ class CapturedStep:
                 TIMED=self._timed, num_warps=8,
             )  # fmt: skip
         y_PD = self._experts(num_experts, x_TD, ids, slot_of, spec, slots)
+        if has_cpu:
+            on_device._await_cpu[(1,)](
+                self.step,
+                self._updates[moe_layer],
+                self.cpu_flags[moe_layer:],
+                stamps,
+                TIMED=self._timed,
+                num_warps=1,
+            )
         width = y_PD.shape[1]
         out = torch.empty((self.num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
         block = min(512, _power_of_2(width))
         on_device._combine[(self.num_tokens, triton.cdiv(width, block))](
-            y_PD, weights_TK, ids, out, stamps, width, num_experts, TOP_K=self.top_k,
-            ROUNDED=weights_TK.dtype == y_PD.dtype, BLOCK=block, TIMED=self._timed,
+            y_PD, weights_TK, ids, out, stamps, slot_of, self.cpu_pairs[moe_layer] if has_cpu else y_PD, width,
+            num_experts, TOP_K=self.top_k, ROUNDED=weights_TK.dtype == y_PD.dtype, CPU=has_cpu, BLOCK=block,
+            TIMED=self._timed,
         )  # fmt: skip
         return out
+
+    def _publish_scores(self, moe_layer: int, scores: torch.Tensor | None) -> None:
+        assert scores is not None, "a schedule that predicts has a predictor"
+        flat = scores.reshape(-1).contiguous()
+        on_device._publish_scores[(triton.cdiv(flat.numel(), 1024),)](
+            flat, self._scores[moe_layer], self.step, flat.numel(), BLOCK=1024
+        )
 
     def _plan(self, moe_layer: int, num_experts: int, ids: torch.Tensor, weights_TK: torch.Tensor) -> None:
         shape = self.table.shape
@@ -181,7 +258,9 @@ class CapturedStep:
             self._fetch_slot, self._mark, moe_layer * shape.num_experts, self.num_pairs, num_experts,
             self.table.num_slots,
             # At least as many pairs as threads: histograms of fewer elements are not supported everywhere.
-            POLICY=self.policy, ORDERS=self.orders, PAIRS=max(128, _power_of_2(self.num_pairs)),
+            POLICY=self.policy, ORDERS=self.orders,
+            FENCE=self.scheduled is not None and self.scheduled.has_cpu and ids.is_cuda,
+            PAIRS=max(128, _power_of_2(self.num_pairs)),
             EXPERTS=len(self._mark), SLOTS=_power_of_2(self.table.num_slots), TIMED=self._timed,
             num_warps=4 if self.table.num_slots <= 2048 else 16,
         )  # fmt: skip
@@ -272,6 +351,11 @@ class CapturedStep:
         self._ask.zero_()
         self._orders.zero_()
         self._tokens_ring.zero_()
+        self._updates.zero_()
+        if self.scheduled is not None:
+            self._scores.zero_()
+        if self.scheduled is not None and self.scheduled.has_cpu:
+            self.cpu_flags.zero_()
 
     @staticmethod
     def number(step: int) -> int:
@@ -302,11 +386,52 @@ class CapturedStep:
         self, moe_layer: int, step: int, keys: NDArray[np.int64], slots: NDArray[np.int64]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Host-driven: tell a layer its changed `keys` (n,) and their `slots` (n,). Returns as `acknowledgement`."""
-        message = self._update_rows[moe_layer]
-        message[1 : 1 + len(keys)] = keys
-        message[1 + self.most_updates : 1 + self.most_updates + len(keys)] = slots
-        message[0] = len(keys)
+        self._write_changes(moe_layer, keys, slots)
         return self.acknowledgement(moe_layer, step)
+
+    def _write_changes(
+        self, moe_layer: int, keys: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> NDArray[np.int32]:
+        message, first = self._update_rows[moe_layer], on_device.HEAD
+        message[first : first + len(keys)] = keys
+        message[first + self.most_updates : first + self.most_updates + len(keys)] = slots
+        message[0] = len(keys)
+        return message
+
+    def reply(
+        self,
+        moe_layer: int,
+        step: int,
+        keys: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        waits: bool,
+        num_on_cpu: int,
+    ) -> None:
+        """Scheduled: let a layer go on.
+
+        Args:
+            keys, slots: (n,) changes of the table since the last reply.
+            waits: it needs bytes that are on the link: `acknowledgement` must be sent behind them.
+            num_on_cpu: its experts that the CPU computes: `cpu_flag` must be set when that is done.
+        """
+        message = self._write_changes(moe_layer, keys, slots)
+        message[1], message[2] = waits, num_on_cpu
+        message[3] = (
+            step + 1
+        )  # last: x86 keeps the order of stores, and the GPU reads the rest after it has seen this
+
+    def cpu_flag(self, moe_layer: int, step: int) -> tuple[torch.Tensor, int]:
+        """Scheduled: the word (1,) to set, and to what, when the CPU's part of a layer is done."""
+        return self.cpu_flags[moe_layer : moe_layer + 1], step + 1
+
+    def predicted(self, moe_layer: int, step: int) -> NDArray[np.float32] | None:
+        """Scheduled: a layer's predictions (d, 2, E), once all of them are there."""
+        assert self.scheduled is not None
+        words, number = self._scored[moe_layer], self.number(step)
+        if int(words[-1]) >> 32 != number or not (words >> 32 == number).all():
+            return None
+        values = (words & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
+        return values.reshape(self.scheduled.lookahead, 2, -1)
 
     def acknowledgement(self, moe_layer: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The (target, source) of the copy that must follow the experts' bytes on the H2D stream."""

@@ -19,9 +19,13 @@ from triton.language.extra.cuda import globaltimer
 
 #: How `_plan` serves misses: not at all (the host does), or by the policy of this number (`kernels.DEVICE_POLICIES`).
 HOST, LRU, LFU, STATIC = 0, 1, 2, 3
-#: Columns of `stamps`: when the routing was there, when it was decided, when the bytes were there, when it was done.
-ROUTED, DECIDED, FETCHED, DONE = range(4)
-NUM_STAMPS = 4
+#: Columns of `stamps`: when the routing was there, when it was decided, when the bytes were there, when it was done,
+#: and when the GPU had done its part (0 without a CPU lane).
+ROUTED, DECIDED, FETCHED, DONE, COMPUTED = range(5)
+NUM_STAMPS = 5
+#: Words in front of a layer's changes of the slot table: their number, whether bytes must be waited for, experts on the
+#: CPU, and the step's number, written last.
+HEAD = 4
 
 #: Numbers of steps in messages run from 1 to this and over again.
 NUMBERS = 32767
@@ -32,6 +36,8 @@ _POLICY_HOST = tl.constexpr(HOST)
 _DECIDED = tl.constexpr(DECIDED)
 _FETCHED = tl.constexpr(FETCHED)
 _DONE = tl.constexpr(DONE)
+_COMPUTED = tl.constexpr(COMPUTED)
+_HEAD = tl.constexpr(HEAD)
 
 
 @triton.jit
@@ -41,11 +47,19 @@ def sequence_of(step):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def system_fence():  # type: ignore[no-untyped-def]
+    """What was written before is seen by the host before what is written behind."""
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _plan(  # type: ignore[no-untyped-def]
     ids, weights, slot_of, key_of, scores, tick, step,
     log_ids, log_weights, needs, stamps, ask, orders, fetch_expert, fetch_slot, used_mark,
     first_key, num_pairs, num_experts, num_slots,
-    POLICY: tl.constexpr, ORDERS: tl.constexpr,
+    POLICY: tl.constexpr, ORDERS: tl.constexpr, FENCE: tl.constexpr,
     PAIRS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     """One program per layer. `ids` (P,), `slot_of` and `scores` (L * E,), `key_of` (S,); the rest per layer."""
@@ -67,6 +81,10 @@ def _plan(  # type: ignore[no-untyped-def]
     tl.store(needs, tl.sum(used.to(tl.int32)))
     tl.store(needs + 1, num_missing)
     if POLICY == _POLICY_HOST:
+        if (
+            FENCE
+        ):  # the router's inputs, which an earlier kernel wrote to the host, are there before the question
+            system_fence()
         # The step's number in every word: the host knows a message is whole without any order between stores.
         bits = weight.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         place = tl.where(known, id, 0xFFFF).to(tl.int64) & 0xFFFF
@@ -141,13 +159,23 @@ def _fetch(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _take_over(updates, slot_of, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Apply the host's changes of the slot table."""
+    count = tl.load(updates, volatile=True)
+    i = tl.arange(0, MOST)
+    key = tl.load(updates + _HEAD + i, mask=i < count, other=0, volatile=True)
+    slot = tl.load(updates + _HEAD + MOST + i, mask=i < count, other=0, volatile=True)
+    tl.store(slot_of + key, slot, mask=i < count)
+
+
+@triton.jit
 def _wait(  # type: ignore[no-untyped-def]
     needs, step, ack, updates, slot_of, stamps, UPDATES: tl.constexpr, MOST: tl.constexpr, TIMED: tl.constexpr
 ):  # fmt: skip
     """Wait for the host's answer, if one is due, and take over its changes of the slot table, if it decides.
 
     `ack` is copied by the H2D stream behind the experts' bytes, so it says that they are there. `updates` lies in
-    mapped host memory: their number, then MOST keys, then MOST slots.
+    mapped host memory: HEAD words, the first of which is their number, then MOST keys, then MOST slots.
     """
     if tl.load(needs + 1) > 0:
         # The step itself, not its number: an old acknowledgement must not answer when numbers come round again.
@@ -155,13 +183,58 @@ def _wait(  # type: ignore[no-untyped-def]
         while tl.atomic_add(ack, 0, sem="acquire") != number:
             pass
         if UPDATES:
-            count = tl.load(updates, volatile=True)
-            i = tl.arange(0, MOST)
-            key = tl.load(updates + 1 + i, mask=i < count, other=0, volatile=True)
-            slot = tl.load(updates + 1 + MOST + i, mask=i < count, other=0, volatile=True)
-            tl.store(slot_of + key, slot, mask=i < count)
+            _take_over(updates, slot_of, MOST)
     if TIMED:
         tl.store(stamps + _FETCHED, globaltimer())
+
+
+@triton.jit
+def _await_answer(  # type: ignore[no-untyped-def]
+    step, ack, updates, slot_of, stamps, MOST: tl.constexpr, TIMED: tl.constexpr
+):  # fmt: skip
+    """Wait for the host's answer, take over its changes of the slot table, then wait for the bytes if it says so.
+
+    `updates` lies in mapped host memory: HEAD words, then MOST keys, then MOST slots. `ack` as in `_wait`.
+    """
+    number = (tl.load(step) + 1).to(tl.int32)
+    while tl.load(updates + 3, volatile=True) != number:
+        pass
+    _take_over(updates, slot_of, MOST)
+    if TIMED:
+        tl.store(stamps + _DECIDED, globaltimer())
+    if tl.load(updates + 1, volatile=True) > 0:
+        while tl.atomic_add(ack, 0, sem="acquire") != number:
+            pass
+    if TIMED:
+        tl.store(stamps + _FETCHED, globaltimer())
+
+
+@triton.jit
+def _await_cpu(step, updates, flag, stamps, TIMED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait for the CPU's experts, if the answer named any; `flag` in mapped host memory is set to the step's number."""
+    if TIMED:
+        tl.store(stamps + _COMPUTED, globaltimer())
+    if tl.load(updates + 2, volatile=True) > 0:
+        number = (tl.load(step) + 1).to(tl.int32)
+        while tl.load(flag, volatile=True) != number:
+            pass
+
+
+@triton.jit
+def _to_host(source, target, num_words, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Copy to mapped host memory."""
+    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = word < num_words
+    tl.store(target + word, tl.load(source + word, mask=mask), mask=mask)
+
+
+@triton.jit
+def _publish_scores(scores, target, step, num_scores, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Predictions (n,) float32 to mapped host memory, the step's number in each word."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < num_scores
+    bits = tl.load(scores + i, mask=mask, other=0.0).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    tl.store(target + i, (sequence_of(tl.load(step)).to(tl.int64) << 32) | bits, mask=mask)
 
 
 @triton.jit
@@ -173,6 +246,8 @@ def _align(  # type: ignore[no-untyped-def]
     pair = tl.arange(0, PAIRS)
     id = tl.load(ids + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
     known = (pair < num_pairs) & (id >= 0) & (id < num_experts)
+    # Those without a slot are computed on the CPU.
+    known = known & (tl.load(slot_of + id, mask=known, other=-1) >= 0)
     id = tl.where(known, id, EXPERTS - 1)
     counts = tl.histogram(id, EXPERTS)
     expert = tl.arange(0, EXPERTS)
@@ -198,12 +273,13 @@ def _align(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _combine(  # type: ignore[no-untyped-def]
-    pairs, weights, ids, out, stamps, width, num_experts,
-    TOP_K: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr, TIMED: tl.constexpr,
+    pairs, weights, ids, out, stamps, slot_of, cpu_pairs, width, num_experts,
+    TOP_K: tl.constexpr, ROUNDED: tl.constexpr, CPU: tl.constexpr, BLOCK: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     """(T, D) sum of each token's pairs times router weights, in the order of the top-k, as `kernels.combine` does.
 
     ROUNDED: the product is rounded to the weights' dtype first, as torch does for two tensors of that dtype.
+    CPU: pairs of experts without a slot lie in `cpu_pairs` (P, D), in mapped host memory.
     """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -213,7 +289,14 @@ def _combine(  # type: ignore[no-untyped-def]
         pair = token * TOP_K + k
         expert = tl.load(ids + pair)
         known = (expert >= 0) & (expert < num_experts)  # nobody's pairs were never written
-        value = tl.load(pairs + pair * width + column, mask=mask & known, other=0.0)
+        if CPU:
+            here = tl.load(slot_of + expert, mask=known, other=0) >= 0
+            value = tl.load(pairs + pair * width + column, mask=mask & known & here, other=0.0)
+            value += tl.load(
+                cpu_pairs + pair * width + column, mask=mask & known & (here == 0), other=0.0, volatile=True
+            )
+        else:
+            value = tl.load(pairs + pair * width + column, mask=mask & known, other=0.0)
         product = value.to(tl.float32) * tl.load(weights + pair).to(tl.float32)
         if ROUNDED:
             product = product.to(pairs.dtype.element_ty).to(tl.float32)
