@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prescope.calibration import calibrate as calibrate
     from prescope.engine import Engine as Engine
     from prescope.engine import attach as attach
     from prescope.engine import load as load
@@ -24,6 +25,7 @@ _HOME_OF = {
     "RoutingTrace": "prescope.routing",
     "RunResult": "prescope.result",
     "attach": "prescope.engine",
+    "calibrate": "prescope.calibration",
     "load": "prescope.engine",
     "train_predictor": "prescope.learning",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "RunResult",
     "__version__",
     "attach",
+    "calibrate",
     "load",
     "train_predictor",
 ]

@@ -32,9 +32,9 @@ LADDER: dict[str, tuple[str, ...]] = {
         "simulator",
         "synthetic",
     ),
-    "bytes": ("device", "layout", "host_pool", "slots", "loader", "cpu_experts", "kernels"),
+    "bytes": ("forced", "device", "layout", "host_pool", "slots", "loader", "cpu_experts", "kernels"),
     "model": ("hf", "recorder", "scheduling", "serving", "decode", "engine"),
-    "workbench": ("learning", "views", "tuning", "report", "widgets", "workbench"),
+    "workbench": ("calibration", "learning", "views", "tuning", "report", "widgets", "workbench"),
 }
 ROW_OF = {module: row for row, modules in LADDER.items() for module in modules}
 RANK = {row: rank for rank, row in enumerate(LADDER)}
@@ -56,6 +56,7 @@ DOORS: dict[str, set[str]] = {
 LATE_IMPORTS: dict[tuple[str, str], str] = {
     ("prescope/kernels/__init__.py", "prescope.kernels.triton_experts"): "triton exists only where a GPU is",
     ("prescope/kernels/__init__.py", "prescope.kernels.captured"): "triton exists only where a GPU is",
+    ("prescope/calibration/bench.py", "prescope.kernels.ping"): "triton exists only where a GPU is",
 }
 
 

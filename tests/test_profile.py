@@ -12,7 +12,7 @@ from prescope.core import MoEShape
 from prescope.errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
 from prescope.hardware import CPU_DEVICE, Place, this_place
 from prescope.profile import Circumstances, Expert, HardwareProfile, Point, markdown, tokens_per_expert
-from prescope.profile.curves import LinkCurve, fit_line, interpolate
+from prescope.profile.curves import LinkCurve, fit_line, interpolate, rising
 from prescope.profile.files import own_file, shipped_files
 
 MB = 10**6
@@ -134,6 +134,14 @@ def test_fit_errors_show_a_point_that_does_not_fit():
     ]
     assert profile().fit_errors["link"].worst < 1e-6
     assert profile(points=tuple(crooked)).fit_errors["link"].worst > 0.2
+
+
+@given(st.lists(st.floats(0.1, 100.0), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_noise_is_smoothed_to_what_never_falls(us):
+    smooth = rising(us)
+    assert smooth == sorted(smooth) and sum(smooth) == pytest.approx(sum(us))
+    assert us != sorted(us) or smooth == us
 
 
 def test_interpolation_does_not_fall_behind_its_end():
@@ -314,12 +322,14 @@ def test_a_real_link_has_no_rate_to_choose():
         profile(link_gb_per_s=10.0).emulated(2, "PCIe 4")
 
 
-def test_another_rate_of_an_emulated_link_keeps_what_copies_take_above_it():
-    made = profile(link_gb_per_s=LINK_GB_PER_S, label=f"emulated link of {LINK_GB_PER_S:g} GB/s").with_link(
-        5.0
-    )
-    assert made.link_us(4 << 20) == pytest.approx(LATENCY_US + (4 << 20) / 5e3)
-    assert made.label == "emulated link of 5 GB/s"
+def test_another_rate_of_an_emulated_link_is_bytes_by_rate_unless_the_copy_itself_took_longer():
+    label = f"emulated link of {LINK_GB_PER_S:g} GB/s"
+    slower = profile(link_gb_per_s=LINK_GB_PER_S, label=label).with_link(5.0)
+    assert slower.link_us(4 << 20) == pytest.approx((4 << 20) / 5e3)
+    assert slower.label == "emulated link of 5 GB/s"
+    faster = profile(link_gb_per_s=LINK_GB_PER_S, label=label).with_link(500.0)
+    assert faster.link_us(1 << 16) == profile().link_us(1 << 16)  # bound by its latency
+    assert faster.link_us(64 << 20) == pytest.approx((64 << 20) / 5e5)  # was bound by the link
 
 
 def test_a_new_measurement_keeps_other_sizes_of_an_older_one():

@@ -19,13 +19,14 @@ MOST_NS = 200_000_000
 HOLD_DIM, HOLD_PRODUCTS = 4096, 6
 
 
-@triton.jit
+# The number is left unspecialised: a variant compiled between two launches would be taken for the message's time.
+@triton.jit(do_not_specialize=["number"])
 def _say(word, started, number):  # type: ignore[no-untyped-def]
     tl.store(started, globaltimer())
     tl.store(word, number)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _hear(ack, ended, number, LIMIT_NS: tl.constexpr):  # type: ignore[no-untyped-def]
     begin = globaltimer()
     while (tl.atomic_add(ack, 0, sem="acquire") != number) & (globaltimer() - begin < LIMIT_NS):

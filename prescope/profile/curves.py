@@ -76,6 +76,18 @@ def interpolate(x: float, xs: Sequence[float], us: Sequence[float]) -> float:
     return us[-1] + (x - xs[-1]) * slope
 
 
+def rising(us: Sequence[float]) -> list[float]:
+    """The non-decreasing values nearest to `us` by least squares: more tokens never take less time, noise may."""
+    blocks: list[tuple[float, int]] = []  # mean and length
+    for value in us:
+        mean, count = value, 1
+        while blocks and blocks[-1][0] > mean:
+            before, length = blocks.pop()
+            mean, count = (before * length + mean * count) / (length + count), length + count
+        blocks.append((mean, count))
+    return [mean for mean, count in blocks for _ in range(count)]
+
+
 def left_out(xs: Sequence[float], us: Sequence[float]) -> list[tuple[float, float]]:
     """(guess, measured) of each inner point, guessed from the others: what interpolation is worth between points."""
     inner = range(1, len(xs) - 1)
@@ -123,7 +135,7 @@ class ExpertCurve:
     Attributes:
         base_us: of one submission, however many experts; from a line over their number.
         tokens, each_us: one expert, the base left out; piecewise linear in between.
-        error: of lines and of interpolation, the latter with each point left out.
+        error: of the line over the number of experts, and of interpolation with each inner point left out.
     """
 
     expert: Expert
@@ -139,17 +151,15 @@ class ExpertCurve:
             raise BadProfile("no point to fit an expert's time to")
         fewest = min(p.of.tokens for p in points)
         counts = sorted((p.of.experts, p.us) for p in points if p.of.tokens == fewest)
-        line = fit_line([n for n, _ in counts], [us for _, us in counts])
-        base_us = line.base_us if len(counts) > 1 else 0.0
         most = counts[-1][0]  # with the most experts the base weighs least
-        by_tokens = sorted(
-            (p.of.tokens, (p.us - base_us) / p.of.experts) for p in points if p.of.experts == most
-        )
-        tokens = tuple(t for t, _ in by_tokens)
-        each_us = tuple(max(us, 0.0) for _, us in by_tokens)
+        measured = sorted((p.of.tokens, p.us) for p in points if p.of.experts == most)
+        tokens, whole_us = [t for t, _ in measured], rising([us for _, us in measured])
+        line = fit_line([n for n, _ in counts], [us for _, us in counts])
+        base_us = min(line.base_us, *(us for _, us in counts), whole_us[0]) if len(counts) > 1 else 0.0
+        each_us = tuple((us - base_us) / most for us in whole_us)
         pairs = [(base_us + n * each_us[0], us) for n, us in counts]
-        pairs += [(base_us + most * a, base_us + most * b) for a, b in left_out(tokens, each_us)]
-        return cls(points[0].of.expert, base_us, tokens, each_us, error_of(*zip(*pairs, strict=True)))
+        pairs += left_out(tokens, [us for _, us in measured])
+        return cls(points[0].of.expert, base_us, tuple(tokens), each_us, error_of(*zip(*pairs, strict=True)))
 
     def us(self, tokens: float) -> float:
         """One expert with this many tokens, microseconds; fewer than the fewest measured take as long as those."""

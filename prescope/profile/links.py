@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from .points import Point
 
+#: A copy that took no more than this times bytes / rate had to wait for the emulated link, not the link for it.
+PACED = 1.05
+
 
 def sent_often(points: Sequence[Point], factor: int) -> tuple[Point, ...]:
     """Every copy made `factor` times: it takes so many times as long, and so does enqueueing it.
@@ -16,12 +19,12 @@ def sent_often(points: Sequence[Point], factor: int) -> tuple[Point, ...]:
 
 
 def paced(points: Sequence[Point], old_gb_per_s: float, gb_per_s: float) -> tuple[Point, ...]:
-    """An emulated link at another rate: bytes / rate, and what each copy took above that."""
+    """An emulated link at another rate: bytes / rate, or what the copy itself took where that was longer."""
 
     def at_rate(point: Point) -> Point:
         if point.of.kind != "h2d":
             return point
-        over_us = max(0.0, point.us - point.of.nbytes / (old_gb_per_s * 1e3))
-        return point._replace(us=point.of.nbytes / (gb_per_s * 1e3) + over_us)
+        was_paced = point.us < PACED * point.of.nbytes / (old_gb_per_s * 1e3)
+        return point._replace(us=max(point.of.nbytes / (gb_per_s * 1e3), 0.0 if was_paced else point.us))
 
     return tuple(map(at_rate, points))

@@ -1,4 +1,4 @@
-"""What calibration measures, as one flat table: a point is a median time under stated circumstances.
+"""What calibration measures, as one flat table: a point is a time under stated circumstances.
 
 Pure: numbers and words only. Everything else a profile knows (rates, fits, errors) is computed from its points.
 """
@@ -51,7 +51,10 @@ class Circumstances(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One row of a profile: circumstances, median of `runs` times in microseconds, and (max - min) / median."""
+    """One row of a profile: circumstances, microseconds, and how they were found.
+
+    us: median of the faster half of `runs` samples; spread: (max - min) / median of all.
+    """
 
     of: Circumstances
     us: float

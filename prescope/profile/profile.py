@@ -189,7 +189,9 @@ class HardwareProfile:
         place, rate = this_place(described), (described or {}).get("link_gb_per_s")
         profile = cls._found(place)
         if profile is None:
-            raise NoProfile(f"{place} has not been calibrated; run prescope.calibrate(), which takes a minute")
+            raise NoProfile(
+                f"{place} has not been calibrated; run prescope.calibrate(), which takes a minute"
+            )
         return profile if rate is None or profile.link_gb_per_s is None else profile.with_link(rate)
 
     @classmethod
@@ -197,7 +199,9 @@ class HardwareProfile:
         if own_file(place).is_file():
             return cls.load(own_file(place))
         shipped = map(cls.load, shipped_files())
-        return next((profile for profile in shipped if (profile.place, profile.link_factor) == (place, 1)), None)
+        return next(
+            (profile for profile in shipped if (profile.place, profile.link_factor) == (place, 1)), None
+        )
 
     # -- other links -------------------------------------------------------------------------------------------
 
@@ -236,6 +240,8 @@ class HardwareProfile:
             raise UnsupportedOption(
                 f"{gb_per_s} GB/s on {self.label}: only an emulated link has a rate to choose"
             )
+        if gb_per_s == self.link_gb_per_s:
+            return self
         return replace(
             self,
             points=paced(self.points, self.link_gb_per_s, gb_per_s),

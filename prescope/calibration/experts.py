@@ -1,0 +1,143 @@
+"""Experts to measure with: rows of random weights in host memory, and the ways to compute with them."""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ..cpu_experts import CpuExperts, CpuLayer, Lot
+from ..device import Device
+from ..host_pool import HostLayer
+from ..kernels import ExpertsSpec, LayerWeights, TorchKernel, Work
+from ..layout import RowLayout, row_layout
+from ..profile import Expert
+from ..residency import LayerNeed
+
+
+class ExpertForm(NamedTuple):
+    """How experts of one size compute and lie in memory."""
+
+    spec: ExpertsSpec
+    layout: RowLayout
+
+    @property
+    def layer(self) -> CpuLayer:
+        """Sizes, by the CPU lane's own reading of them."""
+        return CpuLayer(torch.empty((0, self.layout.row_bytes), dtype=torch.uint8), self.layout, self.spec)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.dtype
+
+    @property
+    def expert(self) -> Expert:
+        """What a profile knows of it."""
+        return Expert(self.layout.row_bytes, self.layer.in_dim, self.layer.width)
+
+
+def silu_form(width: int, expert_width: int, dtype: torch.dtype = torch.bfloat16) -> ExpertForm:
+    """The usual expert: down(silu(gate(x)) * up(x)) without biases."""
+    with torch.device("meta"):
+        up = torch.empty((1, 2 * expert_width, width), dtype=dtype)
+        down = torch.empty((1, width, expert_width), dtype=dtype)
+    spec = ExpertsSpec(
+        up="gate_up_proj", down="down_proj", up_bias=None, down_bias=None, is_transposed=False, gate=_silu_gate,
+        post_norm=None,
+    )  # fmt: skip
+    return ExpertForm(spec, row_layout({"gate_up_proj": up, "down_proj": down}))
+
+
+def _silu_gate(h: torch.Tensor) -> torch.Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def random_rows(form: ExpertForm, num_rows: int, device: Device) -> HostLayer:
+    """Pinned rows of the same random weights; each is memory of its own."""
+    host = HostLayer(form.layout, num_rows, device)
+    host.prepare()
+    generator = torch.Generator().manual_seed(0)
+    for field in form.layout.fields:
+        target = host.tensor(field.name)
+        target[0].copy_(torch.randn(field.shape, generator=generator) * field.shape[-1] ** -0.5)
+    host.rows[1:] = host.rows[0]
+    return host
+
+
+class ExpertLane(Protocol):
+    """Computes `num` distinct experts with `tokens` tokens each and returns when it is done.
+
+    Successive calls take other experts, so that weights come from memory and not from a cache.
+    """
+
+    def run(self, num: int, tokens: int) -> None: ...
+
+
+class CpuLane:
+    """The engine's own CPU lane."""
+
+    def __init__(self, form: ExpertForm, host: HostLayer, lane: CpuExperts) -> None:
+        self._form, self._num_rows, self._lane = form, len(host.rows), lane
+        self._next = 0
+        self._buffers: dict[tuple[int, int], tuple[Lot, torch.Tensor, torch.Tensor]] = {}
+
+    def run(self, num: int, tokens: int) -> None:
+        lot, x, out = self._buffers.get((num, tokens)) or self._make(num, tokens)
+        experts = (self._next + np.arange(num)) % self._num_rows
+        self._next = int(experts[-1]) + 1
+        self._lane.submit(0, lot._replace(experts=experts), x, out).wait()
+
+    def _make(self, num: int, tokens: int) -> tuple[Lot, torch.Tensor, torch.Tensor]:
+        layer = self._form.layer
+        pairs = np.arange(num * tokens)
+        lot = Lot(np.arange(num), np.arange(num + 1) * tokens, pairs % tokens, pairs)
+        x = torch.randn((tokens, layer.in_dim)).to(layer.dtype)
+        out = torch.empty((num * tokens, layer.out_dim), dtype=layer.dtype)
+        self._buffers[num, tokens] = lot, x, out
+        return lot, x, out
+
+
+class TorchLane:
+    """The kernel that stands in for the GPU's where there is none."""
+
+    def __init__(self, form: ExpertForm, pool: torch.Tensor) -> None:
+        self._form, self._num_rows, self._next = form, len(pool), 0
+        view, spec = form.layout.view, form.spec
+        self._weights = LayerWeights(
+            view(pool, spec.up),
+            view(pool, spec.down),
+            view(pool, spec.up_bias) if spec.up_bias else None,
+            view(pool, spec.down_bias) if spec.down_bias else None,
+        )
+        self._kernel = TorchKernel()
+
+    @torch.no_grad()
+    def run(self, num: int, tokens: int) -> None:
+        layer = self._form.layer
+        ids = np.tile(np.arange(num), (tokens, 1))
+        experts = np.arange(num)
+        slots = (self._next + experts) % self._num_rows
+        self._next = int(slots[-1]) + 1
+        work = Work(
+            x_TD=torch.ones((tokens, layer.in_dim), dtype=layer.dtype),
+            ids_TK=torch.from_numpy(ids),
+            host_ids_TK=ids,
+            need=LayerNeed(0, experts, np.full(num, tokens), num, 0),
+            num_experts=num,
+            out_PD=torch.empty((num * tokens, layer.out_dim), dtype=layer.dtype),
+            num_rounds=1,
+            slot_row=slots,
+            version=0,
+        )
+        self._kernel.prepare(work)
+        self._kernel.run(work, self._form.spec, self._weights, experts, slots)
+
+
+def host_us(run: Callable[[], object]) -> float:
+    """Wall time of a call, microseconds."""
+    started = time.perf_counter_ns()
+    run()
+    return (time.perf_counter_ns() - started) / 1e3

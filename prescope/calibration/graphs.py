@@ -1,0 +1,71 @@
+"""GPU experts as a captured decode step computes them: from a graph, so that launches cost what they cost there."""
+
+from collections.abc import Callable
+
+import torch
+
+from ..cache import make_policy
+from ..core import MoEShape
+from ..device import Device
+from ..host_pool import HostLayer
+from ..kernels import DEVICE_POLICIES, LayerWeights, make_device_table
+from ..residency import ResidencyTable
+from .experts import ExpertForm
+
+#: Layers in one graph at most, each with experts of its own: their weights come from memory, not from the L2.
+LAYERS = 4
+REPLAYS = 5
+
+
+class GraphLane:
+    """Layers whose experts are all resident, captured once for each number of experts and tokens."""
+
+    def __init__(self, form: ExpertForm, host: HostLayer, pool: torch.Tensor, device: Device) -> None:
+        self._form, self._host, self._pool, self._device = form, host, pool, device
+        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], int]] = {}
+
+    def us(self, num: int, tokens: int) -> float:
+        """One layer in which each of `tokens` tokens uses the same `num` experts, microseconds."""
+        replay, num_layers = self._graphs.get((num, tokens)) or self._capture(num, tokens)
+        start = self._device.mark(True)
+        for _ in range(REPLAYS):
+            replay()
+        end = self._device.mark(True)
+        self._device.synchronize()
+        return self._device.elapsed_us(start, end) / REPLAYS / num_layers
+
+    @torch.no_grad()
+    def _capture(self, num: int, tokens: int) -> tuple[Callable[[], None], int]:
+        num_layers = max(1, min(LAYERS, len(self._pool) // num))
+        shape = MoEShape(num_layers, num, num, self._form.layout.row_bytes)
+        residency = ResidencyTable(shape, num_layers * num, make_policy("lru", shape))
+        for layer in range(num_layers):
+            residency.landed(residency.take(layer, torch.arange(num).numpy()))
+        table = make_device_table(shape, residency.num_slots, self._device.torch_device)
+        table.take(residency)
+        step = table.new_step(tokens, num, policy=DEVICE_POLICIES["lru"], orders=False, timed=False)
+        spec, view = self._form.spec, self._form.layout.view
+        weights = LayerWeights(
+            view(self._pool, spec.up),
+            view(self._pool, spec.down),
+            view(self._pool, spec.up_bias) if spec.up_bias else None,
+            view(self._pool, spec.down_bias) if spec.down_bias else None,
+        )
+        dtype, device = self._form.dtype, self._device.torch_device
+        x = torch.randn((tokens, self._form.layer.in_dim), dtype=dtype, device=device)
+        ids = torch.arange(num, device=device).expand(tokens, num).contiguous()
+        router_weights = torch.full((tokens, num), 1.0 / num, dtype=dtype, device=device)
+
+        def layers() -> torch.Tensor:
+            for layer in range(num_layers):
+                out = step.layer(
+                    layer, num, x, ids, router_weights, spec, weights, self._pool, self._host.rows
+                )
+            return out
+
+        layers()  # compiles the kernels, which cannot be done while a graph is captured
+        replay, _ = self._device.capture(layers)
+        replay()
+        self._device.synchronize()
+        self._graphs[num, tokens] = replay, num_layers
+        return self._graphs[num, tokens]

@@ -1,0 +1,47 @@
+"""Who is told how far a calibration is."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from tqdm.auto import tqdm
+
+#: (what is measured now, share that is done)
+OnProgress = Callable[[str, float], None]
+
+
+class Progress:
+    """A progress bar, or a caller's own function.
+
+    Args:
+        total: things to measure.
+        on_progress: None shows a bar.
+    """
+
+    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
+        self._total, self._done, self._tell = max(1, total), 0, on_progress
+        self._bar = tqdm(total=total, desc="calibrating", leave=False) if on_progress is None else None
+
+    def at(self, what: str) -> None:
+        """This is measured now."""
+        if self._tell is not None:
+            self._tell(what, min(1.0, self._done / self._total))
+        if self._bar is not None:
+            self._bar.set_postfix_str(what)
+
+    def done(self, num: int = 1) -> None:
+        """So many more are done."""
+        self._done += num
+        if self._bar is not None:
+            self._bar.update(num)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None and self._tell is not None:
+            self._tell("done", 1.0)
