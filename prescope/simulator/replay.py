@@ -1,12 +1,12 @@
 """Decode steps on a virtual clock: the decisions are the engine's, only the time is made up of costs.
 
-Compiled as one loop. Shapes: S steps, L MoE layers, E experts, d layers ahead. Keys are flat: moe_layer * E + expert.
-Times are microseconds.
+Compiled. Shapes: S steps, L MoE layers, E experts, d layers ahead; slots are counted by `len(key_of)`. Keys are flat:
+moe_layer * E + expert. Times are microseconds.
 
 The machine it walks: one link that serves one copy at a time and interrupts none; the GPU; the CPU lane; and a host
 that hears of each router's choice `decide_us` later, hands on-demand copies to the link at once and prefetches only
 while fewer than `most_in_flight` copies of them are under way. The slots of a layer are safe until the next router
-has spoken.
+has spoken. A layer that misses many, or does not fit, is served in rounds as the engine serves it (`rounds.walk`).
 """
 
 from typing import NamedTuple
@@ -16,16 +16,22 @@ from numpy.typing import NDArray
 
 from ..cache import learn
 from ..jit import jit
-from ..scheduler.decide import discount, learn_trust, plan, sort_need, take_slots
-from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, cpu_time
+from ..planner import plan_layer
+from ..residency import ROUND_EXPERTS
+from ..scheduler.decide import sort_need, take_slots
+from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Need, cpu_time
+
+BoolArray = NDArray[np.bool_]
 
 #: Columns of `Log.times_us`: the layer begins (the one before is done), its router has spoken, the host has decided,
-#: the bytes are there, the GPU is done, the CPU is done (NaN without), the layer is done.
+#: all waits for bytes are over (with rounds: put before all compute), the GPU is done, the CPU is done (NaN without),
+#: the layer is done.
 BEGIN, ROUTED, DECIDED, FETCHED, GPU_DONE, CPU_DONE, DONE = range(7)
 #: Columns of `Log.counts`.
-NEEDED, HITS, LATE, MISSES, ON_CPU = range(5)
-#: Columns of `Log.copies`; the last is the rank of a `core.Reason`.
+NEEDED, HITS, LATE, MISSES, ON_CPU, ROUNDS = range(6)
+#: Columns of `Log.copies`: the layer is the one that uses it, the reason one of the two below.
 STEP, AT_LAYER, KEY, REASON = range(4)
+ON_DEMAND, AHEAD = range(2)
 
 
 class State(NamedTuple):
@@ -54,10 +60,24 @@ class Log(NamedTuple):
     """What happened."""
 
     times_us: FloatArray  # (S, L, 7)
-    counts: IntArray  # (S, L, 5)
+    counts: IntArray  # (S, L, 6)
     step_end_us: FloatArray  # (S,)
     copies: IntArray  # (n, 4)
     copy_us: FloatArray  # (n, 2) start and end
+
+
+class _Wire(NamedTuple):
+    """The link and what is on it. On-demand copies are waited for by their layer, so only prefetches are in flight."""
+
+    in_flight: BoolArray  # (slots,)
+    ready_us: FloatArray  # (slots,) when the bytes are there
+    queue: IntArray  # slots of prefetches in the order of issue, a ring
+    ends: IntArray  # (2,) how many left the queue, how many entered it
+    free_us: FloatArray  # (1,) the link is done with all it was given
+    cpu_us: FloatArray  # (1,) the CPU is done
+    copies: IntArray  # (n, 4) as `Log`
+    copy_us: FloatArray  # (n, 2)
+    count: IntArray  # (1,) copies so far
 
 
 @jit
@@ -79,142 +99,231 @@ def replay(
     S, L, E = demand.tokens_SLE.shape
     d = len(demand.used_dSLE)
     slots = len(state.key_of)
-    times = np.full((S, L, 7), np.nan)
-    counts = np.zeros((S, L, 5), np.int64)
+    times, counts = np.full((S, L, 7), np.nan), np.zeros((S, L, 6), np.int64)
     step_end = np.zeros(S)
-    copies, copy_us, num_copies = np.empty((1024, 4), np.int64), np.empty((1024, 2)), 0
-    in_flight, protected = np.zeros(slots, np.bool_), np.zeros(slots, np.bool_)
-    # Prefetches under way, as a queue: the link ends them in order. On-demand copies are waited for by their layer.
-    wire_slot, wire_end = np.empty(E * L + 8, np.int64), np.empty(E * L + 8)
-    wire_first = wire_last = 0
-    held, held_next, held_since = np.empty(0, np.int64), 0, 0.0
-    keep = np.empty(0, np.int64)
-    one = np.empty(1, np.int64)
-    no_weights = np.empty(0)
+    wire = _Wire(
+        np.zeros(slots, np.bool_),
+        np.zeros(slots),
+        np.empty(most_in_flight + 1, np.int64),
+        np.zeros(2, np.int64),
+        np.full(1, start_us),
+        np.full(1, start_us),
+        np.empty((1024 + 2 * E * (d + 1), 4), np.int64),
+        np.empty((1024 + 2 * E * (d + 1), 2)),
+        np.zeros(1, np.int64),
+    )
+    protected = np.zeros(slots, np.bool_)
+    held, held_us = np.empty(0, np.int64), start_us
+    keep, no_weights = np.empty(0, np.int64), np.empty(0)
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
     predicted_dLE = np.zeros((d, L, E))
-    now = link_free = start_us
+    now = start_us
     for s in range(S):
         for layer in range(L):
+            wire = _with_room(wire, E * (d + 2))
             routed = now + costs.rest_us
             decided = routed + costs.decide_us
-            # -- the link meanwhile: held prefetches are issued as earlier ones land
-            while held_next < len(held):
-                under_way = wire_last - wire_first
-                issue = held_since
-                if under_way >= most_in_flight:
-                    issue = max(issue, wire_end[wire_last - most_in_flight]) if most_in_flight else np.inf
-                if issue > decided:
-                    break
-                while wire_first < wire_last and wire_end[wire_first] <= issue:
-                    in_flight[wire_slot[wire_first]] = False
-                    wire_first += 1
-                key = held[held_next]
-                held_next += 1
-                if state.slot_of[key] >= 0:
-                    continue
-                one[0] = key
-                taken = take_slots(
-                    one, state.key_of, state.slot_of, protected | in_flight, keep, state.scores
-                )
-                if len(taken) == 0:
-                    break
-                begin = max(issue, link_free)
-                link_free = begin + costs.link_us
-                in_flight[taken[0]] = True
-                if wire_last == len(wire_end):  # move the queue to the front
-                    rest = wire_last - wire_first
-                    wire_slot[:rest], wire_end[:rest] = (
-                        wire_slot[wire_first:wire_last],
-                        wire_end[wire_first:wire_last],
-                    )
-                    wire_first, wire_last = 0, rest
-                wire_slot[wire_last], wire_end[wire_last] = taken[0], link_free
-                wire_last += 1
-                if num_copies == len(copies):
-                    copies, copy_us = _grown(copies, copy_us)
-                copies[num_copies, 0], copies[num_copies, 1] = s, key // E
-                copies[num_copies, 2], copies[num_copies, 3] = key, 1
-                copy_us[num_copies, 0], copy_us[num_copies, 1] = begin, link_free
-                num_copies += 1
-            while wire_first < wire_last and wire_end[wire_first] <= decided:
-                in_flight[wire_slot[wire_first]] = False
-                wire_first += 1
+            _prefetch(held, held_us, decided, s, most_in_flight, E, costs, state, wire, protected, keep)
             # -- the decision
             protected[:] = False
             tokens_E = demand.tokens_SLE[s, layer]
             experts = np.flatnonzero(tokens_E).astype(np.int64)
-            first = layer * E
-            need = sort_need(
-                experts, tokens_E[experts].astype(np.int64), state.slot_of[first + experts], in_flight
-            )
+            tokens = tokens_E[experts].astype(np.int64)
+            need = sort_need(experts, tokens, state.slot_of[layer * E + experts], wire.in_flight)
             state.tick[0] += 1
             weights = no_weights
             if len(demand.weights_SLE):
                 weights = demand.weights_SLE[s, layer][need.experts].astype(np.float64)
             learn(policy, state.scores, state.tick[0], layer, E, need.experts, weights)
-            if d:
-                learn_trust(state.trust, layer, tokens_E, predicted_dLE, knobs.threshold)
-            for ahead in range(1, d + 1):
-                if layer + ahead < L:
-                    factor = discount(state.trust, ahead)
-                    for e in range(E):
-                        used = demand.used_dSLE[ahead - 1, s, layer + ahead, e]
-                        predicted_dLE[ahead - 1, layer + ahead, e] = used
-                        used_dE[ahead - 1, e] = factor * used
-                        tokens_dE[ahead - 1, e] = (
-                            factor * demand.expected_dSLE[ahead - 1, s, layer + ahead, e]
-                        )
-                else:
-                    used_dE[ahead - 1], tokens_dE[ahead - 1] = 0.0, 0.0
-            backlog = max(0.0, link_free - decided)
-            chosen = plan(knobs, costs, layer, L, need, backlog, state.slot_of, tokens_dE, used_dE)
-            held, held_next, held_since, keep = chosen.prefetch, 0, decided, chosen.keep
-            here = need.num_hits + need.num_late
-            n = len(need.experts)
-            k = chosen.num_load
-            for expert in need.experts[:here]:
-                protected[state.slot_of[first + expert]] = True
-            on_cpu = n - here - k
-            copy = costs.link_busy_us if on_cpu else costs.link_us
-            if k:
-                keys = first + need.experts[here : here + k]
-                taken = take_slots(
-                    keys, state.key_of, state.slot_of, protected | in_flight, keep, state.scores
-                )
-                for i in range(len(taken)):
-                    protected[taken[i]] = True
-                    begin = max(decided, link_free)
-                    link_free = begin + copy
-                    if num_copies == len(copies):
-                        copies, copy_us = _grown(copies, copy_us)
-                    copies[num_copies, 0], copies[num_copies, 1] = s, layer
-                    copies[num_copies, 2], copies[num_copies, 3] = keys[i], 0
-                    copy_us[num_copies, 0], copy_us[num_copies, 1] = begin, link_free
-                    num_copies += 1
-            # -- the clock. The layer waits for all that was on the link when it asked: copies land in order.
-            fetched = max(decided, link_free) if k or need.num_late else decided
-            computed = fetched + (here + k) * costs.gpu_us
-            done = computed
-            if on_cpu:
+            for a in range(d):
+                there = layer + a + 1 < L
+                for e in range(E):
+                    used_dE[a, e] = demand.used_dSLE[a, s, layer + a + 1, e] if there else 0.0
+                    tokens_dE[a, e] = demand.expected_dSLE[a, s, layer + a + 1, e] if there else 0.0
+            backlog = max(0.0, wire.free_us[0] - decided)
+            chosen = plan_layer(
+                knobs,
+                costs,
+                layer,
+                need,
+                backlog,
+                state.slot_of,
+                state.trust,
+                predicted_dLE,
+                tokens_dE,
+                used_dE,
+            )
+            held, held_us, keep = chosen.prefetch, decided, chosen.keep
+            # -- the clock
+            here, n, k = need.num_hits + need.num_late, len(need.experts), chosen.num_load
+            if here + k < n:
                 busy = costs.cpu_base_us
                 for i in range(here + k, n):
                     busy += cpu_time(costs.cpu_us, need.tokens[i])
-                times[s, layer, 5] = decided + busy
-                done = max(done, decided + busy)
-            times[s, layer, 0], times[s, layer, 1], times[s, layer, 2] = now, routed, decided
-            times[s, layer, 3], times[s, layer, 4], times[s, layer, 6] = fetched, computed, done
-            counts[s, layer, 0], counts[s, layer, 1], counts[s, layer, 2] = n, need.num_hits, need.num_late
-            counts[s, layer, 3], counts[s, layer, 4] = n - here, on_cpu
+                wire.cpu_us[0] = decided + busy
+                times[s, layer, CPU_DONE] = decided + busy
+            computed, rounds = _serve(layer, s, decided, k, need, E, costs, state, wire, protected, keep)
+            done = max(computed, wire.cpu_us[0])
+            times[s, layer, BEGIN], times[s, layer, ROUTED], times[s, layer, DECIDED] = now, routed, decided
+            times[s, layer, FETCHED] = max(decided, computed - (here + k) * costs.gpu_us)
+            times[s, layer, GPU_DONE], times[s, layer, DONE] = computed, done
+            counts[s, layer, NEEDED], counts[s, layer, HITS], counts[s, layer, LATE] = (
+                n,
+                need.num_hits,
+                need.num_late,
+            )
+            counts[s, layer, MISSES], counts[s, layer, ON_CPU], counts[s, layer, ROUNDS] = (
+                n - here,
+                n - here - k,
+                rounds,
+            )
             now = done
         now += step_us
         step_end[s] = now
-    return Log(times, counts, step_end, copies[:num_copies], copy_us[:num_copies])
+    count = wire.count[0]
+    return Log(times, counts, step_end, wire.copies[:count].copy(), wire.copy_us[:count].copy())
 
 
 @jit
-def _grown(copies: IntArray, copy_us: FloatArray) -> tuple[IntArray, FloatArray]:
-    """Twice the room, with what is there."""
-    more, more_us = np.empty((2 * len(copies), 4), np.int64), np.empty((2 * len(copies), 2))
-    more[: len(copies)], more_us[: len(copies)] = copies, copy_us
-    return more, more_us
+def _prefetch(
+    held: IntArray,
+    held_us: float,
+    until_us: float,
+    step: int,
+    most_in_flight: int,
+    E: int,
+    costs: Costs,
+    state: State,
+    wire: _Wire,
+    protected: BoolArray,
+    keep: IntArray,
+) -> None:
+    """Give held prefetches to the link as earlier ones land, from `held_us` on; what has landed is not in flight."""
+    one = np.empty(1, np.int64)
+    issue = held_us
+    _land(min(held_us, until_us), wire)
+    for key in held:
+        under_way = wire.ends[1] - wire.ends[0]
+        if under_way >= most_in_flight:
+            if most_in_flight == 0:
+                break
+            issue = max(issue, wire.ready_us[wire.queue[wire.ends[0] % len(wire.queue)]])
+        if issue > until_us:
+            break
+        _land(issue, wire)
+        if state.slot_of[key] >= 0:
+            continue
+        one[0] = key
+        taken = take_slots(one, state.key_of, state.slot_of, protected | wire.in_flight, keep, state.scores)
+        if len(taken) == 0:
+            break
+        _copy(key, key // E, taken[0], AHEAD, step, issue, costs, wire)
+        wire.in_flight[taken[0]] = True
+        wire.queue[wire.ends[1] % len(wire.queue)] = taken[0]
+        wire.ends[1] += 1
+    _land(until_us, wire)
+
+
+@jit
+def _land(until_us: float, wire: _Wire) -> None:
+    """Prefetches whose bytes are there leave the queue; the link ends them in order."""
+    while wire.ends[0] < wire.ends[1]:
+        slot = wire.queue[wire.ends[0] % len(wire.queue)]
+        if wire.ready_us[slot] > until_us:
+            break
+        wire.in_flight[slot] = False
+        wire.ends[0] += 1
+
+
+@jit
+def _copy(
+    key: int, layer: int, slot: int, reason: int, step: int, ask_us: float, costs: Costs, wire: _Wire
+) -> None:
+    """One copy, behind all others; slower while the CPU reads the same memory."""
+    begin = max(ask_us, wire.free_us[0])
+    end = begin + (costs.link_busy_us if begin < wire.cpu_us[0] else costs.link_us)
+    wire.free_us[0] = wire.ready_us[slot] = end
+    i = wire.count[0]
+    wire.copies[i, STEP], wire.copies[i, AT_LAYER], wire.copies[i, KEY], wire.copies[i, REASON] = (
+        step,
+        layer,
+        key,
+        reason,
+    )
+    wire.copy_us[i, 0], wire.copy_us[i, 1] = begin, end
+    wire.count[0] += 1
+
+
+@jit
+def _serve(
+    layer: int,
+    step: int,
+    decided: float,
+    num_load: int,
+    need: Need,
+    E: int,
+    costs: Costs,
+    state: State,
+    wire: _Wire,
+    protected: BoolArray,
+    keep: IntArray,
+) -> tuple[float, int]:
+    """Copy a layer's first `num_load` misses, compute them and what is here: when the GPU is done, and the rounds."""
+    here, first = need.num_hits + need.num_late, layer * E
+    late_us = decided
+    for i in range(here):
+        slot = state.slot_of[first + need.experts[i]]
+        protected[slot] = True
+        if i >= need.num_hits:
+            late_us = max(late_us, wire.ready_us[slot])
+    if num_load == 0:
+        return late_us + here * costs.gpu_us, 1
+    capacity = len(state.key_of) - (wire.in_flight.sum() - need.num_late)
+    chunk = max(1, min(ROUND_EXPERTS, capacity // 2))
+    if num_load <= ROUND_EXPERTS and here + num_load <= capacity:
+        chunk = num_load
+    computed, rounds = decided, 0
+    if chunk < num_load and here:
+        computed, rounds = late_us + here * costs.gpu_us, 1
+        late_us, here = decided, 0
+    misses = first + need.experts[need.num_hits + need.num_late :][:num_load]
+    for begin in range(0, num_load, chunk):
+        keys, ask_us = misses[begin : begin + chunk], decided
+        got = 0
+        while got < len(keys):
+            taken = take_slots(
+                keys[got:], state.key_of, state.slot_of, protected | wire.in_flight, keep, state.scores
+            )
+            for slot in taken:
+                _copy(keys[got], layer, slot, ON_DEMAND, step, ask_us, costs, wire)
+                protected[slot] = True
+                got += 1
+            if got < len(keys):  # what earlier rounds have computed may go, when it is computed
+                ask_us = computed
+                protected[:] = False
+                for key in keys[:got]:
+                    protected[state.slot_of[key]] = True
+        computed = max(computed, late_us, wire.free_us[0]) + (here + len(keys)) * costs.gpu_us
+        here, rounds = 0, rounds + 1
+    return computed, rounds
+
+
+@jit
+def _with_room(wire: _Wire, more: int) -> _Wire:
+    """Room for so many copies more."""
+    count, size = wire.count[0], len(wire.copies)
+    if count + more <= size:
+        return wire
+    copies, copy_us = np.empty((2 * size + more, 4), np.int64), np.empty((2 * size + more, 2))
+    copies[:count], copy_us[:count] = wire.copies[:count], wire.copy_us[:count]
+    return _Wire(
+        wire.in_flight,
+        wire.ready_us,
+        wire.queue,
+        wire.ends,
+        wire.free_us,
+        wire.cpu_us,
+        copies,
+        copy_us,
+        wire.count,
+    )

@@ -27,6 +27,7 @@ from .replay import (
     NEEDED,
     ON_CPU,
     REASON,
+    ROUNDS,
     ROUTED,
     STEP,
     Log,
@@ -94,7 +95,7 @@ def layer_table(log: Log, needs: Needs) -> pd.DataFrame:
         "hits": counts[:, HITS],
         "late": counts[:, LATE],
         "misses": counts[:, MISSES],
-        "rounds": np.ones(S * L),
+        "rounds": counts[:, ROUNDS],
         "on_cpu": counts[:, ON_CPU],
     }
     return _frame(columns, LAYER_DTYPES)
