@@ -1,0 +1,174 @@
+"""Schedules in the engine: the same tokens whoever decides, layer by layer and from a graph; honest accounts."""
+
+import numpy as np
+import pytest
+import torch
+
+import prescope
+from prescope.core import Need
+from prescope.cost import LayerCosts
+from prescope.errors import UnsupportedOption
+from prescope.predictor import Chance, EarlyRouter, Inverted, Routers, Shape
+from prescope.scheduler import SCHEDULES
+from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
+from tests.test_decode import gpu  # noqa: F401 - a fixture
+
+# The compiled kernel of the CPU lane takes 16-bit floats; tokens can be compared in float32 only.
+pytestmark = pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
+TOTAL = LAYERS * EXPERTS
+SHAPE = Shape(LAYERS, EXPERTS, TOP_K)
+#: The link costs so much, and the CPU so little more than nothing, that both are used.
+COSTS = LayerCosts(
+    link_us=100.0, gpu_us=5.0, rest_us=200.0, cpu_us=(0.0, 80.0, 120.0, 160.0), cpu_base_us=10.0, decide_us=30.0,
+    source="made up for a test",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_moe()
+
+
+@pytest.fixture(scope="module")
+def early(model):
+    weights = torch.stack([layer.mlp.gate.weight for layer in model.model.layers])
+    return EarlyRouter(SHAPE, Routers.of_weights(weights), LAYERS - 1)
+
+
+@pytest.fixture(scope="module")
+def frequencies():
+    return np.random.default_rng(0).random((LAYERS, EXPERTS))
+
+
+def opened(model, schedule, early, frequencies, **settings):
+    cache = SCHEDULES[schedule].cache
+    return prescope.attach(
+        model, schedule=schedule, cache=cache, predictor=early, costs=COSTS, frequencies=frequencies, cpu_threads=1,
+        **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+@pytest.mark.parametrize(("device", "batch", "slots"), [("cpu", 1, 5), ("null", 3, 9), ("null", 2, TOTAL)])
+def test_tokens_are_the_plain_models_under_every_schedule(
+    model, early, frequencies, schedule, device, batch, slots
+):
+    ids = prompt(batch=batch)
+    expected = plain_tokens(model, ids, new=8)
+    with opened(model, schedule, early, frequencies, device=device, slots=slots) as engine:
+        for _ in range(2):
+            run = engine.generate(ids, max_new_tokens=8)
+            assert run.tokens == expected
+            engine.check_integrity()
+    layers = run.layers
+    assert (layers["hits"] + layers["late"] + layers["misses"] == layers["needed"]).all()
+    assert (layers["on_cpu"] <= layers["misses"]).all()
+    decode = layers[layers["phase"] == "decode"]
+    copies = run.events[(run.events["lane"] == "h2d") & (run.events["phase"] == "decode")]
+    on_demand = int((copies["reason"] == "on_demand").sum())
+    assert on_demand == int((decode["misses"] - decode["on_cpu"]).sum()), "a miss is copied or computed, once"
+    if not SCHEDULES[schedule].uses_cpu:
+        assert not decode["on_cpu"].any()
+
+
+@pytest.mark.parametrize("schedule", ["presched", "hybrimoe", "streaming", "fate", "fiddler"])
+@pytest.mark.parametrize(("batch", "slots"), [(1, 7), (3, 13)])
+def test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule(
+    model,
+    early,
+    frequencies,
+    gpu,
+    schedule,
+    batch,
+    slots,
+):
+    ids = prompt(batch=batch, length=5)
+    expected = plain_tokens(model, ids, new=6)
+    with opened(model, schedule, early, frequencies, slots=slots, **gpu) as engine:
+        for _ in range(2):
+            run = engine.generate(ids, max_new_tokens=6)
+            assert run.config["reasons"]["decode"].startswith("host-driven"), run.config["reasons"]["decode"]
+            assert run.tokens == expected
+            engine.check_integrity()
+        counted = sum(engine.needs[kind] for kind in Need)
+        assert len(run.layers[run.layers["phase"] == "decode"]) == 5 * LAYERS
+        assert (run.layers["hits"] + run.layers["late"] + run.layers["misses"] == run.layers["needed"]).all()
+        assert counted >= run.layers["needed"].sum()
+
+
+def test_the_cpu_lane_computes_misses_and_its_time_is_in_the_table(model, early, frequencies):
+    """A link that takes forever leaves everything that is missing to the CPU."""
+    ids = prompt()
+    slow = LayerCosts(link_us=1e6, gpu_us=5.0, rest_us=200.0, cpu_us=(0.0, 10.0, 12.0), source="made up")
+    with prescope.attach(
+        model, schedule="presched", slots=5, device="cpu", costs=slow, cpu_threads=1, cache="lru"
+    ) as engine:
+        run = engine.generate(ids, max_new_tokens=8)
+    assert run.tokens == plain_tokens(model, ids, new=8)
+    decode = run.metrics.decode
+    assert decode.on_cpu == decode.misses > 0
+    assert decode.experts_cpu_ms > 0
+    cpu = run.events[run.events["lane"] == "cpu"]
+    assert set(cpu["reason"]) == {"cpu"} and (cpu["dur_us"] > 0).all()
+
+
+@pytest.mark.parametrize("wrong", ["inverted", "chance"])
+def test_a_hostile_predictor_changes_no_token(model, early, frequencies, wrong):
+    ids = prompt(batch=2)
+    predictor = Inverted(early) if wrong == "inverted" else Chance(SHAPE, LAYERS - 1)
+    with opened(model, "presched", predictor, frequencies, device="null", slots=6) as engine:
+        run = engine.generate(ids, max_new_tokens=8)
+        engine.check_integrity()
+    assert run.tokens == plain_tokens(model, ids, new=8)
+
+
+def test_a_schedule_is_changed_between_runs_and_refused_without_what_it_needs(model, early):
+    ids = prompt()
+    expected = plain_tokens(model, ids, new=4)
+    with prescope.attach(model, slots=6, device="null") as engine:
+        with pytest.raises(UnsupportedOption, match="costs"):
+            engine.configure(schedule="presched")
+        with pytest.raises(UnsupportedOption, match="predictor"):
+            engine.configure(schedule="fate", costs=COSTS)
+        with pytest.raises(UnsupportedOption, match="no setting 'lookahed'"):
+            engine.configure(lookahed=2)
+        assert engine.config.schedule == "on-demand"
+        assert engine.generate(ids, max_new_tokens=4).tokens == expected
+        engine.configure(
+            schedule="presched", predictor=early, costs=COSTS, lookahead=2, width=3, threshold=0.3
+        )
+        run = engine.generate(ids, max_new_tokens=4)
+        assert run.tokens == expected
+        assert run.config["schedule"] == "presched" and run.config["width"] == 3
+        engine.configure(schedule="on-demand")
+        assert engine.generate(ids, max_new_tokens=4).tokens == expected
+
+
+def test_an_exception_on_the_cpu_lane_surfaces_and_the_engine_works_again(
+    model, early, frequencies, monkeypatch
+):
+    ids = prompt()
+    with opened(model, "fiddler", early, frequencies, device="null", slots=5) as engine:
+        good = engine._serving.scheduling.cpu.submit
+
+        def broken(*arguments, **keywords):
+            raise RuntimeError("a thread broke")
+
+        monkeypatch.setattr(engine._serving.scheduling.cpu, "submit", broken)
+        with pytest.raises(RuntimeError, match="a thread broke"):
+            engine.generate(ids, max_new_tokens=6)
+        monkeypatch.setattr(engine._serving.scheduling.cpu, "submit", good)
+        assert engine.generate(ids, max_new_tokens=6).tokens == plain_tokens(model, ids, new=6)
+
+
+def test_routing_can_be_forced_from_a_trace(model):
+    ids = prompt(batch=2)
+    with prescope.attach(model, slots=TOTAL, device="null") as engine:
+        trace = engine.generate(prompt(batch=2, seed=7), max_new_tokens=6).trace
+        engine.force_routing(trace)
+        run = engine.generate(ids, max_new_tokens=6)
+        engine.force_routing(None)
+        assert engine.generate(ids, max_new_tokens=6).tokens == plain_tokens(model, ids, new=6)
+    for step in trace.select(phase="decode").steps:
+        assert (run.trace.step_routing(step)[0] == trace.step_routing(step)[0]).all()
+    assert any("routed by a trace" in note for note in run.notes)
