@@ -175,6 +175,8 @@ def open_scheduling(
         UnsupportedOption: it needs a predictor and there is none, or the predictor is of another model.
     """
     schedule = schedule_named(config.schedule)
+    if schedule.predictor == "none":  # it looks at no predictions, so none are made
+        predictor = None
     if predictor is None and schedule.needs_predictor:
         raise UnsupportedOption(
             f"schedule={schedule.name!r} prefetches by predictions; give predictor=... (it comes with "

@@ -187,8 +187,10 @@ def test_a_scheduled_step_takes_changes_and_the_cpus_pairs(tokens, top_k):
                 world.step.cpu_pairs[layer, t * top_k + k] = functional.linear(
                     h, world.down[layer, ids[t, k]]
                 )
+        target, source = world.step.landing(layer + 1)
+        target.copy_(source)
         # In the interpreter the waiting kernel and the host are one thread, so the answer comes first.
-        world.step.reply(layer, 0, layer * E + here, slots, waits=False, num_on_cpu=len(on_cpu))
+        world.step.reply(layer, 0, layer * E + here, slots, last_copy=layer + 1, num_on_cpu=len(on_cpu))
         word, value = world.step.cpu_flag(layer, 0)
         word.fill_(value)
         out = world.launch(layer, x, ids, weights)
@@ -207,7 +209,7 @@ def test_predictions_reach_the_host_with_the_number_of_their_step():
     x, ids, weights = world.draw(1)
     slots = world.host_table.take(0, np.sort(ids.numpy().ravel()))
     assert world.step.predicted(0, 0) is None, "nothing has been predicted"
-    world.step.reply(0, 0, np.sort(ids.numpy().ravel()), slots, waits=False, num_on_cpu=0)
+    world.step.reply(0, 0, np.sort(ids.numpy().ravel()), slots, last_copy=0, num_on_cpu=0)
     world.launch(0, x, ids, weights)
     assert world.step.predicted(0, 0).tolist() == scores.tolist()
     assert world.step.predicted(0, 1) is None, "a message of another step is none"

@@ -23,6 +23,8 @@ RING = 4
 #: Programs and words (int64) per program of `_fetch`: measured in benchmarks/overhead.py, see LOG.md.
 FETCH_PROGRAMS, FETCH_WORDS = 64, 2048
 BLOCK_M = 16
+#: Copies on the link at once are fewer.
+COPY_NUMBERS = 4096
 #: (moe_layer, x (T, D), ids (T, K), weights (T, K)) -> (d, 2, E): expected tokens and probability of use.
 ScoreFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
@@ -144,6 +146,8 @@ class CapturedStep:
         if way is None:
             return
         T = self.num_tokens
+        self._landed = torch.zeros(1, dtype=torch.int32, device=device)
+        self._numbers = _mapped((COPY_NUMBERS,), torch.int32, device)
         self._scores = _mapped((L, way.lookahead * 2 * E), torch.int64, device)
         self._scored = self._scores.numpy()
         if way.has_cpu:
@@ -206,7 +210,7 @@ class CapturedStep:
         stamps = self._stamps[moe_layer * on_device.NUM_STAMPS :]
         if way is not None:
             on_device._await_answer[(1,)](
-                self.step, self._ack[moe_layer:], self._updates[moe_layer], self.table.slot_of, stamps,
+                self.step, self._landed, self._updates[moe_layer], self.table.slot_of, stamps,
                 MOST=self.most_updates, TIMED=self._timed, num_warps=1,
             )  # fmt: skip
         elif self.policy == on_device.HOST or self.orders:
@@ -354,6 +358,7 @@ class CapturedStep:
         self._updates.zero_()
         if self.scheduled is not None:
             self._scores.zero_()
+            self._landed.zero_()
         if self.scheduled is not None and self.scheduled.has_cpu:
             self.cpu_flags.zero_()
 
@@ -404,21 +409,27 @@ class CapturedStep:
         step: int,
         keys: NDArray[np.int64],
         slots: NDArray[np.int64],
-        waits: bool,
+        last_copy: int,
         num_on_cpu: int,
     ) -> None:
         """Scheduled: let a layer go on.
 
         Args:
             keys, slots: (n,) changes of the table since the last reply.
-            waits: it needs bytes that are on the link: `acknowledgement` must be sent behind them.
+            last_copy: number of the copy whose bytes it must wait for, see `landing`; 0: it has all it needs.
             num_on_cpu: its experts that the CPU computes: `cpu_flag` must be set when that is done.
         """
         message = self._write_changes(moe_layer, keys, slots)
-        message[1], message[2] = waits, num_on_cpu
+        message[1], message[2] = last_copy, num_on_cpu
         message[3] = (
             step + 1
         )  # last: x86 keeps the order of stores, and the GPU reads the rest after it has seen this
+
+    def landing(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scheduled: the (target, source) of the copy that must follow the bytes of copy `number`, from 1 on."""
+        place = number % COPY_NUMBERS
+        self._numbers[place] = number  # the one before it in this place landed long ago
+        return self._landed, self._numbers[place : place + 1]
 
     def cpu_flag(self, moe_layer: int, step: int) -> tuple[torch.Tensor, int]:
         """Scheduled: the word (1,) to set, and to what, when the CPU's part of a layer is done."""

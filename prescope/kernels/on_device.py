@@ -23,8 +23,8 @@ HOST, LRU, LFU, STATIC = 0, 1, 2, 3
 #: and when the GPU had done its part (0 without a CPU lane).
 ROUTED, DECIDED, FETCHED, DONE, COMPUTED = range(5)
 NUM_STAMPS = 5
-#: Words in front of a layer's changes of the slot table: their number, whether bytes must be waited for, experts on the
-#: CPU, and the step's number, written last.
+#: Words in front of a layer's changes of the slot table: how many there are, the copy to wait for, experts on the CPU,
+#: and the step's number, written last.
 HEAD = 4
 
 #: Numbers of steps in messages run from 1 to this and over again.
@@ -190,11 +190,12 @@ def _wait(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _await_answer(  # type: ignore[no-untyped-def]
-    step, ack, updates, slot_of, stamps, MOST: tl.constexpr, TIMED: tl.constexpr
+    step, landed, updates, slot_of, stamps, MOST: tl.constexpr, TIMED: tl.constexpr
 ):  # fmt: skip
-    """Wait for the host's answer, take over its changes of the slot table, then wait for the bytes if it says so.
+    """Wait for the host's answer, take over its changes of the slot table, then wait for the bytes it names.
 
-    `updates` lies in mapped host memory: HEAD words, then MOST keys, then MOST slots. `ack` as in `_wait`.
+    `updates` lies in mapped host memory: HEAD words, then MOST keys, then MOST slots. `landed` counts copies: the H2D
+    stream copies a copy's number there behind its bytes.
     """
     number = (tl.load(step) + 1).to(tl.int32)
     while tl.load(updates + 3, volatile=True) != number:
@@ -202,9 +203,9 @@ def _await_answer(  # type: ignore[no-untyped-def]
     _take_over(updates, slot_of, MOST)
     if TIMED:
         tl.store(stamps + _DECIDED, globaltimer())
-    if tl.load(updates + 1, volatile=True) > 0:
-        while tl.atomic_add(ack, 0, sem="acquire") != number:
-            pass
+    last = tl.load(updates + 1, volatile=True)
+    while tl.atomic_add(landed, 0, sem="acquire") < last:
+        pass
     if TIMED:
         tl.store(stamps + _FETCHED, globaltimer())
 

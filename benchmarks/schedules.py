@@ -1,0 +1,372 @@
+"""All schedules on one model, measured, with the simulator's answer and the bound beside each.
+
+    python benchmarks/schedules.py --model qwen3-30b-a3b-cut16 --batch 1 8 16 64 --slots 0.5 0.25 --out schedules.json
+
+A published shape has random weights, so its decode steps are routed by a trace: drawn with the habits of tiny-moe's own
+routing (--habits), the same for all schedules, and predicted by an oracle that errs as often as --recall says, labelled
+"emulated predictor". A folder with a trained model routes itself and is predicted by a LLaPor trained in the same run.
+Every run starts with empty slots behind the same prompt. The machine is calibrated first; the simulator is then told
+the rest of a layer and the time to decide from one cell for each batch (marked *), and nothing of the others.
+Prints a table and writes JSON after every cell.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import traceback
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from _models import open_model
+
+import prescope
+from prescope.cost import LayerCosts
+from prescope.engine import Engine
+from prescope.hardware import machine_facts
+from prescope.learning import record_trace
+from prescope.predictor import NoisyOracle, Predictor, TrainConfig
+from prescope.profile import markdown
+from prescope.result import RunResult
+from prescope.routing import RoutingTrace
+from prescope.scheduler import SCHEDULES
+from prescope.simulator import Simulator, as_decode
+from prescope.simulator.prepare import Predicted, predictions_of
+from prescope.synthetic import SyntheticSpec
+
+ORACLE = "presched+oracle"
+COLUMNS = ["model", "batch", "slots", "schedule", "cache", "tok/s", "spread", "hit %", "late %", "miss %", "on CPU %", "GB",
+           "link GB/s", "stall %", "CPU wait %", "host %", "simulated", "error %", "bound", "of bound %"]  # fmt: skip
+
+
+class Case(NamedTuple):
+    """What all cells of one batch share."""
+
+    prompt: torch.Tensor
+    forced: RoutingTrace | None
+    predicted: dict[str, Predicted]  # by "recall" and "oracle"
+    predictors: dict[str, Predictor | None]
+    frequencies: np.ndarray  # (L, E) for the static cache: of the routing that follows, in hindsight
+
+
+def main() -> None:
+    """Run all models."""
+    args = _arguments()
+    args.deadline = time.perf_counter() + args.seconds
+    records: list[dict[str, Any]] = []
+    facts = machine_facts() | {"gpu": torch.cuda.get_device_name() if args.device == "cuda" else "emulated"}
+    print(f"# {facts}", flush=True)
+    try:
+        for name in args.model:
+            run_model(name, args, facts, records)
+    except KeyboardInterrupt:
+        print("# interrupted: what follows is what there is")
+    except Exception:  # noqa: BLE001 - the cells so far are printed and kept
+        traceback.print_exc()
+    print("\n" + "\n".join([f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", *map(row, records)]))
+
+
+def run_model(
+    name: str, args: argparse.Namespace, facts: dict[str, Any], records: list[dict[str, Any]]
+) -> None:
+    """All cells of one model."""
+    bench = open_model(name, torch.device(args.device), torch.bfloat16)
+    settings: dict[str, Any] = {"device": args.device, "events": True, "compiled": args.compiled}
+    with prescope.attach(bench.model, slots=1.0, **settings) as engine:
+        engine.name = bench.name
+        started = time.perf_counter()
+        profile = prescope.calibrate(engine, seconds=args.calibrate_seconds, save=False)
+        print(f"# calibrated in {time.perf_counter() - started:.0f} s: {profile.label}", flush=True)
+        print(markdown(profile.table()), flush=True)
+        if args.out:
+            profile.save(Path(args.out).with_suffix(f".{Path(name).name}.profile.json"))
+        widths = widths_of(engine)
+        for batch in args.batch:
+            case = make_case(engine, bench.weights, batch, args)
+            costs = profile.costs(engine.shape, width=widths[0], expert_width=widths[1], batch=batch)
+            run_batch(engine, name, batch, case, costs, args, facts, records)
+
+
+def run_batch(
+    engine: Engine, name: str, batch: int, case: Case, costs: LayerCosts, args: argparse.Namespace,
+    facts: dict[str, Any], records: list[dict[str, Any]],
+) -> None:  # fmt: skip
+    """All slots and schedules of one batch; the first cell of PreSched calibrates the simulator's clock."""
+    known: LayerCosts | None = None
+    step_us = 0.0
+    order = [("presched", args.slots[0])] if "presched" in args.schedules else []
+    order += [(s, slots) for slots in args.slots for s in args.schedules if (s, slots) not in order[:1]]
+    for schedule, slots in order:
+        if time.perf_counter() > args.deadline:
+            print(f"# no time left for batch {batch}, {schedule}, {slots:.0%}", flush=True)
+            continue
+        try:
+            cell, run = measure(engine, schedule, slots, case, costs, args)
+        except Exception:  # noqa: BLE001 - one cell must not cost the others
+            traceback.print_exc()
+            engine.recover()
+            continue
+        is_known = known is None
+        if known is None:
+            known, step_us = told_by(run, costs)
+            if args.out and run.trace is not None:
+                run.trace.save(Path(args.out).with_suffix(f".{Path(name).name}.b{batch}.safetensors"))
+        cell |= {
+            "model": name,
+            "batch": batch,
+            "is_known": is_known,
+            "costs": asdict(costs),
+            "told": asdict(known),
+        }
+        cell |= {"step_us": step_us, **simulated(engine, cell, case, known, step_us, run)}
+        records.append(cell)
+        print(row(cell), flush=True)
+        if args.out:
+            arguments = {k: v for k, v in vars(args).items() if k not in ("llapor", "deadline")}
+            text = json.dumps(
+                {"machine": facts, "arguments": arguments, "cells": records}, indent=1, default=str
+            )
+            Path(args.out).write_text(text + "\n")
+
+
+def measure(
+    engine: Engine, schedule: str, slots: float, case: Case, costs: LayerCosts, args: argparse.Namespace
+) -> tuple[dict[str, Any], RunResult]:
+    """Median of some runs from empty slots."""
+    way = SCHEDULES[schedule.partition("+")[0]]
+    which = "oracle" if schedule == ORACLE else "recall"
+    cache = args.cache or way.cache
+    if cache == "static":
+        engine._frequencies = case.frequencies.astype(np.float64)
+    predictor = case.predictors[which] if way.predictor != "none" else None
+    engine.configure(slots=slots, cache=cache, schedule="on-demand")
+    scores = None
+    if case.forced is not None and predictor is not None:
+        scores = scores_of(case.predicted[which])
+    engine.force_routing(case.forced, scores)
+    if way.name != "on-demand":
+        engine.configure(schedule=way.name, predictor=predictor, costs=costs)
+    runs = []
+    for i in range(args.repeats + 1):
+        engine.clear_cache()
+        run = engine.generate(case.prompt, max_new_tokens=args.new)
+        if i:
+            runs.append(run)
+    decode, last = runs[-1].metrics.decode, runs[-1]
+    speeds = [run.metrics.tokens_per_s for run in runs]
+    steps = last.steps[last.steps["phase"] == "decode"]["dur_us"].to_numpy()
+    cell = {
+        "schedule": schedule, "cache": cache, "slots": slots, "num_slots": engine.num_slots,
+        "tokens_per_s": statistics.median(speeds), "tokens_per_s_runs": speeds, "new": args.new,
+        "decode": last.config["reasons"]["decode"], "cpu": last.config["reasons"].get("cpu", ""),
+        "predictor": predictor.name if predictor is not None else "none", "steps_us": steps.tolist(),
+        **{field: getattr(decode, field) for field in FIELDS},
+    }  # fmt: skip
+    return cell, last
+
+
+FIELDS = [
+    "needed", "hits", "late", "misses", "on_cpu", "hit_rate", "late_rate", "miss_rate", "stall_ms", "stall_frac",
+    "cpu_wait_ms", "host_wait_ms", "dense_gpu_ms", "experts_gpu_ms", "experts_cpu_ms", "wall_ms", "num_steps",
+    "h2d_bytes", "h2d_busy_ms", "link_gb_per_s", "link_use_frac", "on_demand_transfers", "prefetch_transfers",
+]  # fmt: skip
+
+
+def told_by(run: RunResult, costs: LayerCosts) -> tuple[LayerCosts, float]:
+    """Costs with the rest of a layer, the decision and a GPU expert as one run had them; and a step's own time."""
+    events = run.events[run.events["phase"] == "decode"]
+    layers = int(run.layers["moe_layer"].max()) + 1
+    steps, decode = run.metrics.decode.num_steps, run.metrics.decode
+    dense = events[(events["kind"] == "dense")]
+    inside = float(dense[dense["moe_layer"] >= 0]["dur_us"].sum()) / (steps * layers)
+    waits = events[events["kind"] == "host_wait"]
+    decide = float(waits[waits["moe_layer"] >= 0]["dur_us"].median())
+    busy = float(events[events["lane"].isin(["gpu", "stall", "host"])]["dur_us"].sum())
+    outside = (
+        busy
+        - float(
+            events[(events["moe_layer"] >= 0) & events["lane"].isin(["gpu", "stall", "host"])]["dur_us"].sum()
+        )
+    ) / steps
+    on_gpu = max(1, decode.needed - decode.on_cpu)
+    source = f"{costs.source}; rest, decision and GPU expert from one run of PreSched"
+    told = replace(
+        costs,
+        rest_us=inside,
+        decide_us=decide,
+        gpu_us=1e3 * decode.experts_gpu_ms / on_gpu,
+        predict_us=0.0,
+        source=source,
+    )
+    return told, outside
+
+
+def simulated(
+    engine: Engine, cell: dict[str, Any], case: Case, costs: LayerCosts, step_us: float, run: RunResult
+) -> dict[str, Any]:
+    """The same cell by the simulator."""
+    assert run.trace is not None
+    simulator = Simulator(run.trace, costs, row_bytes=engine.shape.row_bytes, step_us=step_us)
+    steps = len(simulator.needs.steps)
+    which = "oracle" if cell["schedule"] == ORACLE else "recall"
+    way = SCHEDULES[cell["schedule"].partition("+")[0]]
+    if way.predictor != "none" and which in case.predicted:
+        simulator.predicted = Predicted(*(part[:, :steps] for part in case.predicted[which]))
+    frequencies = case.frequencies.astype(np.float64)
+    result = simulator.run(way.name, slots=cell["num_slots"], cache=cell["cache"], frequencies=frequencies)
+    counts, bounds = result.counts, result.bounds
+    return {
+        "simulated_tokens_per_s": result.tokens_per_s,
+        "simulated": {name: int(value) for name, value in counts._asdict().items()},
+        "error_frac": result.tokens_per_s / cell["tokens_per_s"] - 1.0,
+        "bounds": bounds._asdict(), "bound_tokens_per_s": bounds.tokens_per_s,
+    }  # fmt: skip
+
+
+def make_case(engine: Engine, weights: str, batch: int, args: argparse.Namespace) -> Case:
+    """Prompt, routing and predictions of a batch."""
+    vocabulary = engine.model.config.vocab_size
+    prompt = torch.randint(
+        0, vocabulary, (batch, args.prompt), generator=torch.Generator().manual_seed(batch)
+    )
+    if weights == "trained":
+        return own_case(engine, batch, args)
+    shape = engine.shape
+    spec = SyntheticSpec(
+        num_layers=shape.num_layers, num_experts=shape.num_experts, top_k=shape.top_k, zipf=args.habits[0],
+        persistence=args.habits[1], correlation=args.habits[2], diversity=args.habits[3],
+    )  # fmt: skip
+    trace = spec.generate(prompt_tokens=args.prompt, new_tokens=args.new, batch=batch, seed=1)
+    recall = {a: r for a, r in zip((1, 2, 4), args.recall, strict=True) if a < shape.num_layers}
+    predictors: dict[str, Predictor | None] = {
+        "recall": NoisyOracle(trace, recall), "oracle": NoisyOracle(trace, dict.fromkeys(recall, 1.0)),
+    }  # fmt: skip
+    predicted = {name: predictions_of(one, trace) for name, one in predictors.items() if one is not None}
+    return Case(prompt, trace, predicted, predictors, trace.expert_counts())
+
+
+def own_case(engine: Engine, batch: int, args: argparse.Namespace) -> Case:
+    """A trained model on held-out text, routed by itself and predicted by LLaPor; trained for the first batch."""
+    assert args.corpus, "a trained model needs --corpus, a folder with train/ and valid/"
+    domains = sorted(path.stem for path in (Path(args.corpus) / "valid").glob("*.txt"))
+    if not hasattr(args, "llapor"):
+        train = excerpts(engine, Path(args.corpus) / "train", domains, args.train_prompts, 128)
+        started = time.perf_counter()
+        trained = prescope.train_predictor(
+            engine, train, training=TrainConfig(epochs=args.epochs), own_tokens=8192
+        )
+        args.llapor = trained.predictor
+        print(
+            f"# LLaPor in {time.perf_counter() - started:.0f} s: {trained.predictor!r}\n{trained}", flush=True
+        )
+    each = -(-batch // len(domains))
+    texts = excerpts(engine, Path(args.corpus) / "valid", domains, each, args.prompt)
+    rows = [ids for some in zip(*texts.values(), strict=True) for ids in some][:batch]
+    prompt = torch.tensor(rows)
+    engine.configure(slots=1.0, schedule="on-demand")
+    tokens = engine.generate(prompt, max_new_tokens=args.new, min_new_tokens=args.new).tokens
+    print(
+        f"# batch {batch}: {len({t for r in tokens for t in r})} distinct tokens of {args.new * batch}",
+        flush=True,
+    )
+    whole = [[*ids, *new] for ids, new in zip(rows, tokens, strict=True)]
+    trace = as_decode(record_trace(engine, {"own": whole}, max_tokens=args.prompt + args.new), batch)
+    predicted = predictions_of(args.llapor, trace)
+    first = args.prompt  # the first decode step reads the token behind the prompt
+    behind = Predicted(*(part[:, first:] for part in predicted))
+    return Case(
+        prompt, None, {"recall": behind}, {"recall": args.llapor, "oracle": None}, trace.expert_counts()
+    )
+
+
+def excerpts(
+    engine: Engine, folder: Path, domains: list[str], count: int, tokens: int
+) -> dict[str, list[list[int]]]:
+    """`count` excerpts of each domain, evenly spaced, `tokens` long each."""
+    assert engine.tokenizer is not None, "text needs a tokenizer"
+    found = {}
+    for domain in domains:
+        text = (folder / f"{domain}.txt").read_text(encoding="utf-8", errors="replace")
+        starts = np.linspace(0, max(0, len(text) - 12 * tokens), count).astype(int)
+        found[domain] = [
+            engine.tokenizer(text[i : i + 12 * tokens])["input_ids"][1 : tokens + 1] for i in starts
+        ]
+    return found
+
+
+def scores_of(predicted: Predicted) -> np.ndarray:
+    """(S, L, d, 2, E) by the layer that predicts, from arrays by the layer predicted."""
+    d, S, L, E = predicted.used_dSLE.shape
+    scores = np.zeros((S, L, d, 2, E), np.float32)
+    for ahead in range(1, d + 1):
+        for kind, values in enumerate(predicted):
+            scores[:, : L - ahead, ahead - 1, kind] = values[ahead - 1][:, ahead:]
+    return scores
+
+
+def widths_of(engine: Engine) -> tuple[int, int]:
+    """D and F of the first MoE layer."""
+    layer = engine._layers[0]
+    down = layer.layout.field(layer.spec.down).shape
+    return (down[1], down[0]) if layer.spec.is_transposed else (down[0], down[1])
+
+
+def row(cell: dict[str, Any]) -> str:
+    """One line of the table."""
+    runs, wall = cell["tokens_per_s_runs"], cell["wall_ms"]
+    values = [
+        cell["model"], str(cell["batch"]), f"{cell['slots']:.1%}", cell["schedule"] + ("*" if cell["is_known"] else ""),
+        cell["cache"], f"{cell['tokens_per_s']:.1f}", f"{min(runs):.1f}-{max(runs):.1f}",
+        *(f"{100 * cell[name]:.1f}" for name in ("hit_rate", "late_rate", "miss_rate")),
+        f"{100 * cell['on_cpu'] / max(1, cell['needed']):.1f}", f"{cell['h2d_bytes'] / 1e9:.2f}",
+        f"{cell['link_gb_per_s']:.1f}", f"{100 * cell['stall_frac']:.1f}", f"{100 * cell['cpu_wait_ms'] / wall:.1f}",
+        f"{100 * cell['host_wait_ms'] / wall:.1f}", f"{cell['simulated_tokens_per_s']:.1f}",
+        f"{100 * cell['error_frac']:+.1f}", f"{cell['bound_tokens_per_s']:.1f}",
+        f"{100 * cell['tokens_per_s'] / cell['bound_tokens_per_s']:.0f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(values)} |"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", default=["qwen3-30b-a3b-cut16"], help="published shapes")
+    add("--batch", nargs="+", type=int, default=[1, 8, 16, 64])
+    add("--slots", nargs="+", type=float, default=[0.5, 0.25, 0.125])
+    add("--schedules", nargs="+", default=[*SCHEDULES, ORACLE])
+    add("--cache", default="", help="one cache policy for all; by default each schedule's own")
+    add(
+        "--habits",
+        nargs=4,
+        type=float,
+        default=[1.05, 0.07, 0.29, 1.0],
+        help="zipf, persistence, correlation, diversity",
+    )
+    add(
+        "--recall",
+        nargs=3,
+        type=float,
+        default=[0.86, 0.83, 0.80],
+        help="of the emulated predictor, 1, 2, 4 layers ahead",
+    )
+    add("--corpus", default="", help="text for a trained model: a folder with train/ and valid/")
+    add("--train-prompts", type=int, default=30, help="of each domain, for LLaPor")
+    add("--epochs", type=int, default=5, help="of LLaPor's training")
+    add("--prompt", type=int, default=16, help="tokens in")
+    add("--new", type=int, default=24, help="tokens out")
+    add("--repeats", type=int, default=2)
+    add("--compiled", action="store_true", help="compile the layers around the experts")
+    add("--calibrate-seconds", type=float, default=25.0)
+    add("--seconds", type=float, default=1e9, help="start no new cell after this")
+    add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: an emulated link, to try the script")
+    add("--out", help="JSON file; profile and traces are written beside it")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
