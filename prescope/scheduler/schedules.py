@@ -148,11 +148,11 @@ _ALL = (
         name="presched",
         title="PreSched",
         number=PRESCHED,
-        cache="lru",
+        cache="score",
         predictor="llapor",
         uses_cpu=True,
         lookahead=2,
-        threshold=0.2,
+        threshold=0.1,
         same="this and the next layer are planned together: resident, prefetched, loaded on demand or computed on the "
         "CPU, so that both are done soonest, in O(n) after a sort; costs are profiled",
         unknown="no code is public. Ours: the formulas of the window, probabilities in them, further layers when the "

@@ -77,7 +77,7 @@ class _Wire(NamedTuple):
     cpu_us: FloatArray  # (1,) the CPU is done
     copies: IntArray  # (n, 4) as `Log`
     copy_us: FloatArray  # (n, 2)
-    count: IntArray  # (1,) copies so far
+    num_copies: IntArray  # (1,)
 
 
 @jit
@@ -180,7 +180,7 @@ def replay(
             now = done
         now += step_us
         step_end[s] = now
-    count = wire.count[0]
+    count = wire.num_copies[0]
     return Log(times, counts, step_end, wire.copies[:count].copy(), wire.copy_us[:count].copy())
 
 
@@ -243,7 +243,7 @@ def _copy(
     begin = max(ask_us, wire.free_us[0])
     end = begin + (costs.link_busy_us if begin < wire.cpu_us[0] else costs.link_us)
     wire.free_us[0] = wire.ready_us[slot] = end
-    i = wire.count[0]
+    i = wire.num_copies[0]
     wire.copies[i, STEP], wire.copies[i, AT_LAYER], wire.copies[i, KEY], wire.copies[i, REASON] = (
         step,
         layer,
@@ -251,7 +251,7 @@ def _copy(
         reason,
     )
     wire.copy_us[i, 0], wire.copy_us[i, 1] = begin, end
-    wire.count[0] += 1
+    wire.num_copies[0] += 1
 
 
 @jit
@@ -311,7 +311,7 @@ def _serve(
 @jit
 def _with_room(wire: _Wire, more: int) -> _Wire:
     """Room for so many copies more."""
-    count, size = wire.count[0], len(wire.copies)
+    count, size = wire.num_copies[0], len(wire.copies)
     if count + more <= size:
         return wire
     copies, copy_us = np.empty((2 * size + more, 4), np.int64), np.empty((2 * size + more, 2))
@@ -325,5 +325,5 @@ def _with_room(wire: _Wire, more: int) -> _Wire:
         wire.cpu_us,
         copies,
         copy_us,
-        wire.count,
+        wire.num_copies,
     )
