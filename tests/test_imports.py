@@ -34,7 +34,7 @@ LADDER: dict[str, tuple[str, ...]] = {
     ),
     "bytes": ("forced", "device", "layout", "host_pool", "slots", "loader", "cpu_experts", "kernels"),
     "model": ("hf", "recorder", "scheduling", "serving", "decode", "engine"),
-    "workbench": ("calibration", "learning", "views", "tuning", "report", "widgets", "workbench"),
+    "workbench": ("calibration", "learning", "replays", "views", "tuning", "report", "widgets", "workbench"),
 }
 ROW_OF = {module: row for row, modules in LADDER.items() for module in modules}
 RANK = {row: rank for rank, row in enumerate(LADDER)}

@@ -1,0 +1,177 @@
+"""Machines that a recorded trace can be replayed on: the one at hand, and those whose profiles come with prescope."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..calibration import ExpertForm
+from ..core import MoEShape
+from ..cost import LayerCosts, costs_of_run
+from ..engine import Engine
+from ..errors import BadProfile
+from ..planner import most_in_flight
+from ..profile import Expert, HardwareProfile
+from ..profile.files import shipped_files
+from ..result import RunResult
+
+HERE = "this machine"
+#: What slower links of a machine with a GPU stand for, by how often each copy is made.
+SLOWER_LINKS = {2: "PCIe 4", 4: "PCIe 3"}
+
+
+class Machine(NamedTuple):
+    """What a layer costs somewhere.
+
+    Attributes:
+        name: as a menu shows it.
+        costs: with the link alone; `cpu_us` empty where no CPU experts were measured.
+        link_busy_us: one copy while the CPU computes experts.
+        row_bytes: of one expert there.
+        step_us: of a step besides its MoE layers.
+        most_in_flight: prefetches on the wire at most, as an engine has it there.
+        is_here: the engine at hand runs on it, so that what was simulated can be run.
+    """
+
+    name: str
+    costs: LayerCosts
+    link_busy_us: float
+    row_bytes: int
+    step_us: float
+    most_in_flight: int
+    is_here: bool = False
+
+    def costs_with(self, cpu: bool) -> LayerCosts:
+        """Costs for an engine's decisions, which know one link: that beside the CPU lane, or that alone."""
+        if cpu and self.costs.cpu_us:
+            return replace(self.costs, link_us=self.link_busy_us)
+        return replace(self.costs, cpu_us=(), cpu_base_us=0.0)
+
+
+def machine_of_run(engine: Engine, run: RunResult, profile: HardwareProfile | None = None) -> Machine:
+    """The machine at hand, its layers as they were in a recorded run.
+
+    Args:
+        run: on demand, with events. `profile`: of this machine, for experts on the CPU; without one there is no CPU
+            lane.
+
+    Raises:
+        BadTrace: the run holds no such times.
+        ForeignProfile: the profile is of another machine.
+    """
+    costs = costs_of_run(run)
+    decode = run.metrics.decode
+    layers = decode.num_steps * engine.shape.num_layers
+    compute = run.events[
+        (run.events["phase"] == "decode") & run.events["lane"].isin(["gpu", "stall", "host"])
+    ]
+    dense = compute[(compute["kind"] == "dense") & (compute["moe_layer"] >= 0)]["dur_us"].sum()
+    of_layers = compute[compute["moe_layer"] >= 0]["dur_us"].sum()
+    costs = replace(costs, rest_us=float(dense) / layers, decide_us=1e3 * decode.host_wait_ms / layers)
+    busy = 1.0
+    if profile is not None:
+        profile.require_this_machine(run.hardware)
+        if profile.link_gb_per_s is not None:
+            profile = profile.with_link(float(run.hardware["link_gb_per_s"]))
+        form = engine_expert(engine)
+        alone, beside = (
+            profile.costs(
+                engine.shape,
+                width=form.width,
+                expert_width=form.expert_width,
+                batch=run.metrics.batch,
+                cpu_lane=lane,
+                rest_us=costs.rest_us,
+            )
+            for lane in (False, True)
+        )
+        busy = max(1.0, beside.link_us / alone.link_us)
+        costs = replace(
+            costs,
+            cpu_us=beside.cpu_us,
+            cpu_base_us=beside.cpu_base_us,
+            copy_us=beside.copy_us,
+            source=f"{costs.source}; CPU experts calibrated",
+        )
+    return Machine(
+        HERE,
+        costs,
+        busy * costs.link_us,
+        engine.shape.row_bytes,
+        (1e3 * decode.wall_ms - float(of_layers)) / decode.num_steps,
+        most_in_flight(engine.config.device, engine.shape.row_bytes),
+        is_here=True,
+    )
+
+
+def engine_expert(engine: Engine) -> Expert:
+    """Sizes of a model's largest experts."""
+    layer = max(engine._layers, key=lambda layer: layer.layout.row_bytes)
+    return ExpertForm(layer.spec, layer.layout).expert
+
+
+def machine_of_profile(
+    profile: HardwareProfile, name: str, shape: MoEShape, expert: Expert, batch: int
+) -> Machine:
+    """Another machine, with experts of some size that were measured there.
+
+    Raises:
+        BadProfile: the rest of a layer beside such experts is not known.
+    """
+    alone, beside = (
+        profile.costs(
+            shape._replace(row_bytes=expert.nbytes),
+            width=expert.width,
+            expert_width=expert.expert_width,
+            batch=batch,
+            cpu_lane=lane,
+        )
+        for lane in (False, True)
+    )
+    kind = "cpu" if profile.link_gb_per_s is not None else "cuda"
+    return Machine(
+        f"{name}, experts of {expert.nbytes / 1e6:.3g} MB",
+        replace(beside, link_us=alone.link_us),
+        beside.link_us,
+        expert.nbytes,
+        0.0,
+        most_in_flight(kind, expert.nbytes),
+    )
+
+
+def machine_with_link(machine: Machine, factor: float) -> Machine:
+    """A machine with its link so many times as fast, all else the same."""
+    costs = replace(
+        machine.costs,
+        link_us=machine.costs.link_us / factor,
+        source=f"link emulated {factor:g} times as fast, {machine.costs.source}",
+    )
+    return machine._replace(
+        name=f"{machine.name}, link {factor:g} times as fast",
+        costs=costs,
+        link_busy_us=machine.link_busy_us / factor,
+        is_here=False,
+    )
+
+
+def shipped_machines(shape: MoEShape, batch: int) -> list[Machine]:
+    """All machines whose profiles come with prescope, with each size of experts that whole layers are known of.
+
+    Machines with a GPU also behind the slower links that they can emulate.
+    """
+    found = []
+    for file in shipped_files():
+        profile = HardwareProfile.load(file)
+        for expert in profile.lanes.gpu:
+            for name, seen in _behind_links(profile, file.stem):
+                try:
+                    found.append(machine_of_profile(seen, name, shape, expert, batch))
+                except BadProfile:  # experts alone were measured, no engine with them
+                    continue
+    return found
+
+
+def _behind_links(profile: HardwareProfile, name: str) -> Iterator[tuple[str, HardwareProfile]]:
+    yield name, profile
+    if profile.link_gb_per_s is None and profile.link_factor == 1:
+        for factor, link in SLOWER_LINKS.items():
+            yield f"{name} behind emulated {link}", profile.emulated(factor, link)

@@ -1,0 +1,244 @@
+"""Why an expert went where it went: one layer of one step, replayed up to its decision.
+
+The layers before it run through the simulator's own loop; then nothing more is asked for, so that slots and link stay
+as the decision found them. Shapes: S steps, L MoE layers, E experts, n experts needed, d layers ahead.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ..cache import make_policy
+from ..core import Reason
+from ..errors import UnsupportedOption
+from ..residency import ResidencyTable
+from ..scheduler import SCHEDULES
+from ..scheduler.terms import Costs, Knobs, cpu_time
+from ..simulator import SimResult, Simulator
+from ..simulator.prepare import compiled_costs
+from ..simulator.replay import (
+    AHEAD,
+    AT_LAYER,
+    DECIDED,
+    DONE,
+    KEY,
+    ON_CPU,
+    REASON,
+    STEP,
+    Demand,
+    State,
+    replay,
+)
+
+#: Where an expert was when its layer needed it.
+IN_SLOT, ON_LINK, ON_HOST = WHERE = ("in its slot", "on the link", "in host memory")
+
+
+class Why(NamedTuple):
+    """One layer of one step.
+
+    Attributes:
+        experts: one row an expert, needed or prefetched: expert, tokens, was, decision, reason (`core.Reason`),
+            by_link_us, by_cpu_us, predicted.
+        splits: one row for each number of misses that could have been copied: copied, on_cpu, link_us, gpu_us, cpu_us,
+            layer_us, chosen. Without prefetches for the next layer, which PreSched weighs too.
+        backlog_us: until the link was done with what it had been given before.
+        layer_us: from the decision to the end of the layer.
+        words: the decision in one sentence.
+    """
+
+    step: int
+    moe_layer: int
+    experts: pd.DataFrame
+    splits: pd.DataFrame
+    backlog_us: float
+    layer_us: float
+    words: str
+    label: str
+
+
+def why(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> Why:
+    """Where each expert of one layer of one step went, and what was weighed.
+
+    Raises:
+        UnsupportedOption: the trace has no such decode step, or the model no such layer.
+    """
+    found = np.flatnonzero(simulator.needs.steps == step)
+    if not len(found) or not 0 <= moe_layer < simulator.shape.num_layers:
+        steps = simulator.needs.steps
+        raise UnsupportedOption(
+            f"step {step}, MoE layer {moe_layer}: there are decode steps {steps[0]} to {steps[-1]} and layers 0 to "
+            f"{simulator.shape.num_layers - 1}"
+        )
+    s, log, config = int(found[0]), result.log, result.config
+    costs = compiled_costs(
+        simulator.costs,
+        cpu=config["cpu"],
+        predicts=config["lookahead"] > 0,
+        link_busy_us=simulator.link_busy_us,
+    )
+    slot_of_E, link_free_us = _before(simulator, result, costs, s, moe_layer)
+    decided = float(log.times_us[s, moe_layer, DECIDED])
+    backlog = max(0.0, link_free_us - decided)
+    experts = _experts(simulator, result, s, moe_layer, slot_of_E)
+    missing = experts[(experts["was"] == ON_HOST) & (experts["tokens"] > 0)]
+    here = experts[(experts["was"] != ON_HOST) & (experts["tokens"] > 0)]
+    num_late = int((here["was"] == ON_LINK).sum())
+    tokens = missing["tokens"].to_numpy().astype(np.int64)
+    by_link, by_cpu = _each(costs, tokens, backlog)
+    experts.loc[missing.index, "by_link_us"], experts.loc[missing.index, "by_cpu_us"] = by_link, by_cpu
+    num_cpu = int(log.counts[s, moe_layer, ON_CPU])
+    splits = _splits(costs, tokens, (len(here), num_late), backlog, len(tokens) - num_cpu)
+    return Why(
+        step,
+        moe_layer,
+        experts,
+        splits,
+        backlog,
+        float(log.times_us[s, moe_layer, DONE]) - decided,
+        _words(result, experts, splits, num_cpu),
+        result.label,
+    )
+
+
+def _before(
+    simulator: Simulator, result: SimResult, costs: Costs, s: int, layer: int
+) -> tuple[NDArray[np.int64], float]:
+    """Slot of each expert of a layer, and when the link is done, as the layer's decision found them."""
+    config, E = result.config, simulator.shape.num_experts
+    counts = simulator.trace.expert_counts().astype(np.float64)
+    policy = make_policy(config["cache"], simulator.shape, counts)
+    table = ResidencyTable(simulator.shape, config["num_slots"], policy)
+    schedule = SCHEDULES[config["schedule"]]
+    knobs = Knobs(schedule.number, config["lookahead"], config["width"], config["threshold"])
+    depth, now, free_us = config["lookahead"], 0.0, 0.0
+    trust = np.zeros((depth, 2))
+    for i, (prefills, steps) in enumerate(simulator._segments):
+        simulator._prefill(table, prefills, is_first=i == 0)
+        rows = slice(steps.start, min(steps.stop, s + 1))
+        demand = _demand(simulator, config["cache"], depth, rows)
+        is_last = steps.start <= s < steps.stop
+        if is_last:
+            _cut(demand, layer)
+        state = State(table.slot_of, table.key_of, policy.scores, np.array([policy.tick], np.int64), trust)
+        log = replay(
+            knobs, costs, policy.kind, config["most_in_flight"], simulator.step_us, now, state, demand
+        )
+        policy.tick, now = int(state.tick[0]), float(log.step_end_us[-1])
+        if is_last:
+            before = log.copies[:, AT_LAYER] <= layer if schedule.streams else np.ones(len(log.copies), bool)
+            before |= log.copies[:, STEP] < s - steps.start
+            free_us = float(log.copy_us[before, 1].max(initial=0.0))
+            break
+    return table.slot_of[layer * E : (layer + 1) * E].copy(), free_us
+
+
+def _demand(simulator: Simulator, cache: str, depth: int, rows: slice) -> Demand:
+    needs, predicted = simulator.needs, simulator.predicted
+    weights = needs.weights_SLE[rows] if cache == "score" else np.zeros((0, 0, 0), np.float32)
+    return Demand(
+        needs.tokens_SLE[rows].copy(),
+        weights,
+        predicted.expected_dSLE[:depth, rows].copy(),
+        predicted.used_dSLE[:depth, rows].copy(),
+    )
+
+
+def _cut(demand: Demand, layer: int) -> None:
+    """From this layer of the last step on nothing is needed and nothing predicted."""
+    demand.tokens_SLE[-1, layer:] = 0
+    for ahead in range(len(demand.used_dSLE)):
+        demand.used_dSLE[ahead, -1, layer + ahead + 1 :] = 0.0
+        demand.expected_dSLE[ahead, -1, layer + ahead + 1 :] = 0.0
+
+
+def _experts(
+    simulator: Simulator, result: SimResult, s: int, layer: int, slot_of_E: NDArray[np.int64]
+) -> pd.DataFrame:
+    """One row an expert: those needed, by where they were and by tokens, then those prefetched in vain."""
+    E, log = simulator.shape.num_experts, result.log
+    why_ahead = str(Reason.STREAM if result.streams else Reason.PREFETCH)
+    tokens_E = simulator.needs.tokens_SLE[s, layer]
+    decided = log.times_us[s, layer, DECIDED]
+    mine = (log.copies[:, STEP] == s) & (log.copies[:, AT_LAYER] == layer)
+    ahead = mine & (log.copies[:, REASON] == AHEAD)
+    landing = dict(zip((log.copies[ahead, KEY] % E).tolist(), log.copy_us[ahead, 1].tolist(), strict=True))
+    demanded = set((log.copies[mine & ~ahead, KEY] % E).tolist())
+    used = simulator.predicted.used_dSLE[:1, s, layer]
+    rows = []
+    for expert in sorted(set(np.flatnonzero(tokens_E).tolist()) | landing.keys()):
+        tokens = int(tokens_E[expert])
+        was = IN_SLOT if slot_of_E[expert] >= 0 else ON_HOST
+        # Streaming decides without predictions, so that its slots are not those of this decision; it has no CPU lane.
+        gone = was == ON_HOST and not result.streams
+        if expert in demanded:
+            was, decision, reason = ON_HOST, "copied on demand", str(Reason.ON_DEMAND)
+        elif expert in landing and not (tokens and gone):
+            was = ON_LINK if landing[expert] > decided else IN_SLOT
+            wait = f"{landing[expert] - decided:,.0f} us late" if was == ON_LINK else "in time"
+            decision, reason = f"copied ahead, {wait}" if tokens else "copied ahead, not needed", why_ahead
+        elif gone:
+            decision, reason = "computed on the CPU", str(Reason.CPU)
+        else:
+            was, decision, reason = IN_SLOT, "used where it was", ""
+        predicted = float(used[0, expert]) if len(used) and layer else float("nan")
+        rows.append((expert, tokens, was, decision, reason, np.nan, np.nan, predicted))
+    columns = ["expert", "tokens", "was", "decision", "reason", "by_link_us", "by_cpu_us", "predicted"]
+    frame = pd.DataFrame(rows, columns=columns)
+    order = np.lexsort(
+        (frame["expert"], -frame["tokens"], frame["was"].map(WHERE.index), frame["tokens"] == 0)
+    )
+    return frame.iloc[order].reset_index(drop=True)
+
+
+def _each(costs: Costs, tokens: NDArray[np.int64], backlog_us: float) -> tuple[list[float], list[float]]:
+    """When each miss, most tokens first, would be done over the link behind those before it, or on the CPU with those
+    behind it.
+    """
+    by_link = [backlog_us + (j + 1) * costs.link_us + costs.gpu_us for j in range(len(tokens))]
+    if len(costs.cpu_us) < 2:
+        return by_link, [float("nan")] * len(tokens)
+    each = np.array([cpu_time(costs.cpu_us, n) for n in tokens.tolist()])
+    return by_link, (costs.cpu_base_us + each[::-1].cumsum()[::-1]).tolist() if len(each) else []
+
+
+def _splits(
+    costs: Costs, tokens: NDArray[np.int64], here_and_late: tuple[int, int], backlog_us: float, chosen: int
+) -> pd.DataFrame:
+    """What each split of the misses would take, by the formulas of `scheduler.presched`."""
+    n, has_cpu = len(tokens), len(costs.cpu_us) > 1
+    here, late = here_and_late
+    rows = []
+    for copied in range(0 if has_cpu else n, n + 1):
+        link = backlog_us + copied * (costs.link_us if copied == n else costs.link_busy_us)
+        gpu = here * costs.gpu_us
+        if copied:
+            gpu = max(gpu, link) + costs.gpu_us
+        elif late:
+            gpu = max(gpu, link)
+        rest = [cpu_time(costs.cpu_us, t) for t in tokens[copied:].tolist()] if copied < n else []
+        cpu = costs.cpu_base_us + sum(rest) if rest else 0.0
+        rows.append((copied, n - copied, link if copied else 0.0, gpu, cpu, max(gpu, cpu), copied == chosen))
+    columns = ["copied", "on_cpu", "link_us", "gpu_us", "cpu_us", "layer_us", "chosen"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _words(result: SimResult, experts: pd.DataFrame, splits: pd.DataFrame, num_cpu: int) -> str:
+    title = SCHEDULES[result.config["schedule"]].title
+    needed = experts[experts["tokens"] > 0]
+    where = needed["was"].value_counts()
+    text = (
+        f"{title}: of {len(needed)} experts needed, {where.get(IN_SLOT, 0)} in their slots, {where.get(ON_LINK, 0)} "
+        f"on the link, {where.get(ON_HOST, 0)} in host memory"
+    )
+    misses = int(where.get(ON_HOST, 0))
+    if not misses:
+        return text + "; nothing to decide"
+    best = splits.loc[splits["layer_us"].idxmin()]
+    taken = splits[splits["chosen"]].iloc[0]
+    text += f"; {misses - num_cpu} copied, {num_cpu} on the CPU: {taken['layer_us']:,.0f} us"
+    if len(splits) > 1 and best["copied"] != taken["copied"]:
+        text += f" (alone, the layer would be done sooner with {best['copied']:.0f} copied: {best['layer_us']:,.0f} us)"
+    return text

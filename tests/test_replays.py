@@ -1,0 +1,119 @@
+"""One trace under any choice: names, settings for the engine, and why each expert went where it went."""
+
+import numpy as np
+import pytest
+from small_run import NUM_EXPERTS, NUM_LAYERS, small_trace
+
+from prescope.cost import LayerCosts
+from prescope.errors import UnsupportedOption
+from prescope.predictor import Frequency
+from prescope.replays import HERE, NOISY, NONE, ORACLE, WHERE, Choice, Machine, Replays, machine_with_link
+from prescope.scheduler import SCHEDULES
+from prescope.simulator.replay import HITS, LATE, MISSES, ON_CPU
+
+COSTS = LayerCosts(
+    link_us=100.0,
+    gpu_us=10.0,
+    rest_us=150.0,
+    cpu_us=(0.0, 80.0, 90.0),
+    cpu_base_us=20.0,
+    decide_us=5.0,
+    source="made for this test",
+)
+MACHINE = Machine(HERE, COSTS, 120.0, 1_500_000, 30.0, 2, is_here=True)
+
+
+@pytest.fixture(scope="module")
+def replays():
+    trace = small_trace(steps=7, batch=3)
+    return Replays(
+        trace, [MACHINE, machine_with_link(MACHINE, 4)], [Frequency(trace, 2)], predict_us={"frequency": 8.0}
+    )
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("predictor", [None, NOISY])
+def test_where_each_expert_was_is_what_the_replay_counted(replays, name, predictor):
+    """The explanation replays up to a layer's decision; a mistake there would tell a plausible tale."""
+    choice = Choice(schedule=name, slots=14, predictor=predictor, recall=0.6)
+    result = replays.run(choice)
+    for s, step in enumerate(result.needs.steps.tolist()):
+        for layer in range(NUM_LAYERS):
+            why = replays.why(choice, step, layer, result)
+            needed = why.experts[why.experts["tokens"] > 0]
+            found = [int((needed["was"] == where).sum()) for where in WHERE]
+            assert found == result.log.counts[s, layer, [HITS, LATE, MISSES]].tolist()
+            assert int((needed["reason"] == "cpu").sum()) == result.log.counts[s, layer, ON_CPU]
+            assert why.splits["chosen"].sum() == 1
+            assert f"of {len(needed)} experts needed" in why.words
+
+
+def test_fiddler_takes_the_sooner_of_the_two_for_each_expert_and_the_table_says_so(replays):
+    result = replays.run(Choice(schedule="fiddler", slots=6))
+    assert result.counts.on_cpu
+    why = replays.why(Choice(schedule="fiddler", slots=6), int(result.needs.steps[0]), 1)
+    missing = why.experts[why.experts["was"] == WHERE[2]]
+    assert len(missing)
+    by_cpu = missing["by_cpu_us"].to_numpy()
+    assert by_cpu[-1] == 20.0 + {1: 80.0, 2: 90.0, 3: 100.0}[missing["tokens"].iloc[-1]]
+    assert np.all(np.diff(by_cpu) < 0), "each stands with those behind it"
+    assert why.layer_us >= why.splits["layer_us"].min() - 1e-6 or len(missing) == 0
+
+
+def test_a_choice_takes_the_schedules_own_values_and_stays_within_what_there_is(replays):
+    own = replays.resolved(Choice(schedule="presched", slots=8))
+    assert (own.cache, own.width) == (SCHEDULES["presched"].cache, NUM_EXPERTS)
+    assert own.predictor == "frequency", "LLaPor is not there: the next best"
+    assert own.lookahead == 2
+    assert replays.resolved(Choice(schedule="presched", slots=8, predictor=NONE)).lookahead == 0
+    assert not replays.resolved(Choice(schedule="fate", slots=8)).cpu, "it never uses the CPU"
+    assert replays.predictor_names == [NONE, "frequency", NOISY, ORACLE]
+    with pytest.raises(UnsupportedOption, match="'noisy oracle'"):
+        replays.run(Choice(slots=8, predictor="crystal ball"))
+    with pytest.raises(UnsupportedOption, match="link 4 times"):
+        replays.run(Choice(slots=8, machine="moon"))
+
+
+def test_what_only_the_simulator_can_is_refused_for_real(replays):
+    for choice in (Choice(slots=8, predictor=ORACLE), Choice(slots=8, machine=list(replays.machines)[1])):
+        assert replays.why_not_here(choice)
+        with pytest.raises(UnsupportedOption):
+            replays.engine_settings(choice)
+
+
+def test_the_engine_is_told_what_was_simulated(replays):
+    settings = replays.engine_settings(Choice(schedule="presched", slots=9, width=3, threshold=0.4))
+    assert settings["costs"].link_us == 120.0, "beside the CPU lane"
+    assert (settings["slots"], settings["width"], settings["threshold"], settings["lookahead"]) == (
+        9,
+        3,
+        0.4,
+        2,
+    )
+    assert settings["predictor"].name == "frequency" and settings["cpu_threads"] is None
+    off = replays.engine_settings(Choice(schedule="presched", slots=9, cpu=False, predictor=NONE))
+    assert (off["cpu_threads"], off["lookahead"], off["costs"].link_us) == (0, None, 100.0)
+    assert off["predictor"].lookahead == 0 and off["predictor"].predict() == []
+
+
+def test_more_recall_is_worth_more_and_a_faster_link_too(replays):
+    def rate(**settings: object) -> float:
+        return replays.run(Choice(schedule="fate", slots=10, **settings)).tokens_per_s
+
+    assert rate(predictor=NOISY, recall=0.3) < rate(predictor=NOISY, recall=1.0)
+    assert rate(machine=HERE) < rate(machine=list(replays.machines)[1])
+
+
+def test_the_table_names_every_schedule_with_the_bound_beside(replays):
+    results = replays.compare(Choice(slots=10))
+    table = replays.table(results)
+    assert list(table.index) == [schedule.title for schedule in SCHEDULES.values()]
+    shares = table[["hit %", "late %", "miss %", "on CPU %"]].sum(axis=1)
+    np.testing.assert_allclose(shares, 100.0)
+    assert (table["tokens/s"] <= table["bound, tokens/s"] * 1.001).all()
+    assert {result.counts.needed for result in results.values()} == {results["fate"].counts.needed}
+    bounds = replays.bounds(Choice(slots=10))
+    assert bounds["value"].iloc[-1] == pytest.approx(table["bound, tokens/s"].max())
+    assert replays.notes().loc["PreSched", "source"].endswith("2509.23638")
+    same = replays.compare(Choice(slots=10, cache="lfu"), published=False)
+    assert {result.config["cache"] for result in same.values()} == {"lfu"}
