@@ -3,27 +3,39 @@
 The info is a NamedTuple of plain numbers, so tests compare it by `==` and never look at pixels.
 """
 
+from .gpu_idle import gpu_idle
 from .hit_rate import hit_rate
+from .lanes import lanes
 from .latency import latency
 from .layer_groups import layer_groups
 from .layers import layers
+from .link_use import link_use
 from .load import load
+from .outcomes import outcomes
 from .savings import savings
+from .schedule_pair import schedule_pair
 from .score_map import domain_map, score_map
 from .slots_curve import slots_curve
+from .step_times import step_times
 from .text_shift import text_shift
 from .timeline import timeline, timeline_info
 
 __all__ = [
     "domain_map",
+    "gpu_idle",
     "hit_rate",
+    "lanes",
     "latency",
     "layer_groups",
     "layers",
+    "link_use",
     "load",
+    "outcomes",
     "savings",
+    "schedule_pair",
     "score_map",
     "slots_curve",
+    "step_times",
     "text_shift",
     "timeline",
     "timeline_info",

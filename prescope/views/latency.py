@@ -10,7 +10,7 @@ from prescope.result import RunResult
 
 from .theme import COLORS, NAMES, TEXT, origin, style
 
-_CAUSES = ["dense", "experts", "stall", "host_wait", "other"]
+_CAUSES = ["dense", "experts", "stall", "cpu_wait", "host_wait", "other"]
 
 
 class LatencyInfo(NamedTuple):

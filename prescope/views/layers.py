@@ -12,7 +12,7 @@ from prescope.result import RunResult
 
 from .theme import COLORS, NAMES, add_line, origin, style
 
-_KINDS = ["dense", "experts", "stall", "host_wait"]
+_KINDS = ["dense", "experts", "stall", "cpu_wait", "host_wait"]
 _COMPUTE_LANES = ["gpu", "stall", "host"]
 
 
@@ -22,7 +22,7 @@ class LayersInfo(NamedTuple):
     phase: Phase
     num_steps: int
     labels: tuple[str, ...]  # "0", "1", ..., "head"
-    kind_us: dict[str, tuple[float, ...]]  # dense, experts, stall, host_wait
+    kind_us: dict[str, tuple[float, ...]]  # dense, experts, stall, cpu_wait, host_wait
     link_us: tuple[float, ...]  # the link was busy for this layer's experts
     step_us: float  # mean wall time of a step
     origin: str

@@ -9,6 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from prescope.result import RunResult
+from prescope.scheduler import SCHEDULES
+from prescope.simulator import SimResult
 
 #: meaning -> colour, in every figure the same.
 COLORS: dict[str, str] = {
@@ -17,11 +19,16 @@ COLORS: dict[str, str] = {
     "experts_cpu": "#56b4e9",
     "on_demand": "#e69f00",
     "prefetch": "#009e73",
+    "stream": "#d4c72f",
     "stall": "#d55e00",
+    "cpu_wait": "#4d6fa8",
     "host_wait": "#cc79a7",
     "hit": "#009e73",
     "late": "#e69f00",
     "miss": "#d55e00",
+    "on_cpu": "#56b4e9",
+    "simulated": "#8da0cb",
+    "measured": "#b15928",
     "other": "#cbd5e1",
     "line": "#7c6fb0",
 }
@@ -32,11 +39,16 @@ NAMES: dict[str, str] = {
     "experts_cpu": "experts on the CPU",
     "on_demand": "copy on demand",
     "prefetch": "prefetch",
+    "stream": "whole layer streamed",
     "stall": "stall (waits for bytes)",
+    "cpu_wait": "waits for the CPU's experts",
     "host_wait": "host wait (reads routing)",
     "hit": "hit",
     "late": "late",
     "miss": "miss",
+    "on_cpu": "miss, computed on the CPU",
+    "simulated": "simulated",
+    "measured": "measured",
     "other": "other",
 }
 TEXT = "#7a828e"
@@ -65,6 +77,45 @@ def origin(run: RunResult) -> str:
     return " · ".join(parts)
 
 
+#: What a result's times are, by its link; never mixed in one name.
+SOURCES = {
+    "measured": "measured",
+    "emulated": "measured, link emulated",
+    "simulated": "simulated",
+    "virtual": "simulated",
+}
+
+
+def source_of(result: RunResult | SimResult) -> str:
+    """Whether times were measured, measured over an emulated link, or simulated."""
+    return SOURCES.get(str(result.hardware.get("link")), "origin unknown")
+
+
+def told_of(result: RunResult | SimResult) -> str:
+    """Source and machine in one line, for subtitles."""
+    source, label = source_of(result), result.label.removeprefix("simulated, ")
+    return f"<b>{source}</b>: {label}"
+
+
+def settings_of(result: RunResult | SimResult) -> str:
+    """Schedule, slots, cache and CPU lane in one line; the predictor where it is known."""
+    config = result.config
+    name = str(config.get("schedule", "on-demand"))
+    parts = [SCHEDULES[name].title if name in SCHEDULES else name]
+    parts.append(f"{config['num_slots']} slots ({100 * config['slots_frac']:.0f} % of the experts)")
+    parts.append(str(config["cache"]))
+    if config.get("predictor", "none") != "none":
+        parts.append(f"{config['predictor']}, {config['lookahead']} layers ahead")
+    if config.get("cpu"):
+        parts.append("CPU lane")
+    return " · ".join(parts)
+
+
+def titled(title: str, subtitle: str) -> str:
+    """A title with its subtitle below; the subtitle says where the numbers come from."""
+    return f"<b>{title}</b><br><span style='font-size:12.5px'>{subtitle}</span>"
+
+
 def add_line(fig: go.Figure, color: str, **trace: Any) -> None:
     """A line with a light halo, so that it is seen on top of bars of any colour."""
     halo = {"x": trace["x"], "y": trace["y"], "yaxis": trace.get("yaxis", "y"), "mode": "lines"}
@@ -86,7 +137,7 @@ def style(
     """
     fig.update_layout(
         title={
-            "text": f"<b>{title}</b><br><span style='font-size:12.5px'>{subtitle}</span>",
+            "text": titled(title, subtitle),
             "x": 0,
             "xref": "container",
             "xanchor": "left",

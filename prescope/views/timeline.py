@@ -21,7 +21,9 @@ WIDTH_PX = 1100
 #: Lanes from top to bottom.
 ROWS = ["MoE layer", "GPU", "PCIe", "CPU", "waits"]
 _ROW_OF_LANE = {"gpu": "GPU", "h2d": "PCIe", "cpu": "CPU", "stall": "waits", "host": "waits"}
-_ORDER = ["dense", "experts", "experts_cpu", "on_demand", "prefetch", "stall", "host_wait"]
+_ORDER = [
+    "dense", "experts", "experts_cpu", "on_demand", "prefetch", "stream", "stall", "cpu_wait", "host_wait",
+]  # fmt: skip
 
 
 class Bar(NamedTuple):

@@ -1,0 +1,148 @@
+"""Hit, late, miss or on the CPU by MoE layer: simulated, and beside it as measured where a run is given."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from prescope.errors import BadTrace
+from prescope.result import RunResult
+from prescope.simulator import SimResult
+
+from .theme import COLORS, NAMES, settings_of, source_of, style, titled, told_of
+
+OUTCOMES = ("hit", "late", "miss", "on_cpu")
+#: Names of the two that a bar is drawn of where "miss" is split.
+_WORDS = {**NAMES, "miss": "miss, copied"}
+
+
+class Counts(NamedTuple):
+    """Distinct experts per decode step of each MoE layer; a miss here is one that was copied."""
+
+    hit: tuple[float, ...]
+    late: tuple[float, ...]
+    miss: tuple[float, ...]
+    on_cpu: tuple[float, ...]
+
+    @property
+    def shares_pct(self) -> dict[str, float]:
+        """Of all needed experts, by outcome."""
+        total = sum(map(sum, self)) or 1.0
+        return {name: 100 * sum(values) / total for name, values in zip(OUTCOMES, self, strict=True)}
+
+
+class OutcomesInfo(NamedTuple):
+    """One or two results."""
+
+    counts: Counts
+    source: str
+    settings: str
+    told: str
+    measured: Counts | None = None
+    measured_source: str = ""
+
+
+def outcomes(result: RunResult | SimResult, measured: RunResult | None = None) -> go.Figure:
+    """Hit, late, miss, on the CPU by layer, of the decode steps.
+
+    Args:
+        measured: drawn beside it, hatched.
+
+    Raises:
+        BadTrace: no decode step.
+    """
+    return plot_outcomes(outcomes_info(result, measured))
+
+
+def outcomes_info(result: RunResult | SimResult, measured: RunResult | None = None) -> OutcomesInfo:
+    """As numbers."""
+    return OutcomesInfo(
+        _counts(result.layers),
+        source_of(result),
+        settings_of(result),
+        told_of(result),
+        None if measured is None else _counts(measured.layers),
+        "" if measured is None else source_of(measured),
+    )
+
+
+def _counts(layers: pd.DataFrame) -> Counts:
+    rows = layers[layers["phase"] == "decode"]
+    if rows.empty:
+        raise BadTrace(
+            "there are no decode steps; ask for more than one new token (max_new_tokens=2 or more)"
+        )
+    layer, steps = rows["moe_layer"].to_numpy(), rows["step"].nunique()
+
+    def mean(values: np.ndarray) -> tuple[float, ...]:
+        return tuple((np.bincount(layer, weights=values) / steps).tolist())
+
+    on_cpu = rows["on_cpu"].to_numpy()
+    copied = rows["misses"].to_numpy() - on_cpu
+    return Counts(mean(rows["hits"].to_numpy()), mean(rows["late"].to_numpy()), mean(copied), mean(on_cpu))
+
+
+def outcomes_traces(info: OutcomesInfo) -> list[dict[str, Any]]:
+    """Always eight: four outcomes as simulated, the same four as measured (empty without a run)."""
+    shift = 0.21 if info.measured is not None else 0.0
+    width = 0.4 if info.measured is not None else 0.7
+    traces = [
+        _trace(name, values, info.source, -shift, width, "")
+        for name, values in zip(OUTCOMES, info.counts, strict=True)
+    ]
+    beside = info.measured or Counts((), (), (), ())
+    return traces + [
+        _trace(name, values, info.measured_source, shift, width, "/")
+        for name, values in zip(OUTCOMES, beside, strict=True)
+    ]
+
+
+def _trace(
+    name: str, values: tuple[float, ...], source: str, shift: float, width: float, shape: str
+) -> dict[str, Any]:
+    return {
+        "type": "bar",
+        "x": [layer + shift for layer in range(len(values))],
+        "y": list(values),
+        "width": width,
+        "name": f"{_WORDS[name]} ({source})" if source else _WORDS[name],
+        "marker": {
+            "color": COLORS[name], "opacity": 0.85, "line": {"width": 0},
+            "pattern": {"shape": shape, "size": 6, "fgcolor": "rgba(255,255,255,.8)", "fillmode": "overlay"},
+        },
+        "hovertemplate": f"{_WORDS[name]}, {source}: %{{y:.2f}} per step<extra></extra>",
+        "showlegend": any(values),
+    }  # fmt: skip
+
+
+def outcomes_layout(info: OutcomesInfo) -> dict[str, Any]:
+    """What of the layout depends on the numbers."""
+    lines = [f"<b>{info.source}</b>: {_shares(info.counts)} · {info.settings}"]
+    if info.measured is not None:
+        lines.append(f"<b>{info.measured_source}</b> (hatched): {_shares(info.measured)}")
+    else:
+        lines.append(info.told)
+    title = "Are the experts there when a layer needs them?"
+    return {
+        "title": {"text": titled(title, "<br>".join(lines))},
+        "xaxis": {
+            "dtick": 1 if len(info.counts.hit) <= 32 else None,
+            "range": [-0.6, len(info.counts.hit) - 0.4],
+        },
+    }
+
+
+def _shares(counts: Counts) -> str:
+    return ", ".join(f"{_WORDS[name]} {share:.1f} %" for name, share in counts.shares_pct.items() if share)
+
+
+def plot_outcomes(info: OutcomesInfo) -> go.Figure:
+    """Stacked bars by layer."""
+    fig = go.Figure(outcomes_traces(info))
+    style(fig, title="", subtitle="", height=380)
+    fig.update_layout(outcomes_layout(info))
+    fig.update_layout(barmode="stack", hovermode="closest", uirevision=None)
+    fig.update_xaxes(title_text="MoE layer", showgrid=False)
+    fig.update_yaxes(title_text="distinct experts per step", rangemode="tozero")
+    return fig
