@@ -21,11 +21,16 @@ from . import views
 from .core import Phase
 from .engine import Engine, load
 from .errors import BadTrace, UnsupportedOption
+from .learning.record import device_of
 from .metrics import METRIC_DEFINITIONS
 from .paths import embedded_model
+from .predictor import Oracle, Predictor
+from .predictor.base import measure_us
+from .profile import HardwareProfile
+from .replays import Choice, Machine, Replays, machine_of_run, machine_with_link, shipped_machines
 from .report import write_report
 from .result import RunResult
-from .widgets import SlotsPanel
+from .widgets import PairPanel, SchedulePanel, SlotsPanel
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -145,6 +150,8 @@ class Session:
         self.runs: list[RunResult] = []
         self._one_run = threading.Lock()
         self._panel: SlotsPanel | None = None
+        self._schedule_panel: SchedulePanel | None = None
+        self._pair_panel: PairPanel | None = None
 
     def run(
         self,
@@ -152,6 +159,7 @@ class Session:
         *,
         slots: int | float | str | None = None,
         cache: str | None = None,
+        configure: Mapping[str, Any] | None = None,
         **keywords: Any,
     ) -> RunResult:
         """Generate, and keep the result in `runs`; a job that is under way is waited for.
@@ -159,10 +167,12 @@ class Session:
         Args:
             prompts: a text, texts, or {name: text}; the names stand in the trace as `domain`.
             slots, cache: changed before the run (the slots are cold then); None leaves them.
+            configure: for `Engine.configure`, instead of those two: a schedule and its settings. Two tokens warm the
+                code up, then the run starts with cold slots.
             keywords: for `Engine.generate`: max_new_tokens, do_sample, ...
         """
         with self._one_run:
-            return self._run(prompts, slots=slots, cache=cache, **keywords)
+            return self._run(prompts, slots=slots, cache=cache, configure=configure, **keywords)
 
     def job(self, prompts: Prompts, **keywords: Any) -> Job:
         """As `run`, in a thread of its own."""
@@ -182,12 +192,17 @@ class Session:
         *,
         slots: int | float | str | None = None,
         cache: str | None = None,
+        configure: Mapping[str, Any] | None = None,
         **keywords: Any,
     ) -> RunResult:
-        is_new = self._is_new(slots, cache)
-        if is_new:
-            self.engine.configure(slots=slots, cache=cache)
         texts, info = _unfold(prompts)
+        is_new = configure is not None or self._is_new(slots, cache)
+        if configure is not None:
+            self.engine.configure(**configure)
+            self.engine.generate(texts, max_new_tokens=2)
+            self.engine.clear_cache()
+        elif is_new:
+            self.engine.configure(slots=slots, cache=cache)
         result = self.engine.generate(texts, **keywords)
         if is_new:
             result.notes.append("cold slots at the start (settings changed)")
@@ -261,6 +276,79 @@ class Session:
         self._panel = SlotsPanel(self, prompts, keywords)
         return self._panel
 
+    def replays(
+        self,
+        run: RunResult | None = None,
+        *,
+        predictors: Sequence[Predictor] = (),
+        profile: HardwareProfile | None = None,
+        machines: Sequence[Machine] = (),
+    ) -> Replays:
+        """A recorded run's trace under any choice of settings, simulated.
+
+        Args:
+            run: the last one unless given; on demand, with events and routing, and with router inputs
+                (record_inputs=True) if a predictor reads them.
+            predictors: such as `[trained.predictor, *trained.others]` of `train_predictor`.
+            profile: of this machine, for the CPU lane; `prescope.calibrate(session.engine)` measures it.
+            machines: more of them; this one, this one with a faster link, and those that come with prescope are there.
+
+        Raises:
+            BadTrace: the run lacks what is needed.
+        """
+        run = run or self.last
+        if run.trace is None:
+            raise BadTrace("the run has no routing trace; run it with record_routing=True")
+        here = machine_of_run(self.engine, run, profile)
+        width = 0 if run.trace.inputs is None else run.trace.inputs.shape[2]
+        device = str(device_of(self.engine))
+        spent = {
+            one.name: measure_us(one, width, tokens=run.metrics.batch, device=device)
+            for one in predictors
+            if width and not isinstance(one, Oracle)
+        }
+        self._remember_hot(run)
+        return Replays(
+            run.trace,
+            [
+                here,
+                machine_with_link(here, 4),
+                *shipped_machines(self.engine.shape, run.metrics.batch),
+                *machines,
+            ],
+            predictors,
+            predict_us=spent,
+        )
+
+    def _remember_hot(self, run: RunResult) -> None:
+        """Which experts are hot, for cache="static", unless the engine was told when it was loaded."""
+        if self.engine._frequencies is None and run.trace is not None:
+            self.engine._frequencies = run.trace.expert_counts()
+
+    def schedule_panel(self, replays: Replays, prompts: Prompts, **keywords: Any) -> SchedulePanel:
+        """Sliders for all settings of a schedule, and a button that runs them; a panel made before is closed.
+
+        Args:
+            replays: of a run of these prompts. `keywords`: of every real run, as of the recorded one.
+        """
+        if self._schedule_panel is not None:
+            self._schedule_panel.close()
+        self._schedule_panel = SchedulePanel(self, replays, prompts, keywords)
+        return self._schedule_panel
+
+    def pair_panel(
+        self, replays: Replays, choice: Choice, upper: str = "presched", lower: str = "on-demand"
+    ) -> PairPanel:
+        """Two schedules on the same steps, and why each expert went where it went; a panel made before is closed.
+
+        Args:
+            choice: slots, machine and CPU lane of both, and the settings of its own schedule.
+        """
+        if self._pair_panel is not None:
+            self._pair_panel.close()
+        self._pair_panel = PairPanel(replays, choice, upper, lower)
+        return self._pair_panel
+
     def report(self, path: str | Path, *, title: str = "Where does each token's time go?") -> Path:
         """Write the figures of the last run as one HTML page that opens offline."""
         run = self.last
@@ -270,9 +358,10 @@ class Session:
         return write_report(figures, {"All figures": run.metrics.to_frame()}, path, title=title, runs=[run])
 
     def close(self) -> None:
-        """Close panel and engine; runs and figures stay."""
-        if self._panel is not None:
-            self._panel.close()
+        """Close panels and engine; runs and figures stay."""
+        for panel in (self._panel, self._schedule_panel, self._pair_panel):
+            if panel is not None:
+                panel.close()
         with self._one_run:
             self.engine.close()
 

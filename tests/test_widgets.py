@@ -15,9 +15,9 @@ import pytest
 from browser import chromium
 from small_run import small_run
 
-from prescope import views, widgets
+from prescope import views
 from prescope.errors import TransferFailed
-from prescope.widgets import SlimFigureWidget
+from prescope.widgets import SlimFigureWidget, figures, slots_panel
 from prescope.workbench import Session
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def test_a_figure_widget_sends_kilobytes_not_plotly():
         len(json.dumps({k: v for k, v in widget.get_state().items() if k != "_py2js_addTraces"}, default=str))
         < 50_000
     )
-    bundle = widgets._bundle()
+    bundle = figures._bundle()
     assert widget._bundle_ref == f"IPY_MODEL_{bundle.model_id}"
     assert SlimFigureWidget()._bundle_ref == widget._bundle_ref
     assert len(bundle.code) > 1_000_000
@@ -169,7 +169,7 @@ def test_a_second_panel_closes_the_first(session):
 def test_without_a_browser_a_panel_shows_plain_figures(panel, monkeypatch):
     """An exported FigureWidget is blank."""
     shown: list[object] = []
-    monkeypatch.setattr(widgets, "display", shown.append)
+    monkeypatch.setattr(slots_panel, "display", shown.append)
     monkeypatch.setenv("PRESCOPE_HEADLESS", "1")
     panel._ipython_display_()
     assert [type(item) for item in shown[1:]] == [go.Figure] * 3

@@ -1,0 +1,130 @@
+"""The figure of all live panels.
+
+`SlimFigureWidget` sends plotly.js to the page once per kernel instead of once per figure, and answers a page
+reload with the figure's present state (plotly's own class answers with the first). It leans on privates of
+plotly 7 (`_data`, `_layout_obj._props`, widgetbundle.js): `tests/test_widgets.py` holds on to them.
+"""
+
+import os
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import plotly
+import plotly.graph_objects as go
+import traitlets
+
+from ..views.theme import CONFIG
+
+_BUNDLE = Path(plotly.__file__).parent / "package_data" / "widgetbundle.js"
+UPDATE_S = 0.1  # progress is sent at most ten times a second
+
+_STUB = """
+async function plotly(model) {
+  // One import per page, whatever the number of figures; a failed one may be tried again.
+  globalThis.__prescope_plotly__ ??= (async () => {
+    const id = model.get("_bundle_ref").slice("IPY_MODEL_".length);
+    const bundle = await model.widget_manager.get_model(id);
+    const url = URL.createObjectURL(new Blob([bundle.get("code")], { type: "text/javascript" }));
+    try { return await import(url); } finally { URL.revokeObjectURL(url); }
+  })().catch((error) => { delete globalThis.__prescope_plotly__; throw error; });
+  return (await globalThis.__prescope_plotly__).default;
+}
+export default () => {
+  let widget;
+  return {
+    async initialize(props) {
+      widget = (await plotly(props.model))();
+      return widget.initialize(props);
+    },
+    render(props) {
+      // Drawn when it has a width: before that, plotly measures texts as nothing and takes 700 pixels.
+      let clean, width = 0;
+      const observer = new ResizeObserver(() => {
+        if (!props.el.clientWidth || props.el.clientWidth === width) return;
+        width = props.el.clientWidth;
+        if (clean) globalThis.dispatchEvent(new Event("resize")); // Lab's side bars resize no window
+        else clean = widget.render(props);
+      });
+      observer.observe(props.el);
+      return () => { observer.disconnect(); clean?.(); };
+    },
+  };
+};
+"""
+
+
+def is_headless() -> bool:
+    """Whether nobody can turn a knob: `prescope.report` executes the notebook."""
+    return os.environ.get("PRESCOPE_HEADLESS") == "1"
+
+
+class _Bundle(anywidget.AnyWidget):
+    """plotly.js as an invisible widget of its own, one per kernel."""
+
+    _esm = "export default { render() {} };"
+    code = traitlets.Unicode().tag(sync=True)
+
+
+@cache
+def _bundle() -> _Bundle:
+    return _Bundle(code=_BUNDLE.read_text(encoding="utf-8"))
+
+
+class SlimFigureWidget(go.FigureWidget):
+    """A `FigureWidget` of a few kilobytes that survives a page reload."""
+
+    data: Any  # plotly's property; its packages ship no types
+
+    _esm = _STUB
+    _bundle_ref = traitlets.Unicode().tag(sync=True)
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._config = dict(CONFIG)
+        self._parts: list[dict[str, Any]] = []
+
+    @traitlets.default("_bundle_ref")
+    def _default_bundle_ref(self) -> str:  # a default: set after __init__ it would come too late for the page
+        return f"IPY_MODEL_{_bundle().model_id}"
+
+    def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
+        """State for the page; the whole one, which a reload asks for, is the figure as it is now."""
+        if key is None and hasattr(self, "_layout_obj"):
+            self._trait_values["_widget_data"] = deepcopy(self._data)
+            self._trait_values["_widget_layout"] = deepcopy(self._layout_obj._props)
+        return super().get_state(key=key, drop_defaults=drop_defaults)
+
+    def show_figure(self, figure: go.Figure) -> None:
+        """Take over another figure's traces and layout in place: the widget, and with it the page, stays."""
+        kinds = [trace.type for trace in figure.data]
+        if [trace.type for trace in self.data] == kinds:
+            with self.batch_update():
+                for mine, new in zip(self.data, figure.data, strict=True):
+                    mine.update(new.to_plotly_json(), overwrite=True)
+                self.layout.update(figure.layout.to_plotly_json(), overwrite=True)
+            return
+        self.data = ()
+        self.add_traces(figure.data)
+        self.layout.update(figure.layout.to_plotly_json(), overwrite=True)
+
+    def show_parts(self, traces: Sequence[dict[str, Any]], layout: dict[str, Any]) -> None:
+        """Take over the numbers of the same traces in place: only what differs from what is shown is set and sent.
+
+        A third of the time of `show_figure`, for figures that answer a slider.
+
+        Args:
+            traces: one for each of this figure's, in its order. `layout`: what of it may have changed.
+        """
+        former = self._parts if len(self._parts) == len(self.data) else [{}] * len(self.data)
+        with self.batch_update():
+            for mine, new, old in zip(self.data, traces, former, strict=True):
+                for name, value in new.items():
+                    if name != "type" and (name not in old or old[name] != value):
+                        mine[name] = value
+            for name, value in layout.items():
+                self.layout[name] = value if isinstance(value, list) else self.layout[name].update(value)
+        self._parts = [dict(trace) for trace in traces]
