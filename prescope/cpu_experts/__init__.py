@@ -1,0 +1,16 @@
+"""Experts computed on CPU threads from the host rows."""
+
+from .base import CpuJob, CpuLayer, Flag, Lot, lot_of
+from .lane import CpuExperts
+from .threads import default_threads, physical_cores
+
+__all__ = [
+    "CpuExperts",
+    "CpuJob",
+    "CpuLayer",
+    "Flag",
+    "Lot",
+    "default_threads",
+    "lot_of",
+    "physical_cores",
+]

@@ -1,0 +1,49 @@
+"""What a submission must be. The compiled kernel reads and writes where it says, so nothing is taken on trust."""
+
+import numpy as np
+import torch
+
+from .base import CpuLayer, Flag, Lot
+
+
+def check_tensors(
+    layer: CpuLayer, lot: Lot, x_TD: torch.Tensor, out: torch.Tensor, flag: Flag | None
+) -> None:
+    """Raise ValueError if dtypes, shapes or places of the tensors do not fit the layer."""
+    for name, tensor, width in (("x_TD", x_TD, layer.in_dim), ("out", out, layer.out_dim)):
+        if tensor.device.type != "cpu" or tensor.dtype != layer.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}; it must be {layer.dtype} on the CPU"
+            )
+        if tensor.dim() != 2 or tensor.shape[1] != width or tensor.stride(1) != 1:
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)} with strides {tensor.stride()}; it must be (rows, {width}), each "
+                f"row without gaps"
+            )
+    if any(part.dtype != np.int64 or part.ndim != 1 for part in lot):
+        raise ValueError(f"a lot is of one row of int64 each, not {[(p.dtype, p.shape) for p in lot]}")
+    if len(lot.first) != len(lot.experts) + 1 or len(lot.places) != len(lot.tokens):
+        raise ValueError(
+            f"{len(lot.experts)} experts have {len(lot.first)} bounds, {len(lot.tokens)} tokens have "
+            f"{len(lot.places)} places"
+        )
+    if flag is not None and (
+        flag.word.dtype != torch.int32 or flag.word.numel() != 1 or flag.word.device.type != "cpu"
+    ):
+        raise ValueError(f"a flag is one int32 on the CPU, not {flag.word}")
+
+
+def check_lot(layer: CpuLayer, lot: Lot, x_TD: torch.Tensor, out: torch.Tensor) -> None:
+    """Raise ValueError if an index leaves its tensor. (kernel.c looks for itself, in a tenth of the time.)"""
+    first = lot.first
+    if first[0] != 0 or first[-1] != len(lot.tokens) or (np.diff(first) < 0).any():
+        raise ValueError(f"first is {first}; {len(lot.tokens)} pairs are shared from 0 on")
+    for name, part, limit in (
+        ("experts", lot.experts, layer.rows.shape[0]),
+        ("tokens", lot.tokens, x_TD.shape[0]),
+        ("places", lot.places, out.shape[0]),
+    ):
+        if len(part) and (part.min() < 0 or part.max() >= limit):
+            raise ValueError(
+                f"{name} must be from 0 to {limit - 1}, they reach from {part.min()} to {part.max()}"
+            )
