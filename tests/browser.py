@@ -1,14 +1,23 @@
-"""A Chromium without a network, for the tests that open a page."""
+"""A Chromium without a network, for the tests that open a page, and a JupyterLab for it."""
 
+import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nbformat
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 
@@ -73,3 +82,61 @@ def count_plots(page: Any, expected: int) -> int:
     return page.evaluate(
         "[...document.querySelectorAll('.js-plotly-plot')].filter(p => p.querySelector('.main-svg')).length"
     )
+
+
+@contextmanager
+def jupyterlab(folder: Path, cells: list[str]) -> Iterator[str]:
+    """JupyterLab's address, on a free port, with `panel.ipynb` of these cells; settings and history in the folder."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / "panel.ipynb")
+    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    no_news = {"fetchNews": "false", "checkForUpdates": False}
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps(no_news))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+    }
+    environment = {name: str(folder / kept) for name, kept in folders.items()}
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=", "--LabApp.extension_manager=readonly", "--allow-root",
+        f"--ServerApp.root_dir={folder}",
+    ]  # fmt: skip
+    log = (folder / "lab.log").open("w")
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(f"{url}/api", timeout=1).close()
+            break
+        except OSError:
+            assert process.poll() is None, (folder / "lab.log").read_text()
+            time.sleep(0.5)
+    try:
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # its own session: Lab and its kernels, nobody else
+        process.wait(30)
+        log.close()
+
+
+def run_all(page: Any, lab: str) -> None:
+    """Open the notebook of `jupyterlab` and run all of its cells."""
+    page.goto(f"{lab}/lab/tree/panel.ipynb?reset")
+    page.get_by_text("| Idle").wait_for(timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from browser import chromium, jupyterlab, run_all
 from small_run import small_run
 from test_replays import MACHINE, small_trace
 
@@ -313,3 +314,56 @@ def test_without_a_browser_the_panels_show_plain_figures(session, recorded, pane
     monkeypatch.delenv("PRESCOPE_HEADLESS")
     panel._ipython_display_()
     assert shown[-1] is panel.view
+
+
+LAB_CELLS = [
+    "from prescope.workbench import Session\n"
+    "session = Session(slots=32, device='cpu', link_gb_per_s=2.0)\n"
+    "run = session.run(['Once upon a time'], max_new_tokens=24)",
+    "panel = session.schedule_panel(session.replays(), ['Once upon a time'], max_new_tokens=24)\npanel",
+]
+#: Notes when a key went down and when the last of three titles followed.
+WATCH = """
+() => {
+  const titles = () => [...document.querySelectorAll('.gtitle')].map(t => t.textContent).join('|');
+  window.moves = [];
+  window.addEventListener('keydown', (event) => {
+    const begin = performance.now(), former = titles().match(/(\\d+) slots/)[1];
+    const look = () => {
+      const now = [...titles().matchAll(/(\\d+) slots/g)].map(m => m[1]);
+      if (now.length >= 3 && now.every(n => n !== former)) window.moves.push(performance.now() - begin);
+      else requestAnimationFrame(look);
+    };
+    requestAnimationFrame(look);
+  }, true);
+}
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_in_jupyterlab_a_move_of_the_slider_is_seen_at_once(tmp_path):
+    """From the key to the last of three figures drawn, with everything between: kernel, messages, browser."""
+    with jupyterlab(tmp_path, LAB_CELLS) as lab, chromium(lab) as (page, requests, errors):
+        run_all(page, lab)
+        page.wait_for_function(
+            "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 9", timeout=120_000
+        )
+        page.evaluate(WATCH)
+        handle = page.locator(".widget-hslider", has_text="slots").locator(".noUi-handle")
+        handle.focus()
+        for i in range(6):
+            page.keyboard.press("ArrowRight")
+            page.wait_for_function(f"window.moves.length > {i}", timeout=30_000)
+            page.wait_for_timeout(300)
+        moves = sorted(page.evaluate("window.moves"))
+        print("key to drawn, ms:", [round(ms) for ms in moves])
+        assert moves[len(moves) // 2] < 4 * REDRAW_MS, moves
+        for _ in range(10):
+            page.keyboard.press("ArrowRight")
+        title = "[...document.querySelectorAll('.gtitle')].map(t => t.textContent).join('|')"
+        page.wait_for_function(
+            f"({title}).split('48 slots').length === 4", timeout=30_000
+        )  # the last one wins
+        assert requests == []
+        assert [error for error in errors if "prescope" in error.lower() or "plotly" in error.lower()] == []

@@ -1,18 +1,9 @@
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
-import nbformat
 import plotly.graph_objects as go
 import pytest
-from browser import chromium
+from browser import chromium, jupyterlab, run_all
 from small_run import small_run
 
 from prescope import views
@@ -20,7 +11,6 @@ from prescope.errors import TransferFailed
 from prescope.widgets import SlimFigureWidget, figures, slots_panel
 from prescope.workbench import Session
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["Once upon a time", "def add(a, b):"]
 
 
@@ -188,50 +178,8 @@ LAB_CELLS = [
 
 @pytest.fixture
 def lab(tmp_path):
-    """JupyterLab on a free port with a notebook; settings and history in the test's folder."""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in LAB_CELLS])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, tmp_path / "panel.ipynb")
-    settings = tmp_path / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    no_news = {"fetchNews": "false", "checkForUpdates": False}
-    (settings / "notification.jupyterlab-settings").write_text(json.dumps(no_news))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folders = {
-        "JUPYTER_CONFIG_DIR": "config",
-        "JUPYTERLAB_SETTINGS_DIR": "settings",
-        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
-        "JUPYTER_RUNTIME_DIR": "runtime",
-        "IPYTHONDIR": "ipython",
-    }
-    environment = {name: str(tmp_path / folder) for name, folder in folders.items()}
-    command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0",
-        "--IdentityProvider.token=", "--LabApp.extension_manager=readonly", "--allow-root",
-        f"--ServerApp.root_dir={tmp_path}",
-    ]  # fmt: skip
-    log = (tmp_path / "lab.log").open("w")
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(120):
-        try:
-            urllib.request.urlopen(f"{url}/api", timeout=1).close()
-            break
-        except OSError:
-            assert process.poll() is None, (tmp_path / "lab.log").read_text()
-            time.sleep(0.5)
-    yield url
-    os.killpg(process.pid, signal.SIGTERM)  # its own session: Lab and its kernels, nobody else
-    process.wait(30)
-    log.close()
+    with jupyterlab(tmp_path, LAB_CELLS) as url:
+        yield url
 
 
 @pytest.mark.browser
@@ -239,10 +187,7 @@ def lab(tmp_path):
 def test_in_jupyterlab_the_slider_runs_the_model_and_a_reload_keeps_the_figures(lab):
     title = "[...document.querySelectorAll('.gtitle')].map(t => t.textContent).join('|')"
     with chromium(lab) as (page, requests, errors):
-        page.goto(f"{lab}/lab/tree/panel.ipynb?reset")
-        page.get_by_text("| Idle").wait_for(timeout=60_000)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        run_all(page, lab)
         page.wait_for_function(
             "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 9", timeout=120_000
         )
