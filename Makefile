@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
 NOTEBOOK ?= notebooks/00_quickstart.ipynb
+# notebooks/00_quickstart.ipynb -> reports/quickstart.html
+REPORT = reports/$(lastword $(subst _, ,$(basename $(notdir $(NOTEBOOK))))).html
 WORKERS ?= 4
 # More tests after tests/: every notebook is run from top to bottom.
 NOTEBOOKS := $(if $(wildcard notebooks/*.ipynb),--nbmake notebooks)
@@ -23,8 +25,8 @@ help:  ## Show this list
 lab: $(STAMP)  ## Open JupyterLab on the quickstart notebook
 	$(BIN)/python -m jupyter lab $(LAB_AS_ROOT) --LabApp.extension_manager=readonly $(NOTEBOOK)
 
-report: $(STAMP)  ## Run the quickstart and write reports/quickstart.html, one file that opens offline
-	$(BIN)/python -m prescope.report $(NOTEBOOK) --out reports/quickstart.html
+report: $(STAMP)  ## Run the quickstart (or NOTEBOOK=...) and write it as one HTML file that opens offline
+	$(BIN)/python -m prescope.report $(NOTEBOOK) --out $(REPORT)
 
 test: $(STAMP)  ## Run the tests and the notebooks (no GPU needed; GPU tests skip themselves)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \

@@ -1,5 +1,6 @@
 """The notebooks, executed as `make report` does, and opened offline."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from prescope.report import execute_notebook
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 QUICKSTART = NOTEBOOKS / "00_quickstart.ipynb"
+SCHEDULING = NOTEBOOKS / "03_scheduling.ipynb"
 NUM_FIGURES = 8  # timeline, layers, hit rate, latency, the panel's three, slots curve
 
 
@@ -54,6 +56,21 @@ def test_the_quickstart_page_opens_offline(executed):
     with offline_page(executed[0]) as (page, requests, errors):
         assert count_plots(page, NUM_FIGURES) == NUM_FIGURES
         assert (requests, errors) == ([], [])
+
+
+@pytest.mark.slow
+def test_the_scheduling_notebook_runs_small_and_never_mixes_its_sources(tmp_path):
+    """Three figures of the panel, three of the real run, GPU idle, link, the pair."""
+    small = {"own_tokens": 256, "epochs": 1, "calibrate_s": 3, "max_new_tokens": 6, "device": "cpu"}
+    page = execute_notebook(SCHEDULING, tmp_path / "scheduling.html", parameters=small, log=lambda line: None)
+    text = page.read_text()
+    figures = re.findall(r"const figure = (\{.*?\});\n", text)
+    assert len(figures) == 9
+    titles = [json.loads(figure)["layout"]["title"]["text"] for figure in figures]
+    assert all("<b>simulated</b>: " in title or "<b>measured, link emulated</b>" in title for title in titles)
+    assert sum("<b>measured, link emulated</b>" in title for title in titles) == 3
+    assert "application/vnd.jupyter.widget-view+json" not in text
+    assert "in host memory" in text, "the table of reasons"
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
