@@ -38,8 +38,10 @@ from prescope.simulator.prepare import Predicted, predictions_of
 from prescope.synthetic import SyntheticSpec
 
 ORACLE = "presched+oracle"
-COLUMNS = ["model", "batch", "slots", "schedule", "cache", "tok/s", "spread", "hit %", "late %", "miss %", "on CPU %", "GB",
-           "link GB/s", "stall %", "CPU wait %", "host %", "simulated", "error %", "bound", "of bound %"]  # fmt: skip
+COLUMNS = [
+    "model", "batch", "slots", "schedule", "cache", "tok/s", "spread", "hit %", "late %", "miss %", "on CPU %", "GB",
+    "link GB/s", "stall %", "CPU wait %", "host %", "simulated", "error %", "bound", "of bound %",
+]  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -49,7 +51,7 @@ class Case(NamedTuple):
     forced: RoutingTrace | None
     predicted: dict[str, Predicted]  # by "recall" and "oracle"
     predictors: dict[str, Predictor | None]
-    frequencies: np.ndarray  # (L, E) for the static cache: of the routing that follows, in hindsight
+    frequencies: np.ndarray  # (L, E) for the static cache
 
 
 def main() -> None:
@@ -235,6 +237,9 @@ def make_case(engine: Engine, weights: str, batch: int, args: argparse.Namespace
     if weights == "trained":
         return own_case(engine, batch, args)
     shape = engine.shape
+    if args.own_routing:
+        uses = np.ones((shape.num_layers, shape.num_experts))
+        return Case(prompt, None, {}, {"recall": None, "oracle": None}, uses)
     spec = SyntheticSpec(
         num_layers=shape.num_layers, num_experts=shape.num_experts, top_k=shape.top_k, zipf=args.habits[0],
         persistence=args.habits[1], correlation=args.habits[2], diversity=args.habits[3],
@@ -245,7 +250,9 @@ def make_case(engine: Engine, weights: str, batch: int, args: argparse.Namespace
         "recall": NoisyOracle(trace, recall), "oracle": NoisyOracle(trace, dict.fromkeys(recall, 1.0)),
     }  # fmt: skip
     predicted = {name: predictions_of(one, trace) for name, one in predictors.items() if one is not None}
-    return Case(prompt, trace, predicted, predictors, trace.expert_counts())
+    # Of another run of the same made-up model: nobody knows the frequencies of what is to come.
+    other = spec.generate(prompt_tokens=args.prompt, new_tokens=64, batch=max(8, batch), seed=2)
+    return Case(prompt, trace, predicted, predictors, other.expert_counts())
 
 
 def own_case(engine: Engine, batch: int, args: argparse.Namespace) -> Case:
@@ -274,11 +281,13 @@ def own_case(engine: Engine, batch: int, args: argparse.Namespace) -> Case:
     )
     whole = [[*ids, *new] for ids, new in zip(rows, tokens, strict=True)]
     trace = as_decode(record_trace(engine, {"own": whole}, max_tokens=args.prompt + args.new), batch)
+    texts = excerpts(engine, Path(args.corpus) / "train", domains, 4, 128)
+    frequencies = record_trace(engine, texts, max_tokens=128).expert_counts()
     predicted = predictions_of(args.llapor, trace)
     first = args.prompt  # the first decode step reads the token behind the prompt
     behind = Predicted(*(part[:, first:] for part in predicted))
     return Case(
-        prompt, None, {"recall": behind}, {"recall": args.llapor, "oracle": None}, trace.expert_counts()
+        prompt, None, {"recall": behind}, {"recall": args.llapor, "oracle": None}, frequencies
     )
 
 

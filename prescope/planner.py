@@ -3,15 +3,19 @@
 Shapes: n experts needed, E experts of a layer, L MoE layers, d layers ahead.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
+from .cache import learn
 from .core import MoEShape
 from .jit import jit
 from .residency import LayerNeed, ResidencyTable
-from .scheduler.decide import discount, learn_trust, plan
+from .scheduler.decide import discount, learn_trust, plan, sort_need, take_slots
 from .scheduler.terms import Costs, FloatArray, IntArray, Knobs, Need, Plan
 
+NO_SUMS = np.empty(0)
 #: Copies below this do not reach the link's rate: PCIe 5 gave 53 GB/s at 4 MiB, 48 at 1 MiB (benchmarks/async_io.py).
 LEAST_BYTES_UNDER_WAY = 4 << 20
 
@@ -59,6 +63,93 @@ def plan_layer(
     return plan(knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE, used_dE)
 
 
+class Decision(NamedTuple):
+    """All that is decided about one layer, its slots taken; compiled code makes it in one go."""
+
+    need: Need
+    plan: Plan
+    slots: IntArray  # (k,) of the misses that are copied, in their order
+    lot_first: (
+        IntArray  # (m + 1,) the pairs of the i-th expert on the CPU are lot_first[i] .. lot_first[i + 1]
+    )
+    lot_pairs: IntArray  # (p,) pairs (t * K + k) of the experts on the CPU
+
+
+class Slots(NamedTuple):
+    """The arrays of a residency table and its policy, as compiled code changes them."""
+
+    slot_of: IntArray
+    key_of: IntArray
+    in_flight: NDArray[np.bool_]
+    protected: NDArray[np.bool_]
+    scores: FloatArray
+
+
+@jit
+def decide_layer(
+    knobs: Knobs,
+    costs: Costs,
+    policy: int,
+    tick: int,
+    moe_layer: int,
+    num_experts: int,
+    ids: IntArray,
+    sums_E: FloatArray,
+    slots: Slots,
+    backlog_us: float,
+    trust: FloatArray,
+    predicted_dLE: FloatArray,
+    tokens_dE: FloatArray,
+    used_dE: FloatArray,
+) -> Decision:
+    """What `ResidencyTable.need`, `plan_layer` and `ResidencyTable.take` do one after the other for a layer's choice.
+
+    For layers that are served in one round, whose last layer's slots are free again. Copies of the misses are not
+    marked as in flight: the layer waits for them before the next one asks.
+
+    Args:
+        policy: kind of the cache policy. `tick`: layers it has learned from, this one too.
+        num_experts: of this layer. `ids`: (P,) chosen experts, others are nobody's.
+        sums_E: sums of router weights, or (0,) where the policy does not look at them.
+    """
+    E = len(slots.slot_of) // predicted_dLE.shape[1]
+    first = moe_layer * E
+    counts = np.zeros(num_experts, np.int64)
+    for expert in ids:
+        if 0 <= expert < num_experts:
+            counts[expert] += 1
+    experts = np.flatnonzero(counts).astype(np.int64)
+    tokens = counts[experts]
+    need = sort_need(experts, tokens, slots.slot_of[first + experts], slots.in_flight)
+    weights = sums_E[experts] if len(sums_E) else tokens.astype(np.float64)
+    learn(policy, slots.scores, tick, moe_layer, E, experts, weights)
+    chosen = plan_layer(
+        knobs, costs, moe_layer, need, backlog_us, slots.slot_of, trust, predicted_dLE, tokens_dE, used_dE
+    )
+    here = need.num_hits + need.num_late
+    slots.protected[:] = False
+    for expert in need.experts[:here]:
+        slots.protected[slots.slot_of[first + expert]] = True
+    keys = first + need.experts[here : here + chosen.num_load]
+    fixed = slots.protected | slots.in_flight
+    taken = take_slots(keys, slots.key_of, slots.slot_of, fixed, chosen.keep, slots.scores)
+    for slot in taken:
+        slots.protected[slot] = True
+    # The pairs of the experts on the CPU, expert by expert.
+    cold = need.experts[here + chosen.num_load :]
+    lot_first, place = np.zeros(len(cold) + 1, np.int64), np.full(num_experts, -1)
+    for i in range(len(cold)):
+        lot_first[i + 1] = lot_first[i] + counts[cold[i]]
+        place[cold[i]] = lot_first[i]
+    lot_pairs = np.empty(lot_first[-1], np.int64)
+    for pair in range(len(ids)):
+        expert = ids[pair]
+        if 0 <= expert < num_experts and place[expert] >= 0:
+            lot_pairs[place[expert]] = pair
+            place[expert] += 1
+    return Decision(need, chosen, taken, lot_first, lot_pairs)
+
+
 class Planner:
     """One run's decisions.
 
@@ -104,6 +195,37 @@ class Planner:
             Need(need.experts, need.tokens, need.num_hits, need.num_late),
             max(0.0, self._link_free_us - now_us),
             table.slot_of,
+            self._trust,
+            self._predicted_dLE if predicted is not None else self._predicted_dLE[:0],
+            np.array(tokens_dE, dtype=np.float64),
+            np.array(used_dE, dtype=np.float64),
+        )
+
+    def decide(
+        self,
+        moe_layer: int,
+        num_experts: int,
+        ids: IntArray,
+        sums_E: FloatArray | None,
+        table: ResidencyTable,
+        now_us: float,
+        predicted: tuple[NDArray[np.floating], NDArray[np.floating]] | None,
+    ) -> Decision:
+        """Everything about one layer's choice `ids` (P,); the table's slots are taken. See `decide_layer`, `plan`."""
+        policy = table.policy
+        policy.tick += 1
+        tokens_dE, used_dE = (self._nothing, self._nothing) if predicted is None else predicted
+        return decide_layer(
+            self.knobs,
+            self.costs,
+            policy.kind,
+            policy.tick,
+            moe_layer,
+            num_experts,
+            ids,
+            NO_SUMS if sums_E is None else sums_E,
+            Slots(table.slot_of, table.key_of, table.in_flight, table.protected, policy.scores),
+            max(0.0, self._link_free_us - now_us),
             self._trust,
             self._predicted_dLE if predicted is not None else self._predicted_dLE[:0],
             np.array(tokens_dE, dtype=np.float64),

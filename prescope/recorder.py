@@ -77,6 +77,9 @@ class Recorder:
         self._routing = routing
         self._inputs = inputs
         self._spans: list[_Span] = []
+        self._batches: list[
+            tuple[int, Transfer, float, float]
+        ] = []  # step, copy, and its part of the batch's time
         self._layers: list[LayerRow] = []
         self._steps: list[_Step] = []
         self._start = device.mark(timed=True)
@@ -119,6 +122,7 @@ class Recorder:
         dropped = len(self._steps) - 1
         del self._steps[-1]
         self._spans = [span for span in self._spans if span.step < dropped]
+        self._batches = [batch for batch in self._batches if batch[0] < dropped]
         self._layers = [row for row in self._layers if row.step < dropped]
 
     def log(self, step: int, log: StepLog, is_counted: bool = False) -> None:
@@ -149,14 +153,14 @@ class Recorder:
             former_end, last = end, begin
             for layer, stamps in enumerate(step.log.stamps_ns.tolist()):
                 routed, decided, fetched, done, computed = map(self._log_us, stamps)
-                missing = int(step.log.needs[layer, 1])
+                missing = int(step.log.needs[layer, 1])  # for all the GPU knew when it asked
                 self._add(index, Lane.GPU, "dense", layer, last, routed)
                 self._add(index, Lane.HOST, "host_wait", layer, routed, decided)
                 has_cpu = stamps[-1] > 0
                 if missing or has_cpu:
                     self._add(index, Lane.STALL, "stall", layer, decided, fetched)
                     experts = step.log.fetched[layer]
-                    share = (fetched - decided) / missing
+                    share = (fetched - decided) / max(1, missing)
                     for i, expert in enumerate(experts[:missing].tolist() if experts[0] >= 0 else []):
                         start = decided + i * share
                         self._spans.append(
@@ -232,6 +236,11 @@ class Recorder:
                 _Span(Lane.CPU, "experts", step, work.moe_layer, -1, Reason.CPU, 0, start, end)
             )
 
+    def copied(self, transfers: list[Transfer], num: int) -> None:
+        """Copies that were issued together, between two marks: each is given its share of the time."""
+        step = len(self._steps) - 1
+        self._batches.extend((step, t, i / num, (i + 1) / num) for i, t in enumerate(transfers))
+
     def need(self, need: LayerNeed, num_rounds: int, num_tokens: int, num_on_cpu: int = 0) -> None:
         """What a layer needed, where it was found, and how many of the missing are computed on the CPU."""
         step = len(self._steps) - 1
@@ -301,6 +310,29 @@ class Recorder:
                     span.nbytes,
                     start,
                     max(0.0, time_us(span.end, span.step) - start),
+                )
+            )
+        link_free = 0.0
+        for step, t, first, end in self._batches:
+            # Issued while the link was busy, a batch begins when it is free.
+            ends = time_us(t.end, step)
+            begins = max(time_us(t.start, step), min(link_free, ends))
+            start, stop = begins + first * (ends - begins), begins + end * (ends - begins)
+            if end == 1.0:
+                link_free = ends
+            phase = self._steps[step].phase
+            events.append(
+                Event(
+                    Lane.H2D,
+                    "transfer",
+                    step,
+                    phase,
+                    t.moe_layer,
+                    t.expert,
+                    t.reason,
+                    t.nbytes,
+                    start,
+                    stop - start,
                 )
             )
         return Tables(event_frame(events), layer_frame(self._layers), step_frame(steps))

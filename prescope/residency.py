@@ -53,7 +53,7 @@ class ResidencyTable:
         self.in_flight = np.zeros(num_slots, dtype=bool)
         #: Counts the changes of each layer's row of `slot_of`, so that copies of it know when they are stale.
         self.versions = np.zeros(shape.num_layers, dtype=np.int64)
-        self._protected = np.zeros(num_slots, dtype=bool)
+        self.protected = np.zeros(num_slots, dtype=bool)
 
     def need(
         self, moe_layer: int, experts: IntArray, tokens: IntArray, weights: NDArray[np.float64]
@@ -78,11 +78,11 @@ class ResidencyTable:
         Slots protected or in flight are never given up, those of the keys `keep` only when there are no others.
         """
         keys = moe_layer * self.shape.num_experts + experts
-        fixed = self._protected | self.in_flight
+        fixed = self.protected | self.in_flight
         free = self.num_slots - int(fixed.sum())
         assert free >= len(keys), (
             f"{len(keys)} slots wanted, {free} of {self.num_slots} free or evictable "
-            f"({int(self._protected.sum())} protected, {int(self.in_flight.sum())} in flight)"
+            f"({int(self.protected.sum())} protected, {int(self.in_flight.sum())} in flight)"
         )
         before = self.key_of.copy()
         slots = take_slots(keys, self.key_of, self.slot_of, fixed, keep, self.policy.scores)
@@ -94,7 +94,7 @@ class ResidencyTable:
 
     def can_take(self, count: int) -> bool:
         """Whether `count` slots are free or may be evicted now."""
-        return count <= self.num_slots - int((self._protected | self.in_flight).sum())
+        return count <= self.num_slots - int((self.protected | self.in_flight).sum())
 
     def landed(self, slots: IntArray) -> None:
         """The copies into `slots` are known to be complete (or ordered before any later use)."""
@@ -102,15 +102,15 @@ class ResidencyTable:
 
     def protect(self, slots: IntArray) -> None:
         """Forbid evicting `slots` until `unprotect`."""
-        self._protected[slots] = True
+        self.protected[slots] = True
 
     def is_protected(self, slots: IntArray) -> NDArray[np.bool_]:
         """Whether each of `slots` (n,) may not be evicted."""
-        return self._protected[slots]
+        return self.protected[slots]
 
     def unprotect(self, slots: IntArray | None = None) -> None:
         """Lift the protection of `slots`, or all protection."""
-        self._protected[slice(None) if slots is None else slots] = False
+        self.protected[slice(None) if slots is None else slots] = False
 
     def adopt(self, slot_of: IntArray, key_of: IntArray, scores: NDArray[np.float64], tick: int) -> None:
         """Take over what a step that ran on the GPU made of the table: (L * E,) slots and scores, (S,) keys."""
@@ -119,7 +119,7 @@ class ResidencyTable:
         self.policy.tick = tick
         self.versions += 1
         self.in_flight[:] = False
-        self._protected[:] = False
+        self.protected[:] = False
 
     def clear(self) -> None:
         """Every expert back to PINNED, every slot free."""
@@ -127,7 +127,7 @@ class ResidencyTable:
         self.versions += 1
         self.key_of[:] = -1
         self.in_flight[:] = False
-        self._protected[:] = False
+        self.protected[:] = False
 
     def rounds(self, need: LayerNeed) -> list[IntArray]:
         """Experts of each round. One round when all fit; otherwise what is here first, then misses in chunks.

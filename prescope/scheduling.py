@@ -56,7 +56,7 @@ class Scheduling:
     def __init__(
         self, planner: Planner, predictor: Predictor | None, cpu: CpuExperts | None, reason: Reason
     ) -> None:
-        self.planner, self.predictor, self.cpu, self._reason = planner, predictor, cpu, reason
+        self.planner, self.predictor, self.cpu, self.reason = planner, predictor, cpu, reason
         self._under_way: list[CpuJob] = []
         self.forced: ForcedRouting | None = None  # its predictions are used instead of the predictor's
 
@@ -100,7 +100,7 @@ class Scheduling:
 
     def hold(self, plan: Plan, loader: Loader, timed: bool) -> list[Transfer]:
         """Want what a plan prefetches, and nothing else; returns what could be issued at once."""
-        transfers = loader.hold(plan.prefetch, plan.keep, self._reason, timed)
+        transfers = loader.hold(plan.prefetch, plan.keep, self.reason, timed)
         self.issued(len(transfers))
         return transfers
 
@@ -113,27 +113,26 @@ class Scheduling:
     # -- the CPU lane ------------------------------------------------------------------------------------------
 
     def submit(
-        self,
-        moe_layer: int,
-        experts: IntArray,
-        ids_TK: NDArray[np.integer[Any]],
-        x_TD: torch.Tensor,
-        flag: Flag | None = None,
-        out: torch.Tensor | None = None,
+        self, moe_layer: int, experts: IntArray, ids_TK: NDArray[np.integer[Any]], x_TD: torch.Tensor
     ) -> CpuWork:
-        """Begin to compute experts (n,) of a layer on the CPU; x_TD and `out` lie on the host.
-
-        Args:
-            out: (P, D) to write each pair's output to its own row; by default a new tensor without gaps.
-        """
-        assert self.cpu is not None, "a schedule without a CPU lane sent experts to the CPU"
+        """Begin to compute experts (n,) of a layer on the CPU; x_TD lies on the host."""
         lot = lot_of(ids_TK, experts)
-        target, places = (lot.compact(), len(lot.places)) if out is None else (lot, 0)
-        if out is None:
-            out = torch.empty((places, x_TD.shape[1]), dtype=x_TD.dtype)
+        out = torch.empty((len(lot.places), x_TD.shape[1]), dtype=x_TD.dtype)
+        return self._submit(moe_layer, lot, lot.compact(), x_TD, None, out)
+
+    def submit_lot(
+        self, moe_layer: int, lot: Lot, x_TD: torch.Tensor, flag: Flag, out_PD: torch.Tensor
+    ) -> CpuWork:
+        """Begin to compute a lot, each pair's output to its own row of `out_PD`, and set `flag` when it is done."""
+        return self._submit(moe_layer, lot, lot, x_TD, flag, out_PD)
+
+    def _submit(
+        self, moe_layer: int, lot: Lot, target: Lot, x_TD: torch.Tensor, flag: Flag | None, out: torch.Tensor
+    ) -> CpuWork:
+        assert self.cpu is not None, "a schedule without a CPU lane sent experts to the CPU"
         job = self.cpu.submit(moe_layer, target, x_TD, out, flag)
         self._under_way = [*(other for other in self._under_way if not other.done()), job]
-        return CpuWork(moe_layer, experts, lot, job, out)
+        return CpuWork(moe_layer, lot.experts, lot, job, out)
 
     def merge(self, work: CpuWork, spec: ExpertsSpec, out_PD: torch.Tensor) -> None:
         """Wait for the CPU and put its pairs where they belong."""

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 
 from prescope import views
+from prescope.core import Reason
 from prescope.device import NullDevice
 from prescope.events import PHASES
 from prescope.kernels import StepLog
+from prescope.loader import Transfer
 from prescope.metrics import compute_metrics
 from prescope.recorder import Recorder
+from prescope.residency import LayerNeed
 from prescope.result import RunResult
 
 LAYERS, TOKENS, TOP_K = 2, 1, 2
@@ -23,7 +26,7 @@ def step_log(begin_us: float, *, missing: list[int], fetched_by_gpu: bool = True
         decided = routed + 1
         fetched = decided + 20 * count
         now = fetched + 5
-        stamps.append([routed, decided, fetched, now])
+        stamps.append([routed, decided, fetched, now, 0])
     fetched_ids = np.full((LAYERS, 2), -1, dtype=np.int32)
     if fetched_by_gpu:
         for layer, count in enumerate(missing):
@@ -115,3 +118,23 @@ def test_a_step_launched_after_the_end_leaves_nothing(recording):
     tables = recording.tables(ROW_BYTES)
     assert len(tables.steps) == 3
     assert tables.events["step"].max() == 2
+
+
+def test_a_step_that_waits_for_the_cpu_says_so_and_a_batch_of_copies_shares_its_time(recording):
+    log = step_log(1_000_300.0, missing=[1, 0], fetched_by_gpu=False)
+    log.stamps_ns[:, 4] = log.stamps_ns[:, 3] - 2_000  # the GPU's part ends 2 us before the layer does
+    number = recording.begin_logged_step(1)
+    begin = recording._device.mark(True)
+    recording._device.now_us += 30.0 - recording._device._compute_us
+    end = recording._device.mark(True)
+    recording.copied([Transfer(0, e, Reason.ON_DEMAND, 1000, begin, end) for e in (3, 5)], 2)
+    recording.need(LayerNeed(0, np.array([3, 5]), np.array([1, 1]), 0, 0), 1, TOKENS, 1)
+    recording.log(number, log, is_counted=True)
+    tables = recording.tables(ROW_BYTES)
+    waits = tables.events[tables.events["kind"] == "cpu_wait"]
+    assert len(waits) == LAYERS and np.allclose(waits["dur_us"], 2.0)
+    moved = tables.events[(tables.events["kind"] == "transfer") & (tables.events["step"] == number)]
+    assert moved["expert"].tolist() == [3, 5]
+    assert moved["dur_us"].tolist() == [pytest.approx(15.0)] * 2
+    rows = tables.layers[tables.layers["step"] == number]
+    assert len(rows) == 1 and rows["on_cpu"].tolist() == [1], "the host counted while it served, and nobody again"

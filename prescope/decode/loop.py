@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 #: Polls between two looks at whether the GPU is still running.
 POLLS = 20_000
 #: Polls (of about a microsecond) between two looks at whether the link has room for a prefetch.
-POLLS_BETWEEN = 8
+POLLS_BETWEEN = 4
 
 
 class Launched(NamedTuple):

@@ -90,8 +90,15 @@ class Device(Protocol):
         self,
         pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
         last: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> None:
-        """Copy (target, source) pairs on the H2D lane in order, without marks, and `last` behind all of them."""
+        begin: bool = False,
+        end: bool = False,
+        timed: bool = False,
+    ) -> tuple[Mark | None, Mark | None]:
+        """Copy (target, source) pairs on the H2D lane in order, and `last` behind all of them.
+
+        Args:
+            begin, end: leave a mark before and behind them; `timed`: that knows its time.
+        """
         ...
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
@@ -129,9 +136,17 @@ class WithoutGraphs:
         self,
         pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
         last: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> None:
+        begin: bool = False,
+        end: bool = False,
+        timed: bool = False,
+    ) -> tuple[Mark | None, Mark | None]:
+        before = self.mark(timed) if begin else None
         for target, source in chain(pairs, [] if last is None else [last]):
             target.copy_(source)
+        return before, self.mark(timed) if end else None
+
+    def mark(self, timed: bool) -> Mark:
+        raise NotImplementedError
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         raise UnsupportedOption("steps are captured on CUDA only")

@@ -135,11 +135,16 @@ class CudaDevice:
         self,
         pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
         last: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> None:
+        begin: bool = False,
+        end: bool = False,
+        timed: bool = False,
+    ) -> tuple[torch.cuda.Event | None, torch.cuda.Event | None]:
         try:
-            with torch.cuda.stream(self._h2d):
+            with torch.cuda.stream(self._h2d) if self._memcpy is None else nullcontext():
+                before = self._record(self._h2d, timed) if begin else None
                 for target, source in chain(pairs, [] if last is None else [last]):
                     self._issue(target, source)
+                return before, self._record(self._h2d, timed) if end else None
         except RuntimeError as error:
             raise TransferFailed(f"copying experts to the GPU failed: {error}") from error
 
