@@ -27,7 +27,8 @@ def hybrimoe(costs: Costs, tokens: IntArray, num_here: int, backlog_us: float) -
     link, cpu = backlog_us, costs.cpu_base_us
     k, end = 0, len(tokens)
     while k < end:
-        by_link = max(link + costs.link_us, num_here * costs.gpu_us) + costs.gpu_us
+        # Computed together with what is here, as the engine does.
+        by_link = link + costs.link_us + (num_here + k + 1) * costs.gpu_us
         by_cpu = cpu + cpu_time(costs.cpu_us, tokens[end - 1])
         if by_cpu < by_link:
             cpu, end = by_cpu, end - 1

@@ -4,17 +4,18 @@ At layer l, after its router: R experts are here, u_1 >= u_2 >= ... are missing,
 layer l + 1 and absent. The first k of u are copied, the rest computed on the CPU, and p of V are prefetched:
 
     F(k) = d + k * t_io                          the link is done with what it owes, d of it from before
-    G(k) = max(R * t_g, F(k)) + t_g              GPU done (no last t_g and no wait for the link when nothing comes)
+    G(k) = F(k) + (R + k) * t_g                  GPU done (no wait for the link when nothing comes)
     C(k) = sum of c(u_j), j > k                  CPU done
     T(k) = max(G(k), C(k))                       layer l done
     S(k) = T(k) + A - F(k)                       link time that is free before router l + 1 has spoken
     d'   = max(0, p * t_io - S(k))
     N    = min over s of max(d' + copies of V_p+1..V_s + t_g, CPU time of the rest)
 
-and (k, p) minimises T(k) + FORECAST * N, with the paper's sum where FORECAST is 1. Prefetches beyond S(k) shift work
-from one layer to the next and win nothing, so only p = floor(S / t_io) and one more need a look. V is weighed by the
-probability of its use: what is not prefetched costs its time by that probability, a prefetch costs its whole time. With
-a probability of 1 this is the paper's window.
+and (k, p) minimises T(k) + FORECAST * N. Two things differ from the paper's sum: the weight of N, and G, where it has
+max(R * t_g, F(k)) + t_g: the engine computes a layer's experts together, when all of them are there. Prefetches beyond
+S(k) shift work from one layer to the next and win nothing, so only p = floor(S / t_io) and one more need a look. V is
+weighed by the probability of its use: what is not prefetched costs its time by that probability, a prefetch costs its
+whole time.
 """
 
 import numpy as np
@@ -23,9 +24,9 @@ from ..jit import jit
 from .terms import Costs, FloatArray, IntArray, cpu_time
 
 #: Weight of the next layer's time. When link and CPU are both busy, what is moved from the link to the CPU here makes
-#: room for as many prefetches, so T + N hardly depends on k: a plateau, on which errors of the forecast decided. A
-#: little less weight, and the sooner end of the layer at hand decides. 0.6 to 0.9 are alike; 1.0 is 5 % slower on
-#: average and up to 14 % (batch 64; LOG.md).
+#: room for as many prefetches, so T + N hardly depends on k: a plateau, on which errors of the forecast decide. With a
+#: little less weight the sooner end of the layer at hand decides. 0.6 to 0.9 are alike; 1 is 1 % slower on average, 2 %
+#: at batch 64, and up to 14 % where t_g is known less well (LOG.md).
 FORECAST = 0.8
 
 
@@ -68,11 +69,9 @@ def split(
     for k in range(n, -1 if has_cpu else n - 1, -1):
         copy_us = costs.link_busy_us if k < n else costs.link_us
         link = backlog_us + k * copy_us
-        gpu = num_here * costs.gpu_us
-        if k > 0:
-            gpu = max(gpu, link) + costs.gpu_us
-        elif num_late > 0:
-            gpu = max(gpu, link)
+        gpu = (num_here + k) * costs.gpu_us
+        if k > 0 or num_late > 0:
+            gpu += link
         done = gpu if k == n else max(gpu, costs.cpu_base_us + cpu_rest[k])
         if done >= best_us:  # what follows costs something too
             continue
