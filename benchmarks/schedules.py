@@ -29,7 +29,7 @@ from prescope.engine import Engine
 from prescope.hardware import machine_facts
 from prescope.learning import record_trace
 from prescope.predictor import NoisyOracle, Predictor, TrainConfig
-from prescope.profile import markdown
+from prescope.profile import HardwareProfile, markdown
 from prescope.result import RunResult
 from prescope.routing import RoutingTrace
 from prescope.scheduler import SCHEDULES
@@ -80,11 +80,14 @@ def run_model(
     with prescope.attach(bench.model, slots=1.0, **settings) as engine:
         engine.name = bench.name
         started = time.perf_counter()
-        profile = prescope.calibrate(engine, seconds=args.calibrate_seconds, save=False)
+        if args.profile:
+            profile = HardwareProfile.load(args.profile)
+        else:
+            profile = prescope.calibrate(engine, seconds=args.calibrate_seconds, save=False)
         print(f"# calibrated in {time.perf_counter() - started:.0f} s: {profile.label}", flush=True)
         print(markdown(profile.table()), flush=True)
         if args.out:
-            profile.save(Path(args.out).with_suffix(f".{Path(name).name}.profile.json"))
+            profile.save(Path(args.out).with_suffix(f".{Path(name).name.replace('~', '-')}.profile.json"))
         widths = widths_of(engine)
         for batch in args.batch:
             case = make_case(engine, bench.weights, batch, args)
@@ -115,7 +118,9 @@ def run_batch(
         if known is None:
             known, step_us = told_by(run, costs)
             if args.out and run.trace is not None:
-                run.trace.save(Path(args.out).with_suffix(f".{Path(name).name}.b{batch}.safetensors"))
+                run.trace.save(
+                    Path(args.out).with_suffix(f".{Path(name).name.replace('~', '-')}.b{batch}.safetensors")
+                )
         cell |= {
             "model": name,
             "batch": batch,
@@ -286,9 +291,7 @@ def own_case(engine: Engine, batch: int, args: argparse.Namespace) -> Case:
     predicted = predictions_of(args.llapor, trace)
     first = args.prompt  # the first decode step reads the token behind the prompt
     behind = Predicted(*(part[:, first:] for part in predicted))
-    return Case(
-        prompt, None, {"recall": behind}, {"recall": args.llapor, "oracle": None}, frequencies
-    )
+    return Case(prompt, None, {"recall": behind}, {"recall": args.llapor, "oracle": None}, frequencies)
 
 
 def excerpts(
@@ -314,6 +317,11 @@ def scores_of(predicted: Predicted) -> np.ndarray:
         for kind, values in enumerate(predicted):
             scores[:, : L - ahead, ahead - 1, kind] = values[ahead - 1][:, ahead:]
     return scores
+
+
+def plain(name: str) -> str:
+    """A model's name as part of a file's."""
+    return Path(name).name.replace("~", "-")
 
 
 def widths_of(engine: Engine) -> tuple[int, int]:
@@ -350,6 +358,11 @@ def _arguments() -> argparse.Namespace:
     add("--schedules", nargs="+", default=[*SCHEDULES, ORACLE])
     add("--cache", default="", help="one cache policy for all; by default each schedule's own")
     add(
+        "--own-routing",
+        action="store_true",
+        help="a shape's random weights route themselves; nothing is predicted",
+    )
+    add(
         "--habits",
         nargs=4,
         type=float,
@@ -370,6 +383,7 @@ def _arguments() -> argparse.Namespace:
     add("--new", type=int, default=24, help="tokens out")
     add("--repeats", type=int, default=2)
     add("--compiled", action="store_true", help="compile the layers around the experts")
+    add("--profile", default="", help="of this machine, to save the time of measuring it")
     add("--calibrate-seconds", type=float, default=25.0)
     add("--seconds", type=float, default=1e9, help="start no new cell after this")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: an emulated link, to try the script")

@@ -1,13 +1,29 @@
 """One trace under any choice: names, settings for the engine, and why each expert went where it went."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from small_run import NUM_EXPERTS, NUM_LAYERS, small_trace
 
+from prescope.core import MoEShape
 from prescope.cost import LayerCosts
 from prescope.errors import UnsupportedOption
 from prescope.predictor import Frequency
-from prescope.replays import HERE, NOISY, NONE, ORACLE, WHERE, Choice, Machine, Replays, machine_with_link
+from prescope.profile import Expert, HardwareProfile
+from prescope.replays import (
+    HERE,
+    NOISY,
+    NONE,
+    ORACLE,
+    WHERE,
+    Choice,
+    Machine,
+    Replays,
+    machine_of_profile,
+    machine_with_link,
+    shipped_machines,
+)
 from prescope.scheduler import SCHEDULES
 from prescope.simulator.replay import HITS, LATE, MISSES, ON_CPU
 
@@ -102,6 +118,32 @@ def test_more_recall_is_worth_more_and_a_faster_link_too(replays):
 
     assert rate(predictor=NOISY, recall=0.3) < rate(predictor=NOISY, recall=1.0)
     assert rate(machine=HERE) < rate(machine=list(replays.machines)[1])
+
+
+def test_a_prediction_of_unknown_cost_is_said_to_be_free(replays):
+    assert replays.run(Choice(slots=10, predictor="frequency")).notes == []
+    assert "free" in replays.run(Choice(slots=10, predictor=NOISY)).notes[-1]
+    elsewhere = Choice(slots=10, predictor="frequency", machine=list(replays.machines)[1])
+    assert "frequency costs here is not known" in replays.run(elsewhere).notes[-1]
+
+
+def test_machines_that_come_with_prescope_are_labelled_and_slower_links_emulated():
+    shape = MoEShape(NUM_LAYERS, NUM_EXPERTS, 2, 122_880)
+    machines = shipped_machines(shape, batch=2)
+    assert machines and not any(machine.is_here for machine in machines)
+    assert all("experts of" in machine.name and machine.costs.cpu_us for machine in machines)
+    # As if its link were a real one.
+    profile = replace(HardwareProfile.load("test_machine"), link_gb_per_s=None)
+    real, slower = (
+        machine_of_profile(one, "test", shape, Expert(122_880, 256, 80), 2)
+        for one in (profile, profile.emulated(4, "PCIe 3"))
+    )
+    assert slower.costs.link_us == pytest.approx(4 * real.costs.link_us)
+    assert "emulated PCIe 3" in slower.costs.source
+    assert (
+        slower.costs_with(cpu=False).cpu_us == ()
+        and slower.costs_with(cpu=True).link_us == slower.link_busy_us
+    )
 
 
 def test_the_table_names_every_schedule_with_the_bound_beside(replays):

@@ -207,7 +207,7 @@ class Replays:
         Raises: as `Simulator.run`.
         """
         full, simulator = self.resolved(choice), self.simulator(choice)
-        return simulator.run(
+        result = simulator.run(
             full.schedule,
             slots=full.slots,
             cache=full.cache,
@@ -217,6 +217,9 @@ class Replays:
             cpu=full.cpu,
             most_in_flight=self.machine(choice).most_in_flight,
         )
+        if full.lookahead and not simulator.costs.predict_us:
+            result.notes.append(f"what a prediction of {full.predictor} costs here is not known; it is free")
+        return result
 
     def compare(self, choice: Choice, *, published: bool = True) -> dict[str, SimResult]:
         """Every schedule with these slots on this machine, by name; the chosen one as chosen.

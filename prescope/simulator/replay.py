@@ -19,6 +19,7 @@ from ..jit import jit
 from ..planner import plan_layer
 from ..residency import ROUND_EXPERTS
 from ..scheduler.decide import sort_need, take_slots
+from ..scheduler.next_use import NEXT_USE_KIND, learn_next_use
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Need, cpu_time
 
 BoolArray = NDArray[np.bool_]
@@ -40,6 +41,7 @@ class State(NamedTuple):
     slot_of: IntArray  # (L * E,)
     key_of: IntArray  # (slots,)
     scores: FloatArray  # (L * E,)
+    uses: FloatArray  # (L * E,) of `scheduler.next_use`; (0,) with other policies
     tick: IntArray  # (1,)
     trust: FloatArray  # (d, 2), see `scheduler.decide.learn_trust`
 
@@ -134,7 +136,11 @@ def replay(
             weights = no_weights
             if len(demand.weights_SLE):
                 weights = demand.weights_SLE[s, layer][need.experts].astype(np.float64)
-            learn(policy, state.scores, state.tick[0], layer, E, need.experts, weights)
+            if policy == NEXT_USE_KIND:
+                weights = need.tokens.astype(np.float64)
+                learn_next_use(state.scores, state.uses, state.tick[0], layer, E, need.experts, weights)
+            else:
+                learn(policy, state.scores, state.tick[0], layer, E, need.experts, weights)
             for a in range(d):
                 there = layer + a + 1 < L
                 for e in range(E):

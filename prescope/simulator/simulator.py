@@ -21,6 +21,7 @@ from ..predictor.base import Predictor
 from ..residency import ResidencyTable
 from ..routing import RoutingTrace
 from ..scheduler import Schedule, schedule_named
+from ..scheduler.next_use import NextUse
 from ..scheduler.terms import Knobs
 from .prefill import prefill, prefill_steps
 from .prepare import LOOKAHEAD, Needs, Predicted, compiled_costs, needs_of, predictions_of
@@ -29,7 +30,7 @@ from .result import Bounds, SimResult
 
 #: Slots that prefetches on the wire may hold: one in so many, as the engine's loader does.
 IN_FLIGHT_SHARE = 4
-CACHES = ("lru", "lfu", "score", "shallow", "static")
+CACHES = ("lru", "lfu", "score", "shallow", "static", "next-use")
 
 
 class Settings(NamedTuple):
@@ -115,7 +116,7 @@ class Simulator:
         Args:
             schedule: name in `scheduler.SCHEDULES`.
             slots: as of the engine: a count, a share of all experts, or a text such as "8GiB".
-            cache: "lru", "lfu", "score", "shallow" or "static".
+            cache: "lru", "lfu", "score", "shallow", "static" or "next-use".
             lookahead, width, threshold: see `scheduler.Schedule`.
             cpu: whether the CPU lane is used; by schedules that can, if the costs have one, unless given.
             frequencies: (L, E) that "static" goes by; those of this very trace unless given, which is said in `notes`.
@@ -129,7 +130,7 @@ class Simulator:
             schedule, slots, cache, lookahead, width, threshold, cpu, frequencies, most_in_flight
         )
         counts = self.trace.expert_counts() if frequencies is None else frequencies
-        policy = make_policy(settings.cache, self.shape, np.asarray(counts, dtype=np.float64))
+        policy = self._policy(settings.cache, np.asarray(counts, dtype=np.float64))
         log = self._replay(settings, policy)
         return SimResult(
             log=log,
@@ -241,6 +242,9 @@ class Simulator:
 
     # -- the replay --------------------------------------------------------------------------------------------
 
+    def _policy(self, name: str, frequencies: NDArray[np.float64]) -> CachePolicy:
+        return NextUse(self.shape) if name == NextUse.name else make_policy(name, self.shape, frequencies)
+
     def _replay(self, settings: Settings, policy: CachePolicy) -> Log:
         table = ResidencyTable(self.shape, settings.num_slots, policy)
         knobs = Knobs(settings.schedule.number, settings.lookahead, settings.width, settings.threshold)
@@ -253,7 +257,12 @@ class Simulator:
         for i, (prefills, steps) in enumerate(self._segments):
             self._prefill(table, prefills, is_first=i == 0)
             state = State(
-                table.slot_of, table.key_of, policy.scores, np.array([policy.tick], np.int64), trust
+                table.slot_of,
+                table.key_of,
+                policy.scores,
+                _uses(policy),
+                np.array([policy.tick], np.int64),
+                trust,
             )
             demand = Demand(
                 self.needs.tokens_SLE[steps],
@@ -272,13 +281,20 @@ class Simulator:
         policy = table.policy
         key = table.num_slots, policy.name, policy.scores.tobytes() if policy.name == "static" else b""
         if is_first and key in self._warm:
-            table.slot_of[:], table.key_of[:], policy.scores[:], tick = self._warm[key]
+            table.slot_of[:], table.key_of[:], policy.scores[:], tick, uses = self._warm[key]
+            _uses(policy)[:] = uses
             policy.tick = int(tick)
             return
         for step in prefills:
             prefill(table, self.trace, step)
         if is_first:
-            kept = table.slot_of.copy(), table.key_of.copy(), policy.scores.copy(), np.array(policy.tick)
+            kept = (
+                table.slot_of.copy(),
+                table.key_of.copy(),
+                policy.scores.copy(),
+                np.array(policy.tick),
+                _uses(policy).copy(),
+            )
             self._warm[key] = kept
 
     def _find_bounds(self, num_slots: int, cpu: bool) -> Bounds:
@@ -312,6 +328,14 @@ def _together(first_us: float, second_us: float) -> float:
 
 
 NO_WEIGHTS = np.zeros((0, 0, 0), np.float32)
+
+
+def _uses(policy: CachePolicy) -> NDArray[np.float64]:
+    """What "next-use" knows besides its scores."""
+    return policy.uses if isinstance(policy, NextUse) else NO_USES
+
+
+NO_USES = np.zeros(0)
 
 
 def _nothing(needs: Needs) -> Predicted:

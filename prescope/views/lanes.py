@@ -86,7 +86,7 @@ def lanes_info(result: RunResult | SimResult, steps: range | None = None) -> Lan
         for step, start, dur in zip(shown["step"], shown["start_us"], shown["dur_us"], strict=True)
     )
     return LanesInfo(
-        _bars(events, first_us, _tokens(result.trace, spans)),
+        _bars(events, first_us, _Uses(_tokens(result.trace, spans), _on_cpu(result.layers, spans))),
         _layer_spans(events, {span.step for span in spans}, first_us),
         spans,
         spans[-1].start_ms + spans[-1].dur_ms,
@@ -135,7 +135,7 @@ def _meanings(events: pd.DataFrame) -> np.ndarray:
     return np.where(on_cpu, MEANINGS.index("experts_cpu"), found)
 
 
-def _bars(events: pd.DataFrame, first_us: float, tokens: dict[tuple[int, int, int], int]) -> dict[str, Bars]:
+def _bars(events: pd.DataFrame, first_us: float, uses: "_Uses") -> dict[str, Bars]:
     meanings = _meanings(events)
     columns = [
         events[name].to_numpy() for name in ("step", "moe_layer", "expert", "bytes", "start_us", "dur_us")
@@ -145,7 +145,7 @@ def _bars(events: pd.DataFrame, first_us: float, tokens: dict[tuple[int, int, in
         rows = np.flatnonzero(meanings == i)
         step, layer, expert, nbytes, start, dur = (column[rows].tolist() for column in columns)
         texts = tuple(
-            _text(meaning, *where, tokens) for where in zip(step, layer, expert, nbytes, dur, strict=True)
+            _text(meaning, *where, uses) for where in zip(step, layer, expert, nbytes, dur, strict=True)
         )
         bars[meaning] = Bars(
             tuple((at - first_us) / 1e3 for at in start), tuple(us / 1e3 for us in dur), texts
@@ -163,6 +163,20 @@ def _tokens(trace: RoutingTrace | None, steps: tuple[Span, ...]) -> dict[tuple[i
     return found
 
 
+class _Uses(NamedTuple):
+    """What the texts of transfers and CPU experts say of them."""
+
+    tokens: dict[tuple[int, int, int], int]  # (step, layer, expert) -> tokens that use it
+    on_cpu: dict[tuple[int, int], tuple[int, int]]  # (step, layer) -> of its misses on the CPU, misses
+
+
+def _on_cpu(layers: pd.DataFrame, steps: tuple[Span, ...]) -> dict[tuple[int, int], tuple[int, int]]:
+    columns = [layers[name].to_numpy() for name in ("step", "moe_layer", "on_cpu", "misses")]
+    rows = np.flatnonzero(np.isin(columns[0], [span.step for span in steps]) & (columns[2] > 0))
+    values = (column[rows].tolist() for column in columns)
+    return {(step, layer): (done, misses) for step, layer, done, misses in zip(*values, strict=True)}
+
+
 def _text(
     meaning: str,
     step: int,
@@ -170,7 +184,7 @@ def _text(
     expert: int,
     nbytes: int,
     us: float,
-    tokens: dict[tuple[int, int, int], int],
+    uses: _Uses,
 ) -> str:
     where = f"step {step}, MoE layer {layer}" if layer >= 0 else f"step {step}, after the last MoE layer"
     who = f", expert {expert}" if expert >= 0 else ""
@@ -178,9 +192,13 @@ def _text(
     if nbytes and us:
         text += f", {nbytes / 1e6:.3g} MB, {gb_per_s(nbytes, us):.3g} GB/s"
     if meaning in _REASONS:
-        count = tokens.get((step, layer, expert), 0)
-        used = f"{count} token{'s' if count > 1 else ''} needed it" if count else "no token needed it"
-        text += f"<br>{_REASONS[meaning]}" + (f"; {used}" if tokens and expert >= 0 else "")
+        text += f"<br>{_REASONS[meaning]}"
+    if meaning == "experts_cpu" and (step, layer) in uses.on_cpu:
+        done, misses = uses.on_cpu[step, layer]
+        text += f"; {done} of {misses} misses, those with the fewest tokens"
+    elif expert >= 0 and uses.tokens:
+        count = uses.tokens.get((step, layer, expert), 0)
+        text += f"; {count} token{'s' if count > 1 else ''} needed it" if count else "; no token needed it"
     return text
 
 
