@@ -27,9 +27,11 @@ def prefill(table: ResidencyTable, trace: RoutingTrace, step: int) -> None:
         flat = ids[:, layer].ravel().astype(np.int64)
         is_used = flat >= 0
         counts = np.bincount(flat[is_used], minlength=shape.num_experts)
-        sums = np.bincount(flat[is_used], weights[:, layer].ravel()[is_used], minlength=shape.num_experts)
         experts = np.flatnonzero(counts)
-        need = table.need(layer, experts, counts[experts], sums[experts].astype(np.float64))
+        learned = counts  # as the engine tells a policy: sums of weights if it asks for them, else tokens
+        if table.policy.name == "score":
+            learned = np.bincount(flat[is_used], weights[:, layer].ravel()[is_used], shape.num_experts)
+        need = table.need(layer, experts, counts[experts], learned[experts].astype(np.float64))
         following = (layer + 1, shape.num_experts) if layer + 1 < shape.num_layers else None
         for act in walk(table, need, table.rounds(need), shape.num_experts, following):
             table.landed(act.slots)

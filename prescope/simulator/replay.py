@@ -40,8 +40,7 @@ class State(NamedTuple):
 
     slot_of: IntArray  # (L * E,)
     key_of: IntArray  # (slots,)
-    scores: FloatArray  # (L * E,)
-    uses: FloatArray  # (L * E,) of `scheduler.next_use`; (0,) with other policies
+    scores: FloatArray  # (L * E,), or as the cache policy has them
     tick: IntArray  # (1,)
     trust: FloatArray  # (d, 2), see `scheduler.decide.learn_trust`
 
@@ -138,7 +137,7 @@ def replay(
                 weights = demand.weights_SLE[s, layer][need.experts].astype(np.float64)
             if policy == NEXT_USE_KIND:
                 weights = need.tokens.astype(np.float64)
-                learn_next_use(state.scores, state.uses, state.tick[0], layer, E, need.experts, weights)
+                learn_next_use(state.scores, state.tick[0], layer, E, need.experts, weights)
             else:
                 learn(policy, state.scores, state.tick[0], layer, E, need.experts, weights)
             for a in range(d):

@@ -260,7 +260,6 @@ class Simulator:
                 table.slot_of,
                 table.key_of,
                 policy.scores,
-                _uses(policy),
                 np.array([policy.tick], np.int64),
                 trust,
             )
@@ -281,8 +280,7 @@ class Simulator:
         policy = table.policy
         key = table.num_slots, policy.name, policy.scores.tobytes() if policy.name == "static" else b""
         if is_first and key in self._warm:
-            table.slot_of[:], table.key_of[:], policy.scores[:], tick, uses = self._warm[key]
-            _uses(policy)[:] = uses
+            table.slot_of[:], table.key_of[:], policy.scores[:], tick = self._warm[key]
             policy.tick = int(tick)
             return
         for step in prefills:
@@ -293,7 +291,6 @@ class Simulator:
                 table.key_of.copy(),
                 policy.scores.copy(),
                 np.array(policy.tick),
-                _uses(policy).copy(),
             )
             self._warm[key] = kept
 
@@ -328,14 +325,6 @@ def _together(first_us: float, second_us: float) -> float:
 
 
 NO_WEIGHTS = np.zeros((0, 0, 0), np.float32)
-
-
-def _uses(policy: CachePolicy) -> NDArray[np.float64]:
-    """What "next-use" knows besides its scores."""
-    return policy.uses if isinstance(policy, NextUse) else NO_USES
-
-
-NO_USES = np.zeros(0)
 
 
 def _nothing(needs: Needs) -> Predicted:
