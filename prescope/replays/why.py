@@ -10,12 +10,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..cache import make_policy
 from ..core import Reason
 from ..errors import UnsupportedOption
 from ..residency import ResidencyTable
 from ..scheduler import SCHEDULES
-from ..scheduler.terms import Costs, Knobs, cpu_time
+from ..scheduler.terms import Costs, cpu_time
 from ..simulator import SimResult, Simulator
 from ..simulator.prepare import compiled_costs
 from ..simulator.replay import (
@@ -27,9 +26,6 @@ from ..simulator.replay import (
     ON_CPU,
     REASON,
     STEP,
-    Demand,
-    State,
-    replay,
 )
 
 #: Where an expert was when its layer needed it.
@@ -79,7 +75,7 @@ def why(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> W
         predicts=config["lookahead"] > 0,
         link_busy_us=simulator.link_busy_us,
     )
-    slot_of_E, link_free_us = _before(simulator, result, costs, s, moe_layer)
+    slot_of_E, link_free_us = _before(simulator, result, s, moe_layer)
     decided = float(log.times_us[s, moe_layer, DECIDED])
     backlog = max(0.0, link_free_us - decided)
     experts = _experts(simulator, result, s, moe_layer, slot_of_E)
@@ -103,55 +99,44 @@ def why(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> W
     )
 
 
-def _before(
-    simulator: Simulator, result: SimResult, costs: Costs, s: int, layer: int
-) -> tuple[NDArray[np.int64], float]:
+class _UpToHere(Simulator):
+    """A simulator after whose last decision nothing is needed and nothing predicted: slots and link stay as it found
+    them.
+
+    Args:
+        whole: the simulator of the result. `s`, `layer`: step and layer of the decision.
+    """
+
+    def __init__(self, whole: Simulator, s: int, layer: int) -> None:
+        self.__dict__.update(whole.__dict__)
+        tokens = whole.needs.tokens_SLE.copy()
+        tokens[s, layer:] = 0
+        expected, used = (array.copy() for array in whole.predicted)
+        for ahead in range(len(used)):
+            used[ahead, s, layer + ahead + 1 :] = expected[ahead, s, layer + ahead + 1 :] = 0.0
+        self.needs = whole.needs._replace(tokens_SLE=tokens)
+        self.predicted = whole.predicted._replace(expected_dSLE=expected, used_dSLE=used)
+        self._segments = [
+            (prefills, slice(steps.start, min(steps.stop, s + 1)))
+            for prefills, steps in whole._segments
+            if steps.start <= s
+        ]
+
+    def _prefill(self, table: ResidencyTable, prefills: list[int], is_first: bool) -> None:
+        self.slot_of = table.slot_of  # the table that the replay goes on with
+        super()._prefill(table, prefills, is_first)
+
+
+def _before(simulator: Simulator, result: SimResult, s: int, layer: int) -> tuple[NDArray[np.int64], float]:
     """Slot of each expert of a layer, and when the link is done, as the layer's decision found them."""
     config, E = result.config, simulator.shape.num_experts
-    counts = simulator.trace.expert_counts().astype(np.float64)
-    policy = make_policy(config["cache"], simulator.shape, counts)
-    table = ResidencyTable(simulator.shape, config["num_slots"], policy)
-    schedule = SCHEDULES[config["schedule"]]
-    knobs = Knobs(schedule.number, config["lookahead"], config["width"], config["threshold"])
-    depth, now, free_us = config["lookahead"], 0.0, 0.0
-    trust = np.zeros((depth, 2))
-    for i, (prefills, steps) in enumerate(simulator._segments):
-        simulator._prefill(table, prefills, is_first=i == 0)
-        rows = slice(steps.start, min(steps.stop, s + 1))
-        demand = _demand(simulator, config["cache"], depth, rows)
-        is_last = steps.start <= s < steps.stop
-        if is_last:
-            _cut(demand, layer)
-        state = State(table.slot_of, table.key_of, policy.scores, np.array([policy.tick], np.int64), trust)
-        log = replay(
-            knobs, costs, policy.kind, config["most_in_flight"], simulator.step_us, now, state, demand
-        )
-        policy.tick, now = int(state.tick[0]), float(log.step_end_us[-1])
-        if is_last:
-            before = log.copies[:, AT_LAYER] <= layer if schedule.streams else np.ones(len(log.copies), bool)
-            before |= log.copies[:, STEP] < s - steps.start
-            free_us = float(log.copy_us[before, 1].max(initial=0.0))
-            break
-    return table.slot_of[layer * E : (layer + 1) * E].copy(), free_us
-
-
-def _demand(simulator: Simulator, cache: str, depth: int, rows: slice) -> Demand:
-    needs, predicted = simulator.needs, simulator.predicted
-    weights = needs.weights_SLE[rows] if cache == "score" else np.zeros((0, 0, 0), np.float32)
-    return Demand(
-        needs.tokens_SLE[rows].copy(),
-        weights,
-        predicted.expected_dSLE[:depth, rows].copy(),
-        predicted.used_dSLE[:depth, rows].copy(),
-    )
-
-
-def _cut(demand: Demand, layer: int) -> None:
-    """From this layer of the last step on nothing is needed and nothing predicted."""
-    demand.tokens_SLE[-1, layer:] = 0
-    for ahead in range(len(demand.used_dSLE)):
-        demand.used_dSLE[ahead, -1, layer + ahead + 1 :] = 0.0
-        demand.expected_dSLE[ahead, -1, layer + ahead + 1 :] = 0.0
+    kept = ("cache", "lookahead", "width", "threshold", "cpu", "most_in_flight")
+    part = _UpToHere(simulator, s, layer)
+    log = part.run(config["schedule"], slots=config["num_slots"], **{name: config[name] for name in kept}).log
+    before = log.copies[:, STEP] < s
+    # Streaming goes on whatever is needed.
+    before |= (log.copies[:, AT_LAYER] <= layer) | (not result.streams)
+    return part.slot_of[layer * E : (layer + 1) * E], float(log.copy_us[before, 1].max(initial=0.0))
 
 
 def _experts(
