@@ -24,7 +24,10 @@ from prescope.replays import (
     machine_with_link,
     shipped_machines,
 )
+from prescope.replays.why import splits_of
 from prescope.scheduler import SCHEDULES
+from prescope.scheduler.presched import split
+from prescope.simulator.prepare import compiled_costs
 from prescope.simulator.replay import HITS, LATE, MISSES, ON_CPU
 
 COSTS = LayerCosts(
@@ -62,6 +65,27 @@ def test_where_each_expert_was_is_what_the_replay_counted(replays, name, predict
             assert int((needed["reason"] == "cpu").sum()) == result.log.counts[s, layer, ON_CPU]
             assert why.splits["chosen"].sum() == 1
             assert f"of {len(needed)} experts needed" in why.words
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_the_best_of_the_splits_is_the_one_presched_finds(cpu):
+    """The table shows the formula that the decision minimises; two copies of it may not part."""
+    rng = np.random.default_rng(0)
+    none = np.zeros(0)
+    for _ in range(50):
+        costs = compiled_costs(
+            replace(COSTS, link_us=float(rng.uniform(20, 200)), gpu_us=float(rng.uniform(1, 40))),
+            cpu=cpu,
+            predicts=False,
+            link_busy_us=float(rng.uniform(200, 300)),
+        )
+        tokens = -np.sort(-rng.integers(1, 5, rng.integers(1, 7)))
+        here = int(rng.integers(0, 4))
+        late, backlog = int(rng.integers(0, here + 1)), float(rng.uniform(0, 300))
+        copied, _, best_us, _ = split(costs, tokens, here, late, backlog, none, none)
+        table = splits_of(costs, tokens, here, late, backlog, copied)
+        assert table["layer_us"].min() == pytest.approx(best_us)
+        assert table[table["chosen"]]["layer_us"].item() == pytest.approx(best_us)
 
 
 def test_fiddler_takes_the_sooner_of_the_two_for_each_expert_and_the_table_says_so(replays):

@@ -83,10 +83,10 @@ def why(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> W
     here = experts[(experts["was"] != ON_HOST) & (experts["tokens"] > 0)]
     num_late = int((here["was"] == ON_LINK).sum())
     tokens = missing["tokens"].to_numpy().astype(np.int64)
-    by_link, by_cpu = _each(costs, tokens, backlog)
+    by_link, by_cpu = _each(costs, tokens, len(here), backlog)
     experts.loc[missing.index, "by_link_us"], experts.loc[missing.index, "by_cpu_us"] = by_link, by_cpu
     num_cpu = int(log.counts[s, moe_layer, ON_CPU])
-    splits = _splits(costs, tokens, (len(here), num_late), backlog, len(tokens) - num_cpu)
+    splits = splits_of(costs, tokens, len(here), num_late, backlog, len(tokens) - num_cpu)
     return Why(
         step,
         moe_layer,
@@ -178,34 +178,37 @@ def _experts(
     return frame.iloc[order].reset_index(drop=True)
 
 
-def _each(costs: Costs, tokens: NDArray[np.int64], backlog_us: float) -> tuple[list[float], list[float]]:
+def _each(
+    costs: Costs, tokens: NDArray[np.int64], here: int, backlog_us: float
+) -> tuple[list[float], list[float]]:
     """When each miss, most tokens first, would be done over the link behind those before it, or on the CPU with those
     behind it.
     """
-    by_link = [backlog_us + (j + 1) * costs.link_us + costs.gpu_us for j in range(len(tokens))]
+    by_link = [backlog_us + j * costs.link_us + (here + j) * costs.gpu_us for j in range(1, len(tokens) + 1)]
     if len(costs.cpu_us) < 2:
         return by_link, [float("nan")] * len(tokens)
     each = np.array([cpu_time(costs.cpu_us, n) for n in tokens.tolist()])
     return by_link, (costs.cpu_base_us + each[::-1].cumsum()[::-1]).tolist() if len(each) else []
 
 
-def _splits(
-    costs: Costs, tokens: NDArray[np.int64], here_and_late: tuple[int, int], backlog_us: float, chosen: int
+def splits_of(
+    costs: Costs, tokens: NDArray[np.int64], here: int, late: int, backlog_us: float, chosen: int
 ) -> pd.DataFrame:
-    """What each split of the misses would take, by the formulas of `scheduler.presched`."""
+    """What each split of a layer's misses would take by itself: T(k) of `scheduler.presched`, one row a k.
+
+    Args:
+        tokens: of the misses, descending. `here`: other experts needed, `late` of them in flight.
+        chosen: misses that were copied.
+    """
     n, has_cpu = len(tokens), len(costs.cpu_us) > 1
-    here, late = here_and_late
     rows = []
     for copied in range(0 if has_cpu else n, n + 1):
         link = backlog_us + copied * (costs.link_us if copied == n else costs.link_busy_us)
-        gpu = here * costs.gpu_us
-        if copied:
-            gpu = max(gpu, link) + costs.gpu_us
-        elif late:
-            gpu = max(gpu, link)
+        waits = copied > 0 or late > 0
+        gpu = (here + copied) * costs.gpu_us + (link if waits else 0.0)
         rest = [cpu_time(costs.cpu_us, t) for t in tokens[copied:].tolist()] if copied < n else []
         cpu = costs.cpu_base_us + sum(rest) if rest else 0.0
-        rows.append((copied, n - copied, link if copied else 0.0, gpu, cpu, max(gpu, cpu), copied == chosen))
+        rows.append((copied, n - copied, link if waits else 0.0, gpu, cpu, max(gpu, cpu), copied == chosen))
     columns = ["copied", "on_cpu", "link_us", "gpu_us", "cpu_us", "layer_us", "chosen"]
     return pd.DataFrame(rows, columns=columns)
 
