@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..config import CACHES
 from ..errors import UnsupportedOption
 from ..predictor import NoisyOracle, Oracle, Predictor
 from ..predictor.base import Shape
@@ -100,8 +101,11 @@ class Replays:
         """Why a choice cannot be run for real; "" if it can."""
         if not self.machine(choice).is_here:
             return f"only {next(iter(self.machines))!r} can be run, {choice.machine!r} can be simulated"
-        if self.resolved(choice).predictor in (ORACLE, NOISY):
+        full = self.resolved(choice)
+        if full.predictor in (ORACLE, NOISY):
             return "an oracle knows the recorded future; live there is none"
+        if full.cache not in CACHES:
+            return f"the engine has no cache {full.cache!r} yet; it can be simulated"
         return ""
 
     # -- choices -----------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 from IPython.display import HTML, display
 
-from ..config import CACHES
 from ..errors import PrescopeError
 from ..replays import NOISY, Choice, Replays
 from ..result import RunResult
 from ..scheduler import SCHEDULES
 from ..simulator import SimResult
+from ..simulator.simulator import CACHES
 from ..units import format_bytes
 from ..views.lanes import lanes_info, lanes_layout, lanes_traces, plot_lanes
 from ..views.outcomes import outcomes_info, outcomes_layout, outcomes_traces, plot_outcomes
