@@ -118,11 +118,12 @@ def _trace(
 
 def outcomes_layout(info: OutcomesInfo) -> dict[str, Any]:
     """What of the layout depends on the numbers."""
-    lines = [f"<b>{info.source}</b>: {_shares(info.counts)} · {info.settings}"]
+    lines = [f"<b>{info.source}</b>: {_shares(info.counts)}"]
     if info.measured is not None:
         lines.append(f"<b>{info.measured_source}</b> (hatched): {_shares(info.measured)}")
     else:
         lines.append(info.told)
+    lines.append(info.settings)
     title = "Are the experts there when a layer needs them?"
     return {
         "title": {"text": titled(title, "<br>".join(lines))},
@@ -140,7 +141,7 @@ def _shares(counts: Counts) -> str:
 def plot_outcomes(info: OutcomesInfo) -> go.Figure:
     """Stacked bars by layer."""
     fig = go.Figure(outcomes_traces(info))
-    style(fig, title="", subtitle="", height=380)
+    style(fig, title="", subtitle="", height=400, top=108)
     fig.update_layout(outcomes_layout(info))
     fig.update_layout(barmode="stack", hovermode="closest", uirevision=None)
     fig.update_xaxes(title_text="MoE layer", showgrid=False)

@@ -89,7 +89,7 @@ def step_times_traces(info: StepTimesInfo) -> list[dict[str, Any]]:
 
 def step_times_layout(info: StepTimesInfo) -> dict[str, Any]:
     """What of the layout depends on the numbers."""
-    lines = [f"{_rate(info.times)} · {info.settings}", info.told]
+    lines = [_rate(info.times), info.told, info.settings]
     if info.measured is not None:
         lines[1] = f"{_rate(info.measured)} · the simulator says {info.error_pct:+.1f} % of its tokens/s"
     title = "How long does each token take?"
@@ -103,7 +103,7 @@ def _rate(times: Times) -> str:
 def plot_step_times(info: StepTimesInfo) -> go.Figure:
     """Bars simulated, line measured."""
     fig = go.Figure(step_times_traces(info))
-    style(fig, title="", subtitle="", height=330)
+    style(fig, title="", subtitle="", height=350, top=108)
     fig.update_layout(step_times_layout(info))
     fig.update_layout(bargap=0.15, barcornerradius=0, hovermode="x unified", uirevision=None)
     fig.update_xaxes(title_text="decode step (one token of each sequence)", showgrid=False)

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -105,7 +106,7 @@ class SchedulePanel:
         )  # fmt: skip
         self.predictor = ipw.Dropdown(options=replays.predictor_names, description="predictor", layout=slim)
         self.recall = ipw.FloatSlider(
-            value=0.8, min=round(shape.top_k / shape.num_experts + 0.05, 2), max=1.0, step=0.05,
+            value=0.8, min=math.ceil(20 * shape.top_k / shape.num_experts) / 20, max=1.0, step=0.05,
             description="its recall", layout=slim, disabled=True,
         )  # fmt: skip
         self.machine = ipw.Dropdown(options=list(replays.machines), description="machine", layout=wide)
