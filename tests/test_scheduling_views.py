@@ -360,7 +360,7 @@ def test_in_jupyterlab_a_move_of_the_slider_is_seen_at_once(tmp_path):
             page.wait_for_timeout(300)
         moves = sorted(page.evaluate("window.moves"))
         print("key to drawn, ms:", [round(ms) for ms in moves])
-        # Twice the aim: Lab, browser and kernel share what cores there are; 149 ms on two idle ones, 206 on busy ones.
+        # Twice the aim: Lab, browser and kernel share what cores there are; 149 ms on two idle ones, 202 on busy ones.
         assert moves[len(moves) // 2] < 2 * REDRAW_MS, moves
         for _ in range(10):
             page.keyboard.press("ArrowRight")
