@@ -128,7 +128,10 @@ def run_batch(
             "costs": asdict(costs),
             "told": asdict(known),
         }
-        cell |= {"step_us": step_us, **simulated(engine, cell, case, known, step_us, run)}
+        try:
+            cell |= {"step_us": step_us, **simulated(engine, cell, case, known, step_us, run)}
+        except Exception:  # noqa: BLE001 - what was measured is kept
+            traceback.print_exc()
         records.append(cell)
         print(row(cell), flush=True)
         if args.out:
@@ -333,16 +336,16 @@ def widths_of(engine: Engine) -> tuple[int, int]:
 
 def row(cell: dict[str, Any]) -> str:
     """One line of the table."""
-    runs, wall = cell["tokens_per_s_runs"], cell["wall_ms"]
+    runs, wall, nan = cell["tokens_per_s_runs"], cell["wall_ms"], float("nan")
     values = [
         cell["model"], str(cell["batch"]), f"{cell['slots']:.1%}", cell["schedule"] + ("*" if cell["is_known"] else ""),
         cell["cache"], f"{cell['tokens_per_s']:.1f}", f"{min(runs):.1f}-{max(runs):.1f}",
         *(f"{100 * cell[name]:.1f}" for name in ("hit_rate", "late_rate", "miss_rate")),
         f"{100 * cell['on_cpu'] / max(1, cell['needed']):.1f}", f"{cell['h2d_bytes'] / 1e9:.2f}",
         f"{cell['link_gb_per_s']:.1f}", f"{100 * cell['stall_frac']:.1f}", f"{100 * cell['cpu_wait_ms'] / wall:.1f}",
-        f"{100 * cell['host_wait_ms'] / wall:.1f}", f"{cell['simulated_tokens_per_s']:.1f}",
-        f"{100 * cell['error_frac']:+.1f}", f"{cell['bound_tokens_per_s']:.1f}",
-        f"{100 * cell['tokens_per_s'] / cell['bound_tokens_per_s']:.0f}",
+        f"{100 * cell['host_wait_ms'] / wall:.1f}", f"{cell.get('simulated_tokens_per_s', nan):.1f}",
+        f"{100 * cell.get('error_frac', nan):+.1f}", f"{cell.get('bound_tokens_per_s', nan):.1f}",
+        f"{100 * cell['tokens_per_s'] / cell.get('bound_tokens_per_s', nan):.0f}",
     ]  # fmt: skip
     return f"| {' | '.join(values)} |"
 

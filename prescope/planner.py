@@ -150,8 +150,14 @@ def decide_layer(
     return Decision(need, chosen, taken, lot_first, lot_pairs)
 
 
+#: Weight of the newest step, and of the newest job, in what the planner makes of its own measurements.
+NEWEST = 0.2
+#: The CPU is believed to be so many times faster or slower than calibrated at most: a job may be interrupted.
+MOST_CPU_FACTOR = 4.0
+
+
 class Planner:
-    """One run's decisions.
+    """One engine's decisions. Costs follow what its own steps show, from the calibrated ones on.
 
     Args:
         knobs: the schedule and its settings.
@@ -162,6 +168,7 @@ class Planner:
 
     def __init__(self, knobs: Knobs, costs: Costs, shape: MoEShape, predicts: int) -> None:
         self.knobs, self.costs, self._shape = knobs, costs, shape
+        self._calibrated, self._cpu_factor = costs, 1.0
         self.predicts = predicts
         self._link_free_us = 0.0  # by the caller's clock: when the link will be done with what it was given
         self._nothing = np.zeros((0, shape.num_experts))
@@ -231,6 +238,24 @@ class Planner:
             np.array(tokens_dE, dtype=np.float64),
             np.array(used_dE, dtype=np.float64),
         )
+
+    def saw_step(self, rest_us: float, decide_us: float) -> None:
+        """What a step's layers took besides their experts, and from the router's choice to the answer; medians."""
+        old = self.costs
+        self.costs = old._replace(
+            rest_us=old.rest_us + NEWEST * (rest_us - old.rest_us),
+            decide_us=old.decide_us + NEWEST * (decide_us - old.decide_us),
+        )
+
+    def saw_cpu(self, tokens: IntArray, took_us: float) -> None:
+        """Experts with so many tokens (n,) each took the CPU so long together."""
+        costs = self._calibrated
+        points = np.arange(len(costs.cpu_us))
+        expected = costs.cpu_base_us + float(np.interp(tokens, points, costs.cpu_us).sum())
+        ratio = min(max(took_us / expected, 1.0 / MOST_CPU_FACTOR), MOST_CPU_FACTOR)
+        self._cpu_factor += NEWEST * (ratio - self._cpu_factor)
+        factor = self._cpu_factor
+        self.costs = self.costs._replace(cpu_us=factor * costs.cpu_us, cpu_base_us=factor * costs.cpu_base_us)
 
     def issued(self, num_copies: int, now_us: float) -> None:
         """The link was given so many experts more."""

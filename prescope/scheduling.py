@@ -134,9 +134,15 @@ class Scheduling:
         self._under_way = [*(other for other in self._under_way if not other.done()), job]
         return CpuWork(moe_layer, lot.experts, lot, job, out)
 
+    def saw(self, work: CpuWork) -> None:
+        """Learn from a job that is over what the CPU takes."""
+        start, end = work.job.span_ns()
+        self.planner.saw_cpu(np.diff(work.lot.first), (end - start) / 1e3)
+
     def merge(self, work: CpuWork, spec: ExpertsSpec, out_PD: torch.Tensor) -> None:
         """Wait for the CPU and put its pairs where they belong."""
         work.job.wait()
+        self.saw(work)
         y = work.out.to(out_PD.device)
         if spec.post_norm is not None:
             y = spec.post_norm(y)

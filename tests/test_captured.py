@@ -184,7 +184,7 @@ def test_a_scheduled_step_takes_changes_and_the_cpus_pairs(tokens, top_k):
         for t, k in np.ndindex(*ids.shape):
             if ids[t, k] in on_cpu:
                 h = silu_gate(functional.linear(x[t], world.up[layer, ids[t, k]]))
-                world.step.cpu_pairs[layer, t * top_k + k] = functional.linear(
+                world.step.cpu_pairs[layer][t * top_k + k] = functional.linear(
                     h, world.down[layer, ids[t, k]]
                 )
         target, source = world.step.landing(layer + 1)

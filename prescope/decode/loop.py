@@ -202,7 +202,9 @@ class DecodeLoop:
         buffers = launched.captured.buffers
         self._await(partial(buffers.tokens, launched.number))
         log = buffers.log(launched.number)
-        if buffers.policy:  # where the host decides it has counted already
+        if buffers.scheduled is not None:
+            self._scheduled_step.learn(log)
+        elif buffers.policy:  # where the host decides it has counted already
             self._serving.count(log.needs)
         if self._serving.recorder is not None:
             self._serving.recorder.log(launched.row, log, is_counted=buffers.scheduled is not None)

@@ -16,6 +16,7 @@ import numpy as np
 from ..core import Need
 from ..cpu_experts import Flag, Lot
 from ..hf import MoELayer
+from ..kernels import StepLog
 from ..planner import most_in_flight
 from ..residency import NOTHING, IntArray, LayerNeed
 from ..scheduling import CpuWork, Predicted, Scheduling
@@ -67,7 +68,19 @@ class ScheduledStep:
         if self._wire is not None:
             self._wire.close()
             self._wire = None
-            self._collect()
+            self._collect(self._work)
+            self._work = None
+
+    def learn(self, log: StepLog) -> None:
+        """What a step's stamps say about this machine; without a timeline there are none."""
+        scheduling = self._serving.scheduling
+        if scheduling is None or not log.stamps_ns.any():
+            return
+        routed, decided, done = log.stamps_ns[:, 0], log.stamps_ns[:, 1], log.stamps_ns[:, 3]
+        before = np.concatenate([[log.begin_ns], done[:-1]])
+        scheduling.planner.saw_step(
+            float(np.median(routed - before)) / 1e3, float(np.median(decided - routed)) / 1e3
+        )
 
     def undo(self) -> None:
         """The last step never was."""
@@ -100,12 +113,12 @@ class ScheduledStep:
         assert len(slots) == len(load), f"{len(load)} experts to copy, {len(slots)} slots for them"
         # The first copy runs while the host prepares what follows: the link is idle until it is issued.
         wire.load(captured, moe_layer, load[:1], slots[:1], len(load) == 1)
+        former, self._work = self._work, None
         if len(cold):
             pairs = decision.lot_pairs
             lot = Lot(cold, decision.lot_first, pairs // captured.top_k, pairs)
             flag = Flag(*captured.cpu_flag(moe_layer, number))
             inputs, outputs = captured.inputs[moe_layer], captured.cpu_pairs[moe_layer]
-            self._collect()
             self._work = scheduling.submit_lot(moe_layer, lot, inputs, flag, outputs)
         wire.load(captured, moe_layer, load[1:], slots[1:], True)
         late = table.slots_for(moe_layer, found.experts[found.num_hits : here])
@@ -117,6 +130,7 @@ class ScheduledStep:
         scheduling.issued(len(load))
         wire.hold(plan.prefetch, plan.keep)
         pump()
+        self._collect(former)
         need = LayerNeed(moe_layer, found.experts, found.tokens, int(found.num_hits), int(found.num_late))
         self._counted.append(need)
         self._count(need, 1)
@@ -141,13 +155,16 @@ class ScheduledStep:
         if issued := wire.pump(captured, scheduling.reason):
             scheduling.issued(issued)
 
-    def _collect(self) -> None:
+    def _collect(self, work: CpuWork | None) -> None:
         """The CPU's part of an earlier layer is over, since the GPU waited for it; raises what went wrong there."""
-        if self._work is not None:
-            work, self._work = self._work, None
-            work.job.wait()
-            if self._serving.recorder is not None:
-                self._serving.recorder.on_cpu(work)
+        if work is None:
+            return
+        work.job.wait()
+        scheduling = self._serving.scheduling
+        if scheduling is not None:
+            scheduling.saw(work)
+        if self._serving.recorder is not None:
+            self._serving.recorder.on_cpu(work)
 
     def abandon(self, captured: "CapturedStep", number: int) -> None:
         """Let a step that is still waiting run to its end, with whatever weights there are."""

@@ -147,13 +147,16 @@ class CapturedStep:
             return
         T = self.num_tokens
         self._landed = torch.zeros(1, dtype=torch.int32, device=device)
-        self._numbers = _mapped((COPY_NUMBERS,), torch.int32, device)
+        numbers = _mapped((COPY_NUMBERS,), torch.int32, device)
+        self._numbers, self._number_words = numbers.numpy(), numbers.split(1)
         self._scores = _mapped((L, way.lookahead * 2 * E), torch.int64, device)
         self._scored = self._scores.numpy()
         if way.has_cpu:
-            self.inputs = _mapped((L, T, way.width), way.dtype, device)
-            self.cpu_pairs = _mapped((L, P, way.width), way.dtype, device)
+            # By layer, as views made once: the host hands them out while the GPU waits.
+            self.inputs = _mapped((L, T, way.width), way.dtype, device).unbind(0)
+            self.cpu_pairs = _mapped((L, P, way.width), way.dtype, device).unbind(0)
             self.cpu_flags = _mapped((L,), torch.int32, device)
+            self._cpu_flag_words = self.cpu_flags.split(1)
 
     def _make_log(self, L: int, P: int, device: torch.device) -> torch.Tensor:
         M = min(P, self.table.shape.num_experts)
@@ -429,11 +432,11 @@ class CapturedStep:
         """Scheduled: the (target, source) of the copy that must follow the bytes of copy `number`, from 1 on."""
         place = number % COPY_NUMBERS
         self._numbers[place] = number  # the one before it in this place landed long ago
-        return self._landed, self._numbers[place : place + 1]
+        return self._landed, self._number_words[place]
 
     def cpu_flag(self, moe_layer: int, step: int) -> tuple[torch.Tensor, int]:
         """Scheduled: the word (1,) to set, and to what, when the CPU's part of a layer is done."""
-        return self.cpu_flags[moe_layer : moe_layer + 1], step + 1
+        return self._cpu_flag_words[moe_layer], step + 1
 
     def predicted(self, moe_layer: int, step: int) -> NDArray[np.float32] | None:
         """Scheduled: a layer's predictions (d, 2, E), once all of them are there."""

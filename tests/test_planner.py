@@ -1,0 +1,86 @@
+"""The planner: one compiled call decides what the table and the plan decide step by step, and costs follow the clock."""
+
+import numpy as np
+import pytest
+
+from prescope.cache import make_policy
+from prescope.config import EngineConfig
+from prescope.core import MoEShape
+from prescope.cost import LayerCosts
+from prescope.planner import NEWEST, Planner
+from prescope.residency import ResidencyTable, distinct
+from prescope.scheduler import SCHEDULES
+from prescope.scheduling import plan_by
+
+L, E, K, D = 4, 12, 3, 2
+SHAPE = MoEShape(L, E, K, 1000)
+COSTS = LayerCosts(
+    link_us=100.0, gpu_us=4.0, rest_us=80.0, cpu_us=(0.0, 60.0, 90.0, 130.0), cpu_base_us=20.0, decide_us=10.0,
+    source="made up for a test",
+)  # fmt: skip
+
+
+class Foresees:
+    """Stands for a predictor: only its depth is looked at."""
+
+    lookahead = D
+
+
+def planner(schedule: str) -> Planner:
+    way = SCHEDULES[schedule]
+    return plan_by(way, EngineConfig(lookahead=D), SHAPE, Foresees(), COSTS, way.uses_cpu)
+
+
+@pytest.mark.parametrize("schedule", ["presched", "hybrimoe", "fate", "streaming", "fiddler"])
+@pytest.mark.parametrize("cache", ["lru", "lfu", "score", "shallow"])
+def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
+    rng = np.random.default_rng(0)
+    whole, steps = planner(schedule), planner(schedule)
+    tables = [ResidencyTable(SHAPE, 14, make_policy(cache, SHAPE)) for _ in range(2)]
+    for _ in range(12):
+        for layer in range(L):
+            ids = rng.integers(-1, E + 1, (2, K)).ravel()  # sentinels among them
+            sums = rng.random(E)
+            predicted = rng.random((D, E)) * 2, rng.random((D, E))
+            decision = whole.decide(layer, E, ids, sums, tables[0], 0.0, predicted)
+            table = tables[1]
+            experts, counts = distinct(ids, E)
+            need = table.need(layer, experts, counts, sums[experts])
+            plan = steps.plan(need, table, 0.0, predicted)
+            here = need.num_hits + need.num_late
+            table.unprotect()
+            table.protect(table.slots_for(layer, need.experts[:here]))
+            slots = table.take(layer, need.experts[here : here + plan.num_load], plan.keep)
+            table.landed(slots)
+            table.protect(slots)
+            assert decision.need.experts.tolist() == need.experts.tolist()
+            assert (decision.need.num_hits, decision.need.num_late) == (need.num_hits, need.num_late)
+            assert decision.plan.num_load == plan.num_load
+            assert decision.plan.prefetch.tolist() == plan.prefetch.tolist()
+            assert decision.slots.tolist() == slots.tolist()
+            assert (tables[0].slot_of == table.slot_of).all() and (
+                tables[0].protected == table.protected
+            ).all()
+            assert np.allclose(tables[0].policy.scores, table.policy.scores)
+            cold = need.experts[here + plan.num_load :]
+            for i, expert in enumerate(cold.tolist()):
+                pairs = decision.lot_pairs[decision.lot_first[i] : decision.lot_first[i + 1]]
+                assert pairs.tolist() == np.flatnonzero(ids == expert).tolist()
+            tables[0].check_integrity()
+
+
+def test_costs_follow_what_the_steps_show():
+    one = planner("presched")
+    for _ in range(40):
+        one.saw_step(200.0, 150.0)
+        one.saw_cpu(np.array([1, 2]), 2.0 * (20.0 + 60.0 + 90.0))
+    assert one.costs.rest_us == pytest.approx(200.0, rel=0.01)
+    assert one.costs.decide_us == pytest.approx(150.0, rel=0.01)
+    assert one.costs.cpu_us.tolist() == pytest.approx([0.0, 120.0, 180.0, 260.0], rel=0.01)
+    assert one.costs.cpu_base_us == pytest.approx(40.0, rel=0.01)
+
+
+def test_one_interrupted_job_moves_the_cpus_cost_by_little():
+    one = planner("presched")
+    one.saw_cpu(np.array([1]), 1e9)
+    assert one.costs.cpu_us[1] <= 60.0 * (1 + NEWEST * 3.0) + 1e-9
