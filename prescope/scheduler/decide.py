@@ -215,16 +215,20 @@ def learn_trust(
 ) -> None:
     """Hold what was predicted for a layer against what it used.
 
+    Of each prediction the likeliest experts count, those at least half as likely as the first: they are prefetched
+    first. Over all that are a little likely even an order turned upside down is right on average, and that cost 24 %.
+
     Args:
-        trust: (d, 2) decayed sums of the probabilities given to likely experts, and of how many of them were used.
+        trust: (d, 2) decayed sums of the probabilities given to the likeliest experts, and of how many were used.
         counts_E: tokens of each expert. `predicted_dLE`: the last probability of use, by lookahead.
     """
     for ahead in range(min(len(trust), moe_layer)):
+        row = predicted_dLE[ahead, moe_layer]
+        least = max(threshold, 0.5 * row.max())
         expected, found = 0.0, 0.0
         for expert in range(len(counts_E)):
-            probability = predicted_dLE[ahead, moe_layer, expert]
-            if probability >= threshold:
-                expected += probability
+            if row[expert] >= least:
+                expected += row[expert]
                 found += 1.0 if counts_E[expert] > 0 else 0.0
         trust[ahead, 0] = TRUST_DECAY * trust[ahead, 0] + expected
         trust[ahead, 1] = TRUST_DECAY * trust[ahead, 1] + found

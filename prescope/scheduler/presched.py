@@ -9,7 +9,7 @@ layer l + 1 and absent. The first k of u are copied, the rest computed on the CP
     T(k) = max(G(k), C(k))                       layer l done
     S(k) = T(k) + A - F(k)                       link time that is free before router l + 1 has spoken
     d'   = max(0, p * t_io - S(k))
-    N    = min over s of max(d' + copies of V_p+1..V_s + t_g, CPU time of the rest)
+    N    = min over s of max(d' + copies of V_p+1..V_s + t_g, CPU time of the rest)   (t_g if bytes are waited for)
 
 and (k, p) minimises T(k) + FORECAST * N. Two things differ from the paper's sum: the weight of N, and G, where it has
 max(R * t_g, F(k)) + t_g: the engine computes a layer's experts together, when all of them are there. Prefetches beyond
@@ -92,8 +92,9 @@ def _next_layer(
 ) -> float:
     """Expected time of what layer l + 1 will miss when the first p candidates were prefetched."""
     m = len(link_next) - 1
+    late_us = costs.gpu_us if owed_us > 0.0 else 0.0  # what comes late is computed late
     if p == m:
-        return owed_us
+        return owed_us + late_us
     if not has_cpu:
         return owed_us + link_next[m] - link_next[p] + costs.gpu_us
     # Copying more of them takes the link longer and the CPU less: the best split is where the two cross.
@@ -106,6 +107,6 @@ def _next_layer(
             high = middle
     best = np.inf
     for s in range(max(p, low - 1), low + 1):
-        link = owed_us + link_next[s] - link_next[p] + (costs.gpu_us if s > p else 0.0)
+        link = owed_us + link_next[s] - link_next[p] + (costs.gpu_us if s > p else late_us)
         best = min(best, max(link, cpu_next[s]))
     return best

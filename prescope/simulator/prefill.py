@@ -3,8 +3,6 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import CachePolicy
-from ..core import MoEShape
 from ..events import PHASES
 from ..residency import ResidencyTable
 from ..rounds import walk
@@ -35,12 +33,3 @@ def prefill(table: ResidencyTable, trace: RoutingTrace, step: int) -> None:
         following = (layer + 1, shape.num_experts) if layer + 1 < shape.num_layers else None
         for act in walk(table, need, table.rounds(need), shape.num_experts, following):
             table.landed(act.slots)
-
-
-def table_after(
-    trace: RoutingTrace, shape: MoEShape, num_slots: int, policy: CachePolicy, step: int
-) -> ResidencyTable:
-    """A table that starts cold and has seen one prefill step."""
-    table = ResidencyTable(shape, num_slots, policy)
-    prefill(table, trace, step)
-    return table

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..bounds import belady_misses, static_misses
 from ..cache import CachePolicy, make_policy
-from ..config import resolve_slots
+from ..config import EngineConfig, resolve_slots
 from ..core import MoEShape
 from ..cost import LayerCosts
 from ..errors import UnsupportedOption
@@ -156,6 +156,7 @@ class Simulator:
     # -- settings ----------------------------------------------------------------------------------------------
 
     def _num_slots(self, slots: int | float | str) -> tuple[int, str]:
+        EngineConfig(slots=slots)  # refuses what the engine would
         return resolve_slots(
             slots, total_experts=self.shape.total_experts, row_bytes=self.row_bytes, top_k=self.shape.top_k
         )
