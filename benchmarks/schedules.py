@@ -87,17 +87,17 @@ def run_model(
         print(f"# calibrated in {time.perf_counter() - started:.0f} s: {profile.label}", flush=True)
         print(markdown(profile.table()), flush=True)
         if args.out:
-            profile.save(Path(args.out).with_suffix(f".{Path(name).name.replace('~', '-')}.profile.json"))
+            profile.save(Path(args.out).with_suffix(f".{plain(name)}.profile.json"))
         widths = widths_of(engine)
         for batch in args.batch:
             case = make_case(engine, bench.weights, batch, args)
             costs = profile.costs(engine.shape, width=widths[0], expert_width=widths[1], batch=batch)
-            run_batch(engine, name, batch, case, costs, args, facts, records)
+            run_batch(engine, name, batch, case, costs, profile, args, facts, records)
 
 
 def run_batch(
-    engine: Engine, name: str, batch: int, case: Case, costs: LayerCosts, args: argparse.Namespace,
-    facts: dict[str, Any], records: list[dict[str, Any]],
+    engine: Engine, name: str, batch: int, case: Case, costs: LayerCosts, profile: HardwareProfile,
+    args: argparse.Namespace, facts: dict[str, Any], records: list[dict[str, Any]],
 ) -> None:  # fmt: skip
     """All slots and schedules of one batch; the first cell of PreSched calibrates the simulator's clock."""
     known: LayerCosts | None = None
@@ -118,9 +118,7 @@ def run_batch(
         if known is None:
             known, step_us = told_by(run, costs)
             if args.out and run.trace is not None:
-                run.trace.save(
-                    Path(args.out).with_suffix(f".{Path(name).name.replace('~', '-')}.b{batch}.safetensors")
-                )
+                run.trace.save(Path(args.out).with_suffix(f".{plain(name)}.b{batch}.safetensors"))
         cell |= {
             "model": name,
             "batch": batch,
@@ -129,7 +127,7 @@ def run_batch(
             "told": asdict(known),
         }
         try:
-            cell |= {"step_us": step_us, **simulated(engine, cell, case, known, step_us, run)}
+            cell |= {"step_us": step_us, **simulated(engine, cell, case, known, step_us, run, profile)}
         except Exception:  # noqa: BLE001 - what was measured is kept
             traceback.print_exc()
         records.append(cell)
@@ -149,10 +147,8 @@ def measure(
     way = SCHEDULES[schedule.partition("+")[0]]
     which = "oracle" if schedule == ORACLE else "recall"
     cache = args.cache or way.cache
-    if cache == "static":
-        engine._frequencies = case.frequencies.astype(np.float64)
     predictor = case.predictors[which] if way.predictor != "none" else None
-    engine.configure(slots=slots, cache=cache, schedule="on-demand")
+    engine.configure(slots=slots, cache=cache, schedule="on-demand", frequencies=case.frequencies)
     scores = None
     if case.forced is not None and predictor is not None:
         scores = scores_of(case.predicted[which])
@@ -215,11 +211,22 @@ def told_by(run: RunResult, costs: LayerCosts) -> tuple[LayerCosts, float]:
 
 
 def simulated(
-    engine: Engine, cell: dict[str, Any], case: Case, costs: LayerCosts, step_us: float, run: RunResult
+    engine: Engine,
+    cell: dict[str, Any],
+    case: Case,
+    costs: LayerCosts,
+    step_us: float,
+    run: RunResult,
+    profile: HardwareProfile,
 ) -> dict[str, Any]:
     """The same cell by the simulator."""
     assert run.trace is not None
-    simulator = Simulator(run.trace, costs, row_bytes=engine.shape.row_bytes, step_us=step_us)
+    row_bytes = engine.shape.row_bytes
+    busy_us = profile.link_us(row_bytes, busy_cpu=True)
+    # On-demand loading is decided by the GPU, in the microseconds that are in the rest of a layer.
+    told = replace(costs, link_us=profile.link_us(row_bytes))
+    told = replace(told, decide_us=0.0) if cell["schedule"] == "on-demand" else told
+    simulator = Simulator(run.trace, told, row_bytes=row_bytes, step_us=step_us, link_busy_us=busy_us)
     steps = len(simulator.needs.steps)
     which = "oracle" if cell["schedule"] == ORACLE else "recall"
     way = SCHEDULES[cell["schedule"].partition("+")[0]]
@@ -387,7 +394,7 @@ def _arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=2)
     add("--compiled", action="store_true", help="compile the layers around the experts")
     add("--profile", default="", help="of this machine, to save the time of measuring it")
-    add("--calibrate-seconds", type=float, default=25.0)
+    add("--calibrate-seconds", type=float, default=45.0)
     add("--seconds", type=float, default=1e9, help="start no new cell after this")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: an emulated link, to try the script")
     add("--out", help="JSON file; profile and traces are written beside it")

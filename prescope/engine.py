@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -178,6 +178,7 @@ class Engine:
         tokenizer: or None.
         shape: sizes of its MoE part.
         num_slots: places for experts on the device.
+        frequencies: (L, E) uses per expert that cache="static" goes by, or None.
         fingerprint: identity of the model, written into traces.
     """
 
@@ -204,7 +205,7 @@ class Engine:
         kernel, kernel_reason = make_kernel(config.kernels, kind, self._dtype)
         self.config = replace(config, device=kind, kernels=kernel.name)
         self.reasons = {"slots": slots_reason, "device": device_reason, "kernels": kernel_reason}
-        self._frequencies = frequencies
+        self.frequencies = frequencies
         self._cancelled = False
         self._device: Device = open_device(kind, config.link_gb_per_s, self.shape.row_bytes)
         self._serving = Serving(self._device, layers, self.shape, kernel.name, self._dtype)
@@ -237,14 +238,16 @@ class Engine:
         cache: str | None = None,
         decode: str | None = None,
         compiled: bool | None = None,
-        predictor: Predictor | None = None,
+        frequencies: np.ndarray | None = None,
+        predictor: Predictor | Literal["none"] | None = None,
         costs: LayerCosts | None = None,
         **schedule: Any,
     ) -> None:
         """Change settings between two runs (see `EngineConfig`); after new slots or another cache, slots are cold.
 
         Args:
-            predictor, costs: as `load` takes them; those there are stay if none are given.
+            frequencies, predictor, costs: as `load` takes them; those there are stay if none are given. "none" takes
+                the predictor away.
             schedule: schedule, lookahead, width, threshold, cpu_threads; None for the schedule's own.
 
         Raises: as `load`; the engine then goes on with its former settings.
@@ -256,23 +259,26 @@ class Engine:
         if unknown:
             raise UnsupportedOption(
                 f"there is no setting {sorted(unknown)[0]!r} to configure; there are slots, cache, decode, compiled, "
-                f"predictor, costs, {', '.join(sorted(SCHEDULE_SETTINGS))}"
+                f"frequencies, predictor, costs, {', '.join(sorted(SCHEDULE_SETTINGS))}"
             )
         given: dict[str, Any] = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
         given = {name: value for name, value in given.items() if value is not None}
         config = replace(self.config, **given, **schedule)
+        hot = self.frequencies if frequencies is None else frequencies
+        count, reason = _count_slots(config, self.shape, self._layers)
+        policy = make_policy(config.cache, self.shape, hot)
+        if slots is not None:
+            self._require_memory(count, self.num_slots * self.shape.row_bytes)
         self._device.synchronize()
         self._decoder.forget()
         if schedule or predictor is not None or costs is not None:
-            self._open_schedule(config, predictor or self._predictor, costs or self._costs)
-        if slots is None and cache is None:
-            self.config = config
+            kept = self._predictor if predictor is None else None if predictor == "none" else predictor
+            self._open_schedule(config, kept, costs or self._costs)
+        self.config, self.frequencies = config, hot
+        if slots is None and cache is None and frequencies is None:
             return
-        count, reason = _count_slots(config, self.shape, self._layers)
-        policy = make_policy(config.cache, self.shape, self._frequencies)
-        self._require_memory(count, self.num_slots * self.shape.row_bytes)
         self._serving.close_slots()
-        self.config, self.num_slots, self.reasons["slots"] = config, count, reason
+        self.num_slots, self.reasons["slots"] = count, reason
         self._serving.open_slots(count, policy)
 
     def _open_schedule(

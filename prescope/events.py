@@ -6,7 +6,7 @@ of clocks or devices. Times are microseconds since the start of the run.
 | column | dtype | meaning |
 |---|---|---|
 | lane | category | gpu, h2d, cpu, stall, host (`core.Lane`) |
-| kind | category | dense (attention, router and all that is no expert), experts, transfer, stall (for bytes), cpu_wait (for experts on the CPU), host_wait |
+| kind | category | dense (all that is no expert), experts, transfer, host_wait, stall, cpu_wait (a stall for the CPU) |
 | step | int32 | forward pass within the run, 0 is the prefill |
 | phase | category | prefill, decode |
 | moe_layer | int16 | rank among MoE layers, -1 where none applies |

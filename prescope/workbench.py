@@ -322,8 +322,8 @@ class Session:
 
     def _remember_hot(self, run: RunResult) -> None:
         """Which experts are hot, for cache="static", unless the engine was told when it was loaded."""
-        if self.engine._frequencies is None and run.trace is not None:
-            self.engine._frequencies = run.trace.expert_counts()
+        if self.engine.frequencies is None and run.trace is not None:
+            self.engine.configure(frequencies=run.trace.expert_counts())
 
     def schedule_panel(self, replays: Replays, prompts: Prompts, **keywords: Any) -> SchedulePanel:
         """Sliders for all settings of a schedule, and a button that runs them; a panel made before is closed.

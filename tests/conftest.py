@@ -2,8 +2,22 @@
 
 import os
 
+import pytest
 import torch
 
 # Triton decides when it is first imported whether to interpret kernels; torch alone does not import it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`attach(device="cpu")` gives the interpreted GPU."""
+    from tests.interpreted_gpu import InterpretedGpu  # imports Triton's neighbours: after the line above
+
+    if torch.cuda.is_available():
+        return {"device": "cuda"}
+    monkeypatch.setattr("prescope.engine.open_device", lambda *_: InterpretedGpu())
+    monkeypatch.setattr("prescope.kernels._triton_problem", lambda *_: "")
+    monkeypatch.setattr("prescope.kernels.captured.FETCH_PROGRAMS", 2)
+    return {"device": "cpu", "kernels": "triton", "events": False}

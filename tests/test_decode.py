@@ -4,8 +4,6 @@ Without a GPU a step's launches are run by Triton's interpreter in a thread of t
 the host.
 """
 
-import threading
-
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -13,7 +11,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import prescope
 from prescope.core import Need
 from prescope.decode import DecodeLoop
-from prescope.device.emulated import EmulatedLinkDevice
 from prescope.errors import TransferFailed
 from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
 
@@ -21,72 +18,9 @@ pytest.importorskip("triton", reason="Triton exists for Linux only")
 TOTAL = LAYERS * EXPERTS
 
 
-class InterpretedGpu(EmulatedLinkDevice):
-    """The CPU device with "graphs": launches taken down as a function, replayed in a thread, one after the other."""
-
-    kind = "cuda"
-
-    def __init__(self) -> None:
-        super().__init__(50.0)
-        self.thread = threading.Thread(target=lambda: None)
-        self.thread.start()
-        self.error: BaseException | None = None
-
-    def copy(self, *arguments, **keywords):
-        # The interpreter copies every argument onto itself behind a kernel: bytes that arrive meanwhile would be lost.
-        issued = super().copy(*arguments, **keywords)
-        self._drain()
-        return issued
-
-    def capture(self, run):
-        result = torch.empty(0)
-
-        def replay() -> None:
-            former = self.thread
-
-            def work() -> None:
-                former.join()
-                try:
-                    with torch.no_grad():
-                        value = run()
-                        result.resize_(value.shape).copy_(value)
-                except BaseException as error:  # noqa: BLE001 - shown by the test that waits
-                    self.error = error
-
-            self.thread = threading.Thread(target=work)
-            self.thread.start()
-
-        return replay, result
-
-    def clock(self, stamp):
-        return self.mark(True), 0
-
-    def is_idle(self) -> bool:
-        return not self.thread.is_alive()
-
-    def synchronize(self) -> None:
-        self.thread.join()
-        super().synchronize()
-
-    def recover(self) -> None:
-        self.thread.join()
-        super().recover()
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_moe()
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """`attach(device="cpu")` gives the interpreted GPU."""
-    if torch.cuda.is_available():
-        return {"device": "cuda"}
-    monkeypatch.setattr("prescope.engine.open_device", lambda *_: InterpretedGpu())
-    monkeypatch.setattr("prescope.kernels._triton_problem", lambda *_: "")
-    monkeypatch.setattr("prescope.kernels.captured.FETCH_PROGRAMS", 2)
-    return {"device": "cpu", "kernels": "triton", "events": False}
 
 
 def found_and_missed(engine) -> tuple[int, int]:

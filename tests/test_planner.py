@@ -1,4 +1,4 @@
-"""The planner: one compiled call decides what the table and the plan decide step by step, and costs follow the clock."""
+"""The planner: one compiled call decides what table and plan decide step by step; costs follow the clock."""
 
 import numpy as np
 import pytest

@@ -11,7 +11,6 @@ from prescope.errors import UnsupportedOption
 from prescope.predictor import Chance, EarlyRouter, Inverted, Routers, Shape
 from prescope.scheduler import SCHEDULES
 from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
-from tests.test_decode import gpu  # noqa: F401 - a fixture
 
 # The compiled kernel of the CPU lane takes 16-bit floats; tokens can be compared in float32 only.
 pytestmark = pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
