@@ -1,10 +1,12 @@
-"""Bounds no cache can beat on a recorded trace: Belady's misses, the best fixed set's. Pure Python and numpy."""
+"""Bounds no cache can beat on a recorded trace: Belady's misses, the best fixed set's. Pure numpy, the walk compiled."""
 
 import heapq
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from .jit import jit
 from .routing import RoutingTrace
 
 
@@ -35,18 +37,7 @@ def belady_misses(
     if before is not None:
         earlier, _ = _needs(before)
         first, keys = len(earlier), np.concatenate([earlier, keys])
-    following = _next_use(keys)
-    resident: dict[int, int] = {}  # key -> its next use
-    farthest: list[tuple[int, int]] = []  # heap of (-next use, key), stale entries included
-    misses = np.zeros(len(keys), dtype=bool)
-    for i, key in enumerate(keys.tolist()):
-        if key not in resident:
-            misses[i] = True
-            if not bypass:
-                _evict(resident, farthest, num_slots - 1)
-        resident[key] = int(following[i])
-        heapq.heappush(farthest, (-int(following[i]), key))
-        _evict(resident, farthest, num_slots)  # nothing to do unless what was missed may go at once
+    misses = _belady(keys, _next_use(keys), trace.num_layers * trace.num_experts, num_slots, bypass)
     decode, misses = phases == 1, misses[first:]
     return BoundCounts(
         int((~decode).sum()), int(misses[~decode].sum()), int(decode.sum()), int(misses[decode].sum())
@@ -64,12 +55,40 @@ def static_misses(trace: RoutingTrace, num_slots: int) -> BoundCounts:
     return BoundCounts(*counts)
 
 
-def _evict(resident: dict[int, int], farthest: list[tuple[int, int]], most: int) -> None:
-    """Give up those whose next use is farthest away until at most `most` are left."""
-    while len(resident) > most:
+@jit
+def _belady(
+    keys: NDArray[np.int64], following: NDArray[np.int64], num_keys: int, num_slots: int, bypass: bool
+) -> NDArray[np.bool_]:
+    """Which of the needs (n,) miss."""
+    next_use = np.full(num_keys, -1)  # of those that are resident
+    # (-next use, key), the farthest first; entries of keys that were used or evicted since are stale.
+    farthest = [(np.int64(0), np.int64(0)) for _ in range(0)]
+    misses = np.zeros(len(keys), np.bool_)
+    resident = 0
+    for i in range(len(keys)):
+        key = keys[i]
+        if next_use[key] < 0:
+            misses[i] = True
+            resident += 1
+            if not bypass:  # room is made before it comes, so it stays for a while
+                resident = _evict(next_use, farthest, resident, num_slots)
+        next_use[key] = following[i]
+        heapq.heappush(farthest, (-following[i], key))
+        resident = _evict(next_use, farthest, resident, num_slots)
+    return misses
+
+
+@jit
+def _evict(
+    next_use: NDArray[np.int64], farthest: list[tuple[int, int]], resident: int, num_slots: int
+) -> int:
+    """Give up those whose next use is farthest away until `num_slots` are left; returns how many are."""
+    while resident > num_slots:
         use, candidate = heapq.heappop(farthest)
-        if resident.get(candidate) == -use:
-            del resident[candidate]
+        if next_use[candidate] == -use:
+            next_use[candidate] = -1
+            resident -= 1
+    return resident
 
 
 def _needs(trace: RoutingTrace) -> tuple[np.ndarray, np.ndarray]:
