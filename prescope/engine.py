@@ -23,13 +23,14 @@ from .core import MoEShape, Need
 from .cost import LayerCosts
 from .decode import DecodeLoop, Decoder
 from .device import Device, open_device, resolve_device
-from .errors import NotAttached, SlotPoolTooLarge, TraceMismatch, UnsupportedOption
+from .errors import BadProfile, NoProfile, NotAttached, SlotPoolTooLarge, TraceMismatch, UnsupportedOption
 from .forced import ForcedRouting
 from .hardware import machine_facts
 from .hf import Attachment, MoELayer, find_moe_layers, load_model, top_k_of
 from .kernels import make_kernel
 from .metrics import compute_metrics
 from .predictor import Predictor
+from .profile import HardwareProfile
 from .recorder import Recorder
 from .result import RunResult
 from .routing import RoutingTrace
@@ -61,7 +62,7 @@ def load(
         dtype: of the weights; "auto" keeps the checkpoint's.
         frequencies: (L, E) uses per expert, for cache="static".
         predictor: for schedules that prefetch by predictions.
-        costs: of a layer on this machine, for schedules that weigh them; `prescope.calibrate` measures them.
+        costs: of a layer on this machine, for schedules that weigh them; by default as `prescope.calibrate` saved them.
         settings: see `EngineConfig`: slots, device, cache, link_gb_per_s, kernels, events, ...
 
     Raises:
@@ -294,11 +295,7 @@ class Engine:
                     f"decode={config.decode!r} leaves decisions to the GPU, which only on-demand loading can; "
                     f"schedule={config.schedule!r} needs decode='auto', 'host-driven' or 'layered'"
                 )
-            if costs is None:
-                raise UnsupportedOption(
-                    f"schedule={config.schedule!r} weighs what copying and computing cost here; give "
-                    f"costs=prescope.calibrate(engine).costs(...), or use schedule='on-demand'"
-                )
+            costs = costs or self._costs_here(config.schedule)
             opened = open_scheduling(
                 config,
                 self.shape,
@@ -317,6 +314,20 @@ class Engine:
         self._predictor, self._costs = predictor, costs
         if former is not None:
             former.close()
+
+    def _costs_here(self, schedule: str) -> LayerCosts:
+        """What a layer costs by this machine's profile, at batch 1; from there the planner follows its steps."""
+        layer = self._layers[0]
+        down = layer.layout.field(layer.spec.down).shape
+        width, expert_width = (down[1], down[0]) if layer.spec.is_transposed else (down[0], down[1])
+        try:
+            profile = HardwareProfile.of_this_machine(self._device.describe())
+            return profile.costs(self.shape, width=width, expert_width=expert_width)
+        except (NoProfile, BadProfile) as error:
+            raise UnsupportedOption(
+                f"schedule={schedule!r} weighs what copying and computing cost here: {error}. Run "
+                f"prescope.calibrate(engine) once, give costs=..., or use schedule='on-demand'"
+            ) from error
 
     def _require_memory(self, num_slots: int, freed_bytes: int) -> None:
         """Raise SlotPoolTooLarge unless the slots fit, given what will be freed (or taken, if negative) before."""
