@@ -74,7 +74,7 @@ class Scheduling:
         if self.predictor is None:
             return None
         if self.forced is not None and self.forced.scores is not None:
-            return self.forced.scores[moe_layer]
+            return self.forced.scores[moe_layer, : self.lookahead].clone()  # the next step's are put into their place
         made = self.predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)[: self.lookahead]
         return of_step(made, self.lookahead, self.predictor.shape.num_experts, x_TD.device)
 
@@ -152,9 +152,8 @@ class Scheduling:
         """After an interrupt: nothing is computed any more, nothing is believed of predictions."""
         for job in self._under_way:
             job.cancel()
-            with suppress(
-                Exception
-            ):  # whatever it was, its run is over; a late flag must not answer the next one
+            # Whatever it raises, its run is over; but a flag set late must not answer the next one.
+            with suppress(Exception):
                 job.wait(timeout_s=1.0)
         self._under_way = []
         self.planner.restart()

@@ -115,7 +115,7 @@ class Serving:
             return torch.zeros_like(x)
         x_TD = x.reshape(-1, x.shape[-1])
         ids_TK = ids.reshape(x_TD.shape[0], -1)
-        if self.forced is not None and not self.is_prefill:
+        if self.forced is not None and (self.captured is not None or not self.is_prefill):
             ids_TK = self.forced.ids_LTK[moe_layer]
         weights_TK = weights.reshape(ids_TK.shape)
         if self.captured is not None:

@@ -8,8 +8,9 @@ import prescope
 from prescope.core import Need
 from prescope.cost import LayerCosts
 from prescope.errors import UnsupportedOption
-from prescope.predictor import Chance, EarlyRouter, Inverted, Routers, Shape
+from prescope.predictor import Chance, EarlyRouter, Inverted, NoisyOracle, Routers, Shape
 from prescope.scheduler import SCHEDULES
+from prescope.simulator.prepare import predictions_of
 from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
 
 # The compiled kernel of the CPU lane takes 16-bit floats; tokens can be compared in float32 only.
@@ -171,3 +172,34 @@ def test_routing_can_be_forced_from_a_trace(model):
     for step in trace.select(phase="decode").steps:
         assert (run.trace.step_routing(step)[0] == trace.step_routing(step)[0]).all()
     assert any("routed by a trace" in note for note in run.notes)
+
+
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_forced_predictions_may_reach_further_than_the_schedule_looks(
+    model, early, frequencies, gpu, lookahead
+):
+    """Each layer's message has room for what is looked at: more would be the next layer's predictions."""
+    with prescope.attach(model, slots=TOTAL, device="null", decode="layered") as engine:
+        trace = engine.generate(prompt(batch=1, seed=3), max_new_tokens=5).trace
+    oracle = predictions_of(NoisyOracle(trace, {1: 1.0, 2: 1.0}), trace)
+    used = [
+        oracle.used_dSLE[a, :, layer + a + 1]
+        for layer in range(LAYERS)
+        for a in range(2)
+        if layer + a + 1 < LAYERS
+    ]
+    assert all(part.any() for part in used)
+    scores = np.zeros((len(trace.select(phase="decode").steps), LAYERS, 2, 2, EXPERTS), dtype=np.float32)
+    for ahead in (1, 2):
+        scores[:, : LAYERS - ahead, ahead - 1, 0] = oracle.expected_dSLE[ahead - 1][:, ahead:]
+        scores[:, : LAYERS - ahead, ahead - 1, 1] = oracle.used_dSLE[ahead - 1][:, ahead:]
+    with opened(model, "fate", early, frequencies, slots=7, lookahead=lookahead, **gpu) as engine:
+        engine.force_routing(trace, scores)
+        for _ in range(2):
+            run = engine.generate(prompt(), max_new_tokens=5)
+        decode = run.layers[(run.layers["phase"] == "decode") & (run.layers["moe_layer"] > 0)]
+        engine.check_integrity()
+        planner = engine._serving.scheduling.planner
+    # All that was likely was used: the predictions were those of the layers they were read for.
+    assert (planner._trust[:, 1] == planner._trust[:, 0]).all() and (planner._trust[:, 0] > 0).all()
+    assert len(decode) > 0

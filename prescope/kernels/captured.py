@@ -118,8 +118,9 @@ class CapturedStep:
         self._fetch_slot = torch.zeros(most, dtype=torch.int32, device=device)
         self._mark = torch.zeros(_power_of_2(shape.num_experts + 1), dtype=torch.int32, device=device)
         # Messages to the host and back, where the host serves misses.
-        # Between two answers a whole layer may have been prefetched, and each expert taken in has put one out.
-        self.most_updates = _power_of_2(2 * most + (2 * shape.num_experts if scheduled else 0))
+        # Between two answers all that a schedule looks at may have come, and each expert taken in has put one out.
+        ahead = shape.num_experts * max(1, scheduled.lookahead) if scheduled else 0
+        self.most_updates = _power_of_2(min(2 * (most + ahead), shape.total_experts))
         self._ask = _mapped((L, P), torch.int64, device)
         self._orders = _mapped((L, 1 + most), torch.int64, device)
         self._updates = _mapped((L, on_device.HEAD + 2 * self.most_updates), torch.int32, device)
@@ -251,6 +252,9 @@ class CapturedStep:
     def _publish_scores(self, moe_layer: int, scores: torch.Tensor | None) -> None:
         assert scores is not None, "a schedule that predicts has a predictor"
         flat = scores.reshape(-1).contiguous()
+        assert flat.numel() == self._scores.shape[1], (
+            f"{flat.numel()} predictions, {self._scores.shape[1]} expected"
+        )
         on_device._publish_scores[(triton.cdiv(flat.numel(), 1024),)](
             flat, self._scores[moe_layer], self.step, flat.numel(), BLOCK=1024
         )
@@ -400,6 +404,7 @@ class CapturedStep:
     def _write_changes(
         self, moe_layer: int, keys: NDArray[np.int64], slots: NDArray[np.int64]
     ) -> NDArray[np.int32]:
+        assert len(keys) <= self.most_updates, f"{len(keys)} changes, room for {self.most_updates}"
         message, first = self._update_rows[moe_layer], on_device.HEAD
         message[first : first + len(keys)] = keys
         message[first + self.most_updates : first + self.most_updates + len(keys)] = slots
