@@ -3,7 +3,8 @@
 A `DecodeStep` is one decode step of a fixed batch over its own static cache. Its first run is served layer by layer;
 then it is captured, once for each *driver*: GPU-driven (the GPU decides and fetches misses itself), copy-engine (the
 GPU decides, the host hands its orders to the copy engine) and host-driven (the host decides while the step runs; every
-cache policy can). `DecodeLoop` stands in for transformers' loop in `model.generate`; `Decoder` says which runs.
+cache policy can, and every schedule: `ScheduledStep` answers each layer, `Wire` hands copies to the link).
+`DecodeLoop` stands in for transformers' loop in `model.generate`; `Decoder` says which runs.
 """
 
 from .decoder import Decoder
