@@ -11,7 +11,9 @@ Prints a table and writes JSON after every cell.
 """
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import time
 import traceback
@@ -161,6 +163,8 @@ def measure(
         run = engine.generate(case.prompt, max_new_tokens=args.new)
         if i:
             runs.append(run)
+    if args.host_profile and way.name != "on-demand":
+        host_profile(engine, case, args)
     decode, last = runs[-1].metrics.decode, runs[-1]
     speeds = [run.metrics.tokens_per_s for run in runs]
     steps = last.steps[last.steps["phase"] == "decode"]["dur_us"].to_numpy()
@@ -172,6 +176,16 @@ def measure(
         **{field: getattr(decode, field) for field in FIELDS},
     }  # fmt: skip
     return cell, last
+
+
+def host_profile(engine: Engine, case: Case, args: argparse.Namespace) -> None:
+    """Where the host's time of one more run goes, by function; profiling slows it down."""
+    engine.clear_cache()
+    profiler = cProfile.Profile()
+    profiler.enable()
+    engine.generate(case.prompt, max_new_tokens=args.new)
+    profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
 
 
 FIELDS = [
@@ -389,6 +403,7 @@ def _arguments() -> argparse.Namespace:
     add("--corpus", default="", help="text for a trained model: a folder with train/ and valid/")
     add("--train-prompts", type=int, default=30, help="of each domain, for LLaPor")
     add("--epochs", type=int, default=5, help="of LLaPor's training")
+    add("--host-profile", action="store_true", help="print where the host's time of each schedule goes")
     add("--prompt", type=int, default=16, help="tokens in")
     add("--new", type=int, default=24, help="tokens out")
     add("--repeats", type=int, default=2)
