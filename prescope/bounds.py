@@ -1,4 +1,4 @@
-"""Bounds no cache can beat on a recorded trace: Belady's misses, the best fixed set's. Pure numpy, the walk compiled."""
+"""Bounds no cache can beat on a recorded trace: Belady's misses, the best fixed set's. Pure numpy, compiled."""
 
 import heapq
 from typing import NamedTuple
@@ -80,7 +80,7 @@ def _belady(
 
 @jit
 def _evict(
-    next_use: NDArray[np.int64], farthest: list[tuple[int, int]], resident: int, num_slots: int
+    next_use: NDArray[np.int64], farthest: list[tuple[np.int64, np.int64]], resident: int, num_slots: int
 ) -> int:
     """Give up those whose next use is farthest away until `num_slots` are left; returns how many are."""
     while resident > num_slots:

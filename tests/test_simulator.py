@@ -289,6 +289,36 @@ def test_routing_that_contradicts_its_predictor_costs_little():
         assert misled.run(slots=slots).tokens_per_s >= 0.95 * without.run(slots=slots).tokens_per_s
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"link_us": 250.0},
+        {"link_us": 145.0},
+        {"decide_us": 0.0},
+        {"decide_us": 350.0},
+        {"cpu_us": 0.6},
+        {"cpu_us": 1.15},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_wrong_costs_cost_little(wrong, batch):
+    """A calibration may be off by a third and more where it makes the plan too short, which would leave the link idle;
+    by a seventh where it moves the split between CPU and link, which no margin mends.
+    """
+    spec = SyntheticSpec(
+        num_layers=8, num_experts=64, top_k=8, zipf=0.7, persistence=0.3, correlation=0.3, diversity=0.3
+    )
+    trace = trace_of(batch, steps=40, spec=spec)
+    sim = Simulator(trace, COSTS, row_bytes=ROW_BYTES, predictor=NoisyOracle(trace, {1: 0.85, 2: 0.8}))
+    if "cpu_us" in wrong:
+        wrong = {"cpu_us": tuple(wrong["cpu_us"] * us for us in COSTS.cpu_us)}
+    believed = replace(COSTS, **wrong, source="off by a half")
+    mistaken = sim.run("presched", slots=0.25, believed=believed)
+    assert mistaken.tokens_per_s >= 0.9 * sim.run("presched", slots=0.25).tokens_per_s
+    assert any("off by a half" in note for note in mistaken.notes)
+
+
 # -- tables ----------------------------------------------------------------------------------------------------
 
 

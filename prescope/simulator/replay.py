@@ -85,6 +85,7 @@ class _Wire(NamedTuple):
 def replay(
     knobs: Knobs,
     costs: Costs,
+    believed: Costs,
     policy: int,
     most_in_flight: int,
     step_us: float,
@@ -95,6 +96,7 @@ def replay(
     """Run all steps from `start_us` on; `step_us` is what a step takes besides its layers.
 
     Args:
+        costs: of the clock. `believed`: what decisions go by.
         policy: kind of the cache policy. `most_in_flight`: prefetches under way at most; 0 forbids them.
     """
     S, L, E = demand.tokens_SLE.shape
@@ -148,7 +150,7 @@ def replay(
             backlog = max(0.0, wire.free_us[0] - decided)
             chosen = plan_layer(
                 knobs,
-                costs,
+                believed,
                 layer,
                 need,
                 backlog,

@@ -5,6 +5,7 @@ the slots into the state that the engine's prefill leaves.
 """
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,6 +111,7 @@ class Simulator:
         cpu: bool | None = None,
         frequencies: NDArray[np.floating] | None = None,
         most_in_flight: int | None = None,
+        believed: LayerCosts | None = None,
     ) -> SimResult:
         """Replay the trace; what is not given is the schedule's own.
 
@@ -121,6 +123,7 @@ class Simulator:
             cpu: whether the CPU lane is used; by schedules that can, if the costs have one, unless given.
             frequencies: (L, E) that "static" goes by; those of this very trace unless given, which is said in `notes`.
             most_in_flight: prefetches on the wire at most; as the engine has it on CUDA unless given.
+            believed: costs that decisions go by, to see what a wrong calibration does; the clock's unless given.
 
         Raises:
             UnsupportedOption: a setting that does not exist or cannot be.
@@ -131,7 +134,7 @@ class Simulator:
         )
         counts = self.trace.expert_counts() if frequencies is None else frequencies
         policy = self._policy(settings.cache, np.asarray(counts, dtype=np.float64))
-        log = self._replay(settings, policy)
+        log = self._replay(settings, policy, believed)
         return SimResult(
             log=log,
             config=self._config(settings),
@@ -139,7 +142,7 @@ class Simulator:
             trace=self.trace,
             batch=self.batch,
             row_bytes=self.row_bytes,
-            notes=self._notes(settings),
+            notes=self._notes(settings, believed),
             needs=self.needs,
             streams=settings.schedule.streams,
             find_bounds=lambda: self.bounds(settings.num_slots, cpu=settings.cpu),
@@ -231,7 +234,7 @@ class Simulator:
             "costs": asdict(self.costs),
         }
 
-    def _notes(self, settings: Settings) -> list[str]:
+    def _notes(self, settings: Settings, believed: LayerCosts | None) -> list[str]:
         notes = []
         if settings.hindsight:
             notes.append("the static cache knows how often this very trace uses each expert (hindsight)")
@@ -239,6 +242,8 @@ class Simulator:
             notes.append(
                 f"{settings.schedule.title} ran without predictions: the simulator was given no predictor"
             )
+        if believed is not None:
+            notes.append(f"decisions believed other costs: {believed.source}")
         return notes
 
     # -- the replay --------------------------------------------------------------------------------------------
@@ -246,12 +251,13 @@ class Simulator:
     def _policy(self, name: str, frequencies: NDArray[np.float64]) -> CachePolicy:
         return NextUse(self.shape) if name == NextUse.name else make_policy(name, self.shape, frequencies)
 
-    def _replay(self, settings: Settings, policy: CachePolicy) -> Log:
+    def _replay(self, settings: Settings, policy: CachePolicy, believed: LayerCosts | None) -> Log:
         table = ResidencyTable(self.shape, settings.num_slots, policy)
         knobs = Knobs(settings.schedule.number, settings.lookahead, settings.width, settings.threshold)
-        costs = compiled_costs(
-            self.costs, cpu=settings.cpu, predicts=settings.lookahead > 0, link_busy_us=self.link_busy_us
+        form = partial(
+            compiled_costs, cpu=settings.cpu, predicts=settings.lookahead > 0, link_busy_us=self.link_busy_us
         )
+        costs, by = form(self.costs), form(self.costs if believed is None else believed)
         depth = settings.lookahead
         trust = np.zeros((depth, 2))
         logs, now = [], 0.0
@@ -271,7 +277,9 @@ class Simulator:
                 self.predicted.used_dSLE[:depth, steps],
             )
             logs.append(
-                replay(knobs, costs, policy.kind, settings.most_in_flight, self.step_us, now, state, demand)
+                replay(
+                    knobs, costs, by, policy.kind, settings.most_in_flight, self.step_us, now, state, demand
+                )
             )
             policy.tick, now = int(state.tick[0]), float(logs[-1].step_end_us[-1])
         return _joined(logs)
