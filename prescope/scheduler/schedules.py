@@ -156,7 +156,9 @@ _ALL = (
         same="this and the next layer are planned together: resident, prefetched, loaded on demand or computed on the "
         "CPU, so that both are done soonest, in O(n) after a sort; costs are profiled",
         unknown="no code is public. Ours: the formulas of the window, probabilities in them, further layers when the "
-        "link is idle, an eviction that knows the plan, and trust in the predictor by what its predictions were worth",
+        "link is idle, a margin for costs that are wrong, an eviction that knows the plan, and trust in the predictor "
+        "by what its likeliest experts were worth. Its defaults do not depend on the batch: no other value was "
+        "better by more than 0.3 % (LOG.md)",
         source="PreScope, arXiv 2509.23638",
     ),
 )
