@@ -247,11 +247,11 @@ class Planner:
             decide_us=old.decide_us + NEWEST * (decide_us - old.decide_us),
         )
 
-    def saw_cpu(self, tokens: IntArray, took_us: float) -> None:
-        """Experts with so many tokens (n,) each took the CPU so long together."""
+    def saw_cpu(self, tokens: IntArray, took_us: float, submissions: int = 1) -> None:
+        """Experts with so many tokens (n,) each, in so many submissions, took the CPU so long together."""
         costs = self._calibrated
         points = np.arange(len(costs.cpu_us))
-        expected = costs.cpu_base_us + float(np.interp(tokens, points, costs.cpu_us).sum())
+        expected = submissions * costs.cpu_base_us + float(np.interp(tokens, points, costs.cpu_us).sum())
         ratio = min(max(took_us / expected, 1.0 / MOST_CPU_FACTOR), MOST_CPU_FACTOR)
         self._cpu_factor += NEWEST * (ratio - self._cpu_factor)
         factor = self._cpu_factor

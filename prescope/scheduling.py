@@ -74,7 +74,9 @@ class Scheduling:
         if self.predictor is None:
             return None
         if self.forced is not None and self.forced.scores is not None:
-            return self.forced.scores[moe_layer, : self.lookahead].clone()  # the next step's are put into their place
+            return self.forced.scores[
+                moe_layer, : self.lookahead
+            ].clone()  # the next step's are put into their place
         made = self.predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)[: self.lookahead]
         return of_step(made, self.lookahead, self.predictor.shape.num_experts, x_TD.device)
 
@@ -134,15 +136,17 @@ class Scheduling:
         self._under_way = [*(other for other in self._under_way if not other.done()), job]
         return CpuWork(moe_layer, lot.experts, lot, job, out)
 
-    def saw(self, work: CpuWork) -> None:
-        """Learn from a job that is over what the CPU takes."""
-        start, end = work.job.span_ns()
-        self.planner.saw_cpu(np.diff(work.lot.first), (end - start) / 1e3)
+    def saw(self, works: list[CpuWork]) -> None:
+        """Learn from jobs that are over what the CPU takes."""
+        if works:
+            spans = [work.job.span_ns() for work in works]
+            tokens = np.concatenate([np.diff(work.lot.first) for work in works])
+            self.planner.saw_cpu(tokens, sum(end - start for start, end in spans) / 1e3, len(works))
 
     def merge(self, work: CpuWork, spec: ExpertsSpec, out_PD: torch.Tensor) -> None:
         """Wait for the CPU and put its pairs where they belong."""
         work.job.wait()
-        self.saw(work)
+        self.saw([work])
         y = work.out.to(out_PD.device)
         if spec.post_norm is not None:
             y = spec.post_norm(y)

@@ -45,6 +45,7 @@ class ScheduledStep:
         self._sent: IntArray = NOTHING  # the slot table as the GPU has it
         self._counted: list[LayerNeed] = []  # of the last step
         self._work: CpuWork | None = None  # of the layer before
+        self._done: list[CpuWork] = []  # of the step at hand
         self._wire: Wire | None = None
 
     def begin(self) -> None:
@@ -72,9 +73,13 @@ class ScheduledStep:
             self._work = None
 
     def learn(self, log: StepLog) -> None:
-        """What a step's stamps say about this machine; without a timeline there are none."""
+        """What a step says about this machine: its jobs on the CPU, and its stamps, if there is a timeline."""
         scheduling = self._serving.scheduling
-        if scheduling is None or not log.stamps_ns.any():
+        if scheduling is None:
+            return
+        scheduling.saw(self._done)
+        self._done.clear()
+        if not log.stamps_ns.any():
             return
         routed, decided, done = log.stamps_ns[:, 0], log.stamps_ns[:, 1], log.stamps_ns[:, 3]
         before = np.concatenate([[log.begin_ns], done[:-1]])
@@ -160,9 +165,7 @@ class ScheduledStep:
         if work is None:
             return
         work.job.wait()
-        scheduling = self._serving.scheduling
-        if scheduling is not None:
-            scheduling.saw(work)
+        self._done.append(work)
         if self._serving.recorder is not None:
             self._serving.recorder.on_cpu(work)
 
