@@ -135,7 +135,9 @@ def run_batch(
         records.append(cell)
         print(row(cell), flush=True)
         if args.out:
-            arguments = {k: v for k, v in vars(args).items() if k not in ("llapor", "deadline", "out", "profile")}
+            arguments = {
+                k: v for k, v in vars(args).items() if k not in ("llapor", "deadline", "out", "profile")
+            }
             text = json.dumps(
                 {"machine": facts, "arguments": arguments, "cells": records}, indent=1, default=str
             )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .core import MoEShape
 from .errors import UnsupportedOption
 from .jit import jit
+from .scheduler.next_use import NEXT_USE_KIND, NextUse, learn_next_use
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -42,6 +43,9 @@ def learn(
     Args:
         scores: (L * E,), changed. `experts`: (n,) distinct, `weights`: (n,) sums of their router weights.
     """
+    if kind == NEXT_USE_KIND:  # `weights` are tokens
+        learn_next_use(scores, tick, moe_layer, num_experts, experts, weights)
+        return
     first = moe_layer * num_experts
     if kind == SCORE_KIND:
         for i in range(first, first + num_experts):
@@ -154,7 +158,7 @@ class StaticFrequency:
 
 
 _BY_NAME: dict[str, Callable[[MoEShape], CachePolicy]] = {
-    policy.name: policy for policy in (LRU, LFU, DecayedScore, ShallowFirst)
+    policy.name: policy for policy in (LRU, LFU, DecayedScore, ShallowFirst, NextUse)
 }
 
 

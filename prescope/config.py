@@ -10,7 +10,7 @@ from .errors import SlotPoolTooSmall, UnsupportedOption
 from .units import format_bytes, parse_bytes
 
 DEVICES = ("auto", "cuda", "cpu", "null")
-CACHES = ("lru", "lfu", "static", "score", "shallow")
+CACHES = ("lru", "lfu", "static", "score", "shallow", "next-use")
 SCHEDULES = (
     "on-demand", "streaming", "klotski", "fate", "fiddler", "hybrimoe", "moe-infinity", "presched",
 )  # fmt: skip
@@ -32,7 +32,7 @@ class EngineConfig:
         device: "cuda"; "cpu" with an emulated link; "null" (virtual clock, for tests); "auto" takes CUDA
             when there is one and says so.
         cache: which expert gives up its slot: "lru", "lfu", "static" (least frequent by `frequencies`)
-            "score" (decayed router weight) or "shallow" (first layers stay).
+            "score" (decayed router weight), "shallow" (first layers stay) or "next-use" (what is expected last).
         link_gb_per_s: bandwidth of the emulated link, GB/s; only with device="cpu" or "null". By default one
             expert takes a millisecond.
         kernels: "torch" (reference), "triton" (CUDA), or "auto".

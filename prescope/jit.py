@@ -5,6 +5,7 @@ as ordinary Python, with the same results and some hundred times slower; that is
 """
 
 import hashlib
+import shutil
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -40,7 +41,11 @@ def cache_dir() -> str:
         source = path.read_bytes()
         if b"import jit" in source or path == Path(__file__):
             digest.update(str(path.relative_to(package)).encode() + b"\0" + source + b"\0")
-    return str(package / "__pycache__" / f"compiled-{digest.hexdigest()[:16]}")
+    folder = package / "__pycache__" / f"compiled-{digest.hexdigest()[:16]}"
+    if not folder.exists():  # what former states of the sources left is of no use any more
+        for stale in folder.parent.glob("compiled-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+    return str(folder)
 
 
 def jit(function: F) -> F:

@@ -32,7 +32,7 @@ def planner(schedule: str) -> Planner:
 
 
 @pytest.mark.parametrize("schedule", ["presched", "hybrimoe", "fate", "streaming", "fiddler"])
-@pytest.mark.parametrize("cache", ["lru", "lfu", "score", "shallow"])
+@pytest.mark.parametrize("cache", ["lru", "lfu", "score", "shallow", "next-use"])
 def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
     rng = np.random.default_rng(0)
     whole, steps = planner(schedule), planner(schedule)
@@ -40,7 +40,7 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
     for _ in range(12):
         for layer in range(L):
             ids = rng.integers(-1, E + 1, (2, K)).ravel()  # sentinels among them
-            sums = rng.random(E)
+            sums = np.bincount(ids[(ids >= 0) & (ids < E)], minlength=E) + rng.random(E) * (cache == "score")
             predicted = rng.random((D, E)) * 2, rng.random((D, E))
             decision = whole.decide(layer, E, ids, sums, tables[0], 0.0, predicted)
             table = tables[1]

@@ -137,4 +137,6 @@ def test_a_step_that_waits_for_the_cpu_says_so_and_a_batch_of_copies_shares_its_
     assert moved["expert"].tolist() == [3, 5]
     assert moved["dur_us"].tolist() == [pytest.approx(15.0)] * 2
     rows = tables.layers[tables.layers["step"] == number]
-    assert len(rows) == 1 and rows["on_cpu"].tolist() == [1], "the host counted while it served, and nobody again"
+    assert len(rows) == 1 and rows["on_cpu"].tolist() == [1], (
+        "the host counted while it served, and nobody again"
+    )

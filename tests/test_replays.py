@@ -117,7 +117,6 @@ def test_a_choice_takes_the_schedules_own_values_and_stays_within_what_there_is(
 def test_what_only_the_simulator_can_is_refused_for_real(replays):
     for choice in (
         Choice(slots=8, predictor=ORACLE),
-        Choice(slots=8, cache="next-use"),
         Choice(slots=8, machine=list(replays.machines)[1]),
     ):
         assert replays.why_not_here(choice)

@@ -96,6 +96,18 @@ def test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule(
         assert counted >= run.layers["needed"].sum()
 
 
+@pytest.mark.parametrize("decode", ["layered", "auto"])
+def test_the_cache_that_knows_the_layers_order_serves_a_schedule(model, early, frequencies, gpu, decode):
+    ids = prompt(batch=2, length=5)
+    with prescope.attach(
+        model, schedule="presched", cache="next-use", predictor=early, costs=COSTS, cpu_threads=1, slots=9,
+        decode=decode, **gpu,
+    ) as engine:  # fmt: skip
+        for _ in range(2):
+            assert engine.generate(ids, max_new_tokens=5).tokens == plain_tokens(model, ids, new=5)
+        engine.check_integrity()
+
+
 def test_the_cpu_lane_computes_misses_and_its_time_is_in_the_table(model, early, frequencies):
     """A link that takes forever leaves everything that is missing to the CPU."""
     ids = prompt()

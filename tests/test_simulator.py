@@ -13,6 +13,7 @@ import pytest
 
 import prescope
 from prescope.bounds import belady_misses, static_misses
+from prescope.config import CACHES
 from prescope.core import Reason
 from prescope.cost import LayerCosts
 from prescope.errors import BadTrace, SlotPoolTooSmall, UnsupportedOption
@@ -38,7 +39,6 @@ from prescope.simulator.replay import (
     REASON,
     STEP,
 )  # fmt: skip
-from prescope.simulator.simulator import CACHES
 from prescope.synthetic import SyntheticSpec
 from tests.models import EXPERTS, LAYERS, prompt, tiny_moe
 
@@ -224,7 +224,7 @@ def test_no_schedule_is_faster_than_the_bound(simulators, schedule):
 # -- as the engine ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", ["lru", "lfu", "score", "static", "shallow"])
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize(("batch", "slots"), [(1, 5), (1, 12), (3, 9), (3, 24)])
 def test_hits_and_misses_are_the_engines_to_the_last_one(cache, batch, slots):
     """On demand nothing depends on time, so step by step and layer by layer the accounts are equal: prefill state,

@@ -73,7 +73,8 @@ class DeviceTable:
         """Copy the host's table here."""
         self.slot_of.copy_(torch.from_numpy(table.slot_of))
         self.key_of.copy_(torch.from_numpy(table.key_of))
-        self.scores.copy_(torch.from_numpy(table.policy.scores))
+        # A policy that only the host runs may keep more behind its scores.
+        self.scores.copy_(torch.from_numpy(table.policy.scores[: len(self.scores)]))
         self.tick.fill_(table.policy.tick)
 
     def give(self, table: ResidencyTable) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 
-from ..config import CACHES
 from ..errors import UnsupportedOption
 from ..predictor import NoisyOracle, Oracle, Predictor
 from ..predictor.base import Shape
@@ -104,8 +103,6 @@ class Replays:
         full = self.resolved(choice)
         if full.predictor in (ORACLE, NOISY):
             return "an oracle knows the recorded future; live there is none"
-        if full.cache not in CACHES:
-            return f"the engine has no cache {full.cache!r} yet; it can be simulated"
         return ""
 
     # -- choices -----------------------------------------------------------------------------------------------

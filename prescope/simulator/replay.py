@@ -19,7 +19,6 @@ from ..jit import jit
 from ..planner import plan_layer
 from ..residency import ROUND_EXPERTS
 from ..scheduler.decide import sort_need, take_slots
-from ..scheduler.next_use import NEXT_USE_KIND, learn_next_use
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Need, cpu_time
 
 BoolArray = NDArray[np.bool_]
@@ -117,7 +116,7 @@ def replay(
     )
     protected = np.zeros(slots, np.bool_)
     held, held_us = np.empty(0, np.int64), start_us
-    keep, no_weights = np.empty(0, np.int64), np.empty(0)
+    keep = np.empty(0, np.int64)
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
     predicted_dLE = np.zeros((d, L, E))
     now = start_us
@@ -134,14 +133,10 @@ def replay(
             tokens = tokens_E[experts].astype(np.int64)
             need = sort_need(experts, tokens, state.slot_of[layer * E + experts], wire.in_flight)
             state.tick[0] += 1
-            weights = no_weights
+            weights = need.tokens.astype(np.float64)
             if len(demand.weights_SLE):
                 weights = demand.weights_SLE[s, layer][need.experts].astype(np.float64)
-            if policy == NEXT_USE_KIND:
-                weights = need.tokens.astype(np.float64)
-                learn_next_use(state.scores, state.tick[0], layer, E, need.experts, weights)
-            else:
-                learn(policy, state.scores, state.tick[0], layer, E, need.experts, weights)
+            learn(policy, state.scores, state.tick[0], layer, E, need.experts, weights)
             for a in range(d):
                 there = layer + a + 1 < L
                 for e in range(E):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..bounds import belady_misses, static_misses
 from ..cache import CachePolicy, make_policy
-from ..config import EngineConfig, resolve_slots
+from ..config import CACHES, EngineConfig, resolve_slots
 from ..core import MoEShape
 from ..cost import LayerCosts
 from ..errors import UnsupportedOption
@@ -22,7 +22,6 @@ from ..predictor.base import Predictor
 from ..residency import ResidencyTable
 from ..routing import RoutingTrace
 from ..scheduler import Schedule, schedule_named
-from ..scheduler.next_use import NextUse
 from ..scheduler.terms import Knobs
 from .prefill import prefill, prefill_steps
 from .prepare import LOOKAHEAD, Needs, Predicted, compiled_costs, needs_of, predictions_of
@@ -31,7 +30,6 @@ from .result import Bounds, SimResult
 
 #: Slots that prefetches on the wire may hold: one in so many, as the engine's loader does.
 IN_FLIGHT_SHARE = 4
-CACHES = ("lru", "lfu", "score", "shallow", "static", "next-use")
 
 
 class Settings(NamedTuple):
@@ -133,7 +131,7 @@ class Simulator:
             schedule, slots, cache, lookahead, width, threshold, cpu, frequencies, most_in_flight
         )
         counts = self.trace.expert_counts() if frequencies is None else frequencies
-        policy = self._policy(settings.cache, np.asarray(counts, dtype=np.float64))
+        policy = make_policy(settings.cache, self.shape, np.asarray(counts, dtype=np.float64))
         log = self._replay(settings, policy, believed)
         return SimResult(
             log=log,
@@ -247,9 +245,6 @@ class Simulator:
         return notes
 
     # -- the replay --------------------------------------------------------------------------------------------
-
-    def _policy(self, name: str, frequencies: NDArray[np.float64]) -> CachePolicy:
-        return NextUse(self.shape) if name == NextUse.name else make_policy(name, self.shape, frequencies)
 
     def _replay(self, settings: Settings, policy: CachePolicy, believed: LayerCosts | None) -> Log:
         table = ResidencyTable(self.shape, settings.num_slots, policy)
