@@ -27,6 +27,7 @@ from .errors import BadProfile, NoProfile, NotAttached, SlotPoolTooLarge, TraceM
 from .forced import ForcedRouting
 from .hardware import machine_facts
 from .hf import Attachment, MoELayer, find_moe_layers, load_model, top_k_of
+from .jit import IS_COMPILED
 from .kernels import make_kernel
 from .metrics import compute_metrics
 from .predictor import Predictor
@@ -545,6 +546,7 @@ class Engine:
         return {
             **machine_facts(),
             **self._device.describe(),
+            "decisions": "compiled" if IS_COMPILED else "plain Python, numba is missing",
             "dtype": str(self._dtype).removeprefix("torch."),
         }
 
