@@ -28,7 +28,7 @@ from prescope.hardware import machine_facts
 from prescope.host_pool import HostLayer, HostPool
 from prescope.layout import row_layout
 from prescope.loader import MAX_IN_FLIGHT_BYTES, Loader
-from prescope.residency import ResidencyTable
+from prescope.residency import NOTHING, ResidencyTable
 
 MIB = 1 << 20
 SIZES_MIB = [0.25, 1, 4, 9.4, 12.6, 100, 336]
@@ -314,7 +314,7 @@ def backlog_latency(on_gpu: bool, report: Report) -> None:
             for _ in range(report.args.repeats + 1):
                 bench.reset()
                 if bound:
-                    bench.loader.prefetch(0, np.arange(num_rows), timed=False)
+                    bench.loader.hold(np.arange(num_rows), NOTHING, Reason.PREFETCH, timed=False)
                 runs.append(_demand_us(bench))
             keys = {"row_mib": size_mib, "backlog_rows": num_rows if bound else 0, "queue": queue}
             report.add("one miss behind a backlog", "us", runs[1:], **keys)

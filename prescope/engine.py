@@ -529,8 +529,10 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """The settings as resolved, with the reason of each, and the cap on the experts' memory."""
+        scheduling = self._serving.scheduling
         return {
             **self.config.to_dict(),
+            **({} if scheduling is None else scheduling.describe()),
             "num_slots": self.num_slots,
             "slots_gib": self.num_slots * self.shape.row_bytes / 2**30,
             "slots_frac": self.num_slots / sum(layer.num_experts for layer in self._layers),

@@ -17,7 +17,7 @@ from .core import Reason
 from .device import Device, Mark
 from .host_pool import HostPool
 from .layout import Run, adjacent_runs
-from .residency import NOTHING, IntArray, ResidencyTable
+from .residency import NOTHING, IntArray, ResidencyTable, prefetch_slots
 
 #: Bytes of prefetches on the wire at most; one expert that is larger goes alone. At 55 GB/s this is 0.6 ms: an
 #: on-demand copy waits no longer than that, and the link has work for the 0.3 to 1 ms from one layer's pump to the
@@ -74,8 +74,7 @@ class Loader:
         self._host = host
         self._residency = residency
         self._max_in_flight_bytes = max_in_flight_bytes
-        # Slots that prefetches on the wire may hold: the others are left to on-demand copies, which must find some.
-        self._max_in_flight_slots = min(max(1, residency.num_slots // 4), residency.num_slots - 1)
+        self._max_in_flight_slots = prefetch_slots(residency.num_slots)
         self.pool = device.allocate_slots(residency.num_slots, row_bytes)
         self._slot_views = list(self.pool.unbind(0))
         # Arrays of marks or None, so that a layer's slots are looked up and set in one step.
@@ -145,27 +144,16 @@ class Loader:
 
     # -- prefetches --------------------------------------------------------------------------------------------
 
-    def prefetch(self, moe_layer: int, experts: IntArray, timed: bool) -> list[Transfer]:
-        """Ask for copies of `experts` (n,), the most wanted first, before the need is known.
-
-        They get their slots when they are issued, so that a prefetch that comes to nothing evicts nothing. Experts
-        that are in a slot, on their way or asked for already are left as they are.
-
-        Returns: what `pump` could issue at once, not always of these experts.
-        """
-        first = moe_layer * self._residency.shape.num_experts
-        for expert in experts.tolist():
-            if self._residency.slot_of[first + expert] < 0:
-                self._held.setdefault(first + expert)
-        return self.pump(timed)
-
     def hold(self, keys: IntArray, keep: IntArray, reason: Reason, timed: bool) -> list[Transfer]:
         """Want `keys` (n,) instead of whatever is held, the most wanted first.
 
         Args:
             keep: keys that prefetches evict last.
 
-        Returns: as `prefetch`.
+        They get their slots when they are issued, so that a prefetch that comes to nothing evicts nothing. Experts
+        that are in a slot or on their way are left as they are.
+
+        Returns: what `pump` could issue at once.
         """
         dropped = self._held.keys() - set(keys.tolist())
         self.num_cancelled += len(dropped)

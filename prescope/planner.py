@@ -69,9 +69,8 @@ class Decision(NamedTuple):
     need: Need
     plan: Plan
     slots: IntArray  # (k,) of the misses that are copied, in their order
-    lot_first: (
-        IntArray  # (m + 1,) the pairs of the i-th expert on the CPU are lot_first[i] .. lot_first[i + 1]
-    )
+    #: (m + 1,): the pairs of the i-th expert on the CPU are lot_pairs[lot_first[i] : lot_first[i + 1]].
+    lot_first: IntArray
     lot_pairs: IntArray  # (p,) pairs (t * K + k) of the experts on the CPU
 
 

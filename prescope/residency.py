@@ -21,6 +21,11 @@ ROUND_EXPERTS = 16
 NOTHING = np.empty(0, dtype=np.int64)
 
 
+def prefetch_slots(num_slots: int) -> int:
+    """Slots that prefetches on the wire may hold at most: the others are left to on-demand copies."""
+    return min(max(1, num_slots // 4), num_slots - 1)
+
+
 class LayerNeed(NamedTuple):
     """What one layer needs in one step, and where it was found."""
 

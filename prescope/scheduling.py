@@ -60,6 +60,17 @@ class Scheduling:
         self._under_way: list[CpuJob] = []
         self.forced: ForcedRouting | None = None  # its predictions are used instead of the predictor's
 
+    def describe(self) -> dict[str, Any]:
+        """Settings as resolved, for `RunResult.config`."""
+        knobs = self.planner.knobs
+        return {
+            "lookahead": knobs.lookahead,
+            "width": knobs.width,
+            "threshold": knobs.threshold,
+            "cpu_threads": 0 if self.cpu is None else self.cpu.threads,
+            "predictor": "none" if self.predictor is None else self.predictor.name,
+        }
+
     # -- predictions -------------------------------------------------------------------------------------------
 
     @property

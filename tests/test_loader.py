@@ -13,7 +13,7 @@ from prescope.errors import TransferFailed
 from prescope.host_pool import HostLayer, HostPool
 from prescope.layout import Run, adjacent_runs, row_layout
 from prescope.loader import Loader
-from prescope.residency import ResidencyTable
+from prescope.residency import NOTHING, ResidencyTable
 
 LAYERS, EXPERTS, ROW_BYTES = 3, 8, 1024
 SHAPE = MoEShape(num_layers=LAYERS, num_experts=EXPERTS, top_k=2, row_bytes=ROW_BYTES)
@@ -44,7 +44,10 @@ class Bench:
         return transfers
 
     def prefetch(self, layer: int, experts: list[int]):
-        return self.note(self.loader.prefetch(layer, np.asarray(experts), timed=True))
+        keys = [*self.loader._held, *(layer * EXPERTS + expert for expert in experts)]
+        return self.note(
+            self.loader.hold(np.asarray(keys, dtype=np.int64), NOTHING, Reason.PREFETCH, timed=True)
+        )
 
     def pump(self):
         return self.note(self.loader.pump(timed=True))

@@ -18,7 +18,7 @@ from ..cpu_experts import Flag, Lot
 from ..hf import MoELayer
 from ..kernels import StepLog
 from ..planner import most_in_flight
-from ..residency import NOTHING, IntArray, LayerNeed
+from ..residency import NOTHING, IntArray, LayerNeed, prefetch_slots
 from ..scheduling import CpuWork, Predicted, Scheduling
 from ..serving import Serving
 from .wire import Wire
@@ -56,13 +56,9 @@ class ScheduledStep:
             serving.device.synchronize()
             serving.loader.poll()
             serving.residency.unprotect()
-            self._wire = Wire(serving, self._most_in_flight())
+            most = most_in_flight(serving.device.kind, serving.shape.row_bytes)
+            self._wire = Wire(serving, min(most, prefetch_slots(serving.residency.num_slots)))
             self._sent = serving.residency.slot_of.copy()
-
-    def _most_in_flight(self) -> int:
-        num_slots = self._serving.residency.num_slots
-        most = most_in_flight(self._serving.device.kind, self._serving.shape.row_bytes)
-        return min(most, max(1, num_slots // 4), num_slots - 1)
 
     def end(self) -> None:
         """No step follows: nothing is wanted, nothing is in use."""
@@ -173,9 +169,8 @@ class ScheduledStep:
         """Let a step that is still waiting run to its end, with whatever weights there are."""
         has_cpu = captured.scheduled is not None and captured.scheduled.has_cpu
         self._work = None
-        self._serving.device.send(
-            [captured.landing(MOST_COPIES)], None
-        )  # for a layer that was answered before
+        # For a layer that was answered before and waits for bytes.
+        self._serving.device.send([captured.landing(MOST_COPIES)], None)
         for layer in self._serving.layers:
             captured.reply(layer.moe_layer, number, NOTHING, NOTHING, last_copy=0, num_on_cpu=0)
             if has_cpu:

@@ -38,9 +38,8 @@ class Wire:
     def __init__(self, serving: Serving, most_in_flight: int) -> None:
         self._serving, self._most = serving, most_in_flight
         self._table, self._loader = serving.residency, serving.loader
-        self.copy_of = np.zeros(
-            self._table.num_slots, dtype=np.int64
-        )  # number of the batch with a slot's bytes
+        #: By slot: number of the batch that brings its bytes.
+        self.copy_of = np.zeros(self._table.num_slots, dtype=np.int64)
         self._batches = 0
         self._on_wire: deque[Prefetch] = deque()
         self._held: list[int] = []  # keys, the most wanted last

@@ -133,7 +133,7 @@ class WithoutGraphs:
     """What a device answers that computes at once, on the CPU, and captures nothing."""
 
     def send(
-        self,
+        self: Device,
         pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
         last: tuple[torch.Tensor, torch.Tensor] | None,
         begin: bool = False,
@@ -144,9 +144,6 @@ class WithoutGraphs:
         for target, source in chain(pairs, [] if last is None else [last]):
             target.copy_(source)
         return before, self.mark(timed) if end else None
-
-    def mark(self, timed: bool) -> Mark:
-        raise NotImplementedError
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         raise UnsupportedOption("steps are captured on CUDA only")

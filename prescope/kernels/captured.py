@@ -430,9 +430,8 @@ class CapturedStep:
         """
         message = self._write_changes(moe_layer, keys, slots)
         message[1], message[2] = last_copy, num_on_cpu
-        message[3] = (
-            step + 1
-        )  # last: x86 keeps the order of stores, and the GPU reads the rest after it has seen this
+        # Last: x86 keeps the order of stores, and the GPU reads the rest after it has seen this.
+        message[3] = step + 1
 
     def landing(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scheduled: the (target, source) of the copy that must follow the bytes of copy `number`, from 1 on."""

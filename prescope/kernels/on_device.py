@@ -81,9 +81,8 @@ def _plan(  # type: ignore[no-untyped-def]
     tl.store(needs, tl.sum(used.to(tl.int32)))
     tl.store(needs + 1, num_missing)
     if POLICY == _POLICY_HOST:
-        if (
-            FENCE
-        ):  # the router's inputs, which an earlier kernel wrote to the host, are there before the question
+        if FENCE:
+            # The router's inputs, which an earlier kernel wrote to the host, are there before the question.
             system_fence()
         # The step's number in every word: the host knows a message is whole without any order between stores.
         bits = weight.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF

@@ -21,22 +21,6 @@ from .why import Why, why
 STAND_INS = ("llapor", "early router", "transition", "frequency")
 
 
-class Silent:
-    """Predicts nothing: an engine that has a predictor runs without one by this."""
-
-    name, lookahead, needs_inputs, is_calibrated = NONE, 0, False, True
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-
-    def predict(self, *_: Any) -> list[Any]:
-        """Nothing."""
-        return []
-
-    def observe(self, *_: Any) -> None:
-        """There is nothing to learn."""
-
-
 class Replays:
     """What any choice would have done with one recorded trace.
 
@@ -103,6 +87,8 @@ class Replays:
         full = self.resolved(choice)
         if full.predictor in (ORACLE, NOISY):
             return "an oracle knows the recorded future; live there is none"
+        if schedule_named(full.schedule).needs_predictor and (full.predictor or NONE) == NONE:
+            return f"{full.schedule} prefetches by predictions; choose a predictor"
         return ""
 
     # -- choices -----------------------------------------------------------------------------------------------
@@ -157,7 +143,6 @@ class Replays:
             raise UnsupportedOption(reason)
         full, machine = self.resolved(choice), self.machine(choice)
         name = full.predictor or NONE
-        predictor = Silent(Shape.of(self.trace)) if name == NONE else self.predictors[name]
         return {
             "schedule": full.schedule,
             "slots": full.slots,
@@ -166,7 +151,7 @@ class Replays:
             "width": full.width,
             "threshold": full.threshold,
             "cpu_threads": None if full.cpu else 0,
-            "predictor": predictor,
+            "predictor": NONE if name == NONE else self.predictors[name],
             "costs": machine.costs_with(full.cpu),
         }
 

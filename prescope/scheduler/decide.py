@@ -163,7 +163,8 @@ def plan(
     Args:
         need: of this layer. `backlog_us`: until the link is done with what is on the wire.
         slot_of: (L * E,) slot of each key, -1 for those that have none.
-        tokens_dE, used_dE: predictions for the following layers, see `terms.Coming`.
+        tokens_dE, used_dE: predictions for the d layers behind this one: expected number of tokens that use an expert,
+            and probability that any does; rows beyond the last layer hold zeros.
     """
     nothing = np.empty(0, np.int64)
     here = need.num_hits + need.num_late

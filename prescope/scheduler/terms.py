@@ -35,19 +35,10 @@ class Knobs(NamedTuple):
     threshold: float  # least probability of use of an expert worth prefetching
 
 
-class Coming(NamedTuple):
-    """Predictions at one layer for the d layers behind it; rows beyond the last layer hold zeros."""
-
-    tokens_dE: FloatArray  # expected number of tokens that use the expert
-    used_dE: FloatArray  # probability that any token does
-
-
 class Plan(NamedTuple):
     """What is done about one layer, now that its router has spoken."""
 
-    num_load: (
-        int  # of the misses, in their order, the first so many are copied on demand, the rest go to the CPU
-    )
+    num_load: int  # the first so many of the misses are copied on demand, the rest go to the CPU
     prefetch: IntArray  # (p,) flat keys (moe_layer * E + expert), the most wanted first
     keep: IntArray  # flat keys that are not to be evicted meanwhile, if there is any other choice
 

@@ -19,7 +19,7 @@ from ..cost import LayerCosts
 from ..errors import UnsupportedOption
 from ..planner import most_in_flight as on_cuda
 from ..predictor.base import Predictor
-from ..residency import ResidencyTable
+from ..residency import ResidencyTable, prefetch_slots
 from ..routing import RoutingTrace
 from ..scheduler import Schedule, schedule_named
 from ..scheduler.terms import Knobs
@@ -27,9 +27,6 @@ from .prefill import prefill, prefill_steps
 from .prepare import LOOKAHEAD, Needs, Predicted, compiled_costs, needs_of, predictions_of
 from .replay import Demand, Log, State, replay
 from .result import Bounds, SimResult
-
-#: Slots that prefetches on the wire may hold: one in so many, as the engine's loader does.
-IN_FLIGHT_SHARE = 4
 
 
 class Settings(NamedTuple):
@@ -209,7 +206,7 @@ class Simulator:
             width=width,
             threshold=threshold,
             cpu=schedule.uses_cpu and has_lane if cpu is None else cpu,
-            most_in_flight=min(most_in_flight, max(1, num_slots // IN_FLIGHT_SHARE), num_slots - 1),
+            most_in_flight=min(most_in_flight, prefetch_slots(num_slots)),
             hindsight=cache == "static" and frequencies is None,
         )
 
