@@ -15,6 +15,8 @@ SCHEDULES = (
     "on-demand", "streaming", "klotski", "fate", "fiddler", "hybrimoe", "moe-infinity", "presched",
 )  # fmt: skip
 KERNELS = ("auto", "torch", "triton")
+#: Ways to decode in which the GPU decides.
+DEVICE_DRIVERS = ("gpu-driven", "copy-engine")
 DECODES = ("auto", "layered", "gpu-driven", "copy-engine", "host-driven")
 #: Emulated link when the user names none: one expert takes a millisecond, so that, as on a real machine, moving an
 #: expert takes longer than computing with it; at most PCIe 4 x16.
@@ -75,6 +77,11 @@ class EngineConfig:
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("decode", self.decode, DECODES)
         _one_of("schedule", self.schedule, SCHEDULES)
+        if self.schedule != "on-demand" and self.decode in DEVICE_DRIVERS:
+            raise UnsupportedOption(
+                f"decode={self.decode!r} leaves decisions to the GPU, which only on-demand loading can; "
+                f"schedule={self.schedule!r} needs decode='auto', 'host-driven' or 'layered'"
+            )
         if self.lookahead is not None and self.lookahead < 1:
             raise UnsupportedOption(
                 f"lookahead is {self.lookahead}; predictions are for 1 layer ahead or more"

@@ -41,8 +41,6 @@ from .units import format_bytes
 
 #: Settings of a schedule, as `Engine.configure` takes them.
 SCHEDULE_SETTINGS = {"schedule", "lookahead", "width", "threshold", "cpu_threads"}
-#: Ways to decode in which the GPU decides.
-DEVICE_DRIVERS = ("gpu-driven", "copy-engine")
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor
 
@@ -291,24 +289,19 @@ class Engine:
         if config.schedule == "on-demand":
             self._serving.scheduling, self.reasons["schedule"] = None, "as given"
         else:
-            if config.decode in DEVICE_DRIVERS:
-                raise UnsupportedOption(
-                    f"decode={config.decode!r} leaves decisions to the GPU, which only on-demand loading can; "
-                    f"schedule={config.schedule!r} needs decode='auto', 'host-driven' or 'layered'"
-                )
-            costs = costs or self._costs_here(config.schedule)
+            known = costs or self._costs_here(config.schedule)
             opened = open_scheduling(
                 config,
                 self.shape,
                 self._layers,
                 self._attachment.host,
                 predictor,
-                costs,
+                known,
                 self._device.torch_device,
             )
             opened.forced = self._serving.forced
             self._serving.scheduling = opened
-            self.reasons["schedule"] = f"as given, by {costs.source}"
+            self.reasons["schedule"] = f"as given, by {known.source}"
             if opened.cpu is not None:
                 lane = opened.cpu
                 self.reasons["cpu"] = f"{lane.implementation}, {lane.threads} threads: {lane.reason}"

@@ -51,6 +51,7 @@ class _Step:
     padding: NDArray[np.bool_] | None  # (batch, length), True where a token is padding
     start: Mark | None  # None for a step from a graph: its log says
     log: StepLog | None = None
+    is_counted: bool = False  # its needs were taken down as the host served them
     routing: dict[int, _Routing] = field(default_factory=dict)
 
 
@@ -77,9 +78,8 @@ class Recorder:
         self._routing = routing
         self._inputs = inputs
         self._spans: list[_Span] = []
-        self._batches: list[
-            tuple[int, Transfer, float, float]
-        ] = []  # step, copy, and its part of the batch's time
+        #: Step, copy, and its part of the batch's time.
+        self._batches: list[tuple[int, Transfer, float, float]] = []
         self._layers: list[LayerRow] = []
         self._steps: list[_Step] = []
         self._start = device.mark(timed=True)
@@ -128,7 +128,7 @@ class Recorder:
     def log(self, step: int, log: StepLog, is_counted: bool = False) -> None:
         """What a graph step wrote down; `is_counted`: its needs were taken down as the host served them."""
         entry = self._steps[step]
-        entry.log = log
+        entry.log, entry.is_counted = log, is_counted
         tokens = log.ids_LTK.shape[1]
         for layer, (needed, missing) in enumerate(log.needs.tolist()):
             if not is_counted:
@@ -157,7 +157,9 @@ class Recorder:
                 self._add(index, Lane.GPU, "dense", layer, last, routed)
                 self._add(index, Lane.HOST, "host_wait", layer, routed, decided)
                 has_cpu = stamps[-1] > 0
-                if missing or has_cpu:
+                # Under a schedule the host knows better what is missing: what it says is waited for.
+                has_waited = bool(missing) or step.is_counted
+                if has_waited:
                     self._add(index, Lane.STALL, "stall", layer, decided, fetched)
                     experts = step.log.fetched[layer]
                     share = (fetched - decided) / max(1, missing)
@@ -167,7 +169,7 @@ class Recorder:
                             _Span(Lane.H2D, "transfer", index, layer, expert, Reason.ON_DEMAND, row_bytes[layer],
                                   start, start + share)
                         )  # fmt: skip
-                begin = fetched if missing or has_cpu else decided
+                begin = fetched if has_waited else decided
                 self._add(index, Lane.GPU, "experts", layer, begin, computed if has_cpu else done)
                 if has_cpu:  # summing up the pairs, some microseconds, is in it
                     self._add(index, Lane.STALL, "cpu_wait", layer, computed, done)
@@ -227,11 +229,11 @@ class Recorder:
         self._last = mark
         self.on_cpu(work)
 
-    def on_cpu(self, work: CpuWork) -> None:
-        """Experts were computed on the CPU; its clock is the host's."""
+    def on_cpu(self, work: CpuWork, step: int | None = None) -> None:
+        """Experts were computed on the CPU, in the newest step if none is named; its clock is the host's."""
         if self.timed:
             start, end = ((at_ns - self._start_ns) / 1e3 for at_ns in work.job.span_ns())
-            step = len(self._steps) - 1
+            step = len(self._steps) - 1 if step is None else step
             self._spans.append(
                 _Span(Lane.CPU, "experts", step, work.moe_layer, -1, Reason.CPU, 0, start, end)
             )

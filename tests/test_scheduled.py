@@ -1,5 +1,7 @@
 """Schedules in the engine: the same tokens whoever decides, layer by layer and from a graph; honest accounts."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,10 @@ import torch
 import prescope
 from prescope.core import Need
 from prescope.cost import LayerCosts
+from prescope.decode.scheduled import ScheduledStep
 from prescope.errors import UnsupportedOption
 from prescope.predictor import Chance, EarlyRouter, Inverted, NoisyOracle, Routers, Shape
+from prescope.residency import LayerNeed
 from prescope.scheduler import SCHEDULES
 from prescope.simulator.prepare import predictions_of
 from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
@@ -144,6 +148,8 @@ def test_a_schedule_is_changed_between_runs_and_refused_without_what_it_needs(mo
             engine.configure(schedule="fate", costs=COSTS)
         with pytest.raises(UnsupportedOption, match="no setting 'lookahed'"):
             engine.configure(lookahed=2)
+        with pytest.raises(UnsupportedOption, match="leaves decisions to the GPU"):
+            engine.configure(schedule="presched", costs=COSTS, decode="gpu-driven")
         assert engine.config.schedule == "on-demand"
         assert engine.generate(ids, max_new_tokens=4).tokens == expected
         engine.configure(
@@ -152,6 +158,11 @@ def test_a_schedule_is_changed_between_runs_and_refused_without_what_it_needs(mo
         run = engine.generate(ids, max_new_tokens=4)
         assert run.tokens == expected
         assert run.config["schedule"] == "presched" and run.config["width"] == 3
+        assert run.config["predictor"] == early.name and run.config["threshold"] == 0.3
+        with pytest.raises(UnsupportedOption, match="leaves decisions to the GPU"):
+            engine.configure(decode="copy-engine")  # alone it says nothing of the schedule that is there
+        engine.configure(predictor="none")
+        assert engine.generate(ids, max_new_tokens=4).config["predictor"] == "none"
         engine.configure(schedule="on-demand")
         assert engine.generate(ids, max_new_tokens=4).tokens == expected
 
@@ -215,3 +226,20 @@ def test_forced_predictions_may_reach_further_than_the_schedule_looks(
     # All that was likely was used: the predictions were those of the layers they were read for.
     assert (planner._trust[:, 1] == planner._trust[:, 0]).all() and (planner._trust[:, 0] > 0).all()
     assert len(decode) > 0
+
+
+def test_a_step_that_never_was_leaves_no_count_and_no_job(model, early, frequencies):
+    """The step launched before the host knew that the text had ended; its last layer's job is nobody's."""
+    with opened(model, "fiddler", early, frequencies, device="null", slots=5) as engine:
+        serving, waited = engine._serving, []
+        step = ScheduledStep(serving, lambda poll, meanwhile: poll())
+        need = LayerNeed(0, np.array([1, 2, 3]), np.array([1, 1, 1]), 1, 1)
+        before = dict(engine.needs)
+        step._count(need, 1)
+        step._counted = [need]
+        job = SimpleNamespace(wait=lambda: waited.append(True))
+        step._work = SimpleNamespace(job=job), 7
+        step.undo()
+        step.end()
+    assert dict(engine.needs) == before
+    assert waited == [True] and step._work is None and not step._done

@@ -44,7 +44,7 @@ class ScheduledStep:
         self._serving, self._await = serving, await_
         self._sent: IntArray = NOTHING  # the slot table as the GPU has it
         self._counted: list[LayerNeed] = []  # of the last step
-        self._work: CpuWork | None = None  # of the layer before
+        self._work: tuple[CpuWork, int] | None = None  # of the layer before, and the step it belongs to
         self._done: list[CpuWork] = []  # of the step at hand
         self._wire: Wire | None = None
 
@@ -84,9 +84,12 @@ class ScheduledStep:
         )
 
     def undo(self) -> None:
-        """The last step never was."""
+        """The last step never was, nor what the CPU did in its last layer; all of it is over."""
         for need in self._counted:
             self._count(need, -1)
+        if self._work is not None:
+            self._work[0].job.wait()
+            self._work = None
 
     def run(self, captured: "CapturedStep", number: int) -> None:
         """Serve all layers of a step that is running."""
@@ -120,7 +123,8 @@ class ScheduledStep:
             lot = Lot(cold, decision.lot_first, pairs // captured.top_k, pairs)
             flag = Flag(*captured.cpu_flag(moe_layer, number))
             inputs, outputs = captured.inputs[moe_layer], captured.cpu_pairs[moe_layer]
-            self._work = scheduling.submit_lot(moe_layer, lot, inputs, flag, outputs)
+            work = scheduling.submit_lot(moe_layer, lot, inputs, flag, outputs)
+            self._work = work, recorder.num_steps - 1 if recorder is not None else -1
         wire.load(captured, moe_layer, load[1:], slots[1:], True)
         late = table.slots_for(moe_layer, found.experts[found.num_hits : here])
         last_copy = int(wire.copy_of[np.concatenate([late, slots])].max(initial=0))
@@ -156,14 +160,15 @@ class ScheduledStep:
         if issued := wire.pump(captured, scheduling.reason):
             scheduling.issued(issued)
 
-    def _collect(self, work: CpuWork | None) -> None:
+    def _collect(self, former: tuple[CpuWork, int] | None) -> None:
         """The CPU's part of an earlier layer is over, since the GPU waited for it; raises what went wrong there."""
-        if work is None:
+        if former is None:
             return
+        work, step = former
         work.job.wait()
         self._done.append(work)
         if self._serving.recorder is not None:
-            self._serving.recorder.on_cpu(work)
+            self._serving.recorder.on_cpu(work, step)
 
     def abandon(self, captured: "CapturedStep", number: int) -> None:
         """Let a step that is still waiting run to its end, with whatever weights there are."""
