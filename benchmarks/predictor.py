@@ -6,13 +6,17 @@
 The corpus is a folder with train/<domain>.txt, valid/<domain>.txt and ood/<domain>.txt. Parts, each written to the
 JSON as soon as it is done; one that fails leaves its traceback there and the next goes on:
 
-all       LLaPor and the paper's form trained on all domains, scored beside the baselines on held-out and unknown text
+all       LLaPor and the paper's form trained on all domains, scored beside the baselines on held-out and unknown text;
+          LLaPor also with a correction that always and that never counts in full
 shifts    trained on one domain alone (--only), scored on the others: dialogue -> code, prose -> maths, another language
 ablation  the same training without one thing each: trust, own text, distillation, the chosen experts
 online    the text changes in mid-stream, with and without online tuning
 failures  inverted, random and adversarial predictions
 worth     milliseconds saved per token by the cost model, for the machine of --link-us, --gpu-us and --rest-us
 cost      time and size of one prediction at Qwen3-30B-A3B's shape on this machine: eager, and in a CUDA graph
+
+--turn R turns each layer's recorded states and its router by a further random rotation of at most R radians: what a
+layer chooses stays, routers of coming layers fit the states less, as in a model whose early router is weak.
 
 Recall@K is the mean over layers; intervals are 95 %, over prompts. Accuracy does not depend on the machine; times do.
 """
@@ -22,6 +26,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +59,7 @@ from prescope.predictor import (
     train,
     worth,
 )
+from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
 from prescope.predictor.score import ScoreCard
 from prescope.routing import RoutingTrace
 
@@ -92,6 +98,13 @@ class Study:
             self.routers = routers_of(engine, self.traces["train"])
             reading_s = time.perf_counter() - self.started
             self.own = own_text(engine, args.own_tokens) if args.own_tokens else None
+        if args.turn:
+            turns = rotations(self.routers, args.turn)
+            self.routers = replace(
+                self.routers, weight_LED=torch.einsum("lkd,led->lke", self.routers.weight_LED, turns)
+            )
+            self.traces = {name: turned(trace, turns) for name, trace in self.traces.items()}
+            self.own = None if self.own is None else turned(self.own, turns)
         self.groups = find_groups(self.traces["train"])
         self.report["recorded"] = {
             "tokens": {name: len(trace) for name, trace in self.traces.items()},
@@ -125,6 +138,7 @@ class Study:
             "name": name, "tokens": len(trace), "seconds": time.perf_counter() - started,
             "held_out_recall": [p.validation_recall for p in result.history], "groups": result.groups.reason,
             "cost": predictor.cost()._asdict(), "nbytes": predictor.nbytes,
+            "trust": predictor.tensors["trust"].flatten().tolist() if predictor.config.residual else None,
         })  # fmt: skip
         print(f"# {name}: {predictor!r} in {self.report['trained'][-1]['seconds']:.0f} s", flush=True)
         return predictor
@@ -148,12 +162,21 @@ class Study:
         trace = self.traces["train"]
         full = self.trained("llapor", trace, self.own)
         paper = self.trained("llapor plain", trace, self.own, paper=True)
-        everyone = [full, paper, *baselines(trace, self.routers, full)]
-        self.scored("all domains -> held-out text of the same domains", everyone, self.traces["valid"])
+        early, *others = baselines(trace, self.routers, full)
+        always, never = (full.trusting(distance) for distance in (ALWAYS_TRUST, NEVER_TRUST))
+        always.name, never.name = "llapor, always in full", "llapor, never"
+        forms = [full, paper, always, never, early]
+        self.scored(
+            "all domains -> held-out text of the same domains", [*forms, *others], self.traces["valid"]
+        )
         for domain in domains_of(self.traces["ood"]):
-            self.scored(
-                f"all domains -> {domain}", [full, paper, everyone[2]], of_domain(self.traces["ood"], domain)
-            )
+            self.scored(f"all domains -> {domain}", forms, of_domain(self.traces["ood"], domain))
+        texts = {"held out": self.traces["valid"]}
+        texts |= {domain: of_domain(self.traces["ood"], domain) for domain in domains_of(self.traces["ood"])}
+        rows = [{"text": text, **shares(full, trace)} for text, trace in texts.items()]
+        self.report["shares"] = rows
+        self.tables.append(markdown("Share of the correction that counts, mean over tokens, by layer", rows))
+        print(self.tables[-1], flush=True)
 
     def shifts(self) -> None:
         """Trained on one domain alone, with and without own text."""
@@ -340,6 +363,36 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def shares(predictor: Llapor, trace: RoutingTrace) -> dict[str, float]:
+    """Mean share of the correction that counts, for each layer that predicts, of at most 2048 rows."""
+    x_LTD, choice = predictor.batch_of(
+        trace, np.linspace(0, len(trace) - 1, min(len(trace), 2048)).astype(int)
+    )
+    with torch.no_grad():
+        _, share_LT1 = predictor.hidden(x_LTD, choice)
+    assert share_LT1 is not None, "nothing fades"
+    return {f"layer {layer}": float(share.mean()) for layer, share in enumerate(share_LT1[:-1])}
+
+
+def rotations(routers: Routers, radians: float) -> torch.Tensor:
+    """(L, D, D) each layer's is the former's and one more, random, of at most so many radians in any plane."""
+    L, _, D = routers.weight_LED.shape
+    generator = torch.Generator().manual_seed(0)
+    turns = [torch.eye(D)]
+    for _ in range(1, L):
+        half = torch.randn(D, D, generator=generator)
+        skew = half - half.T
+        turns.append(torch.matrix_exp(radians * skew / torch.linalg.matrix_norm(skew, 2)) @ turns[-1])
+    return torch.stack(turns)
+
+
+def turned(trace: RoutingTrace, turns_LDD: torch.Tensor) -> RoutingTrace:
+    """The same choices from rotated states."""
+    assert trace.inputs is not None, "recorded with inputs"
+    x_RLD = torch.from_numpy(trace.inputs).float()
+    return replace(trace, inputs=torch.einsum("rld,led->rle", x_RLD, turns_LDD).numpy().astype(np.float16))
+
+
 def of_domain(trace: RoutingTrace, *domains: str) -> RoutingTrace:
     """The rows of some domains' prompts."""
     sequences = [i for i, prompt in enumerate(trace.prompts) if prompt["domain"] in domains]
@@ -434,6 +487,7 @@ def arguments() -> argparse.Namespace:
     add("--hidden", type=int, default=0, help="width of the networks; 0 the default")
     add("--train-batch", type=int, default=512, help="tokens")
     add("--batch-tokens", type=int, default=8192 if on_gpu else 1024, help="of a pass when recording")
+    add("--turn", type=float, default=0.0, help="radians by which each layer is rotated against the former")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=0)
     add("--device", default="auto")

@@ -71,7 +71,8 @@ def read_tensors(path: Path, expected_format: str) -> tuple[dict[str, torch.Tens
         ) from error
     if header.get("format") != expected_format:
         raise BadPredictor(
-            f"{path}: its format is {header.get('format', 'none')!r}, expected {expected_format!r}"
+            f"{path}: its format is {header.get('format', 'none')!r}, expected {expected_format!r}; a file of another "
+            f"version is not converted, train again"
         )
     try:
         empty = {name: torch.zeros(size) for name, size in json.loads(header.get("empty", "{}")).items()}

@@ -24,8 +24,9 @@ class LlaporConfig:
         hidden: width of the networks. `block`: of the middle group's gated residual block.
         dropout: share of hidden units dropped in training.
         residual: early-router logits + learned correction; needs the model's routers.
-        trust: the residual variant's correction counts in full up to this mean squared whitened distance of a state
-            from the training states (which lie at 1 on average), beyond it as trust / distance; 0 always in full.
+        trust: the residual variant's correction fades with a state's mean squared whitened distance from the training
+            states (which lie at 1 on average): it counts in full up to the distance that `train.fit_trust` finds for
+            each layer, this many times the errors it mends over those it leaves; 0 always in full.
         use_choice: the chosen experts and their weights are inputs too.
         focal_lambda, focal_gamma: weight and exponent of the focal loss in the outer groups.
         distill: weight of the cross-entropy to the coming router's own probabilities, which say more than the K
@@ -39,7 +40,7 @@ class LlaporConfig:
     block: int = 128
     dropout: float = 0.1
     residual: bool = True
-    trust: float = 0.7
+    trust: float = 1.5
     use_choice: bool = True
     focal_lambda: float = 0.5
     focal_gamma: float = 2.0
@@ -97,6 +98,8 @@ def tensor_shapes(
     if config.residual:
         shapes |= {
             "skip": (L, 1, N),
+            "trust": (L, 1, 1),
+            "platt_faded": (L, config.lookahead, 2),
             "router": (L, E, width),
             "router_bias": (L, E),
         }
@@ -104,4 +107,4 @@ def tensor_shapes(
 
 
 #: Tensors that are not trained by gradient.
-FIXED = ("pca_mean", "pca", "whiten", "platt", "router", "router_bias")
+FIXED = ("pca_mean", "pca", "whiten", "platt", "trust", "platt_faded", "router", "router_bias")

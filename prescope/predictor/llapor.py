@@ -6,8 +6,9 @@ lie in one set of tensors with the layer first, so that one bmm serves all of th
 same code serves one layer live. Nothing in `predict` makes the host wait, so a CUDA graph can hold it.
 
 The residual variant, the default, adds a correction to the early router's logits (layer l + d's own router on layer
-l's input); `residual=False` is the paper's form. The correction counts less the stranger a state is (`trust`):
-on text unlike that of the training the predictor falls back to the early router instead of below it.
+l's input); `residual=False` is the paper's form. The correction counts less the stranger a state is: on text unlike
+that of the training the predictor falls back towards the early router instead of below it, the later the weaker the
+layer's early router is beside the correction (`tensors["trust"]`). Faded scores have a Platt scaling of their own.
 
 Shapes: T tokens, D width, P compressed width, H hidden, B width of the block, E experts, K top-k, L MoE layers,
 M middle layers, N = lookahead * E outputs.
@@ -41,7 +42,9 @@ from .files import check_tensors, read_tensors, require_finite_tensors, write_te
 from .form import FIXED, LlaporConfig, ModelTag, tensor_shapes
 from .groups import LayerGroups
 
-FORMAT = "prescope-predictor-2"
+FORMAT = "prescope-predictor-3"
+#: Distances up to which a correction counts in full that is never and that is always to fade: far from any state's.
+NEVER_TRUST, ALWAYS_TRUST = 1e-6, 1e6
 #: Rows scored at once in a replay.
 ROWS = 2048
 ALL = slice(None)
@@ -74,7 +77,7 @@ class Llapor:
         self.validation_error = validation_error
         self.name = "llapor" if config.residual else "llapor plain"
         self.lookahead = min(config.lookahead, shape.num_layers - 1)
-        self.is_calibrated = bool((self.tensors["platt"] != _identity_platt(config, shape)).any())
+        self.is_calibrated = bool((self.tensors["platt"].cpu() != _identity_platt(config, shape)).any())
         self.width = self.tensors["pca_mean"].shape[2]
         self._early = self._early_routers()
 
@@ -106,6 +109,8 @@ class Llapor:
         fixed["platt"] = _identity_platt(config, shape)
         if config.residual and routers is not None:
             fixed |= {"router": routers.weight_LED.cpu(), "router_bias": routers.logit_bias_LE.cpu()}
+            fixed["platt_faded"] = _identity_platt(config, shape)
+            fixed["trust"] = torch.full((shape.num_layers, 1, 1), ALWAYS_TRUST)
         generator = torch.Generator().manual_seed(seed)
         tensors: dict[str, torch.Tensor] = {}
         width = fixed["pca_mean"].shape[2]
@@ -151,6 +156,11 @@ class Llapor:
     def device(self) -> torch.device:
         return self.tensors["pca"].device
 
+    def trusting(self, distance: float) -> "Llapor":
+        """This predictor, tensors shared, with corrections that count in full up to one distance in all layers."""
+        tensors = self.tensors | {"trust": torch.full_like(self.tensors["trust"], distance)}
+        return Llapor(self.config, self.shape, self.groups, tensors, self.tag)
+
     def trained(self) -> dict[str, torch.Tensor]:
         """The tensors that training changes."""
         return {name: tensor for name, tensor in self.tensors.items() if name not in FIXED}
@@ -159,8 +169,10 @@ class Llapor:
 
     def hidden(
         self, x_LTD: torch.Tensor, choice_LTE: torch.Tensor | None, at: slice = ALL, *, training: bool = False
-    ) -> torch.Tensor:
-        """(L, T, H): the networks up to their heads, scaled by `trust`; with dropout and unscaled in training."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The networks up to their heads (L, T, H) and the share of the correction that counts (L, T, 1), by which they
+        are scaled; with dropout, unscaled and None in training. None also where nothing fades.
+        """
         t = self.tensors
         drop = self.config.dropout if training else 0.0
         f = torch.bmm(x_LTD - t["pca_mean"][at], t["pca"][at])
@@ -170,9 +182,10 @@ class Llapor:
         h = dropout(gelu(h), drop, training=training)
         h = self._through_block(h, at, drop)
         if training or not self.config.residual or not self.config.trust:
-            return h
+            return h, None
         distance = torch.bmm(f.square(), t["whiten"][at].transpose(1, 2))
-        return h * (self.config.trust / distance.clamp_min(self.config.trust))
+        share = (t["trust"][at] / distance).clamp_max(1.0)
+        return h * share, share
 
     def _through_block(self, h_LTH: torch.Tensor, at: slice, drop: float) -> torch.Tensor:
         """The gated residual block, for those of the layers that are in the middle group."""
@@ -208,11 +221,21 @@ class Llapor:
         self, x_LTD: torch.Tensor, choice_LTE: torch.Tensor | None, *, training: bool = False
     ) -> torch.Tensor:
         """(L, T, N) logits for router inputs x and choices of all layers."""
-        return self.logits(self.hidden(x_LTD, choice_LTE, training=training), self.base(x_LTD))
+        h, _ = self.hidden(x_LTD, choice_LTE, training=training)
+        return self.logits(h, self.base(x_LTD))
 
-    def probabilities(self, z_LTN: torch.Tensor, at: slice = ALL) -> torch.Tensor:
-        """(L, T, lookahead, E): Platt-scaled probabilities."""
+    def probabilities(
+        self, z_LTN: torch.Tensor, share_LT1: torch.Tensor | None, at: slice = ALL
+    ) -> torch.Tensor:
+        """(L, T, lookahead, E): Platt-scaled probabilities, `share_LT1` of the correction in the logits.
+
+        The level of the logits is the correction's: without it, a scaling fitted to full ones gives sums of 0.4 K
+        instead of K, and the tokens of a batch whose states are known outvote the strange ones (LOG.md).
+        """
         platt = self.tensors["platt"][at][:, None, :, None, :]
+        if share_LT1 is not None:
+            faded = self.tensors["platt_faded"][at][:, None, :, None, :]
+            platt = torch.lerp(faded, platt, share_LT1[..., None, None])
         z = z_LTN.unflatten(-1, (self.config.lookahead, self.shape.num_experts))
         return torch.sigmoid(torch.addcmul(platt[..., 1], platt[..., 0], z))
 
@@ -234,7 +257,8 @@ class Llapor:
         if moe_layer >= self.shape.num_layers - 1:
             return []
         at = slice(moe_layer, moe_layer + 1)
-        p_TNE = self.probabilities(self.logits(*self.live(at, x_TD, ids_TK, weights_TK), at), at)[0]
+        h, share, base = self.live(at, x_TD, ids_TK, weights_TK)
+        p_TNE = self.probabilities(self.logits(h, base, at), share, at)[0]
         return [
             Prediction(target, ahead, p_TNE[:, ahead - 1])
             for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
@@ -242,8 +266,8 @@ class Llapor:
 
     def live(
         self, at: slice, x_TD: torch.Tensor, ids_TK: torch.Tensor | None, weights_TK: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden` and `base` of one layer for the tokens of one call."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """`hidden` (both parts) and `base` of one layer for the tokens of one call."""
         if x_TD.shape[-1] != self.width:
             raise BadState(
                 f"router inputs are {x_TD.shape[-1]} wide, {self.name} was trained on {self.width}"
@@ -258,7 +282,7 @@ class Llapor:
                 weights_TK = torch.full(ids_TK.shape, 1.0 / self.shape.top_k, device=x_TD.device)
             choice = choice_of(ids_TK, weights_TK, self.shape.num_experts)[None]
         x_LTD = x_TD.float()[None]
-        return self.hidden(x_LTD, choice, at), self.base(x_LTD, at)
+        return *self.hidden(x_LTD, choice, at), self.base(x_LTD, at)
 
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
         """Nothing: `online.OnlineTuner` learns while it runs."""
@@ -298,7 +322,9 @@ class Llapor:
         L = self.shape.num_layers - lookahead
         out = np.empty((len(trace), L, self.shape.num_experts), dtype=np.float32)
         for rows in _chunks(len(trace)):
-            p = self.probabilities(self.forward(*self.batch_of(trace, rows)))
+            x, choice = self.batch_of(trace, rows)
+            h, share = self.hidden(x, choice)
+            p = self.probabilities(self.logits(h, self.base(x)), share)
             out[rows] = p[:L, :, lookahead - 1].transpose(0, 1).cpu().numpy()
         return out
 

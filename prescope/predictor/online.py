@@ -117,12 +117,16 @@ class OnlineTuner:
         return as_tuned < as_trained
 
     def _probabilities(
-        self, hidden: torch.Tensor, base: torch.Tensor | None, at: slice = slice(None)
+        self,
+        hidden: torch.Tensor,
+        share: torch.Tensor | None,
+        base: torch.Tensor | None,
+        at: slice = slice(None),
     ) -> torch.Tensor:
         """(layers, T, lookahead, E) of the layers `at`, each lookahead by the heads that answer for it."""
         tuned = self.is_tuned
         p, q = (
-            one.probabilities(one.logits(hidden, base, at), at) if needed else None
+            one.probabilities(one.logits(hidden, base, at), share, at) if needed else None
             for one, needed in ((self._trained, not tuned.all()), (self.predictor, tuned.any()))
         )
         if p is None or q is None:
@@ -151,9 +155,9 @@ class OnlineTuner:
         if moe_layer == 0:
             self._live, self._live_used = {}, {}
         at = slice(moe_layer, moe_layer + 1)
-        h, base = self.predictor.live(at, x_TD, ids_TK, weights_TK)
+        h, share, base = self.predictor.live(at, x_TD, ids_TK, weights_TK)
         self._live[moe_layer] = (h[0], None if base is None else base[0])
-        p_TNE = self._probabilities(h, base, at)[0]
+        p_TNE = self._probabilities(h, share, base, at)[0]
         return [
             Prediction(target, ahead, p_TNE[:, ahead - 1])
             for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
@@ -193,8 +197,8 @@ class OnlineTuner:
             rows = slice(first, min(first + chunk, len(trace)))
             x, choice = self.predictor.batch_of(trace, rows)
             with torch.no_grad():
-                hidden, base = self.predictor.hidden(x, choice), self.predictor.base(x)
-                p = self._probabilities(hidden, base)
+                (hidden, share), base = self.predictor.hidden(x, choice), self.predictor.base(x)
+                p = self._probabilities(hidden, share, base)
                 for ahead in lookaheads:
                     out[ahead][rows] = p[: L - ahead, :, ahead - 1].transpose(0, 1).cpu().numpy()
             ids = torch.from_numpy(trace.expert_ids[rows]).to(self.predictor.device).transpose(0, 1)

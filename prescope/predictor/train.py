@@ -26,13 +26,15 @@ from .calibration import fit_platt
 from .files import check_tensors, read_tensors, write_tensors
 from .form import LlaporConfig, ModelTag
 from .groups import LayerGroups, find_groups
-from .llapor import Llapor
+from .llapor import ALWAYS_TRUST, NEVER_TRUST, Llapor
 from .prepare import PCA_ROWS, Split, fit_pca, rows_of, split_by_prompt, spread
 
 CHECKPOINT_FORMAT = "prescope-predictor-checkpoint-1"
 #: Frequency weights of the balanced loss stay within this factor, or a dead expert would rule the loss.
 MAX_BALANCE = 4.0
 CLIP_NORM = 1.0
+#: Share of errors that a correction is taken to leave at least: a few hundred held-out tokens do not show fewer.
+MIN_ERROR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -275,30 +277,18 @@ class _Run:
             losses.append(loss)
         return torch.stack(losses).mean()
 
-    @torch.no_grad()
     def _validation_recall(self) -> float:
         """recall@K of the validation rows, mean over layers and lookaheads."""
-        hits: dict[int, torch.Tensor] = {}
-        used_total: dict[int, torch.Tensor] = {}
-        for first in range(0, len(self.split.validation), 2048):
-            rows = self.split.validation[first : first + 2048]
-            z_LTN = self.predictor.forward(*self.predictor.batch_of(self.trace, rows))
-            ids = torch.from_numpy(self.trace.expert_ids[rows]).to(self.device).transpose(0, 1)
-            used = used_mask_torch(ids, self.trace.num_experts)
-            for ahead in range(1, self.predictor.lookahead + 1):
-                z = z_LTN[: len(used) - ahead, :, self.predictor.columns(ahead)]
-                best = z.topk(self.predictor.shape.top_k, dim=-1).indices
-                hits[ahead] = hits.get(ahead, 0) + used[ahead:].gather(-1, best).sum((1, 2))
-                used_total[ahead] = used_total.get(ahead, 0) + used[ahead:].sum((1, 2))
-        recalls = [(hits[a] / used_total[a].clamp_min(1)).mean() for a in hits]
-        return float(torch.stack(recalls).mean())
+        return _mean(layer_recalls(self.predictor, self.trace, self.split.validation))
 
     def finish(self) -> Llapor:
-        """The best weights, calibrated."""
+        """The best weights, with their trust, calibrated."""
         predictor = self.predictor
         for name, tensor in self.best.items():
             predictor.tensors[name] = tensor.detach()
-        predictor.validation_error = 1.0 - self.best_recall
+        if self.config.residual:
+            fit_trust(predictor, self.trace, self.split.validation)
+        predictor.validation_error = 1.0 - self._validation_recall()
         calibrate(predictor, rows_of(self.trace, self.split.calibration))
         return predictor
 
@@ -367,14 +357,62 @@ class _Run:
         self.history = [Progress(*entry) for entry in metadata["history"]]
 
 
+@torch.no_grad()
+def layer_recalls(predictor: Llapor, trace: RoutingTrace, rows: IdArray) -> torch.Tensor:
+    """(lookahead, L) recall@K of some rows by source layer; NaN where there is no layer to predict."""
+    L, _, K = predictor.shape
+    hits, total = torch.zeros(2, predictor.lookahead, L, device=predictor.device)
+    for first in range(0, len(rows), 2048):
+        part = rows[first : first + 2048]
+        z_LTN = predictor.forward(*predictor.batch_of(trace, part))
+        ids = torch.from_numpy(trace.expert_ids[part]).to(predictor.device).transpose(0, 1)
+        used = used_mask_torch(ids, trace.num_experts)
+        for ahead in range(1, predictor.lookahead + 1):
+            best = z_LTN[: L - ahead, :, predictor.columns(ahead)].topk(K, dim=-1).indices
+            hits[ahead - 1, : L - ahead] += used[ahead:].gather(-1, best).sum((1, 2))
+            total[ahead - 1, : L - ahead] += used[ahead:].sum((1, 2))
+    exists = torch.arange(L) < L - torch.arange(1, predictor.lookahead + 1)[:, None]
+    return torch.where(exists, (hits / total.clamp_min(1)).cpu(), torch.nan)
+
+
+def _mean(recalls: torch.Tensor) -> float:
+    """Over layers, then over lookaheads."""
+    return float(recalls.nanmean(1).mean())
+
+
+def fit_trust(predictor: Llapor, trace: RoutingTrace, rows: IdArray) -> None:
+    """How far each layer's correction may be trusted: `config.trust` times the errors it mends over those it leaves.
+
+    On strange text errors are added to those left, so a correction that mends much and leaves little stays worth it
+    further out than one that mends little of a good early router. One number serves all lookaheads of a layer: the best
+    one differs more from model to model than from lookahead to lookahead (LOG.md).
+    """
+    errors = [
+        1.0 - layer_recalls(predictor.trusting(trust), trace, rows).nanmean(0)
+        for trust in (NEVER_TRUST, ALWAYS_TRUST)
+    ]
+    mended, left = errors[0] - errors[1], errors[1].clamp_min(MIN_ERROR)
+    # The last layer predicts nothing.
+    trust = (predictor.config.trust * mended / left).nan_to_num(ALWAYS_TRUST).clamp_min(NEVER_TRUST)
+    predictor.tensors["trust"] = trust.view(-1, 1, 1).to(predictor.device)
+
+
 def calibrate(predictor: Llapor, trace: RoutingTrace) -> None:
-    """Fit Platt scaling of each layer and lookahead on a trace the networks were not trained on."""
-    z_LRN = predictor.replay_logits(trace).numpy()
+    """Fit Platt scaling of each layer and lookahead on a trace the networks were not trained on.
+
+    Where corrections fade, one for those that count in full and one for those that do not count; in between
+    `probabilities` interpolates.
+    """
     used_RLE = used_mask(trace.expert_ids, trace.num_experts)
-    platt = predictor.tensors["platt"].cpu().clone()
-    for ahead in range(1, predictor.lookahead + 1):
-        for layer in range(predictor.shape.num_layers - ahead):
-            z = z_LRN[layer, :, predictor.columns(ahead)]
-            platt[layer, ahead - 1] = torch.tensor(fit_platt(z, used_RLE[:, layer + ahead]))
-    predictor.tensors["platt"] = platt.to(predictor.device)
+    parts = {"platt": predictor}
+    if predictor.config.residual:
+        parts = {"platt": predictor.trusting(ALWAYS_TRUST), "platt_faded": predictor.trusting(NEVER_TRUST)}
+    for name, part in parts.items():
+        z_LRN = part.replay_logits(trace).numpy()
+        platt = predictor.tensors[name].cpu().clone()
+        for ahead in range(1, predictor.lookahead + 1):
+            for layer in range(predictor.shape.num_layers - ahead):
+                z = z_LRN[layer, :, predictor.columns(ahead)]
+                platt[layer, ahead - 1] = torch.tensor(fit_platt(z, used_RLE[:, layer + ahead]))
+        predictor.tensors[name] = platt.to(predictor.device)
     predictor.is_calibrated = True
