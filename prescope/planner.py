@@ -207,36 +207,13 @@ class Planner:
             np.array(used_dE, dtype=np.float64),
         )
 
-    def decide(
-        self,
-        moe_layer: int,
-        num_experts: int,
-        ids: IntArray,
-        sums_E: FloatArray | None,
-        table: ResidencyTable,
-        now_us: float,
-        predicted: tuple[NDArray[np.floating], NDArray[np.floating]] | None,
-    ) -> Decision:
-        """Everything about one layer's choice `ids` (P,); the table's slots are taken. See `decide_layer`, `plan`."""
-        policy = table.policy
-        policy.tick += 1
-        tokens_dE, used_dE = (self._nothing, self._nothing) if predicted is None else predicted
-        return decide_layer(
-            self.knobs,
-            self.costs,
-            policy.kind,
-            policy.tick,
-            moe_layer,
-            num_experts,
-            ids,
-            NO_SUMS if sums_E is None else sums_E,
-            Slots(table.slot_of, table.key_of, table.in_flight, table.protected, policy.scores),
-            max(0.0, self._link_free_us - now_us),
-            self._trust,
-            self._predicted_dLE if predicted is not None else self._predicted_dLE[:0],
-            np.array(tokens_dE, dtype=np.float64),
-            np.array(used_dE, dtype=np.float64),
-        )
+    def predictions(self) -> tuple[FloatArray, NDArray[np.float64]]:
+        """What was predicted and how far it could be trusted, (d, 2) and (d, L, E); changed as steps are decided."""
+        return self._trust, self._predicted_dLE
+
+    def calibrated_cpu(self) -> tuple[float, FloatArray]:
+        """What the CPU was calibrated to take: for a submission, and for one expert by its tokens."""
+        return self._calibrated.cpu_base_us, self._calibrated.cpu_us
 
     def saw_step(self, rest_us: float, decide_us: float) -> None:
         """What a step's layers took besides their experts, and from the router's choice to the answer; medians."""
@@ -246,12 +223,10 @@ class Planner:
             decide_us=old.decide_us + NEWEST * (decide_us - old.decide_us),
         )
 
-    def saw_cpu(self, tokens: IntArray, took_us: float, submissions: int = 1) -> None:
-        """Experts with so many tokens (n,) each, in so many submissions, took the CPU so long together."""
+    def saw_cpu(self, took_us: float, calibrated_us: float) -> None:
+        """What submissions to the CPU took together, and should have taken as calibrated."""
         costs = self._calibrated
-        points = np.arange(len(costs.cpu_us))
-        expected = submissions * costs.cpu_base_us + float(np.interp(tokens, points, costs.cpu_us).sum())
-        ratio = min(max(took_us / expected, 1.0 / MOST_CPU_FACTOR), MOST_CPU_FACTOR)
+        ratio = min(max(took_us / calibrated_us, 1.0 / MOST_CPU_FACTOR), MOST_CPU_FACTOR)
         self._cpu_factor += NEWEST * (ratio - self._cpu_factor)
         factor = self._cpu_factor
         self.costs = self.costs._replace(cpu_us=factor * costs.cpu_us, cpu_base_us=factor * costs.cpu_base_us)

@@ -13,13 +13,16 @@ import torch
 from numpy.typing import NDArray
 
 from .core import Lane, Phase, Reason
-from .device import Device, Mark
+from .device import Device, Events, Mark
 from .events import PHASES, Event, LayerRow, StepRow, event_frame, layer_frame, step_frame
 from .kernels import StepLog
 from .loader import Transfer
 from .residency import LayerNeed
 from .routing import RoutingTrace
 from .scheduling import CpuWork
+
+#: Reasons by their rank, as compiled code names them.
+REASONS = tuple(Reason)
 
 
 class _Span(NamedTuple):
@@ -55,6 +58,19 @@ class _Step:
     routing: dict[int, _Routing] = field(default_factory=dict)
 
 
+class _Served(NamedTuple):
+    """A step that compiled code decided; columns as in `decode.serve`."""
+
+    step: int
+    num_tokens: int
+    needs: NDArray[np.int64]  # (L, 4) needed, hits, late, on the CPU
+    copies: NDArray[
+        np.int64
+    ]  # (n, 7) layer, expert, reason's rank, begin, end, place in its batch, size of the batch
+    jobs: NDArray[np.int64]  # (m, 5) layer, step, experts, begin and end in ns
+    events: Events
+
+
 class Tables(NamedTuple):
     """The three tables of a run."""
 
@@ -80,6 +96,7 @@ class Recorder:
         self._spans: list[_Span] = []
         #: Step, copy, and its part of the batch's time.
         self._batches: list[tuple[int, Transfer, float, float]] = []
+        self._served: list[_Served] = []
         self._layers: list[LayerRow] = []
         self._steps: list[_Step] = []
         self._start = device.mark(timed=True)
@@ -124,6 +141,7 @@ class Recorder:
         self._spans = [span for span in self._spans if span.step < dropped]
         self._batches = [batch for batch in self._batches if batch[0] < dropped]
         self._layers = [row for row in self._layers if row.step < dropped]
+        self._served = [served for served in self._served if served.step < dropped]
 
     def log(self, step: int, log: StepLog, is_counted: bool = False) -> None:
         """What a graph step wrote down; `is_counted`: its needs were taken down as the host served them."""
@@ -227,21 +245,31 @@ class Recorder:
         """The outputs of experts on the CPU are where they belong."""
         self._span(Lane.STALL, "cpu_wait", work.moe_layer, self._last, mark)
         self._last = mark
-        self.on_cpu(work)
-
-    def on_cpu(self, work: CpuWork, step: int | None = None) -> None:
-        """Experts were computed on the CPU, in the newest step if none is named; its clock is the host's."""
         if self.timed:
-            start, end = ((at_ns - self._start_ns) / 1e3 for at_ns in work.job.span_ns())
-            step = len(self._steps) - 1 if step is None else step
-            self._spans.append(
-                _Span(Lane.CPU, "experts", step, work.moe_layer, -1, Reason.CPU, 0, start, end)
-            )
+            self._cpu_span(len(self._steps) - 1, work.moe_layer, *work.job.span_ns())
 
-    def copied(self, transfers: list[Transfer], num: int) -> None:
-        """Copies that were issued together, between two marks: each is given its share of the time."""
-        step = len(self._steps) - 1
-        self._batches.extend((step, t, i / num, (i + 1) / num) for i, t in enumerate(transfers))
+    def _cpu_span(self, step: int, moe_layer: int, begin_ns: int, end_ns: int) -> None:
+        """Experts were computed on the CPU; its clock is the host's."""
+        start, end = ((at_ns - self._start_ns) / 1e3 for at_ns in (begin_ns, end_ns))
+        self._spans.append(_Span(Lane.CPU, "experts", step, moe_layer, -1, Reason.CPU, 0, start, end))
+
+    def served(
+        self,
+        num_tokens: int,
+        needs: NDArray[np.int64],
+        copies: NDArray[np.int64],
+        jobs: NDArray[np.int64],
+        events: Events,
+    ) -> None:
+        """What compiled code did about the newest step, in rows of `decode.serve`; read when the run is over."""
+        self._served.append(_Served(self.num_steps - 1, num_tokens, needs, copies, jobs, events))
+
+    def served_late(self, jobs: NDArray[np.int64]) -> None:
+        """Jobs of the CPU lane that were still under way when their step had been served."""
+        if not self._served:
+            return
+        last = self._served[-1]
+        self._served[-1] = last._replace(jobs=np.concatenate([last.jobs, jobs]))
 
     def need(self, need: LayerNeed, num_rounds: int, num_tokens: int, num_on_cpu: int = 0) -> None:
         """What a layer needed, where it was found, and how many of the missing are computed on the CPU."""
@@ -279,6 +307,8 @@ class Recorder:
         self._device.synchronize()
         bases = self._step_times_us(end)
         self._logged_spans(row_bytes)
+        for served in self._served:
+            self._take_down(served, row_bytes)
         steps = [
             StepRow(i, step.phase, step.batch * step.length, bases[i], bases[i + 1] - bases[i])
             for i, step in enumerate(self._steps)
@@ -338,6 +368,22 @@ class Recorder:
                 )
             )
         return Tables(event_frame(events), layer_frame(self._layers), step_frame(steps))
+
+    def _take_down(self, served: _Served, row_bytes: list[int]) -> None:
+        """The rows of one served step."""
+        step, tokens = served.step, served.num_tokens
+        for layer, (needed, hits, late, on_cpu) in enumerate(served.needs.tolist()):
+            misses = needed - hits - late
+            self._layers.append(
+                LayerRow(step, "decode", layer, tokens, needed, hits, late, misses, 1, on_cpu)
+            )
+        marks = {place: served.events.mark(place) for place in np.unique(served.copies[:, 3:5]).tolist()}
+        for layer, expert, reason, begin, end, i, num in served.copies.tolist():
+            transfer = Transfer(layer, expert, REASONS[reason], row_bytes[layer], marks[begin], marks[end])
+            self._batches.append((step, transfer, i / num, (i + 1) / num))
+        for layer, of_step, _, begin, end in served.jobs.tolist():
+            if self.timed and of_step < len(self._steps):  # not of a step that never was
+                self._cpu_span(of_step, layer, begin, end)
 
     def _step_times_us(self, end: Mark) -> list[float]:
         """Start of each step, and the run's end, since the run's start.

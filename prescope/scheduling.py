@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .config import EngineConfig
 from .core import MoEShape, Reason
 from .cost import LayerCosts
-from .cpu_experts import CpuExperts, CpuJob, CpuLayer, Flag, Lot, lot_of
+from .cpu_experts import CpuExperts, CpuJob, CpuLayer, Lot, lot_of
 from .errors import UnsupportedOption
 from .forced import ForcedRouting
 from .hf import MoELayer
@@ -27,7 +27,7 @@ from .planner import Planner
 from .predictor import EarlyRouter, Llapor, Prediction, Predictor
 from .residency import IntArray, LayerNeed, ResidencyTable
 from .scheduler import Schedule, schedule_named
-from .scheduler.terms import Knobs, Plan
+from .scheduler.terms import Knobs, Plan, cpu_time
 from .simulator.prepare import compiled_costs
 
 Predicted = tuple[NDArray[np.floating], NDArray[np.floating]]
@@ -129,35 +129,20 @@ class Scheduling:
         self, moe_layer: int, experts: IntArray, ids_TK: NDArray[np.integer[Any]], x_TD: torch.Tensor
     ) -> CpuWork:
         """Begin to compute experts (n,) of a layer on the CPU; x_TD lies on the host."""
+        assert self.cpu is not None, "a schedule without a CPU lane sent experts to the CPU"
         lot = lot_of(ids_TK, experts)
         out = torch.empty((len(lot.places), x_TD.shape[1]), dtype=x_TD.dtype)
-        return self._submit(moe_layer, lot, lot.compact(), x_TD, None, out)
-
-    def submit_lot(
-        self, moe_layer: int, lot: Lot, x_TD: torch.Tensor, flag: Flag, out_PD: torch.Tensor
-    ) -> CpuWork:
-        """Begin to compute a lot, each pair's output to its own row of `out_PD`, and set `flag` when it is done."""
-        return self._submit(moe_layer, lot, lot, x_TD, flag, out_PD)
-
-    def _submit(
-        self, moe_layer: int, lot: Lot, target: Lot, x_TD: torch.Tensor, flag: Flag | None, out: torch.Tensor
-    ) -> CpuWork:
-        assert self.cpu is not None, "a schedule without a CPU lane sent experts to the CPU"
-        job = self.cpu.submit(moe_layer, target, x_TD, out, flag)
+        job = self.cpu.submit(moe_layer, lot.compact(), x_TD, out)
         self._under_way = [*(other for other in self._under_way if not other.done()), job]
         return CpuWork(moe_layer, lot.experts, lot, job, out)
-
-    def saw(self, works: list[CpuWork]) -> None:
-        """Learn from jobs that are over what the CPU takes."""
-        if works:
-            spans = [work.job.span_ns() for work in works]
-            tokens = np.concatenate([np.diff(work.lot.first) for work in works])
-            self.planner.saw_cpu(tokens, sum(end - start for start, end in spans) / 1e3, len(works))
 
     def merge(self, work: CpuWork, spec: ExpertsSpec, out_PD: torch.Tensor) -> None:
         """Wait for the CPU and put its pairs where they belong."""
         work.job.wait()
-        self.saw([work])
+        start, end = work.job.span_ns()
+        base_us, cpu_us = self.planner.calibrated_cpu()
+        tokens = np.diff(work.lot.first)
+        self.planner.saw_cpu((end - start) / 1e3, base_us + sum(cpu_time(cpu_us, t) for t in tokens.tolist()))
         y = work.out.to(out_PD.device)
         if spec.post_norm is not None:
             y = spec.post_norm(y)

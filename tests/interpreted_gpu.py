@@ -1,10 +1,46 @@
 """A GPU for machines without one: Triton's interpreter runs a captured step in a thread beside the host."""
 
+import ctypes
 import threading
 
+import numpy as np
 import torch
 
+from prescope.device import LinkFunctions
 from prescope.device.emulated import EmulatedLinkDevice
+from prescope.raw import address_of
+
+_int64 = ctypes.c_int64
+
+
+@ctypes.CFUNCTYPE(_int64, _int64, _int64, _int64, _int64)
+def _memcpy(target: int, source: int, nbytes: int, stream: int) -> int:
+    ctypes.memmove(target, source, nbytes)
+    return 0
+
+
+@ctypes.CFUNCTYPE(_int64, _int64, _int64)
+def _create_event(place: int, flags: int) -> int:
+    _int64.from_address(place).value = 1
+    return 0
+
+
+@ctypes.CFUNCTYPE(_int64, _int64, _int64)
+def _record_event(event: int, stream: int) -> int:
+    return 0
+
+
+@ctypes.CFUNCTYPE(_int64, _int64)
+def _query_event(event: int) -> int:
+    return 0
+
+
+class _Events:
+    def __init__(self) -> None:
+        self.handles = np.zeros(0, dtype=np.int64)
+
+    def reserve(self, count: int) -> None:
+        self.handles = np.concatenate([self.handles, np.zeros(max(0, count - len(self.handles)), np.int64)])
 
 
 class InterpretedGpu(EmulatedLinkDevice):
@@ -43,6 +79,13 @@ class InterpretedGpu(EmulatedLinkDevice):
             self.thread.start()
 
         return replay, result
+
+    def link_functions(self) -> LinkFunctions:
+        return LinkFunctions(*map(address_of, (_memcpy, _create_event, _record_event, _query_event)), 0)
+
+    def open_events(self, timed: bool) -> _Events:
+        assert not timed, "nothing here keeps the time of compiled code's copies"
+        return _Events()
 
     def clock(self, stamp):
         return self.mark(True), 0

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "prescope"
 
 # Top row first. A new module is added here, in the highest row whose needs it meets.
 LADDER: dict[str, tuple[str, ...]] = {
-    "words": ("core", "config", "errors", "units", "paths", "jit"),
+    "words": ("core", "config", "errors", "units", "paths", "jit", "raw"),
     "evidence": ("events", "routing", "bounds", "hardware", "metrics", "perfetto", "result"),
     "decisions": (
         "cost",

@@ -7,7 +7,7 @@ from prescope.cache import make_policy
 from prescope.config import EngineConfig
 from prescope.core import MoEShape
 from prescope.cost import LayerCosts
-from prescope.planner import NEWEST, Planner
+from prescope.planner import NEWEST, Decision, Planner, Slots, decide_layer
 from prescope.residency import ResidencyTable, distinct
 from prescope.scheduler import SCHEDULES
 from prescope.scheduling import plan_by
@@ -31,6 +31,30 @@ def planner(schedule: str) -> Planner:
     return plan_by(way, EngineConfig(lookahead=D), SHAPE, Foresees(), COSTS, way.uses_cpu)
 
 
+def decided(
+    one: Planner, layer: int, ids: np.ndarray, sums: np.ndarray, table: ResidencyTable, predicted
+) -> Decision:
+    policy = table.policy
+    policy.tick += 1
+    slots = Slots(table.slot_of, table.key_of, table.in_flight, table.protected, policy.scores)
+    tokens, used = (part.copy() for part in predicted)
+    return decide_layer(
+        one.knobs,
+        one.costs,
+        policy.kind,
+        policy.tick,
+        layer,
+        E,
+        ids,
+        sums,
+        slots,
+        0.0,
+        *one.predictions(),
+        tokens,
+        used,
+    )
+
+
 @pytest.mark.parametrize("schedule", ["presched", "hybrimoe", "fate", "streaming", "fiddler"])
 @pytest.mark.parametrize("cache", ["lru", "lfu", "score", "shallow", "next-use"])
 def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
@@ -42,7 +66,7 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
             ids = rng.integers(-1, E + 1, (2, K)).ravel()  # sentinels among them
             sums = np.bincount(ids[(ids >= 0) & (ids < E)], minlength=E) + rng.random(E) * (cache == "score")
             predicted = rng.random((D, E)) * 2, rng.random((D, E))
-            decision = whole.decide(layer, E, ids, sums, tables[0], 0.0, predicted)
+            decision = decided(whole, layer, ids, sums, tables[0], predicted)
             table = tables[1]
             experts, counts = distinct(ids, E)
             need = table.need(layer, experts, counts, sums[experts])
@@ -73,7 +97,7 @@ def test_costs_follow_what_the_steps_show():
     one = planner("presched")
     for _ in range(40):
         one.saw_step(200.0, 150.0)
-        one.saw_cpu(np.array([1, 2]), 2.0 * (20.0 + 60.0 + 90.0))
+        one.saw_cpu(2.0 * (20.0 + 60.0 + 90.0), 20.0 + 60.0 + 90.0)
     assert one.costs.rest_us == pytest.approx(200.0, rel=0.01)
     assert one.costs.decide_us == pytest.approx(150.0, rel=0.01)
     assert one.costs.cpu_us.tolist() == pytest.approx([0.0, 120.0, 180.0, 260.0], rel=0.01)
@@ -82,5 +106,5 @@ def test_costs_follow_what_the_steps_show():
 
 def test_one_interrupted_job_moves_the_cpus_cost_by_little():
     one = planner("presched")
-    one.saw_cpu(np.array([1]), 1e9)
+    one.saw_cpu(1e9, 80.0)
     assert one.costs.cpu_us[1] <= 60.0 * (1 + NEWEST * 3.0) + 1e-9

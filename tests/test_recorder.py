@@ -1,5 +1,7 @@
 """The recording of steps that ran from a graph: their stamps become the same three tables as everything else."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -8,10 +10,8 @@ from prescope.core import Reason
 from prescope.device import NullDevice
 from prescope.events import PHASES
 from prescope.kernels import StepLog
-from prescope.loader import Transfer
 from prescope.metrics import compute_metrics
 from prescope.recorder import Recorder
-from prescope.residency import LayerNeed
 from prescope.result import RunResult
 
 LAYERS, TOKENS, TOP_K = 2, 1, 2
@@ -127,8 +127,12 @@ def test_a_step_that_waits_for_the_cpu_says_so_and_a_batch_of_copies_shares_its_
     begin = recording._device.mark(True)
     recording._device.now_us += 30.0 - recording._device._compute_us
     end = recording._device.mark(True)
-    recording.copied([Transfer(0, e, Reason.ON_DEMAND, 1000, begin, end) for e in (3, 5)], 2)
-    recording.need(LayerNeed(0, np.array([3, 5]), np.array([1, 1]), 0, 0), 1, TOKENS, 1)
+    events = SimpleNamespace(mark=lambda place: {7: begin, 8: end}[place])
+    needs = np.array([[2, 0, 0, 1]])
+    on_demand = list(Reason).index(Reason.ON_DEMAND)
+    copies = np.array([[0, 3, on_demand, 7, 8, 0, 2], [0, 5, on_demand, 7, 8, 1, 2]])
+    recording.served(TOKENS, needs, copies, np.array([[0, number, 1, 1_000, 9_000]]), events)
+    recording.served_late(np.array([[0, number + 1, 1, 1_000, 9_000]]))  # of a step that never was
     recording.log(number, log, is_counted=True)
     tables = recording.tables(ROW_BYTES)
     waits = tables.events[tables.events["kind"] == "cpu_wait"]
@@ -136,6 +140,8 @@ def test_a_step_that_waits_for_the_cpu_says_so_and_a_batch_of_copies_shares_its_
     moved = tables.events[(tables.events["kind"] == "transfer") & (tables.events["step"] == number)]
     assert moved["expert"].tolist() == [3, 5]
     assert moved["dur_us"].tolist() == [pytest.approx(15.0)] * 2
+    on_cpu = tables.events[tables.events["lane"] == "cpu"]
+    assert on_cpu["dur_us"].tolist() == [pytest.approx(8.0)]
     rows = tables.layers[tables.layers["step"] == number]
     assert len(rows) == 1 and rows["on_cpu"].tolist() == [1], (
         "the host counted while it served, and nobody again"

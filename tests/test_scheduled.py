@@ -1,6 +1,6 @@
 """Schedules in the engine: the same tokens whoever decides, layer by layer and from a graph; honest accounts."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +9,8 @@ import torch
 import prescope
 from prescope.core import Need
 from prescope.cost import LayerCosts
-from prescope.decode.scheduled import ScheduledStep
 from prescope.errors import UnsupportedOption
 from prescope.predictor import Chance, EarlyRouter, Inverted, NoisyOracle, Routers, Shape
-from prescope.residency import LayerNeed
 from prescope.scheduler import SCHEDULES
 from prescope.simulator.prepare import predictions_of
 from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
@@ -44,10 +42,10 @@ def frequencies():
     return np.random.default_rng(0).random((LAYERS, EXPERTS))
 
 
-def opened(model, schedule, early, frequencies, **settings):
+def opened(model, schedule, early, frequencies, costs=COSTS, **settings):
     cache = SCHEDULES[schedule].cache
     return prescope.attach(
-        model, schedule=schedule, cache=cache, predictor=early, costs=COSTS, frequencies=frequencies, cpu_threads=1,
+        model, schedule=schedule, cache=cache, predictor=early, costs=costs, frequencies=frequencies, cpu_threads=1,
         **settings,
     )  # fmt: skip
 
@@ -224,22 +222,43 @@ def test_forced_predictions_may_reach_further_than_the_schedule_looks(
         engine.check_integrity()
         planner = engine._serving.scheduling.planner
     # All that was likely was used: the predictions were those of the layers they were read for.
-    assert (planner._trust[:, 1] == planner._trust[:, 0]).all() and (planner._trust[:, 0] > 0).all()
+    trust, _ = planner.predictions()
+    assert (trust[:, 1] == trust[:, 0]).all() and (trust[:, 0] > 0).all()
     assert len(decode) > 0
 
 
-def test_a_step_that_never_was_leaves_no_count_and_no_job(model, early, frequencies):
-    """The step launched before the host knew that the text had ended; its last layer's job is nobody's."""
-    with opened(model, "fiddler", early, frequencies, device="null", slots=5) as engine:
-        serving, waited = engine._serving, []
-        step = ScheduledStep(serving, lambda poll, meanwhile: poll())
-        need = LayerNeed(0, np.array([1, 2, 3]), np.array([1, 1, 1]), 1, 1)
+def test_a_step_that_never_was_leaves_no_count(model, early, frequencies, gpu):
+    """The step launched before the host knew that the text had ended."""
+    ids = prompt(batch=2, length=5)
+    with opened(model, "fiddler", early, frequencies, slots=7, **gpu) as engine:
+        tokens = engine.generate(ids, max_new_tokens=8).tokens[0]
+        end = next(t for i, t in enumerate(tokens) if i > 2 and t not in tokens[:i])
         before = dict(engine.needs)
-        step._count(need, 1)
-        step._counted = [need]
-        job = SimpleNamespace(wait=lambda: waited.append(True))
-        step._work = SimpleNamespace(job=job), 7
-        step.undo()
-        step.end()
-    assert dict(engine.needs) == before
-    assert waited == [True] and step._work is None and not step._done
+        run = engine.generate(ids[:1], max_new_tokens=8, eos_token_id=end)
+        counted = {kind: engine.needs[kind] - before[kind] for kind in Need}
+        engine.check_integrity()
+    assert run.tokens[0][-1] == end and len(run.tokens[0]) < 8
+    decode = run.layers
+    assert counted[Need.HIT] == decode["hits"].sum() and counted[Need.MISS] == decode["misses"].sum()
+
+
+@pytest.mark.parametrize("where", ["submit", "compute"])
+def test_what_goes_wrong_on_the_cpu_lane_of_a_graph_step_is_raised(
+    model, early, frequencies, gpu, monkeypatch, where
+):
+    ids = prompt(length=5)
+
+    def broken(*arguments, **keywords):
+        raise ArithmeticError("a thread broke")
+
+    # A link that takes forever leaves everything to the CPU, however slow it turns out.
+    slow = replace(COSTS, link_us=1e6)
+    with opened(model, "fiddler", early, frequencies, slots=5, costs=slow, **gpu) as engine:
+        expected = engine.generate(ids, max_new_tokens=5).tokens
+        with monkeypatch.context() as patch:
+            name = "check_lot" if where == "submit" else "_compute"
+            patch.setattr(f"prescope.cpu_experts.with_torch.{name}", broken)
+            with pytest.raises(ArithmeticError, match="a thread broke"):
+                engine.generate(ids, max_new_tokens=5)
+        assert engine.generate(ids, max_new_tokens=5).tokens == expected
+        engine.check_integrity()

@@ -5,7 +5,7 @@ that fall to them.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -118,6 +118,41 @@ class CpuJob(Protocol):
         ...
 
 
+class LaneAddresses(NamedTuple):
+    """Addresses of C functions of a lane, for compiled code (see `raw.call`), and the lane they are called with."""
+
+    submit: int  # (lane, layer, lot): a job, or 0 if it is refused
+    state: int  # (job): 0 while it runs, 1 when it is done
+    span: int  # (job, where its start is written, where its end is), nanoseconds
+    free: int  # (job)
+    lane: int
+
+
+class LaneFunctions:
+    """How compiled code computes experts on the CPU.
+
+    Args:
+        addresses: of its functions.
+        layers: by MoE layer, what `submit` takes for it.
+        keep: what must stay as long as they are called.
+    """
+
+    def __init__(self, addresses: LaneAddresses, layers: Sequence[int], keep: Any = None) -> None:
+        self.addresses, self.layers, self._keep = addresses, list(layers), keep
+
+    @classmethod
+    def without(cls) -> "LaneFunctions":
+        """Of no lane: nothing is ever submitted."""
+        return cls(LaneAddresses(0, 0, 0, 0, 0), [])
+
+    def settle(self, job: int) -> None:
+        """Compute nothing more of a job, and return when it is over."""
+
+    def explain(self) -> NoReturn:
+        """Raise what went wrong in a job, or in its submission."""
+        raise RuntimeError("an expert was sent to a CPU lane that is not there")
+
+
 class Lane(Protocol):
     """A way to compute experts on the CPU."""
 
@@ -128,6 +163,10 @@ class Lane(Protocol):
         self, moe_layer: int, lot: Lot, x_TD: torch.Tensor, out: torch.Tensor, flag: Flag | None
     ) -> CpuJob:
         """Begin to compute checked arguments."""
+        ...
+
+    def functions(self) -> LaneFunctions:
+        """The same for compiled code: what it submits is not checked."""
         ...
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 
 from ..errors import UnsupportedOption
-from .base import CpuJob, CpuLayer, Flag, Lane, Lot
+from .base import CpuJob, CpuLayer, Flag, Lane, LaneFunctions, Lot
 from .build import CannotBuild
 from .checks import check_tensors
 from .native import NativeLane
@@ -69,6 +69,10 @@ class CpuExperts:
         """
         check_tensors(self._layers[moe_layer], lot, x_TD, out, flag)
         return self._lane.submit(moe_layer, lot, x_TD, out, flag)
+
+    def functions(self) -> LaneFunctions:
+        """How compiled code submits (`decode.serve`); what it submits is not checked."""
+        return self._lane.functions()
 
     def close(self) -> None:
         """Cancel what is under way and end the threads; does nothing the second time."""

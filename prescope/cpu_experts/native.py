@@ -11,12 +11,14 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
+from typing import NoReturn
 
 import numpy as np
 import torch
 
 from ..kernels import ExpertsSpec
-from .base import CpuJob, CpuLayer, Flag, Lot
+from ..raw import address_of
+from .base import CpuJob, CpuLayer, Flag, LaneAddresses, LaneFunctions, Lot
 from .build import CannotBuild, load
 from .checks import check_lot
 from .gates import GateTables, activation_tables, gate_tables
@@ -109,10 +111,27 @@ class NativeLane:
             self._jobs.append(job)
         return job
 
+    def functions(self) -> LaneFunctions:
+        calls = self._calls
+        submit, state, span, free = map(address_of, (calls.submit, calls.state, calls.span, calls.free))
+        layers = [ctypes.addressof(struct) for struct in self._structs]
+        return _NativeFunctions(LaneAddresses(submit, state, span, free, self._pool), layers, self)
+
     def close(self) -> None:
         with self._lock:
             self._close()
             self._jobs.clear()
+
+
+class _NativeFunctions(LaneFunctions):
+    def settle(self, job: int) -> None:
+        calls = self._keep._calls
+        calls.cancel(job)
+        while calls.wait(job, _WAIT_NS) == _RUNNING:
+            pass
+
+    def explain(self) -> NoReturn:
+        raise CancelledError("experts on the CPU were cancelled, or there is no memory for them")
 
 
 class _NativeJob:

@@ -4,16 +4,21 @@ Any dtype, any gate. To give each thread a shard of the weights, torch single-th
 3 to 17 GB/s where this reads 31 to 63 (16 cores): a call costs 150 us when 14 Python threads want the interpreter.
 """
 
+import ctypes
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import NoReturn
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-from .base import CpuJob, CpuLayer, Flag, Lot
+from ..raw import address_of
+from .base import CpuJob, CpuLayer, Flag, LaneAddresses, LaneFunctions, Lot
 from .checks import check_lot
 
 
@@ -44,6 +49,9 @@ class TorchLane:
             self._jobs.append(job)
             job.future = self._leader.submit(job.run, layer, lot, x_TD, out)
         return job
+
+    def functions(self) -> LaneFunctions:
+        return _TorchFunctions(self, self._layers)
 
     def close(self) -> None:
         with self._lock:
@@ -83,6 +91,80 @@ class _TorchJob:
 
     def span_ns(self) -> tuple[int, int]:
         return self._span
+
+
+_int64, _address = ctypes.c_int64, ctypes.c_int64
+
+
+class _TorchFunctions(LaneFunctions):
+    """The lane behind callbacks. A lot lies in memory as the compiled lane's `_Lot` does, in words of 8 bytes."""
+
+    def __init__(self, lane: TorchLane, layers: Sequence[CpuLayer]) -> None:
+        self._lane, self._of = lane, list(layers)
+        self._jobs: dict[int, CpuJob] = {}
+        self._error: BaseException | None = None
+        self._callbacks = (
+            ctypes.CFUNCTYPE(_int64, _address, _int64, _address)(self._submit),
+            ctypes.CFUNCTYPE(_int64, _int64)(self._state),
+            ctypes.CFUNCTYPE(_int64, _int64, _address, _address)(self._span),
+            ctypes.CFUNCTYPE(_int64, _int64)(self._free),
+        )
+        submit, state, span, free = map(address_of, self._callbacks)
+        super().__init__(LaneAddresses(submit, state, span, free, lane=0), range(len(self._of)))
+
+    def _submit(self, lane: int, moe_layer: int, lot: int) -> int:
+        try:
+            layer = self._of[moe_layer]
+            x, out, _, _, tokens, places, n, m, indices, flag, value = _words(lot, 11).tolist()
+            words = _words(indices, 2 * n + 1 + 2 * m).copy()
+            parts = np.split(words, np.cumsum([n, n + 1, m]))
+            word = _tensor(flag, torch.int32, 1)
+            job = self._lane.submit(
+                moe_layer, Lot(*parts), _tensor(x, layer.dtype, tokens, layer.in_dim),
+                _tensor(out, layer.dtype, places, layer.out_dim), Flag(word, value),
+            )  # fmt: skip
+        except BaseException as error:  # noqa: BLE001 - raised by `explain`: it cannot pass through C
+            self._error = error
+            return 0
+        self._jobs[id(job)] = job
+        return id(job)
+
+    def _state(self, job: int) -> int:
+        at = self._jobs[job]
+        if not at.done():
+            return 0
+        try:
+            at.wait()
+        except BaseException as error:  # noqa: BLE001 - as above
+            self._error = error
+            return 2
+        return 1
+
+    def _span(self, job: int, start: int, end: int) -> int:
+        _words(start, 1)[0], _words(end, 1)[0] = self._jobs[job].span_ns()
+        return 0
+
+    def _free(self, job: int) -> int:
+        del self._jobs[job]
+        return 0
+
+    def settle(self, job: int) -> None:
+        self._jobs[job].cancel()
+        with suppress(BaseException):  # its run is over, whatever it says
+            self._jobs[job].wait()
+
+    def explain(self) -> NoReturn:
+        raise self._error or RuntimeError("the CPU lane refused experts without a reason")
+
+
+def _words(address: int, count: int) -> np.ndarray:
+    return np.ctypeslib.as_array((_int64 * count).from_address(address))
+
+
+def _tensor(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    count = int(np.prod(shape))
+    buffer = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
 
 @torch.no_grad()

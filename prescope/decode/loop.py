@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 #: Polls between two looks at whether the GPU is still running.
 POLLS = 20_000
-#: Polls (of about a microsecond) between two looks at whether the link has room for a prefetch.
-POLLS_BETWEEN = 4
 
 
 class Launched(NamedTuple):
@@ -63,7 +61,7 @@ class DecodeLoop:
         self._driver = ""  # whose turn it was last: its table is the true one
         self.reason = self._driver_reason() or "layered: the run ended before a step was captured"
         self.cache = step.cache
-        self._scheduled_step = ScheduledStep(serving, self._await)
+        self._scheduled_step = ScheduledStep(serving)
 
     @torch.no_grad()
     def __call__(
@@ -137,7 +135,9 @@ class DecodeLoop:
             recorder.anchor(*self._serving.device.clock(all_buffers[0].stamp))
         elif recorder is not None:
             recorder.anchor(self._serving.device.mark(True), 0)
-        self._scheduled_step.begin()
+        for buffers in all_buffers:
+            if buffers.scheduled is not None:
+                self._scheduled_step.begin(buffers)
         try:
             self._run_steps(sample, first, num_steps)
         except BaseException:
@@ -186,7 +186,7 @@ class DecodeLoop:
             self._serving.forced.advance()
         captured.replay()
         if driver == HOST and buffers.scheduled is not None:
-            self._scheduled_step.run(buffers, launched.number)
+            self._scheduled_step.run(launched.number)
         elif driver == HOST:
             self._answer(buffers, launched.number)
         elif driver == COPY:
@@ -221,14 +221,12 @@ class DecodeLoop:
         if self._serving.recorder is not None:
             self._serving.recorder.drop_step()
 
-    def _await(self, poll: Callable[[], Any], meanwhile: Callable[[], None] | None = None) -> Any:
-        """Poll a message of the GPU until it is there, doing something else in between."""
+    def _await(self, poll: Callable[[], Any]) -> Any:
+        """Poll a message of the GPU until it is there."""
         while True:
-            for i in range(POLLS):
+            for _ in range(POLLS):
                 if (found := poll()) is not None:
                     return found
-                if meanwhile is not None and i % POLLS_BETWEEN == 0:
-                    meanwhile()
             if self._serving.device.is_idle() and poll() is None:
                 raise TransferFailed(
                     "the GPU stopped without a message; the CUDA error is above, if there is one"
@@ -293,7 +291,7 @@ class DecodeLoop:
         nothing = np.empty(0, dtype=np.int64)
         for buffers in (captured.buffers for captured in self._step.captured.values()):
             if buffers.scheduled is not None and buffers.launched:
-                self._scheduled_step.abandon(buffers, buffers.launched - 1)
+                self._scheduled_step.abandon(buffers.launched - 1)
             elif (buffers.orders or not buffers.policy) and buffers.launched:
                 for layer in self._serving.layers:
                     answer = buffers.answer(layer.moe_layer, buffers.launched - 1, nothing, nothing)

@@ -1,33 +1,28 @@
-"""The host's part of a captured step under a schedule: every layer asks, and is answered.
+"""A captured step under a schedule: the state that `serve` works on, and what is told to others about it."""
 
-Per layer: the choice arrives, everything is decided by one call of compiled code, on-demand copies are handed to the
-link and the CPU's experts to their threads, and the GPU is told the changes of the slot table and what to wait for.
-While the next choice is awaited, prefetches are handed to the link as it has room. A layer's slots are safe until the
-next layer has asked: then the GPU is done with them.
-"""
-
-import time
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core import Need
-from ..cpu_experts import Flag, Lot
-from ..hf import MoELayer
+from ..cpu_experts import LaneFunctions
+from ..errors import TransferFailed
 from ..kernels import StepLog
-from ..planner import most_in_flight
-from ..residency import NOTHING, IntArray, LayerNeed, prefetch_slots
-from ..scheduling import CpuWork, Predicted, Scheduling
+from ..planner import Slots, most_in_flight
+from ..raw import clock_address
+from ..residency import NOTHING, IntArray, prefetch_slots
+from ..scheduling import Scheduling
 from ..serving import Serving
-from .wire import Wire
+from . import serve as at
+from .serve import Beliefs, Functions, Places, Progress, serve
 
 if TYPE_CHECKING:
     from ..kernels.captured import CapturedStep
 
 #: A number that no batch of copies has: all layers that wait go on.
 MOST_COPIES = 2**31 - 1
+#: Events that a step with a timeline finds, besides those of on-demand copies: two for each prefetch.
+SPARE_EVENTS = 1024
 
 
 class ScheduledStep:
@@ -35,46 +30,161 @@ class ScheduledStep:
 
     Args:
         serving: slots, link and schedule.
-        await_: polls a message of the GPU, doing something else in between.
     """
 
-    def __init__(
-        self, serving: Serving, await_: Callable[[Callable[[], Any], Callable[[], None]], Any]
-    ) -> None:
-        self._serving, self._await = serving, await_
-        self._sent: IntArray = NOTHING  # the slot table as the GPU has it
-        self._counted: list[LayerNeed] = []  # of the last step
-        self._work: tuple[CpuWork, int] | None = None  # of the layer before, and the step it belongs to
-        self._done: list[CpuWork] = []  # of the step at hand
-        self._wire: Wire | None = None
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._captured: CapturedStep | None = None
+        self._needs: IntArray = np.zeros((0, at.NEED_COLUMNS), np.int64)  # of the last step
 
-    def begin(self) -> None:
+    def begin(self, captured: "CapturedStep") -> None:
         """Steps follow; the GPU has the table as it is now, and nothing is on the link."""
         serving = self._serving
-        if serving.scheduling is not None:
-            serving.loader.cancel()
-            serving.device.synchronize()
-            serving.loader.poll()
-            serving.residency.unprotect()
-            most = most_in_flight(serving.device.kind, serving.shape.row_bytes)
-            self._wire = Wire(serving, min(most, prefetch_slots(serving.residency.num_slots)))
-            self._sent = serving.residency.slot_of.copy()
+        assert serving.scheduling is not None
+        serving.loader.cancel()
+        serving.device.synchronize()
+        serving.loader.poll()
+        serving.residency.unprotect()
+        cpu = serving.scheduling.cpu
+        self._lane = cpu.functions() if cpu is not None else LaneFunctions.without()
+        self._functions = Functions(*serving.device.link_functions(), *self._lane.addresses, clock_address())
+        self._timed = serving.recorder is not None and serving.recorder.timed
+        self._events = serving.device.open_events(self._timed)
+        self._places = self._lay_out(captured, serving.scheduling)
+        self._progress = self._start(captured)
+        self._captured, self._is_abandoned = captured, False
 
-    def end(self) -> None:
-        """No step follows: nothing is wanted, nothing is in use."""
-        if self._wire is not None:
-            self._wire.close()
-            self._wire = None
-            self._collect(self._work)
-            self._work = None
+    def _lay_out(self, captured: "CapturedStep", scheduling: Scheduling) -> Places:
+        serving = self._serving
+        assert captured.scheduled is not None
+        table, pool, layers = serving.residency, serving.loader.pool, serving.layers
+        most = most_in_flight(serving.device.kind, serving.shape.row_bytes)
+        nothing = [0] * len(layers)
+        has_cpu = scheduling.cpu is not None
+
+        def per_layer(values: list[int]) -> IntArray:
+            return np.array(values, dtype=np.int64)
+
+        return Places(
+            *captured.messages(),
+            num_experts_L=per_layer([layer.num_experts for layer in layers]),
+            row_bytes_L=per_layer([layer.layout.row_bytes for layer in layers]),
+            rows_L=per_layer([held.rows.data_ptr() for held in serving.host.layers]),
+            inputs_L=per_layer([x.data_ptr() for x in captured.inputs] if has_cpu else nothing),
+            outputs_L=per_layer([y.data_ptr() for y in captured.cpu_pairs] if has_cpu else nothing),
+            flags_L=per_layer([flag.data_ptr() for flag in captured.cpu_flags] if has_cpu else nothing),
+            cpu_layers_L=per_layer(self._lane.layers if has_cpu else nothing),
+            top_k=captured.top_k,
+            width=captured.scheduled.width,
+            pool=pool.data_ptr(),
+            slot_bytes=pool.stride(0),
+            uses_weights=int(table.policy.name == "score"),
+            policy=table.policy.kind,
+            most_on_wire=min(most, prefetch_slots(table.num_slots)),
+            prefetch_reason=at.REASONS.index(scheduling.reason),
+            timed=int(self._timed),
+        )
+
+    def _start(self, captured: "CapturedStep") -> Progress:
+        table, L, P = self._serving.residency, self._serving.shape.num_layers, captured.num_pairs
+        total, E, most = len(table.slot_of), self._serving.shape.num_experts, self._places.most_on_wire
+        self._events.reserve(most + 1)
+
+        def zeros(*shape: int) -> IntArray:
+            return np.zeros(shape, dtype=np.int64)
+
+        progress = Progress(
+            counts=zeros(at.NUM_COUNTS),
+            times=np.zeros(at.NUM_TIMES),
+            sent=table.slot_of.copy(),
+            copy_of=zeros(table.num_slots),
+            held=zeros(total),
+            keep=zeros(total),
+            wire_slot=zeros(most + 1),
+            wire_event=zeros(most + 1),
+            events=self._events.handles,
+            needs=zeros(L, at.NEED_COLUMNS),
+            copies=zeros(3 * total if self._timed else 0, at.COPY_COLUMNS),
+            jobs=zeros(L + 1, at.WORK_COLUMNS),
+            lot=zeros(at.LOT_WORDS),
+            indices=zeros(2 * E + 1 + 2 * P),
+            words=zeros(4),
+        )
+        progress.counts[at.TICK] = table.policy.tick
+        return progress
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def run(self, step: int) -> None:
+        """Serve all layers of a step that is running.
+
+        Raises:
+            TransferFailed: the GPU stopped, or the driver refused a copy.
+            Exception: what went wrong on the CPU lane.
+        """
+        serving, captured = self._serving, self._captured
+        scheduling, recorder, table = serving.scheduling, serving.recorder, serving.residency
+        assert scheduling is not None and captured is not None
+        counts = self._progress.counts
+        if self._timed:  # events are read when the run is over, so each is used once
+            self._events.reserve(counts[at.EVENTS] + at.EVENTS_OF_LAYER * len(serving.layers) + SPARE_EVENTS)
+            self._progress = self._progress._replace(events=self._events.handles)
+        counts[at.LAYER] = counts[at.NUM_COPIES] = counts[at.NUM_JOBS] = 0
+        row = recorder.num_steps - 1 if recorder is not None else -1
+        planner = scheduling.planner
+        beliefs = Beliefs(planner.knobs, planner.costs, *planner.calibrated_cpu(), *planner.predictions())
+        slots = Slots(table.slot_of, table.key_of, table.in_flight, table.protected, table.policy.scores)
+        while True:
+            code = serve(
+                self._functions,
+                self._places,
+                self._progress,
+                beliefs,
+                slots,
+                step,
+                captured.number(step),
+                row,
+            )
+            if code == at.SERVED:
+                break
+            if code != at.NOBODY_ASKED:
+                self._fail(code)
+            if serving.device.is_idle():
+                raise TransferFailed(
+                    "the GPU stopped without a message; the CUDA error is above, if there is one"
+                )
+        table.policy.tick = int(counts[at.TICK])
+        self._needs = self._progress.needs.copy()
+        self._count(1)
+        if recorder is not None:
+            recorder.served(captured.num_tokens, self._needs, self._log(), self._jobs(), self._events)
+
+    def _log(self) -> IntArray:
+        return self._progress.copies[: self._progress.counts[at.NUM_COPIES]].copy()
+
+    def _jobs(self) -> IntArray:
+        return self._progress.jobs[: self._progress.counts[at.NUM_JOBS]].copy()
+
+    def _fail(self, code: int) -> None:
+        failure = int(self._progress.counts[at.FAILURE])
+        if code == at.LINK_FAILED:
+            raise TransferFailed(
+                f"the CUDA driver refused a copy to the GPU with {failure}; the slots are cold now, run again"
+            )
+        self._lane.explain()
+
+    def _count(self, sign: int) -> None:
+        needed, hits, late, _ = self._needs.sum(0).tolist()
+        for kind, num in ((Need.HIT, hits), (Need.LATE, late), (Need.MISS, needed - hits - late)):
+            self._serving.needs[kind] += sign * num
 
     def learn(self, log: StepLog) -> None:
         """What a step says about this machine: its jobs on the CPU, and its stamps, if there is a timeline."""
-        scheduling = self._serving.scheduling
-        if scheduling is None:
-            return
-        scheduling.saw(self._done)
-        self._done.clear()
+        scheduling, times = self._serving.scheduling, self._progress.times
+        assert scheduling is not None
+        if times[at.CPU_TOOK] > 0:
+            scheduling.planner.saw_cpu(float(times[at.CPU_TOOK]), float(times[at.CPU_CALIBRATED]))
+            times[at.CPU_TOOK] = times[at.CPU_CALIBRATED] = 0.0
         if not log.stamps_ns.any():
             return
         routed, decided, done = log.stamps_ns[:, 0], log.stamps_ns[:, 1], log.stamps_ns[:, 3]
@@ -84,100 +194,40 @@ class ScheduledStep:
         )
 
     def undo(self) -> None:
-        """The last step never was, nor what the CPU did in its last layer; all of it is over."""
-        for need in self._counted:
-            self._count(need, -1)
-        if self._work is not None:
-            self._work[0].job.wait()
-            self._work = None
+        """The last step never was."""
+        self._count(-1)
 
-    def run(self, captured: "CapturedStep", number: int) -> None:
-        """Serve all layers of a step that is running."""
-        self._counted = []
-        assert self._serving.scheduling is not None and self._wire is not None
-        for layer in self._serving.layers:
-            self._layer(captured, number, layer, self._serving.scheduling, self._wire)
+    # -- ends --------------------------------------------------------------------------------------------------
 
-    def _layer(
-        self, captured: "CapturedStep", number: int, layer: MoELayer, scheduling: Scheduling, wire: Wire
-    ) -> None:
-        serving, moe_layer = self._serving, layer.moe_layer
-        table, recorder = serving.residency, serving.recorder
-        pump = partial(self._pump, captured, scheduling, wire)
-        ids, weights = self._await(partial(captured.choice, moe_layer, number), pump)
-        sums = serving.weight_sums(layer, ids, weights)
-        predicted = self._predictions(captured, moe_layer, number, pump)
-        wire.land()
-        decision = scheduling.planner.decide(
-            moe_layer, layer.num_experts, ids, sums, table, time.perf_counter() * 1e6, predicted
-        )
-        found, plan, slots = decision.need, decision.plan, decision.slots
-        here = found.num_hits + found.num_late
-        load, cold = found.experts[here : here + plan.num_load], found.experts[here + plan.num_load :]
-        assert len(slots) == len(load), f"{len(load)} experts to copy, {len(slots)} slots for them"
-        # The first copy runs while the host prepares what follows: the link is idle until it is issued.
-        wire.load(captured, moe_layer, load[:1], slots[:1], len(load) == 1)
-        former, self._work = self._work, None
-        if len(cold):
-            pairs = decision.lot_pairs
-            lot = Lot(cold, decision.lot_first, pairs // captured.top_k, pairs)
-            flag = Flag(*captured.cpu_flag(moe_layer, number))
-            inputs, outputs = captured.inputs[moe_layer], captured.cpu_pairs[moe_layer]
-            work = scheduling.submit_lot(moe_layer, lot, inputs, flag, outputs)
-            self._work = work, recorder.num_steps - 1 if recorder is not None else -1
-        wire.load(captured, moe_layer, load[1:], slots[1:], True)
-        late = table.slots_for(moe_layer, found.experts[found.num_hits : here])
-        last_copy = int(wire.copy_of[np.concatenate([late, slots])].max(initial=0))
-        keys = np.flatnonzero(table.slot_of != self._sent)
-        self._sent[keys] = table.slot_of[keys]
-        captured.reply(moe_layer, number, keys, self._sent[keys], last_copy, len(cold))
-        # -- the GPU has what it needs: what follows is not waited for
-        scheduling.issued(len(load))
-        wire.hold(plan.prefetch, plan.keep)
-        pump()
-        self._collect(former)
-        need = LayerNeed(moe_layer, found.experts, found.tokens, int(found.num_hits), int(found.num_late))
-        self._counted.append(need)
-        self._count(need, 1)
-        if recorder is not None:
-            recorder.need(need, 1, captured.num_tokens, len(cold))
-
-    def _count(self, need: LayerNeed, sign: int) -> None:
-        counts = ((Need.HIT, need.num_hits), (Need.LATE, need.num_late), (Need.MISS, need.num_misses))
-        for kind, num in counts:
-            self._serving.needs[kind] += sign * num
-
-    def _predictions(
-        self, captured: "CapturedStep", moe_layer: int, number: int, pump: Callable[[], None]
-    ) -> Predicted | None:
-        assert captured.scheduled is not None
-        if captured.scheduled.scores is None:
-            return None
-        values = self._await(partial(captured.predicted, moe_layer, number), pump)
-        return values[:, 0], values[:, 1]
-
-    def _pump(self, captured: "CapturedStep", scheduling: Scheduling, wire: Wire) -> None:
-        if issued := wire.pump(captured, scheduling.reason):
-            scheduling.issued(issued)
-
-    def _collect(self, former: tuple[CpuWork, int] | None) -> None:
-        """The CPU's part of an earlier layer is over, since the GPU waited for it; raises what went wrong there."""
-        if former is None:
+    def end(self) -> None:
+        """No step follows: nothing is wanted, nothing is in use."""
+        if self._captured is None:
             return
-        work, step = former
-        work.job.wait()
-        self._done.append(work)
-        if self._serving.recorder is not None:
-            self._serving.recorder.on_cpu(work, step)
+        self._captured = None
+        serving, counts = self._serving, self._progress.counts
+        serving.device.synchronize()
+        table = serving.residency
+        table.in_flight[:] = table.protected[:] = False
+        table.versions += 1  # copies of the table's rows are stale
+        counts[at.NUM_JOBS] = 0
+        is_sound = at.collect(self._functions, self._progress)
+        if serving.recorder is not None and not self._is_abandoned:
+            serving.recorder.served_late(self._jobs())
+        if not is_sound and not self._is_abandoned:
+            self._lane.explain()
 
-    def abandon(self, captured: "CapturedStep", number: int) -> None:
+    def abandon(self, step: int) -> None:
         """Let a step that is still waiting run to its end, with whatever weights there are."""
+        captured, job = self._captured, int(self._progress.counts[at.JOB])
+        assert captured is not None
+        self._is_abandoned = True
+        if job:
+            self._lane.settle(job)
         has_cpu = captured.scheduled is not None and captured.scheduled.has_cpu
-        self._work = None
         # For a layer that was answered before and waits for bytes.
         self._serving.device.send([captured.landing(MOST_COPIES)], None)
         for layer in self._serving.layers:
-            captured.reply(layer.moe_layer, number, NOTHING, NOTHING, last_copy=0, num_on_cpu=0)
+            captured.reply(layer.moe_layer, step, NOTHING, NOTHING, last_copy=0, num_on_cpu=0)
             if has_cpu:
-                word, value = captured.cpu_flag(layer.moe_layer, number)
+                word, value = captured.cpu_flag(layer.moe_layer, step)
                 word.fill_(value)

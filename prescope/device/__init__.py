@@ -3,7 +3,7 @@
 import torch
 
 from ..config import EngineConfig, emulated_link_gb_per_s
-from .base import Device, Mark
+from .base import Device, Events, LinkFunctions, Mark
 from .cuda import CudaDevice
 from .emulated import EmulatedLinkDevice
 from .null import NullDevice
@@ -12,6 +12,8 @@ __all__ = [
     "CudaDevice",
     "Device",
     "EmulatedLinkDevice",
+    "Events",
+    "LinkFunctions",
     "Mark",
     "NullDevice",
     "open_device",

@@ -8,8 +8,9 @@ clock that completes copies in any order the protocol allows, for tests.
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -17,6 +18,30 @@ from ..errors import UnsupportedOption
 
 #: A point in time on one lane; opaque to everyone but its device.
 Mark = Any
+
+
+class LinkFunctions(NamedTuple):
+    """Addresses of C functions that hand copies to the H2D lane, for compiled code (see `raw.call`)."""
+
+    memcpy: int  # (target, source, bytes, stream): 0, or an error
+    create_event: int  # (where its handle is written, flags)
+    record_event: int  # (event, stream)
+    query_event: int  # (event): 0 when it has passed, 600 before
+    stream: int
+
+
+class Events(Protocol):
+    """Events that compiled code makes and records; all are given back with this object."""
+
+    handles: NDArray[np.int64]  # 0 where there is none yet
+
+    def reserve(self, count: int) -> None:
+        """Make room for so many handles; those there stay."""
+        ...
+
+    def mark(self, place: int) -> Mark:
+        """A mark for `Device.elapsed_us`, if the events know their time."""
+        ...
 
 
 class Device(Protocol):
@@ -101,6 +126,14 @@ class Device(Protocol):
         """
         ...
 
+    def link_functions(self) -> LinkFunctions:
+        """How compiled code copies. Raises UnsupportedOption where steps are not captured."""
+        ...
+
+    def open_events(self, timed: bool) -> Events:
+        """Room for events that compiled code leaves on the H2D lane; `timed`: they know their time."""
+        ...
+
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """Take down the launches of `run` without running them; returns how to replay them, and `run`'s result.
 
@@ -144,6 +177,12 @@ class WithoutGraphs:
         for target, source in chain(pairs, [] if last is None else [last]):
             target.copy_(source)
         return before, self.mark(timed) if end else None
+
+    def link_functions(self) -> LinkFunctions:
+        raise UnsupportedOption("steps are captured on CUDA only")
+
+    def open_events(self, timed: bool) -> Events:
+        raise UnsupportedOption("steps are captured on CUDA only")
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         raise UnsupportedOption("steps are captured on CUDA only")

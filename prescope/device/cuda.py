@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import TransferFailed, UnsupportedOption
-from .driver import open_memcpy
+from .base import LinkFunctions
+from .driver import DriverEvents, DriverMark, elapsed_us, link_functions, open_memcpy
 
 #: Memory left to activations, KV cache and the allocator when slots are sized, bytes.
 HEADROOM_BYTES = 1 << 30
@@ -125,7 +126,9 @@ class CudaDevice:
         except RuntimeError as error:
             raise TransferFailed(f"a copy to the GPU, or work beside it, failed: {error}") from error
 
-    def elapsed_us(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    def elapsed_us(self, start: torch.cuda.Event | DriverMark, end: torch.cuda.Event | DriverMark) -> float:
+        if isinstance(start, DriverMark) or isinstance(end, DriverMark):
+            return elapsed_us(start.cuda_event, end.cuda_event)
         return float(start.elapsed_time(end)) * 1e3
 
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
@@ -147,6 +150,12 @@ class CudaDevice:
                 return before, self._record(self._h2d, timed) if end else None
         except RuntimeError as error:
             raise TransferFailed(f"copying experts to the GPU failed: {error}") from error
+
+    def link_functions(self) -> LinkFunctions:
+        return link_functions(self._h2d.cuda_stream)
+
+    def open_events(self, timed: bool) -> DriverEvents:
+        return DriverEvents()
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         self.synchronize()

@@ -1,28 +1,42 @@
-"""One function of the CUDA driver, by ctypes: an asynchronous copy without torch's dispatch around it."""
+"""The CUDA driver by ctypes: copies and events without torch's dispatch around them."""
 
 import ctypes
 from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
 
 from ..errors import TransferFailed, UnsupportedOption
+from ..raw import address_of
+from .base import LinkFunctions
 
 #: (device address, host address, bytes, stream)
 Memcpy = Callable[[int, int, int, int], None]
 
 
-def open_memcpy() -> Memcpy:
-    """cuMemcpyHtoDAsync of the driver that is installed; torch must have made its context current in this thread.
+def open_driver() -> ctypes.CDLL:
+    """The installed driver; torch must have made its context current in this thread.
 
     Raises:
         UnsupportedOption: there is no driver library to open.
     """
     try:
-        function = ctypes.CDLL("libcuda.so.1").cuMemcpyHtoDAsync_v2
+        library = ctypes.CDLL("libcuda.so.1")
+        library.cuMemcpyHtoDAsync_v2.argtypes = [
+            ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p,
+        ]  # fmt: skip
+        library.cuEventElapsedTime.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        library.cuEventDestroy_v2.argtypes = [ctypes.c_void_p]
     except (OSError, AttributeError) as error:
         raise UnsupportedOption(
             f"copies='driver' needs the CUDA driver's libcuda.so.1 ({error}); use copies='torch'"
         ) from error
-    function.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    function.restype = ctypes.c_int
+    return library
+
+
+def open_memcpy() -> Memcpy:
+    """cuMemcpyHtoDAsync. Raises as `open_driver`."""
+    function = open_driver().cuMemcpyHtoDAsync_v2
 
     def memcpy(target: int, source: int, nbytes: int, stream: int) -> None:
         code = function(target, source, nbytes, stream)
@@ -32,3 +46,58 @@ def open_memcpy() -> Memcpy:
             )
 
     return memcpy
+
+
+def link_functions(stream: int) -> LinkFunctions:
+    """The driver's functions for compiled code. Raises as `open_driver`."""
+    cuda = open_driver()
+    return LinkFunctions(
+        address_of(cuda.cuMemcpyHtoDAsync_v2),
+        address_of(cuda.cuEventCreate),
+        address_of(cuda.cuEventRecord),
+        address_of(cuda.cuEventQuery),
+        stream,
+    )
+
+
+class DriverMark(NamedTuple):
+    """An event among others."""
+
+    events: "DriverEvents"
+    place: int
+
+    @property
+    def cuda_event(self) -> int:
+        """Its handle, as `torch.cuda.Event` names it."""
+        return int(self.events.handles[self.place])
+
+
+class DriverEvents:
+    """Room for CUDA events that compiled code creates; destroyed with this object."""
+
+    def __init__(self) -> None:
+        self._driver = open_driver()
+        self.handles = np.zeros(0, dtype=np.int64)
+
+    def reserve(self, count: int) -> None:
+        if count > len(self.handles):
+            more = np.zeros(max(count, 2 * len(self.handles)), dtype=np.int64)
+            more[: len(self.handles)] = self.handles
+            self.handles = more
+
+    def mark(self, place: int) -> DriverMark:
+        return DriverMark(self, place)
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "handles", ()):
+            if handle:
+                self._driver.cuEventDestroy_v2(int(handle))
+
+
+def elapsed_us(start: int, end: int) -> float:
+    """Time between two recorded events, by their handles."""
+    milliseconds = ctypes.c_float()
+    code = open_driver().cuEventElapsedTime(ctypes.addressof(milliseconds), start, end)
+    if code != 0:
+        raise TransferFailed(f"cuEventElapsedTime failed with {code}; the slots are cold now, run again")
+    return 1e3 * milliseconds.value

@@ -39,6 +39,17 @@ class Scheduled(NamedTuple):
     dtype: torch.dtype  # of x
 
 
+class Messages(NamedTuple):
+    """Of a step under a schedule, in mapped memory; see `on_device`."""
+
+    ask: NDArray[np.int64]  # (L, P)
+    scores: NDArray[np.int64]  # (L, d * 2 * E)
+    updates: NDArray[np.int32]  # (L, head + 2 * most_updates)
+    numbers: NDArray[np.int32]  # (COPY_NUMBERS,)
+    landed: int  # address on the GPU
+    head: int
+
+
 class DeviceTable:
     """The GPU's copy of the residency table.
 
@@ -433,6 +444,12 @@ class CapturedStep:
         # Last: x86 keeps the order of stores, and the GPU reads the rest after it has seen this.
         message[3] = step + 1
 
+    def messages(self) -> Messages:
+        """Scheduled: where messages lie, as the host sees them."""
+        return Messages(
+            self._asked, self._scored, self._update_rows, self._numbers, self._landed.data_ptr(), on_device.HEAD
+        )
+
     def landing(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scheduled: the (target, source) of the copy that must follow the bytes of copy `number`, from 1 on."""
         place = number % COPY_NUMBERS
@@ -442,15 +459,6 @@ class CapturedStep:
     def cpu_flag(self, moe_layer: int, step: int) -> tuple[torch.Tensor, int]:
         """Scheduled: the word (1,) to set, and to what, when the CPU's part of a layer is done."""
         return self._cpu_flag_words[moe_layer], step + 1
-
-    def predicted(self, moe_layer: int, step: int) -> NDArray[np.float32] | None:
-        """Scheduled: a layer's predictions (d, 2, E), once all of them are there."""
-        assert self.scheduled is not None
-        words, number = self._scored[moe_layer], self.number(step)
-        if int(words[-1]) >> 32 != number or not (words >> 32 == number).all():
-            return None
-        values = (words & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
-        return values.reshape(self.scheduled.lookahead, 2, -1)
 
     def acknowledgement(self, moe_layer: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The (target, source) of the copy that must follow the experts' bytes on the H2D stream."""

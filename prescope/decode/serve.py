@@ -1,0 +1,480 @@
+"""The host's part of one captured step under a schedule, as one call of compiled code.
+
+Per layer: the choice arrives, everything is decided, on-demand copies are handed to the link and the CPU's experts to
+their threads, and the GPU is told the changes of the slot table and what to wait for. While the next choice is awaited,
+prefetches are handed to the link as it has room. A layer's slots are safe until the next layer has asked: then the GPU
+is done with them.
+
+Written as the same in Python, a layer of Qwen3-30B-A3B's shape took 200 us at batch 1 and 320 us at batch 8 from the
+choice's arrival to the answer (H100 machine, LOG.md): half of a token's time.
+
+Shapes: L MoE layers, E experts, P pairs (token, choice), S slots, d layers ahead. Times are microseconds.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core import Reason
+from ..jit import jit
+from ..planner import Slots, decide_layer
+from ..raw import call, load_int64, store_int32
+from ..scheduler.decide import take_slots
+from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, cpu_time
+
+#: What `serve` returns: all layers are served; nobody has asked for WAIT_US; a function of the driver, or the CPU lane,
+#: failed (the code is in `counts[FAILURE]`).
+SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED = range(4)
+#: So long a message is awaited before the interpreter is asked for signals, and whether the GPU still runs.
+WAIT_US = 20_000.0
+#: Reasons of copies in the log, by number.
+REASONS = tuple(Reason)
+_ON_DEMAND = REASONS.index(Reason.ON_DEMAND)
+
+#: Places in `Progress.counts`.
+(
+    LAYER, TICK, BATCHES, FAILURE, HELD, KEPT, WIRE_FIRST, WIRE_COUNT, EVENTS, NUM_COPIES, NUM_JOBS, JOB, JOB_LAYER,
+    JOB_STEP, JOB_EXPERTS, NUM_COUNTS,
+) = range(16)  # fmt: skip
+#: Places in `Progress.times`: when the link is free; what the CPU's jobs took, and were calibrated to take; the same of
+#: the job under way.
+LINK_FREE, CPU_TOOK, CPU_CALIBRATED, JOB_CALIBRATED, NUM_TIMES = range(5)
+#: Columns of the log: of each layer's needs, of each copy, of each job.
+NEEDED, HITS, ON_TIME_LATE, ON_CPU, NEED_COLUMNS = range(5)
+COPY_LAYER, COPY_EXPERT, COPY_REASON, COPY_BEGIN, COPY_END, COPY_INDEX, COPY_OF, COPY_COLUMNS = range(8)
+WORK_LAYER, WORK_STEP, WORK_EXPERTS, WORK_BEGIN, WORK_END, WORK_COLUMNS = range(6)
+#: Words of the CPU lane's `Lot` (native.py).
+LOT_WORDS = 11
+#: Events of a layer's on-demand copies at most: before and behind the first one, before and behind the rest.
+EVENTS_OF_LAYER = 4
+#: cuEventQuery: not yet.
+NOT_READY = 600
+_EVENT_WITHOUT_TIME = 2
+_JOB_RUNS = 0
+
+
+class Functions(NamedTuple):
+    """Addresses of C functions, and what they are called with."""
+
+    # As `device.LinkFunctions`.
+    memcpy: int
+    create_event: int
+    record_event: int
+    query_event: int
+    stream: int
+    # As `cpu_experts.LaneAddresses`.
+    submit: int
+    state: int
+    span: int
+    free: int
+    lane: int
+    clock: int  # as `raw.clock_address`
+
+
+class Places(NamedTuple):
+    """Where things lie in memory; constant while a run's steps are decided."""
+
+    # As `kernels.captured.Messages`.
+    ask: IntArray  # (L, P) step << 48 | expert << 32 | bits of the router weight
+    scores: IntArray  # (L, d * 2 * E) step << 32 | bits of the prediction; d may be 0
+    updates: NDArray[np.int32]  # answers
+    numbers: NDArray[np.int32]  # sources of the copies that follow each batch
+    landed: int  # where these numbers are copied to
+    head: int  # words in front of an answer's changes
+    num_experts_L: IntArray
+    row_bytes_L: IntArray
+    rows_L: IntArray  # addresses of the host rows
+    inputs_L: IntArray  # addresses of (T, D), 0 without a CPU lane
+    outputs_L: IntArray  # of (P, D)
+    flags_L: IntArray
+    cpu_layers_L: IntArray
+    top_k: int
+    width: int  # D
+    pool: int  # address of the slots
+    slot_bytes: int
+    uses_weights: int  # whether the cache policy looks at router weights
+    policy: int  # its kind
+    most_on_wire: int  # prefetches under way at most
+    prefetch_reason: int  # in REASONS
+    timed: int
+
+
+class Progress(NamedTuple):
+    """What changes from layer to layer."""
+
+    counts: IntArray  # (NUM_COUNTS,)
+    times: FloatArray  # (NUM_TIMES,)
+    sent: IntArray  # (L * E,) the slot table as the GPU has it
+    copy_of: IntArray  # (S,) number of the batch that brings a slot's bytes
+    held: IntArray  # (L * E,) keys to prefetch, the most wanted last
+    keep: IntArray  # (d * E and more,) keys that are evicted last
+    wire_slot: IntArray  # (most_on_wire,) ring of prefetches under way
+    wire_event: IntArray
+    events: IntArray  # handles
+    needs: IntArray  # (L, NEED_COLUMNS)
+    copies: IntArray  # (N, COPY_COLUMNS)
+    jobs: IntArray  # (L + 1, WORK_COLUMNS)
+    lot: IntArray  # (LOT_WORDS,)
+    indices: IntArray  # of a lot
+    words: IntArray  # (4,) for functions that write their results
+
+
+class Beliefs(NamedTuple):
+    """What the planner knows; its arrays are changed."""
+
+    knobs: Knobs
+    costs: Costs
+    cpu_base_us: float  # as calibrated, as `cpu_us`
+    cpu_us: FloatArray
+    trust: FloatArray  # (d, 2)
+    predicted_dLE: FloatArray
+
+
+@jit
+def now_us(functions: Functions, words: IntArray) -> float:
+    """The clock of `time.perf_counter`."""
+    call(functions.clock, (1, words.ctypes.data))
+    return words[0] * 1e6 + words[1] * 1e-3
+
+
+@jit
+def check(progress: Progress, code: int) -> bool:
+    """Whether the driver is content; its code is kept if not."""
+    code &= 0xFFFFFFFF
+    if code != 0:
+        progress.counts[FAILURE] = code
+    return code == 0
+
+
+@jit
+def mark(functions: Functions, places: Places, progress: Progress) -> int:
+    """Leave an event on the H2D stream; returns its place among the handles, -1 if the driver refused."""
+    events, counts = progress.events, progress.counts
+    # Events that know their time are read when the run is over; the others are asked whether they have passed.
+    place = counts[EVENTS] if places.timed else counts[EVENTS] % len(events)
+    if events[place] == 0:
+        flags = 0 if places.timed else _EVENT_WITHOUT_TIME
+        if not check(progress, call(functions.create_event, (events.ctypes.data + 8 * place, flags))):
+            return -1
+    counts[EVENTS] += 1
+    if not check(progress, call(functions.record_event, (events[place], functions.stream))):
+        return -1
+    return place
+
+
+@jit
+def send(
+    functions: Functions,
+    places: Places,
+    progress: Progress,
+    layer: int,
+    experts: IntArray,
+    slots: IntArray,
+    reason: int,
+    is_numbered: bool,
+) -> bool:
+    """Hand copies (n,) of a layer's experts to the link; a batch that is numbered ends with its number."""
+    counts, copies, n = progress.counts, progress.copies, len(experts)
+    if n == 0:
+        return True
+    begin = mark(functions, places, progress) if places.timed else 0
+    nbytes = places.row_bytes_L[layer]
+    for i in range(n):
+        target = places.pool + slots[i] * places.slot_bytes
+        source = places.rows_L[layer] + experts[i] * nbytes
+        if not check(progress, call(functions.memcpy, (target, source, nbytes, functions.stream))):
+            return False
+    batch = counts[BATCHES] + 1
+    if is_numbered:
+        counts[BATCHES] = batch
+        place = batch % len(places.numbers)
+        places.numbers[place] = batch  # the one before it in this place landed long ago
+        source = places.numbers.ctypes.data + 4 * place
+        if not check(progress, call(functions.memcpy, (places.landed, source, 4, functions.stream))):
+            return False
+    for slot in slots:
+        progress.copy_of[slot] = batch
+    end = begin
+    if places.timed or reason != _ON_DEMAND:
+        end = mark(functions, places, progress)
+    if begin < 0 or end < 0:
+        return False
+    if reason != _ON_DEMAND:
+        last = (counts[WIRE_FIRST] + counts[WIRE_COUNT]) % len(progress.wire_slot)
+        progress.wire_slot[last], progress.wire_event[last] = slots[0], end
+        counts[WIRE_COUNT] += 1
+    if places.timed:
+        for i in range(n):
+            copies[counts[NUM_COPIES], :] = (layer, experts[i], reason, begin, end, i, n)
+            counts[NUM_COPIES] += 1
+    return True
+
+
+@jit
+def land(functions: Functions, progress: Progress, in_flight: NDArray[np.bool_]) -> bool:
+    """Prefetches whose bytes are there are resident."""
+    counts = progress.counts
+    while counts[WIRE_COUNT] > 0:
+        first = counts[WIRE_FIRST]
+        code = call(functions.query_event, (progress.events[progress.wire_event[first]],)) & 0xFFFFFFFF
+        if code == NOT_READY:
+            return True
+        if not check(progress, code):
+            return False
+        in_flight[progress.wire_slot[first]] = False
+        counts[WIRE_FIRST] = (first + 1) % len(progress.wire_slot)
+        counts[WIRE_COUNT] -= 1
+    return True
+
+
+@jit
+def pump(functions: Functions, places: Places, progress: Progress, beliefs: Beliefs, slots: Slots) -> bool:
+    """Hand to the link what is wanted, while it has room. Cheap when there is none."""
+    counts = progress.counts
+    E = len(slots.slot_of) // len(places.num_experts_L)
+    one = np.empty(1, np.int64)
+    while counts[HELD] > 0:
+        if counts[WIRE_COUNT] >= places.most_on_wire:
+            if not land(functions, progress, slots.in_flight):
+                return False
+            if counts[WIRE_COUNT] >= places.most_on_wire:
+                break
+        if places.timed and not has_room(progress, len(places.num_experts_L), len(slots.slot_of)):
+            break
+        counts[HELD] -= 1
+        key = progress.held[counts[HELD]]
+        if slots.slot_of[key] >= 0:
+            continue
+        one[0] = key
+        fixed = slots.protected | slots.in_flight
+        keep = progress.keep[: counts[KEPT]]
+        taken = take_slots(one, slots.key_of, slots.slot_of, fixed, keep, slots.scores)
+        if len(taken) == 0:
+            counts[HELD] = 0
+            break
+        slots.in_flight[taken[0]] = True
+        one[0] = key % E
+        if not send(functions, places, progress, key // E, one, taken, places.prefetch_reason, True):
+            return False
+        issued(functions, progress, beliefs.costs.link_us)
+    return True
+
+
+@jit
+def has_room(progress: Progress, num_layers: int, num_experts: int) -> bool:
+    """Whether the log takes one more prefetch, and all on-demand copies that may still come."""
+    counts = progress.counts
+    copies, events = len(progress.copies) - counts[NUM_COPIES], len(progress.events) - counts[EVENTS]
+    return copies > num_experts and events >= EVENTS_OF_LAYER * num_layers + 2
+
+
+@jit
+def issued(functions: Functions, progress: Progress, link_us: float) -> None:
+    """The link was given so much more."""
+    times = progress.times
+    times[LINK_FREE] = max(times[LINK_FREE], now_us(functions, progress.words)) + link_us
+
+
+@jit
+def collect(functions: Functions, progress: Progress) -> bool:
+    """The CPU's part of an earlier layer is over, since the GPU waited for it: take down its time."""
+    counts, times, words, jobs = progress.counts, progress.times, progress.words, progress.jobs
+    job = counts[JOB]
+    if job == 0:
+        return True
+    state = call(functions.state, (job,)) & 0xFFFFFFFF
+    while state == _JOB_RUNS:  # it tells the GPU first
+        state = call(functions.state, (job,)) & 0xFFFFFFFF
+    call(functions.span, (job, words.ctypes.data, words.ctypes.data + 8))
+    row = counts[NUM_JOBS]
+    jobs[row, :] = (counts[JOB_LAYER], counts[JOB_STEP], counts[JOB_EXPERTS], words[0], words[1])
+    times[CPU_TOOK] += (words[1] - words[0]) * 1e-3
+    times[CPU_CALIBRATED] += times[JOB_CALIBRATED]
+    counts[NUM_JOBS] += 1
+    call(functions.free, (job,))
+    counts[JOB] = 0
+    if state != 1:
+        counts[FAILURE] = state
+    return state == 1
+
+
+@jit
+def compute(
+    functions: Functions,
+    places: Places,
+    progress: Progress,
+    layer: int,
+    number: int,
+    experts: IntArray,
+    first: IntArray,
+    pairs: IntArray,
+) -> int:
+    """Hand experts (n,) to the CPU; returns the job, 0 if it was refused. `first`, `pairs`: as in `Decision`."""
+    lot, indices, n, m = progress.lot, progress.indices, len(experts), len(pairs)
+    indices[:n] = experts
+    indices[n : 2 * n + 1] = first
+    indices[2 * n + 1 : 2 * n + 1 + m] = pairs // places.top_k
+    indices[2 * n + 1 + m : 2 * n + 1 + 2 * m] = pairs
+    P = places.ask.shape[1]
+    lot[0], lot[1] = places.inputs_L[layer], places.outputs_L[layer]
+    lot[2], lot[3] = places.width, places.width
+    lot[4], lot[5], lot[6], lot[7] = P // places.top_k, P, n, m
+    lot[8], lot[9], lot[10] = indices.ctypes.data, places.flags_L[layer], number
+    return call(functions.submit, (functions.lane, places.cpu_layers_L[layer], lot.ctypes.data))
+
+
+@jit
+def calibrated_us(beliefs: Beliefs, first: IntArray) -> float:
+    """What a job was calibrated to take; `first` as in `Decision.lot_first`."""
+    total = beliefs.cpu_base_us
+    for i in range(len(first) - 1):
+        total += cpu_time(beliefs.cpu_us, float(first[i + 1] - first[i]))
+    return total
+
+
+@jit
+def has_all(words: IntArray, shift: int, number: int) -> bool:
+    """Whether every word of a message carries the step's number. The last one is looked at first: it is most often
+    the one that is missing.
+    """
+    address = words.ctypes.data
+    for i in range(len(words) - 1, -1, -1):  # noqa: SIM110 - compiled code has no generators
+        if load_int64(address + 8 * i) >> shift != number:
+            return False
+    return True
+
+
+@jit
+def wait(
+    functions: Functions,
+    places: Places,
+    progress: Progress,
+    beliefs: Beliefs,
+    slots: Slots,
+    words: IntArray,
+    shift: int,
+    number: int,
+) -> int:
+    """Wait for a message, prefetching meanwhile."""
+    begin = now_us(functions, progress.words)
+    while not has_all(words, shift, number):
+        if not pump(functions, places, progress, beliefs, slots):
+            return LINK_FAILED
+        if now_us(functions, progress.words) - begin > WAIT_US:
+            return NOBODY_ASKED
+    return SERVED
+
+
+@jit
+def reply(
+    places: Places,
+    progress: Progress,
+    layer: int,
+    step: int,
+    slot_of: IntArray,
+    last_copy: int,
+    num_on_cpu: int,
+) -> None:
+    """Let a layer go on: the table's changes since the last answer, the batch of copies to wait for, the CPU's part."""
+    message, head = places.updates[layer], places.head
+    most = (len(message) - head) // 2
+    count = 0
+    for key in range(len(slot_of)):
+        if slot_of[key] != progress.sent[key]:
+            progress.sent[key] = slot_of[key]
+            message[head + count], message[head + most + count] = key, slot_of[key]
+            count += 1
+    message[0], message[1], message[2] = count, last_copy, num_on_cpu
+    store_int32(message.ctypes.data + 12, np.int32(step + 1))
+
+
+@jit
+def serve(
+    functions: Functions,
+    places: Places,
+    progress: Progress,
+    beliefs: Beliefs,
+    slots: Slots,
+    step: int,
+    number: int,
+    row: int,
+) -> int:
+    """Serve the layers of a running step, from `counts[LAYER]` on; call again if nobody asked.
+
+    Args:
+        step: since the buffers' restart; `number`: the same in messages. `row`: the step in the recording.
+
+    Returns: SERVED and so on.
+    """
+    counts, times = progress.counts, progress.times
+    L, P = places.ask.shape
+    E = len(slots.slot_of) // L
+    d = len(beliefs.predicted_dLE)
+    ids = np.empty(P, np.int64)
+    tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
+    while counts[LAYER] < L:
+        layer = counts[LAYER]
+        code = wait(functions, places, progress, beliefs, slots, places.ask[layer], 48, number)
+        if code == SERVED and places.scores.shape[1] > 0:
+            code = wait(functions, places, progress, beliefs, slots, places.scores[layer], 32, number)
+        if code != SERVED:
+            return code
+        num_experts = places.num_experts_L[layer]
+        sums_E = np.zeros(num_experts if places.uses_weights else 0)
+        weights = places.ask[layer].view(np.float32)[::2]  # the lower halves
+        for pair in range(P):
+            ids[pair] = (places.ask[layer, pair] >> 32) & 0xFFFF  # 0xFFFF is nobody
+            if ids[pair] < num_experts and places.uses_weights:
+                sums_E[ids[pair]] += weights[pair]
+        predictions = places.scores[layer].view(np.float32)[::2]
+        for ahead in range(d):
+            first = 2 * E * ahead
+            tokens_dE[ahead] = predictions[first : first + E]
+            used_dE[ahead] = predictions[first + E : first + 2 * E]
+        if not land(functions, progress, slots.in_flight):
+            return LINK_FAILED
+        counts[TICK] += 1
+        decision = decide_layer(
+            beliefs.knobs, beliefs.costs, places.policy, counts[TICK], layer, num_experts, ids, sums_E, slots,
+            max(0.0, times[LINK_FREE] - now_us(functions, progress.words)), beliefs.trust, beliefs.predicted_dLE,
+            tokens_dE, used_dE,
+        )  # fmt: skip
+        need, plan, taken = decision.need, decision.plan, decision.slots
+        here = need.num_hits + need.num_late
+        load, cold = need.experts[here : here + plan.num_load], need.experts[here + plan.num_load :]
+        # The first copy runs while what follows is prepared: the link is idle until it is issued.
+        if not send(functions, places, progress, layer, load[:1], taken[:1], _ON_DEMAND, len(load) == 1):
+            return LINK_FAILED
+        job = 0
+        if len(cold):
+            job = compute(
+                functions, places, progress, layer, step + 1, cold, decision.lot_first, decision.lot_pairs
+            )
+            if job == 0:
+                return CPU_FAILED
+        if not send(functions, places, progress, layer, load[1:], taken[1:], _ON_DEMAND, True):
+            return LINK_FAILED
+        last_copy = 0
+        for expert in need.experts[need.num_hits : here]:
+            last_copy = max(last_copy, progress.copy_of[slots.slot_of[layer * E + expert]])
+        for slot in taken:
+            last_copy = max(last_copy, progress.copy_of[slot])
+        reply(places, progress, layer, step, slots.slot_of, last_copy, len(cold))
+        # -- the GPU has what it needs: what follows is not waited for
+        if len(load):
+            issued(functions, progress, len(load) * beliefs.costs.link_us)
+        is_sound = collect(functions, progress)
+        counts[JOB], counts[JOB_LAYER], counts[JOB_STEP], counts[JOB_EXPERTS] = job, layer, row, len(cold)
+        if job:
+            times[JOB_CALIBRATED] = calibrated_us(beliefs, decision.lot_first)
+        progress.needs[layer, :] = (len(need.experts), need.num_hits, need.num_late, len(cold))
+        counts[HELD], counts[KEPT] = len(plan.prefetch), len(plan.keep)
+        progress.held[: len(plan.prefetch)] = plan.prefetch[::-1]
+        progress.keep[: len(plan.keep)] = plan.keep
+        counts[LAYER] += 1
+        if not is_sound:
+            return CPU_FAILED
+        if not pump(functions, places, progress, beliefs, slots):
+            return LINK_FAILED
+    return SERVED

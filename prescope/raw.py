@@ -1,0 +1,102 @@
+"""Compiled code at the edge of the machine: functions called by their address, words read and written in their order.
+
+For loops that wait for another processor's messages: an ordinary load may be taken out of such a loop by the compiler.
+Without numba (`jit`) the same names are ordinary Python over ctypes.
+"""
+
+import ctypes
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from .jit import IS_COMPILED
+
+_INT64, _INT32 = ctypes.c_int64, ctypes.c_int32
+#: `struct timespec` of the host's C library, as two words.
+CLOCK_WORDS = 2
+
+
+def address_of(function: Any) -> int:
+    """Address of a function of a library that ctypes has opened, or of a callback of ctypes."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@cache
+def clock_address() -> int:
+    """Address of a function (kind, two words) that writes the clock of `time.perf_counter`: seconds, nanoseconds."""
+    try:
+        return address_of(ctypes.CDLL(None).clock_gettime)
+    except (AttributeError, OSError, TypeError):  # not POSIX: by way of the interpreter
+        return address_of(_python_clock)
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, _INT64, _INT64)
+def _python_clock(kind: int, address: int) -> int:
+    words = (_INT64 * CLOCK_WORDS).from_address(address)
+    words[0], words[1] = divmod(time.perf_counter_ns(), 1_000_000_000)
+    return 0
+
+
+@cache
+def _prototype(count: int) -> Callable[[int], Any]:
+    return ctypes.CFUNCTYPE(_INT64, *[_INT64] * count)
+
+
+if IS_COMPILED:
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    _I64, _I32 = ir.IntType(64), ir.IntType(32)
+
+    @intrinsic
+    def call(typing, address, arguments):  # type: ignore[no-untyped-def]
+        """Call a C function of integers and pointers; returns its word, of which an `int` is the lower half."""
+        signature = types.int64(types.int64, arguments)
+        count = len(arguments)
+
+        def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+            at, packed = values
+            kind = ir.FunctionType(_I64, [_I64] * count)
+            function = builder.inttoptr(at, kind.as_pointer())
+            return builder.call(function, [builder.extract_value(packed, i) for i in range(count)])
+
+        return signature, generate
+
+    def _loading(kind: Any, bits: ir.IntType, align: int) -> Any:
+        def load(typing, address):  # type: ignore[no-untyped-def]
+            def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+                pointer = builder.inttoptr(values[0], bits.as_pointer())
+                return builder.load_atomic(pointer, "acquire", align)
+
+            return kind(types.int64), generate
+
+        return load
+
+    def _storing(kind: Any, bits: ir.IntType, align: int) -> Any:
+        def store(typing, address, value):  # type: ignore[no-untyped-def]
+            def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+                pointer = builder.inttoptr(values[0], bits.as_pointer())
+                builder.store_atomic(values[1], pointer, "release", align)
+                return context.get_dummy_value()
+
+            return types.none(types.int64, kind), generate
+
+        return store
+
+    load_int64 = intrinsic(_loading(types.int64, _I64, 8))
+    store_int32 = intrinsic(_storing(types.int32, _I32, 4))
+else:
+
+    def call(address: int, arguments: tuple[int, ...]) -> int:
+        """Call a C function of integers and pointers; returns its word, of which an `int` is the lower half."""
+        return int(_prototype(len(arguments))(address)(*map(int, arguments)))
+
+    def load_int64(address: int) -> int:
+        """The word at an address; what is read afterwards is as new as it."""
+        return _INT64.from_address(int(address)).value
+
+    def store_int32(address: int, value: int) -> None:
+        """Write a word; what was written before is seen before it."""
+        _INT32.from_address(int(address)).value = int(value)
