@@ -5,15 +5,14 @@
 A published shape has random weights, so its decode steps are routed by a trace: drawn with the habits of tiny-moe's own
 routing (--habits), the same for all schedules, and predicted by an oracle that errs as often as --recall says, labelled
 "emulated predictor". A folder with a trained model routes itself and is predicted by a LLaPor trained in the same run.
-Every run starts with empty slots behind the same prompt. The machine is calibrated first; the simulator is then told
-the rest of a layer and the time to decide from one cell for each batch (marked *), and nothing of the others.
-Prints a table and writes JSON after every cell.
+Every run starts with empty slots behind the same prompt. The schedules of a batch and number of slots take turns,
+--rounds times, so that what else goes on in the machine falls on all of them. The machine is calibrated first; the
+simulator is then told the rest of a layer and the time to decide from one cell for each batch (marked *), and nothing
+of the others. Prints a table and writes JSON after every batch and number of slots.
 """
 
 import argparse
-import cProfile
 import json
-import pstats
 import statistics
 import time
 import traceback
@@ -101,39 +100,45 @@ def run_batch(
     engine: Engine, name: str, batch: int, case: Case, costs: LayerCosts, profile: HardwareProfile,
     args: argparse.Namespace, facts: dict[str, Any], records: list[dict[str, Any]],
 ) -> None:  # fmt: skip
-    """All slots and schedules of one batch; the first cell of PreSched calibrates the simulator's clock."""
+    """All slots and schedules of one batch; PreSched's first cell sets the simulator's clock."""
     known: LayerCosts | None = None
     step_us = 0.0
-    order = [("presched", args.slots[0])] if "presched" in args.schedules else []
-    order += [(s, slots) for slots in args.slots for s in args.schedules if (s, slots) not in order[:1]]
-    for schedule, slots in order:
-        if time.perf_counter() > args.deadline:
-            print(f"# no time left for batch {batch}, {schedule}, {slots:.0%}", flush=True)
-            continue
-        try:
-            cell, run = measure(engine, schedule, slots, case, costs, args)
-        except Exception:  # noqa: BLE001 - one cell must not cost the others
-            traceback.print_exc()
-            engine.recover()
-            continue
-        is_known = known is None
-        if known is None:
-            known, step_us = told_by(run, costs)
+    for slots in args.slots:
+        cells: dict[str, tuple[dict[str, Any], RunResult]] = {}
+        for schedule in args.rounds * args.schedules:
+            if time.perf_counter() > args.deadline:
+                print(f"# no time left for batch {batch}, {schedule}, {slots:.0%}", flush=True)
+                continue
+            try:
+                cell, run = measure(engine, schedule, slots, case, costs, args)
+            except Exception:  # noqa: BLE001 - one cell must not cost the others
+                traceback.print_exc()
+                engine.recover()
+                continue
+            if schedule in cells:
+                cell["tokens_per_s_runs"] = (
+                    cells[schedule][0]["tokens_per_s_runs"] + cell["tokens_per_s_runs"]
+                )
+            cell["tokens_per_s"] = statistics.median(cell["tokens_per_s_runs"])
+            cells[schedule] = cell, run
+        if known is None and "presched" in cells:
+            cell, run = cells["presched"]
+            cell["is_known"] = True
+            known, step_us = told_by(run, costs, cell["cpu_factor"])
             if args.out and run.trace is not None:
                 run.trace.save(Path(args.out).with_suffix(f".{plain(name)}.b{batch}.safetensors"))
-        cell |= {
-            "model": name,
-            "batch": batch,
-            "is_known": is_known,
-            "costs": asdict(costs),
-            "told": asdict(known),
-        }
-        try:
-            cell |= {"step_us": step_us, **simulated(engine, cell, case, known, step_us, run, profile)}
-        except Exception:  # noqa: BLE001 - what was measured is kept
-            traceback.print_exc()
-        records.append(cell)
-        print(row(cell), flush=True)
+        for cell, run in cells.values():
+            cell |= {"model": name, "batch": batch, "costs": asdict(costs), "step_us": step_us}
+            if known is not None:
+                try:
+                    cell |= {
+                        "told": asdict(known),
+                        **simulated(engine, cell, case, known, step_us, run, profile),
+                    }
+                except Exception:  # noqa: BLE001 - what was measured is kept
+                    traceback.print_exc()
+            records.append(cell)
+            print(row(cell), flush=True)
         if args.out:
             arguments = {
                 k: v for k, v in vars(args).items() if k not in ("llapor", "deadline", "out", "profile")
@@ -147,7 +152,7 @@ def run_batch(
 def measure(
     engine: Engine, schedule: str, slots: float, case: Case, costs: LayerCosts, args: argparse.Namespace
 ) -> tuple[dict[str, Any], RunResult]:
-    """Median of some runs from empty slots."""
+    """Some runs from empty slots, after one that captures the step."""
     way = SCHEDULES[schedule.partition("+")[0]]
     which = "oracle" if schedule == ORACLE else "recall"
     cache = args.cache or way.cache
@@ -165,29 +170,19 @@ def measure(
         run = engine.generate(case.prompt, max_new_tokens=args.new)
         if i:
             runs.append(run)
-    if args.host_profile and way.name != "on-demand":
-        host_profile(engine, case, args)
+    scheduling = engine._serving.scheduling
+    cpu_factor = 1.0 if scheduling is None else scheduling.planner.cpu_factor
     decode, last = runs[-1].metrics.decode, runs[-1]
     speeds = [run.metrics.tokens_per_s for run in runs]
     steps = last.steps[last.steps["phase"] == "decode"]["dur_us"].to_numpy()
     cell = {
         "schedule": schedule, "cache": cache, "slots": slots, "num_slots": engine.num_slots,
-        "tokens_per_s": statistics.median(speeds), "tokens_per_s_runs": speeds, "new": args.new,
+        "cpu_factor": cpu_factor, "is_known": False, "tokens_per_s_runs": speeds, "new": args.new,
         "decode": last.config["reasons"]["decode"], "cpu": last.config["reasons"].get("cpu", ""),
         "predictor": predictor.name if predictor is not None else "none", "steps_us": steps.tolist(),
         **{field: getattr(decode, field) for field in FIELDS},
     }  # fmt: skip
     return cell, last
-
-
-def host_profile(engine: Engine, case: Case, args: argparse.Namespace) -> None:
-    """Where the host's time of one more run goes, by function; profiling slows it down."""
-    engine.clear_cache()
-    profiler = cProfile.Profile()
-    profiler.enable()
-    engine.generate(case.prompt, max_new_tokens=args.new)
-    profiler.disable()
-    pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
 
 
 FIELDS = [
@@ -197,8 +192,10 @@ FIELDS = [
 ]  # fmt: skip
 
 
-def told_by(run: RunResult, costs: LayerCosts) -> tuple[LayerCosts, float]:
-    """Costs with the rest of a layer, the decision and a GPU expert as one run had them; and a step's own time."""
+def told_by(run: RunResult, costs: LayerCosts, cpu_factor: float) -> tuple[LayerCosts, float]:
+    """Costs with the rest of a layer, the decision, and an expert on GPU and CPU as one run had them; and a step's own
+    time.
+    """
     events = run.events[run.events["phase"] == "decode"]
     layers = int(run.layers["moe_layer"].max()) + 1
     steps, decode = run.metrics.decode.num_steps, run.metrics.decode
@@ -214,12 +211,14 @@ def told_by(run: RunResult, costs: LayerCosts) -> tuple[LayerCosts, float]:
         )
     ) / steps
     on_gpu = max(1, decode.needed - decode.on_cpu)
-    source = f"{costs.source}; rest, decision and GPU expert from one run of PreSched"
+    source = f"{costs.source}; rest, decision and experts' times from one run of PreSched"
     told = replace(
         costs,
         rest_us=inside,
         decide_us=decide,
         gpu_us=1e3 * decode.experts_gpu_ms / on_gpu,
+        cpu_us=tuple(cpu_factor * us for us in costs.cpu_us),
+        cpu_base_us=cpu_factor * costs.cpu_base_us,
         predict_us=0.0,
         source=source,
     )
@@ -405,10 +404,10 @@ def _arguments() -> argparse.Namespace:
     add("--corpus", default="", help="text for a trained model: a folder with train/ and valid/")
     add("--train-prompts", type=int, default=30, help="of each domain, for LLaPor")
     add("--epochs", type=int, default=5, help="of LLaPor's training")
-    add("--host-profile", action="store_true", help="print where the host's time of each schedule goes")
     add("--prompt", type=int, default=16, help="tokens in")
     add("--new", type=int, default=24, help="tokens out")
-    add("--repeats", type=int, default=2)
+    add("--rounds", type=int, default=2, help="turns of each schedule")
+    add("--repeats", type=int, default=1, help="runs of a turn")
     add("--compiled", action="store_true", help="compile the layers around the experts")
     add("--profile", default="", help="of this machine, to save the time of measuring it")
     add("--calibrate-seconds", type=float, default=45.0)

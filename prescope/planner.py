@@ -167,7 +167,8 @@ class Planner:
 
     def __init__(self, knobs: Knobs, costs: Costs, shape: MoEShape, predicts: int) -> None:
         self.knobs, self.costs, self._shape = knobs, costs, shape
-        self._calibrated, self._cpu_factor = costs, 1.0
+        self._calibrated = costs
+        self.cpu_factor = 1.0  # what the CPU takes, of what it was calibrated to take
         self.predicts = predicts
         self._link_free_us = 0.0  # by the caller's clock: when the link will be done with what it was given
         self._nothing = np.zeros((0, shape.num_experts))
@@ -227,8 +228,8 @@ class Planner:
         """What submissions to the CPU took together, and should have taken as calibrated."""
         costs = self._calibrated
         ratio = min(max(took_us / calibrated_us, 1.0 / MOST_CPU_FACTOR), MOST_CPU_FACTOR)
-        self._cpu_factor += NEWEST * (ratio - self._cpu_factor)
-        factor = self._cpu_factor
+        self.cpu_factor += NEWEST * (ratio - self.cpu_factor)
+        factor = self.cpu_factor
         self.costs = self.costs._replace(cpu_us=factor * costs.cpu_us, cpu_base_us=factor * costs.cpu_base_us)
 
     def issued(self, num_copies: int, now_us: float) -> None:
