@@ -11,6 +11,7 @@ from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
 from prescope.learning import own_prompts, own_text, record_trace, router_agreement, routers_of
 from prescope.paths import embedded_model
 from prescope.predictor import BadState, Llapor, LlaporConfig, TooFewPrompts, TrainConfig
+from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
 from tests.models import VOCABULARY, tiny_moe
 
 SMALL = LlaporConfig(hidden=192, block=48)
@@ -52,6 +53,17 @@ def test_its_scores_are_probabilities(result):
     trained, _ = result
     assert trained.predictor.is_calibrated
     assert trained.card.ece(1) < 0.02
+
+
+def test_scores_of_faded_states_are_probabilities_too(result):
+    """Each token uses K experts, so its scores add up to about K, known or strange; their level is the correction's,
+    and was lost with it: the few known tokens of a batch decided which experts are hot.
+    """
+    trained, _ = result
+    for share in (ALWAYS_TRUST, 0.3, 0.1, NEVER_TRUST):
+        for ahead in (1, 4):
+            sums = trained.predictor.trusting(share).replay(trained.test, ahead).sum(-1)
+            assert abs(sums.mean() - 2) < 0.2, (share, ahead)
 
 
 def test_groups_are_measured_and_their_reason_is_kept(result):

@@ -130,17 +130,6 @@ def test_a_correction_that_mends_nothing_is_not_trusted(recorded, trained):
     assert (noise.tensors["trust"][:-1] <= NEVER_TRUST).all()
 
 
-def test_scores_of_faded_states_are_probabilities_too(recorded, trained):
-    """Each token uses K experts, so its scores add up to about K, known or strange; their level is the correction's,
-    and was lost with it: the few known tokens of a batch decided which experts are hot.
-    """
-    trace, _ = recorded
-    fading = {share: trained.trusting(share) for share in (ALWAYS_TRUST, 0.3, 0.1, NEVER_TRUST)}
-    for ahead in (1, 2):
-        for predictor in fading.values():
-            assert abs(predictor.replay(trace, ahead).sum(-1).mean() - TOP_K) < 0.1 * TOP_K
-
-
 def test_without_trust_nothing_fades(recorded):
     trace, _ = recorded
     predictor = quick(recorded, config=replace(SMALL, trust=0.0)).predictor

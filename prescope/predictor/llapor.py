@@ -229,7 +229,7 @@ class Llapor:
     ) -> torch.Tensor:
         """(L, T, lookahead, E): Platt-scaled probabilities, `share_LT1` of the correction in the logits.
 
-        The level of the logits is the correction's: without it, a scaling fitted to full ones gives sums of 0.4 K
+        The level of the logits is the correction's: without it, a scaling fitted to full ones gives sums of K / 4
         instead of K, and the tokens of a batch whose states are known outvote the strange ones (LOG.md).
         """
         platt = self.tensors["platt"][at][:, None, :, None, :]
