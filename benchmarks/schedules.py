@@ -90,7 +90,8 @@ def run_model(
         if args.out:
             profile.save(Path(args.out).with_suffix(f".{plain(name)}.profile.json"))
         widths = widths_of(engine)
-        for batch in args.batch:
+        for batch, new in zip(args.batch, args.new_of, strict=True):
+            args.new = new
             case = make_case(engine, bench.weights, batch, args)
             costs = profile.costs(engine.shape, width=widths[0], expert_width=widths[1], batch=batch)
             run_batch(engine, name, batch, case, costs, profile, args, facts, records)
@@ -105,7 +106,7 @@ def run_batch(
     step_us = 0.0
     for slots in args.slots:
         cells: dict[str, tuple[dict[str, Any], RunResult]] = {}
-        for schedule in args.rounds * args.schedules:
+        for schedule in args.schedules + (args.rounds - 1) * (args.again or args.schedules):
             if time.perf_counter() > args.deadline:
                 print(f"# no time left for batch {batch}, {schedule}, {slots:.0%}", flush=True)
                 continue
@@ -193,8 +194,8 @@ FIELDS = [
 
 
 def told_by(run: RunResult, costs: LayerCosts, cpu_factor: float) -> tuple[LayerCosts, float]:
-    """Costs with the rest of a layer, the decision, and an expert on GPU and CPU as one run had them; and a step's own
-    time.
+    """Costs with the rest of a layer, the decision, and an expert on link, GPU and CPU as one run had them; and a
+    step's own time.
     """
     events = run.events[run.events["phase"] == "decode"]
     layers = int(run.layers["moe_layer"].max()) + 1
@@ -211,10 +212,13 @@ def told_by(run: RunResult, costs: LayerCosts, cpu_factor: float) -> tuple[Layer
         )
     ) / steps
     on_gpu = max(1, decode.needed - decode.on_cpu)
-    source = f"{costs.source}; rest, decision and experts' times from one run of PreSched"
+    source = (
+        f"{costs.source}; rest, decision, link beside the CPU and experts' times from one run of PreSched"
+    )
     told = replace(
         costs,
         rest_us=inside,
+        link_us=1e3 * decode.h2d_busy_ms / max(1, decode.on_demand_transfers + decode.prefetch_transfers),
         decide_us=decide,
         gpu_us=1e3 * decode.experts_gpu_ms / on_gpu,
         cpu_us=tuple(cpu_factor * us for us in costs.cpu_us),
@@ -237,11 +241,12 @@ def simulated(
     """The same cell by the simulator."""
     assert run.trace is not None
     row_bytes = engine.shape.row_bytes
-    busy_us = profile.link_us(row_bytes, busy_cpu=True)
-    # On-demand loading is decided by the GPU, in the microseconds that are in the rest of a layer.
     told = replace(costs, link_us=profile.link_us(row_bytes))
-    told = replace(told, decide_us=0.0) if cell["schedule"] == "on-demand" else told
-    simulator = Simulator(run.trace, told, row_bytes=row_bytes, step_us=step_us, link_busy_us=busy_us)
+    if cell["schedule"] == "on-demand":
+        # The GPU decides, in the microseconds that are in the rest of a layer; the copy engine's orders are a message.
+        way = cell["decode"]
+        told = replace(told, decide_us=cell["costs"]["decide_us"] if way.startswith("copy-engine") else 0.0)
+    simulator = Simulator(run.trace, told, row_bytes=row_bytes, step_us=step_us, link_busy_us=costs.link_us)
     steps = len(simulator.needs.steps)
     which = "oracle" if cell["schedule"] == ORACLE else "recall"
     way = SCHEDULES[cell["schedule"].partition("+")[0]]
@@ -405,8 +410,9 @@ def _arguments() -> argparse.Namespace:
     add("--train-prompts", type=int, default=30, help="of each domain, for LLaPor")
     add("--epochs", type=int, default=5, help="of LLaPor's training")
     add("--prompt", type=int, default=16, help="tokens in")
-    add("--new", type=int, default=24, help="tokens out")
+    add("--new", nargs="+", type=int, default=[24], help="tokens out, for all batches or for each")
     add("--rounds", type=int, default=2, help="turns of each schedule")
+    add("--again", nargs="+", default=[], help="only these have more turns than one")
     add("--repeats", type=int, default=1, help="runs of a turn")
     add("--compiled", action="store_true", help="compile the layers around the experts")
     add("--profile", default="", help="of this machine, to save the time of measuring it")
@@ -414,7 +420,11 @@ def _arguments() -> argparse.Namespace:
     add("--seconds", type=float, default=1e9, help="start no new cell after this")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: an emulated link, to try the script")
     add("--out", help="JSON file; profile and traces are written beside it")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.new_of = args.new * len(args.batch) if len(args.new) == 1 else args.new
+    if len(args.new_of) != len(args.batch):
+        parser.error(f"--new has {len(args.new)} numbers, --batch {len(args.batch)}")
+    return args
 
 
 if __name__ == "__main__":

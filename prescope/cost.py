@@ -32,6 +32,8 @@ class LayerCosts:
         cpu_us: `cpu_us[n]`: one expert with n tokens on the CPU while the link is busy, when several are submitted
             together; index 0 is 0.0. Beyond its end whoever reads it goes on in a straight line. Empty: no CPU lane.
         cpu_base_us: one submission of CPU experts, however many, and merging its result.
+        cpu_alone_frac: what CPU experts take while the link is idle, as a share of what they take beside it: both
+            read the same memory. For the clock of the simulator; decisions reckon with a busy link.
         decide_us: from the router's choice on the device until the host has decided and the first copy can start.
         copy_us: host time to enqueue one copy.
         source: where the numbers come from, in words.
@@ -43,6 +45,7 @@ class LayerCosts:
     predict_us: float = 0.0
     cpu_us: tuple[float, ...] = ()
     cpu_base_us: float = 0.0
+    cpu_alone_frac: float = 1.0
     decide_us: float = 0.0
     copy_us: float = 0.0
     source: str
@@ -51,6 +54,10 @@ class LayerCosts:
         times = (self.link_us, self.gpu_us, self.rest_us, self.predict_us)
         if min(*times, *self.cpu_us, self.cpu_base_us, self.decide_us, self.copy_us) < 0:
             raise UnsupportedOption("costs are times in microseconds; none is negative")
+        if not 0.0 < self.cpu_alone_frac <= 1.0:
+            raise UnsupportedOption(
+                "cpu_alone_frac is a share of the time beside a busy link: above 0, at most 1"
+            )
         if self.cpu_us and self.cpu_us[0] != 0.0:
             raise UnsupportedOption("cpu_us[0] is the time of an expert without tokens: 0.0")
 

@@ -101,12 +101,13 @@ def test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule(
 @pytest.mark.parametrize("decode", ["layered", "auto"])
 def test_the_cache_that_knows_the_layers_order_serves_a_schedule(model, early, frequencies, gpu, decode):
     ids = prompt(batch=2, length=5)
+    expected = plain_tokens(model, ids, new=5)
     with prescope.attach(
         model, schedule="presched", cache="next-use", predictor=early, costs=COSTS, cpu_threads=1, slots=9,
         decode=decode, **gpu,
     ) as engine:  # fmt: skip
         for _ in range(2):
-            assert engine.generate(ids, max_new_tokens=5).tokens == plain_tokens(model, ids, new=5)
+            assert engine.generate(ids, max_new_tokens=5).tokens == expected
         engine.check_integrity()
 
 

@@ -453,15 +453,15 @@ def serve(
             )
             if job == 0:
                 return CPU_FAILED
+        last_copy = counts[BATCHES] + (1 if len(load) > 1 else 0)  # all of this layer's are one batch
+        if len(load) == 0:
+            last_copy = 0
+            for expert in need.experts[need.num_hits : here]:
+                last_copy = max(last_copy, progress.copy_of[slots.slot_of[layer * E + expert]])
+        reply(places, progress, layer, step, slots.slot_of, last_copy, len(cold))
+        # -- the GPU knows what to wait for: what follows is not waited for
         if not send(functions, places, progress, layer, load[1:], taken[1:], _ON_DEMAND, True):
             return LINK_FAILED
-        last_copy = 0
-        for expert in need.experts[need.num_hits : here]:
-            last_copy = max(last_copy, progress.copy_of[slots.slot_of[layer * E + expert]])
-        for slot in taken:
-            last_copy = max(last_copy, progress.copy_of[slot])
-        reply(places, progress, layer, step, slots.slot_of, last_copy, len(cold))
-        # -- the GPU has what it needs: what follows is not waited for
         if len(load):
             issued(functions, progress, len(load) * beliefs.costs.link_us)
         is_sound = collect(functions, progress)

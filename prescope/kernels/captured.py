@@ -447,7 +447,12 @@ class CapturedStep:
     def messages(self) -> Messages:
         """Scheduled: where messages lie, as the host sees them."""
         return Messages(
-            self._asked, self._scored, self._update_rows, self._numbers, self._landed.data_ptr(), on_device.HEAD
+            self._asked,
+            self._scored,
+            self._update_rows,
+            self._numbers,
+            self._landed.data_ptr(),
+            on_device.HEAD,
         )
 
     def landing(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:

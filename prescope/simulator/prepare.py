@@ -100,6 +100,7 @@ def compiled_costs(
         decide_us=float(costs.decide_us),
         cpu_base_us=float(costs.cpu_base_us),
         cpu_us=np.array(costs.cpu_us if cpu else (), dtype=np.float64),
+        cpu_alone_frac=float(costs.cpu_alone_frac),
     )
 
 

@@ -158,13 +158,17 @@ def replay(
             held, held_us, keep = chosen.prefetch, decided, chosen.keep
             # -- the clock
             here, n, k = need.num_hits + need.num_late, len(need.experts), chosen.num_load
+            beside = 0.0  # time on the CPU, the link being busy
             if here + k < n:
-                busy = costs.cpu_base_us
+                beside = costs.cpu_base_us
                 for i in range(here + k, n):
-                    busy += cpu_time(costs.cpu_us, need.tokens[i])
-                wire.cpu_us[0] = decided + busy
-                times[s, layer, CPU_DONE] = decided + busy
+                    beside += cpu_time(costs.cpu_us, need.tokens[i])
+                wire.cpu_us[0] = decided + beside
             computed, rounds = _serve(layer, s, decided, k, need, E, costs, state, wire, protected, keep)
+            if beside > 0.0:
+                alone = max(0.0, wire.cpu_us[0] - max(decided, wire.free_us[0]))
+                wire.cpu_us[0] -= (1.0 - costs.cpu_alone_frac) * alone
+                times[s, layer, CPU_DONE] = wire.cpu_us[0]
             done = max(computed, wire.cpu_us[0])
             times[s, layer, BEGIN], times[s, layer, ROUTED], times[s, layer, DECIDED] = now, routed, decided
             times[s, layer, FETCHED] = max(decided, computed - (here + k) * costs.gpu_us)
