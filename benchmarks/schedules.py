@@ -93,7 +93,8 @@ def run_model(
         for batch, new in zip(args.batch, args.new_of, strict=True):
             args.new = new
             case = make_case(engine, bench.weights, batch, args)
-            costs = profile.costs(engine.shape, width=widths[0], expert_width=widths[1], batch=batch)
+            sizes = {"width": widths[0], "expert_width": widths[1], "batch": batch}
+            costs = profile.costs(engine.shape, rest_us=args.rest_us or None, **sizes)
             run_batch(engine, name, batch, case, costs, profile, args, facts, records)
 
 
@@ -416,6 +417,12 @@ def _arguments() -> argparse.Namespace:
     add("--repeats", type=int, default=1, help="runs of a turn")
     add("--compiled", action="store_true", help="compile the layers around the experts")
     add("--profile", default="", help="of this machine, to save the time of measuring it")
+    add(
+        "--rest-us",
+        type=float,
+        default=0.0,
+        help="the rest of a layer, for models that --profile does not know",
+    )
     add("--calibrate-seconds", type=float, default=45.0)
     add("--seconds", type=float, default=1e9, help="start no new cell after this")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: an emulated link, to try the script")

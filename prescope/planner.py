@@ -45,22 +45,27 @@ def plan_layer(
 
     Args:
         trust, predicted_dLE: changed; see `scheduler.decide.learn_trust`.
-        tokens_dE, used_dE: as predicted at this layer, for the layers behind it; changed.
+        tokens_dE, used_dE: as predicted `knobs.lag` layers ago, for the layers behind that one; changed.
     """
     d, num_layers, E = predicted_dLE.shape
+    made_at = moe_layer - knobs.lag
     if d:
         counts_E = np.zeros(E, np.int64)
         for i in range(len(need.experts)):
             counts_E[need.experts[i]] = need.tokens[i]
-        learn_trust(trust, moe_layer, counts_E, predicted_dLE, knobs.threshold)
+        learn_trust(trust, moe_layer, counts_E, predicted_dLE, knobs.threshold, knobs.lag)
     for ahead in range(1, d + 1):
-        factor = discount(trust, ahead) if moe_layer + ahead < num_layers else 0.0
+        is_layer = made_at >= 0 and made_at + ahead < num_layers
+        factor = discount(trust, ahead) if is_layer else 0.0
         for e in range(E):
-            if moe_layer + ahead < num_layers:
-                predicted_dLE[ahead - 1, moe_layer + ahead, e] = used_dE[ahead - 1, e]
+            if is_layer:
+                predicted_dLE[ahead - 1, made_at + ahead, e] = used_dE[ahead - 1, e]
             used_dE[ahead - 1, e] *= factor
             tokens_dE[ahead - 1, e] *= factor
-    return plan(knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE, used_dE)
+    lag = min(knobs.lag, d)
+    return plan(
+        knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE[lag:], used_dE[lag:]
+    )
 
 
 class Decision(NamedTuple):
@@ -172,6 +177,7 @@ class Planner:
         self.predicts = predicts
         self._link_free_us = 0.0  # by the caller's clock: when the link will be done with what it was given
         self._nothing = np.zeros((0, shape.num_experts))
+        self._former: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -191,9 +197,17 @@ class Planner:
 
         Args:
             now_us: by any clock that goes on.
-            predicted: expected tokens and probability of use, (d, E) each, for the layers behind this one; rows
-                beyond the last layer hold zeros.
+            predicted: made at this layer: expected tokens and probability of use, (d, E) each, for the layers behind
+                it; rows beyond the last layer hold zeros. With a lag of 1 they are kept for the next layer's plan.
         """
+        made = predicted
+        if (
+            predicted is not None and self.knobs.lag
+        ):  # those of the layer before; there is none before the first
+            predicted = (
+                self._former if need.moe_layer else (np.zeros_like(predicted[0]), np.zeros_like(predicted[1]))
+            )
+        self._former = made
         tokens_dE, used_dE = (self._nothing, self._nothing) if predicted is None else predicted
         return plan_layer(
             self.knobs,

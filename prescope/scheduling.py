@@ -65,6 +65,7 @@ class Scheduling:
         knobs = self.planner.knobs
         return {
             "lookahead": knobs.lookahead,
+            "lag": knobs.lag,
             "width": knobs.width,
             "threshold": knobs.threshold,
             "cpu_threads": 0 if self.cpu is None else self.cpu.threads,
@@ -219,14 +220,18 @@ def plan_by(
     """The planner of a schedule with a person's settings, and the schedule's own where there are none."""
     lookahead = schedule.lookahead if config.lookahead is None else config.lookahead
     width = schedule.width if config.width is None else config.width
+    depth = min(predictor.lookahead, shape.num_layers - 1) if predictor is not None else 0
+    lag = schedule.lag_with(depth)
     knobs = Knobs(
         schedule.number,
         lookahead,
         shape.num_experts if width is None else width,
         schedule.threshold if config.threshold is None else config.threshold,
+        lag,
     )
-    predicts = min(lookahead, predictor.lookahead, shape.num_layers - 1) if predictor is not None else 0
-    return Planner(knobs, compiled_costs(costs, cpu=has_cpu, predicts=predicts > 0), shape, predicts)
+    predicts = min(lookahead + lag, depth) if lookahead else 0
+    form = compiled_costs(costs, cpu=has_cpu, predicts=predicts > 0, lag=lag)
+    return Planner(knobs, form, shape, predicts)
 
 
 def of_step(made: list[Prediction], lookahead: int, num_experts: int, device: torch.device) -> torch.Tensor:

@@ -61,12 +61,14 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
     rng = np.random.default_rng(0)
     whole, steps = planner(schedule), planner(schedule)
     tables = [ResidencyTable(SHAPE, 14, make_policy(cache, SHAPE)) for _ in range(2)]
+    predicted = nothing = np.zeros((D, E)), np.zeros((D, E))
     for _ in range(12):
         for layer in range(L):
             ids = rng.integers(-1, E + 1, (2, K)).ravel()  # sentinels among them
             sums = np.bincount(ids[(ids >= 0) & (ids < E)], minlength=E) + rng.random(E) * (cache == "score")
-            predicted = rng.random((D, E)) * 2, rng.random((D, E))
-            decision = decided(whole, layer, ids, sums, tables[0], predicted)
+            former, predicted = predicted, (rng.random((D, E)) * 2, rng.random((D, E)))
+            known = predicted if not whole.knobs.lag else former if layer else nothing
+            decision = decided(whole, layer, ids, sums, tables[0], known)
             table = tables[1]
             experts, counts = distinct(ids, E)
             need = table.need(layer, experts, counts, sums[experts])

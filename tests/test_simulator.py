@@ -25,6 +25,7 @@ from prescope.simulator import Simulator, as_decode
 from prescope.simulator.replay import (
     AHEAD,
     AT_LAYER,
+    BEGIN,
     DECIDED,
     DONE,
     FETCHED,
@@ -479,3 +480,29 @@ def test_a_prefetch_begins_only_after_a_plan(simulators):
         start, end = log.copy_us[ahead].T
         gaps = start[2:] - end[:-2]
         assert (gaps >= -1e-9).all(), "a third prefetch began while two were under way"
+
+
+def test_presched_waits_for_no_predictor_and_the_others_do(simulators):
+    """A prediction of 400 us delays what is decided by it, or only what the GPU does after it."""
+    simulator = simulators[3]
+    slow = Simulator(
+        simulator.trace, COSTS.with_predictor(400.0), row_bytes=ROW_BYTES, predictor=simulator.predictor
+    )
+    asked = {name: slow.run(name, slots=24).log.times_us for name in ("presched", "hybrimoe")}
+    took = {name: times[..., DECIDED] - times[..., BEGIN] for name, times in asked.items()}
+    assert np.allclose(took["presched"], COSTS.rest_us + COSTS.decide_us)
+    assert np.allclose(took["hybrimoe"], COSTS.rest_us + COSTS.decide_us + 400.0)
+    times = asked["presched"]
+    assert (times[..., GPU_DONE] >= times[..., BEGIN] + COSTS.rest_us + 400.0).all()
+
+
+def test_presched_goes_by_what_was_predicted_one_layer_before():
+    """Right predictions: whatever is prefetched for the next layer is used, but nothing is known of the second."""
+    trace = trace_of(1)
+    simulator = Simulator(trace, COSTS, row_bytes=ROW_BYTES, predictor=Oracle(Shape.of(trace), 3))
+    run = simulator.run("presched", slots=16)
+    ahead = run.log.copies[run.log.copies[:, REASON] == AHEAD]
+    layers = set(ahead[:, AT_LAYER].tolist())
+    assert run.config["lag"] == 1 and layers == {2, 3}
+    short = Simulator(trace, COSTS, row_bytes=ROW_BYTES, predictor=Oracle(Shape.of(trace), 1))
+    assert short.run("presched", slots=16).config["lag"] == 0, "one layer ahead is waited for: else it is of no use"

@@ -416,8 +416,9 @@ def serve(
     while counts[LAYER] < L:
         layer = counts[LAYER]
         code = wait(functions, places, progress, beliefs, slots, places.ask[layer], 48, number)
-        if code == SERVED and places.scores.shape[1] > 0:
-            code = wait(functions, places, progress, beliefs, slots, places.scores[layer], 32, number)
+        made_at = layer - beliefs.knobs.lag
+        if code == SERVED and d > 0 and made_at >= 0:  # of a layer before, they have come before this choice
+            code = wait(functions, places, progress, beliefs, slots, places.scores[made_at], 32, number)
         if code != SERVED:
             return code
         num_experts = places.num_experts_L[layer]
@@ -427,8 +428,8 @@ def serve(
             ids[pair] = (places.ask[layer, pair] >> 32) & 0xFFFF  # 0xFFFF is nobody
             if ids[pair] < num_experts and places.uses_weights:
                 sums_E[ids[pair]] += weights[pair]
-        predictions = places.scores[layer].view(np.float32)[::2]
-        for ahead in range(d):
+        predictions = places.scores[max(0, made_at)].view(np.float32)[::2]
+        for ahead in range(d if made_at >= 0 else 0):
             first = 2 * E * ahead
             tokens_dE[ahead] = predictions[first : first + E]
             used_dE[ahead] = predictions[first + E : first + 2 * E]

@@ -223,7 +223,12 @@ def plan(
 
 @jit
 def learn_trust(
-    trust: FloatArray, moe_layer: int, counts_E: IntArray, predicted_dLE: FloatArray, threshold: float
+    trust: FloatArray,
+    moe_layer: int,
+    counts_E: IntArray,
+    predicted_dLE: FloatArray,
+    threshold: float,
+    lag: int = 0,
 ) -> None:
     """Hold what was predicted for a layer against what it used.
 
@@ -233,8 +238,9 @@ def learn_trust(
     Args:
         trust: (d, 2) decayed sums of the probabilities given to the likeliest experts, and of how many were used.
         counts_E: tokens of each expert. `predicted_dLE`: the last probability of use, by lookahead.
+        lag: predictions made fewer layers ahead come when the layer has been decided.
     """
-    for ahead in range(min(len(trust), moe_layer)):
+    for ahead in range(lag, min(len(trust), moe_layer)):
         row = predicted_dLE[ahead, moe_layer]
         least = max(threshold, 0.5 * row.max())
         expected, found = 0.0, 0.0

@@ -23,6 +23,7 @@ class Schedule:
         uses_cpu: it may compute experts on the CPU lane.
         lookahead: layers ahead it prefetches for. `width`: experts for one layer at most, None: all.
             `threshold`: least probability of use of an expert worth prefetching.
+        lag: so many layers ago the predictions were made that it decides by: with 1 no layer waits for its predictor.
         same: what is as published. `unknown`: what is not known, or ours. `source`: where it is published.
     """
 
@@ -35,9 +36,14 @@ class Schedule:
     lookahead: int = 0
     width: int | None = None
     threshold: float = 0.0
+    lag: int = 0
     same: str
     unknown: str
     source: str
+
+    def lag_with(self, depth: int) -> int:
+        """Its lag with a predictor of so many layers ahead: one that sees a single layer ahead has to be waited for."""
+        return self.lag if depth > self.lag else 0
 
     @property
     def needs_predictor(self) -> bool:
@@ -153,12 +159,13 @@ _ALL = (
         uses_cpu=True,
         lookahead=2,
         threshold=0.1,
+        lag=1,
         same="this and the next layer are planned together: resident, prefetched, loaded on demand or computed on the "
         "CPU, so that both are done soonest, in O(n) after a sort; costs are profiled",
-        unknown="no code is public. Ours: the formulas of the window, probabilities in them, further layers when the "
-        "link is idle, a margin for costs that are wrong, an eviction that knows the plan, and trust in the predictor "
-        "by what its likeliest experts were worth. Its defaults do not depend on the batch: no other value was "
-        "better by more than 0.3 % (LOG.md)",
+        unknown="no code is public. Ours: the formulas of the window, probabilities in them, predictions of one layer "
+        "before, so that no layer waits for its predictor, further layers when the link is idle, a margin for costs "
+        "that are wrong, an eviction that knows the plan, and trust in the predictor by what its likeliest experts "
+        "were worth. Its defaults do not depend on the batch: no other value was better by more than 0.3 % (LOG.md)",
         source="PreScope, arXiv 2509.23638",
     ),
 )

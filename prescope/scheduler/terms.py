@@ -20,7 +20,10 @@ class Costs(NamedTuple):
     link_us: float  # one expert over the link
     link_busy_us: float  # the same while the CPU computes experts: both read the same memory
     gpu_us: float  # one expert on the GPU
-    rest_us: float  # the rest of a layer
+    rest_us: float  # the rest of a layer, and its prediction if the layer's decision waits for it
+    predict_us: (
+        float  # a prediction that the decision does not wait for, but the device makes before the experts
+    )
     decide_us: float  # from the router's choice to the first copy on the link
     cpu_base_us: float  # one submission to the CPU and the merging of its result
     cpu_us: FloatArray  # (N + 1,) one expert with n tokens on the CPU; empty: there is no CPU lane
@@ -34,6 +37,7 @@ class Knobs(NamedTuple):
     lookahead: int  # layers ahead whose predictions are looked at
     width: int  # experts prefetched for one layer at most
     threshold: float  # least probability of use of an expert worth prefetching
+    lag: int = 0  # so many layers ago the predictions were made that a layer is decided by
 
 
 class Plan(NamedTuple):

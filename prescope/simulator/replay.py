@@ -138,10 +138,11 @@ def replay(
                 weights = demand.weights_SLE[s, layer][need.experts].astype(np.float64)
             learn(policy, state.scores, state.tick[0], layer, E, need.experts, weights)
             for a in range(d):
-                there = layer + a + 1 < L
+                of = layer - knobs.lag + a + 1
+                there = layer >= knobs.lag and of < L
                 for e in range(E):
-                    used_dE[a, e] = demand.used_dSLE[a, s, layer + a + 1, e] if there else 0.0
-                    tokens_dE[a, e] = demand.expected_dSLE[a, s, layer + a + 1, e] if there else 0.0
+                    used_dE[a, e] = demand.used_dSLE[a, s, of, e] if there else 0.0
+                    tokens_dE[a, e] = demand.expected_dSLE[a, s, of, e] if there else 0.0
             backlog = max(0.0, wire.free_us[0] - decided)
             chosen = plan_layer(
                 knobs,
@@ -165,6 +166,7 @@ def replay(
                     beside += cpu_time(costs.cpu_us, need.tokens[i])
                 wire.cpu_us[0] = decided + beside
             computed, rounds = _serve(layer, s, decided, k, need, E, costs, state, wire, protected, keep)
+            computed = max(computed, routed + costs.predict_us + (here + k) * costs.gpu_us)
             if beside > 0.0:
                 alone = max(0.0, wire.cpu_us[0] - max(decided, wire.free_us[0]))
                 wire.cpu_us[0] -= (1.0 - costs.cpu_alone_frac) * alone

@@ -36,6 +36,7 @@ class Settings(NamedTuple):
     num_slots: int
     cache: str
     lookahead: int
+    lag: int
     width: int
     threshold: float
     cpu: bool
@@ -203,6 +204,7 @@ class Simulator:
             num_slots=num_slots,
             cache=cache,
             lookahead=lookahead,
+            lag=schedule.lag_with(depth) if lookahead else 0,
             width=width,
             threshold=threshold,
             cpu=schedule.uses_cpu and has_lane if cpu is None else cpu,
@@ -219,6 +221,7 @@ class Simulator:
             "cache": settings.cache,
             "predictor": predictor,
             "lookahead": settings.lookahead,
+            "lag": settings.lag,
             "width": settings.width,
             "threshold": settings.threshold,
             "cpu": settings.cpu,
@@ -245,12 +248,17 @@ class Simulator:
 
     def _replay(self, settings: Settings, policy: CachePolicy, believed: LayerCosts | None) -> Log:
         table = ResidencyTable(self.shape, settings.num_slots, policy)
-        knobs = Knobs(settings.schedule.number, settings.lookahead, settings.width, settings.threshold)
+        lag = settings.lag
+        knobs = Knobs(settings.schedule.number, settings.lookahead, settings.width, settings.threshold, lag)
         form = partial(
-            compiled_costs, cpu=settings.cpu, predicts=settings.lookahead > 0, link_busy_us=self.link_busy_us
+            compiled_costs,
+            cpu=settings.cpu,
+            predicts=settings.lookahead > 0,
+            lag=lag,
+            link_busy_us=self.link_busy_us,
         )
         costs, by = form(self.costs), form(self.costs if believed is None else believed)
-        depth = settings.lookahead
+        depth = min(settings.lookahead + lag, len(self.predicted.used_dSLE))
         trust = np.zeros((depth, 2))
         logs, now = [], 0.0
         for i, (prefills, steps) in enumerate(self._segments):
