@@ -204,7 +204,9 @@ def told_by(run: RunResult, costs: LayerCosts, cpu_factor: float) -> tuple[Layer
     dense = events[(events["kind"] == "dense")]
     inside = float(dense[dense["moe_layer"] >= 0]["dur_us"].sum()) / (steps * layers)
     waits = events[events["kind"] == "host_wait"]
-    decide = float(waits[waits["moe_layer"] >= 0]["dur_us"].median())
+    waited = float(waits[waits["moe_layer"] >= 0]["dur_us"].median())
+    # Until the answer the device has made its prediction too, if there is a predictor.
+    decide = min(waited, costs.decide_us) if run.config["predictor"] != "none" else waited
     busy = float(events[events["lane"].isin(["gpu", "stall", "host"])]["dur_us"].sum())
     outside = (
         busy
@@ -224,7 +226,7 @@ def told_by(run: RunResult, costs: LayerCosts, cpu_factor: float) -> tuple[Layer
         gpu_us=1e3 * decode.experts_gpu_ms / on_gpu,
         cpu_us=tuple(cpu_factor * us for us in costs.cpu_us),
         cpu_base_us=cpu_factor * costs.cpu_base_us,
-        predict_us=0.0,
+        predict_us=waited - decide,
         source=source,
     )
     return told, outside
