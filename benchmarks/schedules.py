@@ -221,7 +221,9 @@ def told_by(run: RunResult, costs: LayerCosts, cpu_factor: float) -> tuple[Layer
     told = replace(
         costs,
         rest_us=inside,
-        link_us=1e3 * decode.h2d_busy_ms / max(1, decode.on_demand_transfers + decode.prefetch_transfers),
+        link_busy_us=1e3
+        * decode.h2d_busy_ms
+        / max(1, decode.on_demand_transfers + decode.prefetch_transfers),
         decide_us=decide,
         gpu_us=1e3 * decode.experts_gpu_ms / on_gpu,
         cpu_us=tuple(cpu_factor * us for us in costs.cpu_us),
@@ -244,12 +246,12 @@ def simulated(
     """The same cell by the simulator."""
     assert run.trace is not None
     row_bytes = engine.shape.row_bytes
-    told = replace(costs, link_us=profile.link_us(row_bytes))
+    told = costs
     if cell["schedule"] == "on-demand":
         # The GPU decides, in the microseconds that are in the rest of a layer; the copy engine's orders are a message.
         way = cell["decode"]
         told = replace(told, decide_us=cell["costs"]["decide_us"] if way.startswith("copy-engine") else 0.0)
-    simulator = Simulator(run.trace, told, row_bytes=row_bytes, step_us=step_us, link_busy_us=costs.link_us)
+    simulator = Simulator(run.trace, told, row_bytes=row_bytes, step_us=step_us)
     steps = len(simulator.needs.steps)
     which = "oracle" if cell["schedule"] == ORACLE else "recall"
     way = SCHEDULES[cell["schedule"].partition("+")[0]]

@@ -25,7 +25,8 @@ class LayerCosts:
     """Costs of one MoE layer of one model on one machine, microseconds.
 
     Args:
-        link_us: one expert over the link, host to device.
+        link_us: one expert over the link, host to device, with nothing beside it.
+        link_busy_us: the same while the CPU computes experts: both read the same memory. None: as `link_us`.
         gpu_us: one expert computed on the device, with the tokens of a step.
         rest_us: the rest of a layer: attention, router, launches.
         predict_us: one prediction, counted as the layer's own time: it runs on the same device.
@@ -40,6 +41,7 @@ class LayerCosts:
     """
 
     link_us: float
+    link_busy_us: float | None = None
     gpu_us: float
     rest_us: float
     predict_us: float = 0.0
@@ -51,7 +53,7 @@ class LayerCosts:
     source: str
 
     def __post_init__(self) -> None:
-        times = (self.link_us, self.gpu_us, self.rest_us, self.predict_us)
+        times = (self.link_us, self.link_busy_us or 0.0, self.gpu_us, self.rest_us, self.predict_us)
         if min(*times, *self.cpu_us, self.cpu_base_us, self.decide_us, self.copy_us) < 0:
             raise UnsupportedOption("costs are times in microseconds; none is negative")
         if not 0.0 < self.cpu_alone_frac <= 1.0:

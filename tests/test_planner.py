@@ -98,9 +98,10 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
 def test_costs_follow_what_the_steps_show():
     one = planner("presched")
     for _ in range(40):
-        one.saw_step(200.0, 150.0)
+        one.saw_step(200.0, 150.0, 8.0)
         one.saw_cpu(2.0 * (20.0 + 60.0 + 90.0), 20.0 + 60.0 + 90.0)
     assert one.costs.rest_us == pytest.approx(200.0, rel=0.01)
+    assert one.costs.gpu_us == pytest.approx(8.0, rel=0.01)
     assert one.costs.decide_us == pytest.approx(150.0, rel=0.01)
     assert one.costs.cpu_us.tolist() == pytest.approx([0.0, 120.0, 180.0, 260.0], rel=0.01)
     assert one.costs.cpu_base_us == pytest.approx(40.0, rel=0.01)

@@ -155,13 +155,17 @@ def test_interpolation_does_not_fall_behind_its_end():
 def test_costs_are_the_measured_times():
     made = profile()
     costs = made.costs(SHAPE, width=2048, expert_width=768, batch=1)
-    assert costs.link_us == pytest.approx(made.link_us(SMALL.nbytes, busy_cpu=True))
+    assert costs.link_us == pytest.approx(made.link_us(SMALL.nbytes))
+    assert costs.link_busy_us == pytest.approx(made.link_us(SMALL.nbytes, busy_cpu=True))
+    assert costs.link_us < costs.link_busy_us
     assert costs.gpu_us == pytest.approx(made.gpu_us(1, SMALL))
     assert costs.rest_us == pytest.approx(60.0 + 20.0)  # and the layer's own launches
     assert costs.decide_us == pytest.approx(25.0)
     assert costs.copy_us == pytest.approx(4.0)
     assert costs.cpu_us[:2] == (0.0, pytest.approx(1.5 * cpu_us(SMALL, 1)))
     assert costs.cpu_base_us > CPU_BASE_US
+    assert costs.cpu_alone_frac == pytest.approx(made.cpu_us(1, SMALL, busy_link=False) / made.cpu_us(1, SMALL))
+    assert costs.cpu_alone_frac < 1.0
     assert "H200" in costs.source and "2026-11-24" in costs.source
     assert len(made.costs(SHAPE, width=2048, expert_width=768, batch=64).cpu_us) == 65
     assert made.costs(SHAPE, width=2048, expert_width=768, batch=8).rest_us == pytest.approx(94.0)
@@ -171,7 +175,7 @@ def test_costs_without_a_cpu_lane_have_the_link_to_themselves():
     made = profile()
     alone = made.costs(SHAPE, width=2048, expert_width=768, cpu_lane=False)
     assert (alone.cpu_us, alone.cpu_base_us) == ((), 0.0)
-    assert alone.link_us < made.costs(SHAPE, width=2048, expert_width=768).link_us
+    assert alone.link_busy_us is None and alone.cpu_alone_frac == 1.0
 
 
 def test_costs_say_what_was_not_measured():

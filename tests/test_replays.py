@@ -32,6 +32,7 @@ from prescope.simulator.replay import HITS, LATE, MISSES, ON_CPU
 
 COSTS = LayerCosts(
     link_us=100.0,
+    link_busy_us=120.0,
     gpu_us=10.0,
     rest_us=150.0,
     cpu_us=(0.0, 80.0, 90.0),
@@ -39,7 +40,7 @@ COSTS = LayerCosts(
     decide_us=5.0,
     source="made for this test",
 )
-MACHINE = Machine(HERE, COSTS, 120.0, 1_500_000, 30.0, 2, is_here=True)
+MACHINE = Machine(HERE, COSTS, 1_500_000, 30.0, 2, is_here=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +75,14 @@ def test_the_best_of_the_splits_is_the_one_presched_finds(cpu):
     none = np.zeros(0)
     for _ in range(50):
         costs = compiled_costs(
-            replace(COSTS, link_us=float(rng.uniform(20, 200)), gpu_us=float(rng.uniform(1, 40))),
+            replace(
+                COSTS,
+                link_us=float(rng.uniform(20, 200)),
+                link_busy_us=float(rng.uniform(200, 300)),
+                gpu_us=float(rng.uniform(1, 40)),
+            ),
             cpu=cpu,
             predicts=False,
-            link_busy_us=float(rng.uniform(200, 300)),
         )
         tokens = -np.sort(-rng.integers(1, 5, rng.integers(1, 7)))
         here = int(rng.integers(0, 4))
@@ -127,7 +132,7 @@ def test_what_only_the_simulator_can_is_refused_for_real(replays):
 
 def test_the_engine_is_told_what_was_simulated(replays):
     settings = replays.engine_settings(Choice(schedule="presched", slots=9, width=3, threshold=0.4))
-    assert settings["costs"].link_us == 120.0, "beside the CPU lane"
+    assert settings["costs"] == COSTS
     assert (settings["slots"], settings["width"], settings["threshold"], settings["lookahead"]) == (
         9,
         3,
@@ -168,10 +173,9 @@ def test_machines_that_come_with_prescope_are_labelled_and_slower_links_emulated
     )
     assert slower.costs.link_us == pytest.approx(4 * real.costs.link_us)
     assert "emulated PCIe 3" in slower.costs.source
-    assert (
-        slower.costs_with(cpu=False).cpu_us == ()
-        and slower.costs_with(cpu=True).link_us == slower.link_busy_us
-    )
+    assert slower.costs.link_busy_us == pytest.approx(4 * real.costs.link_busy_us)
+    without = slower.costs_with(cpu=False)
+    assert without.cpu_us == () and without.link_busy_us is None
 
 
 def test_the_table_names_every_schedule_with_the_bound_beside(replays):

@@ -187,10 +187,17 @@ class ScheduledStep:
             times[at.CPU_TOOK] = times[at.CPU_CALIBRATED] = 0.0
         if not log.stamps_ns.any():
             return
-        routed, decided, done = log.stamps_ns[:, 0], log.stamps_ns[:, 1], log.stamps_ns[:, 3]
+        routed, decided, fetched, done, computed = log.stamps_ns.T
         before = np.concatenate([[log.begin_ns], done[:-1]])
+        computed = np.where(
+            computed > 0, computed, done
+        )  # without a CPU lane the layer ends with the GPU's part
+        # The step behind it may have been served meanwhile; it needs about as many.
+        on_gpu = self._needs[:, at.NEEDED] - self._needs[:, at.ON_CPU]
         scheduling.planner.saw_step(
-            float(np.median(routed - before)) / 1e3, float(np.median(decided - routed)) / 1e3
+            float(np.median(routed - before)) / 1e3,
+            float(np.median(decided - routed)) / 1e3,
+            float((computed - fetched).sum()) / 1e3 / max(1, int(on_gpu.sum())),
         )
 
     def undo(self) -> None:

@@ -257,7 +257,7 @@ def pump(functions: Functions, places: Places, progress: Progress, beliefs: Beli
         one[0] = key % E
         if not send(functions, places, progress, key // E, one, taken, places.prefetch_reason, True):
             return False
-        issued(functions, progress, beliefs.costs.link_us)
+        issued(functions, progress, beliefs.costs.link_busy_us if counts[JOB] else beliefs.costs.link_us)
     return True
 
 
@@ -464,7 +464,8 @@ def serve(
         if not send(functions, places, progress, layer, load[1:], taken[1:], _ON_DEMAND, True):
             return LINK_FAILED
         if len(load):
-            issued(functions, progress, len(load) * beliefs.costs.link_us)
+            each = beliefs.costs.link_busy_us if job else beliefs.costs.link_us
+            issued(functions, progress, len(load) * each)
         is_sound = collect(functions, progress)
         counts[JOB], counts[JOB_LAYER], counts[JOB_STEP], counts[JOB_EXPERTS] = job, layer, row, len(cold)
         if job:

@@ -113,7 +113,7 @@ class HardwareProfile:
         Args:
             shape: of the model, or the bytes of one of its experts: then each expert is taken to have one token.
             width, expert_width: D and F.
-            cpu_lane: experts are computed on the CPU too: link and CPU are then those measured beside each other.
+            cpu_lane: experts are computed on the CPU too, which slows the link and is slowed by it.
             rest_us: the rest of a layer; by default as measured with an engine of these sizes.
 
         Raises:
@@ -132,7 +132,8 @@ class HardwareProfile:
         scaled = "" if near == expert else f"; experts of {expert} scaled by bytes from those of {near}"
         enqueue_us, decide_us = lanes.small_us("enqueue"), lanes.layer_us("decide", expert, batch)
         return LayerCosts(
-            link_us=self.link_us(nbytes, busy_cpu=has_cpu),
+            link_us=self.link_us(nbytes),
+            link_busy_us=self.link_us(nbytes, busy_cpu=True) if has_cpu else None,
             gpu_us=self.gpu_us(tokens_per_expert(shape, batch), expert),
             rest_us=rest + self.base_us("gpu", expert),
             cpu_us=self._cpu_table(expert, batch) if has_cpu else (),

@@ -24,8 +24,7 @@ class Machine(NamedTuple):
 
     Attributes:
         name: as a menu shows it.
-        costs: with the link alone; `cpu_us` empty where no CPU experts were measured.
-        link_busy_us: one copy while the CPU computes experts.
+        costs: `cpu_us` empty where no CPU experts were measured.
         row_bytes: of one expert there.
         step_us: of a step besides its MoE layers.
         most_in_flight: prefetches on the wire at most, as an engine has it there.
@@ -34,17 +33,14 @@ class Machine(NamedTuple):
 
     name: str
     costs: LayerCosts
-    link_busy_us: float
     row_bytes: int
     step_us: float
     most_in_flight: int
     is_here: bool = False
 
     def costs_with(self, cpu: bool) -> LayerCosts:
-        """Costs for an engine's decisions, which know one link: that beside the CPU lane, or that alone."""
-        if cpu and self.costs.cpu_us:
-            return replace(self.costs, link_us=self.link_busy_us)
-        return replace(self.costs, cpu_us=(), cpu_base_us=0.0)
+        """Costs for an engine's decisions, with the CPU lane or without."""
+        return self.costs if cpu else replace(self.costs, link_busy_us=None, cpu_us=(), cpu_base_us=0.0)
 
 
 def machine_of_run(engine: Engine, run: RunResult, profile: HardwareProfile | None = None) -> Machine:
@@ -67,35 +63,31 @@ def machine_of_run(engine: Engine, run: RunResult, profile: HardwareProfile | No
     dense = compute[(compute["kind"] == "dense") & (compute["moe_layer"] >= 0)]["dur_us"].sum()
     of_layers = compute[compute["moe_layer"] >= 0]["dur_us"].sum()
     costs = replace(costs, rest_us=float(dense) / layers, decide_us=1e3 * decode.host_wait_ms / layers)
-    busy = 1.0
     if profile is not None:
         profile.require_this_machine(run.hardware)
         if profile.link_gb_per_s is not None:
             profile = profile.with_link(float(run.hardware["link_gb_per_s"]))
         form = engine_expert(engine)
-        alone, beside = (
-            profile.costs(
-                engine.shape,
-                width=form.width,
-                expert_width=form.expert_width,
-                batch=run.metrics.batch,
-                cpu_lane=lane,
-                rest_us=costs.rest_us,
-            )
-            for lane in (False, True)
+        known = profile.costs(
+            engine.shape,
+            width=form.width,
+            expert_width=form.expert_width,
+            batch=run.metrics.batch,
+            rest_us=costs.rest_us,
         )
-        busy = max(1.0, beside.link_us / alone.link_us)
+        beside = known.link_us if known.link_busy_us is None else known.link_busy_us
         costs = replace(
             costs,
-            cpu_us=beside.cpu_us,
-            cpu_base_us=beside.cpu_base_us,
-            copy_us=beside.copy_us,
+            link_busy_us=costs.link_us * max(1.0, beside / known.link_us),
+            cpu_us=known.cpu_us,
+            cpu_base_us=known.cpu_base_us,
+            cpu_alone_frac=known.cpu_alone_frac,
+            copy_us=known.copy_us,
             source=f"{costs.source}; CPU experts calibrated",
         )
     return Machine(
         HERE,
         costs,
-        busy * costs.link_us,
         engine.shape.row_bytes,
         (1e3 * decode.wall_ms - float(of_layers)) / decode.num_steps,
         most_in_flight(engine.config.device, engine.shape.row_bytes),
@@ -117,21 +109,16 @@ def machine_of_profile(
     Raises:
         BadProfile: the rest of a layer beside such experts is not known.
     """
-    alone, beside = (
-        profile.costs(
-            shape._replace(row_bytes=expert.nbytes),
-            width=expert.width,
-            expert_width=expert.expert_width,
-            batch=batch,
-            cpu_lane=lane,
-        )
-        for lane in (False, True)
+    costs = profile.costs(
+        shape._replace(row_bytes=expert.nbytes),
+        width=expert.width,
+        expert_width=expert.expert_width,
+        batch=batch,
     )
     kind = "cpu" if profile.link_gb_per_s is not None else "cuda"
     return Machine(
         f"{name}, experts of {expert.nbytes / 1e6:.3g} MB",
-        replace(beside, link_us=alone.link_us),
-        beside.link_us,
+        costs,
         expert.nbytes,
         0.0,
         most_in_flight(kind, expert.nbytes),
@@ -143,12 +130,12 @@ def machine_with_link(machine: Machine, factor: float) -> Machine:
     costs = replace(
         machine.costs,
         link_us=machine.costs.link_us / factor,
+        link_busy_us=None if machine.costs.link_busy_us is None else machine.costs.link_busy_us / factor,
         source=f"link emulated {factor:g} times as fast, {machine.costs.source}",
     )
     return machine._replace(
         name=f"{machine.name}, link {factor:g} times as fast",
         costs=costs,
-        link_busy_us=machine.link_busy_us / factor,
         is_here=False,
     )
 

@@ -172,7 +172,6 @@ class Replays:
                 row_bytes=machine.row_bytes,
                 predictor=self._predictor(name, choice.recall),
                 lookahead=self._lookahead,
-                link_busy_us=machine.link_busy_us,
                 step_us=machine.step_us,
                 label=self.label,
             )

@@ -74,7 +74,6 @@ def why(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> W
         cpu=config["cpu"],
         predicts=config["lookahead"] > 0,
         lag=config["lag"],
-        link_busy_us=simulator.link_busy_us,
     )
     slot_of_E, link_free_us = _before(simulator, result, s, moe_layer)
     decided = float(log.times_us[s, moe_layer, DECIDED])

@@ -83,19 +83,16 @@ def predictions_of(predictor: Predictor, trace: RoutingTrace, lookahead: int = L
     return Predicted(expected, used)
 
 
-def compiled_costs(
-    costs: LayerCosts, *, cpu: bool, predicts: bool, lag: int = 0, link_busy_us: float | None = None
-) -> Costs:
+def compiled_costs(costs: LayerCosts, *, cpu: bool, predicts: bool, lag: int = 0) -> Costs:
     """Costs as the decisions read them.
 
     Args:
         cpu: with the CPU lane. `predicts`: a predictor runs in every layer. `lag`: see `Knobs`.
-        link_busy_us: one copy while the CPU computes experts; as `link_us` unless given.
     """
     predict_us = float(costs.predict_us) if predicts else 0.0
     return Costs(
         link_us=float(costs.link_us),
-        link_busy_us=float(costs.link_us if link_busy_us is None else link_busy_us),
+        link_busy_us=float(costs.link_us if costs.link_busy_us is None else costs.link_busy_us),
         gpu_us=float(costs.gpu_us),
         rest_us=float(costs.rest_us) + (0.0 if lag else predict_us),
         predict_us=predict_us if lag else 0.0,

@@ -53,7 +53,6 @@ class Simulator:
         row_bytes: of one expert.
         predictor: what prefetching schedules go by; None: no predictions.
         lookahead: layers ahead that predictions are prepared for.
-        link_busy_us: one copy while the CPU computes experts; as `costs.link_us` unless given.
         step_us: what a step takes besides its MoE layers.
         label: what was replayed, for titles; the trace's model unless given.
 
@@ -70,16 +69,13 @@ class Simulator:
         row_bytes: int,
         predictor: Predictor | None = None,
         lookahead: int = LOOKAHEAD,
-        link_busy_us: float | None = None,
         step_us: float = 0.0,
         label: str = "",
     ) -> None:
-        if row_bytes < 1 or step_us < 0 or (link_busy_us is not None and link_busy_us < 0):
-            raise UnsupportedOption(
-                "row_bytes is at least 1; step_us and link_busy_us are times in microseconds"
-            )
+        if row_bytes < 1 or step_us < 0:
+            raise UnsupportedOption("row_bytes is at least 1; step_us is a time in microseconds")
         self.trace, self.costs, self.predictor, self.row_bytes = trace, costs, predictor, row_bytes
-        self.link_busy_us, self.step_us = link_busy_us, step_us
+        self.step_us = step_us
         self.label = label or trace.model
         self.shape = MoEShape(trace.num_layers, trace.num_experts, trace.top_k, row_bytes)
         self.needs = needs_of(trace)
@@ -255,7 +251,6 @@ class Simulator:
             cpu=settings.cpu,
             predicts=settings.lookahead > 0,
             lag=lag,
-            link_busy_us=self.link_busy_us,
         )
         costs, by = form(self.costs), form(self.costs if believed is None else believed)
         depth = min(settings.lookahead + lag, len(self.predicted.used_dSLE))
