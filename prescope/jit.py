@@ -7,10 +7,13 @@ as ordinary Python, with the same results and some hundred times slower; that is
 import hashlib
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
 
 try:
     import numba
@@ -25,7 +28,7 @@ except ImportError:  # a requirement of the package, but the core has to run whe
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: Whether decisions are compiled here; recorded in `RunResult.hardware`.
-IS_COMPILED = numba is not None
+IS_COMPILED = numba is not None and not numba.config.DISABLE_JIT
 
 
 @cache
@@ -46,6 +49,21 @@ def cache_dir() -> str:
         for stale in folder.parent.glob("compiled-*"):
             shutil.rmtree(stale, ignore_errors=True)
     return str(folder)
+
+
+@contextmanager
+def said_if_compiled_first(function: Any, what: str) -> Iterator[None]:
+    """Around a call that may have to compile its function, which takes tens of seconds once: says so if it has to."""
+    is_known = not IS_COMPILED or getattr(function, "signatures", True)
+    if not is_known:
+        name = f"{Path(function.py_func.__code__.co_filename).stem}.{function.__name__}"
+        is_known = any(Path(cache_dir()).rglob(f"{name}-*.nbi"))
+    if is_known:
+        yield
+        return
+    with tqdm(total=1, desc=f"compiling {what}, once", bar_format="{desc} ({elapsed})", leave=False) as bar:
+        yield
+        bar.update()
 
 
 def jit(function: F) -> F:

@@ -27,6 +27,7 @@ from .planner import Planner
 from .predictor import EarlyRouter, Llapor, Prediction, Predictor
 from .residency import IntArray, LayerNeed, ResidencyTable
 from .scheduler import Schedule, schedule_named
+from .scheduler.decide import ON_DEMAND
 from .scheduler.terms import Knobs, Plan, cpu_time
 from .simulator.prepare import compiled_costs
 
@@ -163,6 +164,14 @@ class Scheduling:
         """End the CPU lane's threads."""
         if self.cpu is not None:
             self.cpu.close()
+
+
+def on_demand(shape: MoEShape) -> Scheduling:
+    """Everything that is missing is copied when it is needed: for cache policies that only the host runs."""
+    knobs = Knobs(ON_DEMAND, lookahead=0, width=0, threshold=0.0)
+    free = LayerCosts(link_us=0.0, gpu_us=0.0, rest_us=0.0, source="nothing is weighed on demand")
+    planner = Planner(knobs, compiled_costs(free, cpu=False, predicts=False), shape, 0)
+    return Scheduling(planner, None, None, Reason.ON_DEMAND)
 
 
 def open_scheduling(

@@ -133,26 +133,49 @@ def test_the_gpu_keeps_the_same_experts_as_the_host_and_computes_the_same_sums(
         world.host_table.check_integrity()
 
 
+def asked(world: World, layer: int, step: int):
+    """Experts and router weights in a layer's question, and whether it is of that step."""
+    words = world.step.messages().ask[layer]
+    return words >> 32 & 0xFFFF, words.view(np.float32)[::2], (words >> 48 == world.step.number(step)).all()
+
+
+def host_decides(**settings) -> captured.Scheduled:
+    given = {
+        "lookahead": 0,
+        "scores": None,
+        "has_cpu": False,
+        "always": True,
+        "width": D,
+        "dtype": torch.float32,
+    }
+    return captured.Scheduled(**(given | settings))
+
+
 def test_a_host_driven_step_asks_for_its_experts_and_goes_on_when_they_are_there():
     tokens, top_k = 2, 2
-    world = World(tokens, top_k, 6, "lru", host=True)
+    world = World(tokens, top_k, 6, "lru", host=True, scheduled=host_decides(always=False))
     x, ids, weights = world.draw(tokens)
-    assert world.step.choice(0, 0) is None, "nobody has asked yet"
+    assert not asked(world, 0, 0)[2], "nobody has asked yet"
     # The answer is given before the question: in the interpreter the waiting kernel and the host are one thread.
     experts, counts = distinct(ids.numpy(), E)
     need = world.host_table.need(0, experts, counts, counts.astype(float))
     slots = world.host_table.take(0, need.experts)
     for expert, slot in zip(need.experts, slots, strict=True):
         world.pool[slot].copy_(world.rows[0][expert])
-    target, source = world.step.answer(0, 0, need.experts, slots)
+    target, source = world.step.landing(1)
     target.copy_(source)
+    world.step.reply(0, 0, need.experts, slots, last_copy=1, num_on_cpu=0)
     out = world.launch(0, x, ids, weights)
     torch.testing.assert_close(out, world.expected(0, x, ids, weights), rtol=2e-5, atol=2e-5)
-    asked, asked_weights = world.step.choice(0, 0)
-    assert asked.tolist() == ids.ravel().tolist()
-    assert asked_weights.tolist() == weights.ravel().tolist()
-    assert world.step.choice(0, 1) is None, "a message of another step is none"
+    found, found_weights, is_it = asked(world, 0, 0)
+    assert is_it and not asked(world, 0, 1)[2], "a message of another step is none"
+    assert found.tolist() == ids.ravel().tolist()
+    assert found_weights.tolist() == weights.ravel().tolist()
     assert (world.table.slot_of.cpu().numpy() == world.host_table.slot_of).all()
+    # Nothing is missing now, so that nobody has to answer.
+    world.step.reply(0, 7, need.experts[:0], slots[:0], last_copy=99, num_on_cpu=0)
+    out = world.launch(0, x, ids, weights)
+    torch.testing.assert_close(out, world.expected(0, x, ids, weights), rtol=2e-5, atol=2e-5)
 
 
 def test_the_log_holds_each_layers_routing():
@@ -171,7 +194,7 @@ def test_the_log_holds_each_layers_routing():
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 3), (9, 4)])
 def test_a_scheduled_step_takes_changes_and_the_cpus_pairs(tokens, top_k):
     """The host answers every layer: two experts on the CPU, the others in slots, one of them changed meanwhile."""
-    way = captured.Scheduled(lookahead=0, scores=None, has_cpu=True, width=D, dtype=torch.float32)
+    way = host_decides(has_cpu=True)
     world = World(tokens, top_k, 20, "lru", host=True, scheduled=way)
     for layer in range(2):
         x, ids, weights = world.draw(tokens)
@@ -196,15 +219,13 @@ def test_a_scheduled_step_takes_changes_and_the_cpus_pairs(tokens, top_k):
         out = world.launch(layer, x, ids, weights)
         torch.testing.assert_close(out, world.expected(layer, x, ids, weights), rtol=2e-5, atol=2e-5)
         assert torch.equal(world.step.inputs[layer], x), "the CPU is given the router's inputs"
-        asked, _ = world.step.choice(layer, 0)
-        assert asked.tolist() == ids.ravel().tolist()
+        found, _, is_it = asked(world, layer, 0)
+        assert is_it and found.tolist() == ids.ravel().tolist()
 
 
 def test_predictions_reach_the_host_with_the_number_of_their_step():
     scores = torch.rand(2, 2, E)
-    way = captured.Scheduled(
-        lookahead=2, scores=lambda *_: scores.to(DEVICE), has_cpu=False, width=D, dtype=torch.float32
-    )
+    way = host_decides(lookahead=2, scores=lambda *_: scores.to(DEVICE))
     world = World(1, 2, 20, "lru", host=True, scheduled=way)
     x, ids, weights = world.draw(1)
     slots = world.host_table.take(0, np.sort(ids.numpy().ravel()))

@@ -4,6 +4,9 @@ Without a GPU a step's launches are run by Triton's interpreter in a thread of t
 the host.
 """
 
+import ctypes
+from importlib import import_module
+
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -12,10 +15,16 @@ import prescope
 from prescope.core import Need
 from prescope.decode import DecodeLoop
 from prescope.errors import TransferFailed
+from prescope.raw import address_of
 from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 TOTAL = LAYERS * EXPERTS
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)
+def refuse(target: int, source: int, nbytes: int, stream: int) -> int:
+    return 700
 
 
 @pytest.fixture(scope="module")
@@ -118,24 +127,48 @@ def test_sampling_and_processors_choose_on_the_host(model, gpu):
     assert texts[0] == texts[1]
 
 
-def test_an_interrupt_in_a_step_leaves_an_engine_that_works(model, gpu, monkeypatch):
+DRIVERS = {"host-driven": "scheduled.serve", "copy-engine": "obey.obey"}
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_an_interrupt_in_a_step_leaves_an_engine_that_works(model, gpu, monkeypatch, driver):
     ids = prompt()
     expected = plain_tokens(model, ids, new=6)
-    with prescope.attach(model, slots=6, decode="host-driven", **gpu) as engine:
+    module, _, name = DRIVERS[driver].partition(".")
+    served = getattr(import_module(f"prescope.decode.{module}"), name)
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return served(*arguments)
+
+    with prescope.attach(model, slots=6, decode=driver, **gpu) as engine:
         engine.generate(ids, max_new_tokens=4)
-        load = engine._serving.loader.load
-
-        def interrupted(moe_layer, *args):
-            if engine._serving.recorder.num_steps > 3:
-                raise KeyboardInterrupt
-            return load(moe_layer, *args)
-
-        monkeypatch.setattr(engine._serving.loader, "load", interrupted)
         engine.clear_cache()
-        with pytest.raises(KeyboardInterrupt):
-            engine.generate(ids, max_new_tokens=30)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(f"prescope.decode.{module}.{name}", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate(ids, max_new_tokens=30)
         assert engine.generate(ids, max_new_tokens=6).tokens == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real driver cannot be made to refuse")
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_copy_that_the_driver_refuses_is_an_error_and_the_engine_works_again(
+    model, gpu, monkeypatch, driver
+):
+    ids = prompt()
+    expected = plain_tokens(model, ids, new=6)
+    with prescope.attach(model, slots=6, decode=driver, **gpu) as engine:
+        good = engine._device.link_functions()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._device, "link_functions", lambda: good._replace(memcpy=address_of(refuse)))
+            with pytest.raises(TransferFailed, match="refused a copy to the GPU with 700"):
+                engine.generate(ids, max_new_tokens=6)
+        assert engine.generate(ids, max_new_tokens=6).tokens == expected
+        engine.check_integrity()
 
 
 def test_cancelling_returns_what_there_is(model, gpu):

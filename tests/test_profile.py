@@ -164,7 +164,9 @@ def test_costs_are_the_measured_times():
     assert costs.copy_us == pytest.approx(4.0)
     assert costs.cpu_us[:2] == (0.0, pytest.approx(1.5 * cpu_us(SMALL, 1)))
     assert costs.cpu_base_us > CPU_BASE_US
-    assert costs.cpu_alone_frac == pytest.approx(made.cpu_us(1, SMALL, busy_link=False) / made.cpu_us(1, SMALL))
+    assert costs.cpu_alone_frac == pytest.approx(
+        made.cpu_us(1, SMALL, busy_link=False) / made.cpu_us(1, SMALL)
+    )
     assert costs.cpu_alone_frac < 1.0
     assert "H200" in costs.source and "2026-11-24" in costs.source
     assert len(made.costs(SHAPE, width=2048, expert_width=768, batch=64).cpu_us) == 65

@@ -1,6 +1,10 @@
 """Schedules in the engine: the same tokens whoever decides, layer by layer and from a graph; honest accounts."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,3 +267,13 @@ def test_what_goes_wrong_on_the_cpu_lane_of_a_graph_step_is_raised(
                 engine.generate(ids, max_new_tokens=5)
         assert engine.generate(ids, max_new_tokens=5).tokens == expected
         engine.check_integrity()
+
+
+def test_plain_python_serves_a_step_alike():
+    """Where numba is not installed the same functions run uncompiled, over ctypes."""
+    one = "tests/test_scheduled.py::test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule[1-7-hybrimoe]"
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", one]
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "CUDA_VISIBLE_DEVICES": ""}
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]

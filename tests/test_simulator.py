@@ -505,4 +505,6 @@ def test_presched_goes_by_what_was_predicted_one_layer_before():
     layers = set(ahead[:, AT_LAYER].tolist())
     assert run.config["lag"] == 1 and layers == {2, 3}
     short = Simulator(trace, COSTS, row_bytes=ROW_BYTES, predictor=Oracle(Shape.of(trace), 1))
-    assert short.run("presched", slots=16).config["lag"] == 0, "one layer ahead is waited for: else it is of no use"
+    assert short.run("presched", slots=16).config["lag"] == 0, (
+        "one layer ahead is waited for: else it is of no use"
+    )

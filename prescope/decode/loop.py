@@ -6,20 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 
-from ..core import Reason
 from ..errors import TransferFailed, UnsupportedOption
 from ..kernels import StepLog
-from ..residency import IntArray
 from ..serving import Serving
+from .obey import OrderedStep
 from .sampler import Sampler
 from .scheduled import ScheduledStep
 from .step import CONTEST, COPY, GPU, HOST, Captured, DecodeStep
 
 if TYPE_CHECKING:
-    from ..kernels.captured import CapturedStep, DeviceTable
+    from ..kernels.captured import DeviceTable
 
 #: Polls between two looks at whether the GPU is still running.
 POLLS = 20_000
@@ -62,6 +60,7 @@ class DecodeLoop:
         self.reason = self._driver_reason() or "layered: the run ended before a step was captured"
         self.cache = step.cache
         self._scheduled_step = ScheduledStep(serving)
+        self._ordered_step: OrderedStep | None = None
 
     @torch.no_grad()
     def __call__(
@@ -138,6 +137,8 @@ class DecodeLoop:
         for buffers in all_buffers:
             if buffers.scheduled is not None:
                 self._scheduled_step.begin(buffers)
+            elif buffers.orders:
+                self._ordered_step = OrderedStep(self._serving, buffers)
         try:
             self._run_steps(sample, first, num_steps)
         except BaseException:
@@ -185,12 +186,11 @@ class DecodeLoop:
         if self._serving.forced is not None:
             self._serving.forced.advance()
         captured.replay()
-        if driver == HOST and buffers.scheduled is not None:
+        if driver == HOST:
             self._scheduled_step.run(launched.number)
-        elif driver == HOST:
-            self._answer(buffers, launched.number)
         elif driver == COPY:
-            self._obey(buffers, launched.number)
+            assert self._ordered_step is not None
+            self._ordered_step.run(launched.number)
         if contest:
             self._await(partial(buffers.tokens, launched.number))
             step.times_s[driver].append(time.perf_counter() - started)
@@ -204,7 +204,7 @@ class DecodeLoop:
         log = buffers.log(launched.number)
         if buffers.scheduled is not None:
             self._scheduled_step.learn(log)
-        elif buffers.policy:  # where the host decides it has counted already
+        else:  # where the host decides it has counted already
             self._serving.count(log.needs)
         if self._serving.recorder is not None:
             self._serving.recorder.log(launched.row, log, is_counted=buffers.scheduled is not None)
@@ -216,8 +216,6 @@ class DecodeLoop:
         self._await(partial(buffers.tokens, launched.number))
         if buffers.scheduled is not None:
             self._scheduled_step.undo()
-        elif not buffers.policy:  # the host counted while it served
-            self._serving.count(-buffers.log(launched.number).needs)
         if self._serving.recorder is not None:
             self._serving.recorder.drop_step()
 
@@ -232,70 +230,14 @@ class DecodeLoop:
                     "the GPU stopped without a message; the CUDA error is above, if there is one"
                 )
 
-    # -- the host's part ---------------------------------------------------------------------------------------
-
-    def _answer(self, captured: "CapturedStep", number: int) -> None:
-        """Serve the misses of all layers of a step that is running."""
-        serving = self._serving
-        recorder = serving.recorder
-        timed = recorder is not None and recorder.timed
-        for layer in serving.layers:
-            moe_layer = layer.moe_layer
-            ids, weights = self._await(partial(captured.choice, moe_layer, number))
-            need = serving.find(layer, ids, serving.weight_sums(layer, ids, weights))
-            if not need.num_misses:
-                continue
-            found, missing = need.experts[: -need.num_misses], need.experts[-need.num_misses :]
-            keys, slots = self._take_slots(moe_layer, found, missing)
-            taken = slots[-need.num_misses :]
-            # The first copy runs while the host prepares the others: the link is idle until it is issued.
-            transfers = [
-                transfer
-                for part in (slice(0, 1), slice(1, None))
-                if len(missing[part])
-                for transfer in serving.loader.load(
-                    moe_layer, missing[part], taken[part], Reason.ON_DEMAND, timed
-                )
-            ]
-            serving.device.send([captured.answer(moe_layer, number, keys, slots)], None)
-            serving.residency.landed(taken)
-            if recorder is not None:
-                recorder.transfers(transfers)
-
-    def _obey(self, captured: "CapturedStep", number: int) -> None:
-        """Copy what the GPU orders for each layer of a step that is running."""
-        device, host, loader = self._serving.device, self._serving.host, self._serving.loader
-        for layer in self._serving.layers:
-            moe_layer = layer.moe_layer
-            orders = self._await(partial(captured.order, moe_layer, number))
-            if orders:
-                nbytes = layer.layout.row_bytes
-                # One by one, so that the first copy is under way while the others are prepared.
-                pairs = ((loader.slot(slot, nbytes), host.row(moe_layer, expert)) for expert, slot in orders)
-                device.send(pairs, captured.acknowledgement(moe_layer, number))
-
-    def _take_slots(self, moe_layer: int, found: IntArray, missing: IntArray) -> tuple[IntArray, IntArray]:
-        """Slots for the missing experts; returns the changed keys and their slots, evicted ones (-1) first."""
-        residency = self._serving.residency
-        before = residency.key_of.copy()
-        residency.protect(residency.slots_for(moe_layer, found))
-        slots = residency.take(moe_layer, missing)
-        residency.unprotect()
-        evicted = before[slots]
-        evicted = evicted[evicted >= 0]
-        keys = np.concatenate([evicted, residency.key_of[slots]])
-        return keys, np.concatenate([np.full(len(evicted), -1), slots])
-
     def _abandon(self) -> None:
-        """Let a host-driven step that is still waiting run to its end, with whatever weights there are."""
-        nothing = np.empty(0, dtype=np.int64)
+        """Let a step that still waits for the host run to its end, with whatever weights there are."""
         for buffers in (captured.buffers for captured in self._step.captured.values()):
-            if buffers.scheduled is not None and buffers.launched:
+            if buffers.launched and buffers.scheduled is not None:
                 self._scheduled_step.abandon(buffers.launched - 1)
-            elif (buffers.orders or not buffers.policy) and buffers.launched:
-                for layer in self._serving.layers:
-                    answer = buffers.answer(layer.moe_layer, buffers.launched - 1, nothing, nothing)
-                    self._serving.device.send([answer], None)
+            elif buffers.launched and buffers.orders:
+                assert self._ordered_step is not None
+                self._ordered_step.abandon(buffers.launched - 1)
         self._serving.device.recover()
 
     # -- whose table is the true one ---------------------------------------------------------------------------

@@ -1,19 +1,20 @@
-"""A captured step under a schedule: the state that `serve` works on, and what is told to others about it."""
+"""A captured step that the host decides: the state that `serve` works on, and what is told to others about it."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import Need
+from ..core import Need, Reason
 from ..cpu_experts import LaneFunctions
-from ..errors import TransferFailed
+from ..jit import said_if_compiled_first
 from ..kernels import StepLog
 from ..planner import Slots, most_in_flight
 from ..raw import clock_address
 from ..residency import NOTHING, IntArray, prefetch_slots
-from ..scheduling import Scheduling
+from ..scheduling import on_demand
 from ..serving import Serving
 from . import serve as at
+from .obey import require_running
 from .serve import Beliefs, Functions, Places, Progress, serve
 
 if TYPE_CHECKING:
@@ -26,36 +27,36 @@ SPARE_EVENTS = 1024
 
 
 class ScheduledStep:
-    """Serves captured steps by the engine's schedule.
+    """Serves captured steps by the engine's schedule, or on demand.
 
     Args:
-        serving: slots, link and schedule.
+        serving: slots, link and schedule, if there is one.
     """
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
+        self._scheduling = serving.scheduling or on_demand(serving.shape)
         self._captured: CapturedStep | None = None
         self._needs: IntArray = np.zeros((0, at.NEED_COLUMNS), np.int64)  # of the last step
 
     def begin(self, captured: "CapturedStep") -> None:
         """Steps follow; the GPU has the table as it is now, and nothing is on the link."""
         serving = self._serving
-        assert serving.scheduling is not None
         serving.loader.cancel()
         serving.device.synchronize()
         serving.loader.poll()
         serving.residency.unprotect()
-        cpu = serving.scheduling.cpu
+        cpu = self._scheduling.cpu
         self._lane = cpu.functions() if cpu is not None else LaneFunctions.without()
         self._functions = Functions(*serving.device.link_functions(), *self._lane.addresses, clock_address())
         self._timed = serving.recorder is not None and serving.recorder.timed
         self._events = serving.device.open_events(self._timed)
-        self._places = self._lay_out(captured, serving.scheduling)
+        self._places = self._lay_out(captured)
         self._progress = self._start(captured)
         self._captured, self._is_abandoned = captured, False
 
-    def _lay_out(self, captured: "CapturedStep", scheduling: Scheduling) -> Places:
-        serving = self._serving
+    def _lay_out(self, captured: "CapturedStep") -> Places:
+        serving, scheduling = self._serving, self._scheduling
         assert captured.scheduled is not None
         table, pool, layers = serving.residency, serving.loader.pool, serving.layers
         most = most_in_flight(serving.device.kind, serving.shape.row_bytes)
@@ -81,8 +82,11 @@ class ScheduledStep:
             uses_weights=int(table.policy.name == "score"),
             policy=table.policy.kind,
             most_on_wire=min(most, prefetch_slots(table.num_slots)),
-            prefetch_reason=at.REASONS.index(scheduling.reason),
+            on_demand=at.REASONS.index(Reason.ON_DEMAND),
+            prefetch=at.REASONS.index(scheduling.reason),
             timed=int(self._timed),
+            ask_shift=48,
+            scores_shift=32,
         )
 
     def _start(self, captured: "CapturedStep") -> Progress:
@@ -123,36 +127,34 @@ class ScheduledStep:
             Exception: what went wrong on the CPU lane.
         """
         serving, captured = self._serving, self._captured
-        scheduling, recorder, table = serving.scheduling, serving.recorder, serving.residency
-        assert scheduling is not None and captured is not None
+        recorder, table = serving.recorder, serving.residency
+        assert captured is not None
         counts = self._progress.counts
         if self._timed:  # events are read when the run is over, so each is used once
             self._events.reserve(counts[at.EVENTS] + at.EVENTS_OF_LAYER * len(serving.layers) + SPARE_EVENTS)
             self._progress = self._progress._replace(events=self._events.handles)
         counts[at.LAYER] = counts[at.NUM_COPIES] = counts[at.NUM_JOBS] = 0
         row = recorder.num_steps - 1 if recorder is not None else -1
-        planner = scheduling.planner
+        planner = self._scheduling.planner
         beliefs = Beliefs(planner.knobs, planner.costs, *planner.calibrated_cpu(), *planner.predictions())
         slots = Slots(table.slot_of, table.key_of, table.in_flight, table.protected, table.policy.scores)
         while True:
-            code = serve(
-                self._functions,
-                self._places,
-                self._progress,
-                beliefs,
-                slots,
-                step,
-                captured.number(step),
-                row,
-            )
+            with said_if_compiled_first(serve, "the host's part of a decode step"):
+                code = serve(
+                    self._functions,
+                    self._places,
+                    self._progress,
+                    beliefs,
+                    slots,
+                    step,
+                    captured.number(step),
+                    row,
+                )
             if code == at.SERVED:
                 break
-            if code != at.NOBODY_ASKED:
-                self._fail(code)
-            if serving.device.is_idle():
-                raise TransferFailed(
-                    "the GPU stopped without a message; the CUDA error is above, if there is one"
-                )
+            if code == at.CPU_FAILED:
+                self._lane.explain()
+            require_running(serving, code, int(counts[at.FAILURE]))
         table.policy.tick = int(counts[at.TICK])
         self._needs = self._progress.needs.copy()
         self._count(1)
@@ -165,14 +167,6 @@ class ScheduledStep:
     def _jobs(self) -> IntArray:
         return self._progress.jobs[: self._progress.counts[at.NUM_JOBS]].copy()
 
-    def _fail(self, code: int) -> None:
-        failure = int(self._progress.counts[at.FAILURE])
-        if code == at.LINK_FAILED:
-            raise TransferFailed(
-                f"the CUDA driver refused a copy to the GPU with {failure}; the slots are cold now, run again"
-            )
-        self._lane.explain()
-
     def _count(self, sign: int) -> None:
         needed, hits, late, _ = self._needs.sum(0).tolist()
         for kind, num in ((Need.HIT, hits), (Need.LATE, late), (Need.MISS, needed - hits - late)):
@@ -180,8 +174,7 @@ class ScheduledStep:
 
     def learn(self, log: StepLog) -> None:
         """What a step says about this machine: its jobs on the CPU, and its stamps, if there is a timeline."""
-        scheduling, times = self._serving.scheduling, self._progress.times
-        assert scheduling is not None
+        scheduling, times = self._scheduling, self._progress.times
         if times[at.CPU_TOOK] > 0:
             scheduling.planner.saw_cpu(float(times[at.CPU_TOOK]), float(times[at.CPU_CALIBRATED]))
             times[at.CPU_TOOK] = times[at.CPU_CALIBRATED] = 0.0

@@ -30,7 +30,6 @@ SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED = range(4)
 WAIT_US = 20_000.0
 #: Reasons of copies in the log, by number.
 REASONS = tuple(Reason)
-_ON_DEMAND = REASONS.index(Reason.ON_DEMAND)
 
 #: Places in `Progress.counts`.
 (
@@ -96,8 +95,12 @@ class Places(NamedTuple):
     uses_weights: int  # whether the cache policy looks at router weights
     policy: int  # its kind
     most_on_wire: int  # prefetches under way at most
-    prefetch_reason: int  # in REASONS
+    on_demand: int  # in REASONS
+    prefetch: int  # the same
     timed: int
+    # Constants in a call of compiled code would have the function compiled once more for each.
+    ask_shift: int
+    scores_shift: int
 
 
 class Progress(NamedTuple):
@@ -132,9 +135,9 @@ class Beliefs(NamedTuple):
 
 
 @jit
-def now_us(functions: Functions, words: IntArray) -> float:
-    """The clock of `time.perf_counter`."""
-    call(functions.clock, (1, words.ctypes.data))
+def now_us(clock: int, words: IntArray) -> float:
+    """The clock of `time.perf_counter`, by way of (2,) `words`."""
+    call(clock, (1, words.ctypes.data))
     return words[0] * 1e6 + words[1] * 1e-3
 
 
@@ -196,11 +199,11 @@ def send(
     for slot in slots:
         progress.copy_of[slot] = batch
     end = begin
-    if places.timed or reason != _ON_DEMAND:
+    if places.timed or reason != places.on_demand:
         end = mark(functions, places, progress)
     if begin < 0 or end < 0:
         return False
-    if reason != _ON_DEMAND:
+    if reason != places.on_demand:
         last = (counts[WIRE_FIRST] + counts[WIRE_COUNT]) % len(progress.wire_slot)
         progress.wire_slot[last], progress.wire_event[last] = slots[0], end
         counts[WIRE_COUNT] += 1
@@ -255,7 +258,7 @@ def pump(functions: Functions, places: Places, progress: Progress, beliefs: Beli
             break
         slots.in_flight[taken[0]] = True
         one[0] = key % E
-        if not send(functions, places, progress, key // E, one, taken, places.prefetch_reason, True):
+        if not send(functions, places, progress, key // E, one, taken, places.prefetch, len(taken) > 0):
             return False
         issued(functions, progress, beliefs.costs.link_busy_us if counts[JOB] else beliefs.costs.link_us)
     return True
@@ -273,7 +276,7 @@ def has_room(progress: Progress, num_layers: int, num_experts: int) -> bool:
 def issued(functions: Functions, progress: Progress, link_us: float) -> None:
     """The link was given so much more."""
     times = progress.times
-    times[LINK_FREE] = max(times[LINK_FREE], now_us(functions, progress.words)) + link_us
+    times[LINK_FREE] = max(times[LINK_FREE], now_us(functions.clock, progress.words)) + link_us
 
 
 @jit
@@ -357,11 +360,11 @@ def wait(
     number: int,
 ) -> int:
     """Wait for a message, prefetching meanwhile."""
-    begin = now_us(functions, progress.words)
+    begin = now_us(functions.clock, progress.words)
     while not has_all(words, shift, number):
         if not pump(functions, places, progress, beliefs, slots):
             return LINK_FAILED
-        if now_us(functions, progress.words) - begin > WAIT_US:
+        if now_us(functions.clock, progress.words) - begin > WAIT_US:
             return NOBODY_ASKED
     return SERVED
 
@@ -415,10 +418,19 @@ def serve(
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
     while counts[LAYER] < L:
         layer = counts[LAYER]
-        code = wait(functions, places, progress, beliefs, slots, places.ask[layer], 48, number)
+        code = wait(functions, places, progress, beliefs, slots, places.ask[layer], places.ask_shift, number)
         made_at = layer - beliefs.knobs.lag
         if code == SERVED and d > 0 and made_at >= 0:  # of a layer before, they have come before this choice
-            code = wait(functions, places, progress, beliefs, slots, places.scores[made_at], 32, number)
+            code = wait(
+                functions,
+                places,
+                progress,
+                beliefs,
+                slots,
+                places.scores[made_at],
+                places.scores_shift,
+                number,
+            )
         if code != SERVED:
             return code
         num_experts = places.num_experts_L[layer]
@@ -438,14 +450,16 @@ def serve(
         counts[TICK] += 1
         decision = decide_layer(
             beliefs.knobs, beliefs.costs, places.policy, counts[TICK], layer, num_experts, ids, sums_E, slots,
-            max(0.0, times[LINK_FREE] - now_us(functions, progress.words)), beliefs.trust, beliefs.predicted_dLE,
+            max(0.0, times[LINK_FREE] - now_us(functions.clock, progress.words)), beliefs.trust, beliefs.predicted_dLE,
             tokens_dE, used_dE,
         )  # fmt: skip
         need, plan, taken = decision.need, decision.plan, decision.slots
         here = need.num_hits + need.num_late
         load, cold = need.experts[here : here + plan.num_load], need.experts[here + plan.num_load :]
         # The first copy runs while what follows is prepared: the link is idle until it is issued.
-        if not send(functions, places, progress, layer, load[:1], taken[:1], _ON_DEMAND, len(load) == 1):
+        if not send(
+            functions, places, progress, layer, load[:1], taken[:1], places.on_demand, len(load) == 1
+        ):
             return LINK_FAILED
         job = 0
         if len(cold):
@@ -461,7 +475,7 @@ def serve(
                 last_copy = max(last_copy, progress.copy_of[slots.slot_of[layer * E + expert]])
         reply(places, progress, layer, step, slots.slot_of, last_copy, len(cold))
         # -- the GPU knows what to wait for: what follows is not waited for
-        if not send(functions, places, progress, layer, load[1:], taken[1:], _ON_DEMAND, True):
+        if not send(functions, places, progress, layer, load[1:], taken[1:], places.on_demand, len(load) > 1):
             return LINK_FAILED
         if len(load):
             each = beliefs.costs.link_busy_us if job else beliefs.costs.link_us

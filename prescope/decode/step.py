@@ -123,7 +123,7 @@ class DecodeStep:
             policy = DEVICE_POLICIES[serving.residency.policy.name] if driver != HOST else 0
             step = table.new_step(
                 self.batch, serving.shape.top_k, policy=policy, orders=driver == COPY, timed=self.timed,
-                scheduled=self._scheduled(),
+                scheduled=self._scheduled() if driver == HOST else None,
             )  # fmt: skip
             self._warm_up(step)
             with compiled_layers(self._model, serving.layers, self._compiled):
@@ -132,15 +132,15 @@ class DecodeStep:
         if len(self._drivers) == 1:
             self.driver, self.why = self._drivers[0], reason
 
-    def _scheduled(self) -> "Scheduled | None":
+    def _scheduled(self) -> "Scheduled":
         scheduling = self._serving.scheduling
-        if scheduling is None:
-            return None
         slots, spec = self._serving.weights[0], self._serving.layers[0].spec
+        lookahead = scheduling.lookahead if scheduling is not None else 0
         return make_scheduled(
-            lookahead=scheduling.lookahead,
-            scores=scheduling.scores if scheduling.lookahead else None,
-            has_cpu=scheduling.cpu is not None,
+            lookahead=lookahead,
+            scores=scheduling.scores if scheduling is not None and lookahead else None,
+            has_cpu=scheduling is not None and scheduling.cpu is not None,
+            always=scheduling is not None,
             width=slots.up.shape[1 if spec.is_transposed else 2],
             dtype=slots.up.dtype,
         )

@@ -30,11 +30,12 @@ ScoreFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.
 
 
 class Scheduled(NamedTuple):
-    """What a schedule of the host's adds to a step: it answers every layer, and may compute and predict."""
+    """What the host adds to a step that it decides: it answers layers, and may compute and predict."""
 
     lookahead: int  # layers ahead that predictions are made for; 0 for none
     scores: ScoreFunction | None
     has_cpu: bool
+    always: bool  # whether layers that miss nothing are answered too: prefetches change the table
     width: int  # D
     dtype: torch.dtype  # of x
 
@@ -48,6 +49,14 @@ class Messages(NamedTuple):
     numbers: NDArray[np.int32]  # (COPY_NUMBERS,)
     landed: int  # address on the GPU
     head: int
+
+
+class OrderMessages(NamedTuple):
+    """Of a step whose copies the GPU orders, in mapped memory; see `on_device._plan`."""
+
+    orders: NDArray[np.int64]  # (L, 1 + n) step << 48 | how many, then step << 48 | expert << 24 | slot
+    ack_sources: NDArray[np.int32]  # (L,) what is copied to `ack` behind a layer's bytes
+    ack: int  # address on the GPU of (L,) int32
 
 
 class DeviceTable:
@@ -100,10 +109,10 @@ class CapturedStep:
     Args:
         table: shared by all steps of an engine.
         num_tokens, top_k: T and K of each layer.
-        policy: number in `kernels.DEVICE_POLICIES`, or `on_device.HOST` when the host decides.
+        policy: number in `kernels.DEVICE_POLICIES`, or `on_device.HOST` when the host decides, by `scheduled`.
         orders: the host hands the GPU's decisions to the copy engine; if not, the GPU fetches misses itself.
         timed: write stamps.
-        scheduled: a schedule of the host's decides; without, the host is asked only where something is missing.
+        scheduled: how the host takes part; None where the GPU decides.
     """
 
     def __init__(
@@ -226,15 +235,18 @@ class CapturedStep:
         stamps = self._stamps[moe_layer * on_device.NUM_STAMPS :]
         if way is not None:
             on_device._await_answer[(1,)](
-                self.step, self._landed, self._updates[moe_layer], self.table.slot_of, stamps,
-                MOST=self.most_updates, TIMED=self._timed, num_warps=1,
+                self._needs[moe_layer], self.step, self._landed, self._updates[moe_layer], self.table.slot_of, stamps,
+                LEAST=0 if way.always else 1, MOST=self.most_updates, TIMED=self._timed, num_warps=1,
             )  # fmt: skip
-        elif self.policy == on_device.HOST or self.orders:
+        elif self.orders:
             on_device._wait[(1,)](
-                self._needs[moe_layer], self.step, self._ack[moe_layer:], self._updates[moe_layer],
-                self.table.slot_of, stamps, UPDATES=self.policy == on_device.HOST, MOST=self.most_updates,
-                TIMED=self._timed, num_warps=1,
-            )  # fmt: skip
+                self._needs[moe_layer],
+                self.step,
+                self._ack[moe_layer : moe_layer + 1],
+                stamps,
+                TIMED=self._timed,
+                num_warps=1,
+            )
         else:
             on_device._fetch[(FETCH_PROGRAMS,)](
                 host_rows.view(torch.int64), pool.view(torch.int64), self._needs[moe_layer], self._fetched[moe_layer],
@@ -386,33 +398,6 @@ class CapturedStep:
         """A step's number in messages (`on_device.sequence_of`)."""
         return step % on_device.NUMBERS + 1
 
-    def choice(self, moe_layer: int, step: int) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
-        """Host-driven: the experts (P,) and router weights (P,) of a layer, once they are there; nobody's id is -1."""
-        words, number = self._asked[moe_layer], self.number(step)
-        if int(words[-1]) >> 48 != number or not (words >> 48 == number).all():
-            return None
-        ids = words >> 32 & 0xFFFF
-        ids[ids == 0xFFFF] = -1
-        return ids, (words & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
-
-    def order(self, moe_layer: int, step: int) -> list[tuple[int, int]] | None:
-        """Copy-engine: what a layer wants copied, (expert, slot) each, once all of it is there."""
-        words, number = self._ordered[moe_layer], self.number(step)
-        head = int(words[0])
-        if head >> 48 != number:
-            return None
-        found = words[1 : 1 + (head & 0xFFFF)].tolist()
-        if any(word >> 48 != number for word in found):
-            return None
-        return [(word >> 24 & 0xFFFFFF, word & 0xFFFFFF) for word in found]
-
-    def answer(
-        self, moe_layer: int, step: int, keys: NDArray[np.int64], slots: NDArray[np.int64]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Host-driven: tell a layer its changed `keys` (n,) and their `slots` (n,). Returns as `acknowledgement`."""
-        self._write_changes(moe_layer, keys, slots)
-        return self.acknowledgement(moe_layer, step)
-
     def _write_changes(
         self, moe_layer: int, keys: NDArray[np.int64], slots: NDArray[np.int64]
     ) -> NDArray[np.int32]:
@@ -465,11 +450,9 @@ class CapturedStep:
         """Scheduled: the word (1,) to set, and to what, when the CPU's part of a layer is done."""
         return self._cpu_flag_words[moe_layer], step + 1
 
-    def acknowledgement(self, moe_layer: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The (target, source) of the copy that must follow the experts' bytes on the H2D stream."""
-        at = slice(moe_layer, moe_layer + 1)
-        self._ack_sources[at] = step + 1  # its last copy is over: the GPU has gone on since
-        return self._ack[at], self._ack_sources[at]
+    def order_messages(self) -> OrderMessages:
+        """Copy-engine: where orders lie, as the host sees them."""
+        return OrderMessages(self._ordered, self._ack_sources.numpy(), self._ack.data_ptr())
 
     def tokens(self, step: int) -> NDArray[np.int64] | None:
         """The tokens (T,) chosen in a step, once they are there."""

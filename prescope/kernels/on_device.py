@@ -6,8 +6,8 @@ They let a whole step run from one CUDA graph. Three ways to serve misses:
 memory, all on the GPU; the host learns what happened a step later.
 *Copy-engine*: `_plan` decides as above and writes its orders into mapped host memory; the host does nothing but hand
 them to the copy engine, and `_wait` lets the step go on when the last byte is there.
-*Host-driven*: `_plan` writes the chosen experts there, and the host decides too, with the same objects as everywhere
-else.
+*Host-driven*: `_plan` writes the chosen experts there, and the host decides too, with the same code as everywhere
+else: on demand for cache policies that the GPU does not know, or by a schedule.
 
 All keep (layer, expert) -> slot on the GPU, where the expert kernels look it up. Shapes: T tokens, K top-k, P = T * K
 pairs, L MoE layers, E experts, S slots.
@@ -168,43 +168,39 @@ def _take_over(updates, slot_of, MOST: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _wait(  # type: ignore[no-untyped-def]
-    needs, step, ack, updates, slot_of, stamps, UPDATES: tl.constexpr, MOST: tl.constexpr, TIMED: tl.constexpr
-):  # fmt: skip
-    """Wait for the host's answer, if one is due, and take over its changes of the slot table, if it decides.
-
-    `ack` is copied by the H2D stream behind the experts' bytes, so it says that they are there. `updates` lies in
-    mapped host memory: HEAD words, the first of which is their number, then MOST keys, then MOST slots.
-    """
+def _wait(needs, step, ack, stamps, TIMED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait for the bytes, if any are missing: `ack` is copied by the H2D stream behind them."""
     if tl.load(needs + 1) > 0:
-        # The step itself, not its number: an old acknowledgement must not answer when numbers come round again.
+        # The step itself, not its number: an old acknowledgement must not answer when numbers come round again. One of
+        # a later step does: a run that was interrupted is answered to its end while an earlier step still waits.
         number = (tl.load(step) + 1).to(tl.int32)
-        while tl.atomic_add(ack, 0, sem="acquire") != number:
+        while tl.atomic_add(ack, 0, sem="acquire") < number:
             pass
-        if UPDATES:
-            _take_over(updates, slot_of, MOST)
     if TIMED:
         tl.store(stamps + _FETCHED, globaltimer())
 
 
 @triton.jit
 def _await_answer(  # type: ignore[no-untyped-def]
-    step, landed, updates, slot_of, stamps, MOST: tl.constexpr, TIMED: tl.constexpr
+    needs, step, landed, updates, slot_of, stamps, LEAST: tl.constexpr, MOST: tl.constexpr, TIMED: tl.constexpr
 ):  # fmt: skip
     """Wait for the host's answer, take over its changes of the slot table, then wait for the bytes it names.
 
     `updates` lies in mapped host memory: HEAD words, then MOST keys, then MOST slots. `landed` counts copies: the H2D
-    stream copies a copy's number there behind its bytes.
+    stream copies a copy's number there behind its bytes. An answer is due if at least LEAST experts are missing.
     """
-    number = (tl.load(step) + 1).to(tl.int32)
-    while tl.load(updates + 3, volatile=True) != number:
-        pass
-    _take_over(updates, slot_of, MOST)
+    is_due = tl.load(needs + 1) >= LEAST
+    if is_due:
+        number = (tl.load(step) + 1).to(tl.int32)
+        while tl.load(updates + 3, volatile=True) < number:
+            pass
+        _take_over(updates, slot_of, MOST)
     if TIMED:
         tl.store(stamps + _DECIDED, globaltimer())
-    last = tl.load(updates + 1, volatile=True)
-    while tl.atomic_add(landed, 0, sem="acquire") < last:
-        pass
+    if is_due:
+        last = tl.load(updates + 1, volatile=True)
+        while tl.atomic_add(landed, 0, sem="acquire") < last:
+            pass
     if TIMED:
         tl.store(stamps + _FETCHED, globaltimer())
 
@@ -216,7 +212,7 @@ def _await_cpu(step, updates, flag, stamps, TIMED: tl.constexpr):  # type: ignor
         tl.store(stamps + _COMPUTED, globaltimer())
     if tl.load(updates + 2, volatile=True) > 0:
         number = (tl.load(step) + 1).to(tl.int32)
-        while tl.load(flag, volatile=True) != number:
+        while tl.load(flag, volatile=True) < number:
             pass
 
 
