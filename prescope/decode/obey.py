@@ -33,14 +33,6 @@ class Orders(NamedTuple):
 
 
 @jit
-def acknowledge(link: LinkFunctions, orders: Orders, layer: int, step: int) -> int:
-    """Copy a step's mark behind all copies issued so far: a layer has its bytes. Returns the driver's code."""
-    orders.ack_sources[layer] = step + 1  # its last copy is over: the GPU has gone on since
-    source = orders.ack_sources.ctypes.data + 4 * layer
-    return call(link.memcpy, (orders.ack + 4 * layer, source, 4, link.stream)) & 0xFFFFFFFF
-
-
-@jit
 def obey(
     link: LinkFunctions,
     clock: int,
@@ -81,7 +73,9 @@ def obey(
                     return LINK_FAILED
             i += 1
         if count > 0:
-            progress[1] = acknowledge(link, orders, layer, step)
+            orders.ack_sources[layer] = step + 1  # its last copy is over: the GPU has gone on since
+            source = orders.ack_sources.ctypes.data + 4 * layer
+            progress[1] = call(link.memcpy, (orders.ack + 4 * layer, source, 4, link.stream)) & 0xFFFFFFFF
             if progress[1] != 0:
                 return LINK_FAILED
         progress[0] += 1
@@ -123,8 +117,9 @@ class OrderedStep:
 
     def abandon(self, step: int) -> None:
         """Let a step that is still waiting run to its end, with whatever weights there are."""
+        # Not by the function that may have failed.
         for layer in range(len(self._serving.layers)):
-            acknowledge(self._link, self._orders, layer, step)
+            self._serving.device.send([self._captured.acknowledgement(layer, step)], None)
 
 
 def require_running(serving: Serving, code: int, failure: int) -> None:

@@ -454,6 +454,12 @@ class CapturedStep:
         """Copy-engine: where orders lie, as the host sees them."""
         return OrderMessages(self._ordered, self._ack_sources.numpy(), self._ack.data_ptr())
 
+    def acknowledgement(self, moe_layer: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy-engine: the (target, source) of a copy that lets a layer go on."""
+        at = slice(moe_layer, moe_layer + 1)
+        self._ack_sources[at] = step + 1
+        return self._ack[at], self._ack_sources[at]
+
     def tokens(self, step: int) -> NDArray[np.int64] | None:
         """The tokens (T,) chosen in a step, once they are there."""
         words = self._host_tokens[step % RING]
