@@ -64,10 +64,8 @@ class _Served(NamedTuple):
     step: int
     num_tokens: int
     needs: NDArray[np.int64]  # (L, 4) needed, hits, late, on the CPU
-    copies: NDArray[
-        np.int64
-    ]  # (n, 7) layer, expert, reason's rank, begin, end, place in its batch, size of the batch
-    jobs: NDArray[np.int64]  # (m, 5) layer, step, experts, begin and end in ns
+    copies: NDArray[np.int64]  # (n, 7) layer, expert, reason's rank, begin, end, place in its batch, its size
+    jobs: NDArray[np.int64]  # (m, 4) layer, step, begin and end in ns
     events: Events
 
 
@@ -381,7 +379,7 @@ class Recorder:
         for layer, expert, reason, begin, end, i, num in served.copies.tolist():
             transfer = Transfer(layer, expert, REASONS[reason], row_bytes[layer], marks[begin], marks[end])
             self._batches.append((step, transfer, i / num, (i + 1) / num))
-        for layer, of_step, _, begin, end in served.jobs.tolist():
+        for layer, of_step, begin, end in served.jobs.tolist():
             if self.timed and of_step < len(self._steps):  # not of a step that never was
                 self._cpu_span(of_step, layer, begin, end)
 

@@ -3,7 +3,8 @@
 A `DecodeStep` is one decode step of a fixed batch over its own static cache. Its first run is served layer by layer;
 then it is captured, once for each *driver*: GPU-driven (the GPU decides and fetches misses itself), copy-engine (the
 GPU decides, the host hands its orders to the copy engine) and host-driven (the host decides while the step runs; every
-cache policy can, and every schedule: `ScheduledStep` answers each layer, `Wire` hands copies to the link).
+cache policy can, and every schedule). What the host does in a step is one call of compiled code: `obey` for the
+copy engine, `serve` where it decides.
 `DecodeLoop` stands in for transformers' loop in `model.generate`; `Decoder` says which runs.
 """
 

@@ -109,7 +109,7 @@ class ScheduledStep:
             events=self._events.handles,
             needs=zeros(L, at.NEED_COLUMNS),
             copies=zeros(3 * total if self._timed else 0, at.COPY_COLUMNS),
-            jobs=zeros(L + 1, at.WORK_COLUMNS),
+            jobs=zeros(L + 1, at.JOB_COLUMNS),
             lot=zeros(at.LOT_WORDS),
             indices=zeros(2 * E + 1 + 2 * P),
             words=zeros(4),
@@ -135,21 +135,13 @@ class ScheduledStep:
             self._progress = self._progress._replace(events=self._events.handles)
         counts[at.LAYER] = counts[at.NUM_COPIES] = counts[at.NUM_JOBS] = 0
         row = recorder.num_steps - 1 if recorder is not None else -1
+        number = captured.number(step)
         planner = self._scheduling.planner
         beliefs = Beliefs(planner.knobs, planner.costs, *planner.calibrated_cpu(), *planner.predictions())
         slots = Slots(table.slot_of, table.key_of, table.in_flight, table.protected, table.policy.scores)
         while True:
             with said_if_compiled_first(serve, "the host's part of a decode step"):
-                code = serve(
-                    self._functions,
-                    self._places,
-                    self._progress,
-                    beliefs,
-                    slots,
-                    step,
-                    captured.number(step),
-                    row,
-                )
+                code = serve(self._functions, self._places, self._progress, beliefs, slots, step, number, row)
             if code == at.SERVED:
                 break
             if code == at.CPU_FAILED:
@@ -182,9 +174,8 @@ class ScheduledStep:
             return
         routed, decided, fetched, done, computed = log.stamps_ns.T
         before = np.concatenate([[log.begin_ns], done[:-1]])
-        computed = np.where(
-            computed > 0, computed, done
-        )  # without a CPU lane the layer ends with the GPU's part
+        # Without a CPU lane a layer ends with the GPU's part.
+        computed = np.where(computed > 0, computed, done)
         # The step behind it may have been served meanwhile; it needs about as many.
         on_gpu = self._needs[:, at.NEEDED] - self._needs[:, at.ON_CPU]
         scheduling.planner.saw_step(

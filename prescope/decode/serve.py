@@ -1,4 +1,4 @@
-"""The host's part of one captured step under a schedule, as one call of compiled code.
+"""The host's part of one captured step that it decides, as one call of compiled code.
 
 Per layer: the choice arrives, everything is decided, on-demand copies are handed to the link and the CPU's experts to
 their threads, and the GPU is told the changes of the slot table and what to wait for. While the next choice is awaited,
@@ -34,15 +34,14 @@ REASONS = tuple(Reason)
 #: Places in `Progress.counts`.
 (
     LAYER, TICK, BATCHES, FAILURE, HELD, KEPT, WIRE_FIRST, WIRE_COUNT, EVENTS, NUM_COPIES, NUM_JOBS, JOB, JOB_LAYER,
-    JOB_STEP, JOB_EXPERTS, NUM_COUNTS,
-) = range(16)  # fmt: skip
+    JOB_STEP, NUM_COUNTS,
+) = range(15)  # fmt: skip
 #: Places in `Progress.times`: when the link is free; what the CPU's jobs took, and were calibrated to take; the same of
 #: the job under way.
 LINK_FREE, CPU_TOOK, CPU_CALIBRATED, JOB_CALIBRATED, NUM_TIMES = range(5)
-#: Columns of the log: of each layer's needs, of each copy, of each job.
-NEEDED, HITS, ON_TIME_LATE, ON_CPU, NEED_COLUMNS = range(5)
-COPY_LAYER, COPY_EXPERT, COPY_REASON, COPY_BEGIN, COPY_END, COPY_INDEX, COPY_OF, COPY_COLUMNS = range(8)
-WORK_LAYER, WORK_STEP, WORK_EXPERTS, WORK_BEGIN, WORK_END, WORK_COLUMNS = range(6)
+#: Columns of the log (`recorder`): of each layer's needs, of each copy, of each job.
+NEEDED, HITS, LATE, ON_CPU, NEED_COLUMNS = range(5)
+COPY_COLUMNS, JOB_COLUMNS = 7, 4
 #: Words of the CPU lane's `Lot` (native.py).
 LOT_WORDS = 11
 #: Events of a layer's on-demand copies at most: before and behind the first one, before and behind the rest.
@@ -117,7 +116,7 @@ class Progress(NamedTuple):
     events: IntArray  # handles
     needs: IntArray  # (L, NEED_COLUMNS)
     copies: IntArray  # (N, COPY_COLUMNS)
-    jobs: IntArray  # (L + 1, WORK_COLUMNS)
+    jobs: IntArray  # (L + 1, JOB_COLUMNS)
     lot: IntArray  # (LOT_WORDS,)
     indices: IntArray  # of a lot
     words: IntArray  # (4,) for functions that write their results
@@ -291,7 +290,7 @@ def collect(functions: Functions, progress: Progress) -> bool:
         state = call(functions.state, (job,)) & 0xFFFFFFFF
     call(functions.span, (job, words.ctypes.data, words.ctypes.data + 8))
     row = counts[NUM_JOBS]
-    jobs[row, :] = (counts[JOB_LAYER], counts[JOB_STEP], counts[JOB_EXPERTS], words[0], words[1])
+    jobs[row, :] = (counts[JOB_LAYER], counts[JOB_STEP], words[0], words[1])
     times[CPU_TOOK] += (words[1] - words[0]) * 1e-3
     times[CPU_CALIBRATED] += times[JOB_CALIBRATED]
     counts[NUM_JOBS] += 1
@@ -481,7 +480,7 @@ def serve(
             each = beliefs.costs.link_busy_us if job else beliefs.costs.link_us
             issued(functions, progress, len(load) * each)
         is_sound = collect(functions, progress)
-        counts[JOB], counts[JOB_LAYER], counts[JOB_STEP], counts[JOB_EXPERTS] = job, layer, row, len(cold)
+        counts[JOB], counts[JOB_LAYER], counts[JOB_STEP] = job, layer, row
         if job:
             times[JOB_CALIBRATED] = calibrated_us(beliefs, decision.lot_first)
         progress.needs[layer, :] = (len(need.experts), need.num_hits, need.num_late, len(cold))
