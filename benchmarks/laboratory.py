@@ -30,10 +30,11 @@ COSTS = LayerCosts(
     link_us=172.0,
     gpu_us=5.0,
     rest_us=90.0,
+    predict_us=60.0,
     decide_us=60.0,
     cpu_us=(0.0, *(140.0 + 6.0 * n for n in range(1, 65))),
     cpu_base_us=20.0,
-    source="stated: link 172 us, GPU 5, CPU 140 + 6 a token, rest 90, decision 60",
+    source="stated: link 172 us, GPU 5, CPU 140 + 6 a token, rest 90, prediction 60, decision 60",
 )
 ROW_BYTES = 9_400_000
 BATCHES = {1: 128, 8: 64, 16: 48, 64: 32}  # batch -> decode steps

@@ -30,7 +30,7 @@ from prescope.engine import Engine
 from prescope.hardware import machine_facts
 from prescope.learning import record_trace
 from prescope.predictor import NoisyOracle, Predictor, TrainConfig
-from prescope.profile import HardwareProfile, markdown
+from prescope.profile import SLOWER_LINKS, HardwareProfile, markdown
 from prescope.result import RunResult
 from prescope.routing import RoutingTrace
 from prescope.scheduler import SCHEDULES
@@ -78,6 +78,7 @@ def run_model(
     """All cells of one model."""
     bench = open_model(name, torch.device(args.device), torch.bfloat16)
     settings: dict[str, Any] = {"device": args.device, "events": True, "compiled": args.compiled}
+    settings["link_factor"] = args.link_factor
     with prescope.attach(bench.model, slots=1.0, **settings) as engine:
         engine.name = bench.name
         started = time.perf_counter()
@@ -85,6 +86,8 @@ def run_model(
             profile = HardwareProfile.load(args.profile)
         else:
             profile = prescope.calibrate(engine, seconds=args.calibrate_seconds, save=False)
+        if args.link_factor > 1:
+            profile = profile.emulated(args.link_factor, SLOWER_LINKS.get(args.link_factor, "slower link"))
         print(f"# calibrated in {time.perf_counter() - started:.0f} s: {profile.label}", flush=True)
         print(markdown(profile.table()), flush=True)
         if args.out:
@@ -419,6 +422,12 @@ def _arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=2, help="turns of each schedule")
     add("--again", nargs="+", default=[], help="only these have more turns than one")
     add("--repeats", type=int, default=1, help="runs of a turn")
+    add(
+        "--link-factor",
+        type=int,
+        default=1,
+        help="copies of each expert: 2 emulates PCIe 4 on PCIe 5, 4 PCIe 3",
+    )
     add("--compiled", action="store_true", help="compile the layers around the experts")
     add("--profile", default="", help="of this machine, to save the time of measuring it")
     add(

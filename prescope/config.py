@@ -37,6 +37,8 @@ class EngineConfig:
             "score" (decayed router weight), "shallow" (first layers stay) or "next-use" (what is expected last).
         link_gb_per_s: bandwidth of the emulated link, GB/s; only with device="cpu" or "null". By default one
             expert takes a millisecond.
+        link_factor: how many times each expert is copied, to study a slower link on a faster one: 2 on PCIe 5 is like
+            PCIe 4, 4 like PCIe 3. CUDA only; results say that the link is emulated.
         kernels: "torch" (reference), "triton" (CUDA), or "auto".
         decode: how decode steps run. "layered": layer by layer, launched from Python. From one CUDA graph, with
             misses read by the GPU ("gpu-driven"), copied on the GPU's orders ("copy-engine"), or served by the host,
@@ -59,6 +61,7 @@ class EngineConfig:
     device: str = "auto"
     cache: str = "lru"
     link_gb_per_s: float | None = None
+    link_factor: int = 1
     kernels: str = "auto"
     decode: str = "auto"
     schedule: str = "on-demand"
@@ -81,6 +84,17 @@ class EngineConfig:
             raise UnsupportedOption(
                 f"decode={self.decode!r} leaves decisions to the GPU, which only on-demand loading can; "
                 f"schedule={self.schedule!r} needs decode='auto', 'host-driven' or 'layered'"
+            )
+        if (
+            isinstance(self.link_factor, bool)
+            or not isinstance(self.link_factor, int)
+            or self.link_factor < 1
+        ):
+            raise UnsupportedOption(f"link_factor is {self.link_factor!r}; it counts copies: 1, 2, 4, ...")
+        if self.link_factor > 1 and self.decode == "gpu-driven":
+            raise UnsupportedOption(
+                "decode='gpu-driven' reads experts itself, once; link_factor needs decode='auto', 'copy-engine', "
+                "'host-driven' or 'layered'"
             )
         if self.lookahead is not None and self.lookahead < 1:
             raise UnsupportedOption(

@@ -207,7 +207,9 @@ class Engine:
         self.reasons = {"slots": slots_reason, "device": device_reason, "kernels": kernel_reason}
         self.frequencies = frequencies
         self._cancelled = False
-        self._device: Device = open_device(kind, config.link_gb_per_s, self.shape.row_bytes)
+        self._device: Device = open_device(
+            kind, config.link_gb_per_s, self.shape.row_bytes, config.link_factor
+        )
         self._serving = Serving(self._device, layers, self.shape, kernel.name, self._dtype)
         try:
             self._require_memory(self.num_slots, _freed_bytes(model, layers, self._device.torch_device))

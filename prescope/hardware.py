@@ -40,7 +40,8 @@ def this_place(described: Mapping[str, Any] | None = None) -> Place:
         kind = "measured" if gpus else "emulated"
     else:
         device, kind = str(described["device"]), str(described["link"])
-    link = gpus.get(device, "PCIe") if kind == "measured" else kind
+    is_real = kind == "measured" or (described or {}).get("link_factor", 1) > 1  # a real link, made slower
+    link = gpus.get(device, "PCIe") if is_real else kind
     return Place(_cpu_name() + _cpu_model(), os.cpu_count() or 1, device, link)
 
 

@@ -81,7 +81,8 @@ class InterpretedGpu(EmulatedLinkDevice):
         return replay, result
 
     def link_functions(self) -> LinkFunctions:
-        return LinkFunctions(*map(address_of, (_memcpy, _create_event, _record_event, _query_event)), 0)
+        functions = map(address_of, (_memcpy, _create_event, _record_event, _query_event))
+        return LinkFunctions(*functions, stream=0, times=1)
 
     def open_events(self, timed: bool) -> _Events:
         assert not timed, "nothing here keeps the time of compiled code's copies"

@@ -171,6 +171,31 @@ def test_a_copy_that_the_driver_refuses_is_an_error_and_the_engine_works_again(
         engine.check_integrity()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts copies by a driver of its own")
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_slower_link_copies_each_expert_more_often(model, gpu, monkeypatch, driver):
+    ids = prompt()
+    expected = plain_tokens(model, ids, new=6)
+    with prescope.attach(model, slots=6, decode=driver, **gpu) as engine:
+        good, sizes = engine._device.link_functions(), []
+
+        @ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)
+        def counted(target: int, source: int, nbytes: int, stream: int) -> int:
+            sizes.append(nbytes)
+            ctypes.memmove(target, source, nbytes)
+            return 0
+
+        found = {}
+        for times in (1, 1, 3):  # the first run captures the step behind one that is served layer by layer
+            way = good._replace(memcpy=address_of(counted), times=times)
+            monkeypatch.setattr(engine._device, "link_functions", lambda way=way: way)
+            engine.clear_cache()
+            sizes.clear()
+            assert engine.generate(ids, max_new_tokens=6).tokens == expected
+            found[times] = sum(size > 4 for size in sizes)
+    assert found[3] == 3 * found[1] > 0
+
+
 def test_cancelling_returns_what_there_is(model, gpu):
     ids = prompt()
     with prescope.attach(model, slots=TOTAL, decode="gpu-driven", **gpu) as engine:

@@ -342,6 +342,8 @@ def test_slots_beyond_the_devices_memory_are_refused(model, monkeypatch):
     [
         {"slots": 1.5}, {"slots": 0}, {"slots": "many"}, {"slots": None}, {"cache": "fifo"}, {"device": "tpu"},
         {"link_gb_per_s": -1.0}, {"device": "cuda", "link_gb_per_s": 3.0}, {"kernels": "magic"},
+        {"link_factor": 0}, {"link_factor": 1.5}, {"device": "cpu", "link_factor": 2},
+        {"link_factor": 2, "decode": "gpu-driven"},
         {"record_inputs": True, "record_routing": False}, {"cache": "static"}, {"kernels": "triton", "device": "cpu"},
     ],
 )  # fmt: skip

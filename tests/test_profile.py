@@ -301,7 +301,10 @@ def test_the_saved_profile_of_this_machine_is_found_again(cache):
 
 
 @pytest.mark.parametrize(("factor", "name"), [(2, "PCIe 4"), (4, "PCIe 3")])
-def test_an_emulated_link_sends_the_same_bytes_more_often_and_says_so_everywhere(factor, name, tmp_path):
+def test_an_emulated_link_sends_the_same_bytes_more_often_and_says_so_everywhere(
+    factor, name, tmp_path, monkeypatch, cache
+):
+    monkeypatch.setattr("prescope.hardware.gpu_links", lambda: {"GPU": "PCIe 5 x16"})
     real = profile(place=this_place())
     slow = real.emulated(factor, name)
     for nbytes in (1 << 16, SMALL.nbytes, 1 << 28):
@@ -315,8 +318,11 @@ def test_an_emulated_link_sends_the_same_bytes_more_often_and_says_so_everywhere
     assert HardwareProfile.load(slow.save(tmp_path / "slow.json")) == slow
     # An engine on the plain link must not be planned by it; one that sends everything as often may.
     assert not slow.is_this_machine()
-    described = {"device": real.place.device, "link": "emulated", "link_factor": factor}
-    assert slow.is_this_machine(described) == (real.place.link == "emulated")
+    described = {"device": "GPU", "link": "emulated", "link_factor": factor}
+    assert slow.is_this_machine(described) and not real.is_this_machine(described)
+    real.save()
+    assert HardwareProfile.of_this_machine(described) == slow
+    assert HardwareProfile.of_this_machine({"device": "GPU", "link": "measured"}) == real
     with pytest.raises(UnsupportedOption):
         slow.emulated(2, "PCIe 2")
 

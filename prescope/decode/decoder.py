@@ -104,6 +104,8 @@ class Decoder:
             return [HOST], f"cache={config.cache!r} needs the host"
         if self._serving.residency.num_slots >= sum(layer.num_experts for layer in self._serving.layers):
             return [GPU], "all experts have slots"
+        if config.link_factor > 1:
+            return [COPY], f"link_factor={config.link_factor} is the copy engine's"
         return [GPU, COPY], ""
 
     def _why_layered(

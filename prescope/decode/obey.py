@@ -68,9 +68,10 @@ def obey(
                 nbytes = orders.row_bytes_L[layer]
                 target = orders.pool + (word & 0xFFFFFF) * orders.slot_bytes
                 source = orders.rows_L[layer] + (word >> 24 & 0xFFFFFF) * nbytes
-                progress[1] = call(link.memcpy, (target, source, nbytes, link.stream)) & 0xFFFFFFFF
-                if progress[1] != 0:
-                    return LINK_FAILED
+                for _ in range(link.times):
+                    progress[1] = call(link.memcpy, (target, source, nbytes, link.stream)) & 0xFFFFFFFF
+                    if progress[1] != 0:
+                        return LINK_FAILED
             i += 1
         if count > 0:
             orders.ack_sources[layer] = step + 1  # its last copy is over: the GPU has gone on since

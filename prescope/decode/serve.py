@@ -61,6 +61,7 @@ class Functions(NamedTuple):
     record_event: int
     query_event: int
     stream: int
+    times: int
     # As `cpu_experts.LaneAddresses`.
     submit: int
     state: int
@@ -185,8 +186,9 @@ def send(
     for i in range(n):
         target = places.pool + slots[i] * places.slot_bytes
         source = places.rows_L[layer] + experts[i] * nbytes
-        if not check(progress, call(functions.memcpy, (target, source, nbytes, functions.stream))):
-            return False
+        for _ in range(functions.times):
+            if not check(progress, call(functions.memcpy, (target, source, nbytes, functions.stream))):
+                return False
     batch = counts[BATCHES] + 1
     if is_numbered:
         counts[BATCHES] = batch

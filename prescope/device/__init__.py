@@ -3,6 +3,7 @@
 import torch
 
 from ..config import EngineConfig, emulated_link_gb_per_s
+from ..errors import UnsupportedOption
 from .base import Device, Events, LinkFunctions, Mark
 from .cuda import CudaDevice
 from .emulated import EmulatedLinkDevice
@@ -34,9 +35,17 @@ def resolve_device(config: EngineConfig, model_device: torch.device) -> tuple[st
     return "cpu", "torch sees no CUDA GPU; the CPU stands in for it, the link is emulated"
 
 
-def open_device(kind: str, link_gb_per_s: float | None, row_bytes: int) -> Device:
-    """Open a device of a resolved kind; `row_bytes`, the size of an expert, sets an emulated link's default."""
+def open_device(kind: str, link_gb_per_s: float | None, row_bytes: int, link_factor: int = 1) -> Device:
+    """Open a device of a resolved kind; `row_bytes`, the size of an expert, sets an emulated link's default.
+
+    Raises:
+        UnsupportedOption: `link_factor` without a real link.
+    """
     if kind == "cuda":
-        return CudaDevice()
+        return CudaDevice(link_factor=link_factor)
+    if link_factor != 1:
+        raise UnsupportedOption(
+            f"link_factor={link_factor} makes a GPU's link slower; without one say link_gb_per_s=..."
+        )
     link = emulated_link_gb_per_s(row_bytes) if link_gb_per_s is None else link_gb_per_s
     return NullDevice(link) if kind == "null" else EmulatedLinkDevice(link)

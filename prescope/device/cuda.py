@@ -27,11 +27,12 @@ class CudaDevice:
     Args:
         index: of the GPU; by default torch's current one.
         copies: how a row is handed to the copy engine, see COPIES.
+        link_factor: how many times each expert is copied, see `EngineConfig`.
     """
 
     kind = "cuda"
 
-    def __init__(self, index: int | None = None, copies: Copies = COPIES) -> None:
+    def __init__(self, index: int | None = None, copies: Copies = COPIES, link_factor: int = 1) -> None:
         if not torch.cuda.is_available():
             raise UnsupportedOption(
                 "device='cuda' asked for, but torch sees no CUDA GPU; use device='cpu' for an emulated link"
@@ -39,6 +40,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self._h2d = torch.cuda.Stream(self.torch_device)
         self._memcpy = open_memcpy() if copies == "driver" else None
+        self._times = link_factor
 
     def describe(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.torch_device)
@@ -47,7 +49,13 @@ class CudaDevice:
             "device_memory_gib": round(properties.total_memory / 2**30, 1),
             "link": "measured",
             "label": f"measured on {properties.name}",
+            **({} if self._times == 1 else self._slower(properties.name)),
         }
+
+    def _slower(self, name: str) -> dict[str, Any]:
+        """What is different when the link is made slower."""
+        label = f"measured on {name}, link emulated: each expert copied {self._times} times"
+        return {"link": "emulated", "link_factor": self._times, "label": label}
 
     def free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.torch_device)
@@ -90,7 +98,8 @@ class CudaDevice:
                     self._h2d.wait_event(mark)
                 start = self._record(self._h2d, timed)
                 for slot, row in pairs:
-                    self._issue(slot, row)
+                    for _ in range(self._times):
+                        self._issue(slot, row)
                     if each:
                         ready.append(self._record(self._h2d, timed))
                 if not each:
@@ -152,7 +161,7 @@ class CudaDevice:
             raise TransferFailed(f"copying experts to the GPU failed: {error}") from error
 
     def link_functions(self) -> LinkFunctions:
-        return link_functions(self._h2d.cuda_stream)
+        return link_functions(self._h2d.cuda_stream, self._times)
 
     def open_events(self, timed: bool) -> DriverEvents:
         return DriverEvents()

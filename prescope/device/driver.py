@@ -48,7 +48,7 @@ def open_memcpy() -> Memcpy:
     return memcpy
 
 
-def link_functions(stream: int) -> LinkFunctions:
+def link_functions(stream: int, times: int) -> LinkFunctions:
     """The driver's functions for compiled code. Raises as `open_driver`."""
     cuda = open_driver()
     return LinkFunctions(
@@ -57,6 +57,7 @@ def link_functions(stream: int) -> LinkFunctions:
         address_of(cuda.cuEventRecord),
         address_of(cuda.cuEventQuery),
         stream,
+        times,
     )
 
 

@@ -4,11 +4,12 @@ from .curves import ExpertCurve, FitError, LinkCurve
 from .files import as_text, own_file, read_json, write_json
 from .lanes import Lanes, nearest
 from .points import KINDS, Circumstances, Expert, Point
-from .profile import HardwareProfile, tokens_per_expert
+from .profile import SLOWER_LINKS, HardwareProfile, tokens_per_expert
 from .tables import markdown
 
 __all__ = [
     "KINDS",
+    "SLOWER_LINKS",
     "Circumstances",
     "Expert",
     "ExpertCurve",

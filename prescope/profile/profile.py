@@ -24,6 +24,8 @@ from .links import paced, sent_often
 from .points import Expert, Point
 from .tables import description, points_table
 
+#: What slower links of a machine with a GPU stand for, by how often each copy is made.
+SLOWER_LINKS = {2: "PCIe 4", 4: "PCIe 3"}
 #: `LayerCosts.cpu_us` reaches at least so far, so that the straight line behind its end has two points.
 LEAST_CPU_TOKENS = 16
 
@@ -186,7 +188,8 @@ class HardwareProfile:
         """The profile that `prescope.calibrate()` saved here, else one that comes with prescope for this very machine.
 
         Args:
-            described: as in `is_this_machine`; an emulated link's rate is taken from it.
+            described: as in `is_this_machine`; an emulated link's rate, or how much slower a real one is made, is taken
+                from it.
 
         Raises:
             NoProfile: there is none, with the remedy.
@@ -198,6 +201,9 @@ class HardwareProfile:
             raise NoProfile(
                 f"{place} has not been calibrated; run prescope.calibrate(), which takes a minute"
             )
+        factor = (described or {}).get("link_factor", 1)
+        if factor > 1:
+            return profile.emulated(factor, SLOWER_LINKS.get(factor, f"1/{factor} of the link"))
         return profile if rate is None or profile.link_gb_per_s is None else profile.with_link(rate)
 
     @classmethod

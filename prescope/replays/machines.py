@@ -10,13 +10,11 @@ from ..cost import LayerCosts, costs_of_run
 from ..engine import Engine
 from ..errors import BadProfile
 from ..planner import most_in_flight
-from ..profile import Expert, HardwareProfile
+from ..profile import SLOWER_LINKS, Expert, HardwareProfile
 from ..profile.files import shipped_files
 from ..result import RunResult
 
 HERE = "this machine"
-#: What slower links of a machine with a GPU stand for, by how often each copy is made.
-SLOWER_LINKS = {2: "PCIe 4", 4: "PCIe 3"}
 
 
 class Machine(NamedTuple):
