@@ -15,7 +15,6 @@ from .residency import LayerNeed, ResidencyTable
 from .scheduler.decide import discount, learn_trust, plan, sort_need, take_slots
 from .scheduler.terms import Costs, FloatArray, IntArray, Knobs, Need, Plan
 
-NO_SUMS = np.empty(0)
 #: Copies below this do not reach the link's rate: PCIe 5 gave 53 GB/s at 4 MiB, 48 at 1 MiB (benchmarks/async_io.py).
 LEAST_BYTES_UNDER_WAY = 4 << 20
 
@@ -200,14 +199,12 @@ class Planner:
             predicted: made at this layer: expected tokens and probability of use, (d, E) each, for the layers behind
                 it; rows beyond the last layer hold zeros. With a lag of 1 they are kept for the next layer's plan.
         """
-        made = predicted
-        if (
-            predicted is not None and self.knobs.lag
-        ):  # those of the layer before; there is none before the first
+        former, self._former = self._former, predicted
+        if predicted is not None and self.knobs.lag:
+            # Those of the layer before; the first layer has none.
             predicted = (
-                self._former if need.moe_layer else (np.zeros_like(predicted[0]), np.zeros_like(predicted[1]))
+                former if need.moe_layer else (np.zeros_like(predicted[0]), np.zeros_like(predicted[1]))
             )
-        self._former = made
         tokens_dE, used_dE = (self._nothing, self._nothing) if predicted is None else predicted
         return plan_layer(
             self.knobs,
@@ -244,7 +241,7 @@ class Planner:
     def saw_cpu(self, took_us: float, calibrated_us: float) -> None:
         """What submissions to the CPU took together, and should have taken as calibrated."""
         costs = self._calibrated
-        ratio = min(max(took_us / calibrated_us, 1.0 / MOST_CPU_FACTOR), MOST_CPU_FACTOR)
+        ratio = min(max(took_us / max(calibrated_us, 1e-9), 1.0 / MOST_CPU_FACTOR), MOST_CPU_FACTOR)
         self.cpu_factor += NEWEST * (ratio - self.cpu_factor)
         factor = self.cpu_factor
         self.costs = self.costs._replace(cpu_us=factor * costs.cpu_us, cpu_base_us=factor * costs.cpu_base_us)
