@@ -7,8 +7,9 @@ routing (--habits), the same for all schedules, and predicted by an oracle that 
 "emulated predictor". A folder with a trained model routes itself and is predicted by a LLaPor trained in the same run.
 Every run starts with empty slots behind the same prompt. The schedules of a batch and number of slots take turns,
 --rounds times, so that what else goes on in the machine falls on all of them. The machine is calibrated first; the
-simulator is then told the rest of a layer and the time to decide from one cell for each batch (marked *), and nothing
-of the others. Prints a table and writes JSON after every batch and number of slots.
+simulator is then told what a layer took in one cell for each batch (marked *): its rest, decision and prediction, the
+link beside the CPU, an expert on GPU and CPU; and nothing of the other cells. Prints a table and writes JSON after
+every batch and number of slots.
 """
 
 import argparse
@@ -98,12 +99,12 @@ def run_model(
             case = make_case(engine, bench.weights, batch, args)
             sizes = {"width": widths[0], "expert_width": widths[1], "batch": batch}
             costs = profile.costs(engine.shape, rest_us=args.rest_us or None, **sizes)
-            run_batch(engine, name, batch, case, costs, profile, args, facts, records)
+            run_batch(engine, name, batch, case, costs, args, facts, records)
 
 
 def run_batch(
-    engine: Engine, name: str, batch: int, case: Case, costs: LayerCosts, profile: HardwareProfile,
-    args: argparse.Namespace, facts: dict[str, Any], records: list[dict[str, Any]],
+    engine: Engine, name: str, batch: int, case: Case, costs: LayerCosts, args: argparse.Namespace,
+    facts: dict[str, Any], records: list[dict[str, Any]],
 ) -> None:  # fmt: skip
     """All slots and schedules of one batch; PreSched's first cell sets the simulator's clock."""
     known: LayerCosts | None = None
@@ -138,7 +139,7 @@ def run_batch(
                 try:
                     cell |= {
                         "told": asdict(known),
-                        **simulated(engine, cell, case, known, step_us, run, profile),
+                        **simulated(engine, cell, case, known, step_us, run),
                     }
                 except Exception:  # noqa: BLE001 - what was measured is kept
                     traceback.print_exc()
@@ -244,7 +245,6 @@ def simulated(
     costs: LayerCosts,
     step_us: float,
     run: RunResult,
-    profile: HardwareProfile,
 ) -> dict[str, Any]:
     """The same cell by the simulator."""
     assert run.trace is not None

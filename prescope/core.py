@@ -44,6 +44,9 @@ class Reason(StrEnum):
     STREAM = "stream"  # its whole layer is copied, whatever is predicted
 
 
+REASONS = tuple(Reason)
+
+
 class Lane(StrEnum):
     """The four lanes of a timeline, and the host's own time."""
 

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from .jit import IS_COMPILED
+import numpy as np
+from numpy.typing import NDArray
+
+from .jit import IS_COMPILED, jit
 
 _INT64, _INT32 = ctypes.c_int64, ctypes.c_int32
-#: `struct timespec` of the host's C library, as two words.
-CLOCK_WORDS = 2
+#: The clock of `time.perf_counter`, as the C library numbers it.
+_CLOCK = int(getattr(time, "CLOCK_MONOTONIC", 0))
 
 
 def address_of(function: Any) -> int:
@@ -24,7 +27,7 @@ def address_of(function: Any) -> int:
 
 @cache
 def clock_address() -> int:
-    """Address of a function (kind, two words) that writes the clock of `time.perf_counter`: seconds, nanoseconds."""
+    """Address of a function (clock, two words) that writes a clock's seconds and nanoseconds, for `now_us`."""
     try:
         return address_of(ctypes.CDLL(None).clock_gettime)
     except (AttributeError, OSError, TypeError):  # not POSIX: by way of the interpreter
@@ -33,7 +36,7 @@ def clock_address() -> int:
 
 @ctypes.CFUNCTYPE(ctypes.c_int, _INT64, _INT64)
 def _python_clock(kind: int, address: int) -> int:
-    words = (_INT64 * CLOCK_WORDS).from_address(address)
+    words = (_INT64 * 2).from_address(address)
     words[0], words[1] = divmod(time.perf_counter_ns(), 1_000_000_000)
     return 0
 
@@ -100,3 +103,10 @@ else:
     def store_int32(address: int, value: int) -> None:
         """Write a word; what was written before is seen before it."""
         _INT32.from_address(int(address)).value = int(value)
+
+
+@jit
+def now_us(clock: int, words: NDArray[np.int64]) -> float:
+    """The clock of `time.perf_counter` in microseconds; `clock` is `clock_address()`, (2,) `words` are overwritten."""
+    call(clock, (_CLOCK, words.ctypes.data))
+    return words[0] * 1e6 + words[1] * 1e-3

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from .core import Lane, Phase, Reason
+from .core import REASONS, Lane, Phase, Reason
 from .device import Device, Events, Mark
 from .events import PHASES, Event, LayerRow, StepRow, event_frame, layer_frame, step_frame
 from .kernels import StepLog
@@ -20,9 +20,6 @@ from .loader import Transfer
 from .residency import LayerNeed
 from .routing import RoutingTrace
 from .scheduling import CpuWork
-
-#: Reasons by their rank, as compiled code names them.
-REASONS = tuple(Reason)
 
 
 class _Span(NamedTuple):

@@ -82,7 +82,7 @@ class InterpretedGpu(EmulatedLinkDevice):
 
     def link_functions(self) -> LinkFunctions:
         functions = map(address_of, (_memcpy, _create_event, _record_event, _query_event))
-        return LinkFunctions(*functions, stream=0, times=1)
+        return LinkFunctions(*functions, stream=0, repeats=1)
 
     def open_events(self, timed: bool) -> _Events:
         assert not timed, "nothing here keeps the time of compiled code's copies"

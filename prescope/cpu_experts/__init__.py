@@ -1,6 +1,6 @@
 """Experts computed on CPU threads from the host rows."""
 
-from .base import CpuJob, CpuLayer, Flag, LaneFunctions, Lot, lot_of
+from .base import CpuJob, CpuLayer, Flag, LaneAddresses, LaneFunctions, Lot, lot_of
 from .lane import CpuExperts
 from .threads import default_threads, physical_cores
 
@@ -9,6 +9,7 @@ __all__ = [
     "CpuJob",
     "CpuLayer",
     "Flag",
+    "LaneAddresses",
     "LaneFunctions",
     "Lot",
     "default_threads",

@@ -93,7 +93,7 @@ class _TorchJob:
         return self._span
 
 
-_int64, _address = ctypes.c_int64, ctypes.c_int64
+_int64 = ctypes.c_int64
 
 
 class _TorchFunctions(LaneFunctions):
@@ -104,9 +104,9 @@ class _TorchFunctions(LaneFunctions):
         self._jobs: dict[int, CpuJob] = {}
         self._error: BaseException | None = None
         self._callbacks = (
-            ctypes.CFUNCTYPE(_int64, _address, _int64, _address)(self._submit),
+            ctypes.CFUNCTYPE(_int64, _int64, _int64, _int64)(self._submit),
             ctypes.CFUNCTYPE(_int64, _int64)(self._state),
-            ctypes.CFUNCTYPE(_int64, _int64, _address, _address)(self._span),
+            ctypes.CFUNCTYPE(_int64, _int64, _int64, _int64)(self._span),
             ctypes.CFUNCTYPE(_int64, _int64)(self._free),
         )
         submit, state, span, free = map(address_of, self._callbacks)
@@ -150,7 +150,7 @@ class _TorchFunctions(LaneFunctions):
 
     def settle(self, job: int) -> None:
         self._jobs[job].cancel()
-        with suppress(BaseException):  # its run is over, whatever it says
+        with suppress(Exception):  # its run is over, whatever it says
             self._jobs[job].wait()
 
     def explain(self) -> NoReturn:

@@ -102,10 +102,10 @@ class Decoder:
             return [config.decode], "as given"
         if config.cache not in DEVICE_POLICIES:
             return [HOST], f"cache={config.cache!r} needs the host"
-        if self._serving.residency.num_slots >= sum(layer.num_experts for layer in self._serving.layers):
-            return [GPU], "all experts have slots"
         if config.link_factor > 1:
             return [COPY], f"link_factor={config.link_factor} is the copy engine's"
+        if self._serving.residency.num_slots >= sum(layer.num_experts for layer in self._serving.layers):
+            return [GPU], "all experts have slots"
         return [GPU, COPY], ""
 
     def _why_layered(

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from ..device import LinkFunctions
 from ..errors import TransferFailed
 from ..jit import jit
-from ..raw import call, clock_address, load_int64
+from ..raw import call, clock_address, load_int64, now_us
 from ..scheduler.terms import IntArray
 from ..serving import Serving
-from .serve import LINK_FAILED, NOBODY_ASKED, SERVED, WAIT_US, now_us
+from .serve import LINK_FAILED, NOBODY_ASKED, SERVED, WAIT_US
 
 if TYPE_CHECKING:
     from ..kernels.captured import CapturedStep
@@ -68,7 +68,7 @@ def obey(
                 nbytes = orders.row_bytes_L[layer]
                 target = orders.pool + (word & 0xFFFFFF) * orders.slot_bytes
                 source = orders.rows_L[layer] + (word >> 24 & 0xFFFFFF) * nbytes
-                for _ in range(link.times):
+                for _ in range(link.repeats):
                     progress[1] = call(link.memcpy, (target, source, nbytes, link.stream)) & 0xFFFFFFFF
                     if progress[1] != 0:
                         return LINK_FAILED

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import Need, Reason
+from ..core import REASONS, Need, Reason
 from ..cpu_experts import LaneFunctions
 from ..jit import said_if_compiled_first
 from ..kernels import StepLog
@@ -48,7 +48,7 @@ class ScheduledStep:
         serving.residency.unprotect()
         cpu = self._scheduling.cpu
         self._lane = cpu.functions() if cpu is not None else LaneFunctions.without()
-        self._functions = Functions(*serving.device.link_functions(), *self._lane.addresses, clock_address())
+        self._functions = Functions(serving.device.link_functions(), self._lane.addresses, clock_address())
         self._timed = serving.recorder is not None and serving.recorder.timed
         self._events = serving.device.open_events(self._timed)
         self._places = self._lay_out(captured)
@@ -82,8 +82,8 @@ class ScheduledStep:
             uses_weights=int(table.policy.name == "score"),
             policy=table.policy.kind,
             most_on_wire=min(most, prefetch_slots(table.num_slots)),
-            on_demand=at.REASONS.index(Reason.ON_DEMAND),
-            prefetch=at.REASONS.index(scheduling.reason),
+            on_demand=REASONS.index(Reason.ON_DEMAND),
+            prefetch=REASONS.index(scheduling.reason),
             timed=int(self._timed),
             ask_shift=48,
             scores_shift=32,

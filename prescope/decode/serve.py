@@ -6,7 +6,7 @@ prefetches are handed to the link as it has room. A layer's slots are safe until
 is done with them.
 
 Written as the same in Python, a layer of Qwen3-30B-A3B's shape took 200 us at batch 1 and 320 us at batch 8 from the
-choice's arrival to the answer (H100 machine, LOG.md): half of a token's time.
+choice's arrival to the answer (H100 machine, LOG.md): more than a third of a token's time at batch 1.
 
 Shapes: L MoE layers, E experts, P pairs (token, choice), S slots, d layers ahead. Times are microseconds.
 """
@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core import Reason
+from ..cpu_experts import LaneAddresses
+from ..device import LinkFunctions
 from ..jit import jit
 from ..planner import Slots, decide_layer
-from ..raw import call, load_int64, store_int32
+from ..raw import call, load_int64, now_us, store_int32
 from ..scheduler.decide import take_slots
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, cpu_time
 
@@ -28,8 +29,6 @@ from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, cpu_time
 SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED = range(4)
 #: So long a message is awaited before the interpreter is asked for signals, and whether the GPU still runs.
 WAIT_US = 20_000.0
-#: Reasons of copies in the log, by number.
-REASONS = tuple(Reason)
 
 #: Places in `Progress.counts`.
 (
@@ -55,19 +54,8 @@ _JOB_RUNS = 0
 class Functions(NamedTuple):
     """Addresses of C functions, and what they are called with."""
 
-    # As `device.LinkFunctions`.
-    memcpy: int
-    create_event: int
-    record_event: int
-    query_event: int
-    stream: int
-    times: int
-    # As `cpu_experts.LaneAddresses`.
-    submit: int
-    state: int
-    span: int
-    free: int
-    lane: int
+    link: LinkFunctions
+    lane: LaneAddresses
     clock: int  # as `raw.clock_address`
 
 
@@ -95,7 +83,7 @@ class Places(NamedTuple):
     uses_weights: int  # whether the cache policy looks at router weights
     policy: int  # its kind
     most_on_wire: int  # prefetches under way at most
-    on_demand: int  # in REASONS
+    on_demand: int  # reason of a copy, by its rank
     prefetch: int  # the same
     timed: int
     # Constants in a call of compiled code would have the function compiled once more for each.
@@ -135,13 +123,6 @@ class Beliefs(NamedTuple):
 
 
 @jit
-def now_us(clock: int, words: IntArray) -> float:
-    """The clock of `time.perf_counter`, by way of (2,) `words`."""
-    call(clock, (1, words.ctypes.data))
-    return words[0] * 1e6 + words[1] * 1e-3
-
-
-@jit
 def check(progress: Progress, code: int) -> bool:
     """Whether the driver is content; its code is kept if not."""
     code &= 0xFFFFFFFF
@@ -158,10 +139,10 @@ def mark(functions: Functions, places: Places, progress: Progress) -> int:
     place = counts[EVENTS] if places.timed else counts[EVENTS] % len(events)
     if events[place] == 0:
         flags = 0 if places.timed else _EVENT_WITHOUT_TIME
-        if not check(progress, call(functions.create_event, (events.ctypes.data + 8 * place, flags))):
+        if not check(progress, call(functions.link.create_event, (events.ctypes.data + 8 * place, flags))):
             return -1
     counts[EVENTS] += 1
-    if not check(progress, call(functions.record_event, (events[place], functions.stream))):
+    if not check(progress, call(functions.link.record_event, (events[place], functions.link.stream))):
         return -1
     return place
 
@@ -186,8 +167,10 @@ def send(
     for i in range(n):
         target = places.pool + slots[i] * places.slot_bytes
         source = places.rows_L[layer] + experts[i] * nbytes
-        for _ in range(functions.times):
-            if not check(progress, call(functions.memcpy, (target, source, nbytes, functions.stream))):
+        for _ in range(functions.link.repeats):
+            if not check(
+                progress, call(functions.link.memcpy, (target, source, nbytes, functions.link.stream))
+            ):
                 return False
     batch = counts[BATCHES] + 1
     if is_numbered:
@@ -195,7 +178,9 @@ def send(
         place = batch % len(places.numbers)
         places.numbers[place] = batch  # the one before it in this place landed long ago
         source = places.numbers.ctypes.data + 4 * place
-        if not check(progress, call(functions.memcpy, (places.landed, source, 4, functions.stream))):
+        if not check(
+            progress, call(functions.link.memcpy, (places.landed, source, 4, functions.link.stream))
+        ):
             return False
     for slot in slots:
         progress.copy_of[slot] = batch
@@ -221,7 +206,7 @@ def land(functions: Functions, progress: Progress, in_flight: NDArray[np.bool_])
     counts = progress.counts
     while counts[WIRE_COUNT] > 0:
         first = counts[WIRE_FIRST]
-        code = call(functions.query_event, (progress.events[progress.wire_event[first]],)) & 0xFFFFFFFF
+        code = call(functions.link.query_event, (progress.events[progress.wire_event[first]],)) & 0xFFFFFFFF
         if code == NOT_READY:
             return True
         if not check(progress, code):
@@ -236,6 +221,8 @@ def land(functions: Functions, progress: Progress, in_flight: NDArray[np.bool_])
 def pump(functions: Functions, places: Places, progress: Progress, beliefs: Beliefs, slots: Slots) -> bool:
     """Hand to the link what is wanted, while it has room. Cheap when there is none."""
     counts = progress.counts
+    if counts[HELD] == 0:  # most often: it is called at every look for a message
+        return True
     E = len(slots.slot_of) // len(places.num_experts_L)
     one = np.empty(1, np.int64)
     while counts[HELD] > 0:
@@ -287,16 +274,16 @@ def collect(functions: Functions, progress: Progress) -> bool:
     job = counts[JOB]
     if job == 0:
         return True
-    state = call(functions.state, (job,)) & 0xFFFFFFFF
+    state = call(functions.lane.state, (job,)) & 0xFFFFFFFF
     while state == _JOB_RUNS:  # it tells the GPU first
-        state = call(functions.state, (job,)) & 0xFFFFFFFF
-    call(functions.span, (job, words.ctypes.data, words.ctypes.data + 8))
+        state = call(functions.lane.state, (job,)) & 0xFFFFFFFF
+    call(functions.lane.span, (job, words.ctypes.data, words.ctypes.data + 8))
     row = counts[NUM_JOBS]
     jobs[row, :] = (counts[JOB_LAYER], counts[JOB_STEP], words[0], words[1])
     times[CPU_TOOK] += (words[1] - words[0]) * 1e-3
     times[CPU_CALIBRATED] += times[JOB_CALIBRATED]
     counts[NUM_JOBS] += 1
-    call(functions.free, (job,))
+    call(functions.lane.free, (job,))
     counts[JOB] = 0
     if state != 1:
         counts[FAILURE] = state
@@ -325,7 +312,7 @@ def compute(
     lot[2], lot[3] = places.width, places.width
     lot[4], lot[5], lot[6], lot[7] = P // places.top_k, P, n, m
     lot[8], lot[9], lot[10] = indices.ctypes.data, places.flags_L[layer], number
-    return call(functions.submit, (functions.lane, places.cpu_layers_L[layer], lot.ctypes.data))
+    return call(functions.lane.submit, (functions.lane.lane, places.cpu_layers_L[layer], lot.ctypes.data))
 
 
 @jit
@@ -462,13 +449,21 @@ def serve(
             functions, places, progress, layer, load[:1], taken[:1], places.on_demand, len(load) == 1
         ):
             return LINK_FAILED
-        job = 0
+        # A layer that has asked is done with the CPU's part of the one before.
+        if not collect(functions, progress):
+            return CPU_FAILED
         if len(cold):
-            job = compute(
-                functions, places, progress, layer, step + 1, cold, decision.lot_first, decision.lot_pairs
+            # Kept before anything else may fail: whoever gives up has to wait for it.
+            counts[JOB], counts[JOB_LAYER], counts[JOB_STEP] = (
+                compute(
+                    functions, places, progress, layer, step + 1, cold, decision.lot_first, decision.lot_pairs
+                ),
+                layer,
+                row,
             )
-            if job == 0:
+            if counts[JOB] == 0:
                 return CPU_FAILED
+            times[JOB_CALIBRATED] = calibrated_us(beliefs, decision.lot_first)
         last_copy = counts[BATCHES] + (1 if len(load) > 1 else 0)  # all of this layer's are one batch
         if len(load) == 0:
             last_copy = 0
@@ -479,19 +474,13 @@ def serve(
         if not send(functions, places, progress, layer, load[1:], taken[1:], places.on_demand, len(load) > 1):
             return LINK_FAILED
         if len(load):
-            each = beliefs.costs.link_busy_us if job else beliefs.costs.link_us
+            each = beliefs.costs.link_busy_us if len(cold) else beliefs.costs.link_us
             issued(functions, progress, len(load) * each)
-        is_sound = collect(functions, progress)
-        counts[JOB], counts[JOB_LAYER], counts[JOB_STEP] = job, layer, row
-        if job:
-            times[JOB_CALIBRATED] = calibrated_us(beliefs, decision.lot_first)
         progress.needs[layer, :] = (len(need.experts), need.num_hits, need.num_late, len(cold))
         counts[HELD], counts[KEPT] = len(plan.prefetch), len(plan.keep)
         progress.held[: len(plan.prefetch)] = plan.prefetch[::-1]
         progress.keep[: len(plan.keep)] = plan.keep
         counts[LAYER] += 1
-        if not is_sound:
-            return CPU_FAILED
         if not pump(functions, places, progress, beliefs, slots):
             return LINK_FAILED
     return SERVED

@@ -28,7 +28,7 @@ class LinkFunctions(NamedTuple):
     record_event: int  # (event, stream)
     query_event: int  # (event): 0 when it has passed, 600 before
     stream: int
-    times: int  # how often each expert is copied: more than once stands for a slower link
+    repeats: int  # how often each expert is copied: more than once stands for a slower link
 
 
 class Events(Protocol):

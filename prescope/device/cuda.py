@@ -40,7 +40,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self._h2d = torch.cuda.Stream(self.torch_device)
         self._memcpy = open_memcpy() if copies == "driver" else None
-        self._times = link_factor
+        self._repeats = link_factor
 
     def describe(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.torch_device)
@@ -49,13 +49,13 @@ class CudaDevice:
             "device_memory_gib": round(properties.total_memory / 2**30, 1),
             "link": "measured",
             "label": f"measured on {properties.name}",
-            **({} if self._times == 1 else self._slower(properties.name)),
+            **({} if self._repeats == 1 else self._slower(properties.name)),
         }
 
     def _slower(self, name: str) -> dict[str, Any]:
         """What is different when the link is made slower."""
-        label = f"measured on {name}, link emulated: each expert copied {self._times} times"
-        return {"link": "emulated", "link_factor": self._times, "label": label}
+        label = f"measured on {name}, link emulated: each expert copied {self._repeats} times"
+        return {"link": "emulated", "link_factor": self._repeats, "label": label}
 
     def free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.torch_device)
@@ -98,7 +98,7 @@ class CudaDevice:
                     self._h2d.wait_event(mark)
                 start = self._record(self._h2d, timed)
                 for slot, row in pairs:
-                    for _ in range(self._times):
+                    for _ in range(self._repeats):
                         self._issue(slot, row)
                     if each:
                         ready.append(self._record(self._h2d, timed))
@@ -161,7 +161,7 @@ class CudaDevice:
             raise TransferFailed(f"copying experts to the GPU failed: {error}") from error
 
     def link_functions(self) -> LinkFunctions:
-        return link_functions(self._h2d.cuda_stream, self._times)
+        return link_functions(self._h2d.cuda_stream, self._repeats)
 
     def open_events(self, timed: bool) -> DriverEvents:
         return DriverEvents()

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from .base import LinkFunctions
 Memcpy = Callable[[int, int, int, int], None]
 
 
+@cache
 def open_driver() -> ctypes.CDLL:
     """The installed driver; torch must have made its context current in this thread.
 
@@ -48,7 +50,7 @@ def open_memcpy() -> Memcpy:
     return memcpy
 
 
-def link_functions(stream: int, times: int) -> LinkFunctions:
+def link_functions(stream: int, repeats: int) -> LinkFunctions:
     """The driver's functions for compiled code. Raises as `open_driver`."""
     cuda = open_driver()
     return LinkFunctions(
@@ -57,7 +59,7 @@ def link_functions(stream: int, times: int) -> LinkFunctions:
         address_of(cuda.cuEventRecord),
         address_of(cuda.cuEventQuery),
         stream,
-        times,
+        repeats,
     )
 
 
