@@ -1,5 +1,6 @@
 """Schedules in the engine: the same tokens whoever decides, layer by layer and from a graph; honest accounts."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import torch
 import prescope
 from prescope.core import Need
 from prescope.cost import LayerCosts
-from prescope.errors import UnsupportedOption
+from prescope.errors import TransferFailed, UnsupportedOption
 from prescope.predictor import Chance, EarlyRouter, Inverted, NoisyOracle, Routers, Shape
+from prescope.raw import address_of
 from prescope.scheduler import SCHEDULES
 from prescope.simulator.prepare import predictions_of
 from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
@@ -277,3 +279,37 @@ def test_plain_python_serves_a_step_alike():
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("refused", [2, 5, 9])
+def test_a_copy_refused_while_the_cpu_computes_leaves_no_job_behind(
+    model, early, frequencies, gpu, monkeypatch, refused
+):
+    """What a job of the run that was given up writes late would be taken for an answer of the next run."""
+    ids = prompt(batch=3, length=5)
+    expected = plain_tokens(model, ids, new=6)
+    memcpy, copies = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * 4), []
+    with opened(model, "presched", early, frequencies, slots=13, **gpu) as engine:
+        good = engine._device.link_functions()
+        copy = memcpy(good.memcpy)
+
+        @memcpy
+        def sometimes(target: int, source: int, nbytes: int, stream: int) -> int:
+            copies.append(nbytes)
+            return (
+                700 if sum(size > 4 for size in copies) == refused else copy(target, source, nbytes, stream)
+            )
+
+        way = good._replace(memcpy=address_of(sometimes))
+        with monkeypatch.context() as patch:
+            lane, made = engine._serving.scheduling.cpu, []
+            functions_of = lane.functions
+            patch.setattr(lane, "functions", lambda: made.append(functions_of()) or made[-1])
+            patch.setattr(engine._device, "link_functions", lambda: way)
+            with pytest.raises(TransferFailed, match="refused a copy"):
+                engine.generate(ids, max_new_tokens=20)
+            assert made and not any(functions._jobs for functions in made), (
+                "each job was waited for and given back"
+            )
+        assert engine.generate(ids, max_new_tokens=6).tokens == expected
+        engine.check_integrity()
