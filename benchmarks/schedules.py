@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from _models import open_model
+from transformers import AutoTokenizer
 
 import prescope
 from prescope.cost import LayerCosts
@@ -80,7 +81,8 @@ def run_model(
     bench = open_model(name, torch.device(args.device), torch.bfloat16)
     settings: dict[str, Any] = {"device": args.device, "events": True, "compiled": args.compiled}
     settings["link_factor"] = args.link_factor
-    with prescope.attach(bench.model, slots=1.0, **settings) as engine:
+    tokenizer = AutoTokenizer.from_pretrained(bench.folder) if bench.folder else None
+    with prescope.attach(bench.model, tokenizer=tokenizer, slots=1.0, **settings) as engine:
         engine.name = bench.name
         started = time.perf_counter()
         if args.profile:
