@@ -7,9 +7,9 @@ routing (--habits), the same for all schedules, and predicted by an oracle that 
 "emulated predictor". A folder with a trained model routes itself and is predicted by a LLaPor trained in the same run.
 Every run starts with empty slots behind the same prompt. The schedules of a batch and number of slots take turns,
 --rounds times, so that what else goes on in the machine falls on all of them. The machine is calibrated first; the
-simulator is then told what a layer took in one cell for each batch (marked *): its rest, decision and prediction, the
-link beside the CPU, an expert on GPU and CPU; and nothing of the other cells. Prints a table and writes JSON after
-every batch and number of slots.
+simulator is then told what a layer took in one cell for each batch (marked *): its rest and decision, the link beside
+the CPU, an expert on GPU and CPU; and nothing of the other cells. Prints a table and writes JSON after every batch and
+number of slots.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def run_batch(
         if known is None and "presched" in cells:
             cell, run = cells["presched"]
             cell["is_known"] = True
-            known, step_us = told_by(run, costs, cell["cpu_factor"])
+            known, step_us = told_by(run, costs, cell["cpu_factor"], args.predict_us)
             if args.out and run.trace is not None:
                 run.trace.save(Path(args.out).with_suffix(f".{plain(name)}.b{batch}.safetensors"))
         for cell, run in cells.values():
@@ -200,7 +200,9 @@ FIELDS = [
 ]  # fmt: skip
 
 
-def told_by(run: RunResult, costs: LayerCosts, cpu_factor: float) -> tuple[LayerCosts, float]:
+def told_by(
+    run: RunResult, costs: LayerCosts, cpu_factor: float, predict_us: float
+) -> tuple[LayerCosts, float]:
     """Costs with the rest of a layer, the decision, and an expert on link, GPU and CPU as one run had them; and a
     step's own time.
     """
@@ -209,10 +211,10 @@ def told_by(run: RunResult, costs: LayerCosts, cpu_factor: float) -> tuple[Layer
     steps, decode = run.metrics.decode.num_steps, run.metrics.decode
     dense = events[(events["kind"] == "dense")]
     inside = float(dense[dense["moe_layer"] >= 0]["dur_us"].sum()) / (steps * layers)
-    waits = events[events["kind"] == "host_wait"]
-    waited = float(waits[waits["moe_layer"] >= 0]["dur_us"].median())
-    # Until the answer the device has made its prediction too, if there is a predictor.
-    decide = min(waited, costs.decide_us) if run.config["predictor"] != "none" else waited
+    # Layers whose experts were all there did not wait for a decision.
+    missed = run.layers[run.layers["hits"] < run.layers["needed"]]
+    waits = events[events["kind"] == "host_wait"].merge(missed[["step", "moe_layer"]])
+    decide = float(waits["dur_us"].median()) if len(waits) else costs.decide_us
     busy = float(events[events["lane"].isin(["gpu", "stall", "host"])]["dur_us"].sum())
     outside = (
         busy
@@ -234,7 +236,7 @@ def told_by(run: RunResult, costs: LayerCosts, cpu_factor: float) -> tuple[Layer
         gpu_us=1e3 * decode.experts_gpu_ms / on_gpu,
         cpu_us=tuple(cpu_factor * us for us in costs.cpu_us),
         cpu_base_us=cpu_factor * costs.cpu_base_us,
-        predict_us=waited - decide,
+        predict_us=predict_us,
         source=source,
     )
     return told, outside
@@ -438,6 +440,7 @@ def _arguments() -> argparse.Namespace:
         default=0.0,
         help="the rest of a layer, for models that --profile does not know",
     )
+    add("--predict-us", type=float, default=15.0, help="one prediction, for the simulator: beside the layer")
     add("--calibrate-seconds", type=float, default=45.0)
     add("--seconds", type=float, default=1e9, help="start no new cell after this")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: an emulated link, to try the script")

@@ -29,14 +29,16 @@ class LayerCosts:
         link_busy_us: the same while the CPU computes experts: both read the same memory. None: as `link_us`.
         gpu_us: one expert computed on the device, with the tokens of a step.
         rest_us: the rest of a layer: attention, router, launches.
-        predict_us: one prediction, counted as the layer's own time: it runs on the same device.
+        predict_us: one prediction. It is made beside the layer; a decision waits for it if its schedule has no lag.
         cpu_us: `cpu_us[n]`: one expert with n tokens on the CPU while the link is busy, when several are submitted
             together; index 0 is 0.0. Beyond its end whoever reads it goes on in a straight line. Empty: no CPU lane.
         cpu_base_us: one submission of CPU experts, however many, and merging its result.
         cpu_alone_frac: what CPU experts take while the link is idle, as a share of what they take beside it: both
             read the same memory. For the clock of the simulator; decisions reckon with a busy link.
-        decide_us: from the router's choice on the device until the host has decided and the first copy can start.
+        decide_us: from the router's choice on the device until the host has decided and the first copy can start. A
+            layer whose experts are all there does not wait for it.
         copy_us: host time to enqueue one copy.
+        is_layered: the host launches each layer, so that its decisions and predictions are in every layer's way.
         source: where the numbers come from, in words.
     """
 
@@ -50,6 +52,7 @@ class LayerCosts:
     cpu_alone_frac: float = 1.0
     decide_us: float = 0.0
     copy_us: float = 0.0
+    is_layered: bool = False
     source: str
 
     def __post_init__(self) -> None:

@@ -227,11 +227,12 @@ class Planner:
         """What the CPU was calibrated to take: for a submission, and for one expert by its tokens."""
         return self._calibrated.cpu_base_us, self._calibrated.cpu_us
 
-    def saw_step(self, rest_us: float, decide_us: float, gpu_us: float) -> None:
-        """What a step's layers took besides their experts, and from the router's choice to the answer; medians. And
-        one expert on the GPU, all of a layer's together and its share of their launches.
+    def saw_step(self, rest_us: float, decide_us: float | None, gpu_us: float) -> None:
+        """What a step's layers took besides their experts, and from the router's choice to the answer (None: no layer
+        waited for one); medians. And one expert on the GPU, all of a layer's together and its share of their launches.
         """
         old = self.costs
+        decide_us = old.decide_us if decide_us is None else decide_us
         self.costs = old._replace(
             rest_us=old.rest_us + NEWEST * (rest_us - old.rest_us),
             decide_us=old.decide_us + NEWEST * (decide_us - old.decide_us),

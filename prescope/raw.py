@@ -88,6 +88,16 @@ if IS_COMPILED:
 
         return store
 
+    @intrinsic
+    def swap_int32(typing, address, value):  # type: ignore[no-untyped-def]
+        """Write a word; loads that follow wait until others may see it. Returns what was there."""
+
+        def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+            pointer = builder.inttoptr(values[0], _I32.as_pointer())
+            return builder.atomic_rmw("xchg", pointer, values[1], "seq_cst")
+
+        return types.int32(types.int64, types.int32), generate
+
     load_int64 = intrinsic(_loading(types.int64, _I64, 8))
     store_int32 = intrinsic(_storing(types.int32, _I32, 4))
 else:
@@ -99,6 +109,12 @@ else:
     def load_int64(address: int) -> int:
         """The word at an address; what is read afterwards is as new as it."""
         return _INT64.from_address(int(address)).value
+
+    def swap_int32(address: int, value: int) -> int:
+        """Write a word; loads that follow wait until others may see it. Returns what was there."""
+        word = _INT32.from_address(int(address))
+        former, word.value = word.value, int(value)
+        return former
 
     def store_int32(address: int, value: int) -> None:
         """Write a word; what was written before is seen before it."""

@@ -166,13 +166,11 @@ class Recorder:
             former_end, last = end, begin
             for layer, stamps in enumerate(step.log.stamps_ns.tolist()):
                 routed, decided, fetched, done, computed = map(self._log_us, stamps)
-                missing = int(step.log.needs[layer, 1])  # for all the GPU knew when it asked
+                missing = int(step.log.needs[layer, 1])  # not there, as the GPU saw it when it asked
                 self._add(index, Lane.GPU, "dense", layer, last, routed)
                 self._add(index, Lane.HOST, "host_wait", layer, routed, decided)
                 has_cpu = stamps[-1] > 0
-                # Under a schedule the host knows better what is missing: what it says is waited for.
-                has_waited = bool(missing) or step.is_counted
-                if has_waited:
+                if missing:
                     self._add(index, Lane.STALL, "stall", layer, decided, fetched)
                     experts = step.log.fetched[layer]
                     share = (fetched - decided) / max(1, missing)
@@ -182,7 +180,7 @@ class Recorder:
                             _Span(Lane.H2D, "transfer", index, layer, expert, Reason.ON_DEMAND, row_bytes[layer],
                                   start, start + share)
                         )  # fmt: skip
-                begin = fetched if has_waited else decided
+                begin = fetched if missing else decided
                 self._add(index, Lane.GPU, "experts", layer, begin, computed if has_cpu else done)
                 if has_cpu:  # summing up the pairs, some microseconds, is in it
                     self._add(index, Lane.STALL, "cpu_wait", layer, computed, done)

@@ -239,7 +239,7 @@ def plan_by(
         lag,
     )
     predicts = min(lookahead + lag, depth) if lookahead else 0
-    form = compiled_costs(costs, cpu=has_cpu, predicts=predicts > 0, lag=lag)
+    form = compiled_costs(costs, cpu=has_cpu, predicts=predicts > 0)
     return Planner(knobs, form, shape, predicts)
 
 

@@ -144,7 +144,6 @@ def host_decides(**settings) -> captured.Scheduled:
         "lookahead": 0,
         "scores": None,
         "has_cpu": False,
-        "always": True,
         "width": D,
         "dtype": torch.float32,
     }
@@ -153,7 +152,7 @@ def host_decides(**settings) -> captured.Scheduled:
 
 def test_a_host_driven_step_asks_for_its_experts_and_goes_on_when_they_are_there():
     tokens, top_k = 2, 2
-    world = World(tokens, top_k, 6, "lru", host=True, scheduled=host_decides(always=False))
+    world = World(tokens, top_k, 6, "lru", host=True, scheduled=host_decides())
     x, ids, weights = world.draw(tokens)
     assert not asked(world, 0, 0)[2], "nobody has asked yet"
     # The answer is given before the question: in the interpreter the waiting kernel and the host are one thread.
@@ -164,16 +163,17 @@ def test_a_host_driven_step_asks_for_its_experts_and_goes_on_when_they_are_there
         world.pool[slot].copy_(world.rows[0][expert])
     target, source = world.step.landing(1)
     target.copy_(source)
-    world.step.reply(0, 0, need.experts, slots, last_copy=1, num_on_cpu=0)
+    world.step.reply(0, 0, world.host_table.slot_of[:E], last_copy=1, num_on_cpu=0)
     out = world.launch(0, x, ids, weights)
     torch.testing.assert_close(out, world.expected(0, x, ids, weights), rtol=2e-5, atol=2e-5)
     found, found_weights, is_it = asked(world, 0, 0)
     assert is_it and not asked(world, 0, 1)[2], "a message of another step is none"
     assert found.tolist() == ids.ravel().tolist()
     assert found_weights.tolist() == weights.ravel().tolist()
-    assert (world.table.slot_of.cpu().numpy() == world.host_table.slot_of).all()
-    # Nothing is missing now, so that nobody has to answer.
-    world.step.reply(0, 7, need.experts[:0], slots[:0], last_copy=99, num_on_cpu=0)
+    assert (world.table.slot_of[:E].cpu().numpy() == world.host_table.slot_of[:E]).all()
+    # The host shows that nothing is missing now, so that nobody has to answer.
+    world.step.messages().shown[:] = world.host_table.slot_of
+    world.step.reply(0, 7, np.full(E, -1), last_copy=99, num_on_cpu=3)
     out = world.launch(0, x, ids, weights)
     torch.testing.assert_close(out, world.expected(0, x, ids, weights), rtol=2e-5, atol=2e-5)
 
@@ -193,7 +193,7 @@ def test_the_log_holds_each_layers_routing():
 
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 3), (9, 4)])
 def test_a_scheduled_step_takes_changes_and_the_cpus_pairs(tokens, top_k):
-    """The host answers every layer: two experts on the CPU, the others in slots, one of them changed meanwhile."""
+    """The host answers: two experts on the CPU, the others in slots."""
     way = host_decides(has_cpu=True)
     world = World(tokens, top_k, 20, "lru", host=True, scheduled=way)
     for layer in range(2):
@@ -213,7 +213,8 @@ def test_a_scheduled_step_takes_changes_and_the_cpus_pairs(tokens, top_k):
         target, source = world.step.landing(layer + 1)
         target.copy_(source)
         # In the interpreter the waiting kernel and the host are one thread, so the answer comes first.
-        world.step.reply(layer, 0, layer * E + here, slots, last_copy=layer + 1, num_on_cpu=len(on_cpu))
+        row = world.host_table.slot_of[layer * E : (layer + 1) * E]
+        world.step.reply(layer, 0, row, last_copy=layer + 1, num_on_cpu=len(on_cpu))
         word, value = world.step.cpu_flag(layer, 0)
         word.fill_(value)
         out = world.launch(layer, x, ids, weights)
@@ -228,10 +229,10 @@ def test_predictions_reach_the_host_with_the_number_of_their_step():
     way = host_decides(lookahead=2, scores=lambda *_: scores.to(DEVICE))
     world = World(1, 2, 20, "lru", host=True, scheduled=way)
     x, ids, weights = world.draw(1)
-    slots = world.host_table.take(0, np.sort(ids.numpy().ravel()))
+    world.host_table.take(0, np.sort(ids.numpy().ravel()))
     words = world.step.messages().scores
     assert not words.any(), "nothing has been predicted"
-    world.step.reply(0, 0, np.sort(ids.numpy().ravel()), slots, last_copy=0, num_on_cpu=0)
+    world.step.reply(0, 0, world.host_table.slot_of[:E], last_copy=0, num_on_cpu=0)
     world.launch(0, x, ids, weights)
     assert (words[0] >> 32 == world.step.number(0)).all() and not words[1].any()
     assert words[0].view(np.float32)[::2].tolist() == scores.ravel().tolist()

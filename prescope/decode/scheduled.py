@@ -53,6 +53,7 @@ class ScheduledStep:
         self._events = serving.device.open_events(self._timed)
         self._places = self._lay_out(captured)
         self._progress = self._start(captured)
+        self._places.shown[:] = serving.residency.slot_of
         self._captured, self._is_abandoned = captured, False
 
     def _lay_out(self, captured: "CapturedStep") -> Places:
@@ -100,7 +101,8 @@ class ScheduledStep:
         progress = Progress(
             counts=zeros(at.NUM_COUNTS),
             times=np.zeros(at.NUM_TIMES),
-            sent=table.slot_of.copy(),
+            shown_in=table.key_of.copy(),
+            loaded=zeros(E),
             copy_of=zeros(table.num_slots),
             held=zeros(total),
             keep=zeros(total),
@@ -178,9 +180,10 @@ class ScheduledStep:
         computed = np.where(computed > 0, computed, done)
         # The step behind it may have been served meanwhile; it needs about as many.
         on_gpu = self._needs[:, at.NEEDED] - self._needs[:, at.ON_CPU]
+        waited = (decided - routed)[log.needs[:, 1] > 0]  # the others did not wait for the host
         scheduling.planner.saw_step(
             float(np.median(routed - before)) / 1e3,
-            float(np.median(decided - routed)) / 1e3,
+            float(np.median(waited)) / 1e3 if len(waited) else None,
             float((computed - fetched).sum()) / 1e3 / max(1, int(on_gpu.sum())),
         )
 
@@ -218,7 +221,7 @@ class ScheduledStep:
         # For a layer that was answered before and waits for bytes.
         self._serving.device.send([captured.landing(MOST_COPIES)], None)
         for layer in self._serving.layers:
-            captured.reply(layer.moe_layer, step, NOTHING, NOTHING, last_copy=0, num_on_cpu=0)
+            captured.reply(layer.moe_layer, step, NOTHING, last_copy=0, num_on_cpu=0)
             if has_cpu:
                 word, value = captured.cpu_flag(layer.moe_layer, step)
                 word.fill_(value)

@@ -1,9 +1,14 @@
 """The host's part of one captured step that it decides, as one call of compiled code.
 
 Per layer: the choice arrives, everything is decided, on-demand copies are handed to the link and the CPU's experts to
-their threads, and the GPU is told the changes of the slot table and what to wait for. While the next choice is awaited,
-prefetches are handed to the link as it has room. A layer's slots are safe until the next layer has asked: then the GPU
-is done with them.
+their threads, and the GPU is told the layer's slots and what to wait for. While the next choice is awaited, prefetches
+are handed to the link as it has room. A layer's slots are safe until the next layer has asked: then the GPU is done
+with them.
+
+A layer that sees all of its experts in `Places.shown` goes on without an answer, so the GPU may be layers ahead of what
+is decided here. An expert is shown while its bytes are there, and known to be: those of on-demand copies when the next
+layer has asked. A slot is given up for a prefetch only if, after hiding its expert, that expert's layer has not asked
+(`on_device._plan`).
 
 Written as the same in Python, a layer of Qwen3-30B-A3B's shape took 200 us at batch 1 and 320 us at batch 8 from the
 choice's arrival to the answer (H100 machine, LOG.md): more than a third of a token's time at batch 1.
@@ -20,7 +25,7 @@ from ..cpu_experts import LaneAddresses
 from ..device import LinkFunctions
 from ..jit import jit
 from ..planner import Slots, decide_layer
-from ..raw import call, load_int64, now_us, store_int32
+from ..raw import call, load_int64, now_us, store_int32, swap_int32
 from ..scheduler.decide import take_slots
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, cpu_time
 
@@ -29,12 +34,15 @@ from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, cpu_time
 SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED = range(4)
 #: So long a message is awaited before the interpreter is asked for signals, and whether the GPU still runs.
 WAIT_US = 20_000.0
+#: So long a decision waits for predictions that were made a layer before. They are there, unless the GPU was busy; and
+#: nothing promises that it makes them while a layer waits for the host.
+PATIENCE_US = 50.0
 
 #: Places in `Progress.counts`.
 (
     LAYER, TICK, BATCHES, FAILURE, HELD, KEPT, WIRE_FIRST, WIRE_COUNT, EVENTS, NUM_COPIES, NUM_JOBS, JOB, JOB_LAYER,
-    JOB_STEP, NUM_COUNTS,
-) = range(15)  # fmt: skip
+    JOB_STEP, NUMBER, LOADED, NUM_COUNTS,
+) = range(17)  # fmt: skip
 #: Places in `Progress.times`: when the link is free; what the CPU's jobs took, and were calibrated to take; the same of
 #: the job under way.
 LINK_FREE, CPU_TOOK, CPU_CALIBRATED, JOB_CALIBRATED, NUM_TIMES = range(5)
@@ -65,10 +73,11 @@ class Places(NamedTuple):
     # As `kernels.captured.Messages`.
     ask: IntArray  # (L, P) step << 48 | expert << 32 | bits of the router weight
     scores: IntArray  # (L, d * 2 * E) step << 32 | bits of the prediction; d may be 0
-    updates: NDArray[np.int32]  # answers
+    answers: NDArray[np.int32]
+    shown: NDArray[np.int32]
     numbers: NDArray[np.int32]  # sources of the copies that follow each batch
     landed: int  # where these numbers are copied to
-    head: int  # words in front of an answer's changes
+    head: int  # words in front of an answer's row
     num_experts_L: IntArray
     row_bytes_L: IntArray
     rows_L: IntArray  # addresses of the host rows
@@ -96,7 +105,8 @@ class Progress(NamedTuple):
 
     counts: IntArray  # (NUM_COUNTS,)
     times: FloatArray  # (NUM_TIMES,)
-    sent: IntArray  # (L * E,) the slot table as the GPU has it
+    shown_in: IntArray  # (S,) key that is shown to be in a slot, -1 for none
+    loaded: IntArray  # (E,) slots whose bytes the layer decided last waits for
     copy_of: IntArray  # (S,) number of the batch that brings a slot's bytes
     held: IntArray  # (L * E,) keys to prefetch, the most wanted last
     keep: IntArray  # (d * E and more,) keys that are evicted last
@@ -201,7 +211,33 @@ def send(
 
 
 @jit
-def land(functions: Functions, progress: Progress, in_flight: NDArray[np.bool_]) -> bool:
+def show(places: Places, progress: Progress, key: int, slot: int) -> None:
+    """Layers that need an expert find it in a slot, from now on."""
+    progress.shown_in[slot] = key
+    store_int32(places.shown.ctypes.data + 4 * key, np.int32(slot))
+
+
+@jit
+def hide(places: Places, progress: Progress, slot: int) -> int:
+    """Layers do not find in a slot what was there; returns its key, -1 if nothing was shown."""
+    key = progress.shown_in[slot]
+    progress.shown_in[slot] = -1
+    if key >= 0:
+        swap_int32(places.shown.ctypes.data + 4 * key, np.int32(-1))
+    return key
+
+
+@jit
+def may_be_in_use(places: Places, progress: Progress, key: int, num_experts: int) -> bool:
+    """Whether a key that was just hidden may have been found before: its layer has asked, and was not decided yet."""
+    layer, counts = key // num_experts, progress.counts
+    if layer < counts[LAYER]:  # what the last layer uses is protected, those before it are done
+        return False
+    return load_int64(places.ask[layer].ctypes.data) >> places.ask_shift == counts[NUMBER]
+
+
+@jit
+def land(functions: Functions, places: Places, progress: Progress, slots: Slots) -> bool:
     """Prefetches whose bytes are there are resident."""
     counts = progress.counts
     while counts[WIRE_COUNT] > 0:
@@ -211,7 +247,9 @@ def land(functions: Functions, progress: Progress, in_flight: NDArray[np.bool_])
             return True
         if not check(progress, code):
             return False
-        in_flight[progress.wire_slot[first]] = False
+        slot = progress.wire_slot[first]
+        slots.in_flight[slot] = False
+        show(places, progress, slots.key_of[slot], slot)
         counts[WIRE_FIRST] = (first + 1) % len(progress.wire_slot)
         counts[WIRE_COUNT] -= 1
     return True
@@ -227,7 +265,7 @@ def pump(functions: Functions, places: Places, progress: Progress, beliefs: Beli
     one = np.empty(1, np.int64)
     while counts[HELD] > 0:
         if counts[WIRE_COUNT] >= places.most_on_wire:
-            if not land(functions, progress, slots.in_flight):
+            if not land(functions, places, progress, slots):
                 return False
             if counts[WIRE_COUNT] >= places.most_on_wire:
                 break
@@ -243,6 +281,12 @@ def pump(functions: Functions, places: Places, progress: Progress, beliefs: Beli
         taken = take_slots(one, slots.key_of, slots.slot_of, fixed, keep, slots.scores)
         if len(taken) == 0:
             counts[HELD] = 0
+            break
+        former = hide(places, progress, taken[0])
+        if former >= 0 and may_be_in_use(places, progress, former, E):
+            slots.slot_of[key], slots.slot_of[former], slots.key_of[taken[0]] = -1, taken[0], former
+            show(places, progress, former, taken[0])
+            counts[HELD] += 1  # as soon as that layer is decided
             break
         slots.in_flight[taken[0]] = True
         one[0] = key % E
@@ -346,13 +390,14 @@ def wait(
     words: IntArray,
     shift: int,
     number: int,
+    most_us: float,
 ) -> int:
     """Wait for a message, prefetching meanwhile."""
     begin = now_us(functions.clock, progress.words)
     while not has_all(words, shift, number):
         if not pump(functions, places, progress, beliefs, slots):
             return LINK_FAILED
-        if now_us(functions.clock, progress.words) - begin > WAIT_US:
+        if now_us(functions.clock, progress.words) - begin > most_us:
             return NOBODY_ASKED
     return SERVED
 
@@ -360,24 +405,19 @@ def wait(
 @jit
 def reply(
     places: Places,
-    progress: Progress,
     layer: int,
     step: int,
     slot_of: IntArray,
     last_copy: int,
     num_on_cpu: int,
 ) -> None:
-    """Let a layer go on: the table's changes since the last answer, the batch of copies to wait for, the CPU's part."""
-    message, head = places.updates[layer], places.head
-    most = (len(message) - head) // 2
-    count = 0
-    for key in range(len(slot_of)):
-        if slot_of[key] != progress.sent[key]:
-            progress.sent[key] = slot_of[key]
-            message[head + count], message[head + most + count] = key, slot_of[key]
-            count += 1
-    message[0], message[1], message[2] = count, last_copy, num_on_cpu
-    store_int32(message.ctypes.data + 12, np.int32(step + 1))
+    """Let a layer go on: its slots, the batch of copies to wait for, the CPU's part."""
+    message, head = places.answers[layer], places.head
+    E = len(message) - head
+    for expert in range(E):
+        message[head + expert] = slot_of[layer * E + expert]
+    message[0], message[1] = last_copy, num_on_cpu
+    store_int32(message.ctypes.data + 8, np.int32(step + 1))
 
 
 @jit
@@ -399,6 +439,7 @@ def serve(
     Returns: SERVED and so on.
     """
     counts, times = progress.counts, progress.times
+    counts[NUMBER] = number
     L, P = places.ask.shape
     E = len(slots.slot_of) // L
     d = len(beliefs.predicted_dLE)
@@ -406,9 +447,15 @@ def serve(
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
     while counts[LAYER] < L:
         layer = counts[LAYER]
-        code = wait(functions, places, progress, beliefs, slots, places.ask[layer], places.ask_shift, number)
+        code = wait(
+            functions, places, progress, beliefs, slots, places.ask[layer], places.ask_shift, number, WAIT_US
+        )
+        if code != SERVED:
+            return code
         made_at = layer - beliefs.knobs.lag
-        if code == SERVED and d > 0 and made_at >= 0:  # of a layer before, they have come before this choice
+        is_foreseen = False
+        if d > 0 and made_at >= 0:
+            most_us = PATIENCE_US if beliefs.knobs.lag else WAIT_US
             code = wait(
                 functions,
                 places,
@@ -418,9 +465,11 @@ def serve(
                 places.scores[made_at],
                 places.scores_shift,
                 number,
+                most_us,
             )
-        if code != SERVED:
-            return code
+            is_foreseen = code == SERVED
+            if code == LINK_FAILED or (code == NOBODY_ASKED and beliefs.knobs.lag == 0):
+                return code
         num_experts = places.num_experts_L[layer]
         sums_E = np.zeros(num_experts if places.uses_weights else 0)
         weights = places.ask[layer].view(np.float32)[::2]  # the lower halves
@@ -429,11 +478,15 @@ def serve(
             if ids[pair] < num_experts and places.uses_weights:
                 sums_E[ids[pair]] += weights[pair]
         predictions = places.scores[max(0, made_at)].view(np.float32)[::2]
-        for ahead in range(d if made_at >= 0 else 0):
+        if not is_foreseen:
+            tokens_dE[:], used_dE[:] = 0.0, 0.0
+        for ahead in range(d if is_foreseen else 0):
             first = 2 * E * ahead
             tokens_dE[ahead] = predictions[first : first + E]
             used_dE[ahead] = predictions[first + E : first + 2 * E]
-        if not land(functions, progress, slots.in_flight):
+        for slot in progress.loaded[: counts[LOADED]]:  # the layer before has waited for them
+            show(places, progress, slots.key_of[slot], slot)
+        if not land(functions, places, progress, slots):
             return LINK_FAILED
         counts[TICK] += 1
         decision = decide_layer(
@@ -444,6 +497,10 @@ def serve(
         need, plan, taken = decision.need, decision.plan, decision.slots
         here = need.num_hits + need.num_late
         load, cold = need.experts[here : here + plan.num_load], need.experts[here + plan.num_load :]
+        for slot in taken:
+            hide(places, progress, slot)
+        counts[LOADED] = len(taken)
+        progress.loaded[: len(taken)] = taken
         # The first copy runs while what follows is prepared: the link is idle until it is issued.
         if not send(
             functions, places, progress, layer, load[:1], taken[:1], places.on_demand, len(load) == 1
@@ -469,7 +526,7 @@ def serve(
             last_copy = 0
             for expert in need.experts[need.num_hits : here]:
                 last_copy = max(last_copy, progress.copy_of[slots.slot_of[layer * E + expert]])
-        reply(places, progress, layer, step, slots.slot_of, last_copy, len(cold))
+        reply(places, layer, step, slots.slot_of, last_copy, len(cold))
         # -- the GPU knows what to wait for: what follows is not waited for
         if not send(functions, places, progress, layer, load[1:], taken[1:], places.on_demand, len(load) > 1):
             return LINK_FAILED

@@ -140,7 +140,6 @@ class DecodeStep:
             lookahead=lookahead,
             scores=scheduling.scores if scheduling is not None and lookahead else None,
             has_cpu=scheduling is not None and scheduling.cpu is not None,
-            always=scheduling is not None,
             width=slots.up.shape[1 if spec.is_transposed else 2],
             dtype=slots.up.dtype,
         )
@@ -163,7 +162,7 @@ class DecodeStep:
             x = torch.zeros((self.batch, width), dtype=slots.up.dtype, device=device)
             nobody = torch.full((self.batch, step.top_k), -1, device=device)
             if step.scheduled is not None:  # nobody is asked, so the answer is there before
-                step.reply(layer.moe_layer, 0, NOTHING, NOTHING, last_copy=0, num_on_cpu=0)
+                step.reply(layer.moe_layer, 0, NOTHING, last_copy=0, num_on_cpu=0)
             # Weights in both dtypes that routers give: the kernels differ.
             for dtype in {x.dtype, torch.float32}:
                 weights = torch.zeros((self.batch, step.top_k), dtype=dtype, device=device)

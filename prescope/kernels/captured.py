@@ -35,7 +35,6 @@ class Scheduled(NamedTuple):
     lookahead: int  # layers ahead that predictions are made for; 0 for none
     scores: ScoreFunction | None
     has_cpu: bool
-    always: bool  # whether layers that miss nothing are answered too: prefetches change the table
     width: int  # D
     dtype: torch.dtype  # of x
 
@@ -45,7 +44,8 @@ class Messages(NamedTuple):
 
     ask: NDArray[np.int64]  # (L, P)
     scores: NDArray[np.int64]  # (L, d * 2 * E)
-    updates: NDArray[np.int32]  # (L, head + 2 * most_updates)
+    answers: NDArray[np.int32]  # (L, head + E)
+    shown: NDArray[np.int32]  # (L * E,) slots of experts whose bytes are there, -1 for all others
     numbers: NDArray[np.int32]  # (COPY_NUMBERS,)
     landed: int  # address on the GPU
     head: int
@@ -139,18 +139,16 @@ class CapturedStep:
         self._fetch_slot = torch.zeros(most, dtype=torch.int32, device=device)
         self._mark = torch.zeros(_power_of_2(shape.num_experts + 1), dtype=torch.int32, device=device)
         # Messages to the host and back, where the host serves misses.
-        # Between two answers all that a schedule looks at may have come, and each expert taken in has put one out.
-        ahead = shape.num_experts * max(1, scheduled.lookahead) if scheduled else 0
-        self.most_updates = _power_of_2(min(2 * (most + ahead), shape.total_experts))
         self._ask = _mapped((L, P), torch.int64, device)
         self._orders = _mapped((L, 1 + most), torch.int64, device)
-        self._updates = _mapped((L, on_device.HEAD + 2 * self.most_updates), torch.int32, device)
+        self._answers = _mapped((L, on_device.HEAD + shape.num_experts), torch.int32, device)
+        self._shown = _mapped((shape.total_experts,), torch.int32, device).fill_(-1)
         self._ack = torch.zeros(L, dtype=torch.int32, device=device)
         self._ack_sources = _mapped((L,), torch.int32, device)
         # Host views.
         self._asked = self._ask.numpy()
         self._ordered = self._orders.numpy()
-        self._update_rows = self._updates.numpy()
+        self._answer_rows = self._answers.numpy()
         self._make_lanes(L, P, device)
         self._host_ring = self._ring.numpy()
         self._host_tokens = self._tokens_ring.numpy()
@@ -168,6 +166,9 @@ class CapturedStep:
         if way is None:
             return
         T = self.num_tokens
+        # Predictions are made beside the layer, not in its way.
+        self._side = torch.cuda.Stream(device) if way.scores is not None and device.type == "cuda" else None
+        self._read_aside: list[torch.Tensor] = []
         self._landed = torch.zeros(1, dtype=torch.int32, device=device)
         numbers = _mapped((COPY_NUMBERS,), torch.int32, device)
         self._numbers, self._number_words = numbers.numpy(), numbers.split(1)
@@ -229,14 +230,14 @@ class CapturedStep:
             )
         self._plan(moe_layer, num_experts, ids, weights_TK)
         if way is not None and way.scores is not None:
-            self._publish_scores(moe_layer, way.scores(moe_layer, x_TD, ids_TK, weights_TK))
+            self._predict(way.scores, moe_layer, x_TD, ids_TK, weights_TK)
         first = moe_layer * self.table.shape.num_experts
         slot_of = self.table.slot_of[first : first + num_experts]
         stamps = self._stamps[moe_layer * on_device.NUM_STAMPS :]
         if way is not None:
             on_device._await_answer[(1,)](
-                self._needs[moe_layer], self.step, self._landed, self._updates[moe_layer], self.table.slot_of, stamps,
-                LEAST=0 if way.always else 1, MOST=self.most_updates, TIMED=self._timed, num_warps=1,
+                self._needs[moe_layer], self.step, self._landed, self._answers[moe_layer], slot_of, stamps, num_experts,
+                EXPERTS=_power_of_2(num_experts), TIMED=self._timed, num_warps=1,
             )  # fmt: skip
         elif self.orders:
             on_device._wait[(1,)](
@@ -256,8 +257,9 @@ class CapturedStep:
         y_PD = self._experts(num_experts, x_TD, ids, slot_of, spec, slots)
         if has_cpu:
             on_device._await_cpu[(1,)](
+                self._needs[moe_layer],
                 self.step,
-                self._updates[moe_layer],
+                self._answers[moe_layer],
                 self.cpu_flags[moe_layer:],
                 stamps,
                 TIMED=self._timed,
@@ -272,6 +274,24 @@ class CapturedStep:
             TIMED=self._timed,
         )  # fmt: skip
         return out
+
+    def _predict(
+        self,
+        function: ScoreFunction,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> None:
+        """Predictions go to the host, on a branch of the graph that only the step's end waits for."""
+        if self._side is None:
+            self._publish_scores(moe_layer, function(moe_layer, x_TD, ids_TK, weights_TK))
+            return
+        # Nobody may write there before the branch has read: memory is handed out by the main branch's order.
+        self._read_aside += [x_TD, ids_TK, weights_TK]
+        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        with torch.cuda.stream(self._side):
+            self._publish_scores(moe_layer, function(moe_layer, x_TD, ids_TK, weights_TK))
 
     def _publish_scores(self, moe_layer: int, scores: torch.Tensor | None) -> None:
         assert scores is not None, "a schedule that predicts has a predictor"
@@ -288,13 +308,13 @@ class CapturedStep:
         on_device._plan[(1,)](
             ids, weights_TK, self.table.slot_of, self.table.key_of, self.table.scores, self.table.tick, self.step,
             self._ids[moe_layer], self._weights[moe_layer], self._needs[moe_layer],
-            self._stamps[moe_layer * on_device.NUM_STAMPS :], self._ask[moe_layer], self._orders[moe_layer],
-            self._fetched[moe_layer],
+            self._stamps[moe_layer * on_device.NUM_STAMPS :], self._ask[moe_layer],
+            self._shown[moe_layer * shape.num_experts :], self._orders[moe_layer], self._fetched[moe_layer],
             self._fetch_slot, self._mark, moe_layer * shape.num_experts, self.num_pairs, num_experts,
             self.table.num_slots,
             # At least as many pairs as threads: histograms of fewer elements are not supported everywhere.
             POLICY=self.policy, ORDERS=self.orders,
-            FENCE=self.scheduled is not None and self.scheduled.has_cpu and ids.is_cuda,
+            FENCE=ids.is_cuda,
             PAIRS=max(128, _power_of_2(self.num_pairs)),
             EXPERTS=len(self._mark), SLOTS=_power_of_2(self.table.num_slots), TIMED=self._timed,
             num_warps=4 if self.table.num_slots <= 2048 else 16,
@@ -355,6 +375,9 @@ class CapturedStep:
 
     def finish(self, tokens: torch.Tensor) -> None:
         """Last launches of a step: the log and the chosen tokens (T,) go to the host."""
+        if self.scheduled is not None and self._side is not None:
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+            self._read_aside.clear()
         if self._timed:
             on_device._stamp[(1,)](self._stamps[-1:])
         words = self._log.numel()
@@ -386,7 +409,8 @@ class CapturedStep:
         self._ask.zero_()
         self._orders.zero_()
         self._tokens_ring.zero_()
-        self._updates.zero_()
+        self._answers.zero_()
+        self._shown.fill_(-1)
         if self.scheduled is not None:
             self._scores.zero_()
             self._landed.zero_()
@@ -398,43 +422,29 @@ class CapturedStep:
         """A step's number in messages (`on_device.sequence_of`)."""
         return step % on_device.NUMBERS + 1
 
-    def _write_changes(
-        self, moe_layer: int, keys: NDArray[np.int64], slots: NDArray[np.int64]
-    ) -> NDArray[np.int32]:
-        assert len(keys) <= self.most_updates, f"{len(keys)} changes, room for {self.most_updates}"
-        message, first = self._update_rows[moe_layer], on_device.HEAD
-        message[first : first + len(keys)] = keys
-        message[first + self.most_updates : first + self.most_updates + len(keys)] = slots
-        message[0] = len(keys)
-        return message
-
     def reply(
-        self,
-        moe_layer: int,
-        step: int,
-        keys: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        last_copy: int,
-        num_on_cpu: int,
+        self, moe_layer: int, step: int, slot_of_E: NDArray[np.integer], last_copy: int, num_on_cpu: int
     ) -> None:
         """Scheduled: let a layer go on.
 
         Args:
-            keys, slots: (n,) changes of the table since the last reply.
+            slot_of_E: (E,) the layer's row of the slot table; -1 for experts that the CPU computes.
             last_copy: number of the copy whose bytes it must wait for, see `landing`; 0: it has all it needs.
             num_on_cpu: its experts that the CPU computes: `cpu_flag` must be set when that is done.
         """
-        message = self._write_changes(moe_layer, keys, slots)
-        message[1], message[2] = last_copy, num_on_cpu
+        message, head = self._answer_rows[moe_layer], on_device.HEAD
+        message[head : head + len(slot_of_E)] = slot_of_E
+        message[0], message[1] = last_copy, num_on_cpu
         # Last: x86 keeps the order of stores, and the GPU reads the rest after it has seen this.
-        message[3] = step + 1
+        message[2] = step + 1
 
     def messages(self) -> Messages:
         """Scheduled: where messages lie, as the host sees them."""
         return Messages(
             self._asked,
             self._scored,
-            self._update_rows,
+            self._answer_rows,
+            self._shown.numpy(),
             self._numbers,
             self._landed.data_ptr(),
             on_device.HEAD,

@@ -7,10 +7,11 @@ memory, all on the GPU; the host learns what happened a step later.
 *Copy-engine*: `_plan` decides as above and writes its orders into mapped host memory; the host does nothing but hand
 them to the copy engine, and `_wait` lets the step go on when the last byte is there.
 *Host-driven*: `_plan` writes the chosen experts there, and the host decides too, with the same code as everywhere
-else: on demand for cache policies that the GPU does not know, or by a schedule.
+else: on demand for cache policies that the GPU does not know, or by a schedule. The host shows the GPU in mapped memory
+which experts are there; a layer that finds all of its own goes on and leaves the host behind.
 
-All keep (layer, expert) -> slot on the GPU, where the expert kernels look it up. Shapes: T tokens, K top-k, P = T * K
-pairs, L MoE layers, E experts, S slots.
+Each layer's row of (expert) -> slot lies on the GPU, where the expert kernels look it up. Shapes: T tokens, K top-k,
+P = T * K pairs, L MoE layers, E experts, S slots.
 """
 
 import triton
@@ -23,9 +24,9 @@ HOST, LRU, LFU, STATIC = 0, 1, 2, 3
 #: and when the GPU had done its part (0 without a CPU lane).
 ROUTED, DECIDED, FETCHED, DONE, COMPUTED = range(5)
 NUM_STAMPS = 5
-#: Words in front of a layer's changes of the slot table: how many there are, the copy to wait for, experts on the CPU,
-#: and the step's number, written last.
-HEAD = 4
+#: Words of an answer in front of the layer's row of the slot table: the copy to wait for, experts on the CPU, and the
+#: step's number, written last.
+HEAD = 3
 
 #: Numbers of steps in messages run from 1 to this and over again.
 NUMBERS = 32767
@@ -48,21 +49,24 @@ def sequence_of(step):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def system_fence():  # type: ignore[no-untyped-def]
-    """What was written before is seen by the host before what is written behind."""
-    tl.inline_asm_elementwise(
-        "fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
+    """What was written before is seen by the host before what is written, and read, behind."""
+    tl.inline_asm_elementwise("fence.sc.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def _plan(  # type: ignore[no-untyped-def]
     ids, weights, slot_of, key_of, scores, tick, step,
-    log_ids, log_weights, needs, stamps, ask, orders, fetch_expert, fetch_slot, used_mark,
+    log_ids, log_weights, needs, stamps, ask, shown, orders, fetch_expert, fetch_slot, used_mark,
     first_key, num_pairs, num_experts, num_slots,
     POLICY: tl.constexpr, ORDERS: tl.constexpr, FENCE: tl.constexpr,
     PAIRS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
-    """One program per layer. `ids` (P,), `slot_of` and `scores` (L * E,), `key_of` (S,); the rest per layer."""
+    """One program per layer. `ids` (P,), `slot_of` and `scores` (L * E,), `key_of` (S,); the rest per layer.
+
+    The host gives up an expert's slot in this order: it hides the expert in `shown`, then looks whether the layer has
+    asked. The layer asks, then looks at what is shown. So either the layer sees that the expert is gone, or the host
+    sees that it may be in use and leaves it there, if neither's write can come behind its own read.
+    """
     if TIMED:
         tl.store(stamps, globaltimer())
     pair = tl.arange(0, PAIRS)
@@ -76,10 +80,6 @@ def _plan(  # type: ignore[no-untyped-def]
     # Ids of nobody are counted in the last bin, which is no expert's: EXPERTS > num_experts.
     counts = tl.histogram(tl.where(known, id, EXPERTS - 1), EXPERTS)
     used = (counts > 0) & (expert < num_experts)
-    missing = used & (tl.load(slot_of + first_key + expert, mask=used, other=0) < 0)
-    num_missing = tl.sum(missing.to(tl.int32))
-    tl.store(needs, tl.sum(used.to(tl.int32)))
-    tl.store(needs + 1, num_missing)
     if POLICY == _POLICY_HOST:
         if FENCE:
             # The router's inputs, which an earlier kernel wrote to the host, are there before the question.
@@ -90,7 +90,18 @@ def _plan(  # type: ignore[no-untyped-def]
         tl.store(
             ask + pair, (sequence_of(tl.load(step)).to(tl.int64) << 48) | (place << 32) | bits, mask=here
         )
+        if FENCE:
+            system_fence()
+        tl.debug_barrier()  # whoever reads comes behind everybody's question
+        place_of = tl.load(shown + expert, mask=expert < num_experts, other=-1, volatile=True)
+        tl.store(slot_of + first_key + expert, place_of, mask=expert < num_experts)
     else:
+        place_of = tl.load(slot_of + first_key + expert, mask=used, other=0)
+    missing = used & (place_of < 0)
+    num_missing = tl.sum(missing.to(tl.int32))
+    tl.store(needs, tl.sum(used.to(tl.int32)))
+    tl.store(needs + 1, num_missing)
+    if POLICY != _POLICY_HOST:
         if ORDERS:
             number = sequence_of(tl.load(step)).to(tl.int64) << 48
             tl.store(orders, number | num_missing)
@@ -158,16 +169,6 @@ def _fetch(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _take_over(updates, slot_of, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Apply the host's changes of the slot table."""
-    count = tl.load(updates, volatile=True)
-    i = tl.arange(0, MOST)
-    key = tl.load(updates + _HEAD + i, mask=i < count, other=0, volatile=True)
-    slot = tl.load(updates + _HEAD + MOST + i, mask=i < count, other=0, volatile=True)
-    tl.store(slot_of + key, slot, mask=i < count)
-
-
-@triton.jit
 def _wait(needs, step, ack, stamps, TIMED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Wait for the bytes, if any are missing: `ack` is copied by the H2D stream behind them."""
     if tl.load(needs + 1) > 0:
@@ -182,23 +183,26 @@ def _wait(needs, step, ack, stamps, TIMED: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit
 def _await_answer(  # type: ignore[no-untyped-def]
-    needs, step, landed, updates, slot_of, stamps, LEAST: tl.constexpr, MOST: tl.constexpr, TIMED: tl.constexpr
+    needs, step, landed, answer, slot_of, stamps, num_experts, EXPERTS: tl.constexpr, TIMED: tl.constexpr
 ):  # fmt: skip
-    """Wait for the host's answer, take over its changes of the slot table, then wait for the bytes it names.
+    """If experts are missing, wait for the host's answer, take over its row of the slot table (E,), then wait for the
+    bytes it names.
 
-    `updates` lies in mapped host memory: HEAD words, then MOST keys, then MOST slots. `landed` counts copies: the H2D
-    stream copies a copy's number there behind its bytes. An answer is due if at least LEAST experts are missing.
+    `answer` lies in mapped host memory: HEAD words, then the row. `landed` counts copies: the H2D stream copies a
+    copy's number there behind its bytes.
     """
-    is_due = tl.load(needs + 1) >= LEAST
+    is_due = tl.load(needs + 1) > 0
     if is_due:
         number = (tl.load(step) + 1).to(tl.int32)
-        while tl.load(updates + 3, volatile=True) < number:
+        while tl.load(answer + 2, volatile=True) < number:
             pass
-        _take_over(updates, slot_of, MOST)
+        expert = tl.arange(0, EXPERTS)
+        slot = tl.load(answer + _HEAD + expert, mask=expert < num_experts, other=-1, volatile=True)
+        tl.store(slot_of + expert, slot, mask=expert < num_experts)
     if TIMED:
         tl.store(stamps + _DECIDED, globaltimer())
     if is_due:
-        last = tl.load(updates + 1, volatile=True)
+        last = tl.load(answer, volatile=True)
         while tl.atomic_add(landed, 0, sem="acquire") < last:
             pass
     if TIMED:
@@ -206,11 +210,12 @@ def _await_answer(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _await_cpu(step, updates, flag, stamps, TIMED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _await_cpu(needs, step, answer, flag, stamps, TIMED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Wait for the CPU's experts, if the answer named any; `flag` in mapped host memory is set to the step's number."""
     if TIMED:
         tl.store(stamps + _COMPUTED, globaltimer())
-    if tl.load(updates + 2, volatile=True) > 0:
+    is_answered = tl.load(needs + 1) > 0  # where nothing is missing the answer is an old one
+    if is_answered and tl.load(answer + 1, volatile=True) > 0:
         number = (tl.load(step) + 1).to(tl.int32)
         while tl.load(flag, volatile=True) < number:
             pass

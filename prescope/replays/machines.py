@@ -60,7 +60,12 @@ def machine_of_run(engine: Engine, run: RunResult, profile: HardwareProfile | No
     ]
     dense = compute[(compute["kind"] == "dense") & (compute["moe_layer"] >= 0)]["dur_us"].sum()
     of_layers = compute[compute["moe_layer"] >= 0]["dur_us"].sum()
-    costs = replace(costs, rest_us=float(dense) / layers, decide_us=1e3 * decode.host_wait_ms / layers)
+    costs = replace(
+        costs,
+        rest_us=float(dense) / layers,
+        decide_us=1e3 * decode.host_wait_ms / layers,
+        is_layered=run.config["reasons"]["decode"].startswith("layered"),
+    )
     if profile is not None:
         profile.require_this_machine(run.hardware)
         if profile.link_gb_per_s is not None:

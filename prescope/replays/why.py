@@ -69,12 +69,7 @@ def why(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> W
             f"{simulator.shape.num_layers - 1}"
         )
     s, log, config = int(found[0]), result.log, result.config
-    costs = compiled_costs(
-        simulator.costs,
-        cpu=config["cpu"],
-        predicts=config["lookahead"] > 0,
-        lag=config["lag"],
-    )
+    costs = compiled_costs(simulator.costs, cpu=config["cpu"], predicts=config["lookahead"] > 0)
     slot_of_E, link_free_us = _before(simulator, result, s, moe_layer)
     decided = float(log.times_us[s, moe_layer, DECIDED])
     backlog = max(0.0, link_free_us - decided)

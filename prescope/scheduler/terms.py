@@ -20,10 +20,8 @@ class Costs(NamedTuple):
     link_us: float  # one expert over the link
     link_busy_us: float  # the same while the CPU computes experts: both read the same memory
     gpu_us: float  # one expert on the GPU
-    rest_us: float  # the rest of a layer, and its prediction if the layer's decision waits for it
-    predict_us: (
-        float  # a prediction that the decision does not wait for, but the device makes before the experts
-    )
+    rest_us: float  # the rest of a layer
+    predict_us: float  # a prediction, beside the layer; decisions without a lag wait for it
     decide_us: float  # from the router's choice to the first copy on the link
     cpu_base_us: float  # one submission to the CPU and the merging of its result
     cpu_us: FloatArray  # (N + 1,) one expert with n tokens on the CPU; empty: there is no CPU lane

@@ -83,20 +83,21 @@ def predictions_of(predictor: Predictor, trace: RoutingTrace, lookahead: int = L
     return Predicted(expected, used)
 
 
-def compiled_costs(costs: LayerCosts, *, cpu: bool, predicts: bool, lag: int = 0) -> Costs:
+def compiled_costs(costs: LayerCosts, *, cpu: bool, predicts: bool) -> Costs:
     """Costs as the decisions read them.
 
     Args:
-        cpu: with the CPU lane. `predicts`: a predictor runs in every layer. `lag`: see `Knobs`.
+        cpu: with the CPU lane. `predicts`: a predictor runs in every layer.
     """
-    predict_us = float(costs.predict_us) if predicts else 0.0
+    predict_us, decide_us = float(costs.predict_us) if predicts else 0.0, float(costs.decide_us)
+    in_the_way = predict_us + decide_us if costs.is_layered else 0.0
     return Costs(
         link_us=float(costs.link_us),
         link_busy_us=float(costs.link_us if costs.link_busy_us is None else costs.link_busy_us),
         gpu_us=float(costs.gpu_us),
-        rest_us=float(costs.rest_us) + (0.0 if lag else predict_us),
-        predict_us=predict_us if lag else 0.0,
-        decide_us=float(costs.decide_us),
+        rest_us=float(costs.rest_us) + in_the_way,
+        predict_us=0.0 if costs.is_layered else predict_us,
+        decide_us=0.0 if costs.is_layered else decide_us,
         cpu_base_us=float(costs.cpu_base_us),
         cpu_us=np.array(costs.cpu_us if cpu else (), dtype=np.float64),
         cpu_alone_frac=float(costs.cpu_alone_frac),

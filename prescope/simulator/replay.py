@@ -4,9 +4,10 @@ Compiled. Shapes: S steps, L MoE layers, E experts, d layers ahead; slots are co
 moe_layer * E + expert. Times are microseconds.
 
 The machine it walks: one link that serves one copy at a time and interrupts none; the GPU; the CPU lane; and a host
-that hears of each router's choice `decide_us` later, hands on-demand copies to the link at once and prefetches only
-while fewer than `most_in_flight` copies of them are under way. The slots of a layer are safe until the next router
-has spoken. A layer that misses many, or does not fit, is served in rounds as the engine serves it (`rounds.walk`).
+that decides `decide_us` after each router's choice, or after its last decision, hands on-demand copies to the link at
+once and prefetches only while fewer than `most_in_flight` copies of them are under way. A layer whose experts are all
+there does not wait for the host. The slots of a layer are safe until the next router has spoken. A layer that misses
+many, or does not fit, is served in rounds as the engine serves it (`rounds.walk`).
 """
 
 from typing import NamedTuple
@@ -23,9 +24,9 @@ from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Need, cpu_time
 
 BoolArray = NDArray[np.bool_]
 
-#: Columns of `Log.times_us`: the layer begins (the one before is done), its router has spoken, the host has decided,
-#: all waits for bytes are over (with rounds: put before all compute), the GPU is done, the CPU is done (NaN without),
-#: the layer is done.
+#: Columns of `Log.times_us`: the layer begins (the one before is done), its router has spoken, the host has decided or
+#: is not waited for, all waits for bytes are over (with rounds: put before all compute), the GPU is done, the CPU is
+#: done (NaN without), the layer is done.
 BEGIN, ROUTED, DECIDED, FETCHED, GPU_DONE, CPU_DONE, DONE = range(7)
 #: Columns of `Log.counts`.
 NEEDED, HITS, LATE, MISSES, ON_CPU, ROUNDS = range(6)
@@ -119,12 +120,14 @@ def replay(
     keep = np.empty(0, np.int64)
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
     predicted_dLE = np.zeros((d, L, E))
-    now = start_us
+    predict_us = 0.0 if knobs.lag else costs.predict_us
+    now = foreseen = decided = start_us
     for s in range(S):
         for layer in range(L):
             wire = _with_room(wire, E * (d + 2))
             routed = now + costs.rest_us
-            decided = routed + costs.decide_us
+            foreseen = max(routed, foreseen) + predict_us
+            decided = max(foreseen, decided) + costs.decide_us
             _prefetch(held, held_us, decided, s, most_in_flight, E, costs, state, wire, protected, keep)
             # -- the decision
             protected[:] = False
@@ -165,15 +168,17 @@ def replay(
                 for i in range(here + k, n):
                     beside += cpu_time(costs.cpu_us, need.tokens[i])
                 wire.cpu_us[0] = decided + beside
-            computed, rounds = _serve(layer, s, decided, k, need, E, costs, state, wire, protected, keep)
-            computed = max(computed, routed + costs.predict_us + (here + k) * costs.gpu_us)
+            goes_on = decided
+            if need.num_hits == n and _all_there(routed, layer * E + need.experts, state, wire):
+                goes_on = routed
+            computed, rounds = _serve(layer, s, goes_on, k, need, E, costs, state, wire, protected, keep)
             if beside > 0.0:
                 alone = max(0.0, wire.cpu_us[0] - max(decided, wire.free_us[0]))
                 wire.cpu_us[0] -= (1.0 - costs.cpu_alone_frac) * alone
                 times[s, layer, CPU_DONE] = wire.cpu_us[0]
             done = max(computed, wire.cpu_us[0])
-            times[s, layer, BEGIN], times[s, layer, ROUTED], times[s, layer, DECIDED] = now, routed, decided
-            times[s, layer, FETCHED] = max(decided, computed - (here + k) * costs.gpu_us)
+            times[s, layer, BEGIN], times[s, layer, ROUTED], times[s, layer, DECIDED] = now, routed, goes_on
+            times[s, layer, FETCHED] = max(goes_on, computed - (here + k) * costs.gpu_us)
             times[s, layer, GPU_DONE], times[s, layer, DONE] = computed, done
             counts[s, layer, NEEDED], counts[s, layer, HITS], counts[s, layer, LATE] = (
                 n,
@@ -230,6 +235,15 @@ def _prefetch(
         wire.queue[wire.ends[1] % len(wire.queue)] = taken[0]
         wire.ends[1] += 1
     _land(until_us, wire)
+
+
+@jit
+def _all_there(at_us: float, keys: IntArray, state: State, wire: _Wire) -> bool:
+    """Whether the bytes of experts in slots were there at a time."""
+    for key in keys:  # noqa: SIM110 - compiled code has no generators
+        if wire.ready_us[state.slot_of[key]] > at_us:
+            return False
+    return True
 
 
 @jit

@@ -246,12 +246,7 @@ class Simulator:
         table = ResidencyTable(self.shape, settings.num_slots, policy)
         lag = settings.lag
         knobs = Knobs(settings.schedule.number, settings.lookahead, settings.width, settings.threshold, lag)
-        form = partial(
-            compiled_costs,
-            cpu=settings.cpu,
-            predicts=settings.lookahead > 0,
-            lag=lag,
-        )
+        form = partial(compiled_costs, cpu=settings.cpu, predicts=settings.lookahead > 0)
         costs, by = form(self.costs), form(self.costs if believed is None else believed)
         depth = min(settings.lookahead + lag, len(self.predicted.used_dSLE))
         trust = np.zeros((depth, 2))
@@ -308,7 +303,8 @@ class Simulator:
         both_us = _together(costs.link_us, costs.cpu_us[1]) if has_lane else float("nan")
         expert_us = _together(costs.gpu_us, costs.cpu_us[1]) if has_lane else costs.gpu_us
         both_ms = fewest * both_us / S / 1e3
-        layers_us = self.shape.num_layers * (costs.rest_us + costs.decide_us)
+        in_the_way = costs.decide_us if costs.is_layered else 0.0
+        layers_us = self.shape.num_layers * (costs.rest_us + in_the_way)
         gpu_ms = (layers_us + self.step_us + needed * expert_us / S) / 1e3
         step_ms = max(gpu_ms, both_ms if has_lane else link_ms)
         return Bounds(
