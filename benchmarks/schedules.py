@@ -36,7 +36,7 @@ from prescope.profile import SLOWER_LINKS, HardwareProfile, markdown
 from prescope.result import RunResult
 from prescope.routing import RoutingTrace
 from prescope.scheduler import SCHEDULES
-from prescope.simulator import Simulator, as_decode
+from prescope.simulator import SimResult, Simulator, as_decode
 from prescope.simulator.prepare import Predicted, predictions_of
 from prescope.synthetic import SyntheticSpec
 
@@ -55,6 +55,16 @@ class Case(NamedTuple):
     predicted: dict[str, Predicted]  # by "recall" and "oracle"
     predictors: dict[str, Predictor | None]
     frequencies: np.ndarray  # (L, E) for the static cache
+
+
+class Told(NamedTuple):
+    """What one cell says of its batch."""
+
+    clock: LayerCosts  # what things take in the simulator
+    believed: (
+        LayerCosts  # what its decisions go by: the engine learns the CPU's time with and without a busy link
+    )
+    step_us: float  # a step besides its layers
 
 
 def main() -> None:
@@ -109,8 +119,7 @@ def run_batch(
     facts: dict[str, Any], records: list[dict[str, Any]],
 ) -> None:  # fmt: skip
     """All slots and schedules of one batch; PreSched's first cell sets the simulator's clock."""
-    known: LayerCosts | None = None
-    step_us = 0.0
+    known: Told | None = None
     for slots in args.slots:
         cells: dict[str, tuple[dict[str, Any], RunResult]] = {}
         for schedule in args.schedules + (args.rounds - 1) * (args.again or args.schedules):
@@ -132,17 +141,14 @@ def run_batch(
         if known is None and "presched" in cells:
             cell, run = cells["presched"]
             cell["is_known"] = True
-            known, step_us = told_by(run, costs, cell["cpu_factor"], args.predict_us)
+            known = told_by(engine, cell, case, run, costs, args.predict_us)
             if args.out and run.trace is not None:
                 run.trace.save(Path(args.out).with_suffix(f".{plain(name)}.b{batch}.safetensors"))
         for cell, run in cells.values():
-            cell |= {"model": name, "batch": batch, "costs": asdict(costs), "step_us": step_us}
+            cell |= {"model": name, "batch": batch, "costs": asdict(costs)}
             if known is not None:
                 try:
-                    cell |= {
-                        "told": asdict(known),
-                        **simulated(engine, cell, case, known, step_us, run),
-                    }
+                    cell |= simulated(engine, cell, case, known, run)
                 except Exception:  # noqa: BLE001 - what was measured is kept
                     traceback.print_exc()
             records.append(cell)
@@ -201,11 +207,9 @@ FIELDS = [
 
 
 def told_by(
-    run: RunResult, costs: LayerCosts, cpu_factor: float, predict_us: float
-) -> tuple[LayerCosts, float]:
-    """Costs with the rest of a layer, the decision, and an expert on link, GPU and CPU as one run had them; and a
-    step's own time.
-    """
+    engine: Engine, cell: dict[str, Any], case: Case, run: RunResult, costs: LayerCosts, predict_us: float
+) -> Told:
+    """Costs with the rest of a layer, the decision, and an expert on link, GPU and CPU as one run had them."""
     events = run.events[run.events["phase"] == "decode"]
     layers = int(run.layers["moe_layer"].max()) + 1
     steps, decode = run.metrics.decode.num_steps, run.metrics.decode
@@ -214,7 +218,7 @@ def told_by(
     # Layers whose experts were all there did not wait for a decision.
     missed = run.layers[run.layers["hits"] < run.layers["needed"]]
     waits = events[events["kind"] == "host_wait"].merge(missed[["step", "moe_layer"]])
-    decide = float(waits["dur_us"].median()) if len(waits) else costs.decide_us
+    decide = float(waits["dur_us"].mean()) if len(waits) else costs.decide_us
     busy = float(events[events["lane"].isin(["gpu", "stall", "host"])]["dur_us"].sum())
     outside = (
         busy
@@ -234,40 +238,55 @@ def told_by(
         / max(1, decode.on_demand_transfers + decode.prefetch_transfers),
         decide_us=decide,
         gpu_us=1e3 * decode.experts_gpu_ms / on_gpu,
-        cpu_us=tuple(cpu_factor * us for us in costs.cpu_us),
-        cpu_base_us=cpu_factor * costs.cpu_base_us,
         predict_us=predict_us,
         source=source,
     )
-    return told, outside
+    factor = 1.0
+    for _ in range(3 if decode.on_cpu else 0):  # how long the link is idle meanwhile depends on it
+        result = replay(
+            engine, cell, case, Told(with_cpu(told, factor), with_cpu(told, factor), outside), run
+        )
+        factor *= decode.experts_cpu_ms / max(1e-9, result.metrics.decode.experts_cpu_ms)
+    return Told(with_cpu(told, factor), with_cpu(told, cell["cpu_factor"]), outside)
 
 
-def simulated(
-    engine: Engine,
-    cell: dict[str, Any],
-    case: Case,
-    costs: LayerCosts,
-    step_us: float,
-    run: RunResult,
-) -> dict[str, Any]:
+def with_cpu(costs: LayerCosts, factor: float) -> LayerCosts:
+    """The same with another CPU."""
+    cpu_us = tuple(factor * us for us in costs.cpu_us)
+    return replace(costs, cpu_us=cpu_us, cpu_base_us=factor * costs.cpu_base_us)
+
+
+def replay(engine: Engine, cell: dict[str, Any], case: Case, told: Told, run: RunResult) -> SimResult:
     """The same cell by the simulator."""
     assert run.trace is not None
     row_bytes = engine.shape.row_bytes
-    told = costs
+    clock = told.clock
     if cell["schedule"] == "on-demand":
         # The GPU decides, in the microseconds that are in the rest of a layer; the copy engine's orders are a message.
         way = cell["decode"]
-        told = replace(told, decide_us=cell["costs"]["decide_us"] if way.startswith("copy-engine") else 0.0)
-    simulator = Simulator(run.trace, told, row_bytes=row_bytes, step_us=step_us)
+        clock = replace(clock, decide_us=cell["costs"]["decide_us"] if way.startswith("copy-engine") else 0.0)
+    simulator = Simulator(run.trace, clock, row_bytes=row_bytes, step_us=told.step_us)
     steps = len(simulator.needs.steps)
     which = "oracle" if cell["schedule"] == ORACLE else "recall"
     way = SCHEDULES[cell["schedule"].partition("+")[0]]
     if way.predictor != "none" and which in case.predicted:
         simulator.predicted = Predicted(*(part[:, :steps] for part in case.predicted[which]))
     frequencies = case.frequencies.astype(np.float64)
-    result = simulator.run(way.name, slots=cell["num_slots"], cache=cell["cache"], frequencies=frequencies)
+    return simulator.run(
+        way.name,
+        slots=cell["num_slots"],
+        cache=cell["cache"],
+        frequencies=frequencies,
+        believed=told.believed,
+    )
+
+
+def simulated(engine: Engine, cell: dict[str, Any], case: Case, told: Told, run: RunResult) -> dict[str, Any]:
+    """What the simulator says of a cell, and how far it is off."""
+    result = replay(engine, cell, case, told, run)
     counts, bounds = result.counts, result.bounds
     return {
+        "told": asdict(told.clock), "believed": asdict(told.believed), "step_us": told.step_us,
         "simulated_tokens_per_s": result.tokens_per_s,
         "simulated": {name: int(value) for name, value in counts._asdict().items()},
         "error_frac": result.tokens_per_s / cell["tokens_per_s"] - 1.0,

@@ -267,6 +267,7 @@ def test_steps_from_a_graph_do_not_wait_for_the_gpu_at_all(driver, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor's advice
 def test_compiled_layers_give_the_same_tokens():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
