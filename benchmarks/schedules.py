@@ -252,8 +252,8 @@ def told_by(
 
 def with_cpu(costs: LayerCosts, factor: float) -> LayerCosts:
     """The same with another CPU."""
-    cpu_us = tuple(factor * us for us in costs.cpu_us)
-    return replace(costs, cpu_us=cpu_us, cpu_base_us=factor * costs.cpu_base_us)
+    cpu_us, alone_us = (tuple(factor * us for us in times) for times in (costs.cpu_us, costs.cpu_alone_us))
+    return replace(costs, cpu_us=cpu_us, cpu_alone_us=alone_us, cpu_base_us=factor * costs.cpu_base_us)
 
 
 def replay(engine: Engine, cell: dict[str, Any], case: Case, told: Told, run: RunResult) -> SimResult:

@@ -33,8 +33,8 @@ class LayerCosts:
         cpu_us: `cpu_us[n]`: one expert with n tokens on the CPU while the link is busy, when several are submitted
             together; index 0 is 0.0. Beyond its end whoever reads it goes on in a straight line. Empty: no CPU lane.
         cpu_base_us: one submission of CPU experts, however many, and merging its result.
-        cpu_alone_frac: what CPU experts take while the link is idle, as a share of what they take beside it: both
-            read the same memory. For the clock of the simulator; decisions reckon with a busy link.
+        cpu_alone_us: as `cpu_us`, while the link is idle: both read the same memory. For the clock of the simulator;
+            decisions reckon with a busy link. Empty: as `cpu_us`.
         decide_us: from the router's choice on the device until the host has decided and the first copy can start. A
             layer whose experts are all there does not wait for it.
         copy_us: host time to enqueue one copy.
@@ -49,7 +49,7 @@ class LayerCosts:
     predict_us: float = 0.0
     cpu_us: tuple[float, ...] = ()
     cpu_base_us: float = 0.0
-    cpu_alone_frac: float = 1.0
+    cpu_alone_us: tuple[float, ...] = ()
     decide_us: float = 0.0
     copy_us: float = 0.0
     is_layered: bool = False
@@ -57,11 +57,12 @@ class LayerCosts:
 
     def __post_init__(self) -> None:
         times = (self.link_us, self.link_busy_us or 0.0, self.gpu_us, self.rest_us, self.predict_us)
-        if min(*times, *self.cpu_us, self.cpu_base_us, self.decide_us, self.copy_us) < 0:
+        if min(*times, *self.cpu_us, *self.cpu_alone_us, self.cpu_base_us, self.decide_us, self.copy_us) < 0:
             raise UnsupportedOption("costs are times in microseconds; none is negative")
-        if not 0.0 < self.cpu_alone_frac <= 1.0:
+        if self.cpu_alone_us and len(self.cpu_alone_us) != len(self.cpu_us):
             raise UnsupportedOption(
-                "cpu_alone_frac is a share of the time beside a busy link: above 0, at most 1"
+                f"cpu_alone_us has {len(self.cpu_alone_us)} times, cpu_us {len(self.cpu_us)}; "
+                f"give one for each number of tokens, or none"
             )
         if self.cpu_us and self.cpu_us[0] != 0.0:
             raise UnsupportedOption("cpu_us[0] is the time of an expert without tokens: 0.0")

@@ -206,6 +206,9 @@ class Planner:
                 former if need.moe_layer else (np.zeros_like(predicted[0]), np.zeros_like(predicted[1]))
             )
         tokens_dE, used_dE = (self._nothing, self._nothing) if predicted is None else predicted
+        # No more can be left than prefetches under way; the errors of what copies are believed to take would add up.
+        under_way = now_us + int(table.in_flight.sum()) * self.costs.link_busy_us
+        self._link_free_us = min(self._link_free_us, under_way)
         return plan_layer(
             self.knobs,
             self.costs,

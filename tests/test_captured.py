@@ -184,6 +184,8 @@ def test_the_log_holds_each_layers_routing():
     for layer, case in enumerate(cases):
         world.launch(layer, *case)
     world.step.finish(torch.tensor([3, 4], device=DEVICE))
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     log = world.step.log(0)
     for layer, (_, ids, weights) in enumerate(cases):
         assert log.ids_LTK[layer].tolist() == ids.tolist()

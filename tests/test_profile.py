@@ -164,10 +164,10 @@ def test_costs_are_the_measured_times():
     assert costs.copy_us == pytest.approx(4.0)
     assert costs.cpu_us[:2] == (0.0, pytest.approx(1.5 * cpu_us(SMALL, 1)))
     assert costs.cpu_base_us > CPU_BASE_US
-    assert costs.cpu_alone_frac == pytest.approx(
-        made.cpu_us(1, SMALL, busy_link=False) / made.cpu_us(1, SMALL)
-    )
-    assert costs.cpu_alone_frac < 1.0
+    assert len(costs.cpu_alone_us) == len(costs.cpu_us)
+    for tokens in (1, 2, 4):
+        assert costs.cpu_alone_us[tokens] == pytest.approx(made.cpu_us(tokens, SMALL, busy_link=False))
+        assert costs.cpu_alone_us[tokens] < costs.cpu_us[tokens]
     assert "H200" in costs.source and "2026-11-24" in costs.source
     assert len(made.costs(SHAPE, width=2048, expert_width=768, batch=64).cpu_us) == 65
     assert made.costs(SHAPE, width=2048, expert_width=768, batch=8).rest_us == pytest.approx(94.0)
@@ -177,7 +177,7 @@ def test_costs_without_a_cpu_lane_have_the_link_to_themselves():
     made = profile()
     alone = made.costs(SHAPE, width=2048, expert_width=768, cpu_lane=False)
     assert (alone.cpu_us, alone.cpu_base_us) == ((), 0.0)
-    assert alone.link_busy_us is None and alone.cpu_alone_frac == 1.0
+    assert alone.link_busy_us is None and alone.cpu_alone_us == ()
 
 
 def test_costs_say_what_was_not_measured():

@@ -26,7 +26,7 @@ def costs_of(
     link=172.0, busy=1.0, gpu=5.0, rest=90.0, decide=60.0, base=20.0, first=140.0, each=6.0, cpu=True
 ) -> Costs:
     cpu_us = np.array([0.0, *(first + each * n for n in range(1, 17))]) if cpu else np.empty(0)
-    return Costs(link, link * busy, gpu, rest, 0.0, decide, base, cpu_us, 1.0)
+    return Costs(link, link * busy, gpu, rest, 0.0, decide, base, cpu_us, cpu_us)
 
 
 # -- the window ------------------------------------------------------------------------------------------------

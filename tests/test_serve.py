@@ -67,7 +67,7 @@ class Host:
         addresses = map(address_of, (_memcpy, _create_event, _record_event, _query_event))
         link = LinkFunctions(*addresses, stream=0, repeats=1)
         self.functions = at.Functions(link, LaneFunctions.without().addresses, clock_address())
-        costs = Costs(1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, np.zeros(0), 1.0)
+        costs = Costs(1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, np.zeros(0), np.zeros(0))
         none = np.zeros((0, L, E))
         self.beliefs = at.Beliefs(Knobs(FATE, 1, E, 0.5), costs, 0.0, np.zeros(0), np.zeros((0, 2)), none)
 

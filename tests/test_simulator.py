@@ -26,6 +26,7 @@ from prescope.simulator.replay import (
     AHEAD,
     AT_LAYER,
     BEGIN,
+    CPU_DONE,
     DECIDED,
     DONE,
     FETCHED,
@@ -496,6 +497,35 @@ def test_presched_waits_for_no_predictor_and_the_others_do(simulators):
         assert took[misses].min() == pytest.approx(decide_us)  # more where decisions came one after the other
         there = log.counts[..., HITS] == log.counts[..., NEEDED]
         assert (took[there] == 0.0).any() and not (took[misses] == 0.0).any()
+
+
+@pytest.mark.parametrize("schedule", ["presched", "hybrimoe", "fiddler"])
+def test_the_cpu_is_faster_only_while_nothing_is_on_the_link(simulators, schedule):
+    """Prefetches are issued while it computes: not yet on the link when its time is reckoned."""
+    alone_us = tuple(0.5 * us for us in COSTS.cpu_us)
+    costs = replace(COSTS, link_busy_us=200.0, cpu_alone_us=alone_us)
+    simulator = Simulator(simulators[1].trace, costs, row_bytes=ROW_BYTES, predictor=simulators[1].predictor)
+    log = simulator.run(schedule, slots=16).log
+    used = log.counts[..., ON_CPU] > 0
+    begin, end = log.times_us[..., DECIDED][used], log.times_us[..., CPU_DONE][used]
+    n = log.counts[..., ON_CPU][used]
+    beside = COSTS.cpu_base_us + n * COSTS.cpu_us[1]
+    by_itself = COSTS.cpu_base_us + n * alone_us[1]
+    start, stop = log.copy_us.T
+    busy = np.array(
+        [
+            np.clip(np.minimum(stop, b) - np.maximum(start, a), 0, None).sum()
+            for a, b in zip(begin, end, strict=True)
+        ]
+    )
+    took = end - begin
+    covered = busy >= took - 1e-6
+    assert (took <= beside + 1e-6).all() and (took >= by_itself - 1e-6).all()
+    assert np.allclose(took[covered], beside[covered])
+    assert covered.any() == (schedule != "fiddler")
+    # An idle link saves the CPU half of the time it is idle, or what comes to that by the end.
+    idle = took - busy
+    assert (took <= beside + 1e-6 - 0.4 * np.where(covered, 0.0, idle)).all()
 
 
 def test_decisions_come_one_after_the_other(simulators):

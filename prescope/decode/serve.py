@@ -489,6 +489,10 @@ def serve(
         if not land(functions, places, progress, slots):
             return LINK_FAILED
         counts[TICK] += 1
+        # Of what was on the link no more can be left than prefetches under way: the layers before have waited for the
+        # rest. While the link is never idle, the errors of what copies are believed to take would add up.
+        under_way = now_us(functions.clock, progress.words) + counts[WIRE_COUNT] * beliefs.costs.link_busy_us
+        times[LINK_FREE] = min(times[LINK_FREE], under_way)
         decision = decide_layer(
             beliefs.knobs, beliefs.costs, places.policy, counts[TICK], layer, num_experts, ids, sums_E, slots,
             max(0.0, times[LINK_FREE] - now_us(functions.clock, progress.words)), beliefs.trust, beliefs.predicted_dLE,

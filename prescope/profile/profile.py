@@ -143,7 +143,7 @@ class HardwareProfile:
             cpu_base_us=self.base_us("cpu", expert) + self.link_us(2 * batch * width) + enqueue_us
             if has_cpu
             else 0.0,
-            cpu_alone_frac=self._cpu_alone(expert) if has_cpu else 1.0,
+            cpu_alone_us=self._cpu_table(expert, batch, busy_link=False) if has_cpu else (),
             # Without an engine: what no decision can do without. Its own arithmetic comes on top.
             decide_us=decide_us
             if decide_us is not None
@@ -152,12 +152,9 @@ class HardwareProfile:
             source=f"{self.label}, {self.measured}{scaled}",
         )
 
-    def _cpu_alone(self, expert: Expert) -> float:
-        beside, alone = (self.cpu_us(1, expert, busy_link=busy) for busy in (True, False))
-        return min(1.0, alone / beside)
-
-    def _cpu_table(self, expert: Expert, batch: int) -> tuple[float, ...]:
-        return tuple(self.cpu_us(n, expert) for n in range(max(batch, LEAST_CPU_TOKENS) + 1))
+    def _cpu_table(self, expert: Expert, batch: int, *, busy_link: bool = True) -> tuple[float, ...]:
+        tokens = range(max(batch, LEAST_CPU_TOKENS) + 1)
+        return tuple(self.cpu_us(n, expert, busy_link=busy_link) for n in tokens)
 
     # -- which machine -----------------------------------------------------------------------------------------
 

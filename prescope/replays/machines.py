@@ -38,7 +38,11 @@ class Machine(NamedTuple):
 
     def costs_with(self, cpu: bool) -> LayerCosts:
         """Costs for an engine's decisions, with the CPU lane or without."""
-        return self.costs if cpu else replace(self.costs, link_busy_us=None, cpu_us=(), cpu_base_us=0.0)
+        return (
+            self.costs
+            if cpu
+            else replace(self.costs, link_busy_us=None, cpu_us=(), cpu_alone_us=(), cpu_base_us=0.0)
+        )
 
 
 def machine_of_run(engine: Engine, run: RunResult, profile: HardwareProfile | None = None) -> Machine:
@@ -84,7 +88,7 @@ def machine_of_run(engine: Engine, run: RunResult, profile: HardwareProfile | No
             link_busy_us=costs.link_us * max(1.0, beside / known.link_us),
             cpu_us=known.cpu_us,
             cpu_base_us=known.cpu_base_us,
-            cpu_alone_frac=known.cpu_alone_frac,
+            cpu_alone_us=known.cpu_alone_us,
             copy_us=known.copy_us,
             source=f"{costs.source}; CPU experts calibrated",
         )

@@ -25,7 +25,7 @@ class Costs(NamedTuple):
     decide_us: float  # from the router's choice to the first copy on the link
     cpu_base_us: float  # one submission to the CPU and the merging of its result
     cpu_us: FloatArray  # (N + 1,) one expert with n tokens on the CPU; empty: there is no CPU lane
-    cpu_alone_frac: float  # share of the last two that they take while the link is idle
+    cpu_alone_us: FloatArray  # the same while the link is idle
 
 
 class Knobs(NamedTuple):

@@ -100,7 +100,7 @@ def compiled_costs(costs: LayerCosts, *, cpu: bool, predicts: bool) -> Costs:
         decide_us=0.0 if costs.is_layered else decide_us,
         cpu_base_us=float(costs.cpu_base_us),
         cpu_us=np.array(costs.cpu_us if cpu else (), dtype=np.float64),
-        cpu_alone_frac=float(costs.cpu_alone_frac),
+        cpu_alone_us=np.array((costs.cpu_alone_us or costs.cpu_us) if cpu else (), dtype=np.float64),
     )
 
 

@@ -162,19 +162,22 @@ def replay(
             held, held_us, keep = chosen.prefetch, decided, chosen.keep
             # -- the clock
             here, n, k = need.num_hits + need.num_late, len(need.experts), chosen.num_load
-            beside = 0.0  # time on the CPU, the link being busy
+            beside, by_itself = 0.0, 0.0  # time on the CPU, the link being busy or idle
             if here + k < n:
-                beside = costs.cpu_base_us
+                beside = by_itself = costs.cpu_base_us
                 for i in range(here + k, n):
                     beside += cpu_time(costs.cpu_us, need.tokens[i])
+                    by_itself += cpu_time(costs.cpu_alone_us, need.tokens[i])
                 wire.cpu_us[0] = decided + beside
             goes_on = decided
             if need.num_hits == n and _all_there(routed, layer * E + need.experts, state, wire):
                 goes_on = routed
             computed, rounds = _serve(layer, s, goes_on, k, need, E, costs, state, wire, protected, keep)
             if beside > 0.0:
-                alone = max(0.0, wire.cpu_us[0] - max(decided, wire.free_us[0]))
-                wire.cpu_us[0] -= (1.0 - costs.cpu_alone_frac) * alone
+                # Prefetches follow on the link, while the CPU computes.
+                link_us = max(decided, wire.free_us[0]) + len(held) * costs.link_busy_us
+                alone = max(0.0, wire.cpu_us[0] - link_us)
+                wire.cpu_us[0] -= max(0.0, 1.0 - by_itself / beside) * alone
                 times[s, layer, CPU_DONE] = wire.cpu_us[0]
             done = max(computed, wire.cpu_us[0])
             times[s, layer, BEGIN], times[s, layer, ROUTED], times[s, layer, DECIDED] = now, routed, goes_on
