@@ -51,7 +51,6 @@ class _Step:
     padding: NDArray[np.bool_] | None  # (batch, length), True where a token is padding
     start: Mark | None  # None for a step from a graph: its log says
     log: StepLog | None = None
-    is_counted: bool = False  # its needs were taken down as the host served them
     routing: dict[int, _Routing] = field(default_factory=dict)
 
 
@@ -141,7 +140,7 @@ class Recorder:
     def log(self, step: int, log: StepLog, is_counted: bool = False) -> None:
         """What a graph step wrote down; `is_counted`: its needs were taken down as the host served them."""
         entry = self._steps[step]
-        entry.log, entry.is_counted = log, is_counted
+        entry.log = log
         tokens = log.ids_LTK.shape[1]
         for layer, (needed, missing) in enumerate(log.needs.tolist()):
             if not is_counted:
