@@ -14,6 +14,7 @@ online    the text changes in mid-stream, with and without online tuning
 failures  inverted, random and adversarial predictions
 worth     milliseconds saved per token by the cost model, for the machine of --link-us, --gpu-us and --rest-us
 cost      time and size of one prediction at Qwen3-30B-A3B's shape on this machine: eager, and in a CUDA graph
+training  time of `prescope.train_predictor`, all of it, for a model of the --shape with random weights and tokens
 
 --turn R turns each layer's recorded states and its router by a further random rotation of at most R radians: what a
 layer chooses stays, routers of coming layers fit the states less, as in a model whose early router is weak.
@@ -32,12 +33,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from _models import open_model
 
 import prescope
 from prescope.cost import LayerCosts
 from prescope.engine import Engine
 from prescope.hardware import machine_facts
-from prescope.learning import baselines, own_text, record_trace, router_agreement, routers_of
+from prescope.learning import (
+    baselines,
+    own_prompts,
+    own_text,
+    record_trace,
+    router_agreement,
+    routers_of,
+)
 from prescope.predictor import (
     Inverted,
     LayerGroups,
@@ -263,6 +272,24 @@ class Study:
         self.tables.append(markdown("One prediction, Qwen3-30B-A3B's shape, 4 layers ahead, per layer", rows))
         print(self.tables[-1], flush=True)
 
+    def training(self) -> None:
+        """`prescope.train_predictor` with its defaults, on as many prompts as come with prescope."""
+        args = self.args
+        bench = open_model(args.shape, torch.device(args.train_device), torch.bfloat16)
+        generator = torch.Generator().manual_seed(args.seed)
+        size = (sum(map(len, own_prompts().values())), args.tokens)
+        prompts = torch.randint(bench.model.config.vocab_size, size, generator=generator).tolist()
+        with prescope.attach(bench.model, slots=1.0) as engine:
+            trained = prescope.train_predictor(engine, prompts)
+        row = {
+            "shape": args.shape, "layers": trained.predictor.shape.num_layers, "prompts": size[0],
+            "tokens": args.tokens, "own_tokens": trained.predictor.tag.notes["own_tokens"],
+            "epochs": len(trained.history), "seconds": trained.seconds,
+        }  # fmt: skip
+        self.report["training"] = [row]
+        self.tables.append(markdown("Training a predictor for a model with random weights, all of it", [row]))
+        print(self.tables[-1], flush=True)
+
 
 def prediction_cost(num_layers: int, tokens: int, device: str, config: LlaporConfig) -> dict[str, Any]:
     """Microseconds per layer and call: eager with the device waited for, and in a graph of all layers."""
@@ -471,6 +498,7 @@ def arguments() -> argparse.Namespace:
         help="folder with train/, valid/ and ood/, one <domain>.txt a domain in each",
     )
     add("--out", default="", help="JSON; a .md is written beside it")
+    add("--shape", default="qwen3-30b-a3b-cut16", help="of the part `training`")
     add("--parts", nargs="*", default=["all", "shifts", "online", "failures", "worth", "cost", "ablation"])
     add(
         "--only",
