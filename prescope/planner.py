@@ -12,8 +12,8 @@ from .cache import learn
 from .core import MoEShape
 from .jit import jit
 from .residency import LayerNeed, ResidencyTable
-from .scheduler.decide import discount, learn_trust, plan, sort_need, take_slots
-from .scheduler.terms import Costs, FloatArray, IntArray, Knobs, Need, Plan
+from .scheduler.decide import discount, learn_reuse, learn_trust, plan, sort_need, take_slots
+from .scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, Need, Plan
 
 #: Copies below this do not reach the link's rate: PCIe 5 gave 53 GB/s at 4 MiB, 48 at 1 MiB (benchmarks/async_io.py).
 LEAST_BYTES_UNDER_WAY = 4 << 20
@@ -35,18 +35,26 @@ def plan_layer(
     need: Need,
     backlog_us: float,
     slot_of: IntArray,
-    trust: FloatArray,
-    predicted_dLE: FloatArray,
+    key_of: IntArray,
+    scores: FloatArray,
+    memory: Memory,
     tokens_dE: FloatArray,
     used_dE: FloatArray,
 ) -> Plan:
     """One layer's plan; predictions count for as much as those for this layer were worth.
 
     Args:
-        trust, predicted_dLE: changed; see `scheduler.decide.learn_trust`.
+        key_of, scores: as `scheduler.decide.plan`.
+        memory: changed.
         tokens_dE, used_dE: as predicted `knobs.lag` layers ago, for the layers behind that one; changed.
     """
+    trust, predicted_dLE = memory.trust, memory.predicted_dLE
     d, num_layers, E = predicted_dLE.shape
+    num_absent = 0
+    for expert in range(E):
+        num_absent += slot_of[moe_layer * E + expert] < 0
+    num_misses = len(need.experts) - need.num_hits - need.num_late
+    lasting = learn_reuse(memory.reuse, memory.former_LE[moe_layer], need.experts, num_misses, num_absent)
     made_at = moe_layer - knobs.lag
     if d:
         counts_E = np.zeros(E, np.int64)
@@ -63,8 +71,9 @@ def plan_layer(
             tokens_dE[ahead - 1, e] *= factor
     lag = min(knobs.lag, d)
     return plan(
-        knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE[lag:], used_dE[lag:]
-    )
+        knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE[lag:], used_dE[lag:], key_of, scores,
+        lasting,
+    )  # fmt: skip
 
 
 class Decision(NamedTuple):
@@ -100,8 +109,7 @@ def decide_layer(
     sums_E: FloatArray,
     slots: Slots,
     backlog_us: float,
-    trust: FloatArray,
-    predicted_dLE: FloatArray,
+    memory: Memory,
     tokens_dE: FloatArray,
     used_dE: FloatArray,
 ) -> Decision:
@@ -115,7 +123,7 @@ def decide_layer(
         num_experts: of this layer. `ids`: (P,) chosen experts, others are nobody's.
         sums_E: sums of router weights, or (0,) where the policy does not look at them.
     """
-    E = len(slots.slot_of) // predicted_dLE.shape[1]
+    E = memory.former_LE.shape[1]
     first = moe_layer * E
     counts = np.zeros(num_experts, np.int64)
     for expert in ids:
@@ -127,8 +135,9 @@ def decide_layer(
     weights = sums_E[experts] if len(sums_E) else tokens.astype(np.float64)
     learn(policy, slots.scores, tick, moe_layer, E, experts, weights)
     chosen = plan_layer(
-        knobs, costs, moe_layer, need, backlog_us, slots.slot_of, trust, predicted_dLE, tokens_dE, used_dE
-    )
+        knobs, costs, moe_layer, need, backlog_us, slots.slot_of, slots.key_of, slots.scores, memory, tokens_dE,
+        used_dE,
+    )  # fmt: skip
     here = need.num_hits + need.num_late
     slots.protected[:] = False
     for expert in need.experts[:here]:
@@ -182,8 +191,7 @@ class Planner:
     def restart(self) -> None:
         """Forget what was predicted and how far that could be trusted."""
         shape = self._shape
-        self._trust = np.zeros((self.predicts, 2))
-        self._predicted_dLE = np.zeros((self.predicts, shape.num_layers, shape.num_experts))
+        self.memory = Memory.fresh(self.predicts, shape.num_layers, shape.num_experts)
 
     def plan(
         self,
@@ -216,15 +224,14 @@ class Planner:
             Need(need.experts, need.tokens, need.num_hits, need.num_late),
             max(0.0, self._link_free_us - now_us),
             table.slot_of,
-            self._trust,
-            self._predicted_dLE if predicted is not None else self._predicted_dLE[:0],
+            table.key_of,
+            table.policy.scores,
+            self.memory
+            if predicted is not None
+            else self.memory._replace(predicted_dLE=self.memory.predicted_dLE[:0]),
             np.array(tokens_dE, dtype=np.float64),
             np.array(used_dE, dtype=np.float64),
         )
-
-    def predictions(self) -> tuple[FloatArray, NDArray[np.float64]]:
-        """What was predicted and how far it could be trusted, (d, 2) and (d, L, E); changed as steps are decided."""
-        return self._trust, self._predicted_dLE
 
     def calibrated_cpu(self) -> tuple[float, FloatArray]:
         """What the CPU was calibrated to take: for a submission, and for one expert by its tokens."""

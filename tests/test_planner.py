@@ -49,7 +49,7 @@ def decided(
         sums,
         slots,
         0.0,
-        *one.predictions(),
+        one.memory,
         tokens,
         used,
     )

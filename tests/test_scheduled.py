@@ -229,7 +229,7 @@ def test_forced_predictions_may_reach_further_than_the_schedule_looks(
         engine.check_integrity()
         planner = engine._serving.scheduling.planner
     # All that was likely was used: the predictions were those of the layers they were read for.
-    trust, _ = planner.predictions()
+    trust = planner.memory.trust
     assert (trust[:, 1] == trust[:, 0]).all() and (trust[:, 0] > 0).all()
     assert len(decode) > 0
 

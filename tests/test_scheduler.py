@@ -13,7 +13,15 @@ from prescope.core import MoEShape
 from prescope.errors import UnsupportedOption
 from prescope.scheduler import PREDICTORS, SCHEDULES, schedule_named
 from prescope.scheduler.baselines import fiddler, hybrimoe
-from prescope.scheduler.decide import discount, learn_trust, plan, sort_need, take_slots
+from prescope.scheduler.decide import (
+    discount,
+    learn_reuse,
+    learn_trust,
+    plan,
+    sort_need,
+    take_slots,
+    worth_a_slot,
+)
 from prescope.scheduler.next_use import NextUse
 from prescope.scheduler.presched import FORECAST, split
 from prescope.scheduler.terms import Costs, Knobs, cpu_time
@@ -229,6 +237,9 @@ def one_plan(
         slot_of,
         used,
         used,
+        np.full(4, -1),
+        np.zeros(L * E),
+        0.0,
     )
 
 
@@ -289,8 +300,9 @@ def test_a_predictor_that_expects_too_many_tokens_is_scaled_to_those_there_are()
     used, right = np.ones((2, 8)), np.full((2, 8), tokens.sum() / 8)
     slot_of = np.full(24, -1)
     knobs = Knobs(NUMBERS["presched"], 1, 8, 0.1)
-    honest = plan(knobs, costs_of(), 0, 3, need, 0.0, slot_of, right, used)
-    wild = plan(knobs, costs_of(), 0, 3, need, 0.0, slot_of, 50.0 * right, used)
+    cache = np.full(4, -1), np.zeros(24), 0.0
+    honest = plan(knobs, costs_of(), 0, 3, need, 0.0, slot_of, right, used, *cache)
+    wild = plan(knobs, costs_of(), 0, 3, need, 0.0, slot_of, 50.0 * right, used, *cache)
     assert (wild.num_load, wild.prefetch.tolist()) == (honest.num_load, honest.prefetch.tolist())
 
 
@@ -352,9 +364,39 @@ def test_a_decision_takes_microseconds():
         key_of, table = keys.copy(), slot_of.copy()
         start = time.perf_counter()
         need = sort_need(experts, tokens, table[5 * E + experts], in_flight)
-        made = plan(knobs, costs, 5, L, need, 0.0, table, 4.0 * used, used)
+        made = plan(knobs, costs, 5, L, need, 0.0, table, 4.0 * used, used, key_of, scores, 0.5)
         wanted = 5 * E + need.experts[need.num_hits :][: made.num_load]
         take_slots(wanted, key_of, table, in_flight, made.keep, scores)
         best_us = min(best_us, 1e6 * (time.perf_counter() - start))
     print(f"one decision: {best_us:.1f} us ({made.num_load} copies of {len(need.experts)} experts)")
     assert best_us < 50.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_experts_are_worth_a_slot_while_the_cache_would_rather_have_them(seed):
+    rng = np.random.default_rng(seed)
+    E, S = 24, 8
+    scores = np.round(rng.random(E), 1)  # some alike
+    key_of = np.where(rng.random(S) < 0.2, -1, rng.permutation(E)[:S])
+    slot_of = np.full(E, -1)
+    slot_of[key_of[key_of >= 0]] = np.flatnonzero(key_of >= 0)
+    absent = np.flatnonzero(slot_of < 0)[: rng.integers(0, 9)]
+    for most in (0, 1, 3, 20):
+        found = worth_a_slot(absent, most, slot_of, key_of, scores)
+        least = np.sort(np.where(key_of < 0, -np.inf, scores[key_of]))
+        best = np.sort(scores[absent])[::-1]
+        n = min(most, len(absent), S)
+        count = int(np.cumprod(best[:n] > least[:n]).sum())
+        assert len(found) == count and len(set(found)) == count and set(found) <= set(absent)
+        assert np.array_equal(scores[found], best[:count])
+
+
+def test_reuse_is_what_the_layer_needed_before_beyond_what_it_needs_anyway():
+    former = np.zeros(8, np.bool_)
+    always, never = np.zeros(4), np.zeros(4)
+    for _ in range(300):
+        lasting = learn_reuse(always, former, np.array([1, 2]), 0, 4)
+    assert lasting == pytest.approx(1.0, abs=0.05) and np.flatnonzero(former).tolist() == [1, 2]
+    for step in range(300):
+        lasting = learn_reuse(never, former, np.array([step % 4, 4 + step % 4]), 1, 4)
+    assert lasting == pytest.approx(-0.25, abs=0.02)

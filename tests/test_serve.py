@@ -11,7 +11,7 @@ from prescope.device import LinkFunctions
 from prescope.planner import Slots
 from prescope.raw import address_of, clock_address
 from prescope.scheduler.decide import FATE
-from prescope.scheduler.terms import Costs, Knobs
+from prescope.scheduler.terms import Costs, Knobs, Memory
 from tests.interpreted_gpu import _create_event, _memcpy, _query_event, _record_event
 
 L, E, SLOTS, ROW = 3, 4, 6, 16
@@ -68,8 +68,7 @@ class Host:
         link = LinkFunctions(*addresses, stream=0, repeats=1)
         self.functions = at.Functions(link, LaneFunctions.without().addresses, clock_address())
         costs = Costs(1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, np.zeros(0), np.zeros(0))
-        none = np.zeros((0, L, E))
-        self.beliefs = at.Beliefs(Knobs(FATE, 1, E, 0.5), costs, 0.0, np.zeros(0), np.zeros((0, 2)), none)
+        self.beliefs = at.Beliefs(Knobs(FATE, 1, E, 0.5), costs, 0.0, np.zeros(0), Memory.fresh(0, L, E))
 
     def pump(self) -> None:
         assert at.pump(self.functions, self.places, self.progress, self.beliefs, self.slots)

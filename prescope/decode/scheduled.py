@@ -139,7 +139,7 @@ class ScheduledStep:
         row = recorder.num_steps - 1 if recorder is not None else -1
         number = captured.number(step)
         planner = self._scheduling.planner
-        beliefs = Beliefs(planner.knobs, planner.costs, *planner.calibrated_cpu(), *planner.predictions())
+        beliefs = Beliefs(planner.knobs, planner.costs, *planner.calibrated_cpu(), planner.memory)
         slots = Slots(table.slot_of, table.key_of, table.in_flight, table.protected, table.policy.scores)
         while True:
             with said_if_compiled_first(serve, "the host's part of a decode step"):

@@ -27,7 +27,7 @@ from ..jit import jit
 from ..planner import Slots, decide_layer
 from ..raw import call, load_int64, now_us, store_int32, swap_int32
 from ..scheduler.decide import take_slots
-from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, cpu_time
+from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, cpu_time
 
 #: What `serve` returns: all layers are served; nobody has asked for WAIT_US; a function of the driver, or the CPU lane,
 #: failed (the code is in `counts[FAILURE]`).
@@ -128,8 +128,7 @@ class Beliefs(NamedTuple):
     costs: Costs
     cpu_base_us: float  # as calibrated, as `cpu_us`
     cpu_us: FloatArray
-    trust: FloatArray  # (d, 2)
-    predicted_dLE: FloatArray
+    memory: Memory
 
 
 @jit
@@ -442,7 +441,7 @@ def serve(
     counts[NUMBER] = number
     L, P = places.ask.shape
     E = len(slots.slot_of) // L
-    d = len(beliefs.predicted_dLE)
+    d = len(beliefs.memory.predicted_dLE)
     ids = np.empty(P, np.int64)
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
     while counts[LAYER] < L:
@@ -495,7 +494,7 @@ def serve(
         times[LINK_FREE] = min(times[LINK_FREE], under_way)
         decision = decide_layer(
             beliefs.knobs, beliefs.costs, places.policy, counts[TICK], layer, num_experts, ids, sums_E, slots,
-            max(0.0, times[LINK_FREE] - now_us(functions.clock, progress.words)), beliefs.trust, beliefs.predicted_dLE,
+            max(0.0, times[LINK_FREE] - now_us(functions.clock, progress.words)), beliefs.memory,
             tokens_dE, used_dE,
         )  # fmt: skip
         need, plan, taken = decision.need, decision.plan, decision.slots

@@ -21,6 +21,12 @@ ERROR_MARGIN = 0.3
 #: Least probability of use of an expert that is all but certain. With 0.75 an inverted predictor cost 6 % at batch 64,
 #: with 0.85 it costs 2 %.
 SURE = 0.85
+#: Least of `learn_reuse` from which experts that the CPU has computed are copied when the link has nothing better to
+#: do. Below, that costs 1 to 3 %, since the CPU is slower beside a busy link; above, it wins up to 21 % (simulated,
+#: LOG.md).
+LASTING = 0.35
+#: Predictions of less are then copied behind those, and of less than the second not at all: what is there is likelier.
+UNLIKELY, HARDLY = 0.5, 0.3
 #: Weight of the past in `learn`, per layer of a step: remembers about a hundred layers.
 TRUST_DECAY = 0.99
 
@@ -147,6 +153,32 @@ def likely(knobs: Knobs, moe_layer: int, num_layers: int, used_dE: FloatArray) -
 
 
 @jit
+def worth_a_slot(
+    keys: IntArray, most: int, slot_of: IntArray, key_of: IntArray, scores: FloatArray
+) -> IntArray:
+    """Of experts (n,) that are not there the `most` that the cache would rather have than its least, the best first.
+
+    The i-th best must be better than the i-th least of those in slots.
+    """
+    most = min(most, len(keys))
+    least = np.full(most, np.inf)
+    for key in key_of:
+        score = -np.inf if key < 0 else scores[key]
+        at = most
+        while at > 0 and least[at - 1] > score:
+            if at < most:
+                least[at] = least[at - 1]
+            at -= 1
+        if at < most:
+            least[at] = score
+    order = np.argsort(-scores[keys], kind="mergesort")
+    count = 0
+    while count < most and scores[keys[order[count]]] > least[count]:
+        count += 1
+    return keys[order[:count]]
+
+
+@jit
 def plan(
     knobs: Knobs,
     costs: Costs,
@@ -157,6 +189,9 @@ def plan(
     slot_of: IntArray,
     tokens_dE: FloatArray,
     used_dE: FloatArray,
+    key_of: IntArray,
+    scores: FloatArray,
+    lasting: float,
 ) -> Plan:
     """Decide about one layer, after its router has spoken.
 
@@ -165,6 +200,8 @@ def plan(
         slot_of: (L * E,) slot of each key, -1 for those that have none.
         tokens_dE, used_dE: predictions for the d layers behind this one: expected number of tokens that use an expert,
             and probability that any does; rows beyond the last layer hold zeros.
+        key_of: (S,) key in each slot, -1 for none. `scores`: (L * E,) of the cache policy.
+        lasting: see `learn_reuse`.
     """
     nothing = np.empty(0, np.int64)
     here = need.num_hits + need.num_late
@@ -195,6 +232,14 @@ def plan(
     if knobs.schedule == HYBRIMOE:
         return Plan(hybrimoe(costs, missing, here, backlog_us), candidates, keep)
     first = (moe_layer + 1) * E
+    is_lasting, others, least = lasting >= LASTING, nothing, knobs.threshold
+    if is_lasting:
+        least = max(least, HARDLY)
+    likelier = Knobs(knobs.schedule, knobs.lookahead, knobs.width, least, knobs.lag)
+    if is_lasting and ahead > 0:
+        next_E = used_dE[0][candidates - first]
+        others = candidates[(next_E < UNLIKELY) & (next_E >= least)]
+        candidates = candidates[next_E >= UNLIKELY]
     m = len(candidates)
     next_tokens, next_used = np.empty(m), np.empty(m)
     # The next layer serves the same tokens. A predictor that expects more of them errs by that factor, and the CPU
@@ -209,12 +254,22 @@ def plan(
     while end < most and next_used[end] >= SURE:
         end += 1
     prefetch = candidates[:end]
-    # Link time that the next layer has no use for goes to those behind it.
     left = slack - m * costs.link_us
+    if p < m or left <= 0:
+        return Plan(k, prefetch, keep)
+    # What the CPU computes would never come into the slots, however often it is used again: 7 to 44 points of hits
+    # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated, LOG.md).
+    cold = moe_layer * E + need.experts[here + k :]
+    room = int(left / costs.link_us) if is_lasting else 0
+    again = worth_a_slot(cold, room, slot_of, key_of, scores)
+    others = others[: max(0, int(left / costs.link_us) - len(again))]
+    left -= (len(again) + len(others)) * costs.link_us
+    prefetch = np.concatenate((prefetch, again, others))
+    # Link time that the next layer has no use for goes to those behind it.
     for further in range(2, ahead + 1):
-        if p < m or left <= 0:
+        if left <= 0:
             break
-        more = wanted(knobs, moe_layer + further, slot_of, tokens_dE[further - 1], used_dE[further - 1])
+        more = wanted(likelier, moe_layer + further, slot_of, tokens_dE[further - 1], used_dE[further - 1])
         more = more[: int(left / costs.link_us) + 1]
         left -= len(more) * costs.link_us
         prefetch = np.concatenate((prefetch, more))
@@ -250,6 +305,34 @@ def learn_trust(
                 found += 1.0 if counts_E[expert] > 0 else 0.0
         trust[ahead, 0] = TRUST_DECAY * trust[ahead, 0] + expected
         trust[ahead, 1] = TRUST_DECAY * trust[ahead, 1] + found
+
+
+@jit
+def learn_reuse(
+    reuse: FloatArray, former_E: NDArray[np.bool_], experts: IntArray, num_misses: int, num_absent: int
+) -> float:
+    """Hold what a layer needs, experts (n,), against what it needed in the step before.
+
+    Args:
+        reuse: (4,) decayed sums of experts: needed, of those needed before, missing, absent.
+        former_E: changed to what is needed.
+        num_misses: of `experts`. `num_absent`: of the layer's experts, those that have no slot.
+
+    Returns: how much likelier an expert is needed that was needed before than one that has no slot, as an evicted one
+        will have none. In a large batch hardly.
+    """
+    found = 0.0
+    for expert in experts:
+        found += 1.0 if former_E[expert] else 0.0
+    former_E[:] = False
+    for expert in experts:
+        former_E[expert] = True
+    reuse *= TRUST_DECAY
+    reuse[0] += len(experts)
+    reuse[1] += found
+    reuse[2] += num_misses
+    reuse[3] += num_absent
+    return reuse[1] / max(1.0, reuse[0]) - reuse[2] / max(1.0, reuse[3])
 
 
 @jit

@@ -55,6 +55,25 @@ class Need(NamedTuple):
     num_late: int
 
 
+class Memory(NamedTuple):
+    """What a schedule remembers from layer to layer; changed by each decision."""
+
+    trust: FloatArray  # (d, 2), see `decide.learn_trust`
+    predicted_dLE: FloatArray  # the last probability of use
+    reuse: FloatArray  # (4,), see `decide.learn_reuse`
+    former_LE: NDArray[np.bool_]  # what each layer used in the step before
+
+    @classmethod
+    def fresh(cls, lookahead: int, num_layers: int, num_experts: int) -> "Memory":
+        """Nothing is known, of predictions for `lookahead` layers."""
+        return cls(
+            np.zeros((lookahead, 2)),
+            np.zeros((lookahead, num_layers, num_experts)),
+            np.zeros(4),
+            np.zeros((num_layers, num_experts), np.bool_),
+        )
+
+
 @jit
 def cpu_time(cpu_us: FloatArray, tokens: float) -> float:
     """Microseconds of one expert with so many tokens on the CPU; between and beyond the points linear."""

@@ -20,7 +20,7 @@ from ..jit import jit
 from ..planner import plan_layer
 from ..residency import ROUND_EXPERTS
 from ..scheduler.decide import sort_need, take_slots
-from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Need, cpu_time
+from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, Need, cpu_time
 
 BoolArray = NDArray[np.bool_]
 
@@ -42,7 +42,7 @@ class State(NamedTuple):
     key_of: IntArray  # (slots,)
     scores: FloatArray  # (L * E,), or as the cache policy has them
     tick: IntArray  # (1,)
-    trust: FloatArray  # (d, 2), see `scheduler.decide.learn_trust`
+    memory: Memory
 
 
 class Demand(NamedTuple):
@@ -119,7 +119,6 @@ def replay(
     held, held_us = np.empty(0, np.int64), start_us
     keep = np.empty(0, np.int64)
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
-    predicted_dLE = np.zeros((d, L, E))
     predict_us = 0.0 if knobs.lag else costs.predict_us
     now = foreseen = decided = start_us
     for s in range(S):
@@ -154,8 +153,9 @@ def replay(
                 need,
                 backlog,
                 state.slot_of,
-                state.trust,
-                predicted_dLE,
+                state.key_of,
+                state.scores,
+                state.memory,
                 tokens_dE,
                 used_dE,
             )

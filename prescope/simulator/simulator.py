@@ -22,7 +22,7 @@ from ..predictor.base import Predictor
 from ..residency import ResidencyTable, prefetch_slots
 from ..routing import RoutingTrace
 from ..scheduler import Schedule, schedule_named
-from ..scheduler.terms import Knobs
+from ..scheduler.terms import Knobs, Memory
 from .prefill import prefill, prefill_steps
 from .prepare import LOOKAHEAD, Needs, Predicted, compiled_costs, needs_of, predictions_of
 from .replay import Demand, Log, State, replay
@@ -249,7 +249,7 @@ class Simulator:
         form = partial(compiled_costs, cpu=settings.cpu, predicts=settings.lookahead > 0)
         costs, by = form(self.costs), form(self.costs if believed is None else believed)
         depth = min(settings.lookahead + lag, len(self.predicted.used_dSLE))
-        trust = np.zeros((depth, 2))
+        memory = Memory.fresh(depth, self.shape.num_layers, self.shape.num_experts)
         logs, now = [], 0.0
         for i, (prefills, steps) in enumerate(self._segments):
             self._prefill(table, prefills, is_first=i == 0)
@@ -258,7 +258,7 @@ class Simulator:
                 table.key_of,
                 policy.scores,
                 np.array([policy.tick], np.int64),
-                trust,
+                memory,
             )
             demand = Demand(
                 self.needs.tokens_SLE[steps],
