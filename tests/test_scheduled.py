@@ -19,6 +19,7 @@ from prescope.predictor import Chance, EarlyRouter, Inverted, NoisyOracle, Route
 from prescope.raw import address_of
 from prescope.scheduler import SCHEDULES
 from prescope.simulator.prepare import predictions_of
+from prescope.synthetic import SyntheticSpec
 from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
 
 # The compiled kernel of the CPU lane takes 16-bit floats; tokens can be compared in float32 only.
@@ -115,6 +116,38 @@ def test_the_cache_that_knows_the_layers_order_serves_a_schedule(model, early, f
         for _ in range(2):
             assert engine.generate(ids, max_new_tokens=5).tokens == expected
         engine.check_integrity()
+
+
+@pytest.mark.parametrize("decode", ["layered", "auto"])
+def test_what_the_cpu_computes_comes_into_a_slot_where_choices_last(model, gpu, decode):
+    """Nothing is predicted, and the CPU is so fast that nothing is loaded on demand: hits come from such copies."""
+    spec = SyntheticSpec(
+        num_layers=LAYERS,
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        zipf=0.3,
+        persistence=0.97,
+        correlation=0.0,
+        diversity=1.0,
+    )
+    forced = spec.generate(prompt_tokens=5, new_tokens=24, batch=1, seed=3)
+    costs = replace(COSTS, link_us=40.0, cpu_us=(0.0, 5.0, 6.0), cpu_base_us=1.0)
+    tokens, layers = {}, {}
+    for schedule, settings in (
+        ("on-demand", {}),
+        ("presched", {"costs": costs, "cpu_threads": 1, "cache": "score"}),
+    ):
+        with prescope.attach(model, schedule=schedule, slots=9, decode=decode, **settings, **gpu) as engine:
+            engine.force_routing(forced)
+            run = engine.generate(prompt(length=5), max_new_tokens=24)
+            engine.check_integrity()
+        tokens[schedule] = run.tokens
+        layers[schedule] = run.layers[run.layers["phase"] == "decode"]
+    assert tokens["presched"] == tokens["on-demand"]
+    decode_layers = layers["presched"]
+    assert (decode_layers["on_cpu"] == decode_layers["misses"]).all()
+    steps = decode_layers.groupby("step")["hits"].sum().to_numpy()
+    assert steps[-8:].mean() > steps[:4].mean() and steps[-8:].mean() > 0.75 * LAYERS * TOP_K
 
 
 def test_the_cpu_lane_computes_misses_and_its_time_is_in_the_table(model, early, frequencies):
