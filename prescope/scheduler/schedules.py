@@ -165,7 +165,8 @@ _ALL = (
         unknown="no code is public. Ours: the formulas of the window, probabilities in them, predictions of one layer "
         "before, so that no layer waits for its predictor, further layers when the link is idle, a margin for costs "
         "that are wrong, an eviction that knows the plan, experts computed on the CPU copied for later when choices "
-        "last, and trust in the predictor by what its likeliest experts were worth. Its defaults do not depend on the batch: no other was better by more than 1 %, simulated (LOG.md)",
+        "last, and trust in the predictor by what its likeliest experts were worth. Its defaults do not depend on the "
+        "batch: no other was better by more than 1 %, simulated (LOG.md)",
         source="PreScope, arXiv 2509.23638",
     ),
 )
