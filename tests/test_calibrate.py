@@ -253,7 +253,7 @@ def test_the_usual_expert_is_three_matrices():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: runs on a machine that has one")
 def test_a_gpu_is_measured_in_all_kinds():
     profile = prescope.calibrate(SMALL, device="cuda", seconds=5.0, save=False, on_progress=ignore)
     kinds = {point.of.kind for point in profile.points}

@@ -221,7 +221,7 @@ def test_a_step_that_cannot_be_captured_is_said_aloud_and_runs_layer_by_layer(mo
 
 def test_a_gpu_that_stops_is_an_error_and_not_a_hang(model, gpu, monkeypatch):
     if torch.cuda.is_available():
-        pytest.skip("a real GPU cannot be stopped by a test")
+        pytest.skip("a real GPU cannot be stopped by a test: runs where there is none")
     ids = prompt()
     with prescope.attach(model, slots=6, decode="gpu-driven", **gpu) as engine:
         engine.generate(ids, max_new_tokens=4)
@@ -249,7 +249,7 @@ def test_the_host_reads_the_routing_once_a_layer_and_waits_for_nothing_else(mode
 def test_steps_from_a_graph_do_not_wait_for_the_gpu_at_all(driver, monkeypatch):
     """torch raises at every synchronising call between the first captured step and the last."""
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
+        pytest.skip("needs a CUDA GPU: runs on a machine that has one")
     with prescope.attach(tiny_moe(), slots=6, device="cuda", decode=driver) as engine:
         engine.generate(prompt(), max_new_tokens=4)
         run_steps = DecodeLoop._run_steps
@@ -270,7 +270,7 @@ def test_steps_from_a_graph_do_not_wait_for_the_gpu_at_all(driver, monkeypatch):
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor's advice
 def test_compiled_layers_give_the_same_tokens():
     if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
+        pytest.skip("needs a CUDA GPU: runs on a machine that has one")
     model, ids = tiny_moe(), prompt(batch=2)
     expected = plain_tokens(model, ids, new=20)
     with prescope.attach(model, slots=9, device="cuda", compiled=True) as engine:

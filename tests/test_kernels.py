@@ -20,7 +20,9 @@ except ImportError:  # Triton exists for Linux only
 
 KERNELS = [
     TorchKernel,
-    pytest.param(TritonKernel, marks=pytest.mark.skipif(TritonKernel is None, reason="no Triton")),
+    pytest.param(
+        TritonKernel, marks=pytest.mark.skipif(TritonKernel is None, reason="Triton exists for Linux only")
+    ),
 ]
 
 

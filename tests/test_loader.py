@@ -279,7 +279,7 @@ def test_runs_by_hand():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: runs on a machine that has one")
 @pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize("copies", ["torch", "driver"])
 def test_both_ways_of_copying_on_cuda_move_the_same_bytes(copies, timed):

@@ -285,7 +285,7 @@ def pump(functions: Functions, places: Places, progress: Progress, beliefs: Beli
         if former >= 0 and may_be_in_use(places, progress, former, E):
             slots.slot_of[key], slots.slot_of[former], slots.key_of[taken[0]] = -1, taken[0], former
             show(places, progress, former, taken[0])
-            counts[HELD] += 1  # as soon as that layer is decided
+            counts[HELD] = 0  # until that layer is decided the next one would have to take the same slot
             break
         slots.in_flight[taken[0]] = True
         one[0] = key % E
