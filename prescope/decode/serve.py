@@ -490,12 +490,11 @@ def serve(
         counts[TICK] += 1
         # Of what was on the link no more can be left than prefetches under way: the layers before have waited for the
         # rest. While the link is never idle, the errors of what copies are believed to take would add up.
-        under_way = now_us(functions.clock, progress.words) + counts[WIRE_COUNT] * beliefs.costs.link_busy_us
-        times[LINK_FREE] = min(times[LINK_FREE], under_way)
+        now = now_us(functions.clock, progress.words)
+        times[LINK_FREE] = min(times[LINK_FREE], now + counts[WIRE_COUNT] * beliefs.costs.link_busy_us)
         decision = decide_layer(
             beliefs.knobs, beliefs.costs, places.policy, counts[TICK], layer, num_experts, ids, sums_E, slots,
-            max(0.0, times[LINK_FREE] - now_us(functions.clock, progress.words)), beliefs.memory,
-            tokens_dE, used_dE,
+            max(0.0, times[LINK_FREE] - now), beliefs.memory, tokens_dE, used_dE,
         )  # fmt: skip
         need, plan, taken = decision.need, decision.plan, decision.slots
         here = need.num_hits + need.num_late
