@@ -241,13 +241,13 @@ def told_by(
         predict_us=predict_us,
         source=source,
     )
-    factor = 1.0
+    factor, believed = 1.0, with_cpu(told, cell["cpu_factor"])
     for _ in range(3 if decode.on_cpu else 0):  # how long the link is idle meanwhile depends on it
-        result = replay(
-            engine, cell, case, Told(with_cpu(told, factor), with_cpu(told, factor), outside), run
-        )
-        factor *= decode.experts_cpu_ms / max(1e-9, result.metrics.decode.experts_cpu_ms)
-    return Told(with_cpu(told, factor), with_cpu(told, cell["cpu_factor"]), outside)
+        found = replay(engine, cell, case, Told(with_cpu(told, factor), believed, outside), run)
+        simulated_us = found.metrics.decode.experts_cpu_ms / max(1, found.metrics.decode.on_cpu)
+        if simulated_us > 0:  # by expert: how many there are is the decisions' affair
+            factor *= decode.experts_cpu_ms / decode.on_cpu / simulated_us
+    return Told(with_cpu(told, factor), believed, outside)
 
 
 def with_cpu(costs: LayerCosts, factor: float) -> LayerCosts:

@@ -6,7 +6,7 @@ graph, `recorder` takes down what happened.
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -427,8 +427,9 @@ class Engine:
         self._serving.recorder = Recorder(
             self._device, events=config.events, routing=config.record_routing, inputs=config.record_inputs
         )
+        scheduling = self._serving.scheduling
         try:
-            with _frozen_heap():
+            with _frozen_heap(), scheduling.awake() if scheduling is not None else nullcontext():
                 yield self._serving.recorder
         except BaseException:
             self.recover()

@@ -5,7 +5,7 @@ Shapes: T tokens, D model width, K top-k, E experts, d layers ahead, P = T * K p
 """
 
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -159,6 +159,10 @@ class Scheduling:
                 job.wait(timeout_s=1.0)
         self._under_way = []
         self.planner.restart()
+
+    def awake(self) -> AbstractContextManager[None]:
+        """While a run goes on: threads of the CPU lane do not sleep."""
+        return nullcontext() if self.cpu is None else self.cpu.awake()
 
     def close(self) -> None:
         """End the CPU lane's threads."""

@@ -22,6 +22,7 @@ from prescope.cpu_experts import CpuExperts, CpuLayer, Flag, Lot, default_thread
 from prescope.cpu_experts.build import CannotBuild, find_compiler, load
 from prescope.cpu_experts.gates import activation_tables, gate_tables
 from prescope.cpu_experts.native import NativeLane
+from prescope.cpu_experts.threads import may_stay_awake
 from prescope.cpu_experts.with_torch import TorchLane
 from prescope.errors import UnsupportedOption
 from prescope.kernels import ExpertsSpec
@@ -533,6 +534,54 @@ def test_threads_end_with_the_lane():
     del lane
     gc.collect()
     assert become(0), "a lane that was dropped leaves threads behind"
+
+
+def states_of_lane() -> str:
+    """R for each thread of a lane that runs or would, S for each that sleeps."""
+    stats = [task.joinpath("stat").read_text() for task in Path("/proc/self/task").iterdir()]
+    return "".join(stat.rpartition(") ")[2][0] for stat in stats if "(prescope-cpu)" in stat)
+
+
+@needs_compiler
+def test_threads_stay_awake_only_as_long_as_they_are_told(monkeypatch):
+    layer, lot, x, out = small_case()
+
+    def becomes(states: str) -> bool:
+        return any(states_of_lane() == states or time.sleep(0.01) for _ in range(500))
+
+    with CpuExperts([layer], threads=2, implementation="native") as lane:
+        assert becomes("SS")
+        monkeypatch.setattr("prescope.cpu_experts.lane.may_stay_awake", lambda threads: True)
+        with pytest.raises(KeyError), lane.awake():
+            for _ in range(3):
+                assert becomes("RR")
+                time.sleep(0.05)  # longer than they stay awake of their own accord
+                assert states_of_lane() == "RR"
+                lane.submit(0, lot, x, out).wait(60)
+            raise KeyError
+        assert becomes("SS")
+        with lane.awake():
+            lane.close()  # as a setting changed in the middle of a recording does
+    with CpuExperts([layer], threads=1000, implementation="torch") as lane, lane.awake():
+        pass
+    assert may_stay_awake(0) is (physical_cores() >= 2) and not may_stay_awake(physical_cores())
+
+
+@needs_compiler
+def test_a_job_begins_when_it_is_submitted():
+    """Not when a thread has woken up for it: that is what it costs."""
+    layer, lot, x, out = small_case()
+    lane = NativeLane([layer], 1, spin_us=0)
+    try:
+        for _ in range(20):
+            time.sleep(0.002)
+            before = time.perf_counter_ns()
+            job = lane.submit(0, lot, x, out, None)
+            after = time.perf_counter_ns()
+            job.wait(60)
+            assert before <= job.span_ns()[0] <= after
+    finally:
+        lane.close()
 
 
 @needs_compiler

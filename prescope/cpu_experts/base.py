@@ -169,6 +169,10 @@ class Lane(Protocol):
         """The same for compiled code: what it submits is not checked."""
         ...
 
+    def stay_awake(self, on: bool) -> None:
+        """Whether threads without work wait for more without sleeping."""
+        ...
+
     def close(self) -> None:
         """Cancel what is under way and end the threads."""
         ...

@@ -24,7 +24,8 @@ from .checks import check_lot
 from .gates import GateTables, activation_tables, gate_tables
 
 DTYPES = (torch.bfloat16, torch.float16)
-#: How long a thread without work stays awake: longer than from one layer's submission to the next's.
+#: How long a thread without work stays awake, unless it is told to: longer than from one layer's submission to the
+#: next's where all layers have experts on the CPU.
 SPIN_US = 200.0
 _RUNNING, _DONE = 0, 1
 #: So often a waiting thread returns to the interpreter, which is when Ctrl-C is heard.
@@ -117,6 +118,11 @@ class NativeLane:
         layers = [ctypes.addressof(struct) for struct in self._structs]
         return _NativeFunctions(LaneAddresses(submit, state, span, free, self._pool), layers, self)
 
+    def stay_awake(self, on: bool) -> None:
+        with self._lock:
+            if self._close.alive:
+                self._calls.stay_awake(self._pool, on)
+
     def close(self) -> None:
         with self._lock:
             self._close()
@@ -180,6 +186,7 @@ class _Calls:
         self.num_threads = _typed(brief.prescope_num_threads, ctypes.c_int, _pointer)
         self.has_tiles = _typed(brief.prescope_has_tiles, ctypes.c_int, _pointer)
         self.submit = _typed(brief.prescope_submit, _pointer, _pointer, _pointer, _pointer)
+        self.stay_awake = _typed(brief.prescope_stay_awake, None, _pointer, ctypes.c_int)
         self.free = _typed(brief.prescope_free, None, _pointer)
         self.state = _typed(brief.prescope_state, ctypes.c_int, _pointer)
         self.cancel = _typed(brief.prescope_cancel, None, _pointer)

@@ -22,6 +22,11 @@ def default_threads() -> int:
     return max(1, physical_cores() - SPARE_CORES)
 
 
+def may_stay_awake(threads: int) -> bool:
+    """Whether so many threads may wait without sleeping, and take no core that others need."""
+    return threads + SPARE_CORES <= physical_cores()
+
+
 def _siblings(file: Path, cpu: int) -> str:
     try:
         return file.read_text().strip()

@@ -53,6 +53,9 @@ class TorchLane:
     def functions(self) -> LaneFunctions:
         return _TorchFunctions(self, self._layers)
 
+    def stay_awake(self, on: bool) -> None:
+        """Torch's threads spin for some milliseconds of their own accord."""
+
     def close(self) -> None:
         with self._lock:
             self._closed = True

@@ -66,7 +66,7 @@ typedef struct Pool {
     Job *spare;          /* finished ones, kept for their memory */
     _Atomic uint32_t epoch;
     _Atomic int sleepers;
-    _Atomic bool stop;
+    _Atomic bool stop, awake;
     int64_t spin_ns;
     bool tiles; /* the kernel lets this process use them */
     int num_threads;

@@ -1,10 +1,11 @@
 /* The threads, their queue of jobs, their sleep. */
 
-/* Under the lock. */
+/* Under the lock. A job with none before it starts now: that threads have to wake is part of what it takes. */
 static void enqueue(Pool *pool, Job *job) {
     if (pool->tail) {
         pool->tail->after = job;
     } else {
+        atomic_store(&job->start_ns, now_ns());
         atomic_store(&pool->head, job);
     }
     pool->tail = job;
@@ -90,7 +91,7 @@ static void *work(void *argument) {
         }
         /* Layers follow one another within some 100 us, and to wake a sleeping core of a VM takes as long. */
         const int64_t until = now_ns() + pool->spin_ns;
-        while (atomic_load(&pool->epoch) == epoch && now_ns() < until) {
+        while (atomic_load(&pool->epoch) == epoch && (atomic_load(&pool->awake) || now_ns() < until)) {
             for (int i = 0; i < 32; i++) {
                 relax();
             }
@@ -126,6 +127,13 @@ Pool *prescope_open(int num_threads, int64_t spin_ns) {
         pool->num_threads++;
     }
     return pool;
+}
+
+/* Whether threads without work stay awake, however long, until told otherwise. */
+void prescope_stay_awake(Pool *pool, int on) {
+    atomic_store(&pool->awake, on);
+    atomic_fetch_add(&pool->epoch, 1); /* who is about to sleep sees it */
+    futex_wake(&pool->epoch, INT32_MAX);
 }
 
 int prescope_num_threads(const Pool *pool) { return pool->num_threads; }
