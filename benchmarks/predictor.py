@@ -460,7 +460,13 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     study = Study(args)
-    parts: list[Callable[[], None]] = [study.record, *(getattr(study, name) for name in args.parts)]
+    parts: list[Callable[[], None]] = [getattr(study, name) for name in args.parts]
+    if not set(args.parts) <= {"cost", "training"}:
+        if not args.corpus:
+            raise SystemExit(
+                "these parts need --corpus, a folder with text; --parts cost training do without"
+            )
+        parts.insert(0, study.record)
     for part in parts:
         name, began = part.__name__, time.perf_counter()
         if began - study.started > args.seconds and name != "cost":
@@ -494,8 +500,8 @@ def arguments() -> argparse.Namespace:
     add("--model", default="data/tiny-moe")
     add(
         "--corpus",
-        required=True,
-        help="folder with train/, valid/ and ood/, one <domain>.txt a domain in each",
+        default="",
+        help="folder with train/, valid/ and ood/, one <domain>.txt a domain in each; `cost` and `training` need none",
     )
     add("--out", default="", help="JSON; a .md is written beside it")
     add("--shape", default="qwen3-30b-a3b-cut16", help="of the part `training`")
