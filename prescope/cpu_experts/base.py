@@ -114,7 +114,9 @@ class CpuJob(Protocol):
         ...
 
     def span_ns(self) -> tuple[int, int]:
-        """Start and end by the clock of `time.perf_counter_ns`, of a job that is over."""
+        """Start and end by the clock of `time.perf_counter_ns`, of a job that is over. Threads that have to wake for it
+        do so after its start.
+        """
         ...
 
 
