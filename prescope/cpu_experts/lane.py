@@ -75,8 +75,8 @@ class CpuExperts:
     def awake(self) -> Iterator[None]:
         """While jobs may follow one another: threads do not sleep between them, if there are cores enough.
 
-        To wake the sleeping cores of a virtual machine takes nearly as long as an expert: one of 12.6 MB after 3 ms without
-        work took 342 us, threads awake 210 (14 threads, H200 machine; benchmarks/cpu_experts.py --parts latency).
+        To wake the sleeping cores of a virtual machine takes nearly as long as an expert: one of 12.6 MB after 3 ms
+        without work took 342 us, threads awake 210 (14 threads, H200 machine; cpu_experts.py --parts latency).
         """
         if not may_stay_awake(self.threads):
             yield
