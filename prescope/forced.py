@@ -23,11 +23,12 @@ class ForcedRouting:
     """
 
     def __init__(self, ids_SLTK: np.ndarray, scores: np.ndarray | None, device: torch.device) -> None:
-        self._ids = torch.from_numpy(ids_SLTK.astype(np.int64))
-        self._all_scores = None if scores is None else torch.from_numpy(scores.astype(np.float32))
-        self.ids_LTK = self._ids[0].to(device)
-        self.scores = None if self._all_scores is None else self._all_scores[0].to(device)
-        self._next = 0
+        # All steps lie on the device, and so does their number: a graph advances by itself.
+        self._ids = torch.from_numpy(ids_SLTK.astype(np.int64)).to(device)
+        self._all_scores = None if scores is None else torch.from_numpy(scores.astype(np.float32)).to(device)
+        self.ids_LTK = self._ids[0].clone()
+        self.scores = None if self._all_scores is None else self._all_scores[0].clone()
+        self._next = torch.zeros(1, dtype=torch.int64, device=device)
 
     @classmethod
     def of_trace(
@@ -49,12 +50,11 @@ class ForcedRouting:
 
     def restart(self) -> None:
         """The next step is the first."""
-        self._next = 0
+        self._next.zero_()
 
     def advance(self) -> None:
-        """A step begins."""
-        step = self._next % len(self._ids)
-        self.ids_LTK.copy_(self._ids[step])
+        """A step begins; part of a graph, where there is one."""
+        self.ids_LTK.copy_(self._ids.index_select(0, self._next)[0])
         if self.scores is not None and self._all_scores is not None:
-            self.scores.copy_(self._all_scores[step])
-        self._next += 1
+            self.scores.copy_(self._all_scores.index_select(0, self._next)[0])
+        self._next.add_(1).remainder_(len(self._ids))

@@ -166,6 +166,11 @@ def decide_layer(
 NEWEST = 0.2
 #: The CPU is believed to be so many times faster or slower than calibrated at most: a job may be interrupted.
 MOST_CPU_FACTOR = 4.0
+#: The same of the link. One H100 machine's gave 13 GB/s where another's gave 55; believing 55, PreSched lost 43 % to a
+#: schedule that uses the CPU alone (LOG.md).
+MOST_LINK_FACTOR = 8.0
+#: Waits that should be shorter say more about messages than about the link.
+LEAST_WAIT_US = 100.0
 
 
 class Planner:
@@ -182,6 +187,7 @@ class Planner:
         self.knobs, self.costs, self._shape = knobs, costs, shape
         self._calibrated = costs
         self.cpu_factor = 1.0  # what the CPU takes, of what it was calibrated to take
+        self.link_factor = 1.0  # the same of the link
         self.predicts = predicts
         self._link_free_us = 0.0  # by the caller's clock: when the link will be done with what it was given
         self._nothing = np.zeros((0, shape.num_experts))
@@ -249,10 +255,29 @@ class Planner:
             gpu_us=old.gpu_us + NEWEST * (gpu_us - old.gpu_us),
         )
 
+    def saw_link(self, copies_L: FloatArray, has_cpu_L: NDArray[np.bool_], waited_us_L: FloatArray) -> None:
+        """What layers waited for their last copy.
+
+        Args:
+            copies_L: (L,) copies on the link until then, those under way before them included, 0 where nothing was
+                copied. `has_cpu_L`: whether the CPU computed meanwhile. `waited_us_L`: since they were answered.
+        """
+        calibrated = self._calibrated
+        each_L = np.where(has_cpu_L, calibrated.link_busy_us, calibrated.link_us)
+        is_long = copies_L * each_L >= LEAST_WAIT_US
+        if not is_long.any():
+            return
+        ratio = waited_us_L[is_long].sum() / (copies_L * each_L)[is_long].sum()
+        self.link_factor += NEWEST * (_within(ratio, MOST_LINK_FACTOR) - self.link_factor)
+        self.costs = self.costs._replace(
+            link_us=self.link_factor * calibrated.link_us,
+            link_busy_us=self.link_factor * calibrated.link_busy_us,
+        )
+
     def saw_cpu(self, took_us: float, calibrated_us: float) -> None:
         """What submissions to the CPU took together, and should have taken as calibrated."""
         costs = self._calibrated
-        ratio = min(max(took_us / max(calibrated_us, 1e-9), 1.0 / MOST_CPU_FACTOR), MOST_CPU_FACTOR)
+        ratio = _within(took_us / max(calibrated_us, 1e-9), MOST_CPU_FACTOR)
         self.cpu_factor += NEWEST * (ratio - self.cpu_factor)
         factor = self.cpu_factor
         self.costs = self.costs._replace(cpu_us=factor * costs.cpu_us, cpu_base_us=factor * costs.cpu_base_us)
@@ -260,3 +285,7 @@ class Planner:
     def issued(self, num_copies: int, now_us: float) -> None:
         """The link was given so many experts more."""
         self._link_free_us = max(self._link_free_us, now_us) + num_copies * self.costs.link_us
+
+
+def _within(ratio: float, most: float) -> float:
+    return float(min(max(ratio, 1.0 / most), most))

@@ -100,6 +100,7 @@ if IS_COMPILED:
 
     load_int64 = intrinsic(_loading(types.int64, _I64, 8))
     store_int32 = intrinsic(_storing(types.int32, _I32, 4))
+    store_int64 = intrinsic(_storing(types.int64, _I64, 8))
 else:
 
     def call(address: int, arguments: tuple[int, ...]) -> int:
@@ -119,6 +120,10 @@ else:
     def store_int32(address: int, value: int) -> None:
         """Write a word; what was written before is seen before it."""
         _INT32.from_address(int(address)).value = int(value)
+
+    def store_int64(address: int, value: int) -> None:
+        """Write a word; what was written before is seen before it."""
+        _INT64.from_address(int(address)).value = int(value)
 
 
 @jit

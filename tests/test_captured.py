@@ -173,6 +173,8 @@ def test_a_host_driven_step_asks_for_its_experts_and_goes_on_when_they_are_there
     assert (world.table.slot_of[:E].cpu().numpy() == world.host_table.slot_of[:E]).all()
     # The host shows that nothing is missing now, so that nobody has to answer.
     world.step.messages().shown[:] = world.host_table.slot_of
+    world.step.begin()
+    assert world.step.messages().looked[0] == world.step.number(0)
     world.step.reply(0, 7, np.full(E, -1), last_copy=99, num_on_cpu=3)
     out = world.launch(0, x, ids, weights)
     torch.testing.assert_close(out, world.expected(0, x, ids, weights), rtol=2e-5, atol=2e-5)

@@ -1,4 +1,4 @@
-"""Slots that are given up while the GPU runs ahead: hide, look whether the layer has asked, only then overwrite."""
+"""Slots that are given up while the GPU runs ahead: hide, look whether the layer has looked, only then overwrite."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def numbers(*shape):
 class Host:
     """What `serve` keeps, all slots full, one prefetch held."""
 
-    def __init__(self, decided: int, asked: list[int]) -> None:
+    def __init__(self, decided: int, has_looked: list[int]) -> None:
         self.pool = np.zeros((SLOTS, ROW), np.uint8)
         self.rows = [
             np.full((E, ROW), 10 * (layer + 1), np.uint8) + np.arange(E)[:, None] for layer in range(L)
@@ -40,12 +40,13 @@ class Host:
         scores = np.where(np.arange(L * E) == VICTIM, 1.0, 2.0)
         flags = np.zeros(SLOTS, np.bool_)
         self.slots = Slots(self.slot_of, self.key_of, flags, flags.copy(), scores)
-        ask = numbers(L, 2)
-        ask[asked] = NUMBER << 48
+        looked = numbers(L)
+        looked[has_looked] = NUMBER
         self.places = at.Places(
-            ask=ask, scores=numbers(L, 0), answers=np.zeros((L, 3 + E), np.int32), shown=self.slot_of.astype(np.int32),
-            numbers=np.zeros(64, np.int32), landed=self.landed.ctypes.data, head=3, num_experts_L=np.full(L, E),
-            row_bytes_L=np.full(L, ROW), rows_L=np.array([rows.ctypes.data for rows in self.rows]), inputs_L=numbers(L),
+            ask=numbers(L, 2), scores=numbers(L, 0), answers=numbers(L, 2 + E), shown=self.slot_of.astype(np.int32),
+            looked=looked, served=np.zeros(1, np.int32), numbers=np.zeros(64, np.int32),
+            landed=self.landed.ctypes.data, head=2, num_experts_L=np.full(L, E), row_bytes_L=np.full(L, ROW),
+            rows_L=np.array([rows.ctypes.data for rows in self.rows]), inputs_L=numbers(L),
             outputs_L=numbers(L), flags_L=numbers(L), cpu_layers_L=numbers(L), top_k=2, width=1,
             pool=self.pool.ctypes.data, slot_bytes=ROW, uses_weights=0, policy=0, most_on_wire=2, on_demand=0,
             prefetch=1, timed=0, ask_shift=48, scores_shift=32,
@@ -53,7 +54,7 @@ class Host:
         self.progress = at.Progress(
             counts=numbers(at.NUM_COUNTS), times=np.zeros(at.NUM_TIMES), shown_in=self.key_of.copy(),
             loaded=numbers(E), copy_of=numbers(SLOTS), held=numbers(L * E), keep=numbers(L * E), wire_slot=numbers(3),
-            wire_event=numbers(3), events=numbers(8), needs=numbers(L, at.NEED_COLUMNS),
+            wire_event=numbers(3), events=numbers(8), needs=numbers(L, at.NEED_COLUMNS), behind=numbers(L),
             copies=numbers(0, at.COPY_COLUMNS), jobs=numbers(L + 1, at.JOB_COLUMNS), lot=numbers(at.LOT_WORDS),
             indices=numbers(32), words=numbers(4),
         )  # fmt: skip
@@ -78,12 +79,12 @@ class Host:
 
 
 @pytest.mark.parametrize(
-    ("decided", "asked"),
+    ("decided", "has_looked"),
     [(1, [0]), (0, []), (2, [0, 1])],
     ids=["not there yet", "a new step", "decided: what it uses would be protected"],
 )
-def test_an_expert_that_nobody_can_be_using_gives_up_its_slot(decided, asked):
-    host = Host(decided, asked)
+def test_an_expert_that_nobody_can_be_using_gives_up_its_slot(decided, has_looked):
+    host = Host(decided, has_looked)
     host.pump()
     assert host.slot_of[WANTED] == 2 and host.slot_of[VICTIM] == -1
     assert host.places.shown[VICTIM] == -1, "the GPU would read another expert's weights"
@@ -94,9 +95,9 @@ def test_an_expert_that_nobody_can_be_using_gives_up_its_slot(decided, asked):
 
 
 @pytest.mark.parametrize("decided", [0, 1], ids=["two layers ahead", "one layer ahead"])
-def test_an_expert_whose_layer_has_asked_keeps_its_slot(decided):
+def test_an_expert_whose_layer_has_looked_keeps_its_slot(decided):
     """The GPU found all experts of the layers before, and is ahead of the host."""
-    host = Host(decided, asked=[0, 1])
+    host = Host(decided, has_looked=[0, 1])
     before = host.pool.copy(), host.slot_of.copy(), host.key_of.copy(), host.places.shown.copy()
     host.pump()
     for old, new in zip(before, (host.pool, host.slot_of, host.key_of, host.places.shown), strict=True):
@@ -104,8 +105,8 @@ def test_an_expert_whose_layer_has_asked_keeps_its_slot(decided):
     assert host.progress.counts[at.HELD] == 0, "every look for a message would hide and show the expert again"
 
 
-def test_another_steps_question_keeps_nothing():
-    host = Host(0, asked=[1])
-    host.places.ask[1] = (NUMBER - 1) << 48
+def test_another_steps_look_keeps_nothing():
+    host = Host(0, has_looked=[1])
+    host.places.looked[1] = NUMBER - 1
     host.pump()
     assert host.slot_of[WANTED] == 2

@@ -1,4 +1,9 @@
-"""The decoding loop that runs captured steps, at most one ahead of what the host has seen."""
+"""The decoding loop that runs captured steps, at most two ahead of what the host has seen.
+
+Where the host takes part, the next step is launched before this one is served: the GPU goes from one to the other
+without waiting for the host to take down what happened (430 us a step, H100, LOG.md). `kernels.on_device._await_served`
+keeps the next step's messages from overwriting this one's.
+"""
 
 import time
 import warnings
@@ -26,9 +31,11 @@ POLLS = 20_000
 class Launched(NamedTuple):
     """A step on its way."""
 
+    driver: str
     captured: Captured
     number: int  # in the messages of its buffers
     row: int  # its step in the recording
+    started_s: float
 
 
 class DecodeLoop:
@@ -150,8 +157,12 @@ class DecodeLoop:
 
     def _run_steps(self, sample: "Sampler", first: int, num_steps: int) -> None:
         pending: Launched | None = None
+        ahead: Launched | None = None
         for i in range(first, num_steps):
-            launched = self._launch()
+            launched, ahead = ahead or self._launch(), None
+            if sample.greedy and self._step.driver in (HOST, COPY) and i + 1 < num_steps:
+                ahead = self._launch()
+            self._serve(launched)
             if not sample.greedy:
                 self._finish(launched)
                 self._serving.device.synchronize()  # the host chooses, so it waits anyway
@@ -162,6 +173,9 @@ class DecodeLoop:
             if pending is not None:
                 sample.take(self._finish(pending).tokens)
                 if sample.is_done() or self._told(i + 1):
+                    if ahead is not None:
+                        self._serve(ahead)
+                        self._drop(ahead)
                     self._drop(launched)
                     return
             pending = launched
@@ -170,10 +184,9 @@ class DecodeLoop:
             self._told(num_steps + 1)
 
     def _launch(self) -> Launched:
-        """Launch the next step, and serve it if the host has to."""
+        """Launch the next step."""
         step, recorder = self._step, self._serving.recorder
-        contest = not step.driver
-        if contest:
+        if not step.driver:  # a contest
             self._serving.device.synchronize()
         driver = step.driver or CONTEST[sum(map(len, step.times_s.values()))]
         self._turn(driver)
@@ -181,29 +194,31 @@ class DecodeLoop:
         buffers = captured.buffers
         started = time.perf_counter()
         row = recorder.begin_logged_step(step.batch) if recorder is not None else -1
-        launched = Launched(captured, buffers.launched, row)
+        launched = Launched(driver, captured, buffers.launched, row, started)
         buffers.launched += 1
-        if self._serving.forced is not None:
-            self._serving.forced.advance()
         captured.replay()
+        return launched
+
+    def _serve(self, launched: Launched) -> None:
+        """Serve a step if the host has to."""
+        step, driver = self._step, launched.driver
         if driver == HOST:
-            self._scheduled_step.run(launched.number)
+            self._scheduled_step.run(launched.number, launched.row)
         elif driver == COPY:
             assert self._ordered_step is not None
             self._ordered_step.run(launched.number)
-        if contest:
-            self._await(partial(buffers.tokens, launched.number))
-            step.times_s[driver].append(time.perf_counter() - started)
+        if not step.driver:
+            self._await(partial(launched.captured.buffers.tokens, launched.number))
+            step.times_s[driver].append(time.perf_counter() - launched.started_s)
             step.choose()
             self.reason = self._driver_reason() or f"{driver}: undecided, both are tried in turn"
-        return launched
 
     def _finish(self, launched: Launched) -> StepLog:
         buffers = launched.captured.buffers
         self._await(partial(buffers.tokens, launched.number))
         log = buffers.log(launched.number)
         if buffers.scheduled is not None:
-            self._scheduled_step.learn(log)
+            self._scheduled_step.learn(launched.number, log)
         else:  # where the host decides it has counted already
             self._serving.count(log.needs)
         if self._serving.recorder is not None:
@@ -211,11 +226,11 @@ class DecodeLoop:
         return log
 
     def _drop(self, launched: Launched) -> None:
-        """A step that was launched before the host knew that all sequences had ended."""
+        """The step launched last: before the host knew that all sequences had ended."""
         buffers = launched.captured.buffers
         self._await(partial(buffers.tokens, launched.number))
         if buffers.scheduled is not None:
-            self._scheduled_step.undo()
+            self._scheduled_step.undo(launched.number)
         if self._serving.recorder is not None:
             self._serving.recorder.drop_step()
 

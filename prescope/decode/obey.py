@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..device import LinkFunctions
 from ..errors import TransferFailed
 from ..jit import jit
-from ..raw import call, clock_address, load_int64, now_us
+from ..raw import call, clock_address, load_int64, now_us, store_int32
 from ..scheduler.terms import IntArray
 from ..serving import Serving
 from .serve import LINK_FAILED, NOBODY_ASKED, SERVED, WAIT_US
@@ -26,6 +26,7 @@ class Orders(NamedTuple):
     orders: IntArray  # (L, 1 + n), as `kernels.captured.OrderMessages`
     ack_sources: NDArray[np.int32]  # (L,)
     ack: int
+    served: NDArray[np.int32]
     row_bytes_L: IntArray
     rows_L: IntArray  # addresses of the host rows
     pool: int  # address of the slots
@@ -80,6 +81,7 @@ def obey(
             if progress[1] != 0:
                 return LINK_FAILED
         progress[0] += 1
+    store_int32(orders.served.ctypes.data, np.int32(step + 1))
     return SERVED
 
 
@@ -118,6 +120,7 @@ class OrderedStep:
 
     def abandon(self, step: int) -> None:
         """Let a step that is still waiting run to its end, with whatever weights there are."""
+        self._captured.served(step + 1)
         # Not by the function that may have failed.
         for layer in range(len(self._serving.layers)):
             self._serving.device.send([self._captured.acknowledgement(layer, step)], None)

@@ -37,7 +37,8 @@ class ScheduledStep:
         self._serving = serving
         self._scheduling = serving.scheduling or on_demand(serving.shape)
         self._captured: CapturedStep | None = None
-        self._needs: IntArray = np.zeros((0, at.NEED_COLUMNS), np.int64)  # of the last step
+        #: By step, of those that are neither learned nor undone: needs, and copies under way before a layer's own.
+        self._served: dict[int, tuple[IntArray, IntArray]] = {}
 
     def begin(self, captured: "CapturedStep") -> None:
         """Steps follow; the GPU has the table as it is now, and nothing is on the link."""
@@ -55,6 +56,7 @@ class ScheduledStep:
         self._progress = self._start(captured)
         self._places.shown[:] = serving.residency.slot_of
         self._captured, self._is_abandoned = captured, False
+        self._served = {}
 
     def _lay_out(self, captured: "CapturedStep") -> Places:
         serving, scheduling = self._serving, self._scheduling
@@ -110,6 +112,7 @@ class ScheduledStep:
             wire_event=zeros(most + 1),
             events=self._events.handles,
             needs=zeros(L, at.NEED_COLUMNS),
+            behind=zeros(L),
             copies=zeros(3 * total if self._timed else 0, at.COPY_COLUMNS),
             jobs=zeros(L + 1, at.JOB_COLUMNS),
             lot=zeros(at.LOT_WORDS),
@@ -121,8 +124,8 @@ class ScheduledStep:
 
     # -- steps -------------------------------------------------------------------------------------------------
 
-    def run(self, step: int) -> None:
-        """Serve all layers of a step that is running.
+    def run(self, step: int, row: int) -> None:
+        """Serve all layers of a step that is running; `row` is its step in the recording, -1 without one.
 
         Raises:
             TransferFailed: the GPU stopped, or the driver refused a copy.
@@ -136,7 +139,6 @@ class ScheduledStep:
             self._events.reserve(counts[at.EVENTS] + at.EVENTS_OF_LAYER * len(serving.layers) + SPARE_EVENTS)
             self._progress = self._progress._replace(events=self._events.handles)
         counts[at.LAYER] = counts[at.NUM_COPIES] = counts[at.NUM_JOBS] = 0
-        row = recorder.num_steps - 1 if recorder is not None else -1
         number = captured.number(step)
         planner = self._scheduling.planner
         beliefs = Beliefs(planner.knobs, planner.costs, *planner.calibrated_cpu(), planner.memory)
@@ -150,10 +152,11 @@ class ScheduledStep:
                 self._lane.explain()
             require_running(serving, code, int(counts[at.FAILURE]))
         table.policy.tick = int(counts[at.TICK])
-        self._needs = self._progress.needs.copy()
-        self._count(1)
+        needs = self._progress.needs.copy()
+        self._served[step] = needs, self._progress.behind.copy()
+        self._count(needs, 1)
         if recorder is not None:
-            recorder.served(captured.num_tokens, self._needs, self._log(), self._jobs(), self._events)
+            recorder.served(row, captured.num_tokens, needs, self._log(), self._jobs(), self._events)
 
     def _log(self) -> IntArray:
         return self._progress.copies[: self._progress.counts[at.NUM_COPIES]].copy()
@@ -161,14 +164,15 @@ class ScheduledStep:
     def _jobs(self) -> IntArray:
         return self._progress.jobs[: self._progress.counts[at.NUM_JOBS]].copy()
 
-    def _count(self, sign: int) -> None:
-        needed, hits, late, _ = self._needs.sum(0).tolist()
+    def _count(self, needs: IntArray, sign: int) -> None:
+        needed, hits, late, _ = needs.sum(0).tolist()
         for kind, num in ((Need.HIT, hits), (Need.LATE, late), (Need.MISS, needed - hits - late)):
             self._serving.needs[kind] += sign * num
 
-    def learn(self, log: StepLog) -> None:
+    def learn(self, step: int, log: StepLog) -> None:
         """What a step says about this machine: its jobs on the CPU, and its stamps, if there is a timeline."""
         scheduling, times = self._scheduling, self._progress.times
+        needs, behind = self._served.pop(step)
         if times[at.CPU_TOOK] > 0:
             scheduling.planner.saw_cpu(float(times[at.CPU_TOOK]), float(times[at.CPU_CALIBRATED]))
             times[at.CPU_TOOK] = times[at.CPU_CALIBRATED] = 0.0
@@ -178,18 +182,21 @@ class ScheduledStep:
         before = np.concatenate([[log.begin_ns], done[:-1]])
         # Without a CPU lane a layer ends with the GPU's part.
         computed = np.where(computed > 0, computed, done)
-        # The step behind it may have been served meanwhile; it needs about as many.
-        on_gpu = self._needs[:, at.NEEDED] - self._needs[:, at.ON_CPU]
+        on_gpu = needs[:, at.NEEDED] - needs[:, at.ON_CPU]
         waited = (decided - routed)[log.needs[:, 1] > 0]  # the others did not wait for the host
         scheduling.planner.saw_step(
             float(np.median(routed - before)) / 1e3,
             float(np.median(waited)) / 1e3 if len(waited) else None,
             float((computed - fetched).sum()) / 1e3 / max(1, int(on_gpu.sum())),
         )
+        copied = on_gpu - needs[:, at.HITS] - needs[:, at.LATE]
+        # Of the first of those under way some was over already.
+        copies = np.where(copied > 0, copied + np.maximum(0.0, behind - 0.5), 0.0)
+        scheduling.planner.saw_link(copies, needs[:, at.ON_CPU] > 0, (fetched - decided) / 1e3)
 
-    def undo(self) -> None:
-        """The last step never was."""
-        self._count(-1)
+    def undo(self, step: int) -> None:
+        """A step that was served never was."""
+        self._count(self._served.pop(step)[0], -1)
 
     # -- ends --------------------------------------------------------------------------------------------------
 
@@ -218,6 +225,7 @@ class ScheduledStep:
         if job:
             self._lane.settle(job)
         has_cpu = captured.scheduled is not None and captured.scheduled.has_cpu
+        captured.served(step + 1)
         # For a layer that was answered before and waits for bytes.
         self._serving.device.send([captured.landing(MOST_COPIES)], None)
         for layer in self._serving.layers:

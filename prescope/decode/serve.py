@@ -7,8 +7,8 @@ with them.
 
 A layer that sees all of its experts in `Places.shown` goes on without an answer, so the GPU may be layers ahead of what
 is decided here. An expert is shown while its bytes are there, and known to be: those of on-demand copies when the next
-layer has asked. A slot is given up for a prefetch only if, after hiding its expert, that expert's layer has not asked
-(`on_device._plan`).
+layer has asked. A slot is given up for a prefetch only if, after hiding its expert, that expert's layer has not looked
+(`on_device._look`).
 
 Written as the same in Python, a layer of Qwen3-30B-A3B's shape took 200 us at batch 1 and 320 us at batch 8 from the
 choice's arrival to the answer (H100 machine, LOG.md): more than a third of a token's time at batch 1.
@@ -25,7 +25,7 @@ from ..cpu_experts import LaneAddresses
 from ..device import LinkFunctions
 from ..jit import jit
 from ..planner import Slots, decide_layer
-from ..raw import call, load_int64, now_us, store_int32, swap_int32
+from ..raw import call, load_int64, now_us, store_int32, store_int64, swap_int32
 from ..scheduler.decide import take_slots
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, cpu_time
 
@@ -73,8 +73,10 @@ class Places(NamedTuple):
     # As `kernels.captured.Messages`.
     ask: IntArray  # (L, P) step << 48 | expert << 32 | bits of the router weight
     scores: IntArray  # (L, d * 2 * E) step << 32 | bits of the prediction; d may be 0
-    answers: NDArray[np.int32]
+    answers: IntArray
     shown: NDArray[np.int32]
+    looked: IntArray
+    served: NDArray[np.int32]
     numbers: NDArray[np.int32]  # sources of the copies that follow each batch
     landed: int  # where these numbers are copied to
     head: int  # words in front of an answer's row
@@ -114,6 +116,7 @@ class Progress(NamedTuple):
     wire_event: IntArray
     events: IntArray  # handles
     needs: IntArray  # (L, NEED_COLUMNS)
+    behind: IntArray  # (L,) prefetches under way when a layer was decided: its own copies came behind them
     copies: IntArray  # (N, COPY_COLUMNS)
     jobs: IntArray  # (L + 1, JOB_COLUMNS)
     lot: IntArray  # (LOT_WORDS,)
@@ -228,11 +231,11 @@ def hide(places: Places, progress: Progress, slot: int) -> int:
 
 @jit
 def may_be_in_use(places: Places, progress: Progress, key: int, num_experts: int) -> bool:
-    """Whether a key that was just hidden may have been found before: its layer has asked, and was not decided yet."""
+    """Whether a key that was just hidden may have been found before: its layer has looked, and was not decided yet."""
     layer, counts = key // num_experts, progress.counts
     if layer < counts[LAYER]:  # what the last layer uses is protected, those before it are done
         return False
-    return load_int64(places.ask[layer].ctypes.data) >> places.ask_shift == counts[NUMBER]
+    return load_int64(places.looked.ctypes.data + 8 * layer) == counts[NUMBER]
 
 
 @jit
@@ -413,10 +416,12 @@ def reply(
     """Let a layer go on: its slots, the batch of copies to wait for, the CPU's part."""
     message, head = places.answers[layer], places.head
     E = len(message) - head
+    number = (step + 1) << 32
     for expert in range(E):
-        message[head + expert] = slot_of[layer * E + expert]
-    message[0], message[1] = last_copy, num_on_cpu
-    store_int32(message.ctypes.data + 8, np.int32(step + 1))
+        message[head + expert] = number | (slot_of[layer * E + expert] & 0xFFFFFFFF)
+    message[1] = number | num_on_cpu
+    # Whatever the order in which they arrive; but none may be kept back.
+    store_int64(message.ctypes.data, number | last_copy)
 
 
 @jit
@@ -488,10 +493,11 @@ def serve(
         if not land(functions, places, progress, slots):
             return LINK_FAILED
         counts[TICK] += 1
+        behind = counts[WIRE_COUNT]
         # Of what was on the link no more can be left than prefetches under way: the layers before have waited for the
         # rest. While the link is never idle, the errors of what copies are believed to take would add up.
         now = now_us(functions.clock, progress.words)
-        times[LINK_FREE] = min(times[LINK_FREE], now + counts[WIRE_COUNT] * beliefs.costs.link_busy_us)
+        times[LINK_FREE] = min(times[LINK_FREE], now + behind * beliefs.costs.link_busy_us)
         decision = decide_layer(
             beliefs.knobs, beliefs.costs, places.policy, counts[TICK], layer, num_experts, ids, sums_E, slots,
             max(0.0, times[LINK_FREE] - now), beliefs.memory, tokens_dE, used_dE,
@@ -536,10 +542,12 @@ def serve(
             each = beliefs.costs.link_busy_us if len(cold) else beliefs.costs.link_us
             issued(functions, progress, len(load) * each)
         progress.needs[layer, :] = (len(need.experts), need.num_hits, need.num_late, len(cold))
+        progress.behind[layer] = behind
         counts[HELD], counts[KEPT] = len(plan.prefetch), len(plan.keep)
         progress.held[: len(plan.prefetch)] = plan.prefetch[::-1]
         progress.keep[: len(plan.keep)] = plan.keep
         counts[LAYER] += 1
         if not pump(functions, places, progress, beliefs, slots):
             return LINK_FAILED
+    store_int32(places.served.ctypes.data, np.int32(step + 1))
     return SERVED

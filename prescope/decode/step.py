@@ -148,6 +148,8 @@ class DecodeStep:
         self._serving.captured = step
         try:
             step.begin()
+            if self._serving.forced is not None:
+                self._serving.forced.advance()
             logits, tokens = self._forward()
             step.finish(tokens)
         finally:

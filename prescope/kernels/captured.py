@@ -3,7 +3,8 @@
 Knows the GPU's copy of the residency table and the messages between GPU and host; knows nothing of models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -44,8 +45,10 @@ class Messages(NamedTuple):
 
     ask: NDArray[np.int64]  # (L, P)
     scores: NDArray[np.int64]  # (L, d * 2 * E)
-    answers: NDArray[np.int32]  # (L, head + E)
+    answers: NDArray[np.int64]  # (L, head + E)
     shown: NDArray[np.int32]  # (L * E,) slots of experts whose bytes are there, -1 for all others
+    looked: NDArray[np.int64]  # (L,) number of the last step that has looked at a layer's row of it
+    served: NDArray[np.int32]  # (1,) steps of which all layers are served
     numbers: NDArray[np.int32]  # (COPY_NUMBERS,)
     landed: int  # address on the GPU
     head: int
@@ -57,6 +60,7 @@ class OrderMessages(NamedTuple):
     orders: NDArray[np.int64]  # (L, 1 + n) step << 48 | how many, then step << 48 | expert << 24 | slot
     ack_sources: NDArray[np.int32]  # (L,) what is copied to `ack` behind a layer's bytes
     ack: int  # address on the GPU of (L,) int32
+    served: NDArray[np.int32]  # as in `Messages`
 
 
 class DeviceTable:
@@ -141,8 +145,14 @@ class CapturedStep:
         # Messages to the host and back, where the host serves misses.
         self._ask = _mapped((L, P), torch.int64, device)
         self._orders = _mapped((L, 1 + most), torch.int64, device)
-        self._answers = _mapped((L, on_device.HEAD + shape.num_experts), torch.int32, device)
+        self._answers = _mapped((L, on_device.HEAD + shape.num_experts), torch.int64, device)
         self._shown = _mapped((shape.total_experts,), torch.int32, device).fill_(-1)
+        self._looked = _mapped((L,), torch.int64, device)
+        self._served = _mapped((1,), torch.int32, device)
+        self._on_cpu = torch.zeros(L, dtype=torch.int32, device=device)
+        # What is read from the host beside the layers. Not on the predictions' branch, which may be busy.
+        has_host = scheduled is not None or orders
+        self._looks = torch.cuda.Stream(device) if has_host and device.type == "cuda" else None
         self._ack = torch.zeros(L, dtype=torch.int32, device=device)
         self._ack_sources = _mapped((L,), torch.int32, device)
         # Host views.
@@ -206,6 +216,32 @@ class CapturedStep:
         """First launch of a step."""
         if self._timed:
             on_device._stamp[(1,)](self._stamps[-2:])
+        if self.scheduled is None and not self.orders:
+            return
+        with self._beside():
+            on_device._await_served[(1,)](self._served, self.step, num_warps=1)
+            self._look(0)
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Launch what is read from the host on a branch of the graph, which the next layer waits for."""
+        if self._looks is None:
+            yield
+            return
+        self._looks.wait_stream(torch.cuda.current_stream(self._looks.device))
+        with torch.cuda.stream(self._looks):
+            yield
+
+    def _look(self, moe_layer: int) -> None:
+        """Read what a coming layer will find."""
+        if self.scheduled is None or moe_layer >= self.table.shape.num_layers:
+            return
+        E = self.table.shape.num_experts
+        row = slice(moe_layer * E, (moe_layer + 1) * E)
+        on_device._look[(1,)](
+            self._shown[row], self._looked[moe_layer:], self.table.slot_of[row], self.step, E,
+            FENCE=self._looked.is_pinned(), EXPERTS=_power_of_2(E), num_warps=1,
+        )  # fmt: skip
 
     def layer(
         self,
@@ -224,6 +260,8 @@ class CapturedStep:
         weights_TK = weights_TK.contiguous()
         way = self.scheduled
         has_cpu = way is not None and way.has_cpu
+        if self._looks is not None:
+            torch.cuda.current_stream(self._looks.device).wait_stream(self._looks)
         if has_cpu:
             on_device._to_host[(triton.cdiv(x_TD.numel(), 1024),)](
                 x_TD, self.inputs[moe_layer], x_TD.numel(), BLOCK=1024
@@ -236,9 +274,13 @@ class CapturedStep:
         stamps = self._stamps[moe_layer * on_device.NUM_STAMPS :]
         if way is not None:
             on_device._await_answer[(1,)](
-                self._needs[moe_layer], self.step, self._landed, self._answers[moe_layer], slot_of, stamps, num_experts,
-                EXPERTS=_power_of_2(num_experts), TIMED=self._timed, num_warps=1,
+                self._needs[moe_layer], self.step, self._landed, self._answers[moe_layer], slot_of,
+                self._on_cpu[moe_layer:], stamps, num_experts, WORDS=_power_of_2(on_device.HEAD + num_experts),
+                TIMED=self._timed, num_warps=1,
             )  # fmt: skip
+            # Not before this layer is decided: what the host copies for it may take the next layer's slots.
+            with self._beside():
+                self._look(moe_layer + 1)
         elif self.orders:
             on_device._wait[(1,)](
                 self._needs[moe_layer],
@@ -257,9 +299,8 @@ class CapturedStep:
         y_PD = self._experts(num_experts, x_TD, ids, slot_of, spec, slots)
         if has_cpu:
             on_device._await_cpu[(1,)](
-                self._needs[moe_layer],
+                self._on_cpu[moe_layer:],
                 self.step,
-                self._answers[moe_layer],
                 self.cpu_flags[moe_layer:],
                 stamps,
                 TIMED=self._timed,
@@ -308,10 +349,9 @@ class CapturedStep:
         on_device._plan[(1,)](
             ids, weights_TK, self.table.slot_of, self.table.key_of, self.table.scores, self.table.tick, self.step,
             self._ids[moe_layer], self._weights[moe_layer], self._needs[moe_layer],
-            self._stamps[moe_layer * on_device.NUM_STAMPS :], self._ask[moe_layer],
-            self._shown[moe_layer * shape.num_experts :], self._orders[moe_layer], self._fetched[moe_layer],
-            self._fetch_slot, self._mark, moe_layer * shape.num_experts, self.num_pairs, num_experts,
-            self.table.num_slots,
+            self._stamps[moe_layer * on_device.NUM_STAMPS :], self._ask[moe_layer], self._orders[moe_layer],
+            self._fetched[moe_layer], self._fetch_slot, self._mark, moe_layer * shape.num_experts, self.num_pairs,
+            num_experts, self.table.num_slots,
             # At least as many pairs as threads: histograms of fewer elements are not supported everywhere.
             POLICY=self.policy, ORDERS=self.orders,
             FENCE=ids.is_cuda,
@@ -411,6 +451,8 @@ class CapturedStep:
         self._tokens_ring.zero_()
         self._answers.zero_()
         self._shown.fill_(-1)
+        self._looked.zero_()
+        self._served.zero_()
         if self.scheduled is not None:
             self._scores.zero_()
             self._landed.zero_()
@@ -428,15 +470,21 @@ class CapturedStep:
         """Scheduled: let a layer go on.
 
         Args:
-            slot_of_E: (E,) the layer's row of the slot table; -1 for experts that the CPU computes.
+            slot_of_E: (E,) the layer's row of the slot table; -1 for experts that the CPU computes. Of those that it is
+                too short for, nobody's.
             last_copy: number of the copy whose bytes it must wait for, see `landing`; 0: it has all it needs.
             num_on_cpu: its experts that the CPU computes: `cpu_flag` must be set when that is done.
         """
         message, head = self._answer_rows[moe_layer], on_device.HEAD
-        message[head : head + len(slot_of_E)] = slot_of_E
-        message[0], message[1] = last_copy, num_on_cpu
-        # Last: x86 keeps the order of stores, and the GPU reads the rest after it has seen this.
-        message[2] = step + 1
+        number = step + 1 << 32
+        values = np.full(len(message), -1)
+        values[:head] = last_copy, num_on_cpu
+        values[head : head + len(slot_of_E)] = slot_of_E
+        message[:] = number | (values & 0xFFFFFFFF)
+
+    def served(self, steps: int) -> None:
+        """So many steps are served: the next one may ask."""
+        self._served.fill_(steps)
 
     def messages(self) -> Messages:
         """Scheduled: where messages lie, as the host sees them."""
@@ -445,6 +493,8 @@ class CapturedStep:
             self._scored,
             self._answer_rows,
             self._shown.numpy(),
+            self._looked.numpy(),
+            self._served.numpy(),
             self._numbers,
             self._landed.data_ptr(),
             on_device.HEAD,
@@ -462,7 +512,9 @@ class CapturedStep:
 
     def order_messages(self) -> OrderMessages:
         """Copy-engine: where orders lie, as the host sees them."""
-        return OrderMessages(self._ordered, self._ack_sources.numpy(), self._ack.data_ptr())
+        return OrderMessages(
+            self._ordered, self._ack_sources.numpy(), self._ack.data_ptr(), self._served.numpy()
+        )
 
     def acknowledgement(self, moe_layer: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy-engine: the (target, source) of a copy that lets a layer go on."""

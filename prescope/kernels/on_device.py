@@ -8,7 +8,11 @@ memory, all on the GPU; the host learns what happened a step later.
 them to the copy engine, and `_wait` lets the step go on when the last byte is there.
 *Host-driven*: `_plan` writes the chosen experts there, and the host decides too, with the same code as everywhere
 else: on demand for cache policies that the GPU does not know, or by a schedule. The host shows the GPU in mapped memory
-which experts are there; a layer that finds all of its own goes on and leaves the host behind.
+which experts are there, and `_look` reads it for the next layer beside this one; a layer that finds all of its own goes
+on and leaves the host behind.
+
+A read of mapped memory takes a round trip over the link, behind all that is being copied: 26 us where the link gives 13
+GB/s (H100, LOG.md). So a layer that misses nothing makes none, and one that does makes one.
 
 Each layer's row of (expert) -> slot lies on the GPU, where the expert kernels look it up. Shapes: T tokens, K top-k,
 P = T * K pairs, L MoE layers, E experts, S slots.
@@ -24,9 +28,9 @@ HOST, LRU, LFU, STATIC = 0, 1, 2, 3
 #: and when the GPU had done its part (0 without a CPU lane).
 ROUTED, DECIDED, FETCHED, DONE, COMPUTED = range(5)
 NUM_STAMPS = 5
-#: Words of an answer in front of the layer's row of the slot table: the copy to wait for, experts on the CPU, and the
-#: step's number, written last.
-HEAD = 3
+#: Words of an answer in front of the layer's row of the slot table: the copy to wait for, and experts on the CPU. Every
+#: word is step + 1 << 32 | its value.
+HEAD = 2
 
 #: Numbers of steps in messages run from 1 to this and over again.
 NUMBERS = 32767
@@ -56,17 +60,12 @@ def system_fence():  # type: ignore[no-untyped-def]
 @triton.jit
 def _plan(  # type: ignore[no-untyped-def]
     ids, weights, slot_of, key_of, scores, tick, step,
-    log_ids, log_weights, needs, stamps, ask, shown, orders, fetch_expert, fetch_slot, used_mark,
+    log_ids, log_weights, needs, stamps, ask, orders, fetch_expert, fetch_slot, used_mark,
     first_key, num_pairs, num_experts, num_slots,
     POLICY: tl.constexpr, ORDERS: tl.constexpr, FENCE: tl.constexpr,
     PAIRS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
-    """One program per layer. `ids` (P,), `slot_of` and `scores` (L * E,), `key_of` (S,); the rest per layer.
-
-    The host gives up an expert's slot in this order: it hides the expert in `shown`, then looks whether the layer has
-    asked. The layer asks, then looks at what is shown. So either the layer sees that the expert is gone, or the host
-    sees that it may be in use and leaves it there, if neither's write can come behind its own read.
-    """
+    """One program per layer. `ids` (P,), `slot_of` and `scores` (L * E,), `key_of` (S,); the rest per layer."""
     if TIMED:
         tl.store(stamps, globaltimer())
     pair = tl.arange(0, PAIRS)
@@ -80,8 +79,13 @@ def _plan(  # type: ignore[no-untyped-def]
     # Ids of nobody are counted in the last bin, which is no expert's: EXPERTS > num_experts.
     counts = tl.histogram(tl.where(known, id, EXPERTS - 1), EXPERTS)
     used = (counts > 0) & (expert < num_experts)
+    place_of = tl.load(slot_of + first_key + expert, mask=used, other=0)
+    missing = used & (place_of < 0)
+    num_missing = tl.sum(missing.to(tl.int32))
+    tl.store(needs, tl.sum(used.to(tl.int32)))
+    tl.store(needs + 1, num_missing)
     if POLICY == _POLICY_HOST:
-        if FENCE:
+        if FENCE and num_missing > 0:
             # The router's inputs, which an earlier kernel wrote to the host, are there before the question.
             system_fence()
         # The step's number in every word: the host knows a message is whole without any order between stores.
@@ -90,18 +94,7 @@ def _plan(  # type: ignore[no-untyped-def]
         tl.store(
             ask + pair, (sequence_of(tl.load(step)).to(tl.int64) << 48) | (place << 32) | bits, mask=here
         )
-        if FENCE:
-            system_fence()
-        tl.debug_barrier()  # whoever reads comes behind everybody's question
-        place_of = tl.load(shown + expert, mask=expert < num_experts, other=-1, volatile=True)
-        tl.store(slot_of + first_key + expert, place_of, mask=expert < num_experts)
     else:
-        place_of = tl.load(slot_of + first_key + expert, mask=used, other=0)
-    missing = used & (place_of < 0)
-    num_missing = tl.sum(missing.to(tl.int32))
-    tl.store(needs, tl.sum(used.to(tl.int32)))
-    tl.store(needs + 1, num_missing)
-    if POLICY != _POLICY_HOST:
         if ORDERS:
             number = sequence_of(tl.load(step)).to(tl.int64) << 48
             tl.store(orders, number | num_missing)
@@ -182,27 +175,60 @@ def _wait(needs, step, ack, stamps, TIMED: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
+def _await_served(served, step):  # type: ignore[no-untyped-def]
+    """Wait until the host has served all layers of the step before, and so has read their messages."""
+    number = tl.load(step).to(tl.int32)
+    while tl.load(served, volatile=True) < number:
+        pass
+
+
+@triton.jit
+def _look(  # type: ignore[no-untyped-def]
+    shown, looked, slot_of, step, num_experts, FENCE: tl.constexpr, EXPERTS: tl.constexpr
+):
+    """Read which of a coming layer's experts are shown, (E,) in mapped host memory, to its row of the slot table.
+
+    The host gives up an expert's slot in this order: it hides the expert in `shown`, then looks whether `looked` has
+    the step's number. Here that is written, then `shown` is read. So either the layer sees that the expert is gone, or
+    the host sees that it may be in use and leaves it there, if neither's write can come behind its own read.
+    """
+    tl.store(looked, sequence_of(tl.load(step)).to(tl.int64))
+    if FENCE:
+        system_fence()
+    tl.debug_barrier()  # whoever reads comes behind the word
+    expert = tl.arange(0, EXPERTS)
+    mask = expert < num_experts
+    tl.store(slot_of + expert, tl.load(shown + expert, mask=mask, other=-1, volatile=True), mask=mask)
+
+
+@triton.jit
 def _await_answer(  # type: ignore[no-untyped-def]
-    needs, step, landed, answer, slot_of, stamps, num_experts, EXPERTS: tl.constexpr, TIMED: tl.constexpr
+    needs, step, landed, answer, slot_of, on_cpu, stamps, num_experts, WORDS: tl.constexpr, TIMED: tl.constexpr
 ):  # fmt: skip
     """If experts are missing, wait for the host's answer, take over its row of the slot table (E,), then wait for the
     bytes it names.
 
     `answer` lies in mapped host memory: HEAD words, then the row. `landed` counts copies: the H2D stream copies a
-    copy's number there behind its bytes.
+    copy's number there behind its bytes. `on_cpu`: how many experts the CPU computes.
     """
     is_due = tl.load(needs + 1) > 0
+    last, num_on_cpu = 0, 0
     if is_due:
-        number = (tl.load(step) + 1).to(tl.int32)
-        while tl.load(answer + 2, volatile=True) < number:
-            pass
-        expert = tl.arange(0, EXPERTS)
-        slot = tl.load(answer + _HEAD + expert, mask=expert < num_experts, other=-1, volatile=True)
-        tl.store(slot_of + expert, slot, mask=expert < num_experts)
+        number = tl.load(step) + 1
+        word = tl.arange(0, WORDS)
+        mask = word < num_experts + _HEAD
+        # All words at each look: whichever comes late, none is read a second time.
+        message = tl.load(answer + word, mask=mask, other=0, volatile=True)
+        while tl.min(tl.where(mask, message >> 32, number)) < number:
+            message = tl.load(answer + word, mask=mask, other=0, volatile=True)
+        value = message.to(tl.int32)
+        tl.store(slot_of + word - _HEAD, value, mask=mask & (word >= _HEAD))
+        last = tl.sum(tl.where(word == 0, value, 0))
+        num_on_cpu = tl.sum(tl.where(word == 1, value, 0))
+    tl.store(on_cpu, num_on_cpu)
     if TIMED:
         tl.store(stamps + _DECIDED, globaltimer())
     if is_due:
-        last = tl.load(answer, volatile=True)
         while tl.atomic_add(landed, 0, sem="acquire") < last:
             pass
     if TIMED:
@@ -210,12 +236,11 @@ def _await_answer(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _await_cpu(needs, step, answer, flag, stamps, TIMED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _await_cpu(on_cpu, step, flag, stamps, TIMED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Wait for the CPU's experts, if the answer named any; `flag` in mapped host memory is set to the step's number."""
     if TIMED:
         tl.store(stamps + _COMPUTED, globaltimer())
-    is_answered = tl.load(needs + 1) > 0  # where nothing is missing the answer is an old one
-    if is_answered and tl.load(answer + 1, volatile=True) > 0:
+    if tl.load(on_cpu) > 0:
         number = (tl.load(step) + 1).to(tl.int32)
         while tl.load(flag, volatile=True) < number:
             pass
