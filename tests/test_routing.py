@@ -115,6 +115,8 @@ def test_other_safetensors_and_parquet_files_are_refused(tmp_path):
         ({"step": np.zeros(3, np.int32)}, "step has shape"),
         ({"expert_ids": "out of range"}, "expert_ids holds 8"),
         ({"weights": "nan"}, "NaN"),
+        ({"inputs": "nan"}, "inputs holds 1 NaN"),
+        ({"inputs": "inf"}, "inputs holds 1 NaN"),
         ({"phase": "out of range"}, "phase holds 8"),
     ],
 )
@@ -125,7 +127,7 @@ def test_damaged_arrays_are_named(change, says, trace, tmp_path):
         if value is None:
             del arrays[name]
         elif isinstance(value, str):
-            arrays[name].ravel()[2] = np.nan if value == "nan" else NUM_EXPERTS
+            arrays[name].ravel()[2] = float(value) if value in ("nan", "inf") else NUM_EXPERTS
         else:
             arrays[name] = value
     metadata = {"format": "prescope-routing-1", "prescope": json.dumps(trace._metadata())}
