@@ -186,7 +186,7 @@ class EarlyRouter(Baseline):
         device = self.routers.weight_LED.device
         for first in range(0, len(trace), ROWS):
             for layer in range(L):
-                x_TD = torch.from_numpy(inputs_RLD[first : first + ROWS, layer].astype(np.float32)).to(device)
+                x_TD = torch.from_numpy(inputs_RLD[first : first + ROWS, layer]).to(device)
                 out[first : first + ROWS, layer] = (
                     self._scores(layer + lookahead, lookahead, x_TD).cpu().numpy()
                 )

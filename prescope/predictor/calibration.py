@@ -12,8 +12,9 @@ from .base import TINY
 #: Pull towards slope 1, offset 0, in units of observations: a layer with few labels keeps its scores.
 PRIOR_STRENGTH = 1.0
 MAX_ITERATIONS = 50
-#: Rows a fit reads, evenly spaced: two numbers are fitted, and more rows change them in the third digit.
-MAX_ROWS = 8192
+#: Pairs of row and expert that a fit reads: as many evenly spaced whole rows as hold them, of 128 experts 8192 rows of
+#: one layer or 546 of 15. What 512 change of 8192 stands in LOG.md; pairs drawn singly mostly change more.
+MAX_PAIRS = 2**20
 
 
 def logit(scores: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -32,7 +33,8 @@ def fit_platt(logits: NDArray[np.floating], used: NDArray[np.bool_]) -> tuple[fl
 
     The slope is kept positive: a score that predicts the opposite is a fault to be seen, not to be corrected.
     """
-    rows = np.linspace(0, len(logits) - 1, min(len(logits), MAX_ROWS)).astype(int)
+    most = max(1, MAX_PAIRS * len(logits) // max(1, logits.size))
+    rows = np.linspace(0, len(logits) - 1, min(len(logits), most)).astype(int)
     z = logits[rows].ravel().astype(np.float64)
     y = used[rows].ravel().astype(np.float64)
     theta = np.array([1.0, 0.0])

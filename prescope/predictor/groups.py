@@ -94,7 +94,7 @@ def measure_cues(trace: RoutingTrace, rows: NDArray[np.integer[Any]] | None = No
     return Cues(
         (by_layer + by_token) / 2,
         (load + weight) / 2,
-        _similarity(inputs_RLD[real[np.linspace(0, len(real) - 1, min(len(real), MAX_ROWS)).astype(int)]]),
+        _similarity(inputs_RLD, real[np.linspace(0, len(real) - 1, min(len(real), MAX_ROWS)).astype(int)]),
         by_layer,
         by_token,
         load,
@@ -221,12 +221,15 @@ def _weight_skew(weights_RLK: NDArray[np.float32]) -> Curve:
     return ((mean - 1 / K) / (1 - 1 / K)).astype(np.float64)
 
 
-def _similarity(inputs_RLD: NDArray[np.float16]) -> Curve:
-    """Mean cosine between the router inputs of each layer and of those beside it."""
+def _similarity(inputs_RLD: NDArray[np.float16], rows: NDArray[np.integer[Any]]) -> Curve:
+    """Mean cosine between the router inputs of each layer and of those beside it, on some rows."""
     L = inputs_RLD.shape[1]
     links = []
-    for a in range(L - 1):
-        x, y = inputs_RLD[:, a].astype(np.float32), inputs_RLD[:, a + 1].astype(np.float32)
-        lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-        links.append(float(((x * y).sum(axis=1) / np.maximum(lengths, 1e-12)).mean()))
+    former_RD = np.empty((0, 0), dtype=np.float32)
+    for layer in range(L):
+        x_RD = inputs_RLD[rows, layer].astype(np.float32)
+        x_RD /= np.maximum(np.linalg.norm(x_RD, axis=1, keepdims=True), 1e-12)
+        if layer:
+            links.append(float(np.einsum("rd,rd->r", former_RD, x_RD).mean()))
+        former_RD = x_RD
     return np.array([float(np.mean(links[max(0, a - 1) : a + 1])) if links else 0.0 for a in range(L)])
