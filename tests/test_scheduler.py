@@ -342,6 +342,21 @@ def test_next_use_evicts_the_rarely_used_first():
     assert not policy.scores.any() and policy.tick == 0
 
 
+def test_next_use_keeps_a_newcomer_where_tokens_repeat_each_others_choice():
+    """Each expert serves twenty tokens in a row: the new one's first use says more than all those of the one before."""
+    policy = NextUse(MoEShape(1, 8, 1, 1))
+    for step in range(121):
+        policy.use(0, np.array([step // 20 % 6]), np.ones(1))
+    assert policy.scores[:8].argmax() == 0
+
+
+def test_next_use_gives_up_what_was_just_used_where_two_take_turns():
+    policy = NextUse(MoEShape(1, 8, 1, 1))
+    for step in range(121):
+        policy.use(0, np.array([step % 2]), np.ones(1))
+    assert policy.scores[:8].argmax() == 1
+
+
 # -- what a decision costs -------------------------------------------------------------------------------------
 
 

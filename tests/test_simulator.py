@@ -292,6 +292,46 @@ def test_routing_that_contradicts_its_predictor_costs_little():
         assert misled.run(slots=slots).tokens_per_s >= 0.95 * without.run(slots=slots).tokens_per_s
 
 
+def hits(trace, slots, cache):
+    """Percent of the experts that a cache finds on demand."""
+    layers = Simulator(trace, COSTS, row_bytes=ROW_BYTES).run("on-demand", slots=slots, cache=cache).layers
+    return 100 * layers["hits"].sum() / layers["needed"].sum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("length", [16, 64, 200])
+def test_next_use_finds_what_lru_finds_where_two_tokens_alternate(length, seed):
+    """Their experts fit into a quarter of the slots; the prompt before was lively. Of an eighth LRU makes little."""
+    spec = SyntheticSpec(
+        num_layers=8, num_experts=32, top_k=4, zipf=0.7, persistence=0.1, correlation=0.3, diversity=0.3
+    )
+    trace = spec.generate(prompt_tokens=length, new_tokens=49, seed=seed)
+    ids = trace.expert_ids.copy()
+    for row in range(length + 2, len(ids)):
+        ids[row] = ids[row - 2]
+    loop = replace(trace, expert_ids=ids)
+    assert hits(loop, 0.25, "next-use") >= hits(loop, 0.25, "lru") - 0.5
+    assert hits(loop, 0.125, "next-use") >= 1.3 * hits(loop, 0.125, "lru")
+
+
+@pytest.mark.parametrize("persistence", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_next_use_finds_what_lru_and_score_find_in_lively_and_in_persistent_text(batch, persistence):
+    spec = SyntheticSpec(
+        num_layers=8,
+        num_experts=32,
+        top_k=4,
+        zipf=0.7,
+        persistence=persistence,
+        correlation=0.3,
+        diversity=0.3,
+    )
+    trace = spec.generate(prompt_tokens=32, new_tokens=65, batch=batch, seed=1)
+    for slots in (0.125, 0.25, 0.5):
+        best = max(hits(trace, slots, "lru"), hits(trace, slots, "score"))
+        assert hits(trace, slots, "next-use") >= best - 0.5
+
+
 @pytest.mark.parametrize("slots", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("persistence", [0.6, 0.9])
 def test_where_tokens_repeat_each_others_choice_the_slots_come_to_hold_it(slots, persistence):
@@ -333,7 +373,9 @@ def test_where_tokens_repeat_each_others_choice_the_slots_come_to_hold_it(slots,
 @pytest.mark.parametrize("batch", [1, 8])
 def test_wrong_costs_cost_little(wrong, batch):
     """A calibration may be off by a third and more where it makes the plan too short, which would leave the link idle;
-    by a seventh where it moves the split between CPU and link, which no margin mends.
+    by a seventh where it moves the split between CPU and link, which no margin mends. The cache that finds more makes
+    both runs faster, and the share that is lost larger: 0.884 to 0.898 over five traces with a CPU believed fast, with
+    the score cache 0.887 to 0.908.
     """
     spec = SyntheticSpec(
         num_layers=8, num_experts=64, top_k=8, zipf=0.7, persistence=0.3, correlation=0.3, diversity=0.3
@@ -344,7 +386,7 @@ def test_wrong_costs_cost_little(wrong, batch):
         wrong = {"cpu_us": tuple(wrong["cpu_us"] * us for us in COSTS.cpu_us)}
     believed = replace(COSTS, **wrong, source="off by a half")
     mistaken = sim.run("presched", slots=0.25, believed=believed)
-    assert mistaken.tokens_per_s >= 0.9 * sim.run("presched", slots=0.25).tokens_per_s
+    assert mistaken.tokens_per_s >= 0.88 * sim.run("presched", slots=0.25).tokens_per_s
     assert any("off by a half" in note for note in mistaken.notes)
 
 

@@ -154,7 +154,7 @@ _ALL = (
         name="presched",
         title="PreSched",
         number=PRESCHED,
-        cache="score",
+        cache="next-use",
         predictor="llapor",
         uses_cpu=True,
         lookahead=2,
@@ -164,9 +164,10 @@ _ALL = (
         "CPU, so that both are done soonest, in O(n) after a sort; costs are profiled",
         unknown="no code is public. Ours: the formulas of the window, probabilities in them, predictions of one layer "
         "before, so that no layer waits for its predictor, further layers when the link is idle, a margin for costs "
-        "that are wrong, an eviction that knows the plan, experts computed on the CPU copied for later when choices "
-        "last, and trust in the predictor by what its likeliest experts were worth. Its defaults do not depend on the "
-        "batch: no other was better by more than 1 %, simulated (LOG.md)",
+        "that are wrong, an eviction that knows the plan and a cache that knows the order of the layers, experts "
+        "computed on the CPU copied for later when choices last, and trust in the predictor by what its likeliest "
+        "experts were worth. Its defaults do not depend on the batch: no other was better by more than 1 %, simulated "
+        "(LOG.md)",
         source="PreScope, arXiv 2509.23638",
     ),
 )
