@@ -476,7 +476,9 @@ class Recorder:
             rows = inputs[first : first + step.batch * step.length]
             first += len(rows)
             for layer, routing in step.routing.items():
-                x_TD = routing.inputs_TD
-                if x_TD is not None and len(x_TD) == len(rows):
-                    rows[:, layer, : x_TD.shape[1]] = x_TD.float().clamp(-most, most).half().cpu().numpy()
+                if routing.inputs_TD is not None and len(routing.inputs_TD) == len(rows):
+                    x_TD = routing.inputs_TD.float()
+                    # An infinity stays one: the trace refuses it, as it does NaN.
+                    half_TD = x_TD.clamp(-most, most).where(x_TD.isfinite(), x_TD).half()
+                    rows[:, layer, : x_TD.shape[1]] = half_TD.cpu().numpy()
         return inputs

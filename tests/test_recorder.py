@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from prescope import views
 from prescope.core import Reason
 from prescope.device import NullDevice
+from prescope.errors import BadTrace
 from prescope.events import PHASES
 from prescope.kernels import StepLog
 from prescope.metrics import compute_metrics
@@ -146,3 +148,15 @@ def test_a_step_that_waits_for_the_cpu_says_so_and_a_batch_of_copies_shares_its_
     assert len(rows) == 1 and rows["on_cpu"].tolist() == [1], (
         "the host counted while it served, and nobody again"
     )
+
+
+def test_recorded_inputs_saturate_and_an_infinity_is_refused():
+    def recorded(value):
+        recorder = Recorder(NullDevice(), events=False, routing=True, inputs=True)
+        recorder.begin_step(1, 1, None)
+        recorder.routing(0, np.array([[0]]), torch.ones(1, 1), torch.tensor([[value, 1.5]]))
+        return recorder.trace(num_experts=2, decoder_layers=[0], model="m", fingerprint="f")
+
+    assert recorded(-1e9).inputs.tolist() == [[[-65504.0, 1.5]]]
+    with pytest.raises(BadTrace, match="NaN or infinite"):
+        recorded(float("inf"))
