@@ -34,7 +34,8 @@ class EngineConfig:
         device: "cuda"; "cpu" with an emulated link; "null" (virtual clock, for tests); "auto" takes CUDA
             when there is one and says so.
         cache: which expert gives up its slot: "lru", "lfu", "static" (least frequent by `frequencies`)
-            "score" (decayed router weight), "shallow" (first layers stay) or "next-use" (what is expected last).
+            "score" (decayed router weight), "shallow" (first layers stay) or "next-use" (what is expected last);
+            "auto": as the schedule has it.
         link_gb_per_s: bandwidth of the emulated link, GB/s; only with device="cpu" or "null". By default one
             expert takes a millisecond.
         link_factor: how many times each expert is copied, to study a slower link on a faster one: 2 on PCIe 5 is like
@@ -59,7 +60,7 @@ class EngineConfig:
 
     slots: int | float | str = 0.5
     device: str = "auto"
-    cache: str = "lru"
+    cache: str = "auto"
     link_gb_per_s: float | None = None
     link_factor: int = 1
     kernels: str = "auto"
@@ -76,7 +77,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, DEVICES)
-        _one_of("cache", self.cache, CACHES)
+        _one_of("cache", self.cache, ("auto", *CACHES))
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("decode", self.decode, DECODES)
         _one_of("schedule", self.schedule, SCHEDULES)

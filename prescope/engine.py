@@ -35,6 +35,7 @@ from .profile import HardwareProfile
 from .recorder import Recorder
 from .result import RunResult
 from .routing import RoutingTrace
+from .scheduler import schedule_named
 from .scheduling import open_scheduling
 from .serving import Serving
 from .units import format_bytes
@@ -129,6 +130,19 @@ def _check_early(config: EngineConfig, layers: list[MoELayer], top_k: int) -> No
     _count_slots(config, shape, layers)
 
 
+def _cache_of(config: EngineConfig, frequencies: np.ndarray | None) -> tuple[str, str]:
+    """The cache policy, and why."""
+    if config.cache != "auto":
+        return config.cache, "as given"
+    own = schedule_named(config.schedule).cache
+    if own == "static" and frequencies is None:
+        return "lru", (
+            f"schedule={config.schedule!r} comes with a static cache, which needs to know which experts are hot: LRU "
+            f"until a run is recorded and frequencies=run.trace.expert_counts() is passed"
+        )
+    return own, f"as schedule={config.schedule!r} has it"
+
+
 def _count_slots(config: EngineConfig, shape: MoEShape, layers: list[MoELayer]) -> tuple[int, str]:
     return resolve_slots(
         config.slots,
@@ -200,11 +214,15 @@ class Engine:
         self.shape = _shape_of(layers, top_k_of(model))
         self.num_slots, slots_reason = _count_slots(config, self.shape, layers)
         kind, device_reason = resolve_device(config, model.device)
-        policy = make_policy(config.cache, self.shape, frequencies)
+        self._cache = config.cache  # as given
+        cache, cache_reason = _cache_of(config, frequencies)
+        policy = make_policy(cache, self.shape, frequencies)
         self._dtype = layers[0].tensors()[layers[0].weight_names[0]].dtype
         kernel, kernel_reason = make_kernel(config.kernels, kind, self._dtype)
-        self.config = replace(config, device=kind, kernels=kernel.name)
-        self.reasons = {"slots": slots_reason, "device": device_reason, "kernels": kernel_reason}
+        self.config = replace(config, device=kind, kernels=kernel.name, cache=cache)
+        self.reasons = {
+            "slots": slots_reason, "device": device_reason, "kernels": kernel_reason, "cache": cache_reason
+        }  # fmt: skip
         self.frequencies = frequencies
         self._cancelled = False
         self._device: Device = open_device(
@@ -246,6 +264,7 @@ class Engine:
         **schedule: Any,
     ) -> None:
         """Change settings between two runs (see `EngineConfig`); after new slots or another cache, slots are cold.
+        A schedule brings its own cache, unless one was chosen.
 
         Args:
             frequencies, predictor, costs: as `load` takes them; those there are stay if none are given. "none" takes
@@ -265,8 +284,11 @@ class Engine:
             )
         given: dict[str, Any] = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
         given = {name: value for name, value in given.items() if value is not None}
-        config = replace(self.config, **given, **schedule)
+        config = replace(self.config, **({"cache": self._cache} | given), **schedule)
         hot = self.frequencies if frequencies is None else frequencies
+        chosen = config.cache
+        cache, cache_reason = _cache_of(config, hot)
+        config = replace(config, cache=cache)
         count, reason = _count_slots(config, self.shape, self._layers)
         policy = make_policy(config.cache, self.shape, hot)
         if slots is not None:
@@ -276,8 +298,12 @@ class Engine:
         if schedule or predictor is not None or costs is not None:
             kept = self._predictor if predictor is None else None if predictor == "none" else predictor
             self._open_schedule(config, kept, costs or self._costs)
-        self.config, self.frequencies = config, hot
-        if slots is None and cache is None and frequencies is None:
+        is_new = (
+            slots is not None or frequencies is not None or "cache" in given or cache != self.config.cache
+        )
+        self.config, self.frequencies, self._cache = config, hot, chosen
+        self.reasons["cache"] = cache_reason
+        if not is_new:
             return
         self._serving.close_slots()
         self.num_slots, self.reasons["slots"] = count, reason
@@ -385,6 +411,8 @@ class Engine:
         )
         if self._device.kind == "cuda" and self.config.decode == "auto" and isinstance(loop, str):
             result.notes.append(f"decode steps ran layer by layer: {loop.removeprefix('layered: ')}")
+        if self._cache == "auto" and self.config.cache != schedule_named(self.config.schedule).cache:
+            result.notes.append(self.reasons["cache"])
         if self._serving.forced is not None:
             result.notes.append(
                 "decode steps were routed by a trace, not by the model: the tokens mean nothing"

@@ -15,6 +15,7 @@ import prescope
 from prescope.cache import _BY_NAME, LRU
 from prescope.config import EngineConfig
 from prescope.core import Need
+from prescope.cost import LayerCosts
 from prescope.device import NullDevice
 from prescope.errors import (
     AlreadyAttached,
@@ -270,6 +271,28 @@ def test_slots_and_cache_change_between_runs(model):
         assert engine.num_slots == 5, "a refused setting changes nothing"
         engine.configure(cache="lfu")
         assert engine.generate(ids, max_new_tokens=12).tokens == expected
+
+
+def test_a_schedule_brings_its_cache_unless_one_was_chosen(model):
+    ids, shape = prompt(), (LAYERS, EXPERTS)
+    costs = LayerCosts(
+        link_us=100.0, gpu_us=5.0, rest_us=200.0, cpu_us=(0.0, 80.0, 120.0), source="made up for a test"
+    )
+    with prescope.attach(model, slots=6, costs=costs, cpu_threads=0, **FAST_LINK) as engine:
+        assert engine.config.cache == "lru"
+        engine.configure(schedule="presched")
+        assert engine.config.cache == "next-use" and "presched" in engine.reasons["cache"]
+        engine.configure(schedule="fiddler")
+        assert engine.config.cache == "lru"
+        assert any("frequencies" in note for note in engine.generate(ids, max_new_tokens=2).notes)
+        engine.configure(frequencies=np.ones(shape))
+        assert engine.config.cache == "static"
+        assert not any("frequencies" in note for note in engine.generate(ids, max_new_tokens=2).notes)
+        engine.configure(cache="lfu")
+        engine.configure(schedule="presched")
+        assert engine.config.cache == "lfu" and engine.reasons["cache"] == "as given"
+        engine.configure(cache="auto")
+        assert engine.config.cache == "next-use"
 
 
 def test_the_models_own_generate_and_forward_are_recorded(model):

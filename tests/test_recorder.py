@@ -133,7 +133,7 @@ def test_a_step_that_waits_for_the_cpu_says_so_and_a_batch_of_copies_shares_its_
     needs = np.array([[2, 0, 0, 1]])
     on_demand = list(Reason).index(Reason.ON_DEMAND)
     copies = np.array([[0, 3, on_demand, 7, 8, 0, 2], [0, 5, on_demand, 7, 8, 1, 2]])
-    recording.served(TOKENS, needs, copies, np.array([[0, number, 1_000, 9_000]]), events)
+    recording.served(number, TOKENS, needs, copies, np.array([[0, number, 1_000, 9_000]]), events)
     recording.served_late(np.array([[0, number + 1, 1_000, 9_000]]))  # of a step that never was
     recording.log(number, log, is_counted=True)
     tables = recording.tables(ROW_BYTES)

@@ -24,7 +24,7 @@ from prescope.scheduler.decide import (
 )
 from prescope.scheduler.next_use import NextUse
 from prescope.scheduler.presched import FORECAST, split
-from prescope.scheduler.terms import Costs, Knobs, cpu_time
+from prescope.scheduler.terms import FORMER_STEPS, Costs, Knobs, cpu_time
 
 NONE = np.empty(0, dtype=np.int64)
 NUMBERS = {name: schedule.number for name, schedule in SCHEDULES.items()}
@@ -406,12 +406,16 @@ def test_experts_are_worth_a_slot_while_the_cache_would_rather_have_them(seed):
         assert np.array_equal(scores[found], best[:count])
 
 
-def test_reuse_is_what_the_layer_needed_before_beyond_what_it_needs_anyway():
-    former = np.zeros(8, np.bool_)
-    always, never = np.zeros(4), np.zeros(4)
-    for _ in range(300):
-        lasting = learn_reuse(always, former, np.array([1, 2]), 0, 4)
-    assert lasting == pytest.approx(1.0, abs=0.05) and np.flatnonzero(former).tolist() == [1, 2]
-    for step in range(300):
-        lasting = learn_reuse(never, former, np.array([step % 4, 4 + step % 4]), 1, 4)
+@pytest.mark.parametrize("period", range(1, FORMER_STEPS + 1))
+def test_what_a_layer_needed_some_steps_ago_lasts_if_it_comes_back(period):
+    former, reuse = np.zeros(8, np.int64), np.zeros(FORMER_STEPS + 3)
+    for step in range(400):
+        lasting = learn_reuse(reuse, former, np.array([step % period, 4 + step % period]), 0, 4)
+    assert lasting == pytest.approx(1.0, abs=0.05)
+
+
+def test_what_does_not_come_back_in_time_does_not_last():
+    former, reuse = np.zeros(16, np.int64), np.zeros(FORMER_STEPS + 3)
+    for step in range(400):
+        lasting = learn_reuse(reuse, former, np.array([step % 8, 8 + step % 8]), 1, 4)
     assert lasting == pytest.approx(-0.25, abs=0.02)

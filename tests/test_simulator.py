@@ -306,12 +306,29 @@ def test_next_use_finds_what_lru_finds_where_two_tokens_alternate(length, seed):
         num_layers=8, num_experts=32, top_k=4, zipf=0.7, persistence=0.1, correlation=0.3, diversity=0.3
     )
     trace = spec.generate(prompt_tokens=length, new_tokens=49, seed=seed)
-    ids = trace.expert_ids.copy()
-    for row in range(length + 2, len(ids)):
-        ids[row] = ids[row - 2]
-    loop = replace(trace, expert_ids=ids)
+    loop = repeating(trace, length, 2)
     assert hits(loop, 0.25, "next-use") >= hits(loop, 0.25, "lru") - 0.5
     assert hits(loop, 0.125, "next-use") >= 1.3 * hits(loop, 0.125, "lru")
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 4])
+def test_where_text_repeats_itself_presched_is_not_behind_loading_on_demand(period):
+    """What the CPU has computed comes into the slots: it is needed again some tokens later."""
+    spec = SyntheticSpec(
+        num_layers=8, num_experts=32, top_k=4, zipf=0.7, persistence=0.1, correlation=0.3, diversity=0.3
+    )
+    loop = repeating(spec.generate(prompt_tokens=32, new_tokens=65), 32, period)
+    simulator = Simulator(loop, COSTS, row_bytes=ROW_BYTES)
+    speeds = {name: simulator.run(name, slots=0.5).tokens_per_s for name in ("presched", "on-demand")}
+    assert speeds["presched"] >= 0.95 * speeds["on-demand"]
+
+
+def repeating(trace, length: int, period: int):
+    """The same, but each token behind the first ones of the decode phase chooses what `period` tokens before chose."""
+    ids = trace.expert_ids.copy()
+    for row in range(length + period, len(ids)):
+        ids[row] = ids[row - period]
+    return replace(trace, expert_ids=ids)
 
 
 @pytest.mark.parametrize("persistence", [0.1, 0.5, 0.9])

@@ -1,22 +1,25 @@
-"""The decoding loop that runs captured steps, at most two ahead of what the host has seen.
+"""The decoding loop that runs captured steps, at most one ahead of what the host has seen.
 
-Where the host takes part, the next step is launched before this one is served: the GPU goes from one to the other
-without waiting for the host to take down what happened (430 us a step, H100, LOG.md). `kernels.on_device._await_served`
-keeps the next step's messages from overwriting this one's.
+While a step runs, the host takes down what the one before said and launches the next one: in small parts, between the
+layers that it serves. Behind the last layer that kept the GPU waiting for 430 us a step, before the first for as long
+(H100, LOG.md). `kernels.on_device._await_served` keeps the next step's messages from overwriting this one's.
 """
 
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..errors import TransferFailed, UnsupportedOption
 from ..kernels import StepLog
 from ..serving import Serving
-from .obey import OrderedStep
+from .obey import Chores, OrderedStep
 from .sampler import Sampler
 from .scheduled import ScheduledStep
 from .step import CONTEST, COPY, GPU, HOST, Captured, DecodeStep
@@ -156,31 +159,46 @@ class DecodeLoop:
             self._give_table()
 
     def _run_steps(self, sample: "Sampler", first: int, num_steps: int) -> None:
-        pending: Launched | None = None
-        ahead: Launched | None = None
-        for i in range(first, num_steps):
-            launched, ahead = ahead or self._launch(), None
-            if sample.greedy and self._step.driver in (HOST, COPY) and i + 1 < num_steps:
-                ahead = self._launch()
-            self._serve(launched)
-            if not sample.greedy:
+        if not sample.greedy:
+            for i in range(first, num_steps):
+                launched = self._launch()
+                self._serve(launched)
                 self._finish(launched)
                 self._serving.device.synchronize()  # the host chooses, so it waits anyway
                 sample.next(launched.captured.logits, self._step.inputs["input_ids"])
                 if sample.is_done() or self._told(i + 2):
                     return
-                continue
+            return
+        pending: Launched | None = None
+        ahead: Launched | None = None
+        is_over = False
+
+        def take(former: Launched, tokens: int) -> None:
+            nonlocal is_over
+            sample.take(self._tokens(former))
+            is_over = sample.is_done() or self._told(tokens)
+
+        def launch() -> None:
+            nonlocal ahead
+            if not is_over:
+                ahead = self._launch()
+
+        for i in range(first, num_steps):
+            launched, ahead = ahead or self._launch(), None
+            chores: Chores = deque()
             if pending is not None:
-                sample.take(self._finish(pending).tokens)
-                if sample.is_done() or self._told(i + 1):
-                    if ahead is not None:
-                        self._serve(ahead)
-                        self._drop(ahead)
-                    self._drop(launched)
-                    return
+                chores.append(partial(take, pending, i + 1))
+            if self._step.driver and i + 1 < num_steps:
+                chores.append(launch)
+            if pending is not None:
+                chores.extend(self._taking_down(pending))
+            self._serve(launched, chores)
+            if is_over:
+                self._drop(launched)
+                return
             pending = launched
         if pending is not None:
-            sample.take(self._finish(pending).tokens)
+            sample.take(self._finish(pending))
             self._told(num_steps + 1)
 
     def _launch(self) -> Launched:
@@ -199,31 +217,51 @@ class DecodeLoop:
         captured.replay()
         return launched
 
-    def _serve(self, launched: Launched) -> None:
-        """Serve a step if the host has to."""
+    def _serve(self, launched: Launched, chores: Chores | None = None) -> None:
+        """Serve a step if the host has to, and do all chores."""
         step, driver = self._step, launched.driver
+        chores = deque() if chores is None else chores
         if driver == HOST:
-            self._scheduled_step.run(launched.number, launched.row)
+            self._scheduled_step.run(launched.number, launched.row, chores)
         elif driver == COPY:
             assert self._ordered_step is not None
-            self._ordered_step.run(launched.number)
+            self._ordered_step.run(launched.number, chores)
+        while chores:
+            chores.popleft()()
         if not step.driver:
             self._await(partial(launched.captured.buffers.tokens, launched.number))
             step.times_s[driver].append(time.perf_counter() - launched.started_s)
             step.choose()
             self.reason = self._driver_reason() or f"{driver}: undecided, both are tried in turn"
 
-    def _finish(self, launched: Launched) -> StepLog:
-        buffers = launched.captured.buffers
-        self._await(partial(buffers.tokens, launched.number))
-        log = buffers.log(launched.number)
-        if buffers.scheduled is not None:
-            self._scheduled_step.learn(launched.number, log)
-        else:  # where the host decides it has counted already
-            self._serving.count(log.needs)
-        if self._serving.recorder is not None:
-            self._serving.recorder.log(launched.row, log, is_counted=buffers.scheduled is not None)
-        return log
+    def _tokens(self, launched: Launched) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = self._await(partial(launched.captured.buffers.tokens, launched.number))
+        return found
+
+    def _finish(self, launched: Launched) -> NDArray[np.int64]:
+        """Take down what a step says; returns its tokens."""
+        tokens = self._tokens(launched)
+        for part in self._taking_down(launched):
+            part()
+        return tokens
+
+    def _taking_down(self, launched: Launched) -> Chores:
+        """What is to be done about a step that is over."""
+        buffers, recorder = launched.captured.buffers, self._serving.recorder
+        logs: list[StepLog] = []
+
+        def learn() -> None:
+            logs.append(buffers.log(launched.number))
+            if buffers.scheduled is not None:
+                self._scheduled_step.learn(launched.number, logs[0])
+            else:  # where the host decides it has counted already
+                self._serving.count(logs[0].needs)
+
+        def record() -> None:
+            assert recorder is not None
+            recorder.log(launched.row, logs[0], is_counted=buffers.scheduled is not None)
+
+        return deque([learn] if recorder is None else [learn, record])
 
     def _drop(self, launched: Launched) -> None:
         """The step launched last: before the host knew that all sequences had ended."""

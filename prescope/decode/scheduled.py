@@ -14,7 +14,7 @@ from ..residency import NOTHING, IntArray, prefetch_slots
 from ..scheduling import on_demand
 from ..serving import Serving
 from . import serve as at
-from .obey import require_running
+from .obey import Chores, next_stop, require_running
 from .serve import Beliefs, Functions, Places, Progress, serve
 
 if TYPE_CHECKING:
@@ -124,8 +124,11 @@ class ScheduledStep:
 
     # -- steps -------------------------------------------------------------------------------------------------
 
-    def run(self, step: int, row: int) -> None:
-        """Serve all layers of a step that is running; `row` is its step in the recording, -1 without one.
+    def run(self, step: int, row: int, chores: Chores) -> None:
+        """Serve all layers of a step that is running, with a chore behind each as long as there are any.
+
+        Args:
+            row: its step in the recording, -1 without one.
 
         Raises:
             TransferFailed: the GPU stopped, or the driver refused a copy.
@@ -143,11 +146,16 @@ class ScheduledStep:
         planner = self._scheduling.planner
         beliefs = Beliefs(planner.knobs, planner.costs, *planner.calibrated_cpu(), planner.memory)
         slots = Slots(table.slot_of, table.key_of, table.in_flight, table.protected, table.policy.scores)
+        num_layers = len(serving.layers)
         while True:
+            counts[at.STOP] = next_stop(chores, counts[at.LAYER], num_layers)
             with said_if_compiled_first(serve, "the host's part of a decode step"):
                 code = serve(self._functions, self._places, self._progress, beliefs, slots, step, number, row)
             if code == at.SERVED:
                 break
+            if code == at.PAUSED:
+                chores.popleft()()
+                continue
             if code == at.CPU_FAILED:
                 self._lane.explain()
             require_running(serving, code, int(counts[at.FAILURE]))

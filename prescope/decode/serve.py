@@ -30,8 +30,8 @@ from ..scheduler.decide import take_slots
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, cpu_time
 
 #: What `serve` returns: all layers are served; nobody has asked for WAIT_US; a function of the driver, or the CPU lane,
-#: failed (the code is in `counts[FAILURE]`).
-SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED = range(4)
+#: failed (the code is in `counts[FAILURE]`); the layers before `counts[STOP]` are served.
+SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED, PAUSED = range(5)
 #: So long a message is awaited before the interpreter is asked for signals, and whether the GPU still runs.
 WAIT_US = 20_000.0
 #: So long a decision waits for predictions that were made a layer before. They are there, unless the GPU was busy; and
@@ -41,8 +41,8 @@ PATIENCE_US = 50.0
 #: Places in `Progress.counts`.
 (
     LAYER, TICK, BATCHES, FAILURE, HELD, KEPT, WIRE_FIRST, WIRE_COUNT, EVENTS, NUM_COPIES, NUM_JOBS, JOB, JOB_LAYER,
-    JOB_STEP, NUMBER, LOADED, NUM_COUNTS,
-) = range(17)  # fmt: skip
+    JOB_STEP, NUMBER, LOADED, STOP, NUM_COUNTS,
+) = range(18)  # fmt: skip
 #: Places in `Progress.times`: when the link is free; what the CPU's jobs took, and were calibrated to take; the same of
 #: the job under way.
 LINK_FREE, CPU_TOOK, CPU_CALIBRATED, JOB_CALIBRATED, NUM_TIMES = range(5)
@@ -397,7 +397,9 @@ def wait(
     """Wait for a message, prefetching meanwhile."""
     begin = now_us(functions.clock, progress.words)
     while not has_all(words, shift, number):
-        if not pump(functions, places, progress, beliefs, slots):
+        if not land(functions, places, progress, slots) or not pump(
+            functions, places, progress, beliefs, slots
+        ):
             return LINK_FAILED
         if now_us(functions.clock, progress.words) - begin > most_us:
             return NOBODY_ASKED
@@ -435,7 +437,7 @@ def serve(
     number: int,
     row: int,
 ) -> int:
-    """Serve the layers of a running step, from `counts[LAYER]` on; call again if nobody asked.
+    """Serve the layers of a running step, from `counts[LAYER]` to `counts[STOP]`; call again if nobody asked.
 
     Args:
         step: since the buffers' restart; `number`: the same in messages. `row`: the step in the recording.
@@ -449,7 +451,7 @@ def serve(
     d = len(beliefs.memory.predicted_dLE)
     ids = np.empty(P, np.int64)
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
-    while counts[LAYER] < L:
+    while counts[LAYER] < counts[STOP]:
         layer = counts[LAYER]
         code = wait(
             functions, places, progress, beliefs, slots, places.ask[layer], places.ask_shift, number, WAIT_US
@@ -549,5 +551,7 @@ def serve(
         counts[LAYER] += 1
         if not pump(functions, places, progress, beliefs, slots):
             return LINK_FAILED
+    if counts[LAYER] < L:
+        return PAUSED
     store_int32(places.served.ctypes.data, np.int32(step + 1))
     return SERVED

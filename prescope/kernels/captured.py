@@ -278,9 +278,6 @@ class CapturedStep:
                 self._on_cpu[moe_layer:], stamps, num_experts, WORDS=_power_of_2(on_device.HEAD + num_experts),
                 TIMED=self._timed, num_warps=1,
             )  # fmt: skip
-            # Not before this layer is decided: what the host copies for it may take the next layer's slots.
-            with self._beside():
-                self._look(moe_layer + 1)
         elif self.orders:
             on_device._wait[(1,)](
                 self._needs[moe_layer],
@@ -306,6 +303,11 @@ class CapturedStep:
                 TIMED=self._timed,
                 num_warps=1,
             )
+        if way is not None:
+            # Not before this layer is decided: what the host copies for it may take the next layer's slots. As late as
+            # the round trip allows: what is shown behind it is asked for.
+            with self._beside():
+                self._look(moe_layer + 1)
         width = y_PD.shape[1]
         out = torch.empty((self.num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
         block = min(512, _power_of_2(width))

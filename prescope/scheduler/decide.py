@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..jit import jit
 from .baselines import fiddler, hybrimoe
 from .presched import split
-from .terms import Costs, FloatArray, IntArray, Knobs, Need, Plan
+from .terms import FORMER_STEPS, Costs, FloatArray, IntArray, Knobs, Need, Plan
 
 ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED = range(8)
 
@@ -309,30 +309,31 @@ def learn_trust(
 
 @jit
 def learn_reuse(
-    reuse: FloatArray, former_E: NDArray[np.bool_], experts: IntArray, num_misses: int, num_absent: int
+    reuse: FloatArray, former_E: IntArray, experts: IntArray, num_misses: int, num_absent: int
 ) -> float:
-    """Hold what a layer needs, experts (n,), against what it needed in the step before.
+    """Hold what a layer needs, experts (n,), against what it needed in the steps before.
 
     Args:
-        reuse: (4,) decayed sums of experts: needed, of those needed before, missing, absent.
-        former_E: changed to what is needed.
+        reuse: (FORMER_STEPS + 3,) decayed sums of experts: needed, missing, absent, and of those needed, by how many
+            steps ago, in which they were needed too.
+        former_E: bit m: needed m + 1 steps ago; changed.
         num_misses: of `experts`. `num_absent`: of the layer's experts, those that have no slot.
 
-    Returns: how much likelier an expert is needed that was needed before than one that has no slot, as an evicted one
-        will have none. In a large batch hardly.
+    Returns: how much likelier an expert is needed that was needed a certain number of steps ago, the number that says
+        most, than one that has no slot, as an evicted one will have none. In a large batch hardly.
     """
-    found = 0.0
-    for expert in experts:
-        found += 1.0 if former_E[expert] else 0.0
-    former_E[:] = False
-    for expert in experts:
-        former_E[expert] = True
     reuse *= TRUST_DECAY
     reuse[0] += len(experts)
-    reuse[1] += found
-    reuse[2] += num_misses
-    reuse[3] += num_absent
-    return reuse[1] / max(1.0, reuse[0]) - reuse[2] / max(1.0, reuse[3])
+    reuse[1] += num_misses
+    reuse[2] += num_absent
+    for expert in experts:
+        for m in range(FORMER_STEPS):
+            reuse[3 + m] += former_E[expert] >> m & 1
+    for expert in range(len(former_E)):
+        former_E[expert] = (former_E[expert] << 1) & ((1 << FORMER_STEPS) - 1)
+    for expert in experts:
+        former_E[expert] |= 1
+    return reuse[3:].max() / max(1.0, reuse[0]) - reuse[1] / max(1.0, reuse[2])
 
 
 @jit

@@ -55,13 +55,17 @@ class Need(NamedTuple):
     num_late: int
 
 
+#: Steps back in which `Memory.former_LE` looks for a use: text may repeat itself every few tokens.
+FORMER_STEPS = 4
+
+
 class Memory(NamedTuple):
     """What a schedule remembers from layer to layer; changed by each decision."""
 
     trust: FloatArray  # (d, 2), see `decide.learn_trust`
     predicted_dLE: FloatArray  # the last probability of use
-    reuse: FloatArray  # (4,), see `decide.learn_reuse`
-    former_LE: NDArray[np.bool_]  # what each layer used in the step before
+    reuse: FloatArray  # (FORMER_STEPS + 3,), see `decide.learn_reuse`
+    former_LE: IntArray  # bit m: each layer used it m + 1 steps ago
 
     @classmethod
     def fresh(cls, lookahead: int, num_layers: int, num_experts: int) -> "Memory":
@@ -69,8 +73,8 @@ class Memory(NamedTuple):
         return cls(
             np.zeros((lookahead, 2)),
             np.zeros((lookahead, num_layers, num_experts)),
-            np.zeros(4),
-            np.zeros((num_layers, num_experts), np.bool_),
+            np.zeros(FORMER_STEPS + 3),
+            np.zeros((num_layers, num_experts), np.int64),
         )
 
 
