@@ -7,7 +7,7 @@ Shapes: T tokens, D model width, K top-k, E experts, d layers ahead, P = T * K p
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .errors import UnsupportedOption
 from .forced import ForcedRouting
 from .hf import MoELayer
 from .host_pool import HostPool
-from .kernels import ExpertsSpec
+from .kernels import ExpertsSpec, make_foresight
 from .loader import Loader, Transfer
 from .planner import Planner
 from .predictor import EarlyRouter, Llapor, Prediction, Predictor
@@ -30,6 +30,9 @@ from .scheduler import Schedule, schedule_named
 from .scheduler.decide import ON_DEMAND
 from .scheduler.terms import Knobs, Plan, cpu_time
 from .simulator.prepare import compiled_costs
+
+if TYPE_CHECKING:
+    from .kernels.foresight import Foresight
 
 Predicted = tuple[NDArray[np.floating], NDArray[np.floating]]
 
@@ -59,6 +62,11 @@ class Scheduling:
     ) -> None:
         self.planner, self.predictor, self.cpu, self.reason = planner, predictor, cpu, reason
         self._under_way: list[CpuJob] = []
+        self._foresight: Foresight | None = None
+        if (
+            isinstance(predictor, Llapor) and self.lookahead
+        ):  # not one that is tuned online: it learns while it predicts
+            self._foresight = make_foresight(predictor, self.lookahead)
         self.forced: ForcedRouting | None = None  # its predictions are used instead of the predictor's
 
     def describe(self) -> dict[str, Any]:
@@ -90,6 +98,8 @@ class Scheduling:
             return self.forced.scores[
                 moe_layer, : self.lookahead
             ].clone()  # the next step's are put into their place
+        if self._foresight is not None and len(x_TD) <= self._foresight.most_tokens:
+            return self._foresight(moe_layer, x_TD, ids_TK, weights_TK)
         made = self.predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)[: self.lookahead]
         return of_step(made, self.lookahead, self.predictor.shape.num_experts, x_TD.device)
 

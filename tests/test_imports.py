@@ -56,6 +56,7 @@ DOORS: dict[str, set[str]] = {
 LATE_IMPORTS: dict[tuple[str, str], str] = {
     ("prescope/kernels/__init__.py", "prescope.kernels.triton_experts"): "triton exists only where a GPU is",
     ("prescope/kernels/__init__.py", "prescope.kernels.captured"): "triton exists only where a GPU is",
+    ("prescope/kernels/__init__.py", "prescope.kernels.foresight"): "triton exists only where a GPU is",
     ("prescope/calibration/bench.py", "prescope.kernels.ping"): "triton exists only where a GPU is",
 }
 

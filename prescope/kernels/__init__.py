@@ -11,7 +11,9 @@ from .base import ExpertKernel, ExpertsSpec, LayerWeights, StepLog, Work
 from .reference import TorchKernel, combine
 
 if TYPE_CHECKING:
+    from ..predictor import Llapor
     from .captured import DeviceTable, Scheduled
+    from .foresight import Foresight
 
 __all__ = [
     "DEVICE_POLICIES",
@@ -24,6 +26,7 @@ __all__ = [
     "Work",
     "combine",
     "make_device_table",
+    "make_foresight",
     "make_kernel",
     "make_scheduled",
 ]
@@ -67,6 +70,15 @@ def make_scheduled(**settings: Any) -> "Scheduled":
     from .captured import Scheduled
 
     return Scheduled(**settings)
+
+
+def make_foresight(predictor: "Llapor", lookahead: int) -> "Foresight | None":
+    """A predictor's networks in a few launches; None where there is no Triton."""
+    if predictor.device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from .foresight import Foresight
+
+    return Foresight(predictor, lookahead)
 
 
 def make_device_table(shape: MoEShape, num_slots: int, device: torch.device) -> "DeviceTable":

@@ -268,21 +268,30 @@ class Llapor:
         self, at: slice, x_TD: torch.Tensor, ids_TK: torch.Tensor | None, weights_TK: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """`hidden` (both parts) and `base` of one layer for the tokens of one call."""
-        if x_TD.shape[-1] != self.width:
-            raise BadState(
-                f"router inputs are {x_TD.shape[-1]} wide, {self.name} was trained on {self.width}"
-            )
+        self.check_live(x_TD, ids_TK)
         choice = None
         if self.config.use_choice:
-            if ids_TK is None:
-                raise BadState(
-                    f"{self.name} was trained with the chosen experts as input; pass ids_TK to predict()"
-                )
+            assert ids_TK is not None  # checked
             if weights_TK is None:
                 weights_TK = torch.full(ids_TK.shape, 1.0 / self.shape.top_k, device=x_TD.device)
             choice = choice_of(ids_TK, weights_TK, self.shape.num_experts)[None]
         x_LTD = x_TD.float()[None]
         return *self.hidden(x_LTD, choice, at), self.base(x_LTD, at)
+
+    def check_live(self, x_TD: torch.Tensor, ids_TK: torch.Tensor | None) -> None:
+        """Make sure that router inputs and chosen experts can be predicted from.
+
+        Raises:
+            BadState: the inputs' width is another, or the chosen experts are missing.
+        """
+        if x_TD.shape[-1] != self.width:
+            raise BadState(
+                f"router inputs are {x_TD.shape[-1]} wide, {self.name} was trained on {self.width}"
+            )
+        if self.config.use_choice and ids_TK is None:
+            raise BadState(
+                f"{self.name} was trained with the chosen experts as input; pass ids_TK to predict()"
+            )
 
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
         """Nothing: `online.OnlineTuner` learns while it runs."""
