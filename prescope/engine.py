@@ -6,7 +6,7 @@ graph, `recorder` takes down what happened.
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -455,9 +455,8 @@ class Engine:
         self._serving.recorder = Recorder(
             self._device, events=config.events, routing=config.record_routing, inputs=config.record_inputs
         )
-        scheduling = self._serving.scheduling
         try:
-            with _frozen_heap(), scheduling.awake() if scheduling is not None else nullcontext():
+            with _frozen_heap():
                 yield self._serving.recorder
         except BaseException:
             self.recover()

@@ -171,7 +171,7 @@ class Scheduling:
         self.planner.restart()
 
     def awake(self) -> AbstractContextManager[None]:
-        """While a run goes on: threads of the CPU lane do not sleep."""
+        """While captured steps run: threads of the CPU lane do not sleep."""
         return nullcontext() if self.cpu is None else self.cpu.awake()
 
     def close(self) -> None:

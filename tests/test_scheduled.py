@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from prescope.errors import TransferFailed, UnsupportedOption
 from prescope.predictor import Chance, EarlyRouter, Inverted, NoisyOracle, Routers, Shape
 from prescope.raw import address_of
 from prescope.scheduler import SCHEDULES
+from prescope.scheduling import Scheduling
 from prescope.simulator.prepare import predictions_of
 from prescope.synthetic import SyntheticSpec
 from tests.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
@@ -103,6 +105,17 @@ def test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule(
         assert len(run.layers[run.layers["phase"] == "decode"]) == 5 * LAYERS
         assert (run.layers["hits"] + run.layers["late"] + run.layers["misses"] == run.layers["needed"]).all()
         assert counted >= run.layers["needed"].sum()
+
+
+@pytest.mark.parametrize(("decode", "count"), [("layered", 0), ("auto", 1)])
+def test_threads_of_the_cpu_lane_stay_awake_in_captured_steps_only(
+    model, early, frequencies, gpu, decode, count, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(Scheduling, "awake", lambda self: told.append(self) or nullcontext())
+    with opened(model, "presched", early, frequencies, slots=7, decode=decode, **gpu) as engine:
+        engine.generate(prompt(length=5), max_new_tokens=4)
+    assert len(told) == count
 
 
 @pytest.mark.parametrize("decode", ["layered", "auto"])

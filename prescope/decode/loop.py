@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -149,8 +150,11 @@ class DecodeLoop:
                 self._scheduled_step.begin(buffers)
             elif buffers.orders:
                 self._ordered_step = OrderedStep(self._serving, buffers)
+        scheduling = self._serving.scheduling
         try:
-            self._run_steps(sample, first, num_steps)
+            # Only here: beside layers that the CPU computes, or launches, threads that wait would be in the way.
+            with scheduling.awake() if scheduling is not None else nullcontext():
+                self._run_steps(sample, first, num_steps)
         except BaseException:
             self._abandon()
             raise
