@@ -186,12 +186,14 @@ def measure(
             runs.append(run)
     scheduling = engine._serving.scheduling
     cpu_factor = 1.0 if scheduling is None else scheduling.planner.cpu_factor
+    link_factor = 1.0 if scheduling is None else scheduling.planner.link_factor
     decode, last = runs[-1].metrics.decode, runs[-1]
     speeds = [run.metrics.tokens_per_s for run in runs]
     steps = last.steps[last.steps["phase"] == "decode"]["dur_us"].to_numpy()
     cell = {
         "schedule": schedule, "cache": cache, "slots": slots, "num_slots": engine.num_slots,
-        "cpu_factor": cpu_factor, "is_known": False, "tokens_per_s_runs": speeds, "new": args.new,
+        "cpu_factor": cpu_factor, "learned_link_factor": link_factor, "is_known": False, "new": args.new,
+        "tokens_per_s_runs": speeds,
         "decode": last.config["reasons"]["decode"], "cpu": last.config["reasons"].get("cpu", ""),
         "predictor": predictor.name if predictor is not None else "none", "steps_us": steps.tolist(),
         **{field: getattr(decode, field) for field in FIELDS},
@@ -209,7 +211,7 @@ FIELDS = [
 def told_by(
     engine: Engine, cell: dict[str, Any], case: Case, run: RunResult, costs: LayerCosts, predict_us: float
 ) -> Told:
-    """Costs with the rest of a layer, the decision, and an expert on link, GPU and CPU as one run had them."""
+    """Costs with a layer's rest, the decision, and an expert on link, GPU and CPU as one run had or learned them."""
     events = run.events[run.events["phase"] == "decode"]
     layers = int(run.layers["moe_layer"].max()) + 1
     steps, decode = run.metrics.decode.num_steps, run.metrics.decode
@@ -233,6 +235,7 @@ def told_by(
     told = replace(
         costs,
         rest_us=inside,
+        link_us=cell["learned_link_factor"] * costs.link_us,
         link_busy_us=1e3
         * decode.h2d_busy_ms
         / max(1, decode.on_demand_transfers + decode.prefetch_transfers),
