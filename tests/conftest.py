@@ -21,3 +21,17 @@ def gpu(monkeypatch):
     monkeypatch.setattr("prescope.kernels._triton_problem", lambda *_: "")
     monkeypatch.setattr("prescope.kernels.captured.FETCH_PROGRAMS", 2)
     return {"device": "cpu", "kernels": "triton", "events": False}
+
+
+@pytest.fixture
+def late_link(gpu, monkeypatch, request):
+    """The same with a link whose copies take their time; where there is a GPU, its own."""
+    if torch.cuda.is_available():
+        yield None
+        return
+    from tests.interpreted_gpu import InterpretedGpu, LateLink
+
+    late = LateLink(seed=getattr(request, "param", 0))
+    monkeypatch.setattr("prescope.engine.open_device", lambda *_: InterpretedGpu(late))
+    yield late
+    late.close()

@@ -107,6 +107,21 @@ def test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule(
         assert counted >= run.layers["needed"].sum()
 
 
+@pytest.mark.parametrize("late_link", [0, 1], indirect=True)
+@pytest.mark.parametrize("schedule", ["presched", "fate", "streaming"])
+def test_a_graph_step_whose_copies_come_late_gives_the_plain_models_tokens(
+    model, early, frequencies, gpu, late_link, schedule
+):
+    """The GPU runs ahead of copies that are under way, the host ahead of the GPU: no one computes with other bytes."""
+    ids = prompt(length=5)
+    expected = plain_tokens(model, ids, new=10)
+    with opened(model, schedule, early, frequencies, slots=7, **gpu) as engine:
+        for _ in range(2):
+            assert engine.generate(ids, max_new_tokens=10).tokens == expected
+            engine.check_integrity()
+    assert late_link is None or late_link.asked_too_early, "no copy was late"
+
+
 @pytest.mark.parametrize(("decode", "count"), [("layered", 0), ("auto", 1)])
 def test_threads_of_the_cpu_lane_stay_awake_in_captured_steps_only(
     model, early, frequencies, gpu, decode, count, monkeypatch
