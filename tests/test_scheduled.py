@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import prescope
 from prescope.core import Need
 from prescope.cost import LayerCosts
+from prescope.decode.loop import DecodeLoop
 from prescope.errors import TransferFailed, UnsupportedOption
 from prescope.predictor import Chance, EarlyRouter, Inverted, NoisyOracle, Routers, Shape
 from prescope.raw import address_of
@@ -120,6 +122,32 @@ def test_a_graph_step_whose_copies_come_late_gives_the_plain_models_tokens(
             assert engine.generate(ids, max_new_tokens=10).tokens == expected
             engine.check_integrity()
     assert late_link is None or late_link.asked_too_early, "no copy was late"
+
+
+def test_a_step_does_not_begin_before_the_host_has_read_what_the_one_before_asked(
+    model, early, frequencies, gpu, monkeypatch
+):
+    """All experts are there, so the GPU waits for nobody; the host launches the next step before it serves the last
+    layer, and is slow.
+    """
+    ids = prompt(length=5)
+    expected = plain_tokens(model, ids, new=6)
+    launch = DecodeLoop._launch
+
+    def slowly(self):
+        launched = launch(self)
+        time.sleep(0.5)
+        return launched
+
+    monkeypatch.setattr(DecodeLoop, "_launch", slowly)
+    with opened(model, "on-demand", early, frequencies, slots=TOTAL, **gpu) as engine:
+        engine.generate(ids, max_new_tokens=6)
+        engine.configure(schedule="presched")
+        for _ in range(2):
+            run = engine.generate(ids, max_new_tokens=6)
+            assert run.tokens == expected
+    decode = run.layers[run.layers["phase"] == "decode"]
+    assert len(decode) == 5 * LAYERS and (decode["hits"] == decode["needed"]).all()
 
 
 @pytest.mark.parametrize(("decode", "count"), [("layered", 0), ("auto", 1)])
