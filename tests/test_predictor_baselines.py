@@ -8,6 +8,7 @@ import prescope
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
 from prescope.predictor.base import Shape, used_mask
 from prescope.predictor.baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
+from prescope.predictor.calibration import fit_platt
 from prescope.predictor.controls import Chance, Oracle
 from prescope.predictor.groups import Cues, group_layers
 from tests.models import EXPERTS, LAYERS, TOP_K, prompt, tiny_moe
@@ -150,3 +151,12 @@ def test_noise_gives_one_group_and_says_why():
     found = [group_layers(cues(list(rng.normal(size=12)), list(rng.normal(size=12)))) for _ in range(60)]
     assert sum(groups.has_borders for groups in found) <= 8
     assert all(groups.reason.startswith(("one group", "three groups")) for groups in found)
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 20.0, 100.0])
+def test_a_platt_fit_finds_the_same_probabilities_whatever_the_scale_of_the_logits(scale):
+    rng = np.random.default_rng(0)
+    z = rng.normal(-3.0, 2.0, (1000, 32))
+    used = rng.random(z.shape) < 1.0 / (1.0 + np.exp(-(1.3 * z + 0.4)))
+    slope, offset = fit_platt(scale * z, used)
+    assert slope * scale == pytest.approx(1.3, rel=0.03) and offset == pytest.approx(0.4, abs=0.1)

@@ -37,17 +37,25 @@ def fit_platt(logits: NDArray[np.floating], used: NDArray[np.bool_]) -> tuple[fl
     rows = np.linspace(0, len(logits) - 1, min(len(logits), most)).astype(int)
     z = logits[rows].ravel().astype(np.float64)
     y = used[rows].ravel().astype(np.float64)
-    theta = np.array([1.0, 0.0])
+    # In units of the scores' own spread, from their mean and the share that was used on: whatever the scale of the
+    # logits, the steps are few. `back` takes (slope, offset) in these units to those of the logits.
+    mean, spread = z.mean(), max(z.std(), TINY)
+    z = (z - mean) / spread
+    back = np.array([[1.0 / spread, 0.0], [-mean / spread, 1.0]])
+    theta = np.array([1.0, float(logit(y.mean(keepdims=True))[0])])
     prior = np.array([1.0, 0.0])
     for _ in range(MAX_ITERATIONS):
         p = sigmoid(theta[0] * z + theta[1])
         residual, weight = p - y, np.maximum(p * (1.0 - p), 1e-9)
-        gradient = np.array([residual @ z, residual.sum()]) + PRIOR_STRENGTH * (theta - prior)
+        gradient = np.array([residual @ z, residual.sum()]) + PRIOR_STRENGTH * back.T @ (back @ theta - prior)
         cross = weight @ z
-        hessian = np.array([[weight @ (z * z), cross], [cross, weight.sum()]]) + PRIOR_STRENGTH * np.eye(2)
+        hessian = (
+            np.array([[weight @ (z * z), cross], [cross, weight.sum()]]) + PRIOR_STRENGTH * back.T @ back
+        )
         step = np.linalg.solve(hessian, gradient)
         # A full step may overshoot where the labels are separable; two units at most keeps it stable.
         theta = theta - step * min(1.0, 2.0 / max(np.abs(step).max(), 1e-12))
         if np.abs(step).max() < 1e-8:
             break
-    return max(float(theta[0]), 1e-3), float(theta[1])
+    slope, offset = back @ theta
+    return max(float(slope), 1e-3), float(offset)
