@@ -214,7 +214,7 @@ class Engine:
         self.shape = _shape_of(layers, top_k_of(model))
         self.num_slots, slots_reason = _count_slots(config, self.shape, layers)
         kind, device_reason = resolve_device(config, model.device)
-        self._cache = config.cache  # as given
+        self._chosen_cache = config.cache
         cache, cache_reason = _cache_of(config, frequencies)
         policy = make_policy(cache, self.shape, frequencies)
         self._dtype = layers[0].tensors()[layers[0].weight_names[0]].dtype
@@ -284,7 +284,7 @@ class Engine:
             )
         given: dict[str, Any] = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
         given = {name: value for name, value in given.items() if value is not None}
-        config = replace(self.config, **({"cache": self._cache} | given), **schedule)
+        config = replace(self.config, **({"cache": self._chosen_cache} | given), **schedule)
         hot = self.frequencies if frequencies is None else frequencies
         chosen = config.cache
         cache, cache_reason = _cache_of(config, hot)
@@ -301,7 +301,7 @@ class Engine:
         is_new = (
             slots is not None or frequencies is not None or "cache" in given or cache != self.config.cache
         )
-        self.config, self.frequencies, self._cache = config, hot, chosen
+        self.config, self.frequencies, self._chosen_cache = config, hot, chosen
         self.reasons["cache"] = cache_reason
         if not is_new:
             return
@@ -411,7 +411,7 @@ class Engine:
         )
         if self._device.kind == "cuda" and self.config.decode == "auto" and isinstance(loop, str):
             result.notes.append(f"decode steps ran layer by layer: {loop.removeprefix('layered: ')}")
-        if self._cache == "auto" and self.config.cache != schedule_named(self.config.schedule).cache:
+        if self._chosen_cache == "auto" and self.config.cache != schedule_named(self.config.schedule).cache:
             result.notes.append(self.reasons["cache"])
         if self._serving.forced is not None:
             result.notes.append(

@@ -55,18 +55,20 @@ class Scheduling:
         predictor: answers for coming layers, if the schedule asks.
         cpu: computes experts on the CPU, if the schedule may.
         reason: of its prefetches.
+        foresight: the predictor's networks for a few tokens, where there are such.
     """
 
     def __init__(
-        self, planner: Planner, predictor: Predictor | None, cpu: CpuExperts | None, reason: Reason
+        self,
+        planner: Planner,
+        predictor: Predictor | None,
+        cpu: CpuExperts | None,
+        reason: Reason,
+        foresight: "Foresight | None" = None,
     ) -> None:
         self.planner, self.predictor, self.cpu, self.reason = planner, predictor, cpu, reason
+        self._foresight = foresight
         self._under_way: list[CpuJob] = []
-        self._foresight: Foresight | None = None
-        if (
-            isinstance(predictor, Llapor) and self.lookahead
-        ):  # not one that is tuned online: it learns while it predicts
-            self._foresight = make_foresight(predictor, self.lookahead)
         self.forced: ForcedRouting | None = None  # its predictions are used instead of the predictor's
 
     def describe(self) -> dict[str, Any]:
@@ -229,7 +231,12 @@ def open_scheduling(
             threads=config.cpu_threads,
         )
     planner = plan_by(schedule, config, shape, predictor, costs, has_cpu)
-    return Scheduling(planner, predictor, cpu, Reason.STREAM if schedule.streams else Reason.PREFETCH)
+    foresight = None
+    # Not one that is tuned online: it learns while it predicts.
+    if isinstance(predictor, Llapor) and planner.predicts and config.kernels != "torch":
+        foresight = make_foresight(predictor, planner.predicts)
+    reason = Reason.STREAM if schedule.streams else Reason.PREFETCH
+    return Scheduling(planner, predictor, cpu, reason, foresight)
 
 
 def plan_by(

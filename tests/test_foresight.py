@@ -3,8 +3,14 @@
 import pytest
 import torch
 
+from prescope.core import MoEShape, Reason
+from prescope.cost import LayerCosts
+from prescope.planner import Planner
 from prescope.predictor import BadState, LayerGroups, Llapor, LlaporConfig, ModelTag, Routers, Shape
-from prescope.scheduling import of_step
+from prescope.scheduler import SCHEDULES
+from prescope.scheduler.terms import Knobs
+from prescope.scheduling import Scheduling, of_step
+from prescope.simulator.prepare import compiled_costs
 
 foresight = pytest.importorskip("prescope.kernels.foresight", reason="Triton exists for Linux only")
 
@@ -76,6 +82,28 @@ def test_corrections_of_strange_states_fade_alike():
     assert not torch.allclose(near[0], far[0], atol=0.01)
     found = foresight.Foresight(predictor, 3)(1, 10.0 * x, ids, weights)
     torch.testing.assert_close(found[:, 0], torch.stack(far).sum(1), rtol=2e-4, atol=2e-5)
+
+
+def test_a_schedule_asks_for_a_few_tokens_this_way_and_for_many_the_predictor_itself(monkeypatch):
+    predictor = made()
+    costs = compiled_costs(
+        LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=100.0, source="made up"), cpu=False, predicts=True
+    )
+    knobs = Knobs(SCHEDULES["presched"].number, 2, SHAPE.num_experts, 0.1, 1)
+    planner = Planner(knobs, costs, MoEShape(*SHAPE, 100), 3)
+    few = foresight.Foresight(predictor, 3)
+    asked = []
+    monkeypatch.setattr(
+        Llapor, "predict", lambda self, *case, real=Llapor.predict: asked.append(1) or real(self, *case)
+    )
+    fast = Scheduling(planner, predictor, None, Reason.PREFETCH, few)
+    slow = Scheduling(planner, predictor, None, Reason.PREFETCH)
+    for tokens, times in ((few.most_tokens, 1), (few.most_tokens + 1, 2)):
+        asked.clear()
+        tensors = case(tokens, torch.float32)
+        found, expected = fast.scores(1, *tensors), slow.scores(1, *tensors)
+        assert len(asked) == times
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
 
 
 def test_what_does_not_fit_is_refused_as_by_the_predictor():

@@ -53,6 +53,10 @@ COSTS = LayerCosts(
 SPEC = SyntheticSpec(
     num_layers=4, num_experts=16, top_k=4, zipf=0.8, persistence=0.3, correlation=0.3, diversity=0.3
 )
+#: Of a larger model, and hardly a token chooses what the one before chose.
+LIVELY = SyntheticSpec(
+    num_layers=8, num_experts=32, top_k=4, zipf=0.7, persistence=0.1, correlation=0.3, diversity=0.3
+)
 ROW_BYTES = 9_400_000
 
 
@@ -302,10 +306,7 @@ def hits(trace, slots, cache):
 @pytest.mark.parametrize("length", [16, 64, 200])
 def test_next_use_finds_what_lru_finds_where_two_tokens_alternate(length, seed):
     """Their experts fit into a quarter of the slots; the prompt before was lively. Of an eighth LRU makes little."""
-    spec = SyntheticSpec(
-        num_layers=8, num_experts=32, top_k=4, zipf=0.7, persistence=0.1, correlation=0.3, diversity=0.3
-    )
-    trace = spec.generate(prompt_tokens=length, new_tokens=49, seed=seed)
+    trace = LIVELY.generate(prompt_tokens=length, new_tokens=49, seed=seed)
     loop = repeating(trace, length, 2)
     assert hits(loop, 0.25, "next-use") >= hits(loop, 0.25, "lru") - 0.5
     assert hits(loop, 0.125, "next-use") >= 1.3 * hits(loop, 0.125, "lru")
@@ -314,10 +315,7 @@ def test_next_use_finds_what_lru_finds_where_two_tokens_alternate(length, seed):
 @pytest.mark.parametrize("period", [1, 2, 3, 4])
 def test_where_text_repeats_itself_presched_is_not_behind_loading_on_demand(period):
     """What the CPU has computed comes into the slots: it is needed again some tokens later."""
-    spec = SyntheticSpec(
-        num_layers=8, num_experts=32, top_k=4, zipf=0.7, persistence=0.1, correlation=0.3, diversity=0.3
-    )
-    loop = repeating(spec.generate(prompt_tokens=32, new_tokens=65), 32, period)
+    loop = repeating(LIVELY.generate(prompt_tokens=32, new_tokens=65), 32, period)
     simulator = Simulator(loop, COSTS, row_bytes=ROW_BYTES)
     speeds = {name: simulator.run(name, slots=0.5).tokens_per_s for name in ("presched", "on-demand")}
     assert speeds["presched"] >= 0.95 * speeds["on-demand"]
@@ -334,15 +332,7 @@ def repeating(trace, length: int, period: int):
 @pytest.mark.parametrize("persistence", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_next_use_finds_what_lru_and_score_find_in_lively_and_in_persistent_text(batch, persistence):
-    spec = SyntheticSpec(
-        num_layers=8,
-        num_experts=32,
-        top_k=4,
-        zipf=0.7,
-        persistence=persistence,
-        correlation=0.3,
-        diversity=0.3,
-    )
+    spec = replace(LIVELY, persistence=persistence)
     trace = spec.generate(prompt_tokens=32, new_tokens=65, batch=batch, seed=1)
     for slots in (0.125, 0.25, 0.5):
         best = max(hits(trace, slots, "lru"), hits(trace, slots, "score"))

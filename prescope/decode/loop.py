@@ -1,7 +1,7 @@
 """The decoding loop that runs captured steps, at most one ahead of what the host has seen.
 
 While a step runs, the host takes down what the one before said and launches the next one: in small parts, between the
-layers that it serves. Behind the last layer that kept the GPU waiting for 430 us a step, before the first for as long
+layers that it serves. Behind the last layer that kept the GPU waiting for 430 us a step, before the first up to as long
 (H100, LOG.md). `kernels.on_device._await_served` keeps the next step's messages from overwriting this one's.
 """
 
@@ -166,7 +166,7 @@ class DecodeLoop:
         if not sample.greedy:
             for i in range(first, num_steps):
                 launched = self._launch()
-                self._serve(launched)
+                self._serve(launched, deque())
                 self._finish(launched)
                 self._serving.device.synchronize()  # the host chooses, so it waits anyway
                 sample.next(launched.captured.logits, self._step.inputs["input_ids"])
@@ -221,10 +221,9 @@ class DecodeLoop:
         captured.replay()
         return launched
 
-    def _serve(self, launched: Launched, chores: Chores | None = None) -> None:
+    def _serve(self, launched: Launched, chores: Chores) -> None:
         """Serve a step if the host has to, and do all chores."""
         step, driver = self._step, launched.driver
-        chores = deque() if chores is None else chores
         if driver == HOST:
             self._scheduled_step.run(launched.number, launched.row, chores)
         elif driver == COPY:

@@ -146,11 +146,11 @@ class ScheduledStep:
         planner = self._scheduling.planner
         beliefs = Beliefs(planner.knobs, planner.costs, *planner.calibrated_cpu(), planner.memory)
         slots = Slots(table.slot_of, table.key_of, table.in_flight, table.protected, table.policy.scores)
-        num_layers = len(serving.layers)
+        arguments = self._functions, self._places, self._progress, beliefs, slots, step, number, row
         while True:
-            counts[at.STOP] = next_stop(chores, counts[at.LAYER], num_layers)
+            end = next_stop(chores, counts[at.LAYER], len(serving.layers))
             with said_if_compiled_first(serve, "the host's part of a decode step"):
-                code = serve(self._functions, self._places, self._progress, beliefs, slots, step, number, row)
+                code = serve(*arguments, end)
             if code == at.SERVED:
                 break
             if code == at.PAUSED:

@@ -30,7 +30,7 @@ from ..scheduler.decide import take_slots
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, cpu_time
 
 #: What `serve` returns: all layers are served; nobody has asked for WAIT_US; a function of the driver, or the CPU lane,
-#: failed (the code is in `counts[FAILURE]`); the layers before `counts[STOP]` are served.
+#: failed (the code is in `counts[FAILURE]`); the layers before the one it was told are served.
 SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED, PAUSED = range(5)
 #: So long a message is awaited before the interpreter is asked for signals, and whether the GPU still runs.
 WAIT_US = 20_000.0
@@ -41,8 +41,8 @@ PATIENCE_US = 50.0
 #: Places in `Progress.counts`.
 (
     LAYER, TICK, BATCHES, FAILURE, HELD, KEPT, WIRE_FIRST, WIRE_COUNT, EVENTS, NUM_COPIES, NUM_JOBS, JOB, JOB_LAYER,
-    JOB_STEP, NUMBER, LOADED, STOP, NUM_COUNTS,
-) = range(18)  # fmt: skip
+    JOB_STEP, NUMBER, LOADED, NUM_COUNTS,
+) = range(17)  # fmt: skip
 #: Places in `Progress.times`: when the link is free; what the CPU's jobs took, and were calibrated to take; the same of
 #: the job under way.
 LINK_FREE, CPU_TOOK, CPU_CALIBRATED, JOB_CALIBRATED, NUM_TIMES = range(5)
@@ -436,8 +436,9 @@ def serve(
     step: int,
     number: int,
     row: int,
+    end: int,
 ) -> int:
-    """Serve the layers of a running step, from `counts[LAYER]` to `counts[STOP]`; call again if nobody asked.
+    """Serve the layers of a running step, from `counts[LAYER]` to `end`; call again if nobody asked.
 
     Args:
         step: since the buffers' restart; `number`: the same in messages. `row`: the step in the recording.
@@ -451,7 +452,7 @@ def serve(
     d = len(beliefs.memory.predicted_dLE)
     ids = np.empty(P, np.int64)
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
-    while counts[LAYER] < counts[STOP]:
+    while counts[LAYER] < end:
         layer = counts[LAYER]
         code = wait(
             functions, places, progress, beliefs, slots, places.ask[layer], places.ask_shift, number, WAIT_US
@@ -551,7 +552,7 @@ def serve(
         counts[LAYER] += 1
         if not pump(functions, places, progress, beliefs, slots):
             return LINK_FAILED
-    if counts[LAYER] < L:
+    if end < L:
         return PAUSED
     store_int32(places.served.ctypes.data, np.int32(step + 1))
     return SERVED

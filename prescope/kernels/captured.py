@@ -240,7 +240,7 @@ class CapturedStep:
         row = slice(moe_layer * E, (moe_layer + 1) * E)
         on_device._look[(1,)](
             self._shown[row], self._looked[moe_layer:], self.table.slot_of[row], self.step, E,
-            FENCE=self._looked.is_pinned(), EXPERTS=_power_of_2(E), num_warps=1,
+            FENCE=self.step.is_cuda, EXPERTS=_power_of_2(E), num_warps=1,
         )  # fmt: skip
 
     def layer(

@@ -11,8 +11,8 @@ else: on demand for cache policies that the GPU does not know, or by a schedule.
 which experts are there, and `_look` reads it for the next layer beside this one; a layer that finds all of its own goes
 on and leaves the host behind.
 
-A read of mapped memory takes a round trip over the link, behind all that is being copied: 26 us where the link gives 13
-GB/s (H100, LOG.md). So a layer that misses nothing makes none, and one that does makes one.
+A read of mapped memory takes a round trip over the link, behind all that is being copied: some 26 us where the link
+gave 13 GB/s (H100, LOG.md). So a layer that misses nothing waits for none, and an answer is read as a whole.
 
 Each layer's row of (expert) -> slot lies on the GPU, where the expert kernels look it up. Shapes: T tokens, K top-k,
 P = T * K pairs, L MoE layers, E experts, S slots.
