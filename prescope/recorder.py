@@ -51,6 +51,7 @@ class _Step:
     padding: NDArray[np.bool_] | None  # (batch, length), True where a token is padding
     start: Mark | None  # None for a step from a graph: its log says
     log: StepLog | None = None
+    is_counted: bool = False  # the log's needs were taken down as the host served them
     routing: dict[int, _Routing] = field(default_factory=dict)
 
 
@@ -140,16 +141,17 @@ class Recorder:
     def log(self, step: int, log: StepLog, is_counted: bool = False) -> None:
         """What a graph step wrote down; `is_counted`: its needs were taken down as the host served them."""
         entry = self._steps[step]
-        entry.log = log
-        tokens = log.ids_LTK.shape[1]
-        for layer, (needed, missing) in enumerate(log.needs.tolist()):
-            if not is_counted:
-                self._layers.append(
-                    LayerRow(step, "decode", layer, tokens, needed, needed - missing, 0, missing, 1)
-                )
-            if self._routing:
-                weights = torch.from_numpy(log.weights_LTK[layer])
-                entry.routing[layer] = _Routing(log.ids_LTK[layer], weights, None)
+        entry.log, entry.is_counted = log, is_counted
+
+    def _logged_layers(self) -> None:
+        """What layers of graph steps needed that nobody took down before."""
+        for index, step in enumerate(self._steps):
+            if step.log is None or step.is_counted:
+                continue
+            tokens = step.log.ids_LTK.shape[1]
+            for layer, (needed, missing) in enumerate(step.log.needs.tolist()):
+                hits = needed - missing
+                self._layers.append(LayerRow(index, "decode", layer, tokens, needed, hits, 0, missing, 1))
 
     def _logged_spans(self, row_bytes: list[int]) -> None:
         """The timeline of all graph steps, from their stamps."""
@@ -300,6 +302,7 @@ class Recorder:
         self._device.synchronize()
         bases = self._step_times_us(end)
         self._logged_spans(row_bytes)
+        self._logged_layers()
         for served in self._served:
             self._take_down(served, row_bytes)
         steps = [
@@ -409,10 +412,13 @@ class Recorder:
 
         A layer that a step did not run (or ran with other tokens, as a vision tower does) has ids of -1.
         """
-        if not self._routing or not any(step.routing for step in self._steps):
+        for step in self._steps if self._routing else []:
+            if step.log is not None:
+                step.routing = _logged_routing(step.log)
+        layers = [routing for step in self._steps for routing in step.routing.values()]
+        if not layers:
             return None
         num_layers = len(decoder_layers)
-        layers = [routing for step in self._steps for routing in step.routing.values()]
         top_k = max(routing.ids_TK.shape[1] for routing in layers)
         parts = [self._step_rows(i, num_layers, num_experts, top_k) for i in range(len(self._steps))]
         joined: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -482,3 +488,10 @@ class Recorder:
                     half_TD = x_TD.clamp(-most, most).where(x_TD.isfinite(), x_TD).half()
                     rows[:, layer, : x_TD.shape[1]] = half_TD.cpu().numpy()
         return inputs
+
+
+def _logged_routing(log: StepLog) -> dict[int, _Routing]:
+    layers = zip(log.ids_LTK, log.weights_LTK, strict=True)
+    return {
+        layer: _Routing(ids, torch.from_numpy(weights), None) for layer, (ids, weights) in enumerate(layers)
+    }

@@ -16,6 +16,7 @@ from ..serving import Serving
 from . import serve as at
 from .obey import Chores, next_stop, require_running
 from .serve import Beliefs, Functions, Places, Progress, serve
+from .stamps import read_stamps
 
 if TYPE_CHECKING:
     from ..kernels.captured import CapturedStep
@@ -184,23 +185,13 @@ class ScheduledStep:
         if times[at.CPU_TOOK] > 0:
             scheduling.planner.saw_cpu(float(times[at.CPU_TOOK]), float(times[at.CPU_CALIBRATED]))
             times[at.CPU_TOOK] = times[at.CPU_CALIBRATED] = 0.0
-        if not log.stamps_ns.any():
+        if not self._timed:
             return
-        routed, decided, fetched, done, computed = log.stamps_ns.T
-        before = np.concatenate([[log.begin_ns], done[:-1]])
-        # Without a CPU lane a layer ends with the GPU's part.
-        computed = np.where(computed > 0, computed, done)
-        on_gpu = needs[:, at.NEEDED] - needs[:, at.ON_CPU]
-        waited = (decided - routed)[log.needs[:, 1] > 0]  # the others did not wait for the host
-        scheduling.planner.saw_step(
-            float(np.median(routed - before)) / 1e3,
-            float(np.median(waited)) / 1e3 if len(waited) else None,
-            float((computed - fetched).sum()) / 1e3 / max(1, int(on_gpu.sum())),
-        )
-        copied = on_gpu - needs[:, at.HITS] - needs[:, at.LATE]
-        # Of the first of those under way some was over already.
-        copies = np.where(copied > 0, copied + np.maximum(0.0, behind - 0.5), 0.0)
-        scheduling.planner.saw_link(copies, needs[:, at.ON_CPU] > 0, (fetched - decided) / 1e3)
+        needed, hits, late, on_cpu = needs.T
+        seen = read_stamps(log.stamps_ns, log.begin_ns, log.needs[:, 1], needed, hits + late, on_cpu, behind)
+        planner = scheduling.planner
+        planner.saw_step(seen.rest_us, None if np.isnan(seen.decide_us) else seen.decide_us, seen.gpu_us)
+        planner.saw_link(seen.copies_L, on_cpu > 0, seen.waited_us_L)
 
     def undo(self, step: int) -> None:
         """A step that was served never was."""

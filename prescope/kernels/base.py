@@ -67,7 +67,7 @@ class StepLog(NamedTuple):
     weights_LTK: NDArray[np.float32]
     needs: NDArray[np.int32]  # (L, 2): needed, missing
     fetched: NDArray[np.int32]  # (L, M): the missing experts in front, if the GPU fetched them; else -1
-    stamps_ns: NDArray[np.int64]  # (L, 4): routed, decided, fetched, done, by the GPU's clock
+    stamps_ns: NDArray[np.int64]  # (L, 5): routed, decided, fetched, done, GPU done or 0; by the GPU's clock
     begin_ns: int
     end_ns: int
 
