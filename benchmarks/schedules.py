@@ -43,7 +43,7 @@ from prescope.synthetic import SyntheticSpec
 ORACLE = "presched+oracle"
 COLUMNS = [
     "model", "batch", "slots", "schedule", "cache", "tok/s", "spread", "hit %", "late %", "miss %", "on CPU %", "GB",
-    "link GB/s", "stall %", "CPU wait %", "host %", "simulated", "error %", "bound", "of bound %",
+    "used %", "on time %", "link GB/s", "stall %", "CPU wait %", "host %", "simulated", "error %", "bound", "of bound %",
 ]  # fmt: skip
 
 
@@ -205,6 +205,7 @@ FIELDS = [
     "needed", "hits", "late", "misses", "on_cpu", "hit_rate", "late_rate", "miss_rate", "stall_ms", "stall_frac",
     "cpu_wait_ms", "host_wait_ms", "dense_gpu_ms", "experts_gpu_ms", "experts_cpu_ms", "wall_ms", "num_steps",
     "h2d_bytes", "h2d_busy_ms", "link_gb_per_s", "link_use_frac", "on_demand_transfers", "prefetch_transfers",
+    "prefetched", "prefetch_accuracy", "prefetch_coverage", "prefetch_timeliness",
 ]  # fmt: skip
 
 
@@ -403,6 +404,7 @@ def row(cell: dict[str, Any]) -> str:
         cell["cache"], f"{cell['tokens_per_s']:.1f}", f"{min(runs):.1f}-{max(runs):.1f}",
         *(f"{100 * cell[name]:.1f}" for name in ("hit_rate", "late_rate", "miss_rate")),
         f"{100 * cell['on_cpu'] / max(1, cell['needed']):.1f}", f"{cell['h2d_bytes'] / 1e9:.2f}",
+        f"{100 * cell['prefetch_accuracy']:.0f}", f"{100 * cell['prefetch_timeliness']:.0f}",
         f"{cell['link_gb_per_s']:.1f}", f"{100 * cell['stall_frac']:.1f}", f"{100 * cell['cpu_wait_ms'] / wall:.1f}",
         f"{100 * cell['host_wait_ms'] / wall:.1f}", f"{cell.get('simulated_tokens_per_s', nan):.1f}",
         f"{100 * cell.get('error_frac', nan):+.1f}", f"{cell.get('bound_tokens_per_s', nan):.1f}",

@@ -60,6 +60,7 @@ LAYER_DTYPES: dict[str, object] = {
     "misses": np.dtype("int16"),
     "rounds": np.dtype("int16"),  # 1 unless the layer needed more experts than there were slots
     "on_cpu": np.dtype("int16"),  # of the misses, those computed on the CPU
+    "prefetched": np.dtype("int16"),  # of hits and late, those a prefetch brought that nobody had used since
 }
 
 #: One row per forward pass.
@@ -100,6 +101,7 @@ class LayerRow(NamedTuple):
     misses: int
     rounds: int
     on_cpu: int = 0
+    prefetched: int = 0
 
 
 class StepRow(NamedTuple):

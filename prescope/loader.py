@@ -180,7 +180,7 @@ class Loader:
                 del self._held[key]
             moe_layer = keys[0] // num_experts
             experts = np.asarray(keys, dtype=np.int64) - moe_layer * num_experts
-            slots = self._residency.take(moe_layer, experts, self._keep)
+            slots = self._residency.take(moe_layer, experts, self._keep, ahead=True)
             transfers += self._issue(moe_layer, experts, slots, self._why, timed)
         return transfers
 

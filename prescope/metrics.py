@@ -40,6 +40,11 @@ METRIC_DEFINITIONS: dict[str, str] = {
     "late_rate": "late / needed (distinct experts per MoE layer and step)",
     "miss_rate": "misses / needed (distinct experts per MoE layer and step)",
     "on_cpu": "of the misses, those computed on the CPU instead of copied",
+    "prefetched": "of hits and late, those that a prefetch brought and nobody had used since: misses avoided",
+    "prefetch_accuracy": "prefetched / prefetch_transfers; NaN when nothing was prefetched. Of a phase: one issued at "
+    "its end may be used in the next",
+    "prefetch_coverage": "prefetched / (prefetched + misses): misses avoided, of those there would have been",
+    "prefetch_timeliness": "(prefetched - late) / prefetched: those there when needed; NaN when none was used",
     "stall_ms": "time the compute lane waited for bytes, ms",
     "cpu_wait_ms": "time the compute lane waited for experts on the CPU, ms",
     "stall_frac": "stall time / wall time of the phase",
@@ -104,6 +109,9 @@ class PhaseMetrics:
     late: int
     misses: int
     on_cpu: int
+    prefetched: int
+    prefetch_coverage: float
+    prefetch_timeliness: float
     hit_rate: float
     late_rate: float
     miss_rate: float
@@ -121,6 +129,7 @@ class PhaseMetrics:
     overlap_frac: float
     on_demand_transfers: float  # NaN without events, else an int
     prefetch_transfers: float
+    prefetch_accuracy: float
 
     def to_dict(self) -> dict[str, float]:
         """Plain numbers by name; nested phases are left out."""
@@ -218,6 +227,9 @@ _ROWS = [
     ("late rate", "late_rate"),
     ("miss rate", "miss_rate"),
     ("computed on the CPU", "on_cpu"),
+    ("prefetches used", "prefetch_accuracy"),
+    ("misses avoided", "prefetch_coverage"),
+    ("used ones on time", "prefetch_timeliness"),
     ("copied H2D", "h2d_bytes"),
     ("link bandwidth", "link_gb_per_s"),
     ("link in use", "link_use_frac"),
@@ -266,7 +278,8 @@ def compute_metrics(
 def _phase_metrics(
     events: pd.DataFrame, layers: pd.DataFrame, steps: pd.DataFrame, all_events: pd.DataFrame
 ) -> PhaseMetrics:
-    needed, hits, late, misses = (int(layers[name].sum()) for name in ("needed", "hits", "late", "misses"))
+    columns = ("needed", "hits", "late", "misses", "prefetched")
+    needed, hits, late, misses, prefetched = (int(layers[name].sum()) for name in columns)
     assert hits + late + misses == needed, f"hits {hits} + late {late} + misses {misses} != needed {needed}"
     step_ms = steps["dur_us"].to_numpy() / 1e3
     wall_ms = float(step_ms.sum())
@@ -281,14 +294,19 @@ def _phase_metrics(
         late=late,
         misses=misses,
         on_cpu=int(layers["on_cpu"].sum()),
+        prefetched=prefetched,
+        prefetch_coverage=_ratio(prefetched, prefetched + misses),
+        prefetch_timeliness=_ratio(prefetched - late, prefetched),
         hit_rate=_ratio(hits, needed),
         late_rate=_ratio(late, needed),
         miss_rate=_ratio(misses, needed),
-        **_event_metrics(events, all_events, wall_ms),
+        **_event_metrics(events, all_events, wall_ms, prefetched),
     )
 
 
-def _event_metrics(events: pd.DataFrame, all_events: pd.DataFrame, wall_ms: float) -> dict[str, float]:
+def _event_metrics(
+    events: pd.DataFrame, all_events: pd.DataFrame, wall_ms: float, prefetched: int
+) -> dict[str, float]:
     """Figures that need events. A copy may end in the next phase, so it is held against all compute."""
     if all_events.empty:
         return dict.fromkeys(_EVENT_FIELDS, NAN)
@@ -298,6 +316,7 @@ def _event_metrics(events: pd.DataFrame, all_events: pd.DataFrame, wall_ms: floa
     busy_ms, nbytes = busy.total_us / 1e3, int(copies["bytes"].sum())
     reasons = copies["reason"].value_counts()
     stall_ms = time_ms["stall", "stall"]
+    prefetches = sum(int(reasons.get(str(why), 0)) for why in (Reason.PREFETCH, Reason.STREAM))
     return {
         "stall_ms": stall_ms,
         "stall_frac": _ratio(stall_ms, wall_ms),
@@ -314,7 +333,8 @@ def _event_metrics(events: pd.DataFrame, all_events: pd.DataFrame, wall_ms: floa
             overlap_us(busy, _lane_union(all_events[all_events["lane"] == "gpu"])) / 1e3, busy_ms
         ),
         "on_demand_transfers": int(reasons.get(str(Reason.ON_DEMAND), 0)),
-        "prefetch_transfers": sum(int(reasons.get(str(why), 0)) for why in (Reason.PREFETCH, Reason.STREAM)),
+        "prefetch_transfers": prefetches,
+        "prefetch_accuracy": _ratio(prefetched, prefetches),
     }
 
 
@@ -333,6 +353,7 @@ _EVENT_FIELDS = [
     "overlap_frac",
     "on_demand_transfers",
     "prefetch_transfers",
+    "prefetch_accuracy",
 ]
 
 
@@ -348,7 +369,7 @@ def _ratio(part: float, whole: float) -> float:
 def _text(name: str, value: float) -> str:
     if math.isnan(value):
         return "–"
-    if name.endswith(("_rate", "_frac")):
+    if name.endswith(("_rate", "_frac", "_accuracy", "_coverage", "_timeliness")):
         return f"{100 * value:.1f} %"
     if name.endswith("_bytes"):
         return format_bytes(value)

@@ -12,7 +12,7 @@ from .cache import learn
 from .core import MoEShape
 from .jit import jit
 from .residency import LayerNeed, ResidencyTable
-from .scheduler.decide import discount, learn_reuse, learn_trust, plan, sort_need, take_slots
+from .scheduler.decide import discount, learn_reuse, learn_trust, plan, sort_need, take_slots, use_prefetched
 from .scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, Need, Plan
 
 #: Copies below this do not reach the link's rate: PCIe 5 gave 53 GB/s at 4 MiB, 48 at 1 MiB (benchmarks/async_io.py).
@@ -80,6 +80,7 @@ class Decision(NamedTuple):
     """All that is decided about one layer, its slots taken; compiled code makes it in one go."""
 
     need: Need
+    num_prefetched: int  # as in `residency.LayerNeed`
     plan: Plan
     slots: IntArray  # (k,) of the misses that are copied, in their order
     #: (m + 1,): the pairs of the i-th expert on the CPU are lot_pairs[lot_first[i] : lot_first[i + 1]].
@@ -93,6 +94,7 @@ class Slots(NamedTuple):
     slot_of: IntArray
     key_of: IntArray
     in_flight: NDArray[np.bool_]
+    prefetched: NDArray[np.bool_]
     protected: NDArray[np.bool_]
     scores: FloatArray
 
@@ -131,7 +133,9 @@ def decide_layer(
             counts[expert] += 1
     experts = np.flatnonzero(counts).astype(np.int64)
     tokens = counts[experts]
-    need = sort_need(experts, tokens, slots.slot_of[first + experts], slots.in_flight)
+    of_experts = slots.slot_of[first + experts]
+    need = sort_need(experts, tokens, of_experts, slots.in_flight)
+    num_prefetched = use_prefetched(slots.prefetched, of_experts)
     weights = sums_E[experts] if len(sums_E) else tokens.astype(np.float64)
     learn(policy, slots.scores, tick, moe_layer, E, experts, weights)
     chosen = plan_layer(
@@ -146,7 +150,7 @@ def decide_layer(
     fixed = slots.protected | slots.in_flight
     taken = take_slots(keys, slots.key_of, slots.slot_of, fixed, chosen.keep, slots.scores)
     for slot in taken:
-        slots.protected[slot] = True
+        slots.protected[slot], slots.prefetched[slot] = True, False
     # The pairs of the experts on the CPU, expert by expert.
     cold = need.experts[here + chosen.num_load :]
     lot_first, place = np.zeros(len(cold) + 1, np.int64), np.full(num_experts, -1)
@@ -159,7 +163,7 @@ def decide_layer(
         if 0 <= expert < num_experts and place[expert] >= 0:
             lot_pairs[place[expert]] = pair
             place[expert] += 1
-    return Decision(need, chosen, taken, lot_first, lot_pairs)
+    return Decision(need, num_prefetched, chosen, taken, lot_first, lot_pairs)
 
 
 #: Weight of the newest step, and of the newest job, in what the planner makes of its own measurements.

@@ -60,7 +60,7 @@ class _Served(NamedTuple):
 
     step: int
     num_tokens: int
-    needs: NDArray[np.int64]  # (L, 4) needed, hits, late, on the CPU
+    needs: NDArray[np.int64]  # (L, 5) needed, hits, late, on the CPU, prefetched
     copies: NDArray[np.int64]  # (n, 7) layer, expert, reason's rank, begin, end, place in its batch, its size
     jobs: NDArray[np.int64]  # (m, 4) layer, step, begin and end in ns
     events: Events
@@ -281,6 +281,7 @@ class Recorder:
                 need.num_misses,
                 num_rounds,
                 num_on_cpu,
+                need.num_prefetched,
             )
         )
 
@@ -368,10 +369,10 @@ class Recorder:
     def _take_down(self, served: _Served, row_bytes: list[int]) -> None:
         """The rows of one served step."""
         step, tokens = served.step, served.num_tokens
-        for layer, (needed, hits, late, on_cpu) in enumerate(served.needs.tolist()):
+        for layer, (needed, hits, late, on_cpu, prefetched) in enumerate(served.needs.tolist()):
             misses = needed - hits - late
             self._layers.append(
-                LayerRow(step, "decode", layer, tokens, needed, hits, late, misses, 1, on_cpu)
+                LayerRow(step, "decode", layer, tokens, needed, hits, late, misses, 1, on_cpu, prefetched)
             )
         marks = {place: served.events.mark(place) for place in np.unique(served.copies[:, 3:5]).tolist()}
         for layer, expert, reason, begin, end, i, num in served.copies.tolist():

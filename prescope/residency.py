@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .cache import CachePolicy
 from .core import MoEShape
-from .scheduler.decide import sort_need, take_slots
+from .scheduler.decide import sort_need, take_slots, use_prefetched
 
 IntArray = NDArray[np.int64]
 
@@ -34,6 +34,7 @@ class LayerNeed(NamedTuple):
     tokens: IntArray  # (n,) tokens of each
     num_hits: int
     num_late: int
+    num_prefetched: int = 0  # of hits and late ones: brought by a prefetch and not used since
 
     @property
     def num_misses(self) -> int:
@@ -56,6 +57,7 @@ class ResidencyTable:
         self.slot_of = np.full(shape.total_experts, -1, dtype=np.int64)
         self.key_of = np.full(num_slots, -1, dtype=np.int64)
         self.in_flight = np.zeros(num_slots, dtype=bool)
+        self.prefetched = np.zeros(num_slots, dtype=bool)  # by a prefetch, and not used since
         #: Counts the changes of each layer's row of `slot_of`, so that copies of it know when they are stale.
         self.versions = np.zeros(shape.num_layers, dtype=np.int64)
         self.protected = np.zeros(num_slots, dtype=bool)
@@ -65,8 +67,12 @@ class ResidencyTable:
     ) -> LayerNeed:
         """Sort a layer's distinct experts (n,) into hits, late and misses; the policy learns the need."""
         self.policy.use(moe_layer, experts, weights)
-        need = sort_need(experts, tokens, self.slots_for(moe_layer, experts), self.in_flight)
-        return LayerNeed(moe_layer, need.experts, need.tokens, int(need.num_hits), int(need.num_late))
+        slots = self.slots_for(moe_layer, experts)
+        need = sort_need(experts, tokens, slots, self.in_flight)
+        prefetched = use_prefetched(self.prefetched, slots)
+        return LayerNeed(
+            moe_layer, need.experts, need.tokens, int(need.num_hits), int(need.num_late), int(prefetched)
+        )
 
     def row(self, moe_layer: int) -> IntArray:
         """A layer's row (E,) of the table: the slot of each expert, -1 for none. A view."""
@@ -77,10 +83,13 @@ class ResidencyTable:
         """Slots (n,) of experts, -1 for those that have none."""
         return self.slot_of[moe_layer * self.shape.num_experts + experts]
 
-    def take(self, moe_layer: int, experts: IntArray, keep: IntArray = NOTHING) -> IntArray:
+    def take(
+        self, moe_layer: int, experts: IntArray, keep: IntArray = NOTHING, ahead: bool = False
+    ) -> IntArray:
         """Give a slot to each of `experts` (n,), evicting where none is free; they become IN_FLIGHT.
 
         Slots protected or in flight are never given up, those of the keys `keep` only when there are no others.
+        `ahead`: for a prefetch.
         """
         keys = moe_layer * self.shape.num_experts + experts
         fixed = self.protected | self.in_flight
@@ -95,6 +104,7 @@ class ResidencyTable:
         self.versions[evicted[evicted >= 0] // self.shape.num_experts] += 1
         self.versions[moe_layer] += 1
         self.in_flight[slots] = True
+        self.prefetched[slots] = ahead
         return slots
 
     def can_take(self, count: int) -> bool:
@@ -123,16 +133,14 @@ class ResidencyTable:
         self.policy.scores[:] = scores
         self.policy.tick = tick
         self.versions += 1
-        self.in_flight[:] = False
-        self.protected[:] = False
+        self.in_flight[:] = self.prefetched[:] = self.protected[:] = False
 
     def clear(self) -> None:
         """Every expert back to PINNED, every slot free."""
         self.slot_of[:] = -1
         self.versions += 1
         self.key_of[:] = -1
-        self.in_flight[:] = False
-        self.protected[:] = False
+        self.in_flight[:] = self.prefetched[:] = self.protected[:] = False
 
     def rounds(self, need: LayerNeed) -> list[IntArray]:
         """Experts of each round. One round when all fit; otherwise what is here first, then misses in chunks.

@@ -104,6 +104,6 @@ def _stream_ahead(
     free = wanted[~table.is_protected(wanted)]
     table.protect(free)
     if count and table.can_take(count):
-        slots = table.take(following, missing[:count])
+        slots = table.take(following, missing[:count], ahead=True)
         yield Act(What.COPY, following, missing[:count], slots, Reason.STREAM)
     table.unprotect(free)

@@ -30,9 +30,9 @@ TEN_EVENTS = [
 ]
 LAYERS = [
     LayerRow(0, "prefill", 0, 8, 5, 2, 0, 3, 1),
-    LayerRow(1, "decode", 0, 2, 4, 3, 1, 0, 1),
+    LayerRow(1, "decode", 0, 2, 4, 3, 1, 0, 1, 0, 1),
     LayerRow(1, "decode", 1, 2, 4, 2, 0, 2, 1),
-    LayerRow(2, "decode", 0, 2, 2, 2, 0, 0, 1),
+    LayerRow(2, "decode", 0, 2, 2, 2, 0, 0, 1, 0, 1),
 ]
 STEPS = [
     StepRow(0, "prefill", 8, 0.0, 1000.0),

@@ -24,6 +24,14 @@ def test_ten_events_give_exactly_these_run_figures(metrics):
     assert (metrics.needed, metrics.hits, metrics.late, metrics.misses) == (15, 9, 1, 5)
     assert metrics.hit_rate == pytest.approx(0.6)
     assert (metrics.on_demand_transfers, metrics.prefetch_transfers) == (2, 1)
+    assert (metrics.prefetched, metrics.prefetch_accuracy) == (
+        2,
+        2.0,
+    )  # two used, one of them not in the events
+    assert metrics.prefetch_coverage == pytest.approx(2 / 7)
+    assert metrics.decode.prefetch_coverage == pytest.approx(2 / 4)
+    assert metrics.prefetch_timeliness == pytest.approx(1 / 2)
+    assert math.isnan(metrics.prefill.prefetch_accuracy) and math.isnan(metrics.prefill.prefetch_timeliness)
     assert metrics.h2d_bytes == 9_000_000
     assert metrics.h2d_busy_ms == pytest.approx(0.9)  # 600 + union of 1100-1300 and 1200-1400
     assert metrics.link_gb_per_s == pytest.approx(10.0)

@@ -36,7 +36,9 @@ def decided(
 ) -> Decision:
     policy = table.policy
     policy.tick += 1
-    slots = Slots(table.slot_of, table.key_of, table.in_flight, table.protected, policy.scores)
+    slots = Slots(
+        table.slot_of, table.key_of, table.in_flight, table.prefetched, table.protected, policy.scores
+    )
     tokens, used = (part.copy() for part in predicted)
     return decide_layer(
         one.knobs,
@@ -68,6 +70,8 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
             sums = np.bincount(ids[(ids >= 0) & (ids < E)], minlength=E) + rng.random(E) * (cache == "score")
             former, predicted = predicted, (rng.random((D, E)) * 2, rng.random((D, E)))
             known = predicted if not whole.knobs.lag else former if layer else nothing
+            tables[0].prefetched |= (rng.random(14) < 0.3) & (tables[0].key_of >= 0)
+            tables[1].prefetched[:] = tables[0].prefetched
             decision = decided(whole, layer, ids, sums, tables[0], known)
             table = tables[1]
             experts, counts = distinct(ids, E)
@@ -81,6 +85,8 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
             table.protect(slots)
             assert decision.need.experts.tolist() == need.experts.tolist()
             assert (decision.need.num_hits, decision.need.num_late) == (need.num_hits, need.num_late)
+            assert decision.num_prefetched == need.num_prefetched
+            assert (tables[0].prefetched == table.prefetched).all()
             assert decision.plan.num_load == plan.num_load
             assert decision.plan.prefetch.tolist() == plan.prefetch.tolist()
             assert decision.slots.tolist() == slots.tolist()

@@ -39,7 +39,7 @@ class Host:
         self.slot_of[self.key_of] = np.arange(SLOTS)
         scores = np.where(np.arange(L * E) == VICTIM, 1.0, 2.0)
         flags = np.zeros(SLOTS, np.bool_)
-        self.slots = Slots(self.slot_of, self.key_of, flags, flags.copy(), scores)
+        self.slots = Slots(self.slot_of, self.key_of, flags, flags.copy(), flags.copy(), scores)
         looked = numbers(L)
         looked[has_looked] = NUMBER
         self.places = at.Places(
@@ -92,6 +92,7 @@ def test_an_expert_that_nobody_can_be_using_gives_up_its_slot(decided, has_looke
     assert (host.pool[2] == host.rows[2][3]).all()
     host.land()
     assert host.places.shown[WANTED] == 2 and not host.slots.in_flight.any()
+    assert np.flatnonzero(host.slots.prefetched).tolist() == [2]
 
 
 @pytest.mark.parametrize("decided", [0, 1], ids=["two layers ahead", "one layer ahead"])
@@ -102,6 +103,7 @@ def test_an_expert_whose_layer_has_looked_keeps_its_slot(decided):
     host.pump()
     for old, new in zip(before, (host.pool, host.slot_of, host.key_of, host.places.shown), strict=True):
         assert (old == new).all()
+    assert not host.slots.prefetched.any()
     assert host.progress.counts[at.HELD] == 0, "every look for a message would hide and show the expert again"
 
 

@@ -38,6 +38,7 @@ from prescope.simulator.replay import (
     NEEDED,
     ON_CPU,
     ON_DEMAND,
+    PREFETCHED,
     REASON,
     ROUTED,
     STEP,
@@ -98,6 +99,12 @@ def test_nothing_is_lost_and_nothing_is_counted_twice(simulators, schedule, batc
         assert run.counts.on_cpu == 0
     if schedule in ("on-demand", "fiddler"):
         assert run.counts.prefetches == 0 and run.counts.late == 0
+    prefetched = counts[..., PREFETCHED]
+    assert (prefetched >= counts[..., LATE]).all(), "what is on its way when it is needed was prefetched"
+    assert (prefetched <= counts[..., HITS] + counts[..., LATE]).all()
+    assert run.counts.prefetched <= run.counts.prefetches + simulators[batch].shape.num_experts, (
+        "each is used for the first time once; the prompt may have left some"
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -246,7 +253,7 @@ def test_hits_and_misses_are_the_engines_to_the_last_one(cache, batch, slots):
     sim = Simulator(run.trace, COSTS, row_bytes=ROW_BYTES)
     replayed = sim.run("on-demand", slots=slots, cache=cache, frequencies=frequencies).layers
     measured = run.layers[run.layers["phase"] == "decode"].reset_index(drop=True)
-    for column in ("step", "moe_layer", "tokens", "needed", "hits", "late", "misses", "rounds", "on_cpu"):
+    for column in LAYER_DTYPES.keys() - {"phase"}:
         assert replayed[column].tolist() == measured[column].tolist(), column
 
 
@@ -283,6 +290,18 @@ def test_a_predictor_that_errs_costs_little_and_one_that_knows_helps(batch, cach
     for predictor in wrong:
         assert speed(predictor) >= 0.95 * without, predictor.name
     assert speed(Oracle(shape, 2)) >= (1.05 if batch == 1 else 1.0) * without
+
+
+def test_prefetches_of_one_that_knows_are_used_and_those_of_one_that_errs_are_not():
+    trace = trace_of(1)
+    used = {}
+    for recall in (1.0, 0.25):
+        simulator = Simulator(trace, COSTS, row_bytes=ROW_BYTES, predictor=NoisyOracle(trace, {1: recall}))
+        decode = simulator.run("presched", slots=16).metrics.decode
+        assert decode.prefetch_transfers > 20, "or this says nothing"
+        assert decode.prefetch_coverage == decode.prefetched / (decode.prefetched + decode.misses)
+        used[recall] = decode.prefetch_accuracy
+    assert used[1.0] > 0.9 and used[0.25] < 0.5
 
 
 def test_routing_that_contradicts_its_predictor_costs_little():

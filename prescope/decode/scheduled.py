@@ -146,7 +146,9 @@ class ScheduledStep:
         number = captured.number(step)
         planner = self._scheduling.planner
         beliefs = Beliefs(planner.knobs, planner.costs, *planner.calibrated_cpu(), planner.memory)
-        slots = Slots(table.slot_of, table.key_of, table.in_flight, table.protected, table.policy.scores)
+        slots = Slots(
+            table.slot_of, table.key_of, table.in_flight, table.prefetched, table.protected, table.policy.scores
+        )  # fmt: skip
         arguments = self._functions, self._places, self._progress, beliefs, slots, step, number, row
         while True:
             end = next_stop(chores, counts[at.LAYER], len(serving.layers))
@@ -174,7 +176,7 @@ class ScheduledStep:
         return self._progress.jobs[: self._progress.counts[at.NUM_JOBS]].copy()
 
     def _count(self, needs: IntArray, sign: int) -> None:
-        needed, hits, late, _ = needs.sum(0).tolist()
+        needed, hits, late = needs.sum(0)[: at.ON_CPU].tolist()
         for kind, num in ((Need.HIT, hits), (Need.LATE, late), (Need.MISS, needed - hits - late)):
             self._serving.needs[kind] += sign * num
 
@@ -187,7 +189,7 @@ class ScheduledStep:
             times[at.CPU_TOOK] = times[at.CPU_CALIBRATED] = 0.0
         if not self._timed:
             return
-        needed, hits, late, on_cpu = needs.T
+        needed, hits, late, on_cpu, _ = needs.T
         seen = read_stamps(log.stamps_ns, log.begin_ns, log.needs[:, 1], needed, hits + late, on_cpu, behind)
         planner = scheduling.planner
         planner.saw_step(seen.rest_us, None if np.isnan(seen.decide_us) else seen.decide_us, seen.gpu_us)

@@ -47,7 +47,7 @@ PATIENCE_US = 50.0
 #: the job under way.
 LINK_FREE, CPU_TOOK, CPU_CALIBRATED, JOB_CALIBRATED, NUM_TIMES = range(5)
 #: Columns of the log (`recorder`): of each layer's needs, of each copy, of each job.
-NEEDED, HITS, LATE, ON_CPU, NEED_COLUMNS = range(5)
+NEEDED, HITS, LATE, ON_CPU, PREFETCHED, NEED_COLUMNS = range(6)
 COPY_COLUMNS, JOB_COLUMNS = 7, 4
 #: Words of the CPU lane's `Lot` (native.py).
 LOT_WORDS = 11
@@ -290,7 +290,7 @@ def pump(functions: Functions, places: Places, progress: Progress, beliefs: Beli
             show(places, progress, former, taken[0])
             counts[HELD] = 0  # until that layer is decided the next one would have to take the same slot
             break
-        slots.in_flight[taken[0]] = True
+        slots.in_flight[taken[0]] = slots.prefetched[taken[0]] = True
         one[0] = key % E
         if not send(functions, places, progress, key // E, one, taken, places.prefetch, len(taken) > 0):
             return False
@@ -544,7 +544,9 @@ def serve(
         if len(load):
             each = beliefs.costs.link_busy_us if len(cold) else beliefs.costs.link_us
             issued(functions, progress, len(load) * each)
-        progress.needs[layer, :] = (len(need.experts), need.num_hits, need.num_late, len(cold))
+        progress.needs[layer, :] = (
+            len(need.experts), need.num_hits, need.num_late, len(cold), decision.num_prefetched
+        )  # fmt: skip
         progress.behind[layer] = behind
         counts[HELD], counts[KEPT] = len(plan.prefetch), len(plan.keep)
         progress.held[: len(plan.prefetch)] = plan.prefetch[::-1]

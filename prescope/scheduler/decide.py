@@ -55,6 +55,21 @@ def sort_need(experts: IntArray, tokens: IntArray, slots: IntArray, in_flight: N
 
 
 @jit
+def use_prefetched(prefetched: NDArray[np.bool_], slots: IntArray) -> int:
+    """Of a layer's experts, how many a prefetch brought and nobody has used since: from now on somebody has.
+
+    Args:
+        prefetched: (S,) by slot; changed. `slots`: (n,) of the experts, -1 for none.
+    """
+    count = 0
+    for slot in slots:
+        if slot >= 0 and prefetched[slot]:
+            prefetched[slot] = False
+            count += 1
+    return count
+
+
+@jit
 def take_slots(
     keys: IntArray,
     key_of: IntArray,

@@ -19,7 +19,7 @@ from ..cache import learn
 from ..jit import jit
 from ..planner import plan_layer
 from ..residency import ROUND_EXPERTS
-from ..scheduler.decide import sort_need, take_slots
+from ..scheduler.decide import sort_need, take_slots, use_prefetched
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, Need, cpu_time
 
 BoolArray = NDArray[np.bool_]
@@ -29,7 +29,7 @@ BoolArray = NDArray[np.bool_]
 #: done (NaN without), the layer is done.
 BEGIN, ROUTED, DECIDED, FETCHED, GPU_DONE, CPU_DONE, DONE = range(7)
 #: Columns of `Log.counts`.
-NEEDED, HITS, LATE, MISSES, ON_CPU, ROUNDS = range(6)
+NEEDED, HITS, LATE, MISSES, ON_CPU, ROUNDS, PREFETCHED = range(7)
 #: Columns of `Log.copies`: the layer is the one that uses it, the reason one of the two below.
 STEP, AT_LAYER, KEY, REASON = range(4)
 ON_DEMAND, AHEAD = range(2)
@@ -40,6 +40,7 @@ class State(NamedTuple):
 
     slot_of: IntArray  # (L * E,)
     key_of: IntArray  # (slots,)
+    prefetched: BoolArray  # (slots,) by a prefetch, and not used since
     scores: FloatArray  # (L * E,), or as the cache policy has them
     tick: IntArray  # (1,)
     memory: Memory
@@ -61,7 +62,7 @@ class Log(NamedTuple):
     """What happened."""
 
     times_us: FloatArray  # (S, L, 7)
-    counts: IntArray  # (S, L, 6)
+    counts: IntArray  # (S, L, 7)
     step_end_us: FloatArray  # (S,)
     copies: IntArray  # (n, 4)
     copy_us: FloatArray  # (n, 2) start and end
@@ -102,7 +103,7 @@ def replay(
     S, L, E = demand.tokens_SLE.shape
     d = len(demand.used_dSLE)
     slots = len(state.key_of)
-    times, counts = np.full((S, L, 7), np.nan), np.zeros((S, L, 6), np.int64)
+    times, counts = np.full((S, L, 7), np.nan), np.zeros((S, L, 7), np.int64)
     step_end = np.zeros(S)
     wire = _Wire(
         np.zeros(slots, np.bool_),
@@ -133,7 +134,9 @@ def replay(
             tokens_E = demand.tokens_SLE[s, layer]
             experts = np.flatnonzero(tokens_E).astype(np.int64)
             tokens = tokens_E[experts].astype(np.int64)
-            need = sort_need(experts, tokens, state.slot_of[layer * E + experts], wire.in_flight)
+            of_experts = state.slot_of[layer * E + experts]
+            need = sort_need(experts, tokens, of_experts, wire.in_flight)
+            counts[s, layer, PREFETCHED] = use_prefetched(state.prefetched, of_experts)
             state.tick[0] += 1
             weights = need.tokens.astype(np.float64)
             if len(demand.weights_SLE):
@@ -234,7 +237,7 @@ def _prefetch(
         if len(taken) == 0:
             break
         _copy(key, key // E, taken[0], AHEAD, step, issue, costs, wire)
-        wire.in_flight[taken[0]] = True
+        wire.in_flight[taken[0]] = state.prefetched[taken[0]] = True
         wire.queue[wire.ends[1] % len(wire.queue)] = taken[0]
         wire.ends[1] += 1
     _land(until_us, wire)
@@ -321,7 +324,7 @@ def _serve(
             )
             for slot in taken:
                 _copy(keys[got], layer, slot, ON_DEMAND, step, ask_us, costs, wire)
-                protected[slot] = True
+                protected[slot], state.prefetched[slot] = True, False
                 got += 1
             if got < len(keys):  # what earlier rounds have computed may go, when it is computed
                 ask_us = computed

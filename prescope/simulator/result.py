@@ -14,7 +14,7 @@ from ..metrics import Metrics, compute_metrics
 from ..perfetto import write_perfetto
 from ..routing import RoutingTrace
 from .prepare import Needs
-from .replay import DECIDED, FETCHED, HITS, LATE, MISSES, NEEDED, ON_CPU, REASON, Log
+from .replay import DECIDED, FETCHED, HITS, LATE, MISSES, NEEDED, ON_CPU, PREFETCHED, REASON, Log
 from .tables import event_table, layer_table, step_table
 
 
@@ -28,6 +28,7 @@ class Counts(NamedTuple):
     on_cpu: int  # of the misses, those the CPU computed
     on_demand: int  # copies begun after the router spoke: the other misses
     prefetches: int  # copies begun before
+    prefetched: int  # of hits and late ones, those first used since a prefetch brought them
 
     @property
     def hit_rate(self) -> float:
@@ -121,6 +122,7 @@ class SimResult:
             int(sums[ON_CPU]),
             len(self.log.copies) - prefetches,
             prefetches,
+            int(sums[PREFETCHED]),
         )
 
     @property

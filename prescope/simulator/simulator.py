@@ -256,6 +256,7 @@ class Simulator:
             state = State(
                 table.slot_of,
                 table.key_of,
+                table.prefetched,
                 policy.scores,
                 np.array([policy.tick], np.int64),
                 memory,
@@ -279,7 +280,7 @@ class Simulator:
         policy = table.policy
         key = table.num_slots, policy.name, policy.scores.tobytes() if policy.name == "static" else b""
         if is_first and key in self._warm:
-            table.slot_of[:], table.key_of[:], policy.scores[:], tick = self._warm[key]
+            table.slot_of[:], table.key_of[:], table.prefetched[:], policy.scores[:], tick = self._warm[key]
             policy.tick = int(tick)
             return
         for step in prefills:
@@ -288,6 +289,7 @@ class Simulator:
             kept = (
                 table.slot_of.copy(),
                 table.key_of.copy(),
+                table.prefetched.copy(),
                 policy.scores.copy(),
                 np.array(policy.tick),
             )

@@ -26,6 +26,7 @@ from .replay import (
     MISSES,
     NEEDED,
     ON_CPU,
+    PREFETCHED,
     REASON,
     ROUNDS,
     ROUTED,
@@ -97,6 +98,7 @@ def layer_table(log: Log, needs: Needs) -> pd.DataFrame:
         "misses": counts[:, MISSES],
         "rounds": counts[:, ROUNDS],
         "on_cpu": counts[:, ON_CPU],
+        "prefetched": counts[:, PREFETCHED],
     }
     return _frame(columns, LAYER_DTYPES)
 
