@@ -43,7 +43,8 @@ from prescope.synthetic import SyntheticSpec
 ORACLE = "presched+oracle"
 COLUMNS = [
     "model", "batch", "slots", "schedule", "cache", "tok/s", "spread", "hit %", "late %", "miss %", "on CPU %", "GB",
-    "used %", "on time %", "link GB/s", "stall %", "CPU wait %", "host %", "simulated", "error %", "bound", "of bound %",
+    "used %", "on time %", "link GB/s", "stall %", "CPU wait %", "host %", "simulated", "error %", "bound",
+    "of bound %",
 ]  # fmt: skip
 
 
