@@ -172,6 +172,7 @@ def measure(
     which = "oracle" if schedule == ORACLE else "recall"
     cache = args.cache or way.cache
     predictor = case.predictors[which] if way.predictor != "none" else None
+    started = time.perf_counter()
     engine.configure(slots=slots, cache=cache, schedule="on-demand", frequencies=case.frequencies)
     scores = None
     if case.forced is not None and predictor is not None:
@@ -179,10 +180,11 @@ def measure(
     engine.force_routing(case.forced, scores)
     if way.name != "on-demand":
         engine.configure(schedule=way.name, predictor=predictor, costs=costs)
-    runs = []
+    runs, seconds = [], [time.perf_counter() - started]
     for i in range(args.repeats + 1):
         engine.clear_cache()
         run = engine.generate(case.prompt, max_new_tokens=args.new)
+        seconds.append(time.perf_counter() - started)
         if i:
             runs.append(run)
     scheduling = engine._serving.scheduling
@@ -194,7 +196,7 @@ def measure(
     cell = {
         "schedule": schedule, "cache": cache, "slots": slots, "num_slots": engine.num_slots,
         "cpu_factor": cpu_factor, "learned_link_factor": link_factor, "is_known": False, "new": args.new,
-        "tokens_per_s_runs": speeds,
+        "tokens_per_s_runs": speeds, "seconds": seconds,  # until it is set up, until the end of each run
         "decode": last.config["reasons"]["decode"], "cpu": last.config["reasons"].get("cpu", ""),
         "predictor": predictor.name if predictor is not None else "none", "steps_us": steps.tolist(),
         **{field: getattr(decode, field) for field in FIELDS},
