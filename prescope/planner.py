@@ -3,6 +3,8 @@
 Shapes: n experts needed, E experts of a layer, L MoE layers, d layers ahead.
 """
 
+from collections.abc import Sequence
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -173,8 +175,6 @@ MOST_CPU_FACTOR = 4.0
 #: The same of the link. One H100 machine's gave 13 GB/s where another's gave 55; believing 55, PreSched lost 43 % to a
 #: schedule that uses the CPU alone (LOG.md).
 MOST_LINK_FACTOR = 8.0
-#: Waits that should be shorter say more about messages than about the link.
-LEAST_WAIT_US = 100.0
 
 
 class Planner:
@@ -259,20 +259,14 @@ class Planner:
             gpu_us=old.gpu_us + NEWEST * (gpu_us - old.gpu_us),
         )
 
-    def saw_link(self, copies_L: FloatArray, has_cpu_L: NDArray[np.bool_], waited_us_L: FloatArray) -> None:
-        """What layers waited for their last copy.
-
-        Args:
-            copies_L: (L,) copies on the link until then, those under way before them included, 0 where nothing was
-                copied. `has_cpu_L`: whether the CPU computed meanwhile. `waited_us_L`: since they were answered.
-        """
+    def saw_link(self, took_us: Sequence[float], has_cpu: bool) -> None:
+        """What copies of one expert took on the link, and whether the CPU computed meanwhile."""
         calibrated = self._calibrated
-        each_L = np.where(has_cpu_L, calibrated.link_busy_us, calibrated.link_us)
-        is_long = copies_L * each_L >= LEAST_WAIT_US
-        if not is_long.any():
+        each_us = calibrated.link_busy_us if has_cpu else calibrated.link_us
+        if not took_us or each_us == 0.0:
             return
-        ratio = waited_us_L[is_long].sum() / (copies_L * each_L)[is_long].sum()
-        self.link_factor += NEWEST * (_within(ratio, MOST_LINK_FACTOR) - self.link_factor)
+        ratio = _within(median(took_us) / each_us, MOST_LINK_FACTOR)
+        self.link_factor += NEWEST * (ratio - self.link_factor)
         self.costs = self.costs._replace(
             link_us=self.link_factor * calibrated.link_us,
             link_busy_us=self.link_factor * calibrated.link_busy_us,

@@ -276,3 +276,20 @@ def test_compiled_layers_give_the_same_tokens():
     with prescope.attach(model, slots=9, device="cuda", compiled=True) as engine:
         assert engine.generate(ids, max_new_tokens=20).tokens == expected
         assert engine.generate(ids, max_new_tokens=20).tokens == expected
+
+
+@pytest.mark.gpu
+def test_copies_are_drawn_before_the_end_of_the_wait_for_them():
+    """Copies are timed by events, layers by the GPU's own clock: both have to be brought to one."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU: runs on a machine that has one")
+    with prescope.attach(tiny_moe(), slots=6, device="cuda", decode="host-driven", events=True) as engine:
+        engine.generate(prompt(), max_new_tokens=4)
+        events = engine.generate(prompt(), max_new_tokens=20).events
+    key = ["step", "moe_layer"]
+    events["end_us"] = events["start_us"] + events["dur_us"]
+    is_copy = (events["kind"] == "transfer") & (events["phase"] == "decode")
+    copies = events[is_copy].groupby(key)["end_us"].max().rename("copied_us").reset_index()
+    waits = copies.merge(events[events["kind"] == "stall"][[*key, "end_us"]])
+    late_us = waits["copied_us"] - waits["end_us"]
+    assert len(waits) > 20 and -60.0 < late_us.median() < 25.0, late_us.describe()

@@ -130,7 +130,7 @@ def test_a_step_that_waits_for_the_cpu_says_so_and_a_batch_of_copies_shares_its_
     recording._device.now_us += 30.0 - recording._device._compute_us
     end = recording._device.mark(True)
     events = SimpleNamespace(mark=lambda place: {7: begin, 8: end}[place])
-    needs = np.array([[2, 0, 0, 1]])
+    needs = np.array([[2, 0, 0, 1, 0]])
     on_demand = list(Reason).index(Reason.ON_DEMAND)
     copies = np.array([[0, 3, on_demand, 7, 8, 0, 2], [0, 5, on_demand, 7, 8, 1, 2]])
     recording.served(number, TOKENS, needs, copies, np.array([[0, number, 1_000, 9_000]]), events)

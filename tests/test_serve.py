@@ -54,7 +54,7 @@ class Host:
         self.progress = at.Progress(
             counts=numbers(at.NUM_COUNTS), times=np.zeros(at.NUM_TIMES), shown_in=self.key_of.copy(),
             loaded=numbers(E), copy_of=numbers(SLOTS), held=numbers(L * E), keep=numbers(L * E), wire_slot=numbers(3),
-            wire_event=numbers(3), events=numbers(8), needs=numbers(L, at.NEED_COLUMNS), behind=numbers(L),
+            wire_event=numbers(3), events=numbers(8), needs=numbers(L, at.NEED_COLUMNS),
             copies=numbers(0, at.COPY_COLUMNS), jobs=numbers(L + 1, at.JOB_COLUMNS), lot=numbers(at.LOT_WORDS),
             indices=numbers(32), words=numbers(4),
         )  # fmt: skip

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MOST_COPIES = 2**31 - 1
 #: Events that a step with a timeline finds, besides those of on-demand copies: two for each prefetch.
 SPARE_EVENTS = 1024
+#: Each is a call of the driver's, between two layers.
+BATCHES_TO_LEARN_FROM = 6
 
 
 class ScheduledStep:
@@ -38,7 +40,7 @@ class ScheduledStep:
         self._serving = serving
         self._scheduling = serving.scheduling or on_demand(serving.shape)
         self._captured: CapturedStep | None = None
-        #: By step, of those that are neither learned nor undone: needs, and copies under way before a layer's own.
+        #: By step, of those that are neither learned nor undone: needs, and copies if they know their time.
         self._served: dict[int, tuple[IntArray, IntArray]] = {}
 
     def begin(self, captured: "CapturedStep") -> None:
@@ -113,7 +115,6 @@ class ScheduledStep:
             wire_event=zeros(most + 1),
             events=self._events.handles,
             needs=zeros(L, at.NEED_COLUMNS),
-            behind=zeros(L),
             copies=zeros(3 * total if self._timed else 0, at.COPY_COLUMNS),
             jobs=zeros(L + 1, at.JOB_COLUMNS),
             lot=zeros(at.LOT_WORDS),
@@ -164,10 +165,10 @@ class ScheduledStep:
             require_running(serving, code, int(counts[at.FAILURE]))
         table.policy.tick = int(counts[at.TICK])
         needs = self._progress.needs.copy()
-        self._served[step] = needs, self._progress.behind.copy()
+        self._served[step] = needs, self._log()
         self._count(needs, 1)
         if recorder is not None:
-            recorder.served(row, captured.num_tokens, needs, self._log(), self._jobs(), self._events)
+            recorder.served(row, captured.num_tokens, *self._served[step], self._jobs(), self._events)
 
     def _log(self) -> IntArray:
         return self._progress.copies[: self._progress.counts[at.NUM_COPIES]].copy()
@@ -183,17 +184,26 @@ class ScheduledStep:
     def learn(self, step: int, log: StepLog) -> None:
         """What a step says about this machine: its jobs on the CPU, and its stamps, if there is a timeline."""
         scheduling, times = self._scheduling, self._progress.times
-        needs, behind = self._served.pop(step)
+        needs, copies = self._served.pop(step)
         if times[at.CPU_TOOK] > 0:
             scheduling.planner.saw_cpu(float(times[at.CPU_TOOK]), float(times[at.CPU_CALIBRATED]))
             times[at.CPU_TOOK] = times[at.CPU_CALIBRATED] = 0.0
         if not self._timed:
             return
-        needed, hits, late, on_cpu, _ = needs.T
-        seen = read_stamps(log.stamps_ns, log.begin_ns, log.needs[:, 1], needed, hits + late, on_cpu, behind)
+        needed, on_cpu = needs[:, at.NEEDED], needs[:, at.ON_CPU]
+        seen = read_stamps(log.stamps_ns, log.begin_ns, log.needs[:, 1], needed, on_cpu)
         planner = scheduling.planner
         planner.saw_step(seen.rest_us, None if np.isnan(seen.decide_us) else seen.decide_us, seen.gpu_us)
-        planner.saw_link(seen.copies_L, on_cpu > 0, seen.waited_us_L)
+        planner.saw_link(self._copies_us(copies), bool(on_cpu.any()))
+
+    def _copies_us(self, copies: IntArray) -> list[float]:
+        """What an expert took on the link, of the step's last batches that are over."""
+        times = []
+        for _, _, _, begin, end, _, num in copies[copies[:, 5] == 0][-BATCHES_TO_LEARN_FROM:].tolist():
+            took_us = self._events.elapsed_us(begin, end)
+            if took_us is not None:
+                times.append(took_us / num)
+        return times
 
     def undo(self, step: int) -> None:
         """A step that was served never was."""

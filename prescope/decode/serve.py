@@ -116,7 +116,6 @@ class Progress(NamedTuple):
     wire_event: IntArray
     events: IntArray  # handles
     needs: IntArray  # (L, NEED_COLUMNS)
-    behind: IntArray  # (L,) prefetches under way when a layer was decided: its own copies came behind them
     copies: IntArray  # (N, COPY_COLUMNS)
     jobs: IntArray  # (L + 1, JOB_COLUMNS)
     lot: IntArray  # (LOT_WORDS,)
@@ -496,11 +495,10 @@ def serve(
         if not land(functions, places, progress, slots):
             return LINK_FAILED
         counts[TICK] += 1
-        behind = counts[WIRE_COUNT]
         # Of what was on the link no more can be left than prefetches under way: the layers before have waited for the
         # rest. While the link is never idle, the errors of what copies are believed to take would add up.
         now = now_us(functions.clock, progress.words)
-        times[LINK_FREE] = min(times[LINK_FREE], now + behind * beliefs.costs.link_busy_us)
+        times[LINK_FREE] = min(times[LINK_FREE], now + counts[WIRE_COUNT] * beliefs.costs.link_busy_us)
         decision = decide_layer(
             beliefs.knobs, beliefs.costs, places.policy, counts[TICK], layer, num_experts, ids, sums_E, slots,
             max(0.0, times[LINK_FREE] - now), beliefs.memory, tokens_dE, used_dE,
@@ -547,7 +545,6 @@ def serve(
         progress.needs[layer, :] = (
             len(need.experts), need.num_hits, need.num_late, len(cold), decision.num_prefetched
         )  # fmt: skip
-        progress.behind[layer] = behind
         counts[HELD], counts[KEPT] = len(plan.prefetch), len(plan.keep)
         progress.held[: len(plan.prefetch)] = plan.prefetch[::-1]
         progress.keep[: len(plan.keep)] = plan.keep

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..jit import jit
-from ..scheduler.terms import FloatArray, IntArray
+from ..scheduler.terms import IntArray
 
 
 class Seen(NamedTuple):
@@ -19,47 +19,32 @@ class Seen(NamedTuple):
     rest_us: float  # a layer besides its experts, median
     decide_us: float  # from the router's choice to the host's answer, median; NaN if no layer waited for one
     gpu_us: float  # an expert on the GPU, mean
-    copies_L: FloatArray  # on the link until a layer's last one, 0 where it copied nothing
-    waited_us_L: FloatArray  # for copies, since it was answered
 
 
 @jit
 def read_stamps(
-    stamps_ns: IntArray,
-    begin_ns: int,
-    missing_L: NDArray[np.int32],
-    needed_L: IntArray,
-    there_L: IntArray,
-    on_cpu_L: IntArray,
-    behind_L: IntArray,
+    stamps_ns: IntArray, begin_ns: int, missing_L: NDArray[np.int32], needed_L: IntArray, on_cpu_L: IntArray
 ) -> Seen:
     """Read a step's stamps.
 
     Args:
         stamps_ns: (L, stamps) as `kernels.StepLog`. `begin_ns`: of the step.
         missing_L: experts that were not shown when a layer asked.
-        needed_L, there_L, on_cpu_L: its experts, those that were there or on the link, and those the CPU computed.
-        behind_L: prefetches on the link before its own copies.
+        needed_L, on_cpu_L: its experts, and those that the CPU computed.
     """
     L = len(stamps_ns)
     rest, decide = np.empty(L), np.empty(L)
-    copies, waited = np.zeros(L), np.empty(L)
     num_asked, num_on_gpu, gpu_ns, before = 0, 0, 0.0, begin_ns
     for layer in range(L):
         routed, decided, fetched, done, computed = stamps_ns[layer]
         if computed <= 0:  # without a CPU lane a layer ends with the GPU's part
             computed = done
         rest[layer] = (routed - before) / 1e3
-        waited[layer] = (fetched - decided) / 1e3
         if missing_L[layer] > 0:  # the others did not wait for the host
             decide[num_asked] = (decided - routed) / 1e3
             num_asked += 1
-        on_gpu = needed_L[layer] - on_cpu_L[layer]
-        num_on_gpu += on_gpu
+        num_on_gpu += needed_L[layer] - on_cpu_L[layer]
         gpu_ns += computed - fetched
-        copied = on_gpu - there_L[layer]
-        if copied > 0:  # of the first of those under way some was over already
-            copies[layer] = copied + max(0.0, behind_L[layer] - 0.5)
         before = done
     decide_us = np.median(decide[:num_asked]) if num_asked else np.nan
-    return Seen(np.median(rest), decide_us, gpu_ns / 1e3 / max(1, num_on_gpu), copies, waited)
+    return Seen(np.median(rest), decide_us, gpu_ns / 1e3 / max(1, num_on_gpu))

@@ -44,6 +44,10 @@ class Events(Protocol):
         """A mark for `Device.elapsed_us`, if the events know their time."""
         ...
 
+    def elapsed_us(self, begin: int, end: int) -> float | None:
+        """Time between two of them, if they know it; None while the second has not passed."""
+        ...
+
 
 class Device(Protocol):
     """Two lanes and a clock."""

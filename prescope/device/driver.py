@@ -28,6 +28,7 @@ def open_driver() -> ctypes.CDLL:
             ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p,
         ]  # fmt: skip
         library.cuEventElapsedTime.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        library.cuEventQuery.argtypes = [ctypes.c_void_p]
         library.cuEventDestroy_v2.argtypes = [ctypes.c_void_p]
     except (OSError, AttributeError) as error:
         raise UnsupportedOption(
@@ -90,6 +91,11 @@ class DriverEvents:
 
     def mark(self, place: int) -> DriverMark:
         return DriverMark(self, place)
+
+    def elapsed_us(self, begin: int, end: int) -> float | None:
+        if self._driver.cuEventQuery(int(self.handles[end])) != 0:
+            return None
+        return elapsed_us(int(self.handles[begin]), int(self.handles[end]))
 
     def __del__(self) -> None:
         for handle in getattr(self, "handles", ()):
