@@ -183,7 +183,7 @@ def measure(
     runs, seconds = [], [time.perf_counter() - started]
     for i in range(args.repeats + 1):
         engine.clear_cache()
-        run = engine.generate(case.prompt, max_new_tokens=args.new)
+        run = engine.generate(case.prompt, max_new_tokens=args.new, min_new_tokens=args.new)
         seconds.append(time.perf_counter() - started)
         if i:
             runs.append(run)

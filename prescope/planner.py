@@ -13,8 +13,17 @@ from numpy.typing import NDArray
 from .cache import learn
 from .core import MoEShape
 from .jit import jit
-from .residency import LayerNeed, ResidencyTable
-from .scheduler.decide import discount, learn_reuse, learn_trust, plan, sort_need, take_slots, use_prefetched
+from .residency import NOTHING, LayerNeed, ResidencyTable
+from .scheduler.decide import (
+    discount,
+    learn_reuse,
+    learn_trust,
+    plan,
+    reuse_lasts,
+    sort_need,
+    take_slots,
+    use_prefetched,
+)
 from .scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, Need, Plan
 
 #: Copies below this do not reach the link's rate: PCIe 5 gave 53 GB/s at 4 MiB, 48 at 1 MiB (benchmarks/async_io.py).
@@ -50,32 +59,67 @@ def plan_layer(
         memory: changed.
         tokens_dE, used_dE: as predicted `knobs.lag` layers ago, for the layers behind that one; changed.
     """
-    trust, predicted_dLE = memory.trust, memory.predicted_dLE
-    d, num_layers, E = predicted_dLE.shape
+    d, num_layers, E = memory.predicted_dLE.shape
     num_absent = 0
     for expert in range(E):
         num_absent += slot_of[moe_layer * E + expert] < 0
     num_misses = len(need.experts) - need.num_hits - need.num_late
-    lasting = learn_reuse(memory.reuse, memory.former_LE[moe_layer], need.experts, num_misses, num_absent)
-    made_at = moe_layer - knobs.lag
+    learn_reuse(memory.reuse, memory.former_LE[moe_layer], need.experts, num_misses, num_absent)
     if d:
         counts_E = np.zeros(E, np.int64)
         for i in range(len(need.experts)):
             counts_E[need.experts[i]] = need.tokens[i]
-        learn_trust(trust, moe_layer, counts_E, predicted_dLE, knobs.threshold, knobs.lag)
+        learn_trust(memory.trust, moe_layer, counts_E, memory.predicted_dLE, knobs.threshold)
+    take_down(memory, moe_layer - knobs.lag, tokens_dE, used_dE)
+    lag = min(knobs.lag, d)
+    return plan(
+        knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE[lag:], used_dE[lag:], key_of, scores,
+        reuse_lasts(memory.reuse),
+    )  # fmt: skip
+
+
+@jit
+def reconsider(
+    knobs: Knobs,
+    costs: Costs,
+    moe_layer: int,
+    need: Need,
+    num_load: int,
+    backlog_us: float,
+    slot_of: IntArray,
+    key_of: IntArray,
+    scores: FloatArray,
+    memory: Memory,
+    tokens_dE: FloatArray,
+    used_dE: FloatArray,
+) -> Plan:
+    """A layer's prefetches once more, when the predictions made at it come: with a lag it was decided without them.
+
+    Args:
+        need, num_load, backlog_us: as it was decided. The rest as `plan_layer`, as it is now.
+        tokens_dE, used_dE: as predicted at this layer; changed.
+    """
+    take_down(memory, moe_layer, tokens_dE, used_dE)
+    num_layers = memory.predicted_dLE.shape[1]
+    return plan(
+        knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE, used_dE, key_of, scores,
+        reuse_lasts(memory.reuse), num_load,
+    )  # fmt: skip
+
+
+@jit
+def take_down(memory: Memory, made_at: int, tokens_dE: FloatArray, used_dE: FloatArray) -> None:
+    """Keep what was predicted at a layer, and let it count for as much as such predictions were worth."""
+    predicted_dLE = memory.predicted_dLE
+    d, num_layers, E = predicted_dLE.shape
     for ahead in range(1, d + 1):
         is_layer = made_at >= 0 and made_at + ahead < num_layers
-        factor = discount(trust, ahead) if is_layer else 0.0
+        factor = discount(memory.trust, ahead) if is_layer else 0.0
         for e in range(E):
             if is_layer:
                 predicted_dLE[ahead - 1, made_at + ahead, e] = used_dE[ahead - 1, e]
             used_dE[ahead - 1, e] *= factor
             tokens_dE[ahead - 1, e] *= factor
-    lag = min(knobs.lag, d)
-    return plan(
-        knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE[lag:], used_dE[lag:], key_of, scores,
-        lasting,
-    )  # fmt: skip
 
 
 class Decision(NamedTuple):
@@ -196,6 +240,7 @@ class Planner:
         self._link_free_us = 0.0  # by the caller's clock: when the link will be done with what it was given
         self._nothing = np.zeros((0, shape.num_experts))
         self._former: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None
+        self._decided = Need(NOTHING, NOTHING, 0, 0), 0.0  # of the last layer: its need, and the backlog
         self.restart()
 
     def restart(self) -> None:
@@ -215,7 +260,8 @@ class Planner:
         Args:
             now_us: by any clock that goes on.
             predicted: made at this layer: expected tokens and probability of use, (d, E) each, for the layers behind
-                it; rows beyond the last layer hold zeros. With a lag of 1 they are kept for the next layer's plan.
+                it; rows beyond the last layer hold zeros. With a lag of 1 they are for `reconsider`, and for the next
+                layer's plan.
         """
         former, self._former = self._former, predicted
         if predicted is not None and self.knobs.lag:
@@ -227,12 +273,15 @@ class Planner:
         # No more can be left than prefetches under way; the errors of what copies are believed to take would add up.
         under_way = now_us + int(table.in_flight.sum()) * self.costs.link_busy_us
         self._link_free_us = min(self._link_free_us, under_way)
+        of_layer = Need(need.experts, need.tokens, need.num_hits, need.num_late)
+        backlog_us = max(0.0, self._link_free_us - now_us)
+        self._decided = of_layer, backlog_us
         return plan_layer(
             self.knobs,
             self.costs,
             need.moe_layer,
-            Need(need.experts, need.tokens, need.num_hits, need.num_late),
-            max(0.0, self._link_free_us - now_us),
+            of_layer,
+            backlog_us,
             table.slot_of,
             table.key_of,
             table.policy.scores,
@@ -242,6 +291,20 @@ class Planner:
             np.array(tokens_dE, dtype=np.float64),
             np.array(used_dE, dtype=np.float64),
         )
+
+    def reconsider(self, moe_layer: int, plan: Plan, table: ResidencyTable) -> Plan:
+        """The plan of the layer decided last, with the prefetches that its own predictions ask for, if it was decided
+        without them.
+        """
+        if not self.knobs.lag or self._former is None or moe_layer + 1 == self._shape.num_layers:
+            return plan
+        need, backlog_us = self._decided
+        tokens_dE, used_dE = (np.array(part, dtype=np.float64) for part in self._former)
+        again = reconsider(
+            self.knobs, self.costs, moe_layer, need, plan.num_load, backlog_us, table.slot_of, table.key_of,
+            table.policy.scores, self.memory, tokens_dE, used_dE,
+        )  # fmt: skip
+        return plan._replace(prefetch=again.prefetch, keep=again.keep)
 
     def calibrated_cpu(self) -> tuple[float, FloatArray]:
         """What the CPU was calibrated to take: for a submission, and for one expert by its tokens."""

@@ -125,8 +125,11 @@ class Scheduling:
         """So many experts were given to the link."""
         self.planner.issued(num_copies, _now_us())
 
-    def hold(self, plan: Plan, loader: Loader, timed: bool) -> list[Transfer]:
-        """Want what a plan prefetches, and nothing else; returns what could be issued at once."""
+    def hold(
+        self, moe_layer: int, plan: Plan, table: ResidencyTable, loader: Loader, timed: bool
+    ) -> list[Transfer]:
+        """Want what a layer's plan prefetches, and nothing else; returns what could be issued at once."""
+        plan = self.planner.reconsider(moe_layer, plan, table)
         transfers = loader.hold(plan.prefetch, plan.keep, self.reason, timed)
         self.issued(len(transfers))
         return transfers
@@ -251,7 +254,7 @@ def plan_by(
     lookahead = schedule.lookahead if config.lookahead is None else config.lookahead
     width = schedule.width if config.width is None else config.width
     depth = min(predictor.lookahead, shape.num_layers - 1) if predictor is not None else 0
-    lag = schedule.lag_with(depth)
+    lag = schedule.lag
     knobs = Knobs(
         schedule.number,
         lookahead,

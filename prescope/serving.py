@@ -181,7 +181,7 @@ class Serving:
             if scheduling is not None and plan is not None and num_computed == len(rounds):
                 # All that is needed now has been issued, and is safe from what is wanted next.
                 self.residency.protect(act.slots)
-                self.recorded(scheduling.hold(plan, self.loader, timed))
+                self.recorded(scheduling.hold(moe_layer, plan, self.residency, self.loader, timed))
             self._compute(layer, work, act, timed)
         assert work is not None, "a layer has a round at least"
         if scheduling is not None:

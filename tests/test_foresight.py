@@ -52,7 +52,7 @@ def case(tokens: int, dtype: torch.dtype):
     return x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
 @pytest.mark.parametrize(
     "settings",
     [{}, {"trust": 0.0}, {"use_choice": False}, {"residual": False, "distill": 0.0}],

@@ -7,7 +7,7 @@ from prescope.cache import make_policy
 from prescope.config import EngineConfig
 from prescope.core import MoEShape
 from prescope.cost import LayerCosts
-from prescope.planner import NEWEST, Decision, Planner, Slots, decide_layer
+from prescope.planner import NEWEST, Decision, Planner, Slots, decide_layer, reconsider
 from prescope.residency import ResidencyTable, distinct
 from prescope.scheduler import SCHEDULES
 from prescope.scheduling import plan_by
@@ -64,6 +64,7 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
     whole, steps = planner(schedule), planner(schedule)
     tables = [ResidencyTable(SHAPE, 14, make_policy(cache, SHAPE)) for _ in range(2)]
     predicted = nothing = np.zeros((D, E)), np.zeros((D, E))
+    num_changed = 0
     for _ in range(12):
         for layer in range(L):
             ids = rng.integers(-1, E + 1, (2, K)).ravel()  # sentinels among them
@@ -94,11 +95,24 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
                 tables[0].protected == table.protected
             ).all()
             assert np.allclose(tables[0].policy.scores, table.policy.scores)
+            again = steps.reconsider(layer, plan, table)
+            assert again.num_load == plan.num_load
+            if whole.knobs.lag and layer + 1 < L:
+                own, slots_of = [part.copy() for part in predicted], tables[0]
+                direct = reconsider(
+                    whole.knobs, whole.costs, layer, decision.need, plan.num_load, 0.0, slots_of.slot_of,
+                    slots_of.key_of, slots_of.policy.scores, whole.memory, *own,
+                )  # fmt: skip
+                assert again.prefetch.tolist() == direct.prefetch.tolist()
+                num_changed += again.prefetch.tolist() != plan.prefetch.tolist()
+            else:
+                assert again is plan
             cold = need.experts[here + plan.num_load :]
             for i, expert in enumerate(cold.tolist()):
                 pairs = decision.lot_pairs[decision.lot_first[i] : decision.lot_first[i + 1]]
                 assert pairs.tolist() == np.flatnonzero(ids == expert).tolist()
             tables[0].check_integrity()
+    assert (num_changed > 0) == (whole.knobs.lag > 0), "a layer's own predictions say something new"
 
 
 def test_costs_follow_what_the_steps_show():

@@ -18,6 +18,7 @@ from prescope.scheduler.decide import (
     learn_reuse,
     learn_trust,
     plan,
+    reuse_lasts,
     sort_need,
     take_slots,
     worth_a_slot,
@@ -309,11 +310,14 @@ def test_a_predictor_that_expects_too_many_tokens_is_scaled_to_those_there_are()
 def test_trust_falls_to_the_share_of_predictions_that_came_true():
     trust, predicted = np.zeros((2, 2)), np.zeros((2, 3, 8))
     assert discount(trust, 1) == 1.0, "nothing is known yet"
-    predicted[0, 1, :4] = 0.8
     counts = np.array([1, 0, 0, 0, 1, 1, 0, 0])
     for _ in range(50):
+        predicted[0, 1, :4] = 0.8
         learn_trust(trust, 1, counts, predicted, 0.1)
     assert discount(trust, 1) == pytest.approx(1 / 3.2)
+    before = trust.copy()
+    learn_trust(trust, 1, counts, predicted, 0.1)
+    assert (trust == before).all(), "the next predictions came too late, and these counted before"
     assert discount(trust, 2) == 1.0, "layer 1 has no layer two before it"
 
 
@@ -410,12 +414,14 @@ def test_experts_are_worth_a_slot_while_the_cache_would_rather_have_them(seed):
 def test_what_a_layer_needed_some_steps_ago_lasts_if_it_comes_back(period):
     former, reuse = np.zeros(8, np.int64), np.zeros(FORMER_STEPS + 3)
     for step in range(400):
-        lasting = learn_reuse(reuse, former, np.array([step % period, 4 + step % period]), 0, 4)
+        learn_reuse(reuse, former, np.array([step % period, 4 + step % period]), 0, 4)
+        lasting = reuse_lasts(reuse)
     assert lasting == pytest.approx(1.0, abs=0.05)
 
 
 def test_what_does_not_come_back_in_time_does_not_last():
     former, reuse = np.zeros(16, np.int64), np.zeros(FORMER_STEPS + 3)
     for step in range(400):
-        lasting = learn_reuse(reuse, former, np.array([step % 8, 8 + step % 8]), 1, 4)
+        learn_reuse(reuse, former, np.array([step % 8, 8 + step % 8]), 1, 4)
+        lasting = reuse_lasts(reuse)
     assert lasting == pytest.approx(-0.25, abs=0.02)

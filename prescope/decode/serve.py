@@ -24,14 +24,16 @@ from numpy.typing import NDArray
 from ..cpu_experts import LaneAddresses
 from ..device import LinkFunctions
 from ..jit import jit
-from ..planner import Slots, decide_layer
+from ..planner import Slots, decide_layer, reconsider
 from ..raw import call, load_int64, now_us, store_int32, store_int64, swap_int32
 from ..scheduler.decide import take_slots
-from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, cpu_time
+from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, Plan, cpu_time
 
 #: What `serve` returns: all layers are served; nobody has asked for WAIT_US; a function of the driver, or the CPU lane,
 #: failed (the code is in `counts[FAILURE]`); the layers before the one it was told are served.
 SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED, PAUSED = range(5)
+#: What `wait` returns besides.
+NEXT_ASKED = 5
 #: So long a message is awaited before the interpreter is asked for signals, and whether the GPU still runs.
 WAIT_US = 20_000.0
 #: So long a decision waits for predictions that were made a layer before. They are there, unless the GPU was busy; and
@@ -392,10 +394,13 @@ def wait(
     shift: int,
     number: int,
     most_us: float,
+    asked: IntArray,
 ) -> int:
-    """Wait for a message, prefetching meanwhile."""
+    """Wait for a message, prefetching meanwhile; not if the next layer has `asked` before, words of its question."""
     begin = now_us(functions.clock, progress.words)
     while not has_all(words, shift, number):
+        if len(asked) and has_all(asked, places.ask_shift, number):
+            return NEXT_ASKED
         if not land(functions, places, progress, slots) or not pump(
             functions, places, progress, beliefs, slots
         ):
@@ -403,6 +408,26 @@ def wait(
         if now_us(functions.clock, progress.words) - begin > most_us:
             return NOBODY_ASKED
     return SERVED
+
+
+@jit
+def read_predictions(message: IntArray, tokens_dE: FloatArray, used_dE: FloatArray) -> None:
+    """Read a layer's predictions from its message (d * 2 * E,)."""
+    d, E = used_dE.shape
+    predictions = message.view(np.float32)[::2]  # the lower halves
+    for ahead in range(d):
+        first = 2 * E * ahead
+        tokens_dE[ahead] = predictions[first : first + E]
+        used_dE[ahead] = predictions[first + E : first + 2 * E]
+
+
+@jit
+def want(progress: Progress, plan: Plan) -> None:
+    """Prefetch what a plan says, and nothing else."""
+    counts = progress.counts
+    counts[HELD], counts[KEPT] = len(plan.prefetch), len(plan.keep)
+    progress.held[: len(plan.prefetch)] = plan.prefetch[::-1]
+    progress.keep[: len(plan.keep)] = plan.keep
 
 
 @jit
@@ -453,8 +478,18 @@ def serve(
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
     while counts[LAYER] < end:
         layer = counts[LAYER]
+        nobody = places.ask[layer][:0]
         code = wait(
-            functions, places, progress, beliefs, slots, places.ask[layer], places.ask_shift, number, WAIT_US
+            functions,
+            places,
+            progress,
+            beliefs,
+            slots,
+            places.ask[layer],
+            places.ask_shift,
+            number,
+            WAIT_US,
+            nobody,
         )
         if code != SERVED:
             return code
@@ -472,6 +507,7 @@ def serve(
                 places.scores_shift,
                 number,
                 most_us,
+                nobody,
             )
             is_foreseen = code == SERVED
             if code == LINK_FAILED or (code == NOBODY_ASKED and beliefs.knobs.lag == 0):
@@ -483,13 +519,10 @@ def serve(
             ids[pair] = (places.ask[layer, pair] >> 32) & 0xFFFF  # 0xFFFF is nobody
             if ids[pair] < num_experts and places.uses_weights:
                 sums_E[ids[pair]] += weights[pair]
-        predictions = places.scores[max(0, made_at)].view(np.float32)[::2]
-        if not is_foreseen:
+        if is_foreseen:
+            read_predictions(places.scores[made_at], tokens_dE, used_dE)
+        else:
             tokens_dE[:], used_dE[:] = 0.0, 0.0
-        for ahead in range(d if is_foreseen else 0):
-            first = 2 * E * ahead
-            tokens_dE[ahead] = predictions[first : first + E]
-            used_dE[ahead] = predictions[first + E : first + 2 * E]
         for slot in progress.loaded[: counts[LOADED]]:  # the layer before has waited for them
             show(places, progress, slots.key_of[slot], slot)
         if not land(functions, places, progress, slots):
@@ -499,9 +532,10 @@ def serve(
         # rest. While the link is never idle, the errors of what copies are believed to take would add up.
         now = now_us(functions.clock, progress.words)
         times[LINK_FREE] = min(times[LINK_FREE], now + counts[WIRE_COUNT] * beliefs.costs.link_busy_us)
+        backlog_us = max(0.0, times[LINK_FREE] - now)
         decision = decide_layer(
             beliefs.knobs, beliefs.costs, places.policy, counts[TICK], layer, num_experts, ids, sums_E, slots,
-            max(0.0, times[LINK_FREE] - now), beliefs.memory, tokens_dE, used_dE,
+            backlog_us, beliefs.memory, tokens_dE, used_dE,
         )  # fmt: skip
         need, plan, taken = decision.need, decision.plan, decision.slots
         here = need.num_hits + need.num_late
@@ -545,10 +579,33 @@ def serve(
         progress.needs[layer, :] = (
             len(need.experts), need.num_hits, need.num_late, len(cold), decision.num_prefetched
         )  # fmt: skip
-        counts[HELD], counts[KEPT] = len(plan.prefetch), len(plan.keep)
-        progress.held[: len(plan.prefetch)] = plan.prefetch[::-1]
-        progress.keep[: len(plan.keep)] = plan.keep
+        counts[HELD] = 0
         counts[LAYER] += 1
+        if d > 0 and beliefs.knobs.lag and layer + 1 < L:
+            # What is prefetched is not urgent: the layer's own predictions are better than those it was decided by.
+            code = wait(
+                functions,
+                places,
+                progress,
+                beliefs,
+                slots,
+                places.scores[layer],
+                places.scores_shift,
+                number,
+                WAIT_US,
+                places.ask[layer + 1],
+            )
+            if code == LINK_FAILED:
+                return code
+            if code == SERVED:
+                read_predictions(places.scores[layer], tokens_dE, used_dE)
+                plan = reconsider(
+                    beliefs.knobs, beliefs.costs, layer, need, plan.num_load, backlog_us, slots.slot_of, slots.key_of,
+                    slots.scores, beliefs.memory, tokens_dE, used_dE,
+                )  # fmt: skip
+                want(progress, plan)
+        else:
+            want(progress, plan)
         if not pump(functions, places, progress, beliefs, slots):
             return LINK_FAILED
     if end < L:

@@ -212,7 +212,7 @@ class Foresight:
     """
 
     #: With more, a layer waits for experts anyway, and torch's matrix products are the better ones.
-    most_tokens = 8
+    most_tokens = 16
 
     def __init__(self, predictor: "Llapor", lookahead: int) -> None:
         self._predictor, self._lookahead = predictor, lookahead

@@ -99,16 +99,16 @@ class _UpToHere(Simulator):
     them.
 
     Args:
-        whole: the simulator of the result. `s`, `layer`: step and layer of the decision. `lag`: of its predictions.
+        whole: the simulator of the result. `s`, `layer`: step and layer of the decision.
     """
 
-    def __init__(self, whole: Simulator, s: int, layer: int, lag: int) -> None:
+    def __init__(self, whole: Simulator, s: int, layer: int) -> None:
         self.__dict__.update(whole.__dict__)
         tokens = whole.needs.tokens_SLE.copy()
         tokens[s, layer:] = 0
         expected, used = (array.copy() for array in whole.predicted)
         for ahead in range(len(used)):
-            first = max(0, layer - lag + ahead + 1)
+            first = layer + ahead + 1  # of those that the layer itself makes
             used[ahead, s, first:] = expected[ahead, s, first:] = 0.0
         self.needs = whole.needs._replace(tokens_SLE=tokens)
         self.predicted = whole.predicted._replace(expected_dSLE=expected, used_dSLE=used)
@@ -127,7 +127,7 @@ def _before(simulator: Simulator, result: SimResult, s: int, layer: int) -> tupl
     """Slot of each expert of a layer, and when the link is done, as the layer's decision found them."""
     config, E = result.config, simulator.shape.num_experts
     kept = ("cache", "lookahead", "width", "threshold", "cpu", "most_in_flight")
-    part = _UpToHere(simulator, s, layer, config["lag"])
+    part = _UpToHere(simulator, s, layer)
     log = part.run(config["schedule"], slots=config["num_slots"], **{name: config[name] for name in kept}).log
     before = log.copies[:, STEP] < s
     # Streaming goes on whatever is needed.
@@ -147,8 +147,7 @@ def _experts(
     ahead = mine & (log.copies[:, REASON] == AHEAD)
     landing = dict(zip((log.copies[ahead, KEY] % E).tolist(), log.copy_us[ahead, 1].tolist(), strict=True))
     demanded = set((log.copies[mine & ~ahead, KEY] % E).tolist())
-    lag = result.config["lag"]
-    used = simulator.predicted.used_dSLE[lag : lag + 1, s, layer]  # what its prefetches went by
+    used = simulator.predicted.used_dSLE[:1, s, layer]  # what its prefetches went by
     rows = []
     for expert in sorted(set(np.flatnonzero(tokens_E).tolist()) | landing.keys()):
         tokens = int(tokens_E[expert])
@@ -165,7 +164,7 @@ def _experts(
             decision, reason = "computed on the CPU", str(Reason.CPU)
         else:
             was, decision, reason = IN_SLOT, "used where it was", ""
-        predicted = float(used[0, expert]) if len(used) and layer > lag else float("nan")
+        predicted = float(used[0, expert]) if len(used) and layer else float("nan")
         rows.append((expert, tokens, was, decision, reason, np.nan, np.nan, predicted))
     columns = ["expert", "tokens", "was", "decision", "reason", "by_link_us", "by_cpu_us", "predicted"]
     frame = pd.DataFrame(rows, columns=columns)

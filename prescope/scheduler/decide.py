@@ -207,6 +207,7 @@ def plan(
     key_of: IntArray,
     scores: FloatArray,
     lasting: float,
+    num_load: int = -1,
 ) -> Plan:
     """Decide about one layer, after its router has spoken.
 
@@ -216,7 +217,8 @@ def plan(
         tokens_dE, used_dE: predictions for the d layers behind this one: expected number of tokens that use an expert,
             and probability that any does; rows beyond the last layer hold zeros.
         key_of: (S,) key in each slot, -1 for none. `scores`: (L * E,) of the cache policy.
-        lasting: see `learn_reuse`.
+        lasting: see `reuse_lasts`.
+        num_load: how many misses are copied, if that is decided and only prefetches are asked for (PreSched).
     """
     nothing = np.empty(0, np.int64)
     here = need.num_hits + need.num_late
@@ -263,7 +265,9 @@ def plan(
     for j in range(m):
         next_tokens[j] = scale * tokens_dE[0, candidates[j] - first]
         next_used[j] = used_dE[0, candidates[j] - first]
-    k, p, window_us, slack = split(costs, missing, here, need.num_late, backlog_us, next_tokens, next_used)
+    k, p, window_us, slack = split(
+        costs, missing, here, need.num_late, backlog_us, next_tokens, next_used, num_load
+    )
     most = min(m, p + int(ERROR_MARGIN * window_us / costs.link_us))
     end = p
     while end < most and next_used[end] >= SURE:
@@ -298,7 +302,6 @@ def learn_trust(
     counts_E: IntArray,
     predicted_dLE: FloatArray,
     threshold: float,
-    lag: int = 0,
 ) -> None:
     """Hold what was predicted for a layer against what it used.
 
@@ -307,11 +310,13 @@ def learn_trust(
 
     Args:
         trust: (d, 2) decayed sums of the probabilities given to the likeliest experts, and of how many were used.
-        counts_E: tokens of each expert. `predicted_dLE`: the last probability of use, by lookahead.
-        lag: predictions made fewer layers ahead come when the layer has been decided.
+        counts_E: tokens of each expert. `predicted_dLE`: the last probability of use, by lookahead; the layer's are
+            forgotten, so that none counts twice where the next ones come too late.
     """
-    for ahead in range(lag, min(len(trust), moe_layer)):
+    for ahead in range(min(len(trust), moe_layer)):
         row = predicted_dLE[ahead, moe_layer]
+        if row.max() <= 0.0:
+            continue
         least = max(threshold, 0.5 * row.max())
         expected, found = 0.0, 0.0
         for expert in range(len(counts_E)):
@@ -320,12 +325,13 @@ def learn_trust(
                 found += 1.0 if counts_E[expert] > 0 else 0.0
         trust[ahead, 0] = TRUST_DECAY * trust[ahead, 0] + expected
         trust[ahead, 1] = TRUST_DECAY * trust[ahead, 1] + found
+        row[:] = 0.0
 
 
 @jit
 def learn_reuse(
     reuse: FloatArray, former_E: IntArray, experts: IntArray, num_misses: int, num_absent: int
-) -> float:
+) -> None:
     """Hold what a layer needs, experts (n,), against what it needed in the steps before.
 
     Args:
@@ -333,9 +339,6 @@ def learn_reuse(
             steps ago, in which they were needed too.
         former_E: bit m: needed m + 1 steps ago; changed.
         num_misses: of `experts`. `num_absent`: of the layer's experts, those that have no slot.
-
-    Returns: how much likelier an expert is needed that was needed a certain number of steps ago, the number that says
-        most, than one that has no slot, as an evicted one will have none. In a large batch hardly.
     """
     reuse *= TRUST_DECAY
     reuse[0] += len(experts)
@@ -348,6 +351,13 @@ def learn_reuse(
         former_E[expert] = (former_E[expert] << 1) & ((1 << FORMER_STEPS) - 1)
     for expert in experts:
         former_E[expert] |= 1
+
+
+@jit
+def reuse_lasts(reuse: FloatArray) -> float:
+    """How much likelier an expert is needed that was needed a certain number of steps ago, the number that says most,
+    than one that has no slot, as an evicted one will have none. In a large batch hardly. `reuse`: see `learn_reuse`.
+    """
     return reuse[3:].max() / max(1.0, reuse[0]) - reuse[1] / max(1.0, reuse[2])
 
 

@@ -39,6 +39,7 @@ def split(
     backlog_us: float,
     next_tokens: FloatArray,
     next_used: FloatArray,
+    num_load: int = -1,
 ) -> tuple[int, int, float, float]:
     """Best (k, p), its time T(k) + FORECAST * N in us, and the link's free time S(k) behind it.
 
@@ -47,6 +48,7 @@ def split(
         num_here: experts that are in slots or in flight, `num_late` of them in flight.
         backlog_us: rest of what is on the wire.
         next_tokens, next_used: (m,) of the candidates of layer l + 1, the most wanted first.
+        num_load: k, if that is decided.
     """
     n, m = len(tokens), len(next_tokens)
     has_cpu = len(costs.cpu_us) > 1
@@ -66,7 +68,9 @@ def split(
             any_next += next_used[j]
             cpu_next[j] = cpu_next[j + 1] + submit + next_used[j] * cpu_time(costs.cpu_us, each)
     best_k, best_p, best_us, best_slack = n, 0, np.inf, 0.0
-    for k in range(n, -1 if has_cpu else n - 1, -1):
+    most = n if num_load < 0 else num_load
+    least = most if num_load >= 0 or not has_cpu else 0
+    for k in range(most, least - 1, -1):
         copy_us = costs.link_busy_us if k < n else costs.link_us
         link = backlog_us + k * copy_us
         gpu = (num_here + k) * costs.gpu_us

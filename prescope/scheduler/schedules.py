@@ -23,7 +23,8 @@ class Schedule:
         uses_cpu: it may compute experts on the CPU lane.
         lookahead: layers ahead it prefetches for. `width`: experts for one layer at most, None: all.
             `threshold`: least probability of use of an expert worth prefetching.
-        lag: so many layers ago the predictions were made that it decides by: with 1 no layer waits for its predictor.
+        lag: so many layers ago the predictions were made that it decides by: with 1 no layer waits for its predictor,
+            and its own predictions, when they come, choose the prefetches alone.
         same: what is as published. `unknown`: what is not known, or ours. `source`: where it is published.
     """
 
@@ -40,10 +41,6 @@ class Schedule:
     same: str
     unknown: str
     source: str
-
-    def lag_with(self, depth: int) -> int:
-        """Its lag with a predictor of so many layers ahead: one that sees a single layer ahead has to be waited for."""
-        return self.lag if depth > self.lag else 0
 
     @property
     def needs_predictor(self) -> bool:
@@ -158,12 +155,13 @@ _ALL = (
         predictor="llapor",
         uses_cpu=True,
         lookahead=2,
-        threshold=0.1,
+        threshold=0.2,
         lag=1,
         same="this and the next layer are planned together: resident, prefetched, loaded on demand or computed on the "
         "CPU, so that both are done soonest, in O(n) after a sort; costs are profiled",
-        unknown="no code is public. Ours: the formulas of the window, probabilities in them, predictions of one layer "
-        "before, so that no layer waits for its predictor, further layers when the link is idle, a margin for costs "
+        unknown="no code is public. Ours: the formulas of the window, probabilities in them; a layer is answered by "
+        "predictions of the one before, so that it waits for no predictor, and prefetches by its own, some us later; "
+        "further layers when the link is idle, a margin for costs "
         "that are wrong, an eviction that knows the plan and a cache that knows the order of the layers, experts "
         "computed on the CPU copied for later when choices last, and trust in the predictor by what its likeliest "
         "experts were worth. Its defaults do not depend on the batch: no other was better by more than 1 %, simulated "

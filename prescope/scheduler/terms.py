@@ -35,7 +35,9 @@ class Knobs(NamedTuple):
     lookahead: int  # layers ahead whose predictions are looked at
     width: int  # experts prefetched for one layer at most
     threshold: float  # least probability of use of an expert worth prefetching
-    lag: int = 0  # so many layers ago the predictions were made that a layer is decided by
+    lag: int = (
+        0  # so many layers ago the predictions were made that a layer is decided by; prefetches go by its own
+    )
 
 
 class Plan(NamedTuple):

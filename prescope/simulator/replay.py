@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..cache import learn
 from ..jit import jit
-from ..planner import plan_layer
+from ..planner import plan_layer, reconsider
 from ..residency import ROUND_EXPERTS
 from ..scheduler.decide import sort_need, take_slots, use_prefetched
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, Need, cpu_time
@@ -120,14 +120,13 @@ def replay(
     held, held_us = np.empty(0, np.int64), start_us
     keep = np.empty(0, np.int64)
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
-    predict_us = 0.0 if knobs.lag else costs.predict_us
     now = foreseen = decided = start_us
     for s in range(S):
         for layer in range(L):
             wire = _with_room(wire, E * (d + 2))
             routed = now + costs.rest_us
-            foreseen = max(routed, foreseen) + predict_us
-            decided = max(foreseen, decided) + costs.decide_us
+            foreseen = max(routed, foreseen) + costs.predict_us
+            decided = max(routed if knobs.lag else foreseen, decided) + costs.decide_us
             _prefetch(held, held_us, decided, s, most_in_flight, E, costs, state, wire, protected, keep)
             # -- the decision
             protected[:] = False
@@ -163,6 +162,17 @@ def replay(
                 used_dE,
             )
             held, held_us, keep = chosen.prefetch, decided, chosen.keep
+            if knobs.lag and d > 0 and layer + 1 < L:
+                for a in range(d):
+                    of = layer + a + 1
+                    for e in range(E):
+                        used_dE[a, e] = demand.used_dSLE[a, s, of, e] if of < L else 0.0
+                        tokens_dE[a, e] = demand.expected_dSLE[a, s, of, e] if of < L else 0.0
+                again = reconsider(
+                    knobs, believed, layer, need, chosen.num_load, backlog, state.slot_of, state.key_of, state.scores,
+                    state.memory, tokens_dE, used_dE,
+                )  # fmt: skip
+                held, held_us, keep = again.prefetch, max(decided, foreseen), again.keep
             # -- the clock
             here, n, k = need.num_hits + need.num_late, len(need.experts), chosen.num_load
             beside, by_itself = 0.0, 0.0  # time on the CPU, the link being busy or idle

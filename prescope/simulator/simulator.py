@@ -200,7 +200,7 @@ class Simulator:
             num_slots=num_slots,
             cache=cache,
             lookahead=lookahead,
-            lag=schedule.lag_with(depth) if lookahead else 0,
+            lag=schedule.lag if lookahead else 0,
             width=width,
             threshold=threshold,
             cpu=schedule.uses_cpu and has_lane if cpu is None else cpu,
