@@ -189,13 +189,13 @@ def measure(
             runs.append(run)
     scheduling = engine._serving.scheduling
     cpu_factor = 1.0 if scheduling is None else scheduling.planner.cpu_factor
-    link_factor = 1.0 if scheduling is None else scheduling.planner.link_factor
+    link_us = costs.link_us if scheduling is None else scheduling.planner.costs.link_us
     decode, last = runs[-1].metrics.decode, runs[-1]
     speeds = [run.metrics.tokens_per_s for run in runs]
     steps = last.steps[last.steps["phase"] == "decode"]["dur_us"].to_numpy()
     cell = {
         "schedule": schedule, "cache": cache, "slots": slots, "num_slots": engine.num_slots,
-        "cpu_factor": cpu_factor, "learned_link_factor": link_factor, "is_known": False, "new": args.new,
+        "cpu_factor": cpu_factor, "learned_link_us": link_us, "is_known": False, "new": args.new,
         "tokens_per_s_runs": speeds, "seconds": seconds,  # until it is set up, until the end of each run
         "decode": last.config["reasons"]["decode"], "cpu": last.config["reasons"].get("cpu", ""),
         "predictor": predictor.name if predictor is not None else "none", "steps_us": steps.tolist(),
@@ -239,7 +239,7 @@ def told_by(
     told = replace(
         costs,
         rest_us=inside,
-        link_us=cell["learned_link_factor"] * costs.link_us,
+        link_us=cell["learned_link_us"],
         link_busy_us=1e3
         * decode.h2d_busy_ms
         / max(1, decode.on_demand_transfers + decode.prefetch_transfers),

@@ -7,7 +7,7 @@ from prescope.cache import make_policy
 from prescope.config import EngineConfig
 from prescope.core import MoEShape
 from prescope.cost import LayerCosts
-from prescope.planner import NEWEST, Decision, Planner, Slots, decide_layer, reconsider
+from prescope.planner import MOST_CONTENTION, NEWEST, Decision, Planner, Slots, decide_layer, reconsider
 from prescope.residency import ResidencyTable, distinct
 from prescope.scheduler import SCHEDULES
 from prescope.scheduling import plan_by
@@ -130,13 +130,27 @@ def test_costs_follow_what_the_steps_show():
 def test_the_links_cost_follows_what_copies_take():
     one = planner("presched")
     link_us, busy_us = one.costs.link_us, one.costs.link_busy_us
-    for i in range(40):
+    for i in range(80):
         each_us = busy_us if i % 2 else link_us
         one.saw_link([4.0 * each_us, 4.0 * each_us, 1e6], has_cpu=bool(i % 2))  # one was held up
     assert one.costs.link_us == pytest.approx(4.0 * link_us, rel=0.01)
     assert one.costs.link_busy_us == pytest.approx(4.0 * busy_us, rel=0.01)
     one.saw_link([], has_cpu=True)
-    assert one.link_factor == pytest.approx(4.0, rel=0.01), "a step without copies says nothing"
+    assert one.costs.link_us == pytest.approx(4.0 * link_us, rel=0.01), "a step without copies says nothing"
+
+
+def test_beside_the_cpu_the_link_by_itself_is_learned_as_far_as_contention_cannot_explain_it():
+    one = planner("presched")
+    link_us, busy_us = one.costs.link_us, one.costs.link_busy_us
+    for factor, alone_us in ((1.2, link_us), (4.0, 4.0 * busy_us / MOST_CONTENTION), (0.5, 0.5 * busy_us)):
+        for _ in range(60):
+            one.saw_link([factor * busy_us], has_cpu=True)
+        assert one.costs.link_busy_us == pytest.approx(factor * busy_us, rel=0.01)
+        assert one.costs.link_us == pytest.approx(min(alone_us, factor * busy_us), rel=0.01)
+    for _ in range(60):
+        one.saw_link([2.0 * link_us], has_cpu=False)
+    assert one.costs.link_us == pytest.approx(2.0 * link_us, rel=0.01)
+    assert one.costs.link_us <= one.costs.link_busy_us <= MOST_CONTENTION * one.costs.link_us + 1e-9
 
 
 def test_one_interrupted_job_moves_the_cpus_cost_by_little():

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import TransferFailed, UnsupportedOption
+from ..kernels import StepLog
 from ..serving import Serving
 from .obey import Chores, OrderedStep
 from .sampler import Sampler
@@ -194,7 +195,7 @@ class DecodeLoop:
             if self._step.driver and i + 1 < num_steps:
                 chores.append(launch)
             if pending is not None:
-                chores.append(partial(self._take_down, pending))
+                chores.extend(self._taking_down(pending))
             self._serve(launched, chores)
             if is_over:
                 self._drop(launched)
@@ -243,19 +244,27 @@ class DecodeLoop:
     def _finish(self, launched: Launched) -> NDArray[np.int64]:
         """Take down what a step says; returns its tokens."""
         tokens = self._tokens(launched)
-        self._take_down(launched)
+        for part in self._taking_down(launched):
+            part()
         return tokens
 
-    def _take_down(self, launched: Launched) -> None:
-        """What a step that is over says."""
+    def _taking_down(self, launched: Launched) -> Chores:
+        """What is to be done about a step that is over, in parts that keep a layer waiting for little."""
         buffers, recorder = launched.captured.buffers, self._serving.recorder
-        log, is_scheduled = buffers.log(launched.number), buffers.scheduled is not None
-        if is_scheduled:
-            self._scheduled_step.learn(launched.number, log)
-        else:  # where the host decides it has counted already
-            self._serving.count(log.needs)
-        if recorder is not None:
-            recorder.log(launched.row, log, is_counted=is_scheduled)
+        is_scheduled = buffers.scheduled is not None
+        logs: list[StepLog] = []
+
+        def read() -> None:
+            logs.append(buffers.log(launched.number))
+            if not is_scheduled:  # where the host decides it has counted already
+                self._serving.count(logs[0].needs)
+            if recorder is not None:
+                recorder.log(launched.row, logs[0], is_counted=is_scheduled)
+
+        def learn() -> None:
+            self._scheduled_step.learn(launched.number, logs[0])
+
+        return deque([read, learn] if is_scheduled else [read])
 
     def _drop(self, launched: Launched) -> None:
         """The step launched last: before the host knew that all sequences had ended."""

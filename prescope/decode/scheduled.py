@@ -14,7 +14,7 @@ from ..residency import NOTHING, IntArray, prefetch_slots
 from ..scheduling import on_demand
 from ..serving import Serving
 from . import serve as at
-from .obey import Chores, next_stop, require_running
+from .obey import Chores, require_running
 from .serve import Beliefs, Functions, Places, Progress, serve
 from .stamps import read_stamps
 
@@ -127,7 +127,7 @@ class ScheduledStep:
     # -- steps -------------------------------------------------------------------------------------------------
 
     def run(self, step: int, row: int, chores: Chores) -> None:
-        """Serve all layers of a step that is running, with a chore behind each as long as there are any.
+        """Serve all layers of a step that is running, with chores between them.
 
         Args:
             row: its step in the recording, -1 without one.
@@ -152,9 +152,8 @@ class ScheduledStep:
         )  # fmt: skip
         arguments = self._functions, self._places, self._progress, beliefs, slots, step, number, row
         while True:
-            end = next_stop(chores, counts[at.LAYER], len(serving.layers))
             with said_if_compiled_first(serve, "the host's part of a decode step"):
-                code = serve(*arguments, end)
+                code = serve(*arguments, len(chores))
             if code == at.SERVED:
                 break
             if code == at.PAUSED:

@@ -30,7 +30,7 @@ from ..scheduler.decide import take_slots
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, Plan, cpu_time
 
 #: What `serve` returns: all layers are served; nobody has asked for WAIT_US; a function of the driver, or the CPU lane,
-#: failed (the code is in `counts[FAILURE]`); the layers before the one it was told are served.
+#: failed (the code is in `counts[FAILURE]`); there is time for a chore.
 SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED, PAUSED = range(5)
 #: What `wait` returns besides.
 NEXT_ASKED = 5
@@ -460,12 +460,14 @@ def serve(
     step: int,
     number: int,
     row: int,
-    end: int,
+    chores: int,
 ) -> int:
-    """Serve the layers of a running step, from `counts[LAYER]` to `end`; call again if nobody asked.
+    """Serve the layers of a running step from `counts[LAYER]` on; call again if nobody asked.
 
     Args:
         step: since the buffers' restart; `number`: the same in messages. `row`: the step in the recording.
+        chores: so many things the interpreter has to do beside. It comes back for one behind a layer that keeps the
+            GPU busy, with copies or the CPU's experts, and behind each layer when no more are left than chores.
 
     Returns: SERVED and so on.
     """
@@ -476,7 +478,7 @@ def serve(
     d = len(beliefs.memory.predicted_dLE)
     ids = np.empty(P, np.int64)
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
-    while counts[LAYER] < end:
+    while counts[LAYER] < L:
         layer = counts[LAYER]
         nobody = places.ask[layer][:0]
         code = wait(
@@ -608,7 +610,8 @@ def serve(
             want(progress, plan)
         if not pump(functions, places, progress, beliefs, slots):
             return LINK_FAILED
-    if end < L:
-        return PAUSED
+        left = L - counts[LAYER]
+        if chores > 0 and left > 0 and (len(load) + len(cold) > 0 or left <= chores):
+            return PAUSED
     store_int32(places.served.ctypes.data, np.int32(step + 1))
     return SERVED
