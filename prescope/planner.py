@@ -347,7 +347,11 @@ class Planner:
         ratio = _within(took_us / max(calibrated_us, 1e-9), MOST_CPU_FACTOR)
         self.cpu_factor += NEWEST * (ratio - self.cpu_factor)
         factor = self.cpu_factor
-        self.costs = self.costs._replace(cpu_us=factor * costs.cpu_us, cpu_base_us=factor * costs.cpu_base_us)
+        self.costs = self.costs._replace(
+            cpu_us=factor * costs.cpu_us,
+            cpu_alone_us=factor * costs.cpu_alone_us,
+            cpu_base_us=factor * costs.cpu_base_us,
+        )
 
     def issued(self, num_copies: int, now_us: float) -> None:
         """The link was given so many experts more."""

@@ -14,7 +14,10 @@ from prescope.errors import UnsupportedOption
 from prescope.scheduler import PREDICTORS, SCHEDULES, schedule_named
 from prescope.scheduler.baselines import fiddler, hybrimoe
 from prescope.scheduler.decide import (
+    LEAST_LASTING,
+    REUSES,
     discount,
+    is_worth_copying,
     learn_reuse,
     learn_trust,
     plan,
@@ -408,6 +411,27 @@ def test_experts_are_worth_a_slot_while_the_cache_would_rather_have_them(seed):
         count = int(np.cumprod(best[:n] > least[:n]).sum())
         assert len(found) == count and len(set(found)) == count and set(found) <= set(absent)
         assert np.array_equal(scores[found], best[:count])
+
+
+def test_what_the_cpu_computes_is_copied_where_reuse_saves_more_than_the_copy_slows_it_down():
+    """2 experts of 50 us and a submission of 20: 60 us each, saved 1.5 times by what lasts. A copy of 100 us makes the
+    CPU slower by a fifth of it, as far as the CPU is busy meanwhile.
+    """
+    two = np.ones(2, np.int64)
+    costs = costs_of()._replace(
+        link_us=100.0,
+        cpu_base_us=20.0,
+        cpu_us=np.array([0.0, 50.0, 60.0]),
+        cpu_alone_us=np.array([0.0, 40.0, 48.0]),
+    )
+    assert not is_worth_copying(costs, two, 1_000.0, LEAST_LASTING - 0.01), "nothing lasts"
+    assert not is_worth_copying(costs, two[:0], 100.0, 1.0), "the CPU computes nothing"
+    for layer_us, lost_us in ((60.0, 20.0), (120.0, 20.0), (240.0, 10.0), (1_000.0, 2.4)):
+        least = max(LEAST_LASTING, lost_us / (REUSES * 60.0))
+        assert is_worth_copying(costs, two, layer_us, least + 1e-6)
+        assert not is_worth_copying(costs, two, layer_us, least - 1e-6)
+    alone = costs._replace(cpu_alone_us=costs.cpu_us)
+    assert is_worth_copying(alone, two, 60.0, LEAST_LASTING), "such a copy costs nothing"
 
 
 @pytest.mark.parametrize("period", range(1, FORMER_STEPS + 1))

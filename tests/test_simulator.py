@@ -502,7 +502,17 @@ def test_slots_are_what_the_engine_makes_of_them(simulators):
 def test_without_prefetches_under_way_nothing_is_prefetched(simulators):
     assert simulators[1].run("fate", slots=16, most_in_flight=0).counts.prefetches == 0
     assert simulators[1].run("fate", slots=16, width=0).counts.prefetches == 0
-    assert simulators[1].run("presched", slots=16, lookahead=0).counts.prefetches == 0
+    assert simulators[1].run("presched", slots=16, most_in_flight=0).counts.prefetches == 0
+
+
+def test_without_predictions_presched_copies_only_what_the_cpu_has_computed(simulators):
+    log = simulators[1].run("presched", slots=16, lookahead=0).log
+    ahead = log.copies[log.copies[:, REASON] == AHEAD]
+    step, layer = ahead[:, STEP], ahead[:, AT_LAYER]
+    last = step - (layer == simulators[1].shape.num_layers - 1)  # it is issued when the next step has begun
+    assert len(ahead) and (log.counts[last, layer, ON_CPU] > 0).all()
+    needed = simulators[1].needs.tokens_SLE[last, layer, ahead[:, KEY] % simulators[1].shape.num_experts]
+    assert (needed > 0).all()
 
 
 def test_all_experts_in_slots_leave_nothing_to_wait_for(simulators):
@@ -601,6 +611,7 @@ def test_the_cpu_is_faster_only_while_nothing_is_on_the_link(simulators, schedul
     simulator = Simulator(simulators[1].trace, costs, row_bytes=ROW_BYTES, predictor=simulators[1].predictor)
     log = simulator.run(schedule, slots=16).log
     used = log.counts[..., ON_CPU] > 0
+    used[-1, -1] = False  # what is prefetched behind the last layer is not replayed
     begin, end = log.times_us[..., DECIDED][used], log.times_us[..., CPU_DONE][used]
     n = log.counts[..., ON_CPU][used]
     beside = COSTS.cpu_base_us + n * COSTS.cpu_us[1]
@@ -655,7 +666,11 @@ def test_presched_prefetches_by_what_the_layer_itself_predicts():
     first = log.copy_us[is_ahead][ahead[:, AT_LAYER] == 1, 0]
     routed = log.times_us[ahead[ahead[:, AT_LAYER] == 1, STEP], 0, ROUTED]
     assert len(first) and (first >= routed + 60.0 - 1e-6).all(), "before anybody could know"
-    assert runs[1e6].counts.prefetches == 0
+    late = runs[1e6].log.copies
+    late = late[late[:, REASON] == AHEAD, AT_LAYER]
+    assert (late == simulator.shape.num_layers - 1).all(), (
+        "which has no layer behind it: what the CPU computed there"
+    )
     assert runs[1e6].total_us < 2.0 * runs[60.0].total_us
 
 

@@ -219,7 +219,9 @@ class Replays:
         return results
 
     def table(self, results: Mapping[str, SimResult]) -> pd.DataFrame:
-        """One row for each schedule: what it did, and the bound beside it."""
+        """One row for each schedule: what it did, and the bound beside it. Of its prefetches accuracy, coverage and
+        timeliness, as `METRIC_DEFINITIONS` defines them; NaN where there were none.
+        """
         rows = []
         for name, result in results.items():
             title, counts, decode = SCHEDULES[name].title, result.counts, result.metrics.decode
@@ -232,6 +234,9 @@ class Replays:
                     "late %": 100 * counts.late / max(1, counts.needed),
                     "miss %": 100 * (counts.misses - counts.on_cpu) / max(1, counts.needed),
                     "on CPU %": 100 * counts.on_cpu / max(1, counts.needed),
+                    "prefetches used %": 100 * decode.prefetch_accuracy,
+                    "misses avoided %": 100 * decode.prefetch_coverage,
+                    "used ones on time %": 100 * decode.prefetch_timeliness,
                     "MB per step": decode.h2d_bytes / decode.num_steps / 1e6,
                     "link in use %": 100 * decode.link_use_frac,
                     "GPU idle %": 100 * idle_us / decode.wall_ms,

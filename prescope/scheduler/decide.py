@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..jit import jit
 from .baselines import fiddler, hybrimoe
 from .presched import split
-from .terms import FORMER_STEPS, Costs, FloatArray, IntArray, Knobs, Need, Plan
+from .terms import FORMER_STEPS, Costs, FloatArray, IntArray, Knobs, Need, Plan, cpu_time
 
 ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED = range(8)
 
@@ -21,11 +21,13 @@ ERROR_MARGIN = 0.3
 #: Least probability of use of an expert that is all but certain. With 0.75 an inverted predictor cost 6 % at batch 64,
 #: with 0.85 it costs 2 %.
 SURE = 0.85
-#: Least of `learn_reuse` from which experts that the CPU has computed are copied when the link has nothing better to
-#: do. Below, that costs 1 to 3 %, since the CPU is slower beside a busy link; above, it wins up to 21 % (simulated,
-#: LOG.md).
+#: So often what the CPU computed saves its time again, by `reuse_lasts`, once it is in a slot; and what lasts less is
+#: left out. Twice as often wins 3 % more where no predictor helps, at batch 1, and loses 1 to 2 % at batch 4; a fixed
+#: bound of 0.35, as it was, lost a third of the speed at batch 1 of tiny-moe's own text (simulated, LOG.md).
+REUSES, LEAST_LASTING = 1.5, 0.05
+#: From here on predictions of less than the first are copied behind what the CPU computed, and of less than the second
+#: not at all: what is there is likelier.
 LASTING = 0.35
-#: Predictions of less are then copied behind those, and of less than the second not at all: what is there is likelier.
 UNLIKELY, HARDLY = 0.5, 0.3
 #: Weight of the past in `learn`, per layer of a step: remembers about a hundred layers.
 TRUST_DECAY = 0.99
@@ -168,6 +170,27 @@ def likely(knobs: Knobs, moe_layer: int, num_layers: int, used_dE: FloatArray) -
 
 
 @jit
+def is_worth_copying(costs: Costs, tokens: IntArray, layer_us: float, lasting: float) -> bool:
+    """Whether experts that the CPU computes, with their tokens (n,), had better be copied too while the link is idle.
+
+    Reuse saves the CPU's time for an expert. A copy makes the CPU slower, as far as it computes meanwhile: both read
+    the same memory.
+
+    Args:
+        layer_us: until the next router speaks. `lasting`: see `reuse_lasts`.
+    """
+    n = len(tokens)
+    if n == 0 or lasting < LEAST_LASTING:
+        return False
+    cpu_us = costs.cpu_base_us
+    for i in range(n):
+        cpu_us += cpu_time(costs.cpu_us, tokens[i])
+    slower = 1.0 - costs.cpu_alone_us[1] / costs.cpu_us[1]
+    lost_us = min(1.0, cpu_us / layer_us) * costs.link_us * slower
+    return lasting * REUSES * cpu_us / n >= lost_us
+
+
+@jit
 def worth_a_slot(
     keys: IntArray, most: int, slot_of: IntArray, key_of: IntArray, scores: FloatArray
 ) -> IntArray:
@@ -279,7 +302,8 @@ def plan(
     # What the CPU computes would never come into the slots, however often it is used again: 7 to 44 points of hits
     # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated, LOG.md).
     cold = moe_layer * E + need.experts[here + k :]
-    room = int(left / costs.link_us) if is_lasting else 0
+    layer_us = slack + backlog_us + k * costs.link_busy_us
+    room = int(left / costs.link_us) if is_worth_copying(costs, missing[k:], layer_us, lasting) else 0
     again = worth_a_slot(cold, room, slot_of, key_of, scores)
     others = others[: max(0, int(left / costs.link_us) - len(again))]
     left -= (len(again) + len(others)) * costs.link_us
