@@ -185,8 +185,8 @@ def is_worth_copying(costs: Costs, tokens: IntArray, layer_us: float, lasting: f
     cpu_us = costs.cpu_base_us
     for i in range(n):
         cpu_us += cpu_time(costs.cpu_us, tokens[i])
-    slower = 1.0 - costs.cpu_alone_us[1] / costs.cpu_us[1]
-    lost_us = min(1.0, cpu_us / layer_us) * costs.link_us * slower
+    slower = 1.0 - costs.cpu_alone_us[1] / max(costs.cpu_us[1], 1e-9)
+    lost_us = cpu_us / max(cpu_us, layer_us, 1e-9) * costs.link_us * slower
     return lasting * REUSES * cpu_us / n >= lost_us
 
 
