@@ -22,9 +22,9 @@ ERROR_MARGIN = 0.3
 #: with 0.85 it costs 2 %.
 SURE = 0.85
 #: So often what the CPU computed saves its time again, by `reuse_lasts`, once it is in a slot; and what lasts less is
-#: left out. Twice as often wins 3 % more where no predictor helps, at batch 1, and loses 1 to 2 % at batch 4; a fixed
-#: bound of 0.35, as it was, lost a third of the speed at batch 1 of tiny-moe's own text (simulated, LOG.md).
-REUSES, LEAST_LASTING = 1.5, 0.05
+#: left out. 1.5 loses up to 14 % at batch 1 of tiny-moe's own text without a predictor, 2.5 another 1 % at batch 4; a
+#: fixed bound of 0.35, as it was, lost a third at batch 1 (simulated, LOG.md).
+REUSES, LEAST_LASTING = 2.0, 0.05
 #: From here on predictions of less than the first are copied behind what the CPU computed, and of less than the second
 #: not at all: what is there is likelier.
 LASTING = 0.35
