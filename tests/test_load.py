@@ -64,6 +64,21 @@ def test_a_folder_that_is_not_there_is_named(name):
         prescope.load(name, **SETTINGS)
 
 
+def test_before_the_hub_is_asked_for_what_looks_like_a_folder_the_one_meant_is_named(tmp_path, monkeypatch):
+    """Without a network that takes half a minute, and says nothing until then."""
+    (tmp_path / "data" / "tiny-moe").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr("prescope.hf.load.AutoConfig.from_pretrained", refuse)
+    with pytest.warns(UserWarning, match="did you mean data/tiny-moe"), pytest.raises(BadModelFolder):
+        prescope.load("data/tiny-mo")
+    with pytest.warns(UserWarning, match="hub is asked for it$"), pytest.raises(BadModelFolder):
+        prescope.load("data/another")
+
+
 def test_a_truncated_shard_is_named(folder):
     victim = shards(folder)[1]
     victim.write_bytes(victim.read_bytes()[:-100])

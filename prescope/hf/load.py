@@ -1,7 +1,9 @@
 """Load a model folder or hub id, and say clearly what is wrong with one that cannot be loaded."""
 
 import json
+import warnings
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +53,16 @@ def load_model(
         raise BadModelFolder(f"{name} is neither a folder nor a hub id of the form 'owner/name'")
     if local:
         _check_folder(folder)
+    elif (
+        folder.parent.is_dir()
+    ):  # more likely a slip of the hand; without a network the hub is asked for half a minute
+        near = get_close_matches(
+            folder.name, [path.name for path in folder.parent.iterdir() if path.is_dir()], 1
+        )
+        meant = f"; did you mean {folder.parent / near[0]}?" if near else ""
+        warnings.warn(
+            f"there is no folder {name}, so the Hugging Face hub is asked for it{meant}", stacklevel=3
+        )
     config = _read_config(name)
     skeleton = _skeleton(config, dtype)
     check(find_moe_layers(skeleton), top_k_of(skeleton))
