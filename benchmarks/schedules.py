@@ -145,7 +145,9 @@ def run_batch(
             known = told_by(engine, cell, case, run, costs, args.predict_us)
             if args.out and run.trace is not None:
                 run.trace.save(Path(args.out).with_suffix(f".{plain(name)}.b{batch}.safetensors"))
-        for cell, run in cells.values():
+        for schedule, (cell, run) in cells.items():
+            if args.events:
+                keep_events(run, Path(args.events), f"{plain(name)}.b{batch}.{100 * slots:g}.{schedule}")
             cell |= {"model": name, "batch": batch, "costs": asdict(costs)}
             if known is not None:
                 try:
@@ -210,6 +212,13 @@ FIELDS = [
     "h2d_bytes", "h2d_busy_ms", "link_gb_per_s", "link_use_frac", "on_demand_transfers", "prefetch_transfers",
     "prefetched", "prefetch_accuracy", "prefetch_coverage", "prefetch_timeliness",
 ]  # fmt: skip
+
+
+def keep_events(run: RunResult, folder: Path, stem: str) -> None:
+    """The tables of a cell's last run, to look at afterwards what its figures leave open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in ("events", "layers", "steps"):
+        getattr(run, table).to_parquet(folder / f"{stem}.{table}.parquet", index=False)
 
 
 def told_by(
@@ -472,6 +481,7 @@ def _arguments() -> argparse.Namespace:
     add("--seconds", type=float, default=1e9, help="start no new cell after this")
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: an emulated link, to try the script")
     add("--out", help="JSON file; profile and traces are written beside it")
+    add("--events", default="", help="folder for the event, layer and step tables of each cell's last run")
     args = parser.parse_args()
     args.new_of = args.new * len(args.batch) if len(args.new) == 1 else args.new
     if len(args.new_of) != len(args.batch):
