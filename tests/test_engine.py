@@ -443,10 +443,10 @@ def test_ctrl_c_in_the_middle_leaves_an_engine_that_works(model, monkeypatch, mo
         original = getattr(target, moment)
         calls = 0
 
-        def interrupted(*args):
+        def interrupted(*args, **keywords):
             nonlocal calls
             calls += 1
-            result = original(*args)
+            result = original(*args, **keywords)
             if calls == 7:
                 raise KeyboardInterrupt
             return result
