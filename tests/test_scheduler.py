@@ -436,16 +436,26 @@ def test_what_the_cpu_computes_is_copied_where_reuse_saves_more_than_the_copy_sl
 
 @pytest.mark.parametrize("period", range(1, FORMER_STEPS + 1))
 def test_what_a_layer_needed_some_steps_ago_lasts_if_it_comes_back(period):
-    former, reuse = np.zeros(8, np.int64), np.zeros(FORMER_STEPS + 3)
+    former, reuse = np.zeros(8, np.int64), np.zeros(FORMER_STEPS + 4)
     for step in range(400):
         learn_reuse(reuse, former, np.array([step % period, 4 + step % period]), 0, 4)
         lasting = reuse_lasts(reuse)
     assert lasting == pytest.approx(1.0, abs=0.05)
 
 
+def test_slots_that_hold_what_nobody_wants_do_not_keep_out_what_is_used_again():
+    """Four of eight experts are needed in turn, two steps each, and the other four have the slots."""
+    former, reuse = np.zeros(8, np.int64), np.zeros(FORMER_STEPS + 4)
+    for step in range(400):
+        learn_reuse(reuse, former, np.array([step // 2 % 4]), num_misses=1, num_absent=4)
+    assert reuse_lasts(reuse) == pytest.approx(0.5, abs=0.05), (
+        "measured against those in slots, which are not needed"
+    )
+
+
 def test_what_does_not_come_back_in_time_does_not_last():
-    former, reuse = np.zeros(16, np.int64), np.zeros(FORMER_STEPS + 3)
+    former, reuse = np.zeros(16, np.int64), np.zeros(FORMER_STEPS + 4)
     for step in range(400):
         learn_reuse(reuse, former, np.array([step % 8, 8 + step % 8]), 1, 4)
         lasting = reuse_lasts(reuse)
-    assert lasting == pytest.approx(-0.25, abs=0.02)
+    assert lasting == pytest.approx(-1 / 12, abs=0.02), "against the 12 in slots, of which one is needed"

@@ -359,8 +359,8 @@ def learn_reuse(
     """Hold what a layer needs, experts (n,), against what it needed in the steps before.
 
     Args:
-        reuse: (FORMER_STEPS + 3,) decayed sums of experts: needed, missing, absent, and of those needed, by how many
-            steps ago, in which they were needed too.
+        reuse: (FORMER_STEPS + 4,) decayed sums of experts: needed, missing, absent, there, and of those needed, by how
+            many steps ago, in which they were needed too.
         former_E: bit m: needed m + 1 steps ago; changed.
         num_misses: of `experts`. `num_absent`: of the layer's experts, those that have no slot.
     """
@@ -368,9 +368,10 @@ def learn_reuse(
     reuse[0] += len(experts)
     reuse[1] += num_misses
     reuse[2] += num_absent
+    reuse[3] += len(former_E) - num_absent
     for expert in experts:
         for m in range(FORMER_STEPS):
-            reuse[3 + m] += former_E[expert] >> m & 1
+            reuse[4 + m] += former_E[expert] >> m & 1
     for expert in range(len(former_E)):
         former_E[expert] = (former_E[expert] << 1) & ((1 << FORMER_STEPS) - 1)
     for expert in experts:
@@ -380,9 +381,12 @@ def learn_reuse(
 @jit
 def reuse_lasts(reuse: FloatArray) -> float:
     """How much likelier an expert is needed that was needed a certain number of steps ago, the number that says most,
-    than one that has no slot, as an evicted one will have none. In a large batch hardly. `reuse`: see `learn_reuse`.
+    than one that has no slot, as an evicted one will have none, or than one that has, if those are needed less: then
+    the slots hold what nobody wants any more. In a large batch hardly. `reuse`: see `learn_reuse`.
     """
-    return reuse[3:].max() / max(1.0, reuse[0]) - reuse[1] / max(1.0, reuse[2])
+    absent = reuse[1] / max(1.0, reuse[2])
+    there = (reuse[0] - reuse[1]) / max(1.0, reuse[3])
+    return reuse[4:].max() / max(1.0, reuse[0]) - min(absent, there)
 
 
 @jit

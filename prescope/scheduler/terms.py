@@ -66,7 +66,7 @@ class Memory(NamedTuple):
 
     trust: FloatArray  # (d, 2), see `decide.learn_trust`
     predicted_dLE: FloatArray  # the last probability of use
-    reuse: FloatArray  # (FORMER_STEPS + 3,), see `decide.learn_reuse`
+    reuse: FloatArray  # (FORMER_STEPS + 4,), see `decide.learn_reuse`
     former_LE: IntArray  # bit m: each layer used it m + 1 steps ago
 
     @classmethod
@@ -75,7 +75,7 @@ class Memory(NamedTuple):
         return cls(
             np.zeros((lookahead, 2)),
             np.zeros((lookahead, num_layers, num_experts)),
-            np.zeros(FORMER_STEPS + 3),
+            np.zeros(FORMER_STEPS + 4),
             np.zeros((num_layers, num_experts), np.int64),
         )
 
