@@ -70,7 +70,7 @@ def plan_layer(
         for i in range(len(need.experts)):
             counts_E[need.experts[i]] = need.tokens[i]
         learn_trust(memory.trust, moe_layer, counts_E, memory.predicted_dLE, knobs.threshold)
-    take_down(memory, moe_layer - knobs.lag, tokens_dE, used_dE)
+    take_down(memory, moe_layer, knobs.lag, tokens_dE, used_dE)
     lag = min(knobs.lag, d)
     return plan(
         knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE[lag:], used_dE[lag:], key_of, scores,
@@ -99,7 +99,7 @@ def reconsider(
         need, num_load, backlog_us: as it was decided. The rest as `plan_layer`, as it is now.
         tokens_dE, used_dE: as predicted at this layer; changed.
     """
-    take_down(memory, moe_layer, tokens_dE, used_dE)
+    take_down(memory, moe_layer, 0, tokens_dE, used_dE)
     num_layers = memory.predicted_dLE.shape[1]
     return plan(
         knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE, used_dE, key_of, scores,
@@ -108,15 +108,18 @@ def reconsider(
 
 
 @jit
-def take_down(memory: Memory, made_at: int, tokens_dE: FloatArray, used_dE: FloatArray) -> None:
-    """Keep what was predicted at a layer, and let it count for as much as such predictions were worth."""
+def take_down(memory: Memory, moe_layer: int, lag: int, tokens_dE: FloatArray, used_dE: FloatArray) -> None:
+    """Keep what was predicted `lag` layers before the one at hand, of the layers behind that, and let it count for as
+    much as such predictions were worth.
+    """
+    made_at = moe_layer - lag
     predicted_dLE = memory.predicted_dLE
     d, num_layers, E = predicted_dLE.shape
     for ahead in range(1, d + 1):
         is_layer = made_at >= 0 and made_at + ahead < num_layers
         factor = discount(memory.trust, ahead) if is_layer else 0.0
         for e in range(E):
-            if is_layer:
+            if is_layer and ahead > lag:  # what the layer at hand used has been held against it
                 predicted_dLE[ahead - 1, made_at + ahead, e] = used_dE[ahead - 1, e]
             used_dE[ahead - 1, e] *= factor
             tokens_dE[ahead - 1, e] *= factor
@@ -325,7 +328,7 @@ class Planner:
         )
 
     def saw_link(self, took_us: Sequence[float], has_cpu: bool) -> None:
-        """What copies of one expert took on the link, and whether the CPU computed meanwhile."""
+        """What copies of one expert took on the link in a step, and whether the CPU computed any in it."""
         calibrated = self._calibrated
         each_us = calibrated.link_busy_us if has_cpu else calibrated.link_us
         if not took_us or each_us == 0.0:

@@ -88,6 +88,7 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
             assert (decision.need.num_hits, decision.need.num_late) == (need.num_hits, need.num_late)
             assert decision.num_prefetched == need.num_prefetched
             assert (tables[0].prefetched == table.prefetched).all()
+            assert not steps.memory.predicted_dLE[:, layer].any(), "what it used would count once more"
             assert decision.plan.num_load == plan.num_load
             assert decision.plan.prefetch.tolist() == plan.prefetch.tolist()
             assert decision.slots.tolist() == slots.tolist()

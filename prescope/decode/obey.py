@@ -16,7 +16,7 @@ from ..jit import jit
 from ..raw import call, clock_address, load_int64, now_us, store_int32
 from ..scheduler.terms import IntArray
 from ..serving import Serving
-from .serve import LINK_FAILED, NOBODY_ASKED, PAUSED, SERVED, WAIT_US
+from .serve import LINK_FAILED, NOBODY_ASKED, PAUSED, SERVED, WAIT_US, has_time
 
 if TYPE_CHECKING:
     from ..kernels.captured import CapturedStep
@@ -48,17 +48,18 @@ def obey(
     words: IntArray,
     step: int,
     number: int,
-    end: int,
+    chores: int,
 ) -> int:
-    """Serve the layers of a running step, from progress[0] to `end`; call again if nobody asked.
+    """Serve the layers of a running step from progress[0] on; call again if nobody asked.
 
     Args:
         progress: (2,) the layer, and the driver's code if it failed. `words`: (2,) for the clock.
-        step: since the buffers' restart; `number`: the same in messages.
+        step: since the buffers' restart; `number`: the same in messages. `chores`: as in `serve`.
 
     Returns: SERVED, PAUSED, NOBODY_ASKED or LINK_FAILED.
     """
-    while progress[0] < end:
+    L = len(orders.rows_L)
+    while progress[0] < L:
         layer = progress[0]
         address = orders.orders[layer].ctypes.data
         begin = now_us(clock, words)
@@ -87,8 +88,8 @@ def obey(
             if progress[1] != 0:
                 return LINK_FAILED
         progress[0] += 1
-    if end < len(orders.rows_L):
-        return PAUSED
+        if has_time(chores, L - progress[0], count > 0):
+            return PAUSED
     store_int32(orders.served.ctypes.data, np.int32(step + 1))
     return SERVED
 
@@ -102,7 +103,7 @@ class OrderedStep:
     """
 
     def __init__(self, serving: Serving, captured: "CapturedStep") -> None:
-        self._serving, self._captured, self._num_layers = serving, captured, len(serving.layers)
+        self._serving, self._captured = serving, captured
         pool = serving.loader.pool
         self._link = serving.device.link_functions()
         self._orders = Orders(
@@ -115,7 +116,7 @@ class OrderedStep:
         self._progress, self._words = np.zeros(2, np.int64), np.zeros(2, np.int64)
 
     def run(self, step: int, chores: Chores) -> None:
-        """Serve all layers of a step that is running, with a chore behind each as long as there are any.
+        """Serve all layers of a step that is running, with chores between them.
 
         Raises:
             TransferFailed: the GPU stopped, or the driver refused a copy.
@@ -123,7 +124,7 @@ class OrderedStep:
         self._progress[0] = 0
         number = self._captured.number(step)
         arguments = self._link, clock_address(), self._orders, self._progress, self._words, step, number
-        while (code := obey(*arguments, next_stop(chores, self._progress[0], self._num_layers))) != SERVED:
+        while (code := obey(*arguments, len(chores))) != SERVED:
             if code == PAUSED:
                 chores.popleft()()
             else:
@@ -135,11 +136,6 @@ class OrderedStep:
         # Not by the function that may have failed.
         for layer in range(len(self._serving.layers)):
             self._serving.device.send([self._captured.acknowledgement(layer, step)], None)
-
-
-def next_stop(chores: Chores, layer: int, num_layers: int) -> int:
-    """The layer before which compiled code comes back for a chore: behind the next one, if there are chores."""
-    return min(int(layer) + 1, num_layers) if chores else num_layers
 
 
 def require_running(serving: Serving, code: int, failure: int) -> None:

@@ -30,10 +30,8 @@ from ..scheduler.decide import take_slots
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, Plan, cpu_time
 
 #: What `serve` returns: all layers are served; nobody has asked for WAIT_US; a function of the driver, or the CPU lane,
-#: failed (the code is in `counts[FAILURE]`); there is time for a chore.
-SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED, PAUSED = range(5)
-#: What `wait` returns besides.
-NEXT_ASKED = 5
+#: failed (the code is in `counts[FAILURE]`); there is time for a chore. And `wait`: the next layer has asked before.
+SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED, PAUSED, NEXT_ASKED = range(6)
 #: So long a message is awaited before the interpreter is asked for signals, and whether the GPU still runs.
 WAIT_US = 20_000.0
 #: So long a decision waits for predictions that were made a layer before. They are there, unless the GPU was busy; and
@@ -411,6 +409,14 @@ def wait(
 
 
 @jit
+def has_time(chores: int, left: int, is_busy: bool) -> bool:
+    """Whether the interpreter had better do one of its chores now: behind a layer that keeps the GPU busy, with copies
+    or the CPU's experts, and behind each layer when no more are left than chores.
+    """
+    return chores > 0 and left > 0 and (is_busy or left <= chores)
+
+
+@jit
 def read_predictions(message: IntArray, tokens_dE: FloatArray, used_dE: FloatArray) -> None:
     """Read a layer's predictions from its message (d * 2 * E,)."""
     d, E = used_dE.shape
@@ -466,8 +472,7 @@ def serve(
 
     Args:
         step: since the buffers' restart; `number`: the same in messages. `row`: the step in the recording.
-        chores: so many things the interpreter has to do beside. It comes back for one behind a layer that keeps the
-            GPU busy, with copies or the CPU's experts, and behind each layer when no more are left than chores.
+        chores: so many things the interpreter has to do beside; it comes back for one as `has_time` says.
 
     Returns: SERVED and so on.
     """
@@ -482,17 +487,9 @@ def serve(
         layer = counts[LAYER]
         nobody = places.ask[layer][:0]
         code = wait(
-            functions,
-            places,
-            progress,
-            beliefs,
-            slots,
-            places.ask[layer],
-            places.ask_shift,
-            number,
-            WAIT_US,
+            functions, places, progress, beliefs, slots, places.ask[layer], places.ask_shift, number, WAIT_US,
             nobody,
-        )
+        )  # fmt: skip
         if code != SERVED:
             return code
         made_at = layer - beliefs.knobs.lag
@@ -500,17 +497,9 @@ def serve(
         if d > 0 and made_at >= 0:
             most_us = PATIENCE_US if beliefs.knobs.lag else WAIT_US
             code = wait(
-                functions,
-                places,
-                progress,
-                beliefs,
-                slots,
-                places.scores[made_at],
-                places.scores_shift,
-                number,
-                most_us,
-                nobody,
-            )
+                functions, places, progress, beliefs, slots, places.scores[made_at], places.scores_shift, number,
+                most_us, nobody,
+            )  # fmt: skip
             is_foreseen = code == SERVED
             if code == LINK_FAILED or (code == NOBODY_ASKED and beliefs.knobs.lag == 0):
                 return code
@@ -586,17 +575,9 @@ def serve(
         if d > 0 and beliefs.knobs.lag and layer + 1 < L:
             # What is prefetched is not urgent: the layer's own predictions are better than those it was decided by.
             code = wait(
-                functions,
-                places,
-                progress,
-                beliefs,
-                slots,
-                places.scores[layer],
-                places.scores_shift,
-                number,
-                WAIT_US,
+                functions, places, progress, beliefs, slots, places.scores[layer], places.scores_shift, number, WAIT_US,
                 places.ask[layer + 1],
-            )
+            )  # fmt: skip
             if code == LINK_FAILED:
                 return code
             if code == SERVED:
@@ -610,8 +591,7 @@ def serve(
             want(progress, plan)
         if not pump(functions, places, progress, beliefs, slots):
             return LINK_FAILED
-        left = L - counts[LAYER]
-        if chores > 0 and left > 0 and (len(load) + len(cold) > 0 or left <= chores):
+        if has_time(chores, L - counts[LAYER], len(load) + len(cold) > 0):
             return PAUSED
     store_int32(places.served.ctypes.data, np.int32(step + 1))
     return SERVED
