@@ -9,7 +9,7 @@ Every run starts with empty slots behind the same prompt. The schedules of a bat
 --rounds times, so that what else goes on in the machine falls on all of them. The machine is calibrated first; the
 simulator is then told what a layer took in one cell for each batch (marked *): its rest and decision, the link beside
 the CPU, an expert on GPU and CPU; and nothing of the other cells. Prints a table and writes JSON after every batch and
-number of slots.
+number of slots, and beside it the trace and the predictions of each batch, so that its cells can be replayed elsewhere.
 """
 
 import argparse
@@ -144,7 +144,9 @@ def run_batch(
             cell["is_known"] = True
             known = told_by(engine, cell, case, run, costs, args.predict_us)
             if args.out and run.trace is not None:
-                run.trace.save(Path(args.out).with_suffix(f".{plain(name)}.b{batch}.safetensors"))
+                stem = Path(args.out).with_suffix(f".{plain(name)}.b{batch}.safetensors")
+                run.trace.save(stem)
+                keep_case(case, stem.with_suffix(".npz"))
         for schedule, (cell, run) in cells.items():
             if args.events:
                 keep_events(run, Path(args.events), f"{plain(name)}.b{batch}.{100 * slots:g}.{schedule}")
@@ -212,6 +214,14 @@ FIELDS = [
     "h2d_bytes", "h2d_busy_ms", "link_gb_per_s", "link_use_frac", "on_demand_transfers", "prefetch_transfers",
     "prefetched", "prefetch_accuracy", "prefetch_coverage", "prefetch_timeliness",
 ]  # fmt: skip
+
+
+def keep_case(case: Case, path: Path) -> None:
+    """What a replay of the trace needs besides: what was predicted, and the frequencies that a static cache goes by."""
+    arrays = {"frequencies": case.frequencies}
+    for name, predicted in case.predicted.items():
+        arrays |= {f"{name}_{part}": values for part, values in predicted._asdict().items()}
+    np.savez_compressed(path, **arrays)
 
 
 def keep_events(run: RunResult, folder: Path, stem: str) -> None:

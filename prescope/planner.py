@@ -3,6 +3,7 @@
 Shapes: n experts needed, E experts of a layer, L MoE layers, d layers ahead.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
@@ -219,12 +220,19 @@ def decide_layer(
 NEWEST = 0.2
 #: The CPU is believed to be so many times faster or slower than calibrated at most: a job may be interrupted.
 MOST_CPU_FACTOR = 4.0
+#: Of so many steps' jobs the middle one is believed: those of a step that was interrupted say nothing.
+CPU_STEPS = 3
+#: A step without jobs takes what is believed of the CPU so much nearer to what was calibrated. Else a schedule that
+#: leaves an expert to the CPU or not would never try again, once the CPU seemed slow: one of the Fiddler-like's cells
+#: copied every expert, at 124 tokens/s instead of 220 (H200).
+FORGOTTEN = 0.05
 #: The same of the link. One H100 machine's gave 13 GB/s where another's gave 55; believing 55, PreSched lost 43 % to a
 #: schedule that uses the CPU alone (LOG.md).
 MOST_LINK_FACTOR = 8.0
-#: The CPU makes the link so many times slower at most, since both read the same memory: 1.15 to 1.37 on H200 machines.
-#: What is seen beside the CPU says no more of the link alone.
-MOST_CONTENTION = 1.5
+#: The CPU makes the link so many times slower at most, since both read the same memory: 1.15 to 1.37 as calibrated on
+#: H200 machines, 1.8 where it computed most of eight experts a layer. What is seen beside it says no more of the link
+#: alone.
+MOST_CONTENTION = 2.0
 
 
 class Planner:
@@ -241,6 +249,7 @@ class Planner:
         self.knobs, self.costs, self._shape = knobs, costs, shape
         self._calibrated = costs
         self.cpu_factor = 1.0  # what the CPU takes, of what it was calibrated to take
+        self._cpu_ratios: deque[float] = deque(maxlen=CPU_STEPS)  # the same, of the last steps
         self.predicts = predicts
         self._link_free_us = 0.0  # by the caller's clock: when the link will be done with what it was given
         self._nothing = np.zeros((0, shape.num_experts))
@@ -345,11 +354,13 @@ class Planner:
         self.costs = self.costs._replace(link_us=alone_us, link_busy_us=busy_us)
 
     def saw_cpu(self, took_us: float, calibrated_us: float) -> None:
-        """What submissions to the CPU took together, and should have taken as calibrated."""
-        costs = self._calibrated
-        ratio = _within(took_us / max(calibrated_us, 1e-9), MOST_CPU_FACTOR)
-        self.cpu_factor += NEWEST * (ratio - self.cpu_factor)
-        factor = self.cpu_factor
+        """What a step's submissions to the CPU took together, and should have taken as calibrated; zeros for none."""
+        if calibrated_us > 0.0:
+            self._cpu_ratios.append(_within(took_us / calibrated_us, MOST_CPU_FACTOR))
+            self.cpu_factor += NEWEST * (median(self._cpu_ratios) - self.cpu_factor)
+        else:
+            self.cpu_factor += FORGOTTEN * (1.0 - self.cpu_factor)
+        factor, costs = self.cpu_factor, self._calibrated
         self.costs = self.costs._replace(
             cpu_us=factor * costs.cpu_us,
             cpu_alone_us=factor * costs.cpu_alone_us,

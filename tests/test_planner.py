@@ -158,3 +158,18 @@ def test_one_interrupted_job_moves_the_cpus_cost_by_little():
     one = planner("presched")
     one.saw_cpu(1e9, 80.0)
     assert one.costs.cpu_us[1] <= 60.0 * (1 + NEWEST * 3.0) + 1e-9
+    calm = planner("presched")
+    for took_us in (80.0, 80.0, 1e9, 80.0, 80.0):
+        calm.saw_cpu(took_us, 80.0)
+    assert calm.costs.cpu_us[1] == 60.0, "others say that it was one"
+
+
+def test_a_cpu_that_seemed_slow_is_tried_again():
+    """The Fiddler-like leaves an expert to the CPU or copies it, by what it believes: without jobs it saw no more."""
+    one = planner("fiddler")
+    for _ in range(3):
+        one.saw_cpu(1e9, 80.0)
+    slow_us = one.costs.cpu_us[1]
+    for _ in range(60):
+        one.saw_cpu(0.0, 0.0)
+    assert slow_us > 100.0 and one.costs.cpu_us[1] == pytest.approx(60.0, rel=0.1)

@@ -34,6 +34,7 @@ from prescope.simulator.replay import (
     HITS,
     KEY,
     LATE,
+    LOOKED,
     MISSES,
     NEEDED,
     ON_CPU,
@@ -114,7 +115,7 @@ def test_time_only_goes_forward_and_the_link_serves_one_copy_at_a_time(simulator
     start, end = log.copy_us.T
     assert (end > start).all() and (start[1:] >= end[:-1] - 1e-9).all()
     times = log.times_us
-    assert (times[..., :-2][..., 1:] >= times[..., :-2][..., :-1] - 1e-9).all()
+    assert (times[..., 1:CPU_DONE] >= times[..., : CPU_DONE - 1] - 1e-9).all()
     assert (times[..., DONE] >= times[..., GPU_DONE]).all()
     begins = times[..., 0].ravel()
     assert (begins[1:] >= times[..., DONE].ravel()[:-1] - 1e-9).all(), (
@@ -136,11 +137,11 @@ def test_no_expert_is_computed_before_its_bytes_are_there(simulators, schedule, 
     assert (end <= times[:, FETCHED] + 1e-9)[on_demand].all()
     # A late expert was prefetched in this very step and had not landed when its layer asked for it.
     needed = sim.needs.tokens_SLE[copies[:, STEP], copies[:, AT_LAYER], copies[:, KEY] % E] > 0
-    late = ~on_demand & needed & (end > times[:, DECIDED])
+    late = ~on_demand & needed & (end > times[:, LOOKED])
     waited = np.zeros(log.counts.shape[:2], dtype=int)
     np.add.at(waited, (copies[late, STEP], copies[late, AT_LAYER]), 1)
     assert (log.counts[..., LATE] <= waited).all()
-    asked = late & (start < times[:, DECIDED])  # certainly on the link by then
+    asked = late & (start < times[:, LOOKED])  # certainly on the link by then
     assert (end <= times[:, FETCHED] + 1e-9)[asked].all()
 
 

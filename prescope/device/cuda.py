@@ -15,6 +15,9 @@ from .driver import DriverEvents, DriverMark, elapsed_us, link_functions, open_m
 #: Memory left to activations, KV cache and the allocator when slots are sized, bytes.
 HEADROOM_BYTES = 1 << 30
 
+#: GPU cycles, about 0.5 ms: longer than Python takes to launch a stamp and a mark.
+BUSY_CYCLES = 1_000_000
+
 Copies = Literal["torch", "driver"]
 #: "torch" is `Tensor.copy_`; "driver" calls cuMemcpyHtoDAsync directly, which spares the host torch's dispatch: 3.7
 #: instead of 7 us a copy (H200 machine, benchmarks/async_io.py). The link is idle until the first one is issued.
@@ -175,8 +178,10 @@ class CudaDevice:
 
     def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[torch.cuda.Event, int]:
         self.synchronize()
-        # The mark comes second: an idle GPU passes it at once, and a launch takes Python 80 to 170 us (H200): so
-        # much later copies were drawn than what waited for them.
+        # A busy GPU comes to both when both are queued. An idle one passes each when it comes, and Python takes 80 to
+        # 170 us (H200) for the launch, tens for the mark: by so much copies were drawn late or early.
+        with torch.cuda.device(self.torch_device):
+            torch.cuda._sleep(BUSY_CYCLES)
         now = stamp()
         return self.mark(timed=True), int(now)
 

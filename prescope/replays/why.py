@@ -23,6 +23,7 @@ from ..simulator.replay import (
     DECIDED,
     DONE,
     KEY,
+    LOOKED,
     ON_CPU,
     REASON,
     STEP,
@@ -72,7 +73,7 @@ def why(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> W
     costs = compiled_costs(simulator.costs, cpu=config["cpu"], predicts=config["lookahead"] > 0)
     slot_of_E, link_free_us = _before(simulator, result, s, moe_layer)
     decided = float(log.times_us[s, moe_layer, DECIDED])
-    backlog = max(0.0, link_free_us - decided)
+    backlog = max(0.0, link_free_us - float(log.times_us[s, moe_layer, LOOKED]))
     experts = _experts(simulator, result, s, moe_layer, slot_of_E)
     missing = experts[(experts["was"] == ON_HOST) & (experts["tokens"] > 0)]
     here = experts[(experts["was"] != ON_HOST) & (experts["tokens"] > 0)]
@@ -142,7 +143,7 @@ def _experts(
     E, log = simulator.shape.num_experts, result.log
     why_ahead = str(Reason.STREAM if result.streams else Reason.PREFETCH)
     tokens_E = simulator.needs.tokens_SLE[s, layer]
-    decided = log.times_us[s, layer, DECIDED]
+    looked = log.times_us[s, layer, LOOKED]
     mine = (log.copies[:, STEP] == s) & (log.copies[:, AT_LAYER] == layer)
     ahead = mine & (log.copies[:, REASON] == AHEAD)
     landing = dict(zip((log.copies[ahead, KEY] % E).tolist(), log.copy_us[ahead, 1].tolist(), strict=True))
@@ -157,8 +158,8 @@ def _experts(
         if expert in demanded:
             was, decision, reason = ON_HOST, "copied on demand", str(Reason.ON_DEMAND)
         elif expert in landing and not (tokens and gone):
-            was = ON_LINK if landing[expert] > decided else IN_SLOT
-            wait = f"{landing[expert] - decided:,.0f} us late" if was == ON_LINK else "in time"
+            was = ON_LINK if landing[expert] > looked else IN_SLOT
+            wait = f"{landing[expert] - looked:,.0f} us late" if was == ON_LINK else "in time"
             decision, reason = f"copied ahead, {wait}" if tokens else "copied ahead, not needed", why_ahead
         elif gone:
             decision, reason = "computed on the CPU", str(Reason.CPU)

@@ -4,10 +4,11 @@ Compiled. Shapes: S steps, L MoE layers, E experts, d layers ahead; slots are co
 moe_layer * E + expert. Times are microseconds.
 
 The machine it walks: one link that serves one copy at a time and interrupts none; the GPU; the CPU lane; and a host
-that decides `decide_us` after each router's choice, or after its last decision, hands on-demand copies to the link at
-once and prefetches only while fewer than `most_in_flight` copies of them are under way. A layer whose experts are all
-there does not wait for the host. The slots of a layer are safe until the next router has spoken. A layer that misses
-many, or does not fit, is served in rounds as the engine serves it (`rounds.walk`).
+that looks at what has landed when a router's choice reaches it, or after its last decision, and has decided
+`decide_us` later; it then hands on-demand copies to the link at once and prefetches only while it is not deciding and
+fewer than `most_in_flight` copies of them are under way. A layer whose experts are all there does not wait for the
+host. The slots of a layer are safe until the next router has spoken. A layer that misses many, or does not fit, is
+served in rounds as the engine serves it (`rounds.walk`).
 """
 
 from typing import NamedTuple
@@ -26,8 +27,8 @@ BoolArray = NDArray[np.bool_]
 
 #: Columns of `Log.times_us`: the layer begins (the one before is done), its router has spoken, the host has decided or
 #: is not waited for, all waits for bytes are over (with rounds: put before all compute), the GPU is done, the CPU is
-#: done (NaN without), the layer is done.
-BEGIN, ROUTED, DECIDED, FETCHED, GPU_DONE, CPU_DONE, DONE = range(7)
+#: done (NaN without), the layer is done; and when the host looked at what had landed, to decide.
+BEGIN, ROUTED, DECIDED, FETCHED, GPU_DONE, CPU_DONE, DONE, LOOKED = range(8)
 #: Columns of `Log.counts`.
 NEEDED, HITS, LATE, MISSES, ON_CPU, ROUNDS, PREFETCHED = range(7)
 #: Columns of `Log.copies`: the layer is the one that uses it, the reason one of the two below.
@@ -61,7 +62,7 @@ class Demand(NamedTuple):
 class Log(NamedTuple):
     """What happened."""
 
-    times_us: FloatArray  # (S, L, 7)
+    times_us: FloatArray  # (S, L, 8)
     counts: IntArray  # (S, L, 7)
     step_end_us: FloatArray  # (S,)
     copies: IntArray  # (n, 4)
@@ -103,7 +104,7 @@ def replay(
     S, L, E = demand.tokens_SLE.shape
     d = len(demand.used_dSLE)
     slots = len(state.key_of)
-    times, counts = np.full((S, L, 7), np.nan), np.zeros((S, L, 7), np.int64)
+    times, counts = np.full((S, L, LOOKED + 1), np.nan), np.zeros((S, L, PREFETCHED + 1), np.int64)
     step_end = np.zeros(S)
     wire = _Wire(
         np.zeros(slots, np.bool_),
@@ -126,8 +127,9 @@ def replay(
             wire = _with_room(wire, E * (d + 2))
             routed = now + costs.rest_us
             foreseen = max(routed, foreseen) + costs.predict_us
-            decided = max(routed if knobs.lag else foreseen, decided) + costs.decide_us
-            _prefetch(held, held_us, decided, s, most_in_flight, E, costs, state, wire, protected, keep)
+            looked = max(routed if knobs.lag else foreseen, decided)
+            decided = looked + costs.decide_us
+            _prefetch(held, held_us, looked, s, most_in_flight, E, costs, state, wire, protected, keep)
             # -- the decision
             protected[:] = False
             tokens_E = demand.tokens_SLE[s, layer]
@@ -147,7 +149,7 @@ def replay(
                 for e in range(E):
                     used_dE[a, e] = demand.used_dSLE[a, s, of, e] if there else 0.0
                     tokens_dE[a, e] = demand.expected_dSLE[a, s, of, e] if there else 0.0
-            backlog = max(0.0, wire.free_us[0] - decided)
+            backlog = max(0.0, wire.free_us[0] - looked)
             chosen = plan_layer(
                 knobs,
                 believed,
@@ -196,6 +198,7 @@ def replay(
             times[s, layer, BEGIN], times[s, layer, ROUTED], times[s, layer, DECIDED] = now, routed, goes_on
             times[s, layer, FETCHED] = max(goes_on, computed - (here + k) * costs.gpu_us)
             times[s, layer, GPU_DONE], times[s, layer, DONE] = computed, done
+            times[s, layer, LOOKED] = looked
             counts[s, layer, NEEDED], counts[s, layer, HITS], counts[s, layer, LATE] = (
                 n,
                 need.num_hits,
