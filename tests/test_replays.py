@@ -87,7 +87,7 @@ def test_the_best_of_the_splits_is_the_one_presched_finds(cpu):
         tokens = -np.sort(-rng.integers(1, 5, rng.integers(1, 7)))
         here = int(rng.integers(0, 4))
         late, backlog = int(rng.integers(0, here + 1)), float(rng.uniform(0, 300))
-        copied, _, best_us, _ = split(costs, tokens, here, late, backlog, none, none)
+        copied, _, best_us, _, _ = split(costs, tokens, here, late, backlog, none, none)
         table = splits_of(costs, tokens, here, late, backlog, copied)
         assert table["layer_us"].min() == pytest.approx(best_us)
         assert table[table["chosen"]]["layer_us"].item() == pytest.approx(best_us)

@@ -14,6 +14,7 @@ from ..core import Reason
 from ..errors import UnsupportedOption
 from ..residency import ResidencyTable
 from ..scheduler import SCHEDULES
+from ..scheduler.presched import cpu_done
 from ..scheduler.terms import Costs, cpu_time
 from ..simulator import SimResult, Simulator
 from ..simulator.prepare import compiled_costs
@@ -191,7 +192,7 @@ def _each(
 def splits_of(
     costs: Costs, tokens: NDArray[np.int64], here: int, late: int, backlog_us: float, chosen: int
 ) -> pd.DataFrame:
-    """What each split of a layer's misses would take by itself: T(k) of `scheduler.presched`, one row a k.
+    """What each split of a layer's misses would take by itself: T(k, 0) of `scheduler.presched`, one row a k.
 
     Args:
         tokens: of the misses, descending. `here`: other experts needed, `late` of them in flight.
@@ -203,8 +204,13 @@ def splits_of(
         link = backlog_us + copied * (costs.link_us if copied == n else costs.link_busy_us)
         waits = copied > 0 or late > 0
         gpu = (here + copied) * costs.gpu_us + (link if waits else 0.0)
-        rest = [cpu_time(costs.cpu_us, t) for t in tokens[copied:].tolist()] if copied < n else []
-        cpu = costs.cpu_base_us + sum(rest) if rest else 0.0
+        beside, alone = (
+            costs.cpu_base_us + sum(cpu_time(cpu_us, t) for t in tokens[copied:].tolist())
+            if copied < n
+            else 0.0
+            for cpu_us in (costs.cpu_us, costs.cpu_alone_us)
+        )
+        cpu = cpu_done(beside, alone, link)
         rows.append((copied, n - copied, link if waits else 0.0, gpu, cpu, max(gpu, cpu), copied == chosen))
     columns = ["copied", "on_cpu", "link_us", "gpu_us", "cpu_us", "layer_us", "chosen"]
     return pd.DataFrame(rows, columns=columns)

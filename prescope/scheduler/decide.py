@@ -288,7 +288,7 @@ def plan(
     for j in range(m):
         next_tokens[j] = scale * tokens_dE[0, candidates[j] - first]
         next_used[j] = used_dE[0, candidates[j] - first]
-    k, p, window_us, slack = split(
+    k, p, window_us, done_us, free_us = split(
         costs, missing, here, need.num_late, backlog_us, next_tokens, next_used, num_load
     )
     most = min(m, p + int(ERROR_MARGIN * window_us / costs.link_us))
@@ -296,13 +296,13 @@ def plan(
     while end < most and next_used[end] >= SURE:
         end += 1
     prefetch = candidates[:end]
-    left = slack - m * costs.link_us
+    left = free_us - m * costs.link_us
     if p < m or left <= 0:
         return Plan(k, prefetch, keep)
     # What the CPU computes would never come into the slots, however often it is used again: 7 to 44 points of hits
     # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated, LOG.md).
     cold = moe_layer * E + need.experts[here + k :]
-    layer_us = slack + backlog_us + k * costs.link_busy_us
+    layer_us = done_us + costs.rest_us + costs.decide_us
     room = int(left / costs.link_us) if is_worth_copying(costs, missing[k:], layer_us, lasting) else 0
     again = worth_a_slot(cold, room, slot_of, key_of, scores)
     others = others[: max(0, int(left / costs.link_us) - len(again))]

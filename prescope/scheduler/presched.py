@@ -5,17 +5,18 @@ layer l + 1 and absent. The first k of u are copied, the rest computed on the CP
 
     F(k) = d + k * t_io                          the link is done with what it owes, d of it from before
     G(k) = F(k) + (R + k) * t_g                  GPU done (no wait for the link when nothing comes)
-    C(k) = sum of c(u_j), j > k                  CPU done
-    T(k) = max(G(k), C(k))                       layer l done
-    S(k) = T(k) + A - F(k)                       link time that is free before router l + 1 has spoken
-    d'   = max(0, p * t_io - S(k))
+    C(k, p) = sum of c(u_j), j > k               CPU done: slower until the link is, at F(k) + p * t_io (`cpu_done`)
+    T(k, p) = max(G(k), C(k, p))                 layer l done
+    S(k, p) = T(k, p) + A - F(k)                 link time that is free before router l + 1 has spoken; less of it where
+                                                 copies are slower, beside the CPU
+    d'   = max(0, p * t_io - S(k, p))
     N    = min over s of max(d' + copies of V_p+1..V_s + t_g, CPU time of the rest)   (t_g if bytes are waited for)
 
-and (k, p) minimises T(k) + FORECAST * N. Two things differ from the paper's sum: the weight of N, and G, where it has
-max(R * t_g, F(k)) + t_g: the engine computes a layer's experts together, when all of them are there. Prefetches beyond
-S(k) shift work from one layer to the next and win nothing, so only p = floor(S / t_io) and one more need a look. V is
-weighed by the probability of its use: what is not prefetched costs its time by that probability, a prefetch costs its
-whole time.
+and (k, p) minimises T(k, p) + FORECAST * N. Three things differ from the paper's sum: the weight of N; G, where it has
+max(R * t_g, F(k)) + t_g: the engine computes a layer's experts together, when all of them are there; and that link and
+CPU read the same memory, so that a copy slows the CPU down. Prefetches beyond S(k, p) shift work from one layer to the
+next and win nothing, so p ends with the first that finds no free time. V is weighed by the probability of its use: what
+is not prefetched costs its time by that probability, a prefetch costs its whole time.
 """
 
 import numpy as np
@@ -31,6 +32,14 @@ FORECAST = 0.8
 
 
 @jit
+def cpu_done(beside_us: float, alone_us: float, link_us: float) -> float:
+    """When the CPU is done that needs `beside_us` beside a busy link, `alone_us` by itself; the link is until then."""
+    if beside_us <= link_us or beside_us <= 0.0:
+        return beside_us
+    return link_us + (beside_us - link_us) * alone_us / beside_us
+
+
+@jit
 def split(
     costs: Costs,
     tokens: IntArray,
@@ -40,8 +49,8 @@ def split(
     next_tokens: FloatArray,
     next_used: FloatArray,
     num_load: int = -1,
-) -> tuple[int, int, float, float]:
-    """Best (k, p), its time T(k) + FORECAST * N in us, and the link's free time S(k) behind it.
+) -> tuple[int, int, float, float, float]:
+    """Best (k, p), its T + FORECAST * N, T itself, and the link's free time S before any prefetch, us.
 
     Args:
         tokens: (n,) of the missing experts, descending.
@@ -52,47 +61,60 @@ def split(
     """
     n, m = len(tokens), len(next_tokens)
     has_cpu = len(costs.cpu_us) > 1
-    # Sums from the end: CPU time of u_k+1..u_n, and of V_p+1..V_m by probability.
-    cpu_rest = np.zeros(n + 1)
-    link_next, cpu_next = np.zeros(m + 1), np.zeros(m + 1)
+    # Sums from the end: CPU time of u_k+1..u_n, and of V_p+1..V_m by probability; beside the link and alone.
+    beside_rest, alone_rest = np.zeros(n + 1), np.zeros(n + 1)
+    link_next, beside_next, alone_next = np.zeros(m + 1), np.zeros(m + 1), np.zeros(m + 1)
     for j in range(m):
         link_next[j + 1] = link_next[j] + next_used[j] * costs.link_us
     any_next = 0.0
     if has_cpu:
         for j in range(n - 1, -1, -1):
-            cpu_rest[j] = cpu_rest[j + 1] + cpu_time(costs.cpu_us, tokens[j])
+            # The cost of a submission is there as soon as there is one.
+            submit = costs.cpu_base_us if j == n - 1 else 0.0
+            beside_rest[j] = beside_rest[j + 1] + submit + cpu_time(costs.cpu_us, tokens[j])
+            alone_rest[j] = alone_rest[j + 1] + submit + cpu_time(costs.cpu_alone_us, tokens[j])
         for j in range(m - 1, -1, -1):
             each = max(1.0, next_tokens[j] / max(next_used[j], 1e-6))
-            # The cost of a submission is there as soon as any of them is used.
+            # As soon as any of them is used.
             submit = (min(1.0, any_next + next_used[j]) - min(1.0, any_next)) * costs.cpu_base_us
             any_next += next_used[j]
-            cpu_next[j] = cpu_next[j + 1] + submit + next_used[j] * cpu_time(costs.cpu_us, each)
-    best_k, best_p, best_us, best_slack = n, 0, np.inf, 0.0
+            beside_next[j] = beside_next[j + 1] + submit + next_used[j] * cpu_time(costs.cpu_us, each)
+            alone_next[j] = alone_next[j + 1] + submit + next_used[j] * cpu_time(costs.cpu_alone_us, each)
+    best_k, best_p, best_us, best_done, best_free = n, 0, np.inf, 0.0, 0.0
     most = n if num_load < 0 else num_load
     least = most if num_load >= 0 or not has_cpu else 0
+    slower = 1.0 - costs.link_us / max(costs.link_busy_us, 1e-9)
     for k in range(most, least - 1, -1):
-        copy_us = costs.link_busy_us if k < n else costs.link_us
-        link = backlog_us + k * copy_us
+        link = backlog_us + k * (costs.link_busy_us if k < n else costs.link_us)
         gpu = (num_here + k) * costs.gpu_us
         if k > 0 or num_late > 0:
             gpu += link
-        done = gpu if k == n else max(gpu, costs.cpu_base_us + cpu_rest[k])
-        if done >= best_us:  # what follows costs something too
-            continue
-        slack = max(0.0, done + costs.rest_us + costs.decide_us - link)
-        first = min(m, int(slack / costs.link_us))
-        for p in range(first, min(m, first + 1) + 1):
-            owed = max(0.0, p * costs.link_us - slack)
-            total = done + FORECAST * _next_layer(costs, has_cpu, p, owed, link_next, cpu_next)
+        for p in range(m + 1):
+            cpu = cpu_done(beside_rest[k], alone_rest[k], link + p * costs.link_busy_us)
+            done = max(gpu, cpu)
+            if done >= best_us:  # what follows costs something too, and a further prefetch more
+                break
+            free = max(0.0, done + costs.rest_us + costs.decide_us - link)
+            free -= slower * min(free, max(0.0, cpu - link))
+            owed = max(0.0, p * costs.link_us - free)
+            total = done + FORECAST * _next_layer(costs, has_cpu, p, owed, link_next, beside_next, alone_next)
             # Fewer prefetches, and fewer experts on the CPU, unless more are better by something.
             if total < best_us - 1e-9:
-                best_k, best_p, best_us, best_slack = k, p, total, slack
-    return best_k, best_p, best_us, best_slack
+                best_k, best_p, best_us, best_done, best_free = k, p, total, done, free
+            if owed > 0.0:
+                break
+    return best_k, best_p, best_us, best_done, best_free
 
 
 @jit
 def _next_layer(
-    costs: Costs, has_cpu: bool, p: int, owed_us: float, link_next: FloatArray, cpu_next: FloatArray
+    costs: Costs,
+    has_cpu: bool,
+    p: int,
+    owed_us: float,
+    link_next: FloatArray,
+    beside_next: FloatArray,
+    alone_next: FloatArray,
 ) -> float:
     """Expected time of what layer l + 1 will miss when the first p candidates were prefetched."""
     m = len(link_next) - 1
@@ -105,12 +127,14 @@ def _next_layer(
     low, high = p, m
     while low < high:
         middle = (low + high) // 2
-        if owed_us + link_next[middle] - link_next[p] + costs.gpu_us < cpu_next[middle]:
+        link = owed_us + link_next[middle] - link_next[p]
+        if link + costs.gpu_us < cpu_done(beside_next[middle], alone_next[middle], link):
             low = middle + 1
         else:
             high = middle
     best = np.inf
     for s in range(max(p, low - 1), low + 1):
-        link = owed_us + link_next[s] - link_next[p] + (costs.gpu_us if s > p else late_us)
-        best = min(best, max(link, cpu_next[s]))
+        link = owed_us + link_next[s] - link_next[p]
+        gpu = link + (costs.gpu_us if s > p else late_us)
+        best = min(best, max(gpu, cpu_done(beside_next[s], alone_next[s], link)))
     return best
