@@ -1,7 +1,6 @@
 """Decisions: the window's optimum, what is evicted, whom a layer's misses go to, how far predictions are trusted."""
 
 import time
-from itertools import product
 
 import numpy as np
 import pytest
