@@ -31,6 +31,7 @@ from prescope.cost import LayerCosts
 from prescope.engine import Engine
 from prescope.hardware import machine_facts
 from prescope.learning import record_trace
+from prescope.metrics import PhaseMetrics
 from prescope.predictor import NoisyOracle, Predictor, TrainConfig
 from prescope.profile import SLOWER_LINKS, HardwareProfile, markdown
 from prescope.result import RunResult
@@ -193,13 +194,15 @@ def measure(
             runs.append(run)
     scheduling = engine._serving.scheduling
     cpu_factor = 1.0 if scheduling is None else scheduling.planner.cpu_factor
-    link_us = costs.link_us if scheduling is None else scheduling.planner.costs.link_us
+    beliefs = costs if scheduling is None else scheduling.planner.costs
+    link_us, busy_us = beliefs.link_us, beliefs.link_busy_us
     decode, last = runs[-1].metrics.decode, runs[-1]
     speeds = [run.metrics.tokens_per_s for run in runs]
     steps = last.steps[last.steps["phase"] == "decode"]["dur_us"].to_numpy()
     cell = {
         "schedule": schedule, "cache": cache, "slots": slots, "num_slots": engine.num_slots,
-        "cpu_factor": cpu_factor, "learned_link_us": link_us, "is_known": False, "new": args.new,
+        "cpu_factor": cpu_factor, "learned_link_us": link_us,
+        "learned_link_busy_us": busy_us, "is_known": False, "new": args.new,
         "tokens_per_s_runs": speeds, "seconds": seconds,  # until it is set up, until the end of each run
         "decode": last.config["reasons"]["decode"], "cpu": last.config["reasons"].get("cpu", ""),
         "predictor": predictor.name if predictor is not None else "none", "steps_us": steps.tolist(),
@@ -255,25 +258,38 @@ def told_by(
     source = (
         f"{costs.source}; rest, decision, link beside the CPU and experts' times from one run of PreSched"
     )
+    # What it learned of the link, and what it copied, has in it what a batch takes besides.
+    learned_us = cell["learned_link_us"]
+    link_us = min(learned_us, max(costs.link_us, learned_us - costs.batch_us))
     told = replace(
         costs,
         rest_us=inside,
-        link_us=cell["learned_link_us"],
-        link_busy_us=1e3
-        * decode.h2d_busy_ms
-        / max(1, decode.on_demand_transfers + decode.prefetch_transfers),
+        link_us=link_us,
+        link_busy_us=max(link_us, copy_us(decode) - costs.batch_us),
         decide_us=decide,
         gpu_us=1e3 * decode.experts_gpu_ms / on_gpu,
         predict_us=predict_us,
         source=source,
     )
-    factor, believed = 1.0, with_cpu(told, cell["cpu_factor"])
-    for _ in range(3 if decode.on_cpu else 0):  # how long the link is idle meanwhile depends on it
-        found = replay(engine, cell, case, Told(with_cpu(told, factor), believed, outside), run)
-        simulated_us = found.metrics.decode.experts_cpu_ms / max(1, found.metrics.decode.on_cpu)
-        if simulated_us > 0:  # by expert: how many there are is the decisions' affair
-            factor *= decode.experts_cpu_ms / decode.on_cpu / simulated_us
+    # How long link and CPU are busy beside each other depends on what both take.
+    learned = replace(told, link_us=learned_us, link_busy_us=cell["learned_link_busy_us"])
+    factor, believed = 1.0, with_cpu(learned, cell["cpu_factor"])
+    for _ in range(4 if decode.on_cpu else 0):
+        found = replay(
+            engine, cell, case, Told(with_cpu(told, factor), believed, outside), run
+        ).metrics.decode
+        if found.on_cpu:  # by expert: how many there are is the decisions' affair
+            factor *= decode.experts_cpu_ms / decode.on_cpu * found.on_cpu / found.experts_cpu_ms
+        seen_us, found_us = (copy_us(of) - costs.batch_us for of in (decode, found))
+        if min(seen_us, found_us) > 0:
+            busy_us = told.link_busy_us or told.link_us
+            told = replace(told, link_busy_us=max(told.link_us, busy_us * seen_us / found_us))
     return Told(with_cpu(told, factor), believed, outside)
+
+
+def copy_us(of: PhaseMetrics) -> float:
+    """What a copy took on the link, on average."""
+    return 1e3 * of.h2d_busy_ms / max(1, of.on_demand_transfers + of.prefetch_transfers)
 
 
 def with_cpu(costs: LayerCosts, factor: float) -> LayerCosts:

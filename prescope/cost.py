@@ -37,6 +37,9 @@ class LayerCosts:
             decisions reckon with a busy link. Empty: as `cpu_us`.
         decide_us: from the router's choice on the device until the host has decided and the first copy can start. A
             layer whose experts are all there does not wait for it.
+        batch_us: what copies handed over together take on the link besides their bytes: the number that says they
+            are there, and marks. Each prefetch is one, a layer's on-demand copies are one or two. For the clock of
+            the simulator; decisions reckon with copies as they were seen, with it.
         copy_us: host time to enqueue one copy.
         is_layered: the host launches each layer, so that its decisions and predictions are in every layer's way.
         source: where the numbers come from, in words.
@@ -51,12 +54,15 @@ class LayerCosts:
     cpu_base_us: float = 0.0
     cpu_alone_us: tuple[float, ...] = ()
     decide_us: float = 0.0
+    batch_us: float = 0.0
     copy_us: float = 0.0
     is_layered: bool = False
     source: str
 
     def __post_init__(self) -> None:
-        times = (self.link_us, self.link_busy_us or 0.0, self.gpu_us, self.rest_us, self.predict_us)
+        times = (
+            self.link_us, self.link_busy_us or 0.0, self.batch_us, self.gpu_us, self.rest_us, self.predict_us
+        )  # fmt: skip
         if min(*times, *self.cpu_us, *self.cpu_alone_us, self.cpu_base_us, self.decide_us, self.copy_us) < 0:
             raise UnsupportedOption("costs are times in microseconds; none is negative")
         if self.cpu_alone_us and len(self.cpu_alone_us) != len(self.cpu_us):

@@ -76,7 +76,7 @@ def test_no_copy_is_planned_that_does_not_fit_or_takes_seconds():
         plan = host_plan([Expert(1 << 20, 1, 1)], 2 << 20, device_kind="cpu", link_gb_per_s=rate)
         sizes = [of.nbytes for of in plan if of.kind == "h2d"]
         assert sizes and max(sizes) <= (2 << 20 if rate is None else 300_000)
-        assert not any(of.kind == "message" for of in plan)
+        assert not any(of.kind in ("batch", "message") for of in plan)
 
 
 def test_rows_take_a_quarter_of_the_memory_at_most_but_are_enough_to_measure():
@@ -259,4 +259,5 @@ def test_a_gpu_is_measured_in_all_kinds():
     kinds = {point.of.kind for point in profile.points}
     assert kinds == KINDS.keys() - {"rest", "decide"}
     assert profile.lanes.small_us("message") > 1.0
+    assert 0.1 < profile.lanes.small_us("batch") < 100.0
     assert profile.place.device == torch.cuda.get_device_name()

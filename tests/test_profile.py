@@ -49,7 +49,7 @@ def points() -> list[Point]:
     size = {"nbytes": SMALL.nbytes, "width": SMALL.width, "expert_width": SMALL.expert_width}
     made += [point("rest", 60.0, **size, tokens=1), point("rest", 74.0, **size, tokens=8)]
     made += [point("decide", 25.0, **size, tokens=1)]
-    made += [point("enqueue", 4.0), point("read", 14.0), point("message", 11.0)]
+    made += [point("batch", 9.0), point("enqueue", 4.0), point("read", 14.0), point("message", 11.0)]
     made += [point("dram", 1e4, nbytes=900 * MB), point("dram", 1.3e4, busy=True, nbytes=900 * MB)]
     return made
 
@@ -185,6 +185,7 @@ def test_costs_say_what_was_not_measured():
         profile().costs(LARGE.nbytes, width=2048, expert_width=1024)
     costs = profile().costs(LARGE.nbytes, width=2048, expert_width=1024, rest_us=70.0)
     assert costs.decide_us == pytest.approx(11.0)  # the message alone
+    assert costs.batch_us == 9.0
     no_experts = profile(points=tuple(p for p in points() if p.of.kind == "h2d"))
     with pytest.raises(BadProfile, match="no experts"):
         no_experts.costs(SHAPE, width=2048, expert_width=768, rest_us=1.0)

@@ -145,6 +145,27 @@ def test_no_expert_is_computed_before_its_bytes_are_there(simulators, schedule, 
     assert (end <= times[:, FETCHED] + 1e-9)[asked].all()
 
 
+@pytest.mark.parametrize("schedule", ["on-demand", "klotski"])
+def test_copies_handed_over_together_share_what_a_batch_takes(simulators, schedule):
+    """Each prefetch is a batch; of a layer's on-demand copies the first is one and the others are one."""
+    batch_us, whole = 7.0, simulators[1]
+    costs = replace(COSTS, batch_us=batch_us)
+    sim = Simulator(
+        trace_of(1), costs, row_bytes=ROW_BYTES, predictor=NoisyOracle(trace_of(1), {1: 0.8, 3: 0.6})
+    )
+    log = sim.run(schedule, slots=24).log
+    start, end = log.copy_us.T
+    longer = end - start - COSTS.link_us
+    assert longer[log.copies[:, REASON] == AHEAD] == pytest.approx(batch_us)
+    demanded = log.copies[:, REASON] == ON_DEMAND
+    _, layer, size = np.unique(
+        log.copies[demanded][:, [STEP, AT_LAYER]], axis=0, return_inverse=True, return_counts=True
+    )
+    sums = np.bincount(layer.ravel(), longer[demanded])
+    assert sums == pytest.approx(batch_us * np.minimum(size, 2)) and (size > 2).any()
+    assert sim.run(schedule, slots=24).tokens_per_s < whole.run(schedule, slots=24).tokens_per_s
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_same_trace_gives_the_same_log(simulators, schedule):
     """Also when other settings were replayed in between: nothing is left over."""

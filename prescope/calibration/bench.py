@@ -27,6 +27,10 @@ LOAD_BATCH_US = 2_000.0
 #: Products of this size in front of a train, so that all of it is queued before the first copy starts.
 HOLD_DIM, HOLD_PRODUCTS = 4096, 6
 ENQUEUED, ENQUEUED_BYTES = 8, 64 << 10
+#: Copies each in a batch of its own; the link takes longer for one (H200: 77 us) than Python to hand it over.
+BATCHES, BATCH_BYTES = 32, 4 << 20
+#: A point takes some time.
+LEAST_BATCH_US = 0.01
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -92,6 +96,8 @@ class Bench:
             case "dram":
                 words = self.host.rows.view(-1)[: of.nbytes].view(torch.float32)
                 return host_us(words.sum)
+            case "batch":
+                return self._batch_us()
             case "enqueue":
                 return self._enqueue_us()
             case "read":
@@ -135,6 +141,18 @@ class Bench:
         start, ready = self._device.copy(pairs, self._held(), timed=True, each=False)
         self._device.synchronize()
         return self._device.elapsed_us(start, ready[-1]) / len(pairs)
+
+    def _batch_us(self) -> float:
+        """Batches of one copy, as a layer's or a prefetch's, against as many copies in one train."""
+        pairs = self._copies(min(BATCH_BYTES, self.host.rows.nbytes), BATCHES)
+        number, device = self._copies(4, 1)[0], self._device
+        marks = [device.send([pair], number, begin=True, end=True, timed=True) for pair in pairs]
+        start, ready = device.copy(pairs, [], timed=True, each=False)
+        device.synchronize()
+        first, last = marks[0][0], marks[-1][1]
+        assert first is not None and last is not None
+        apart_us = device.elapsed_us(first, last) - device.elapsed_us(start, ready[-1])
+        return max(LEAST_BATCH_US, apart_us / BATCHES)
 
     def _held(self) -> Sequence[Mark]:
         if not self._hold.numel():

@@ -54,9 +54,8 @@ def host_plan(
     sizes = sorted({n for n in (*COPY_BYTES, *(expert.nbytes for expert in experts)) if n <= most} or {most})
     plan = [Circumstances("h2d", busy, nbytes=n) for busy in (False, True) for n in sizes]
     plan += [Circumstances("dram", busy, nbytes=rows_bytes) for busy in (False, True)]
-    return plan + [
-        Circumstances(kind) for kind in ("enqueue", "read", *(["message"] if device_kind == "cuda" else []))
-    ]
+    only_there = ["batch", "message"] if device_kind == "cuda" else []
+    return plan + [Circumstances(kind) for kind in ("enqueue", "read", *only_there)]
 
 
 def expert_plan(expert: Expert, together: int) -> list[Circumstances]:

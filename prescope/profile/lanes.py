@@ -92,7 +92,7 @@ class Lanes:
         return interpolate(batch, *zip(*found, strict=True)) if found else None
 
     def small_us(self, kind: str) -> float:
-        """A host cost: "enqueue", "read" or "message"; 0.0 where it was not measured."""
+        """A cost by itself: "batch", "enqueue", "read" or "message"; 0.0 where it was not measured."""
         return next((point.us for point in self.of(kind)), 0.0)
 
     def dram_gb_per_s(self, busy_link: bool = False) -> float:

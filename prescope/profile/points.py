@@ -16,6 +16,7 @@ KINDS: dict[str, str] = {
     "gpu": "the same on the device, all resident: look-up, experts and weighted sum",
     "rest": "the rest of a layer of a model (attention, router, launches) in a decode step of `tokens` sequences",
     "decide": "from the router's choice until the first copy can start, in such a step",
+    "batch": "what a batch of one copy takes on the link besides its bytes: marks, the number that says it is there",
     "enqueue": "host time to enqueue one copy",
     "read": "a small device-to-host read, the host waiting",
     "message": "a word from the device into host memory, seen by the host, answered by a copy, seen by the device",

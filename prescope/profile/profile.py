@@ -148,6 +148,7 @@ class HardwareProfile:
             decide_us=decide_us
             if decide_us is not None
             else lanes.small_us("message") or lanes.small_us("read"),
+            batch_us=lanes.small_us("batch"),
             copy_us=enqueue_us,
             source=f"{self.label}, {self.measured}{scaled}",
         )

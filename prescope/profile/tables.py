@@ -76,5 +76,5 @@ def _small_rows(profile: "HardwareProfile") -> Iterator[Row]:
                 point.us,
                 "us",
             )
-        elif point.of.kind in ("enqueue", "read", "message"):
+        elif point.of.kind in ("batch", "enqueue", "read", "message"):
             yield Row(KINDS[point.of.kind], point.us, "us")

@@ -26,6 +26,7 @@ class Costs(NamedTuple):
     cpu_base_us: float  # one submission to the CPU and the merging of its result
     cpu_us: FloatArray  # (N + 1,) one expert with n tokens on the CPU; empty: there is no CPU lane
     cpu_alone_us: FloatArray  # the same while the link is idle
+    batch_us: float = 0.0  # copies handed over together, besides their bytes; for the simulator's clock
 
 
 class Knobs(NamedTuple):

@@ -101,6 +101,7 @@ def compiled_costs(costs: LayerCosts, *, cpu: bool, predicts: bool) -> Costs:
         cpu_base_us=float(costs.cpu_base_us),
         cpu_us=np.array(costs.cpu_us if cpu else (), dtype=np.float64),
         cpu_alone_us=np.array((costs.cpu_alone_us or costs.cpu_us) if cpu else (), dtype=np.float64),
+        batch_us=float(costs.batch_us),
     )
 
 

@@ -249,7 +249,7 @@ def _prefetch(
         taken = take_slots(one, state.key_of, state.slot_of, protected | wire.in_flight, keep, state.scores)
         if len(taken) == 0:
             break
-        _copy(key, key // E, taken[0], AHEAD, step, issue, costs, wire)
+        _copy(key, key // E, taken[0], AHEAD, step, issue, True, costs, wire)
         wire.in_flight[taken[0]] = state.prefetched[taken[0]] = True
         wire.queue[wire.ends[1] % len(wire.queue)] = taken[0]
         wire.ends[1] += 1
@@ -278,11 +278,21 @@ def _land(until_us: float, wire: _Wire) -> None:
 
 @jit
 def _copy(
-    key: int, layer: int, slot: int, reason: int, step: int, ask_us: float, costs: Costs, wire: _Wire
+    key: int,
+    layer: int,
+    slot: int,
+    reason: int,
+    step: int,
+    ask_us: float,
+    ends_batch: bool,
+    costs: Costs,
+    wire: _Wire,
 ) -> None:
     """One copy, behind all others; slower while the CPU reads the same memory."""
     begin = max(ask_us, wire.free_us[0])
     end = begin + (costs.link_busy_us if begin < wire.cpu_us[0] else costs.link_us)
+    if ends_batch:
+        end += costs.batch_us
     wire.free_us[0] = wire.ready_us[slot] = end
     i = wire.num_copies[0]
     wire.copies[i, STEP], wire.copies[i, AT_LAYER], wire.copies[i, KEY], wire.copies[i, REASON] = (
@@ -336,7 +346,9 @@ def _serve(
                 keys[got:], state.key_of, state.slot_of, protected | wire.in_flight, keep, state.scores
             )
             for slot in taken:
-                _copy(keys[got], layer, slot, ON_DEMAND, step, ask_us, costs, wire)
+                # The host hands over the first one before it answers, the others behind that.
+                ends_batch = got == 0 or got == len(keys) - 1
+                _copy(keys[got], layer, slot, ON_DEMAND, step, ask_us, ends_batch, costs, wire)
                 protected[slot], state.prefetched[slot] = True, False
                 got += 1
             if got < len(keys):  # what earlier rounds have computed may go, when it is computed
