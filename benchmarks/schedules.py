@@ -145,9 +145,9 @@ def run_batch(
             cell["is_known"] = True
             known = told_by(engine, cell, case, run, costs, args.predict_us)
             if args.out and run.trace is not None:
-                stem = Path(args.out).with_suffix(f".{plain(name)}.b{batch}.safetensors")
-                run.trace.save(stem)
-                keep_case(case, stem.with_suffix(".npz"))
+                path = Path(args.out).with_suffix(f".{plain(name)}.b{batch}.safetensors")
+                run.trace.save(path)
+                keep_case(case, path.with_suffix(".npz"))
         for schedule, (cell, run) in cells.items():
             if args.events:
                 keep_events(run, Path(args.events), f"{plain(name)}.b{batch}.{100 * slots:g}.{schedule}")
@@ -195,14 +195,13 @@ def measure(
     scheduling = engine._serving.scheduling
     cpu_factor = 1.0 if scheduling is None else scheduling.planner.cpu_factor
     beliefs = costs if scheduling is None else scheduling.planner.costs
-    link_us, busy_us = beliefs.link_us, beliefs.link_busy_us
     decode, last = runs[-1].metrics.decode, runs[-1]
     speeds = [run.metrics.tokens_per_s for run in runs]
     steps = last.steps[last.steps["phase"] == "decode"]["dur_us"].to_numpy()
     cell = {
         "schedule": schedule, "cache": cache, "slots": slots, "num_slots": engine.num_slots,
-        "cpu_factor": cpu_factor, "learned_link_us": link_us,
-        "learned_link_busy_us": busy_us, "is_known": False, "new": args.new,
+        "cpu_factor": cpu_factor, "learned_link_us": beliefs.link_us,
+        "learned_link_busy_us": beliefs.link_busy_us, "is_known": False, "new": args.new,
         "tokens_per_s_runs": speeds, "seconds": seconds,  # until it is set up, until the end of each run
         "decode": last.config["reasons"]["decode"], "cpu": last.config["reasons"].get("cpu", ""),
         "predictor": predictor.name if predictor is not None else "none", "steps_us": steps.tolist(),

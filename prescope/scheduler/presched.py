@@ -36,7 +36,7 @@ def cpu_done(beside_us: float, alone_us: float, link_us: float) -> float:
     """When the CPU is done that needs `beside_us` beside a busy link, `alone_us` by itself; the link is until then."""
     if beside_us <= link_us or beside_us <= 0.0:
         return beside_us
-    return link_us + (beside_us - link_us) * alone_us / beside_us
+    return link_us + (beside_us - link_us) * min(1.0, alone_us / beside_us)
 
 
 @jit
