@@ -14,7 +14,7 @@ from ..core import Reason
 from ..errors import UnsupportedOption
 from ..residency import ResidencyTable
 from ..scheduler import SCHEDULES
-from ..scheduler.presched import cpu_done
+from ..scheduler.presched import cpu_done, share_alone
 from ..scheduler.terms import Costs, cpu_time
 from ..simulator import SimResult, Simulator
 from ..simulator.prepare import compiled_costs
@@ -210,7 +210,7 @@ def splits_of(
             else 0.0
             for cpu_us in (costs.cpu_us, costs.cpu_alone_us)
         )
-        cpu = cpu_done(beside, alone, link)
+        cpu = cpu_done(beside, share_alone(beside, alone), link)
         rows.append((copied, n - copied, link if waits else 0.0, gpu, cpu, max(gpu, cpu), copied == chosen))
     columns = ["copied", "on_cpu", "link_us", "gpu_us", "cpu_us", "layer_us", "chosen"]
     return pd.DataFrame(rows, columns=columns)

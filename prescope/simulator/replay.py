@@ -21,7 +21,7 @@ from ..jit import jit
 from ..planner import plan_layer, reconsider
 from ..residency import ROUND_EXPERTS
 from ..scheduler.decide import sort_need, take_slots, use_prefetched
-from ..scheduler.presched import cpu_done
+from ..scheduler.presched import cpu_done, share_alone
 from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, Need, cpu_time
 
 BoolArray = NDArray[np.bool_]
@@ -192,7 +192,7 @@ def replay(
             if beside > 0.0:
                 # Prefetches follow on the link, while the CPU computes.
                 link_us = max(decided, wire.free_us[0]) + len(held) * costs.link_busy_us
-                wire.cpu_us[0] = decided + cpu_done(beside, by_itself, link_us - decided)
+                wire.cpu_us[0] = decided + cpu_done(beside, share_alone(beside, by_itself), link_us - decided)
                 times[s, layer, CPU_DONE] = wire.cpu_us[0]
             done = max(computed, wire.cpu_us[0])
             times[s, layer, BEGIN], times[s, layer, ROUTED], times[s, layer, DECIDED] = now, routed, goes_on
