@@ -413,7 +413,7 @@ def test_next_use_gives_up_what_was_just_used_where_two_take_turns():
 
 
 def test_a_decision_takes_microseconds():
-    """128 experts of which 64 tokens use some 125, 1,536 slots: sorted, planned, slots taken. 33 us on one idle core
+    """128 experts of which 64 tokens use some 125, 1,536 slots: sorted, planned, slots taken. 27 us on one idle core
     of 2.x GHz; the bound is the issue's 50, the best of many repeats, since other work shares the machine: for seconds
     at a time, so that some ten thousands are tried before it counts as too slow.
     """
