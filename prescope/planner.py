@@ -224,7 +224,7 @@ MOST_CPU_FACTOR = 4.0
 CPU_STEPS = 3
 #: A step without jobs takes what is believed of the CPU so much nearer to what was calibrated. Else a schedule that
 #: leaves an expert to the CPU or not would never try again, once the CPU seemed slow: one of the Fiddler-like's cells
-#: copied every expert, at 124 tokens/s instead of 220 (H200).
+#: copied every expert, at 124 tokens/s where 219 were simulated (H200).
 FORGOTTEN = 0.05
 #: The same of the link. One H100 machine's gave 13 GB/s where another's gave 55; believing 55, PreSched lost 43 % to a
 #: schedule that uses the CPU alone (LOG.md).

@@ -1,6 +1,7 @@
 """Decisions: the window's optimum, what is evicted, whom a layer's misses go to, how far predictions are trusted."""
 
 import time
+from itertools import product
 
 import numpy as np
 import pytest
@@ -34,17 +35,8 @@ NUMBERS = {name: schedule.number for name, schedule in SCHEDULES.items()}
 
 
 def costs_of(
-    link=172.0,
-    busy=1.0,
-    gpu=5.0,
-    rest=90.0,
-    decide=60.0,
-    base=20.0,
-    first=140.0,
-    each=6.0,
-    cpu=True,
-    alone=1.0,
-) -> Costs:
+    link=172.0, busy=1.0, gpu=5.0, rest=90.0, decide=60.0, base=20.0, first=140.0, each=6.0, cpu=True, alone=1.0
+) -> Costs:  # fmt: skip
     cpu_us = np.array([0.0, *(first + each * n for n in range(1, 17))]) if cpu else np.empty(0)
     return Costs(link, link * busy, gpu, rest, 0.0, decide, base, cpu_us, alone * cpu_us)
 
@@ -112,32 +104,23 @@ def next_us(costs, expected, used, owed, p, s):
     return max(gpu, cpu_us_of(costs, beside, alone, link))
 
 
-def owed_us(costs, tokens, here, num_late, backlog, expected, used, k, p):
-    """What the link owes of p prefetches when the next router has spoken."""
+def window_us(costs, tokens, here, num_late, backlog, expected, used, k, p):
+    """T + FORECAST * N of a choice (k, p), the best s in it."""
     link, cpu, done = layer_us(costs, tokens, here, num_late, backlog, k, p)
     free = max(0.0, done + costs.rest_us + costs.decide_us - link)
     free -= (1.0 - costs.link_us / costs.link_busy_us) * min(free, max(0.0, cpu - link))
-    return max(0.0, p * costs.link_us - free)
-
-
-def window_us(costs, tokens, here, num_late, backlog, expected, used, k, p):
-    """T + FORECAST * N of a choice (k, p), the best s in it."""
-    owed = owed_us(costs, tokens, here, num_late, backlog, expected, used, k, p)
+    owed = max(0.0, p * costs.link_us - free)
     rest = min(
         next_us(costs, expected, used, owed, p, s)
         for s in (range(p, len(used) + 1) if len(costs.cpu_us) else [len(used)])
     )
-    return layer_us(costs, tokens, here, num_late, backlog, k, p)[2] + FORECAST * rest
+    return done + FORECAST * rest
 
 
 def choices(window):
-    """All (k, p) up to the first prefetch that finds no free time on the link."""
-    costs, tokens, *_, used = window
-    for k in range(len(tokens) + 1) if len(costs.cpu_us) else [len(tokens)]:
-        for p in range(len(used) + 1):
-            yield k, p
-            if owed_us(*window, k, p) > 0:
-                break
+    costs, tokens, _, _, _, _, used = window
+    copied = range(len(tokens) + 1) if len(costs.cpu_us) else [len(tokens)]
+    return product(copied, range(len(used) + 1))
 
 
 @settings(max_examples=300, deadline=None)
@@ -157,7 +140,7 @@ def test_the_split_is_the_windows_optimum(window):
 def test_the_split_is_never_worse_than_a_simple_choice(window):
     costs, tokens = window[:2]
     _, _, found_us, _, _ = split(*window)
-    simple = [(len(tokens), 0)] + ([(0, 0)] if len(costs.cpu_us) else [])
+    simple = [(len(tokens), 0)] + ([(0, 0), (0, len(window[-1]))] if len(costs.cpu_us) else [])
     simple += [(k, 0) for k, _ in choices(window)]
     for k, p in simple:
         assert found_us <= window_us(*window, k, p) + 1e-9

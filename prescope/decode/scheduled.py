@@ -184,8 +184,9 @@ class ScheduledStep:
         """What a step says about this machine: its jobs on the CPU, and its stamps, if there is a timeline."""
         scheduling, times = self._scheduling, self._progress.times
         needs, copies = self._served.pop(step)
-        scheduling.planner.saw_cpu(float(times[at.CPU_TOOK]), float(times[at.CPU_CALIBRATED]))
-        times[at.CPU_TOOK] = times[at.CPU_CALIBRATED] = 0.0
+        if scheduling.cpu is not None:
+            scheduling.planner.saw_cpu(float(times[at.CPU_TOOK]), float(times[at.CPU_CALIBRATED]))
+            times[at.CPU_TOOK] = times[at.CPU_CALIBRATED] = 0.0
         if not self._timed:
             return
         needed, on_cpu = needs[:, at.NEEDED], needs[:, at.ON_CPU]
