@@ -53,9 +53,8 @@ def load_model(
         raise BadModelFolder(f"{name} is neither a folder nor a hub id of the form 'owner/name'")
     if local:
         _check_folder(folder)
-    elif (
-        folder.parent.is_dir()
-    ):  # more likely a slip of the hand; without a network the hub is asked for half a minute
+    elif folder.parent.is_dir():
+        # More likely a slip of the hand; without a network the hub is asked for half a minute.
         near = get_close_matches(
             folder.name, [path.name for path in folder.parent.iterdir() if path.is_dir()], 1
         )
