@@ -36,7 +36,7 @@ check: $(STAMP)  ## Lint, format, types, import direction, house rules
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -q tests/test_imports.py tests/test_house.py
+	$(BIN)/python -m pytest -q tests/house
 
 format: $(STAMP)  ## Format the code, fix what ruff can fix, strip notebook outputs
 	$(BIN)/python -m ruff check --fix-only --quiet .

@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from prescope.cache import LRU
-from prescope.core import MoEShape, Reason
+from prescope.cache.policies import LRU
+from prescope.cache.residency import NOTHING, ResidencyTable
+from prescope.core.machine import machine_facts
+from prescope.core.types import MoEShape, Reason
 from prescope.device import CudaDevice, Device, EmulatedLinkDevice
 from prescope.device.cuda import Copies
-from prescope.device.pages import HostPages
 from prescope.errors import UnsupportedOption
-from prescope.hardware import machine_facts
-from prescope.host_pool import HostLayer, HostPool
-from prescope.layout import row_layout
-from prescope.loader import MAX_IN_FLIGHT_BYTES, Loader
-from prescope.residency import NOTHING, ResidencyTable
+from prescope.weights.host_pool import HostLayer, HostPool
+from prescope.weights.layout import row_layout
+from prescope.weights.loader import MAX_IN_FLIGHT_BYTES, Loader
+from prescope.weights.pages import HostPages
 
 MIB = 1 << 20
 SIZES_MIB = [0.25, 1, 4, 9.4, 12.6, 100, 336]

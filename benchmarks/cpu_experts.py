@@ -26,15 +26,15 @@ import cpu_candidates as candidates
 import numpy as np
 import torch
 
-from prescope.cpu_experts import CpuLayer, Lot, default_threads, physical_cores
-from prescope.cpu_experts.base import Lane
-from prescope.cpu_experts.build import load
-from prescope.cpu_experts.native import NativeLane
-from prescope.cpu_experts.with_torch import TorchLane
-from prescope.device.pages import HostPages, copy_rows
-from prescope.hardware import machine_facts
+from prescope.core.machine import machine_facts
 from prescope.kernels import ExpertsSpec
-from prescope.layout import row_layout
+from prescope.kernels.cpu import CpuLayer, Lot, default_threads, physical_cores
+from prescope.kernels.cpu.base import Lane
+from prescope.kernels.cpu.build import load
+from prescope.kernels.cpu.native import NativeLane
+from prescope.kernels.cpu.with_torch import TorchLane
+from prescope.weights.layout import row_layout
+from prescope.weights.pages import HostPages, copy_rows
 
 LINK_BYTES = 64 << 20
 #: D, F and the most experts of one call.

@@ -23,9 +23,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel, StoppingCriteria
 
 from prescope import attach
-from prescope.bounds import belady_misses
-from prescope.engine import Engine
-from prescope.hardware import machine_facts
+from prescope.core.machine import machine_facts
+from prescope.engine.engine import Engine
+from prescope.traces.bounds import belady_misses
 
 TRIAL_LINK_GB_PER_S = 1.0  # emulated, with --device cpu
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

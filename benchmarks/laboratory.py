@@ -17,13 +17,13 @@ import pandas as pd
 import torch
 
 import prescope
-from prescope.cost import LayerCosts
-from prescope.learning import own_prompts, routers_of
 from prescope.predictor import EarlyRouter, NoisyOracle, Predictor, Shape
-from prescope.routing import RoutingTrace
 from prescope.scheduler import SCHEDULES
+from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Simulator
-from prescope.synthetic import SyntheticSpec
+from prescope.traces.routing import RoutingTrace
+from prescope.traces.synthetic import SyntheticSpec
+from prescope.training import own_prompts, routers_of
 
 #: Like one Qwen3-30B expert on an H200 behind PCIe 5: stated, so that the table can be made anywhere.
 COSTS = LayerCosts(

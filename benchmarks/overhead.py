@@ -21,9 +21,9 @@ from _models import open_model
 from decode import Prompts, link_rate
 
 from prescope import attach
-from prescope.engine import Engine
-from prescope.hardware import machine_facts
-from prescope.result import RunResult
+from prescope.core.machine import machine_facts
+from prescope.engine.engine import Engine
+from prescope.traces.result import RunResult
 
 SYNCS = {"cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"}
 PARTS = ["dense", "decide", "stall", "experts", "gap", "wall", "ours"]
@@ -142,7 +142,7 @@ def events(engine: Engine, source: Prompts, batch: int, args: argparse.Namespace
 
 def fetch(engine: Engine) -> list[dict[str, float]]:
     """GB/s of the fetch kernel for one layer's eight experts, by its number of programs and words per program."""
-    from prescope.kernels import on_device
+    from prescope.kernels import graph_kernels as on_device
 
     serving = engine._serving
     rows, pool = serving.host.layers[0].rows, serving.loader.pool

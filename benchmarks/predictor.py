@@ -36,20 +36,10 @@ import torch
 from _models import open_model
 
 import prescope
-from prescope.cost import LayerCosts
-from prescope.engine import Engine
-from prescope.hardware import machine_facts
+from prescope.core.machine import machine_facts
+from prescope.engine.engine import Engine
 from prescope.kernels import make_foresight
-from prescope.learning import (
-    baselines,
-    own_prompts,
-    own_text,
-    record_trace,
-    router_agreement,
-    routers_of,
-)
 from prescope.predictor import (
-    Inverted,
     LayerGroups,
     Llapor,
     LlaporConfig,
@@ -57,21 +47,31 @@ from prescope.predictor import (
     OnlineConfig,
     Routers,
     Shape,
-    TrainConfig,
-    adversarial_trace,
-    difference,
-    domain_shift,
     find_groups,
     measure_us,
+)
+from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
+from prescope.scheduler.costs import LayerCosts
+from prescope.traces.routing import RoutingTrace
+from prescope.training import (
+    Inverted,
+    TrainConfig,
+    adversarial_trace,
+    baselines,
+    difference,
+    domain_shift,
+    own_prompts,
+    own_text,
     random_predictor,
+    record_trace,
+    router_agreement,
+    routers_of,
     rows_of,
     score,
     train,
     worth,
 )
-from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
-from prescope.predictor.score import ScoreCard
-from prescope.routing import RoutingTrace
+from prescope.training.score_card import ScoreCard
 
 LOOKAHEADS = (1, 2, 4)
 #: Qwen3-30B-A3B (data/configs/qwen3-30b-a3b.json): experts, top-k, hidden size.

@@ -18,7 +18,7 @@ from _models import open_model
 from decode import Prompts, link_rate
 
 from prescope import attach
-from prescope.hardware import machine_facts
+from prescope.core.machine import machine_facts
 
 
 def main() -> None:

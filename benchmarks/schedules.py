@@ -27,19 +27,19 @@ from _models import open_model
 from transformers import AutoTokenizer
 
 import prescope
-from prescope.cost import LayerCosts
-from prescope.engine import Engine
-from prescope.hardware import machine_facts
-from prescope.learning import record_trace
-from prescope.metrics import PhaseMetrics
-from prescope.predictor import NoisyOracle, Predictor, TrainConfig
+from prescope.core.machine import machine_facts
+from prescope.engine.engine import Engine
+from prescope.predictor import NoisyOracle, Predictor
 from prescope.profile import SLOWER_LINKS, HardwareProfile, markdown
-from prescope.result import RunResult
-from prescope.routing import RoutingTrace
 from prescope.scheduler import SCHEDULES
+from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import SimResult, Simulator, as_decode
 from prescope.simulator.prepare import Predicted, predictions_of
-from prescope.synthetic import SyntheticSpec
+from prescope.traces.metrics import PhaseMetrics
+from prescope.traces.result import RunResult
+from prescope.traces.routing import RoutingTrace
+from prescope.traces.synthetic import SyntheticSpec
+from prescope.training import TrainConfig, record_trace
 
 ORACLE = "presched+oracle"
 COLUMNS = [

@@ -26,10 +26,10 @@ import torch
 from _models import open_model
 
 import prescope
+from prescope.core.machine import machine_facts
 from prescope.device import CudaDevice, Device, NullDevice
-from prescope.device.pages import HostPages, copy_rows, num_threads, run_jobs
-from prescope.engine import Engine
-from prescope.hardware import machine_facts
+from prescope.engine.engine import Engine
+from prescope.weights.pages import HostPages, copy_rows, num_threads, run_jobs
 
 GIB = 1 << 30
 PAGES_BYTES = 1 << 30

@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prescope.calibration import calibrate as calibrate
-    from prescope.engine import Engine as Engine
-    from prescope.engine import attach as attach
-    from prescope.engine import load as load
-    from prescope.learning import train_predictor as train_predictor
+    from prescope.engine.engine import Engine as Engine
+    from prescope.engine.load import attach as attach
+    from prescope.engine.load import load as load
     from prescope.profile import HardwareProfile as HardwareProfile
-    from prescope.result import RunResult as RunResult
-    from prescope.routing import RoutingTrace as RoutingTrace
+    from prescope.traces.result import RunResult as RunResult
+    from prescope.traces.routing import RoutingTrace as RoutingTrace
+    from prescope.training import train_predictor as train_predictor
 
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "Engine": "prescope.engine",
+    "Engine": "prescope.engine.engine",
     "HardwareProfile": "prescope.profile",
-    "RoutingTrace": "prescope.routing",
-    "RunResult": "prescope.result",
-    "attach": "prescope.engine",
+    "RoutingTrace": "prescope.traces.routing",
+    "RunResult": "prescope.traces.result",
+    "attach": "prescope.engine.engine",
     "calibrate": "prescope.calibration",
-    "load": "prescope.engine",
-    "train_predictor": "prescope.learning",
+    "load": "prescope.engine.engine",
+    "train_predictor": "prescope.training.pipeline",
 }
 
 __all__ = [

@@ -37,10 +37,10 @@ from nbconvert.exporters import HTMLExporter
 from plotly.offline import get_plotlyjs
 from traitlets.config import Config
 
+from .core.machine import machine_facts
 from .errors import PrescopeError
-from .hardware import machine_facts
-from .metrics import METRIC_DEFINITIONS
-from .result import RunResult
+from .traces.metrics import METRIC_DEFINITIONS
+from .traces.result import RunResult
 from .views.theme import CONFIG, FONT
 
 _BADGES = {"measured": "measured", "emulated": "emulated link", "virtual": "simulated"}

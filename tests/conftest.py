@@ -13,13 +13,15 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def gpu(monkeypatch):
     """`attach(device="cpu")` gives the interpreted GPU."""
-    from tests.interpreted_gpu import InterpretedGpu  # imports Triton's neighbours: after the line above
+    from tests.support.interpreted_gpu import (
+        InterpretedGpu,  # imports Triton's neighbours: after the line above
+    )
 
     if torch.cuda.is_available():
         return {"device": "cuda"}
-    monkeypatch.setattr("prescope.engine.open_device", lambda *_: InterpretedGpu())
+    monkeypatch.setattr("prescope.engine.engine.open_device", lambda *_: InterpretedGpu())
     monkeypatch.setattr("prescope.kernels._triton_problem", lambda *_: "")
-    monkeypatch.setattr("prescope.kernels.captured.FETCH_PROGRAMS", 2)
+    monkeypatch.setattr("prescope.kernels.graph_buffers.FETCH_PROGRAMS", 2)
     return {"device": "cpu", "kernels": "triton", "events": False}
 
 
@@ -29,9 +31,9 @@ def late_link(gpu, monkeypatch, request):
     if torch.cuda.is_available():
         yield None
         return
-    from tests.interpreted_gpu import InterpretedGpu, LateLink
+    from tests.support.interpreted_gpu import InterpretedGpu, LateLink
 
     late = LateLink(seed=getattr(request, "param", 0))
-    monkeypatch.setattr("prescope.engine.open_device", lambda *_: InterpretedGpu(late))
+    monkeypatch.setattr("prescope.engine.engine.open_device", lambda *_: InterpretedGpu(late))
     yield late
     late.close()

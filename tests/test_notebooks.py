@@ -6,10 +6,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from browser import count_plots, offline_page
 
 from prescope import RoutingTrace
 from prescope.report import execute_notebook
+from tests.support.browser import count_plots, offline_page
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 QUICKSTART = NOTEBOOKS / "00_quickstart.ipynb"

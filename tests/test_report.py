@@ -10,11 +10,11 @@ from pathlib import Path
 import nbformat
 import plotly.graph_objects as go
 import pytest
-from browser import count_plots, offline_page
-from small_run import LABEL, small_run
 
 from prescope import views
 from prescope.report import NotebookFailed, badge, execute_notebook, main, write_report
+from tests.support.browser import count_plots, offline_page
+from tests.support.small_run import LABEL, small_run
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "</script><script>document.title = 'owned'</script>"

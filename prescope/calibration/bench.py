@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..cpu_experts import CpuExperts, CpuLayer
 from ..device import Device, Mark
+from ..kernels.cpu import CpuExperts, CpuLayer
 from ..profile import Circumstances
 from .busy import copying, repeating
 from .experts import CpuLane, ExpertForm, TorchLane, host_us, random_rows
@@ -16,7 +16,7 @@ from .graphs import GraphLane
 from .plan import Sizes
 
 if TYPE_CHECKING:
-    from ..kernels.ping import Ping
+    from ..kernels.round_trip import Ping
 
 #: Bytes and time of one train of copies at most, and how many copies it has.
 TRAIN_BYTES, TRAIN_US, TRAIN_COPIES = 256 << 20, 40_000.0, 64
@@ -69,7 +69,7 @@ class Bench:
 
     def _make_ping(self) -> "Ping":
         # Here and not above: Triton exists only where a GPU is.
-        from ..kernels.ping import Ping
+        from ..kernels.round_trip import Ping
 
         return Ping(self._device)
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import EngineConfig, emulated_link_gb_per_s
+from ..core.config import EngineConfig, emulated_link_gb_per_s
+from ..core.machine import available_memory_bytes, machine_facts, this_place
 from ..device import Device, open_device, resolve_device
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..errors import BadProfile, UnsupportedOption
-from ..hardware import available_memory_bytes, machine_facts, this_place
 from ..hf import find_moe_layers
 from ..profile import Circumstances, HardwareProfile, Point, own_file
 from .bench import Bench

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..cpu_experts import CpuExperts, CpuLayer, Lot
+from ..cache.residency import LayerNeed
 from ..device import Device
-from ..host_pool import HostLayer
 from ..kernels import ExpertsSpec, LayerWeights, TorchKernel, Work
-from ..layout import RowLayout, row_layout
+from ..kernels.cpu import CpuExperts, CpuLayer, Lot
 from ..profile import Expert
-from ..residency import LayerNeed
+from ..weights.host_pool import HostLayer
+from ..weights.layout import RowLayout, row_layout
 
 
 class ExpertForm(NamedTuple):

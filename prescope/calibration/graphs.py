@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import torch
 
-from ..cache import make_policy
-from ..core import MoEShape
+from ..cache.policies import make_policy
+from ..cache.residency import ResidencyTable
+from ..core.types import MoEShape
 from ..device import Device
-from ..host_pool import HostLayer
 from ..kernels import DEVICE_POLICIES, LayerWeights, make_device_table
-from ..residency import ResidencyTable
+from ..weights.host_pool import HostLayer
 from .experts import ExpertForm
 
 #: Layers in one graph at most, each with experts of its own: their weights come from memory, not from the L2.

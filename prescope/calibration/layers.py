@@ -6,10 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..profile import Circumstances, Expert, Point
 from ..profile.curves import fit_line
-from ..result import RunResult
+from ..traces.result import RunResult
 
 BATCHES = (1, 8, 64)
 PROMPT_TOKENS, NEW_TOKENS = 8, 12

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..config import EngineConfig, emulated_link_gb_per_s
+from ..core.config import EngineConfig, emulated_link_gb_per_s
 from ..errors import UnsupportedOption
 from .base import Device, Events, LinkFunctions, Mark
 from .cuda import CudaDevice

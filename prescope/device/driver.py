@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..core.native import address_of
 from ..errors import TransferFailed, UnsupportedOption
-from ..raw import address_of
 from .base import LinkFunctions
 
 #: (device address, host address, bytes, stream)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from numpy.typing import NDArray
 
+from ..core.machine import available_memory_bytes
 from ..errors import TransferFailed
-from ..hardware import available_memory_bytes
 from .base import WithoutGraphs
 
 

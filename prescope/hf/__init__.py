@@ -2,8 +2,8 @@
 
 from .attach import Attachment
 from .load import LoadedModel, load_model
-from .seam import MoELayer, find_moe_layers, top_k_of
-from .static import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
+from .moe_layers import MoELayer, find_moe_layers, top_k_of
+from .static_cache import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
 
 __all__ = [
     "Attachment",

@@ -13,8 +13,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..device import Device
 from ..errors import AlreadyAttached, UnsupportedExperts
-from ..host_pool import HostLayer, HostPool, is_on_host
-from .seam import MoELayer
+from ..weights.host_pool import HostLayer, HostPool, is_on_host
+from .moe_layers import MoELayer
 
 IMPLEMENTATION = "prescope"
 #: Experts that take from half a second (fresh huge pages, many cores) to a few seconds to copy get a progress bar.

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ..errors import BadModelFolder, NotAMoE
-from .seam import MoELayer, find_moe_layers, top_k_of
+from .moe_layers import MoELayer, find_moe_layers, top_k_of
 
 INDEX = "model.safetensors.index.json"
 

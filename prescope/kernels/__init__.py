@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core import MoEShape
+from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 from .base import ExpertKernel, ExpertsSpec, LayerWeights, StepLog, Work
 from .reference import TorchKernel, combine
 
 if TYPE_CHECKING:
     from ..predictor import Llapor
-    from .captured import DeviceTable, Scheduled
-    from .foresight import Foresight
+    from .graph_buffers import DeviceTable, Scheduled
+    from .llapor import Foresight
 
 __all__ = [
     "DEVICE_POLICIES",
@@ -67,7 +67,7 @@ def _triton_problem(device_kind: str, dtype: torch.dtype) -> str:
 
 def make_scheduled(**settings: Any) -> "Scheduled":
     """What a schedule adds to a captured step; see `captured.Scheduled`."""
-    from .captured import Scheduled
+    from .graph_buffers import Scheduled
 
     return Scheduled(**settings)
 
@@ -76,13 +76,13 @@ def make_foresight(predictor: "Llapor", lookahead: int) -> "Foresight | None":
     """A predictor's networks in a few launches; None where there is no Triton."""
     if predictor.device.type != "cuda" or find_spec("triton") is None:
         return None
-    from .foresight import Foresight
+    from .llapor import Foresight
 
     return Foresight(predictor, lookahead)
 
 
 def make_device_table(shape: MoEShape, num_slots: int, device: torch.device) -> "DeviceTable":
     """The residency table's copy on a GPU, for captured steps."""
-    from .captured import DeviceTable
+    from .graph_buffers import DeviceTable
 
     return DeviceTable(shape, num_slots, device)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..residency import IntArray, LayerNeed
+from ..cache.residency import IntArray, LayerNeed
 
 TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..residency import IntArray
+from ..cache.residency import IntArray
 from .base import ExpertsSpec, LayerWeights, Work
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..residency import IntArray
+from ..cache.residency import IntArray
 from .base import ExpertsSpec, LayerWeights, Work
 from .tuning import tune, tuned
 

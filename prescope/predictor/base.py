@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import BadTrace, PrescopeError, TraceMismatch, UnsupportedOption
-from ..routing import RoutingTrace
-from ..routing import used_mask as used_mask
+from ..traces.routing import RoutingTrace
+from ..traces.routing import used_mask as used_mask
 
 ScoreArray = NDArray[np.float32]
 IdArray = NDArray[np.int64]

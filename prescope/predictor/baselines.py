@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..errors import BadTrace, TraceMismatch
-from ..routing import RoutingTrace
+from ..traces.routing import RoutingTrace
 from .base import (
     TINY,
     Cost,
@@ -33,7 +33,7 @@ from .base import (
     used_mask,
     used_mask_torch,
 )
-from .calibration import fit_platt, logit
+from .platt import fit_platt, logit
 
 #: Rows scored at once: bounds the memory of a replay at about ROWS x L x D floats.
 ROWS = 4096

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import BadTrace
-from ..routing import RoutingTrace
+from ..traces.routing import RoutingTrace
 from .base import Prediction, ScoreArray, Shape, targets_of, used_mask
 from .baselines import Baseline
 

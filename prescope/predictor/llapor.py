@@ -25,7 +25,7 @@ import torch
 from torch.nn.functional import dropout, gelu
 
 from ..errors import TraceMismatch, UnsupportedOption
-from ..routing import RoutingTrace
+from ..traces.routing import RoutingTrace
 from .base import (
     BadPredictor,
     BadState,
@@ -39,8 +39,8 @@ from .base import (
 )
 from .baselines import Routers
 from .files import check_tensors, read_tensors, require_finite_tensors, write_tensors
-from .form import FIXED, LlaporConfig, ModelTag, tensor_shapes
-from .groups import LayerGroups
+from .layer_groups import LayerGroups
+from .llapor_config import FIXED, LlaporConfig, ModelTag, tensor_shapes
 
 FORMAT = "prescope-predictor-3"
 #: Distances up to which a correction counts in full that is never and that is always to fade: far from any state's.

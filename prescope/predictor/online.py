@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import UnsupportedOption
-from ..routing import RoutingTrace
+from ..traces.routing import RoutingTrace
 from .base import Cost, Prediction, ScoreArray, targets_of, used_mask_torch
 from .llapor import Llapor
 

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..core.machine import Place
+from ..core.paths import cache_dir, shipped_profiles
 from ..errors import BadProfile
-from ..hardware import Place
-from ..paths import cache_dir, shipped_profiles
 
 FORMAT = "prescope.profile"
 VERSION = 1

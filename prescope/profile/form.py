@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..core.machine import Place
 from ..errors import BadProfile
-from ..hardware import Place
 from .files import FORMAT, VERSION
 from .points import COLUMNS, point_of, row_of
 

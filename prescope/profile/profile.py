@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from ..core import MoEShape
-from ..cost import LayerCosts
+from ..core.machine import Place, this_place
+from ..core.types import MoEShape
 from ..errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
-from ..hardware import Place, this_place
+from ..scheduler.costs import LayerCosts
 from .curves import FitError
 from .files import named_file, own_file, read_json, shipped_files, write_json
 from .form import from_plain, to_plain

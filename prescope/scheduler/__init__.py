@@ -1,7 +1,8 @@
 """What is done about each layer's experts, by any schedule: copied now, copied ahead, computed on the CPU.
 
-`decide` holds the decisions as compiled loops, `presched` and `baselines` how a layer's misses are split, `terms` their
-words, `schedules` the names to choose from. Pure: engine and simulator call the same functions.
+`plan` holds the decisions as compiled loops, `presched` and `baselines` how a layer's misses are split, `layer` all
+that is decided about one layer, `learn` what is learned from layer to layer, `planner` keeps it for an engine;
+`schedules` are the names to choose from. Pure: engine and simulator call the same functions.
 """
 
 from .schedules import PREDICTORS, SCHEDULES, Schedule, schedule_named

@@ -4,8 +4,9 @@ Each answers how many of the misses, hottest first, are copied; the rest goes to
 published, and what is not known, stands beside each name in `scheduler.SCHEDULES`.
 """
 
-from ..jit import jit
-from .terms import Costs, IntArray, cpu_time
+from ..core.jit import jit
+from ..core.types import IntArray
+from .types import Costs, cpu_time
 
 
 @jit

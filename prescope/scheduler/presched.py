@@ -21,8 +21,9 @@ is not prefetched costs its time by that probability, a prefetch costs its whole
 
 import numpy as np
 
-from ..jit import jit
-from .terms import Costs, FloatArray, IntArray, cpu_time
+from ..core.jit import jit
+from ..core.types import FloatArray, IntArray
+from .types import Costs, cpu_time
 
 #: Weight of the next layer's time. When link and CPU are both busy, what is moved from the link to the CPU here makes
 #: room for as many prefetches, so T + N hardly depends on k: a plateau, on which errors of the forecast decide. With a

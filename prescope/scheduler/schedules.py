@@ -7,7 +7,7 @@ machine at hand; `same` and `unknown` say of each how far that makes it the publ
 from dataclasses import dataclass
 
 from ..errors import UnsupportedOption
-from .decide import FATE, FIDDLER, HYBRIMOE, KLOTSKI, MOE_INFINITY, ON_DEMAND, PRESCHED, STREAMING
+from .plan import FATE, FIDDLER, HYBRIMOE, KLOTSKI, MOE_INFINITY, ON_DEMAND, PRESCHED, STREAMING
 
 #: Predictors a schedule names; "none" for those that look at no prediction.
 PREDICTORS = ("none", "early router", "frequency", "transition", "llapor")

@@ -3,10 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ..events import PHASES
-from ..residency import ResidencyTable
-from ..rounds import walk
-from ..routing import RoutingTrace
+from ..cache.residency import ResidencyTable
+from ..cache.rounds import walk
+from ..traces.events import PHASES
+from ..traces.routing import RoutingTrace
 
 PREFILL = PHASES.index("prefill")
 

@@ -9,12 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cost import LayerCosts
 from ..errors import BadTrace, UnsupportedOption
-from ..events import PHASES
 from ..predictor.base import Predictor
-from ..routing import RoutingTrace
-from ..scheduler.terms import Costs
+from ..traces.events import PHASES
+from ..traces.routing import RoutingTrace
 
 DECODE = PHASES.index("decode")
 #: Layers ahead that predictions are prepared for, unless told.
@@ -81,28 +79,6 @@ def predictions_of(predictor: Predictor, trace: RoutingTrace, lookahead: int = L
             unused = np.exp(np.add.reduceat(np.log1p(-np.minimum(scores, 1.0)), first, axis=0))
         used[ahead - 1, :, ahead:] = 1.0 - unused
     return Predicted(expected, used)
-
-
-def compiled_costs(costs: LayerCosts, *, cpu: bool, predicts: bool) -> Costs:
-    """Costs as the decisions read them.
-
-    Args:
-        cpu: with the CPU lane. `predicts`: a predictor runs in every layer.
-    """
-    predict_us, decide_us = float(costs.predict_us) if predicts else 0.0, float(costs.decide_us)
-    in_the_way = predict_us + decide_us if costs.is_layered else 0.0
-    return Costs(
-        link_us=float(costs.link_us),
-        link_busy_us=float(costs.link_us if costs.link_busy_us is None else costs.link_busy_us),
-        gpu_us=float(costs.gpu_us),
-        rest_us=float(costs.rest_us) + in_the_way,
-        predict_us=0.0 if costs.is_layered else predict_us,
-        decide_us=0.0 if costs.is_layered else decide_us,
-        cpu_base_us=float(costs.cpu_base_us),
-        cpu_us=np.array(costs.cpu_us if cpu else (), dtype=np.float64),
-        cpu_alone_us=np.array((costs.cpu_alone_us or costs.cpu_us) if cpu else (), dtype=np.float64),
-        batch_us=float(costs.batch_us),
-    )
 
 
 def as_decode(trace: RoutingTrace, batch: int = 1) -> RoutingTrace:

@@ -16,13 +16,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import learn
-from ..jit import jit
-from ..planner import plan_layer, reconsider
-from ..residency import ROUND_EXPERTS
-from ..scheduler.decide import sort_need, take_slots, use_prefetched
+from ..cache.policies import learn
+from ..cache.residency import ROUND_EXPERTS
+from ..cache.slots import Need, sort_need, take_slots, use_prefetched
+from ..core.jit import jit
+from ..core.types import FloatArray, IntArray
+from ..scheduler.layer import plan_layer, reconsider
 from ..scheduler.presched import cpu_done, share_alone
-from ..scheduler.terms import Costs, FloatArray, IntArray, Knobs, Memory, Need, cpu_time
+from ..scheduler.types import Costs, Knobs, Memory, cpu_time
 
 BoolArray = NDArray[np.bool_]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..metrics import Metrics, compute_metrics
-from ..perfetto import write_perfetto
-from ..routing import RoutingTrace
+from ..traces.metrics import Metrics, compute_metrics
+from ..traces.perfetto import write_perfetto
+from ..traces.routing import RoutingTrace
 from .prepare import Needs
 from .replay import DECIDED, FETCHED, HITS, LATE, MISSES, NEEDED, ON_CPU, PREFETCHED, REASON, Log
 from .tables import event_table, layer_table, step_table
@@ -144,7 +144,7 @@ class SimResult:
 
     @cached_property
     def events(self) -> pd.DataFrame:
-        """The event table (see `prescope.events`); time 0 is the first decode step's start."""
+        """The event table (see `prescope.traces.events`); time 0 is the first decode step's start."""
         return event_table(self.log, self.needs, self.row_bytes, self.streams)
 
     @cached_property

@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bounds import belady_misses, static_misses
-from ..cache import CachePolicy, make_policy
-from ..config import CACHES, EngineConfig, resolve_slots
-from ..core import MoEShape
-from ..cost import LayerCosts
+from ..cache.policies import CachePolicy, make_policy
+from ..cache.prefetch import most_in_flight as on_cuda
+from ..cache.residency import ResidencyTable, prefetch_slots
+from ..core.config import CACHES, EngineConfig, resolve_slots
+from ..core.types import MoEShape
 from ..errors import UnsupportedOption
-from ..planner import most_in_flight as on_cuda
 from ..predictor.base import Predictor
-from ..residency import ResidencyTable, prefetch_slots
-from ..routing import RoutingTrace
 from ..scheduler import Schedule, schedule_named
-from ..scheduler.terms import Knobs, Memory
+from ..scheduler.costs import LayerCosts, compiled_costs
+from ..scheduler.types import Knobs, Memory
+from ..traces.bounds import belady_misses, static_misses
+from ..traces.routing import RoutingTrace
 from .prefill import prefill, prefill_steps
-from .prepare import LOOKAHEAD, Needs, Predicted, compiled_costs, needs_of, predictions_of
+from .prepare import LOOKAHEAD, Needs, Predicted, needs_of, predictions_of
 from .replay import Demand, Log, State, replay
 from .result import Bounds, SimResult
 

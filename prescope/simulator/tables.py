@@ -1,4 +1,4 @@
-"""A replay's log as the engine's tables (see `prescope.events`), built column by column.
+"""A replay's log as the engine's tables (see `prescope.traces.events`), built column by column.
 
 Shapes: S steps, L MoE layers.
 """
@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..core import Lane, Reason
-from ..events import COLUMNS, DTYPES, KINDS, LANES, LAYER_DTYPES, PHASES, REASONS, STEP_DTYPES
+from ..core.types import Lane, Reason
+from ..traces.events import COLUMNS, DTYPES, KINDS, LANES, LAYER_DTYPES, PHASES, REASONS, STEP_DTYPES
 from .prepare import Needs
 from .replay import (
     AT_LAYER,

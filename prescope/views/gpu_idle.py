@@ -6,9 +6,9 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 
 from prescope.errors import BadTrace
-from prescope.result import RunResult
 from prescope.scheduler import SCHEDULES
 from prescope.simulator import SimResult
+from prescope.traces.result import RunResult
 
 from .theme import COLORS, NAMES, source_of, style, told_of
 

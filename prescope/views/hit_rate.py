@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from prescope.core import Phase
+from prescope.core.types import Phase
 from prescope.errors import BadTrace
-from prescope.result import RunResult
+from prescope.traces.result import RunResult
 
 from .theme import COLORS, NAMES, add_line, origin, style
 

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from prescope.core import Lane, Reason
+from prescope.core.types import Lane, Reason
+from prescope.core.units import gb_per_s
 from prescope.errors import BadTrace
-from prescope.events import KINDS, LANES, REASONS
-from prescope.result import RunResult
-from prescope.routing import RoutingTrace
 from prescope.simulator import SimResult
-from prescope.units import gb_per_s
+from prescope.traces.events import KINDS, LANES, REASONS
+from prescope.traces.result import RunResult
+from prescope.traces.routing import RoutingTrace
 
 from .theme import COLORS, GRID, NAMES, TEXT, settings_of, source_of, style, titled, told_of
 

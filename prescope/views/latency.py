@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from prescope.errors import BadTrace
-from prescope.result import RunResult
+from prescope.traces.result import RunResult
 
 from .theme import COLORS, NAMES, TEXT, origin, style
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from prescope.predictor.groups import Cues, LayerGroups, contrast_of
+from prescope.predictor.layer_groups import Cues, LayerGroups, contrast_of
 
 from .theme import COLORS, TEXT, style
 

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from prescope.core import Phase
+from prescope.core.types import Phase
 from prescope.errors import BadTrace
-from prescope.result import RunResult
+from prescope.traces.result import RunResult
 
 from .theme import COLORS, NAMES, add_line, origin, style
 

@@ -7,9 +7,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from prescope.errors import BadTrace
-from prescope.metrics import union
-from prescope.result import RunResult
 from prescope.simulator import SimResult
+from prescope.traces.metrics import union
+from prescope.traces.result import RunResult
 
 from .theme import source_of, style, told_of
 

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from prescope.core import Phase
+from prescope.core.types import Phase
 from prescope.errors import BadTrace
-from prescope.result import RunResult
-from prescope.routing import RoutingTrace
+from prescope.traces.result import RunResult
+from prescope.traces.routing import RoutingTrace
 
 from .theme import style
 

@@ -7,8 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from prescope.errors import BadTrace
-from prescope.result import RunResult
 from prescope.simulator import SimResult
+from prescope.traces.result import RunResult
 
 from .theme import COLORS, NAMES, settings_of, source_of, style, titled, told_of
 

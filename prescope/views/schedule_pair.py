@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from prescope.result import RunResult
 from prescope.simulator import SimResult
+from prescope.traces.result import RunResult
 
 from .lanes import MEANINGS, ROWS, LanesInfo, lanes_info, lanes_traces
 from .theme import TEXT, style, titled

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from prescope.predictor.score import ScoreCard, difference
+from prescope.training.score_card import ScoreCard, difference
 
 from .theme import style
 

@@ -7,9 +7,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from prescope.core.units import GIB, format_bytes
 from prescope.errors import BadTrace
-from prescope.result import RunResult
-from prescope.units import GIB, format_bytes
+from prescope.traces.result import RunResult
 
 from .theme import COLORS, style
 

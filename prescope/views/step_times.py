@@ -6,8 +6,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from prescope.errors import BadTrace
-from prescope.result import RunResult
 from prescope.simulator import SimResult
+from prescope.traces.result import RunResult
 
 from .theme import COLORS, settings_of, source_of, style, titled, told_of
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from prescope.predictor.failures import Shift
+from prescope.training.failures import Shift
 
 from .theme import COLORS, TEXT, style
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from prescope.result import RunResult
 from prescope.scheduler import SCHEDULES
 from prescope.simulator import SimResult
+from prescope.traces.result import RunResult
 
 #: meaning -> colour, in every figure the same.
 COLORS: dict[str, str] = {

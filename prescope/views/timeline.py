@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from prescope.core.units import format_bytes, gb_per_s
 from prescope.errors import BadTrace
-from prescope.result import RunResult
-from prescope.units import format_bytes, gb_per_s
+from prescope.traces.result import RunResult
 
 from .theme import COLORS, GRID, NAMES, TEXT, origin, style
 

@@ -2,7 +2,7 @@
 
 `SlimFigureWidget` sends plotly.js to the page once per kernel instead of once per figure, and answers a page
 reload with the figure's present state (plotly's own class answers with the first). It leans on privates of
-plotly 7 (`_data`, `_layout_obj._props`, widgetbundle.js): `tests/test_widgets.py` holds on to them.
+plotly 7 (`_data`, `_layout_obj._props`, widgetbundle.js): `tests/widgets/test_widgets.py` holds on to them.
 """
 
 import os

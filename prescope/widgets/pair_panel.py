@@ -7,8 +7,8 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 from IPython.display import HTML, display
 
-from ..replays import Choice, Replays, Why
 from ..scheduler import SCHEDULES
+from ..simulator import Choice, Replays, Why
 from ..views.schedule_pair import (
     SchedulePairInfo,
     plot_schedule_pair,

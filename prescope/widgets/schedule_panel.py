@@ -13,20 +13,19 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 from IPython.display import HTML, display
 
+from ..core.units import format_bytes
 from ..errors import PrescopeError
-from ..replays import NOISY, Choice, Replays
-from ..result import RunResult
 from ..scheduler import SCHEDULES
-from ..simulator import SimResult
+from ..simulator import NOISY, Choice, Replays, SimResult
 from ..simulator.simulator import CACHES
-from ..units import format_bytes
+from ..traces.result import RunResult
 from ..views.lanes import lanes_info, lanes_layout, lanes_traces, plot_lanes
 from ..views.outcomes import outcomes_info, outcomes_layout, outcomes_traces, plot_outcomes
 from ..views.step_times import plot_step_times, step_times_info, step_times_layout, step_times_traces
 from .figures import UPDATE_S, SlimFigureWidget, is_headless
 
 if TYPE_CHECKING:
-    from ..workbench import Job, Prompts, Session
+    from ..session import Job, Prompts, Session
 
 #: Between two redraws while a slider is dragged; the last position is always drawn.
 REDRAW_S = 0.15

@@ -10,12 +10,12 @@ import plotly.graph_objects as go
 from IPython.display import HTML, display
 
 from .. import views
-from ..result import RunResult
-from ..units import GIB, format_bytes
+from ..core.units import GIB, format_bytes
+from ..traces.result import RunResult
 from .figures import UPDATE_S, SlimFigureWidget, is_headless
 
 if TYPE_CHECKING:
-    from ..workbench import Job, Prompts, Session
+    from ..session import Job, Prompts, Session
 
 
 class SlotsPanel:

@@ -1,0 +1,178 @@
+"""Cache policies: which resident expert gives up its slot.
+
+Pure numpy; engine and simulator call the same objects. A policy keeps one score per expert of the model in a flat
+array (index = moe_layer * E + expert) and learns from each layer's needs; the residency table evicts the lowest
+score among the slots that may be given up. So every policy costs O(needed) to learn and one argpartition to evict.
+
+Scores of experts that can be resident are distinct (a layer's experts are told apart by their number), so that the
+GPU's version of a policy (`kernels.on_device._plan`) evicts the same experts and counts the same hits.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.jit import jit
+from ..core.types import MoEShape
+from ..errors import UnsupportedOption
+from .next_use import NEXT_USE_KIND, NextUse, learn_next_use
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+#: Weight of the past in the `score` policy, per use of the layer. 0.9 remembers about ten tokens.
+SCORE_DECAY = 0.9
+#: Numbers of the policies in compiled code.
+LRU_KIND, LFU_KIND, STATIC_KIND, SCORE_KIND, SHALLOW_KIND = range(1, 6)
+
+
+@jit
+def learn(
+    kind: int,
+    scores: FloatArray,
+    tick: int,
+    moe_layer: int,
+    num_experts: int,
+    experts: IntArray,
+    weights: FloatArray,
+) -> None:
+    """What a policy of this kind makes of one layer's needs; `tick` counts the layers learned from, this one too.
+
+    Args:
+        scores: (L * E,), changed. `experts`: (n,) distinct, `weights`: (n,) sums of their router weights.
+    """
+    if kind == NEXT_USE_KIND:  # `weights` are tokens
+        learn_next_use(scores, tick, moe_layer, num_experts, experts, weights)
+        return
+    first = moe_layer * num_experts
+    if kind == SCORE_KIND:
+        for i in range(first, first + num_experts):
+            scores[i] *= SCORE_DECAY
+    for i in range(len(experts)):
+        key, last = first + experts[i], tick + experts[i] / num_experts
+        if kind == LRU_KIND:
+            scores[key] = last
+        elif kind == LFU_KIND:
+            # Integer part: uses. Fraction: the last use, squeezed below 1, so that it only breaks ties.
+            scores[key] = np.floor(scores[key]) + 1.0 + last / (last + 1e9)
+        elif kind == SCORE_KIND:
+            scores[key] += weights[i]
+        elif kind == SHALLOW_KIND:
+            # Layers before recency: the deepest layer's experts go first. Ticks stay below 1e9.
+            scores[key] = last / 1e9 - moe_layer
+
+
+class CachePolicy(Protocol):
+    """What the residency table asks of a policy."""
+
+    name: str
+    kind: int  # number in compiled code
+    scores: FloatArray  # (L * E,), the lowest is evicted first
+    tick: int  # layers learned from so far
+
+    def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
+        """Learn one layer's needs: distinct `experts` (n,), and the sum of their router weights (n,)."""
+        ...
+
+    def reset(self) -> None:
+        """Forget what was learned in this run; what was given at the start stays."""
+        ...
+
+
+class _Learned:
+    """A policy that learns from the needs alone."""
+
+    name: str
+    kind: int
+
+    def __init__(self, shape: MoEShape) -> None:
+        self._experts = shape.num_experts
+        self.scores = np.zeros(shape.total_experts)
+        self.tick = 0
+
+    def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
+        self.tick += 1
+        learn(self.kind, self.scores, self.tick, moe_layer, self._experts, experts, weights)
+
+    def reset(self) -> None:
+        self.scores[:] = 0.0
+        self.tick = 0
+
+
+class LRU(_Learned):
+    """Evict the expert whose last use is longest ago."""
+
+    name, kind = "lru", LRU_KIND
+
+
+class LFU(_Learned):
+    """Evict the expert used in the fewest steps; among equals the one used longest ago."""
+
+    name, kind = "lfu", LFU_KIND
+
+
+class DecayedScore(_Learned):
+    """Evict the expert with the lowest decayed sum of router weights (score-aware, after HybriMoE's idea)."""
+
+    name, kind = "score", SCORE_KIND
+
+
+class ShallowFirst(_Learned):
+    """Evict from the deepest layers first, there the one used longest ago (after Fate's idea: the first layers have
+    the least time to prefetch).
+    """
+
+    name, kind = "shallow", SHALLOW_KIND
+
+
+class StaticFrequency:
+    """Evict the expert that a recorded trace used least; what this run does teaches it nothing.
+
+    With as many slots as hot experts this is the best fixed set, kept by loading on demand.
+
+    Args:
+        frequencies: (L, E) uses per expert, as `RoutingTrace.expert_counts()` gives.
+    """
+
+    name, kind = "static", STATIC_KIND
+
+    def __init__(self, shape: MoEShape, frequencies: FloatArray) -> None:
+        if frequencies.shape != (shape.num_layers, shape.num_experts):
+            raise UnsupportedOption(
+                f"frequencies have shape {frequencies.shape}, the model has "
+                f"{shape.num_layers} MoE layers x {shape.num_experts} experts; record a trace with this model"
+            )
+        # Ranks, so that no two are equal.
+        order = np.argsort(frequencies.ravel(), kind="stable")
+        self.scores = np.empty(order.size)
+        self.scores[order] = np.arange(order.size)
+        self.tick = 0
+
+    def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
+        self.tick += 1
+
+    def reset(self) -> None:
+        pass
+
+
+_BY_NAME: dict[str, Callable[[MoEShape], CachePolicy]] = {
+    policy.name: policy for policy in (LRU, LFU, DecayedScore, ShallowFirst, NextUse)
+}
+
+
+def make_policy(name: str, shape: MoEShape, frequencies: FloatArray | None = None) -> CachePolicy:
+    """The policy a user chose by name.
+
+    Raises:
+        UnsupportedOption: "static" without frequencies, or frequencies of another shape.
+    """
+    if name == "static":
+        if frequencies is None:
+            raise UnsupportedOption(
+                "cache='static' needs to know which experts are hot: record a run first and pass "
+                "frequencies=run.trace.expert_counts()"
+            )
+        return StaticFrequency(shape, frequencies)
+    return _BY_NAME[name](shape)

@@ -1,0 +1,1 @@
+"""Words and doors: types, settings, units, paths, the machine at hand; compiled code and functions by their address."""

@@ -1,0 +1,79 @@
+"""The one door to numba: decisions are written as plain loops and compiled where numba is installed.
+
+Engine and simulator call the same functions, so that a decision costs microseconds in both. Without numba they run
+as ordinary Python, with the same results and some hundred times slower; that is said once.
+"""
+
+import hashlib
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
+
+try:
+    import numba
+except ImportError:  # a requirement of the package, but the core has to run where it is missing
+    numba = None
+    warnings.warn(
+        "numba is not installed: scheduling decisions run as plain Python, some hundred times slower; "
+        "install it with `pip install numba`",
+        stacklevel=2,
+    )
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Whether decisions are compiled here; recorded in `RunResult.hardware`.
+IS_COMPILED = numba is not None and not numba.config.DISABLE_JIT
+
+
+@cache
+def cache_dir() -> str:
+    """Where compiled code is kept: a folder for each state of all sources that are compiled.
+
+    numba itself looks at the file of the function alone, and what is compiled into it from other files would be kept
+    when those change: an edit of `take_slots` did not reach `replay` (numba 0.68.1).
+    """
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        source = path.read_bytes()
+        if b"import jit" in source or path == Path(__file__):
+            digest.update(str(path.relative_to(package)).encode() + b"\0" + source + b"\0")
+    folder = package / "__pycache__" / f"compiled-{digest.hexdigest()[:16]}"
+    if not folder.exists():  # what former states of the sources left is of no use any more
+        for stale in folder.parent.glob("compiled-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+    return str(folder)
+
+
+@contextmanager
+def said_if_compiled_first(function: Any, what: str) -> Iterator[None]:
+    """Around a call that may have to compile its function, which takes tens of seconds once: says so if it has to."""
+    is_known = not IS_COMPILED or getattr(function, "signatures", True)
+    if not is_known:
+        name = f"{Path(function.py_func.__code__.co_filename).stem}.{function.__name__}"
+        is_known = any(Path(cache_dir()).rglob(f"{name}-*.nbi"))
+    if is_known:
+        yield
+        return
+    with tqdm(total=1, desc=f"compiling {what}, once", bar_format="{desc} ({elapsed})", leave=False) as bar:
+        yield
+        bar.update()
+
+
+def jit(function: F) -> F:
+    """Compile on the first call, once per machine (numba keeps the code on disk); releases the GIL."""
+    if numba is None:
+        return function
+    former = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = former or cache_dir()
+    try:
+        compiled: F = numba.njit(cache=True, nogil=True)(function)
+    finally:
+        numba.config.CACHE_DIR = former
+    return compiled

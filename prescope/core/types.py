@@ -1,0 +1,76 @@
+"""The words of prescope as types. Standard library and numpy only.
+
+Shapes used everywhere: T tokens, D model width, F expert width, E experts, K top-k, L MoE layers, S slots.
+"""
+
+from enum import IntEnum, StrEnum
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+Phase = Literal["prefill", "decode"]
+
+
+class ExpertKey(NamedTuple):
+    """One expert of the model: always (moe_layer, expert), in this order.
+
+    `moe_layer` is the rank among the MoE layers, not the decoder index: they differ when some layers are dense.
+    """
+
+    moe_layer: int
+    expert: int
+
+
+class Residency(IntEnum):
+    """Where an expert's weights are now, as far as the GPU is concerned."""
+
+    PINNED = 0  # in host memory only
+    IN_FLIGHT = 1  # a copy into its slot has been issued and is not known to be complete
+    RESIDENT = 2  # in its slot
+
+
+class Need(StrEnum):
+    """Outcome of one expert a layer needs in one step. Late is neither a hit nor a miss."""
+
+    HIT = "hit"  # resident when needed
+    LATE = "late"  # in flight when needed
+    MISS = "miss"  # absent when needed
+
+
+class Reason(StrEnum):
+    """Why an expert went where it went. Compiled decisions name them by their rank."""
+
+    ON_DEMAND = "on_demand"  # needed now and absent: over the link
+    PREFETCH = "prefetch"  # predicted for a coming layer
+    CPU = "cpu"  # needed now and absent: computed where it lies, that is sooner done
+    STREAM = "stream"  # its whole layer is copied, whatever is predicted
+
+
+REASONS = tuple(Reason)
+
+
+class Lane(StrEnum):
+    """The four lanes of a timeline, and the host's own time."""
+
+    GPU = "gpu"  # compute of the model's device
+    H2D = "h2d"  # the link: host memory -> slots
+    CPU = "cpu"  # experts computed on the CPU
+    STALL = "stall"  # the compute lane waited for bytes
+    HOST = "host"  # the compute lane waited for the host to read the routing and decide
+
+
+class MoEShape(NamedTuple):
+    """Sizes of a model's MoE part that decisions need; all layers alike unless `row_bytes` says otherwise."""
+
+    num_layers: int  # L, MoE layers
+    num_experts: int  # E, the most experts any layer has
+    top_k: int  # K, the most experts one token uses in a layer; 0 until the first forward shows it
+    row_bytes: int  # bytes of the largest expert, all projections and biases, padded
+
+    @property
+    def total_experts(self) -> int:
+        return self.num_layers * self.num_experts

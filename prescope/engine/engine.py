@@ -1,0 +1,595 @@
+"""Run a transformers MoE model with its experts in host memory: `load`, `attach`, `generate`.
+
+The engine owns the pieces and their lifetimes; `serving` serves its MoE layers, `decode` runs whole steps from one
+graph, `recorder` takes down what happened.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from ..cache.policies import make_policy
+from ..core.config import EngineConfig
+from ..core.jit import IS_COMPILED
+from ..core.machine import machine_facts
+from ..core.types import Need
+from ..core.units import format_bytes
+from ..device import Device, open_device, resolve_device
+from ..errors import BadProfile, NoProfile, NotAttached, SlotPoolTooLarge, TraceMismatch, UnsupportedOption
+from ..hf import Attachment, MoELayer, find_moe_layers, top_k_of
+from ..kernels import make_kernel
+from ..predictor import Predictor
+from ..profile import HardwareProfile
+from ..scheduler import schedule_named
+from ..scheduler.costs import LayerCosts
+from ..traces.metrics import compute_metrics
+from ..traces.result import RunResult
+from ..traces.routing import RoutingTrace
+from .forced_routing import ForcedRouting
+from .graph import DecodeLoop, Decoder
+from .layered import Serving
+from .recorder import Recorder
+from .resolve import _cache_of, _count_slots, _shape_of
+from .schedule import open_scheduling
+
+#: Settings of a schedule, as `Engine.configure` takes them.
+SCHEDULE_SETTINGS = {"schedule", "lookahead", "width", "threshold", "cpu_threads"}
+
+Prompts = str | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Keep the garbage collector from walking the whole heap meanwhile.
+
+    A recording makes many small objects, which sets off full collections; with torch and transformers imported one
+    takes 180 ms (2-core machine, Python 3.11), as long as ten tokens. Frozen objects are left out of them.
+    """
+    if gc.get_freeze_count():  # somebody else's: `unfreeze` would undo it
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _freed_bytes(model: PreTrainedModel, layers: list[MoELayer], device: torch.device) -> int:
+    """Device memory that attaching frees: experts that are there now, less the rest of the model that is not."""
+    experts = {id(tensor) for layer in layers for tensor in layer.tensors().values()}
+    freed = 0
+    for tensor in [*model.parameters(), *model.buffers()]:
+        is_here = tensor.device.type == device.type
+        if is_here and id(tensor) in experts:
+            freed += tensor.nbytes
+        elif not is_here and id(tensor) not in experts:
+            freed -= tensor.nbytes
+    return freed if device.type != "cpu" else 0  # on the CPU the rows take the experts' place
+
+
+class Engine:
+    """A model that runs with its experts in host memory.
+
+    Use `load` or `attach` to make one. As a context manager it detaches on exit.
+
+    Attributes:
+        model: the transformers model; its own `generate` works.
+        tokenizer: or None.
+        shape: sizes of its MoE part.
+        num_slots: places for experts on the device.
+        frequencies: (L, E) uses per expert that cache="static" goes by, or None.
+        fingerprint: identity of the model, written into traces.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: EngineConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        name: str = "",
+        frequencies: np.ndarray | None = None,
+        predictor: Predictor | None = None,
+        costs: LayerCosts | None = None,
+    ) -> None:
+        layers = find_moe_layers(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.shape = _shape_of(layers, top_k_of(model))
+        self.num_slots, slots_reason = _count_slots(config, self.shape, layers)
+        kind, device_reason = resolve_device(config, model.device)
+        self._chosen_cache = config.cache
+        cache, cache_reason = _cache_of(config, frequencies)
+        policy = make_policy(cache, self.shape, frequencies)
+        self._dtype = layers[0].tensors()[layers[0].weight_names[0]].dtype
+        kernel, kernel_reason = make_kernel(config.kernels, kind, self._dtype)
+        self.config = replace(config, device=kind, kernels=kernel.name, cache=cache)
+        self.reasons = {
+            "slots": slots_reason, "device": device_reason, "kernels": kernel_reason, "cache": cache_reason
+        }  # fmt: skip
+        self.frequencies = frequencies
+        self._cancelled = False
+        self._device: Device = open_device(
+            kind, config.link_gb_per_s, self.shape.row_bytes, config.link_factor
+        )
+        self._serving = Serving(self._device, layers, self.shape, kernel.name, self._dtype)
+        try:
+            self._require_memory(self.num_slots, _freed_bytes(model, layers, self._device.torch_device))
+            self._attachment = Attachment(model, layers, self._device, self._serving.serve)
+        except BaseException:
+            self._device.close()
+            raise
+        self._layers = layers
+        self._decoder = Decoder(model, self._serving)
+        self._serving.host = self._attachment.host
+        self._predictor, self._costs = predictor, costs
+        try:
+            self._serving.open_slots(self.num_slots, policy)
+            self._open_schedule(config, predictor, costs)
+        except BaseException:
+            self._attachment.detach()
+            self._device.close()
+            raise
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self.fingerprint = self._attachment.host.fingerprint(
+            repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
+        )
+
+    def configure(
+        self,
+        *,
+        slots: int | float | str | None = None,
+        cache: str | None = None,
+        decode: str | None = None,
+        compiled: bool | None = None,
+        frequencies: np.ndarray | None = None,
+        predictor: Predictor | Literal["none"] | None = None,
+        costs: LayerCosts | None = None,
+        **schedule: Any,
+    ) -> None:
+        """Change settings between two runs (see `EngineConfig`); after new slots or another cache, slots are cold.
+        A schedule brings its own cache, unless one was chosen.
+
+        Args:
+            frequencies, predictor, costs: as `load` takes them; those there are stay if none are given. "none" takes
+                the predictor away.
+            schedule: schedule, lookahead, width, threshold, cpu_threads; None for the schedule's own.
+
+        Raises: as `load`; the engine then goes on with its former settings.
+        """
+        self._require_attached()
+        if self._serving.recorder is not None:
+            raise UnsupportedOption("a run is under way; change settings after it, or cancel() it first")
+        unknown = schedule.keys() - SCHEDULE_SETTINGS
+        if unknown:
+            raise UnsupportedOption(
+                f"there is no setting {sorted(unknown)[0]!r} to configure; there are slots, cache, decode, compiled, "
+                f"frequencies, predictor, costs, {', '.join(sorted(SCHEDULE_SETTINGS))}"
+            )
+        given: dict[str, Any] = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
+        given = {name: value for name, value in given.items() if value is not None}
+        config = replace(self.config, **({"cache": self._chosen_cache} | given), **schedule)
+        hot = self.frequencies if frequencies is None else frequencies
+        chosen = config.cache
+        cache, cache_reason = _cache_of(config, hot)
+        config = replace(config, cache=cache)
+        count, reason = _count_slots(config, self.shape, self._layers)
+        policy = make_policy(config.cache, self.shape, hot)
+        if slots is not None:
+            self._require_memory(count, self.num_slots * self.shape.row_bytes)
+        self._device.synchronize()
+        self._decoder.forget()
+        if schedule or predictor is not None or costs is not None:
+            kept = self._predictor if predictor is None else None if predictor == "none" else predictor
+            self._open_schedule(config, kept, costs or self._costs)
+        is_new = (
+            slots is not None or frequencies is not None or "cache" in given or cache != self.config.cache
+        )
+        self.config, self.frequencies, self._chosen_cache = config, hot, chosen
+        self.reasons["cache"] = cache_reason
+        if not is_new:
+            return
+        self._serving.close_slots()
+        self.num_slots, self.reasons["slots"] = count, reason
+        self._serving.open_slots(count, policy)
+
+    def _open_schedule(
+        self, config: EngineConfig, predictor: Predictor | None, costs: LayerCosts | None
+    ) -> None:
+        """Take up a schedule; the former one goes on if that fails."""
+        former = self._serving.scheduling
+        if config.schedule == "on-demand":
+            self._serving.scheduling, self.reasons["schedule"] = None, "as given"
+        else:
+            known = costs or self._costs_here(config.schedule)
+            opened = open_scheduling(
+                config,
+                self.shape,
+                self._layers,
+                self._attachment.host,
+                predictor,
+                known,
+                self._device.torch_device,
+            )
+            opened.forced = self._serving.forced
+            self._serving.scheduling = opened
+            self.reasons["schedule"] = f"as given, by {known.source}"
+            if opened.cpu is not None:
+                lane = opened.cpu
+                self.reasons["cpu"] = f"{lane.implementation}, {lane.threads} threads: {lane.reason}"
+        self._predictor, self._costs = predictor, costs
+        if former is not None:
+            former.close()
+
+    def _costs_here(self, schedule: str) -> LayerCosts:
+        """What a layer costs by this machine's profile, at batch 1; from there the planner follows its steps."""
+        layer = self._layers[0]
+        down = layer.layout.field(layer.spec.down).shape
+        width, expert_width = (down[1], down[0]) if layer.spec.is_transposed else (down[0], down[1])
+        try:
+            profile = HardwareProfile.of_this_machine(self._device.describe())
+            return profile.costs(self.shape, width=width, expert_width=expert_width)
+        except (NoProfile, BadProfile) as error:
+            raise UnsupportedOption(
+                f"schedule={schedule!r} weighs what copying and computing cost here: {error}. Run "
+                f"prescope.calibrate(engine) once, give costs=..., or use schedule='on-demand'"
+            ) from error
+
+    def _require_memory(self, num_slots: int, freed_bytes: int) -> None:
+        """Raise SlotPoolTooLarge unless the slots fit, given what will be freed (or taken, if negative) before."""
+        wanted, free = num_slots * self.shape.row_bytes, max(0, self._device.free_bytes() + freed_bytes)
+        if wanted > free:
+            raise SlotPoolTooLarge(
+                f"{num_slots} slots take {format_bytes(wanted)}, the device has {format_bytes(free)} for them; "
+                f"use slots={free // self.shape.row_bytes} or fewer"
+            )
+
+    # -- runs --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        on_step: Callable[[int], None] | None = None,
+        **keywords: Any,
+    ) -> RunResult:
+        """Generate greedily (or as `keywords` say) and return the text with all evidence.
+
+        Args:
+            prompts: a text, texts, token id lists, or a tensor (B, T) of ids.
+            on_step: called with the number of tokens so far after each one.
+            keywords: for `model.generate`: max_new_tokens, do_sample, ...
+
+        Raises:
+            UnsupportedOption: text without a tokenizer, or no prompt.
+            TransferFailed: a copy failed; the engine works again afterwards, with cold slots.
+        """
+        self._require_attached()
+        inputs = self._tokenize(prompts)
+        self._cancelled = False
+        stop = _Progress(self, on_step, inputs["input_ids"].shape[1])
+        criteria = keywords.pop("stopping_criteria", [])
+        settings = {"do_sample": False, **keywords}
+        if self.model.generation_config.pad_token_id is None and self.tokenizer is not None:
+            settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        batch, length = inputs["input_ids"].shape
+        if self._serving.forced is not None:
+            self._serving.forced.restart()
+        loop = self._decoder.loop(
+            self.config, batch, length, settings, bool(criteria), on_step or _ignore, lambda: self._cancelled
+        )
+        with self._recording() as recorder:
+            if isinstance(loop, DecodeLoop):
+                settings |= {"custom_generate": loop, "past_key_values": loop.cache}
+            else:
+                settings["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
+            output = self.model.generate(**inputs, **settings)
+            self.reasons["decode"] = loop.reason if isinstance(loop, DecodeLoop) else loop
+            sequences = output if isinstance(output, torch.Tensor) else output.sequences
+            tokens = self._new_tokens(sequences, inputs["input_ids"].shape[1])
+            result = self._result(recorder, keywords, sum(map(len, tokens)))
+        text = (
+            self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            if self.tokenizer
+            else [""] * len(tokens)
+        )
+        if self._device.kind == "cuda" and self.config.decode == "auto" and isinstance(loop, str):
+            result.notes.append(f"decode steps ran layer by layer: {loop.removeprefix('layered: ')}")
+        if self._chosen_cache == "auto" and self.config.cache != schedule_named(self.config.schedule).cache:
+            result.notes.append(self.reasons["cache"])
+        if self._serving.forced is not None:
+            result.notes.append(
+                "decode steps were routed by a trace, not by the model: the tokens mean nothing"
+            )
+        if self._cancelled:
+            result.notes.append(f"cancelled after {recorder.num_steps} steps")
+        return replace(result, text=text, tokens=tokens)
+
+    @contextmanager
+    def record(self) -> Iterator[list[RunResult]]:
+        """Record whatever the model does meanwhile; the list holds the `RunResult` (without text) on exit.
+
+        For a model that is driven by its own `generate` or forward:
+
+            with engine.record() as results:
+                model.generate(**inputs)
+            results[0].metrics
+        """
+        self._require_attached()
+        results: list[RunResult] = []
+        with self._recording() as recorder:
+            yield results
+            results.append(self._result(recorder, {}, recorder.batch * recorder.num_steps))
+
+    @contextmanager
+    def without_events(self, off: bool = True) -> Iterator[None]:
+        """Runs inside leave no timeline (counts and routing stay): to measure what the timeline costs."""
+        former = self.config
+        self.config = replace(former, events=former.events and not off)
+        try:
+            yield
+        finally:
+            self.config = former
+
+    @contextmanager
+    def _recording(self) -> Iterator[Recorder]:
+        if self._serving.recorder is not None:
+            raise UnsupportedOption("a recording is under way already; one engine records one run at a time")
+        config = self.config
+        self._serving.recorder = Recorder(
+            self._device, events=config.events, routing=config.record_routing, inputs=config.record_inputs
+        )
+        try:
+            with _frozen_heap():
+                yield self._serving.recorder
+        except BaseException:
+            self.recover()
+            raise
+        finally:
+            self._serving.recorder = None
+
+    def _result(self, recorder: Recorder, settings: dict[str, Any], output_tokens: int) -> RunResult:
+        tables = recorder.tables([layer.layout.row_bytes for layer in self._layers])
+        hardware = self.hardware()
+        metrics = compute_metrics(*tables, batch=recorder.batch, output_tokens=output_tokens)
+        trace = recorder.trace(
+            num_experts=self.shape.num_experts,
+            decoder_layers=[layer.decoder_layer for layer in self._layers],
+            model=self.name,
+            fingerprint=self.fingerprint,
+            versions={name: str(hardware[name]) for name in ("prescope", "torch", "transformers")},
+        )
+        return RunResult(
+            text=[],
+            tokens=[],
+            metrics=metrics,
+            events=tables.events,
+            layers=tables.layers,
+            steps=tables.steps,
+            trace=trace,
+            config={**self.describe(), "generate": {name: repr(value) for name, value in settings.items()}},
+            hardware=hardware,
+        )
+
+    def _tokenize(self, prompts: Prompts) -> dict[str, torch.Tensor]:
+        device = self._device.torch_device
+        if isinstance(prompts, torch.Tensor):
+            return {
+                "input_ids": prompts.to(device),
+                "attention_mask": torch.ones_like(prompts, device=device),
+            }
+        items = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not items:
+            raise UnsupportedOption("no prompt given; pass a text, a list of texts or lists of token ids")
+        if isinstance(items[0], str):
+            if self.tokenizer is None:
+                raise UnsupportedOption(
+                    f"{self.name} has no tokenizer; pass lists of token ids instead of text"
+                )
+            return dict(
+                self.tokenizer(items, return_tensors="pt", padding=True, return_token_type_ids=False).to(
+                    device
+                )
+            )
+        longest = max(len(item) for item in items)
+        if min(len(item) for item in items) == 0:
+            raise UnsupportedOption("a prompt is empty; every prompt needs at least one token")
+        ids = torch.tensor([[0] * (longest - len(item)) + list(item) for item in items])
+        mask = torch.tensor([[0] * (longest - len(item)) + [1] * len(item) for item in items])
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+    def _new_tokens(self, sequences: torch.Tensor, prompt_length: int) -> list[list[int]]:
+        eos = self.model.generation_config.eos_token_id
+        ends = {eos} if isinstance(eos, int) else set(eos or ())
+        tokens = []
+        for row in sequences[:, prompt_length:].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+            tokens.append(row[:end])
+        return tokens
+
+    @torch.compiler.disable
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._serving.captured is not None:
+            return
+        given = kwargs.get("input_ids", args[0] if args else None)
+        tokens = given if given is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            return
+        batch, length = tokens.shape[:2]
+        self._serving.is_prefill = length > 1
+        if length == 1 and self._serving.forced is not None:
+            self._serving.forced.advance()
+        if self._serving.recorder is None:
+            return
+        mask = kwargs.get("attention_mask")
+        padding = None
+        if (
+            length > 1
+            and isinstance(mask, torch.Tensor)
+            and mask.shape[:2] == (batch, length)
+            and mask.dim() == 2
+        ):
+            padding = self._device.read(mask) == 0
+        self._serving.recorder.begin_step(batch, length, padding)
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """The settings as resolved, with the reason of each, and the cap on the experts' memory."""
+        scheduling = self._serving.scheduling
+        return {
+            **self.config.to_dict(),
+            **({} if scheduling is None else scheduling.describe()),
+            "num_slots": self.num_slots,
+            "slots_gib": self.num_slots * self.shape.row_bytes / 2**30,
+            "slots_frac": self.num_slots / sum(layer.num_experts for layer in self._layers),
+            "expert_bytes": self.shape.row_bytes,
+            "moe": self.shape._asdict(),
+            "model": self.name,
+            "fingerprint": self.fingerprint,
+            "reasons": dict(self.reasons),
+        }
+
+    def hardware(self) -> dict[str, Any]:
+        """The machine, its device and link, the weights' dtype and the versions that decide speed."""
+        return {
+            **machine_facts(),
+            **self._device.describe(),
+            "decisions": "compiled" if IS_COMPILED else "plain Python, numba is missing",
+            "dtype": str(self._dtype).removeprefix("torch."),
+        }
+
+    def clear_cache(self) -> None:
+        """Empty all slots and forget what the cache policy learned: the next run starts cold."""
+        self._require_attached()
+        self._device.synchronize()
+        self._serving.clear()
+
+    def recover(self) -> None:
+        """Make the engine usable after an interrupt or a failed copy; the slots are cold afterwards."""
+        self._serving.recover()
+
+    def force_routing(self, trace: RoutingTrace | None, scores: np.ndarray | None = None) -> None:
+        """Route decode steps as a trace does instead of by the model's routers; None ends it.
+
+        For shapes with random weights. Results say so in their notes.
+
+        Args:
+            trace: its decode steps hold as many tokens as the batch that is generated.
+            scores: (S, L, d, 2, E) predictions of these steps to be used instead of a predictor's own: expected tokens
+                and probability of use by layers ahead.
+
+        Raises:
+            TraceMismatch: the trace is of another shape.
+        """
+        self._require_attached()
+        self._decoder.forget()
+        if trace is None:
+            self._serving.forced = None
+            if self._serving.scheduling is not None:
+                self._serving.scheduling.forced = None
+            return
+        found = (trace.num_layers, trace.num_experts, trace.top_k)
+        if found != (self.shape.num_layers, self.shape.num_experts, self.shape.top_k):
+            raise TraceMismatch(
+                f"the trace has (layers, experts, top-k) = {found}, the model has "
+                f"{(self.shape.num_layers, self.shape.num_experts, self.shape.top_k)}"
+            )
+        first = trace.select(phase="decode").steps[:1]
+        batch = int((trace.step == first[0]).sum()) if first else 0
+        self._serving.forced = forced = ForcedRouting.of_trace(
+            trace, batch, self._device.torch_device, scores
+        )
+        if self._serving.scheduling is not None:
+            self._serving.scheduling.forced = forced
+
+    def cancel(self) -> None:
+        """End the running `generate` after the token it is at; what there is by then is returned."""
+        self._cancelled = True
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled
+
+    @property
+    def needs(self) -> dict[Need, int]:
+        """Hits, late ones and misses since the engine was made."""
+        return self._serving.needs
+
+    def check_integrity(self) -> None:
+        """Assert that slots and table agree and that each resident expert's bytes equal its host row's."""
+        self._serving.residency.check_integrity()
+        self._device.synchronize()
+        for slot, key in enumerate(self._serving.residency.key_of.tolist()):
+            if key >= 0:
+                moe_layer, expert = divmod(key, self.shape.num_experts)
+                row = self._attachment.host.row(moe_layer, expert)
+                assert torch.equal(self._serving.loader.pool[slot, : len(row)].cpu(), row), (
+                    f"slot {slot} does not hold the bytes of expert {expert} of MoE layer {moe_layer}"
+                )
+
+    def detach(self) -> None:
+        """Give the model back as it was, bit for bit; the engine cannot be used afterwards."""
+        if self._attachment.host.layers:
+            self._device.recover()
+            self._hook.remove()
+            self._decoder.forget()
+            self._serving.close_slots()
+            if self._serving.scheduling is not None:
+                self._serving.scheduling.close()
+            self._attachment.detach()
+            self._device.close()
+
+    close = detach
+
+    def _require_attached(self) -> None:
+        if not self._attachment.host.layers:
+            raise NotAttached(
+                "this engine is detached; make a new one with prescope.attach(model) or prescope.load"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "" if self._attachment.host.layers else ", detached"
+        return (
+            f"Engine({self.name}: {self.shape.num_layers} MoE layers x {self.shape.num_experts} experts, "
+            f"{self.num_slots} slots = {format_bytes(self.num_slots * self.shape.row_bytes)}, "
+            f"{self.config.cache}, {self._device.describe()['label']}{state})"
+        )
+
+
+def _ignore(tokens: int) -> None:
+    """Nobody asked to be told."""
+
+
+class _Progress(StoppingCriteria):
+    """Reports each token and ends generation when the engine was told to cancel."""
+
+    def __init__(self, engine: Engine, on_step: Callable[[int], None] | None, prompt_length: int) -> None:
+        self._engine = engine
+        self._on_step = on_step
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        if self._on_step is not None:
+            self._on_step(input_ids.shape[1] - self._prompt_length)
+        return torch.full(
+            (input_ids.shape[0],), self._engine.is_cancelled, device=input_ids.device, dtype=torch.bool
+        )

@@ -1,0 +1,144 @@
+"""Which way a run's decode steps go, and why; keeps the captured steps of an engine."""
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ...core.config import EngineConfig
+from ...errors import UnsupportedOption
+from ...kernels import DEVICE_POLICIES, MOST_PAIRS, make_device_table
+from ..layered import Serving
+from .loop import DecodeLoop
+from .step import COPY, GPU, HOST, DecodeStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...kernels.graph_buffers import DeviceTable
+
+#: Captured steps that are kept, of different batch sizes.
+MOST_STEPS = 4
+#: Keywords of `generate` that captured steps understand; with others transformers' own loop runs.
+KEYWORDS = {
+    "do_sample", "max_new_tokens", "min_new_tokens", "pad_token_id", "eos_token_id", "temperature", "top_k", "top_p",
+    "min_p", "repetition_penalty",
+}  # fmt: skip
+
+
+class Decoder:
+    """The captured steps of one engine.
+
+    Args:
+        model: attached.
+        serving: serves its MoE layers.
+    """
+
+    def __init__(self, model: "PreTrainedModel", serving: Serving) -> None:
+        self._model, self._serving = model, serving
+        self._steps: dict[int, DecodeStep] = {}  # by batch
+        self._table: DeviceTable | None = None
+
+    def loop(
+        self,
+        config: EngineConfig,
+        batch: int,
+        prompt_length: int,
+        keywords: dict[str, Any],
+        has_criteria: bool,
+        on_step: Callable[[int], None],
+        is_cancelled: Callable[[], bool],
+    ) -> DecodeLoop | str:
+        """A loop that runs captured steps, or the reason why transformers' own loop runs, layer by layer.
+
+        Args:
+            keywords: for `model.generate`; `has_criteria`: the user gave stopping criteria too.
+        """
+        reason = self._why_layered(config, batch, keywords, has_criteria)
+        if not reason:
+            drivers, only = self._drivers(config)
+            try:
+                step = self._step(config, batch, prompt_length + keywords["max_new_tokens"], drivers)
+                reason = step.problem
+            except UnsupportedOption as error:
+                reason = str(error)
+        if reason:
+            if config.decode not in ("auto", "layered"):
+                warnings.warn(
+                    f"decode={config.decode!r}: decode steps run layer by layer: {reason}", stacklevel=4
+                )
+            return f"layered: {reason}"
+        if self._table is None:
+            serving = self._serving
+            self._table = make_device_table(
+                serving.shape, serving.residency.num_slots, serving.device.torch_device
+            )
+        step.cache.reset()
+        return DecodeLoop(step, self._serving, self._table, only, on_step, is_cancelled)
+
+    def _step(self, config: EngineConfig, batch: int, length: int, drivers: list[str]) -> DecodeStep:
+        """The step for this batch, made anew if the one there is too short or of other settings."""
+        step = self._steps.get(batch)
+        if step is not None and step.length >= length and step.timed == config.events:
+            return step
+        self._steps.pop(batch, None)
+        if len(self._steps) >= MOST_STEPS:
+            self._steps.pop(next(iter(self._steps)))
+        self._steps[batch] = step = DecodeStep(
+            self._model,
+            self._serving,
+            batch=batch,
+            length=length,
+            drivers=drivers,
+            timed=config.events,
+            compiled=config.compiled,
+        )
+        return step
+
+    def _drivers(self, config: EngineConfig) -> tuple[list[str], str]:
+        """Which drivers to capture steps for, and why it is one only."""
+        if self._serving.scheduling is not None:
+            return [HOST], f"schedule={config.schedule!r} is the host's"
+        if config.decode in (GPU, COPY, HOST):
+            return [config.decode], "as given"
+        if config.cache not in DEVICE_POLICIES:
+            return [HOST], f"cache={config.cache!r} needs the host"
+        if config.link_factor > 1:
+            return [COPY], f"link_factor={config.link_factor} is the copy engine's"
+        if self._serving.residency.num_slots >= sum(layer.num_experts for layer in self._serving.layers):
+            return [GPU], "all experts have slots"
+        return [GPU, COPY], ""
+
+    def _why_layered(
+        self, config: EngineConfig, batch: int, keywords: dict[str, Any], has_criteria: bool
+    ) -> str:
+        """Why decode steps cannot run from a graph in this run; "" if they can."""
+        shape, num_slots = self._serving.shape, self._serving.residency.num_slots
+        needed = min(shape.num_experts, batch * shape.top_k)
+        other = sorted(set(keywords) - KEYWORDS) + ["stopping_criteria"] * has_criteria
+        scheduling = self._serving.scheduling
+        has_norms = any(layer.spec.post_norm is not None for layer in self._serving.layers)
+        checks = [
+            (
+                scheduling is not None and scheduling.cpu is not None and has_norms,
+                "a norm follows the experts, and those on the CPU would miss it",
+            ),
+            (config.decode == "layered", "as given"),
+            (self._serving.device.kind != "cuda", "graphs need CUDA"),
+            (config.kernels != "triton", f"kernels={config.kernels!r} cannot be captured"),
+            (config.record_inputs, "router inputs are recorded"),
+            (
+                config.decode in (GPU, COPY) and config.cache not in DEVICE_POLICIES,
+                f"cache={config.cache!r} needs the host",
+            ),
+            (needed > num_slots, f"a layer may need {needed} experts at once, there are {num_slots} slots"),
+            (batch * shape.top_k > MOST_PAIRS, f"more than {MOST_PAIRS} pairs of token and expert"),
+            ("max_new_tokens" not in keywords, "max_new_tokens is not given"),
+            (bool(other), f"generate has {', '.join(other)}"),
+            (self._model.generation_config.num_beams not in (None, 1), "beam search"),
+        ]
+        return next((reason for holds, reason in checks if holds), "")
+
+    def forget(self) -> None:
+        """Drop all graphs: they hold the addresses of slots that are about to go."""
+        self._steps.clear()
+        self._table = None

@@ -1,0 +1,152 @@
+"""The host's part of a captured step whose copies the GPU orders: hand them to the copy engine, nothing else.
+
+Compiled, as `serve`: until the first copy is issued the link is idle, and each order waits for the one before it.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...core.jit import jit
+from ...core.native import call, clock_address, load_int64, now_us, store_int32
+from ...core.types import IntArray
+from ...device import LinkFunctions
+from ...errors import TransferFailed
+from ..layered import Serving
+from .host_loop import LINK_FAILED, NOBODY_ASKED, PAUSED, SERVED, WAIT_US, has_time
+
+if TYPE_CHECKING:
+    from ...kernels.graph_buffers import CapturedStep
+
+
+#: What the host has to do besides serving a step, in small parts.
+Chores = deque[Callable[[], None]]
+
+
+class Orders(NamedTuple):
+    """Where things lie in memory. L layers; n experts at most."""
+
+    orders: IntArray  # (L, 1 + n), as `kernels.captured.OrderMessages`
+    ack_sources: NDArray[np.int32]  # (L,)
+    ack: int
+    served: NDArray[np.int32]
+    row_bytes_L: IntArray
+    rows_L: IntArray  # addresses of the host rows
+    pool: int  # address of the slots
+    slot_bytes: int
+
+
+@jit
+def obey(
+    link: LinkFunctions,
+    clock: int,
+    orders: Orders,
+    progress: IntArray,
+    words: IntArray,
+    step: int,
+    number: int,
+    chores: int,
+) -> int:
+    """Serve the layers of a running step from progress[0] on; call again if nobody asked.
+
+    Args:
+        progress: (2,) the layer, and the driver's code if it failed. `words`: (2,) for the clock.
+        step: since the buffers' restart; `number`: the same in messages. `chores`: as in `serve`.
+
+    Returns: SERVED, PAUSED, NOBODY_ASKED or LINK_FAILED.
+    """
+    L = len(orders.rows_L)
+    while progress[0] < L:
+        layer = progress[0]
+        address = orders.orders[layer].ctypes.data
+        begin = now_us(clock, words)
+        i, count = 0, 0
+        while i <= count:  # the first word says how many follow
+            word = load_int64(address + 8 * i)
+            if word >> 48 != number:
+                if now_us(clock, words) - begin > WAIT_US:
+                    return NOBODY_ASKED
+                continue
+            if i == 0:
+                count = word & 0xFFFF
+            else:
+                nbytes = orders.row_bytes_L[layer]
+                target = orders.pool + (word & 0xFFFFFF) * orders.slot_bytes
+                source = orders.rows_L[layer] + (word >> 24 & 0xFFFFFF) * nbytes
+                for _ in range(link.repeats):
+                    progress[1] = call(link.memcpy, (target, source, nbytes, link.stream)) & 0xFFFFFFFF
+                    if progress[1] != 0:
+                        return LINK_FAILED
+            i += 1
+        if count > 0:
+            orders.ack_sources[layer] = step + 1  # its last copy is over: the GPU has gone on since
+            source = orders.ack_sources.ctypes.data + 4 * layer
+            progress[1] = call(link.memcpy, (orders.ack + 4 * layer, source, 4, link.stream)) & 0xFFFFFFFF
+            if progress[1] != 0:
+                return LINK_FAILED
+        progress[0] += 1
+        if has_time(chores, L - progress[0], count > 0):
+            return PAUSED
+    store_int32(orders.served.ctypes.data, np.int32(step + 1))
+    return SERVED
+
+
+class OrderedStep:
+    """Serves captured steps whose copies the GPU orders.
+
+    Args:
+        serving: slots and link.
+        captured: the step's buffers.
+    """
+
+    def __init__(self, serving: Serving, captured: "CapturedStep") -> None:
+        self._serving, self._captured = serving, captured
+        pool = serving.loader.pool
+        self._link = serving.device.link_functions()
+        self._orders = Orders(
+            *captured.order_messages(),
+            row_bytes_L=np.array([layer.layout.row_bytes for layer in serving.layers]),
+            rows_L=np.array([held.rows.data_ptr() for held in serving.host.layers]),
+            pool=pool.data_ptr(),
+            slot_bytes=pool.stride(0),
+        )
+        self._progress, self._words = np.zeros(2, np.int64), np.zeros(2, np.int64)
+
+    def run(self, step: int, chores: Chores) -> None:
+        """Serve all layers of a step that is running, with chores between them.
+
+        Raises:
+            TransferFailed: the GPU stopped, or the driver refused a copy.
+        """
+        self._progress[0] = 0
+        number = self._captured.number(step)
+        arguments = self._link, clock_address(), self._orders, self._progress, self._words, step, number
+        while (code := obey(*arguments, len(chores))) != SERVED:
+            if code == PAUSED:
+                chores.popleft()()
+            else:
+                require_running(self._serving, code, int(self._progress[1]))
+
+    def abandon(self, step: int) -> None:
+        """Let a step that is still waiting run to its end, with whatever weights there are."""
+        self._captured.served(step + 1)
+        # Not by the function that may have failed.
+        for layer in range(len(self._serving.layers)):
+            self._serving.device.send([self._captured.acknowledgement(layer, step)], None)
+
+
+def require_running(serving: Serving, code: int, failure: int) -> None:
+    """After `serve` or `obey` came back before the end.
+
+    Raises:
+        TransferFailed: the driver refused a copy with `failure`, or the GPU stopped.
+    """
+    if code == LINK_FAILED:
+        raise TransferFailed(
+            f"the CUDA driver refused a copy to the GPU with {failure}; the slots are cold now, run again"
+        )
+    if serving.device.is_idle():
+        raise TransferFailed("the GPU stopped without a message; the CUDA error is above, if there is one")

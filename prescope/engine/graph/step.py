@@ -1,0 +1,217 @@
+"""One decode step of a fixed batch over its own static cache, captured once for each driver."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ...cache.residency import NOTHING
+from ...errors import UnsupportedOption
+from ...hf import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
+from ...kernels import DEVICE_POLICIES, make_scheduled
+from ..layered import Serving
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...kernels.graph_buffers import CapturedStep, DeviceTable, Scheduled
+
+#: Who serves the misses of a captured step: see `prescope.engine.graph`.
+GPU, COPY, HOST = "gpu-driven", "copy-engine", "host-driven"
+#: Order in which two drivers are tried against each other, a step each; the first step of each warms up.
+CONTEST = (GPU, COPY, GPU, COPY, COPY, GPU, GPU, COPY, COPY, GPU)
+
+
+class Captured(NamedTuple):
+    """A step captured for one driver."""
+
+    buffers: "CapturedStep"
+    replay: Callable[[], None]
+    logits: torch.Tensor  # (B, V), of the last replay
+
+
+class DecodeStep:
+    """One decode step of fixed shapes.
+
+    Args:
+        model: attached.
+        serving: serves its MoE layers.
+        batch: sequences.
+        length: tokens the cache must hold.
+        drivers: which to capture.
+        timed: write stamps for the timeline.
+        compiled: compile the decoder layers around the experts.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        serving: Serving,
+        *,
+        batch: int,
+        length: int,
+        drivers: Iterable[str],
+        timed: bool,
+        compiled: bool,
+    ) -> None:
+        self._model, self._serving = model, serving
+        self.batch, self.timed = batch, timed
+        self._drivers, self._compiled = list(drivers), compiled
+        self.cache = static_cache(model, length)
+        self.inputs: dict[str, Any] = {}
+        self.captured: dict[str, Captured] = {}
+        self.driver = ""  # whose graph runs; both are tried in turn while it is not decided
+        self.why = ""
+        self.problem = ""  # why it could not be captured
+        self.times_s: dict[str, list[float]] = {driver: [] for driver in self._drivers}
+
+    @property
+    def length(self) -> int:
+        """Tokens the cache has room for."""
+        return cache_length(self.cache)
+
+    def load(self, inputs: dict[str, Any]) -> None:
+        """Take over what `prepare_inputs_for_generation` gives for one new token per sequence.
+
+        Inputs of another form than the captured ones are taken too; the step is then captured anew.
+        """
+        if not _fits(self.inputs, inputs):
+            self.captured.clear()
+            self.inputs = _own(inputs)
+            return
+        _refill(self.inputs, inputs)
+
+    def run(self) -> torch.Tensor:
+        """Run the step now, layer by layer; returns logits (B, V) and advances the inputs to the next token."""
+        with compiled_layers(self._model, self._serving.layers, self._compiled, progress=True):
+            logits, _ = self._forward()
+        return logits
+
+    def _forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self._model(**self.inputs, return_dict=True)
+        logits = output.logits[:, -1]
+        tokens = logits.float().argmax(-1)
+        self._advance(tokens)
+        return logits, tokens
+
+    def _advance(self, tokens: torch.Tensor) -> None:
+        """Make the inputs those of the next step."""
+        self.inputs["input_ids"].copy_(tokens[:, None])
+        if "position_ids" in self.inputs:
+            self.inputs["position_ids"].add_(1)
+        for mask in _masks(self.inputs.get("attention_mask")):
+            following = cached_tokens(self.cache).clamp(max=mask.shape[-1] - 1).view(1)
+            mask.index_fill_(-1, following, True if mask.dtype == torch.bool else 0.0)
+
+    def capture(self, table: "DeviceTable", reason: str) -> None:
+        """Capture the step for each driver; call after a `run`, when everything is compiled and warm.
+
+        Args:
+            reason: why there is one driver only, if so.
+
+        Raises:
+            UnsupportedOption, RuntimeError: something in it cannot be captured.
+        """
+        serving = self._serving
+        if counts_in_python(self.cache) and "position_ids" not in self.inputs:
+            raise UnsupportedOption(
+                "the model takes its positions from the cache, which counts them in Python"
+            )
+        for driver in self._drivers:
+            policy = DEVICE_POLICIES[serving.residency.policy.name] if driver != HOST else 0
+            step = table.new_step(
+                self.batch, serving.shape.top_k, policy=policy, orders=driver == COPY, timed=self.timed,
+                scheduled=self._scheduled() if driver == HOST else None,
+            )  # fmt: skip
+            self._warm_up(step)
+            with compiled_layers(self._model, serving.layers, self._compiled):
+                replay, logits = serving.device.capture(partial(self._whole, step))
+            self.captured[driver] = Captured(step, replay, logits)
+        if len(self._drivers) == 1:
+            self.driver, self.why = self._drivers[0], reason
+
+    def _scheduled(self) -> "Scheduled":
+        scheduling = self._serving.scheduling
+        slots, spec = self._serving.weights[0], self._serving.layers[0].spec
+        lookahead = scheduling.lookahead if scheduling is not None else 0
+        return make_scheduled(
+            lookahead=lookahead,
+            scores=scheduling.scores if scheduling is not None and lookahead else None,
+            has_cpu=scheduling is not None and scheduling.cpu is not None,
+            width=slots.up.shape[1 if spec.is_transposed else 2],
+            dtype=slots.up.dtype,
+        )
+
+    def _whole(self, step: "CapturedStep") -> torch.Tensor:
+        self._serving.captured = step
+        try:
+            step.begin()
+            if self._serving.forced is not None:
+                self._serving.forced.advance()
+            logits, tokens = self._forward()
+            step.finish(tokens)
+        finally:
+            self._serving.captured = None
+        return logits
+
+    def _warm_up(self, step: "CapturedStep") -> None:
+        """Tune and compile all kernels: that cannot be done while a graph is captured. Needs nobody's experts."""
+        serving, device = self._serving, self._serving.device.torch_device
+        for layer, slots, rows in zip(serving.layers, serving.weights, serving.host.layers, strict=True):
+            width = slots.up.shape[1 if layer.spec.is_transposed else 2]
+            x = torch.zeros((self.batch, width), dtype=slots.up.dtype, device=device)
+            nobody = torch.full((self.batch, step.top_k), -1, device=device)
+            if step.scheduled is not None:  # nobody is asked, so the answer is there before
+                step.reply(layer.moe_layer, 0, NOTHING, last_copy=0, num_on_cpu=0)
+            # Weights in both dtypes that routers give: the kernels differ.
+            for dtype in {x.dtype, torch.float32}:
+                weights = torch.zeros((self.batch, step.top_k), dtype=dtype, device=device)
+                step.tune(x, layer.spec, slots, layer.num_experts)
+                step.layer(
+                    layer.moe_layer, layer.num_experts, x, nobody, weights, layer.spec, slots, serving.loader.pool,
+                    rows.rows,
+                )  # fmt: skip
+        step.begin()
+        step.finish(torch.zeros(self.batch, dtype=torch.int64, device=device))
+
+    def choose(self) -> None:
+        """Once both drivers were tried often enough, keep the faster."""
+        if sum(map(len, self.times_s.values())) < len(CONTEST):
+            return
+        medians = {driver: float(np.median(times[1:])) for driver, times in self.times_s.items()}
+        self.driver = min(medians, key=lambda driver: medians[driver])
+        self.why = " against ".join(f"{median * 1e3:.2f} ms {driver}" for driver, median in medians.items())
+
+
+def _own(value: Any) -> Any:
+    """A copy at an address of our own."""
+    if isinstance(value, torch.Tensor):
+        return value.clone(memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        return {name: _own(item) for name, item in value.items()}
+    return value
+
+
+def _fits(target: Any, value: Any) -> bool:
+    """Whether `value` can be copied into `target`: tensors of the same shape and dtype, all else equal."""
+    if isinstance(target, torch.Tensor) and isinstance(value, torch.Tensor):
+        return target.shape == value.shape and target.dtype == value.dtype
+    if isinstance(target, dict) and isinstance(value, dict):
+        return target.keys() == value.keys() and all(_fits(target[key], value[key]) for key in target)
+    return type(target) is type(value) and (target is value or bool(target == value))
+
+
+def _refill(target: Any, value: Any) -> None:
+    if isinstance(target, torch.Tensor):
+        target.copy_(value)
+    elif isinstance(target, dict):
+        for key, item in value.items():
+            _refill(target[key], item)
+
+
+def _masks(mask: Any) -> list[torch.Tensor]:
+    if mask is None:
+        return []
+    return [part for part in mask.values() if part is not None] if isinstance(mask, dict) else [mask]

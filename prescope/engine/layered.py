@@ -1,0 +1,302 @@
+"""Serve MoE layers from slots: read the routing, copy what is missing, compute, release.
+
+Per MoE layer: the host reads the chosen experts (one small copy), the residency table says where they are, misses
+are copied into slots on the H2D lane, and the compute lane waits for exactly those copies. If a layer needs more
+experts than there are slots, it is served in rounds; a token's output is summed at the end, in one order. While a
+decode step is captured, the layer's launches go into the graph instead (`kernels.captured`).
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..cache.policies import CachePolicy, FloatArray
+from ..cache.prefetch import most_in_flight
+from ..cache.residency import NOTHING, IntArray, LayerNeed, ResidencyTable, distinct
+from ..cache.rounds import Act, What, walk
+from ..core.types import MoEShape, Need
+from ..device import Device
+from ..hf import MoELayer
+from ..kernels import LayerWeights, Work, combine, make_kernel
+from ..weights.host_pool import HostPool
+from ..weights.loader import Loader, Transfer
+from .forced_routing import ForcedRouting
+from .recorder import Recorder
+from .schedule import Scheduling
+
+if TYPE_CHECKING:
+    from ..kernels.graph_buffers import CapturedStep
+
+
+class Serving:
+    """The experts' side of an engine.
+
+    Args:
+        device: lanes and memory.
+        layers: of the model, in order.
+        shape: sizes of its MoE part.
+        kernels: resolved name.
+        dtype: of the experts.
+
+    Attributes:
+        host: rows of all experts; set by whoever fills them, before the first `open_slots`.
+        recorder: takes down what happens, if there is one.
+        captured: where launches go while a decode step is captured.
+        scheduling: decides in decode steps; without, everything that is missing is copied on demand.
+        forced: routing from a trace, in decode steps.
+        is_prefill: whether the forward pass under way reads a prompt.
+        needs: hits, late ones and misses so far, by `Need`.
+    """
+
+    host: HostPool
+    residency: ResidencyTable
+    loader: Loader
+
+    def __init__(
+        self, device: Device, layers: list[MoELayer], shape: MoEShape, kernels: str, dtype: torch.dtype
+    ) -> None:
+        self.device, self.layers, self.shape = device, layers, shape
+        self._kernels, self._dtype = kernels, dtype
+        self.weights: list[LayerWeights] = []
+        self.recorder: Recorder | None = None
+        self.captured: CapturedStep | None = None
+        self.scheduling: Scheduling | None = None
+        self.forced: ForcedRouting | None = None
+        self.is_prefill = True
+        self.needs = dict.fromkeys(Need, 0)
+        self._serving = False
+
+    def open_slots(self, num_slots: int, policy: CachePolicy) -> None:
+        """Take memory for slots; all of them are free."""
+        # Kernels keep copies of the residency table's rows, so a new table comes with a new kernel.
+        self._kernel, _ = make_kernel(self._kernels, self.device.kind, self._dtype)
+        self.residency = ResidencyTable(self.shape, num_slots, policy)
+        self.loader = Loader(self.device, self.host, self.residency, self.shape.row_bytes)
+        self.loader.most_in_flight = most_in_flight(self.device.kind, self.shape.row_bytes)
+        self.weights = [self._layer_weights(layer) for layer in self.layers]
+
+    def close_slots(self) -> None:
+        """Give the slots' memory back; both lanes must be idle."""
+        self.weights = []
+        self.loader.close()
+
+    def _layer_weights(self, layer: MoELayer) -> LayerWeights:
+        spec, pool = layer.spec, self.loader.pool
+        return LayerWeights(
+            up=layer.layout.view(pool, spec.up),
+            down=layer.layout.view(pool, spec.down),
+            up_bias=layer.layout.view(pool, spec.up_bias) if spec.up_bias else None,
+            down_bias=layer.layout.view(pool, spec.down_bias) if spec.down_bias else None,
+        )
+
+    def clear(self) -> None:
+        """Empty all slots and forget what the cache policy learned; both lanes must be idle."""
+        self.residency.clear()
+        self.residency.policy.reset()
+        self.loader.clear()
+
+    def recover(self) -> None:
+        """Make the lanes usable after an interrupt or a failed copy; the slots are cold afterwards."""
+        self.device.recover()
+        self.clear()
+        self._serving = False
+        self.captured = None
+        if self.scheduling is not None:
+            self.scheduling.recover()
+
+    # -- one MoE layer -----------------------------------------------------------------------------------------
+
+    def serve(
+        self, moe_layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What stands in for the experts' forward of every MoE layer: x (..., D), ids and weights (T, K)."""
+        if x.numel() == 0:  # image tokens only, in a family with experts of its own for them
+            return torch.zeros_like(x)
+        x_TD = x.reshape(-1, x.shape[-1])
+        ids_TK = ids.reshape(x_TD.shape[0], -1)
+        if self.forced is not None and (self.captured is not None or not self.is_prefill):
+            ids_TK = self.forced.ids_LTK[moe_layer]
+        weights_TK = weights.reshape(ids_TK.shape)
+        if self.captured is not None:
+            return self._serve_captured(moe_layer, x_TD, ids_TK, weights_TK).view(x.shape)
+        if self._serving:  # an interrupt or an error ended the last call half-way
+            self.recover()
+        self._serving = True
+        out = self._serve_now(moe_layer, x_TD, ids_TK.to(torch.int64), weights_TK)
+        self._serving = False
+        return out.view(x.shape)
+
+    def _serve_captured(
+        self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        assert self.captured is not None
+        layer = self.layers[moe_layer]
+        return self.captured.layer(
+            moe_layer,
+            layer.num_experts,
+            x_TD.contiguous(),
+            ids_TK,
+            weights_TK,
+            layer.spec,
+            self.weights[moe_layer],
+            self.loader.pool,
+            self.host.layers[moe_layer].rows,
+        )
+
+    def _serve_now(
+        self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        recorder = self.recorder
+        timed = recorder is not None and recorder.timed
+        if recorder is not None and timed:
+            recorder.routed(moe_layer, self.device.mark(True))
+        host_ids = self.device.read(ids_TK)
+        layer = self.layers[moe_layer]
+        need = self.find(layer, host_ids, self.weight_sums(layer, host_ids, weights_TK))
+        here = need.num_hits + need.num_late
+        scheduling = None if self.is_prefill else self.scheduling
+        num_load, plan, on_cpu = need.num_misses, None, None
+        if scheduling is not None:
+            plan = scheduling.plan(
+                need, self.residency, scheduling.predict(moe_layer, x_TD, ids_TK, weights_TK)
+            )
+            num_load = plan.num_load
+            if num_load < need.num_misses:
+                cold = need.experts[here + num_load :]
+                on_cpu = scheduling.submit(moe_layer, cold, host_ids, x_TD.detach().contiguous().cpu())
+        served = need._replace(experts=need.experts[: here + num_load], tokens=need.tokens[: here + num_load])
+        rounds = self.residency.rounds(served)
+        following = self._following(moe_layer) if scheduling is None else None
+        keep = NOTHING if plan is None else plan.keep
+        work, num_computed = None, 0
+        for act in walk(self.residency, served, rounds, layer.num_experts, following, keep):
+            if act.what is What.COPY:
+                self._load(act, timed)
+                continue
+            if work is None:
+                work = self._begin(layer, need, rounds, x_TD, ids_TK, host_ids)
+                self._record_begin(layer, need, len(rounds), num_load, x_TD, host_ids, weights_TK, timed)
+            num_computed += 1
+            if scheduling is not None and plan is not None and num_computed == len(rounds):
+                # All that is needed now has been issued, and is safe from what is wanted next.
+                self.residency.protect(act.slots)
+                self.recorded(scheduling.hold(moe_layer, plan, self.residency, self.loader, timed))
+            self._compute(layer, work, act, timed)
+        assert work is not None, "a layer has a round at least"
+        if scheduling is not None:
+            self.residency.unprotect()
+            self.recorded(scheduling.pump(self.loader, timed))
+        if on_cpu is not None and scheduling is not None:
+            scheduling.merge(on_cpu, layer.spec, work.out_PD)
+            if recorder is not None and timed:
+                recorder.merged(on_cpu, self.device.mark(True))
+        return combine(work.out_PD, weights_TK, x_TD.dtype)
+
+    def _begin(
+        self,
+        layer: MoELayer,
+        need: LayerNeed,
+        rounds: list[IntArray],
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        host_ids: np.ndarray,
+    ) -> Work:
+        """Call when the first round's slots are taken."""
+        work = Work(
+            x_TD=x_TD,
+            ids_TK=ids_TK.contiguous(),
+            host_ids_TK=host_ids,
+            need=need,
+            num_experts=layer.num_experts,
+            out_PD=self._pair_outputs(x_TD, need, host_ids.size, layer),
+            num_rounds=len(rounds),
+            slot_row=self.residency.row(layer.moe_layer),
+            version=int(self.residency.versions[layer.moe_layer]),
+        )
+        self._kernel.prepare(work)
+        return work
+
+    def _record_begin(
+        self,
+        layer: MoELayer,
+        need: LayerNeed,
+        num_rounds: int,
+        num_load: int,
+        x_TD: torch.Tensor,
+        host_ids: np.ndarray,
+        weights_TK: torch.Tensor,
+        timed: bool,
+    ) -> None:
+        if self.recorder is None:
+            return
+        self.recorder.need(need, num_rounds, x_TD.shape[0], need.num_misses - num_load)
+        self.recorder.routing(layer.moe_layer, host_ids, weights_TK, x_TD)
+        if timed:
+            self.recorder.decided(layer.moe_layer, self.device.mark(True))
+
+    def weight_sums(
+        self, layer: MoELayer, host_ids: np.ndarray, weights: np.ndarray | torch.Tensor
+    ) -> FloatArray | None:
+        """Each expert's sum of router weights (E,), if the cache policy looks at it."""
+        if self.residency.policy.name != "score":
+            return None
+        values = self.device.read(weights.float()) if isinstance(weights, torch.Tensor) else weights
+        flat = host_ids.ravel()
+        valid = (flat >= 0) & (flat < layer.num_experts)
+        return np.bincount(flat[valid], values.ravel()[valid], layer.num_experts).astype(np.float64)
+
+    def find(self, layer: MoELayer, host_ids: np.ndarray, sums: FloatArray | None) -> LayerNeed:
+        """What a layer needs and where it is; the cache policy learns of it."""
+        experts, counts = distinct(host_ids, layer.num_experts)
+        if self.residency.in_flight.any():
+            self.loader.poll()
+        weights = counts.astype(np.float64) if sums is None else sums[experts]
+        need = self.residency.need(layer.moe_layer, experts, counts, weights)
+        self.needs[Need.HIT] += need.num_hits
+        self.needs[Need.LATE] += need.num_late
+        self.needs[Need.MISS] += need.num_misses
+        return need
+
+    def count(self, needs: np.ndarray) -> None:
+        """Count what a step from a graph needed: (L, 2) needed and missing experts."""
+        needed, missing = needs.sum(axis=0).tolist()
+        self.needs[Need.HIT] += needed - missing
+        self.needs[Need.MISS] += missing
+
+    def _pair_outputs(
+        self, x_TD: torch.Tensor, need: LayerNeed, num_pairs: int, layer: MoELayer
+    ) -> torch.Tensor:
+        down = self.weights[layer.moe_layer].down
+        width = down.shape[2] if layer.spec.is_transposed else down.shape[1]
+        # Ids of no expert (sentinels) contribute nothing, so their rows must be zero.
+        make = x_TD.new_empty if int(need.tokens.sum()) == num_pairs else x_TD.new_zeros
+        return make((num_pairs, width))
+
+    def _following(self, moe_layer: int) -> tuple[int, int] | None:
+        """The next MoE layer and its number of experts."""
+        if moe_layer + 1 == len(self.layers):
+            return None
+        return moe_layer + 1, self.layers[moe_layer + 1].num_experts
+
+    def _load(self, act: Act, timed: bool) -> None:
+        self.recorded(self.loader.load(act.moe_layer, act.experts, act.slots, act.reason, timed))
+        if self.scheduling is not None:
+            self.scheduling.issued(len(act.experts))  # the link is one, whoever uses it
+
+    def recorded(self, transfers: list[Transfer]) -> None:
+        """Take down copies that were issued."""
+        if self.recorder is not None and transfers:
+            self.recorder.transfers(transfers)
+
+    def _compute(self, layer: MoELayer, work: Work, act: Act, timed: bool) -> None:
+        moe_layer, recorder = layer.moe_layer, self.recorder
+        if len(act.experts) == 0:  # all of the layer's experts are computed on the CPU
+            return
+        if self.loader.wait(act.slots) and recorder is not None and timed:
+            recorder.waited(moe_layer, self.device.mark(True))
+        self._kernel.run(work, layer.spec, self.weights[moe_layer], act.experts, act.slots)
+        done = self.device.mark(timed)
+        self.loader.release(act.slots, done)
+        if recorder is not None and timed:
+            recorder.computed(moe_layer, done)

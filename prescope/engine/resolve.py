@@ -1,0 +1,45 @@
+"""What an engine's settings mean for a model: its shape, its cache policy, its number of slots."""
+
+import numpy as np
+
+from ..core.config import EngineConfig, resolve_slots
+from ..core.types import MoEShape
+from ..hf import MoELayer
+from ..scheduler import schedule_named
+
+
+def _shape_of(layers: list[MoELayer], top_k: int) -> MoEShape:
+    return MoEShape(
+        num_layers=len(layers),
+        num_experts=max(layer.num_experts for layer in layers),
+        top_k=min(top_k, *(layer.num_experts for layer in layers)) if layers else top_k,
+        row_bytes=max(layer.layout.row_bytes for layer in layers),
+    )
+
+
+def _check_early(config: EngineConfig, layers: list[MoELayer], top_k: int) -> None:
+    """Fail on settings that the model's shape already rules out, before gigabytes are read."""
+    shape = _shape_of(layers, top_k)
+    _count_slots(config, shape, layers)
+
+
+def _cache_of(config: EngineConfig, frequencies: np.ndarray | None) -> tuple[str, str]:
+    """The cache policy, and why."""
+    if config.cache != "auto":
+        return config.cache, "as given"
+    own = schedule_named(config.schedule).cache
+    if own == "static" and frequencies is None:
+        return "lru", (
+            f"schedule={config.schedule!r} comes with a static cache, which needs to know which experts are hot: LRU "
+            f"until a run is recorded and frequencies=run.trace.expert_counts() is passed"
+        )
+    return own, f"as schedule={config.schedule!r} has it"
+
+
+def _count_slots(config: EngineConfig, shape: MoEShape, layers: list[MoELayer]) -> tuple[int, str]:
+    return resolve_slots(
+        config.slots,
+        total_experts=sum(layer.num_experts for layer in layers),
+        row_bytes=shape.row_bytes,
+        top_k=shape.top_k,
+    )

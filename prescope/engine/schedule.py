@@ -1,0 +1,280 @@
+"""A schedule at work in the engine: predictions in, copies, CPU jobs and prefetches out.
+
+Decides in decode steps only: a prompt needs nearly all experts of every layer, so there is nothing to predict.
+Shapes: T tokens, D model width, K top-k, E experts, d layers ahead, P = T * K pairs.
+"""
+
+import time
+from contextlib import AbstractContextManager, nullcontext, suppress
+from copy import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..cache.residency import IntArray, LayerNeed, ResidencyTable
+from ..core.config import EngineConfig
+from ..core.types import MoEShape, Reason
+from ..errors import UnsupportedOption
+from ..hf import MoELayer
+from ..kernels import ExpertsSpec, make_foresight
+from ..kernels.cpu import CpuExperts, CpuJob, CpuLayer, Lot, lot_of
+from ..predictor import EarlyRouter, Llapor, Prediction, Predictor
+from ..scheduler import Schedule, schedule_named
+from ..scheduler.costs import LayerCosts, compiled_costs
+from ..scheduler.plan import ON_DEMAND
+from ..scheduler.planner import Planner
+from ..scheduler.types import Knobs, Plan, cpu_time
+from ..weights.host_pool import HostPool
+from ..weights.loader import Loader, Transfer
+from .forced_routing import ForcedRouting
+
+if TYPE_CHECKING:
+    from ..kernels.llapor import Foresight
+
+Predicted = tuple[NDArray[np.floating], NDArray[np.floating]]
+
+
+class CpuWork(NamedTuple):
+    """Experts of one layer under way on the CPU."""
+
+    moe_layer: int
+    experts: IntArray  # (n,)
+    lot: Lot
+    job: CpuJob
+    out: torch.Tensor  # (m, D) of the lot's pairs, one after another, on the host
+
+
+class Scheduling:
+    """What a schedule needs to act.
+
+    Args:
+        planner: decides.
+        predictor: answers for coming layers, if the schedule asks.
+        cpu: computes experts on the CPU, if the schedule may.
+        reason: of its prefetches.
+        foresight: the predictor's networks for a few tokens, where there are such.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        predictor: Predictor | None,
+        cpu: CpuExperts | None,
+        reason: Reason,
+        foresight: "Foresight | None" = None,
+    ) -> None:
+        self.planner, self.predictor, self.cpu, self.reason = planner, predictor, cpu, reason
+        self._foresight = foresight
+        self._under_way: list[CpuJob] = []
+        self.forced: ForcedRouting | None = None  # its predictions are used instead of the predictor's
+
+    def describe(self) -> dict[str, Any]:
+        """Settings as resolved, for `RunResult.config`."""
+        knobs = self.planner.knobs
+        return {
+            "lookahead": knobs.lookahead,
+            "lag": knobs.lag,
+            "width": knobs.width,
+            "threshold": knobs.threshold,
+            "cpu_threads": 0 if self.cpu is None else self.cpu.threads,
+            "predictor": "none" if self.predictor is None else self.predictor.name,
+        }
+
+    # -- predictions -------------------------------------------------------------------------------------------
+
+    @property
+    def lookahead(self) -> int:
+        """Layers ahead that predictions are made for."""
+        return self.planner.predicts if self.predictor is not None else 0
+
+    def scores(
+        self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor | None:
+        """(d, 2, E) float32 on the tokens' device: expected tokens, and probability that any uses the expert."""
+        if self.predictor is None:
+            return None
+        if self.forced is not None and self.forced.scores is not None:
+            return self.forced.scores[
+                moe_layer, : self.lookahead
+            ].clone()  # the next step's are put into their place
+        if self._foresight is not None and len(x_TD) <= self._foresight.most_tokens:
+            return self._foresight(moe_layer, x_TD, ids_TK, weights_TK)
+        made = self.predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)[: self.lookahead]
+        return of_step(made, self.lookahead, self.predictor.shape.num_experts, x_TD.device)
+
+    def predict(
+        self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> Predicted | None:
+        """The same, read by the host; None without a predictor."""
+        scores = self.scores(moe_layer, x_TD, ids_TK, weights_TK)
+        if scores is None:
+            return None
+        values = scores.cpu().numpy()
+        return values[:, 0], values[:, 1]
+
+    # -- decisions ---------------------------------------------------------------------------------------------
+
+    def plan(self, need: LayerNeed, table: ResidencyTable, predicted: Predicted | None) -> Plan:
+        """What to do about a layer; see `scheduler.decide.plan`."""
+        return self.planner.plan(need, table, _now_us(), predicted)
+
+    def issued(self, num_copies: int) -> None:
+        """So many experts were given to the link."""
+        self.planner.issued(num_copies, _now_us())
+
+    def hold(
+        self, moe_layer: int, plan: Plan, table: ResidencyTable, loader: Loader, timed: bool
+    ) -> list[Transfer]:
+        """Want what a layer's plan prefetches, and nothing else; returns what could be issued at once."""
+        plan = self.planner.reconsider(moe_layer, plan, table)
+        transfers = loader.hold(plan.prefetch, plan.keep, self.reason, timed)
+        self.issued(len(transfers))
+        return transfers
+
+    def pump(self, loader: Loader, timed: bool) -> list[Transfer]:
+        """Issue what is held as far as the link has room."""
+        transfers = loader.pump(timed)
+        self.issued(len(transfers))
+        return transfers
+
+    # -- the CPU lane ------------------------------------------------------------------------------------------
+
+    def submit(
+        self, moe_layer: int, experts: IntArray, ids_TK: NDArray[np.integer[Any]], x_TD: torch.Tensor
+    ) -> CpuWork:
+        """Begin to compute experts (n,) of a layer on the CPU; x_TD lies on the host."""
+        assert self.cpu is not None, "a schedule without a CPU lane sent experts to the CPU"
+        lot = lot_of(ids_TK, experts)
+        out = torch.empty((len(lot.places), x_TD.shape[1]), dtype=x_TD.dtype)
+        job = self.cpu.submit(moe_layer, lot.compact(), x_TD, out)
+        self._under_way = [*(other for other in self._under_way if not other.done()), job]
+        return CpuWork(moe_layer, lot.experts, lot, job, out)
+
+    def merge(self, work: CpuWork, spec: ExpertsSpec, out_PD: torch.Tensor) -> None:
+        """Wait for the CPU and put its pairs where they belong."""
+        work.job.wait()
+        start, end = work.job.span_ns()
+        base_us, cpu_us = self.planner.calibrated_cpu()
+        tokens = np.diff(work.lot.first)
+        self.planner.saw_cpu((end - start) / 1e3, base_us + sum(cpu_time(cpu_us, t) for t in tokens.tolist()))
+        y = work.out.to(out_PD.device)
+        if spec.post_norm is not None:
+            y = spec.post_norm(y)
+        out_PD.index_copy_(0, torch.from_numpy(work.lot.places).to(out_PD.device), y)
+
+    def recover(self) -> None:
+        """After an interrupt: nothing is computed any more, nothing is believed of predictions."""
+        for job in self._under_way:
+            job.cancel()
+            # Whatever it raises, its run is over; but a flag set late must not answer the next one.
+            with suppress(Exception):
+                job.wait(timeout_s=1.0)
+        self._under_way = []
+        self.planner.restart()
+
+    def awake(self) -> AbstractContextManager[None]:
+        """While captured steps run: threads of the CPU lane do not sleep."""
+        return nullcontext() if self.cpu is None else self.cpu.awake()
+
+    def close(self) -> None:
+        """End the CPU lane's threads."""
+        if self.cpu is not None:
+            self.cpu.close()
+
+
+def on_demand(shape: MoEShape) -> Scheduling:
+    """Everything that is missing is copied when it is needed: for cache policies that only the host runs."""
+    knobs = Knobs(ON_DEMAND, lookahead=0, width=0, threshold=0.0)
+    free = LayerCosts(link_us=0.0, gpu_us=0.0, rest_us=0.0, source="nothing is weighed on demand")
+    planner = Planner(knobs, compiled_costs(free, cpu=False, predicts=False), shape, 0)
+    return Scheduling(planner, None, None, Reason.ON_DEMAND)
+
+
+def open_scheduling(
+    config: EngineConfig,
+    shape: MoEShape,
+    layers: list[MoELayer],
+    host: HostPool,
+    predictor: Predictor | None,
+    costs: LayerCosts,
+    device: torch.device,
+) -> Scheduling:
+    """A schedule by its settings, ready to serve.
+
+    Raises:
+        UnsupportedOption: it needs a predictor and there is none, or the predictor is of another model.
+    """
+    schedule = schedule_named(config.schedule)
+    if schedule.predictor == "none":  # it looks at no predictions, so none are made
+        predictor = None
+    if predictor is None and schedule.needs_predictor:
+        raise UnsupportedOption(
+            f"schedule={schedule.name!r} prefetches by predictions; give predictor=... (it comes with "
+            f"{schedule.predictor}), or use schedule='on-demand'"
+        )
+    if predictor is not None and tuple(predictor.shape) != (shape.num_layers, shape.num_experts, shape.top_k):
+        raise UnsupportedOption(
+            f"{predictor.name} is for (layers, experts, top-k) = {tuple(predictor.shape)}, this model has "
+            f"{(shape.num_layers, shape.num_experts, shape.top_k)}; train one with prescope.train_predictor"
+        )
+    if isinstance(predictor, Llapor):
+        predictor.to(device)
+    elif isinstance(predictor, EarlyRouter):
+        predictor = copy(predictor)
+        predictor.routers = predictor.routers.to(device)
+    has_cpu = schedule.uses_cpu and config.cpu_threads != 0
+    cpu = None
+    if has_cpu:
+        rows = zip(layers, host.layers, strict=True)
+        cpu = CpuExperts(
+            [CpuLayer(held.rows, layer.layout, layer.spec) for layer, held in rows],
+            threads=config.cpu_threads,
+        )
+    planner = plan_by(schedule, config, shape, predictor, costs, has_cpu)
+    foresight = None
+    # Not one that is tuned online: it learns while it predicts.
+    if isinstance(predictor, Llapor) and planner.predicts and config.kernels != "torch":
+        foresight = make_foresight(predictor, planner.predicts)
+    reason = Reason.STREAM if schedule.streams else Reason.PREFETCH
+    return Scheduling(planner, predictor, cpu, reason, foresight)
+
+
+def plan_by(
+    schedule: Schedule,
+    config: EngineConfig,
+    shape: MoEShape,
+    predictor: Predictor | None,
+    costs: LayerCosts,
+    has_cpu: bool,
+) -> Planner:
+    """The planner of a schedule with a person's settings, and the schedule's own where there are none."""
+    lookahead = schedule.lookahead if config.lookahead is None else config.lookahead
+    width = schedule.width if config.width is None else config.width
+    depth = min(predictor.lookahead, shape.num_layers - 1) if predictor is not None else 0
+    lag = schedule.lag
+    knobs = Knobs(
+        schedule.number,
+        lookahead,
+        shape.num_experts if width is None else width,
+        schedule.threshold if config.threshold is None else config.threshold,
+        lag,
+    )
+    predicts = min(lookahead + lag, depth) if lookahead else 0
+    form = compiled_costs(costs, cpu=has_cpu, predicts=predicts > 0)
+    return Planner(knobs, form, shape, predicts)
+
+
+def of_step(made: list[Prediction], lookahead: int, num_experts: int, device: torch.device) -> torch.Tensor:
+    """(d, 2, E) of a step's tokens together; rows beyond the last layer are zero."""
+    out = torch.zeros((lookahead, 2, num_experts), device=device)
+    if made:
+        scores_dTE = torch.stack([prediction.scores_TE for prediction in made])
+        out[: len(made), 0] = scores_dTE.sum(1)
+        out[: len(made), 1] = 1.0 - (1.0 - scores_dTE).prod(1)
+    return out
+
+
+def _now_us() -> float:
+    return time.perf_counter() * 1e6

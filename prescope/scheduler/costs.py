@@ -1,0 +1,113 @@
+"""What copying, computing and predicting cost, microseconds.
+
+Pure: numbers in, numbers out; measured by others and handed in with their origin.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import BadTrace, UnsupportedOption
+from ..traces.result import RunResult
+from .types import Costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCosts:
+    """Costs of one MoE layer of one model on one machine, microseconds.
+
+    Args:
+        link_us: one expert over the link, host to device, with nothing beside it.
+        link_busy_us: the same while the CPU computes experts: both read the same memory. None: as `link_us`.
+        gpu_us: one expert computed on the device, with the tokens of a step.
+        rest_us: the rest of a layer: attention, router, launches.
+        predict_us: one prediction. It is made beside the layer; a decision waits for it if its schedule has no lag.
+        cpu_us: `cpu_us[n]`: one expert with n tokens on the CPU while the link is busy, when several are submitted
+            together; index 0 is 0.0. Beyond its end whoever reads it goes on in a straight line. Empty: no CPU lane.
+        cpu_base_us: one submission of CPU experts, however many, and merging its result.
+        cpu_alone_us: as `cpu_us`, while the link is idle: both read the same memory. For the clock of the simulator;
+            decisions reckon with a busy link. Empty: as `cpu_us`.
+        decide_us: from the router's choice on the device until the host has decided and the first copy can start. A
+            layer whose experts are all there does not wait for it.
+        batch_us: what copies handed over together take on the link besides their bytes: the number that says they
+            are there, and marks. Each prefetch is one, a layer's on-demand copies are one or two. For the clock of
+            the simulator; decisions reckon with copies as they were seen, with it.
+        copy_us: host time to enqueue one copy.
+        is_layered: the host launches each layer, so that its decisions and predictions are in every layer's way.
+        source: where the numbers come from, in words.
+    """
+
+    link_us: float
+    link_busy_us: float | None = None
+    gpu_us: float
+    rest_us: float
+    predict_us: float = 0.0
+    cpu_us: tuple[float, ...] = ()
+    cpu_base_us: float = 0.0
+    cpu_alone_us: tuple[float, ...] = ()
+    decide_us: float = 0.0
+    batch_us: float = 0.0
+    copy_us: float = 0.0
+    is_layered: bool = False
+    source: str
+
+    def __post_init__(self) -> None:
+        times = (
+            self.link_us, self.link_busy_us or 0.0, self.batch_us, self.gpu_us, self.rest_us, self.predict_us
+        )  # fmt: skip
+        if min(*times, *self.cpu_us, *self.cpu_alone_us, self.cpu_base_us, self.decide_us, self.copy_us) < 0:
+            raise UnsupportedOption("costs are times in microseconds; none is negative")
+        if self.cpu_alone_us and len(self.cpu_alone_us) != len(self.cpu_us):
+            raise UnsupportedOption(
+                f"cpu_alone_us has {len(self.cpu_alone_us)} times, cpu_us {len(self.cpu_us)}; "
+                f"give one for each number of tokens, or none"
+            )
+        if self.cpu_us and self.cpu_us[0] != 0.0:
+            raise UnsupportedOption("cpu_us[0] is the time of an expert without tokens: 0.0")
+
+    def with_predictor(self, predict_us: float) -> "LayerCosts":
+        """The same machine with a predictor of this cost in each layer."""
+        return replace(self, predict_us=predict_us)
+
+
+def costs_of_run(run: RunResult) -> LayerCosts:
+    """Mean costs of the decode steps of a run with a timeline.
+
+    Raises:
+        BadTrace: it has no timeline, no decode step or copied nothing.
+    """
+    decode, layers = run.metrics.decode, int(run.layers["moe_layer"].max()) + 1
+    copies = decode.on_demand_transfers + decode.prefetch_transfers
+    if not decode.num_steps or not copies or not decode.dense_gpu_ms > 0:
+        raise BadTrace(
+            "costs are read from a run's decode steps with events=True that copied experts; "
+            "generate two tokens or more with fewer slots than experts"
+        )
+    return LayerCosts(
+        link_us=1e3 * decode.h2d_busy_ms / copies,
+        gpu_us=1e3 * decode.experts_gpu_ms / decode.needed,
+        rest_us=1e3 * decode.dense_gpu_ms / (decode.num_steps * layers),
+        source=f"means of {decode.num_steps} decode steps, {run.label}",
+    )
+
+
+def compiled_costs(costs: LayerCosts, *, cpu: bool, predicts: bool) -> Costs:
+    """Costs as the decisions read them.
+
+    Args:
+        cpu: with the CPU lane. `predicts`: a predictor runs in every layer.
+    """
+    predict_us, decide_us = float(costs.predict_us) if predicts else 0.0, float(costs.decide_us)
+    in_the_way = predict_us + decide_us if costs.is_layered else 0.0
+    return Costs(
+        link_us=float(costs.link_us),
+        link_busy_us=float(costs.link_us if costs.link_busy_us is None else costs.link_busy_us),
+        gpu_us=float(costs.gpu_us),
+        rest_us=float(costs.rest_us) + in_the_way,
+        predict_us=0.0 if costs.is_layered else predict_us,
+        decide_us=0.0 if costs.is_layered else decide_us,
+        cpu_base_us=float(costs.cpu_base_us),
+        cpu_us=np.array(costs.cpu_us if cpu else (), dtype=np.float64),
+        cpu_alone_us=np.array((costs.cpu_alone_us or costs.cpu_us) if cpu else (), dtype=np.float64),
+        batch_us=float(costs.batch_us),
+    )

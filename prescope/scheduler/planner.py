@@ -1,0 +1,176 @@
+"""Keeps what a schedule knows from layer to layer, and asks it what to do about each.
+
+Shapes: n experts needed, E experts of a layer, L MoE layers, d layers ahead.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache.residency import NOTHING, LayerNeed, ResidencyTable
+from ..cache.slots import Need
+from ..core.types import FloatArray, MoEShape
+from .layer import plan_layer, reconsider
+from .types import Costs, Knobs, Memory, Plan
+
+#: Weight of the newest step, and of the newest job, in what the planner makes of its own measurements.
+NEWEST = 0.2
+#: The CPU is believed to be so many times faster or slower than calibrated at most: a job may be interrupted.
+MOST_CPU_FACTOR = 4.0
+#: Of so many steps' jobs the middle one is believed: those of a step that was interrupted say nothing.
+CPU_STEPS = 3
+#: A step without jobs takes what is believed of the CPU so much nearer to what was calibrated. Else a schedule that
+#: leaves an expert to the CPU or not would never try again, once the CPU seemed slow: one of the Fiddler-like's cells
+#: copied every expert, at 124 tokens/s where 219 were simulated (H200).
+FORGOTTEN = 0.05
+#: The same of the link. One H100 machine's gave 13 GB/s where another's gave 55; believing 55, PreSched lost 43 % to a
+#: schedule that uses the CPU alone (LOG.md).
+MOST_LINK_FACTOR = 8.0
+#: The CPU makes the link so many times slower at most, since both read the same memory: 1.15 to 1.37 as calibrated on
+#: H200 machines, 1.8 where it computed most of eight experts a layer. What is seen beside it says no more of the link
+#: alone.
+MOST_CONTENTION = 2.0
+
+
+class Planner:
+    """One engine's decisions. Costs follow what its own steps show, from the calibrated ones on.
+
+    Args:
+        knobs: the schedule and its settings.
+        costs: of this machine and model.
+        shape: of the model's MoE part.
+        predicts: layers ahead that a predictor answers for; 0 without one.
+    """
+
+    def __init__(self, knobs: Knobs, costs: Costs, shape: MoEShape, predicts: int) -> None:
+        self.knobs, self.costs, self._shape = knobs, costs, shape
+        self._calibrated = costs
+        self.cpu_factor = 1.0  # what the CPU takes, of what it was calibrated to take
+        self._cpu_ratios: deque[float] = deque(maxlen=CPU_STEPS)  # the same, of the last steps
+        self.predicts = predicts
+        self._link_free_us = 0.0  # by the caller's clock: when the link will be done with what it was given
+        self._nothing = np.zeros((0, shape.num_experts))
+        self._former: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None
+        self._decided = Need(NOTHING, NOTHING, 0, 0), 0.0  # of the last layer: its need, and the backlog
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was predicted and how far that could be trusted."""
+        shape = self._shape
+        self.memory = Memory.fresh(self.predicts, shape.num_layers, shape.num_experts)
+
+    def plan(
+        self,
+        need: LayerNeed,
+        table: ResidencyTable,
+        now_us: float,
+        predicted: tuple[NDArray[np.floating], NDArray[np.floating]] | None,
+    ) -> Plan:
+        """What to do about a layer's needs.
+
+        Args:
+            now_us: by any clock that goes on.
+            predicted: made at this layer: expected tokens and probability of use, (d, E) each, for the layers behind
+                it; rows beyond the last layer hold zeros. With a lag of 1 they are for `reconsider`, and for the next
+                layer's plan.
+        """
+        former, self._former = self._former, predicted
+        if predicted is not None and self.knobs.lag:
+            # Those of the layer before; the first layer has none.
+            predicted = (
+                former if need.moe_layer else (np.zeros_like(predicted[0]), np.zeros_like(predicted[1]))
+            )
+        tokens_dE, used_dE = (self._nothing, self._nothing) if predicted is None else predicted
+        # No more can be left than prefetches under way; the errors of what copies are believed to take would add up.
+        under_way = now_us + int(table.in_flight.sum()) * self.costs.link_busy_us
+        self._link_free_us = min(self._link_free_us, under_way)
+        of_layer = Need(need.experts, need.tokens, need.num_hits, need.num_late)
+        backlog_us = max(0.0, self._link_free_us - now_us)
+        self._decided = of_layer, backlog_us
+        return plan_layer(
+            self.knobs,
+            self.costs,
+            need.moe_layer,
+            of_layer,
+            backlog_us,
+            table.slot_of,
+            table.key_of,
+            table.policy.scores,
+            self.memory
+            if predicted is not None
+            else self.memory._replace(predicted_dLE=self.memory.predicted_dLE[:0]),
+            np.array(tokens_dE, dtype=np.float64),
+            np.array(used_dE, dtype=np.float64),
+        )
+
+    def reconsider(self, moe_layer: int, plan: Plan, table: ResidencyTable) -> Plan:
+        """The plan of the layer decided last, with the prefetches that its own predictions ask for, if it was decided
+        without them.
+        """
+        if not self.knobs.lag or self._former is None or moe_layer + 1 == self._shape.num_layers:
+            return plan
+        need, backlog_us = self._decided
+        tokens_dE, used_dE = (np.array(part, dtype=np.float64) for part in self._former)
+        again = reconsider(
+            self.knobs, self.costs, moe_layer, need, plan.num_load, backlog_us, table.slot_of, table.key_of,
+            table.policy.scores, self.memory, tokens_dE, used_dE,
+        )  # fmt: skip
+        return plan._replace(prefetch=again.prefetch, keep=again.keep)
+
+    def calibrated_cpu(self) -> tuple[float, FloatArray]:
+        """What the CPU was calibrated to take: for a submission, and for one expert by its tokens."""
+        return self._calibrated.cpu_base_us, self._calibrated.cpu_us
+
+    def saw_step(self, rest_us: float, decide_us: float | None, gpu_us: float) -> None:
+        """What a step's layers took besides their experts, and from the router's choice to the answer (None: no layer
+        waited for one); medians. And one expert on the GPU, all of a layer's together and its share of their launches.
+        """
+        old = self.costs
+        decide_us = old.decide_us if decide_us is None else decide_us
+        self.costs = old._replace(
+            rest_us=old.rest_us + NEWEST * (rest_us - old.rest_us),
+            decide_us=old.decide_us + NEWEST * (decide_us - old.decide_us),
+            gpu_us=old.gpu_us + NEWEST * (gpu_us - old.gpu_us),
+        )
+
+    def saw_link(self, took_us: Sequence[float], has_cpu: bool) -> None:
+        """What copies of one expert took on the link in a step, and whether the CPU computed any in it."""
+        calibrated = self._calibrated
+        each_us = calibrated.link_busy_us if has_cpu else calibrated.link_us
+        if not took_us or each_us == 0.0:
+            return
+        alone_us, busy_us = self.costs.link_us, self.costs.link_busy_us
+        contention = max(MOST_CONTENTION, calibrated.link_busy_us / calibrated.link_us)
+        took = each_us * _within(median(took_us) / each_us, MOST_LINK_FACTOR)
+        if has_cpu:
+            busy_us += NEWEST * (took - busy_us)
+            alone_us = max(min(alone_us, busy_us), busy_us / contention)
+        else:
+            alone_us += NEWEST * (took - alone_us)
+            busy_us = min(max(busy_us, alone_us), contention * alone_us)
+        self.costs = self.costs._replace(link_us=alone_us, link_busy_us=busy_us)
+
+    def saw_cpu(self, took_us: float, calibrated_us: float) -> None:
+        """What a step's submissions to the CPU took together, and should have taken as calibrated; zeros for none."""
+        if calibrated_us > 0.0:
+            self._cpu_ratios.append(_within(took_us / calibrated_us, MOST_CPU_FACTOR))
+            self.cpu_factor += NEWEST * (median(self._cpu_ratios) - self.cpu_factor)
+        else:
+            self.cpu_factor += FORGOTTEN * (1.0 - self.cpu_factor)
+        factor, costs = self.cpu_factor, self._calibrated
+        self.costs = self.costs._replace(
+            cpu_us=factor * costs.cpu_us,
+            cpu_alone_us=factor * costs.cpu_alone_us,
+            cpu_base_us=factor * costs.cpu_base_us,
+        )
+
+    def issued(self, num_copies: int, now_us: float) -> None:
+        """The link was given so many experts more."""
+        self._link_free_us = max(self._link_free_us, now_us) + num_copies * self.costs.link_us
+
+
+def _within(ratio: float, most: float) -> float:
+    return float(min(max(ratio, 1.0 / most), most))

@@ -1,0 +1,77 @@
+"""What a schedule is told and what it answers, in forms that numba compiles.
+
+Times are microseconds. Shapes: n experts needed by a layer, E experts of a layer, L MoE layers, d layers ahead.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..core.jit import jit
+from ..core.types import FloatArray, IntArray
+
+
+class Costs(NamedTuple):
+    """`cost.LayerCosts` as compiled code reads it."""
+
+    link_us: float  # one expert over the link
+    link_busy_us: float  # the same while the CPU computes experts: both read the same memory
+    gpu_us: float  # one expert on the GPU
+    rest_us: float  # the rest of a layer
+    predict_us: float  # a prediction, beside the layer; decisions without a lag wait for it
+    decide_us: float  # from the router's choice to the first copy on the link
+    cpu_base_us: float  # one submission to the CPU and the merging of its result
+    cpu_us: FloatArray  # (N + 1,) one expert with n tokens on the CPU; empty: there is no CPU lane
+    cpu_alone_us: FloatArray  # the same while the link is idle
+    batch_us: float = 0.0  # copies handed over together, besides their bytes; for the simulator's clock
+
+
+class Knobs(NamedTuple):
+    """Settings of a schedule."""
+
+    schedule: int  # number in `scheduler.SCHEDULES`
+    lookahead: int  # layers ahead whose predictions are looked at
+    width: int  # experts prefetched for one layer at most
+    threshold: float  # least probability of use of an expert worth prefetching
+    lag: int = (
+        0  # so many layers ago the predictions were made that a layer is decided by; prefetches go by its own
+    )
+
+
+class Plan(NamedTuple):
+    """What is done about one layer, now that its router has spoken."""
+
+    num_load: int  # the first so many of the misses are copied on demand, the rest go to the CPU
+    prefetch: IntArray  # (p,) flat keys (moe_layer * E + expert), the most wanted first
+    keep: IntArray  # flat keys that are not to be evicted meanwhile, if there is any other choice
+
+
+#: Steps back in which `Memory.former_LE` looks for a use: text may repeat itself every few tokens.
+FORMER_STEPS = 4
+
+
+class Memory(NamedTuple):
+    """What a schedule remembers from layer to layer; changed by each decision."""
+
+    trust: FloatArray  # (d, 2), see `decide.learn_trust`
+    predicted_dLE: FloatArray  # the last probability of use
+    reuse: FloatArray  # (FORMER_STEPS + 4,), see `decide.learn_reuse`
+    former_LE: IntArray  # bit m: each layer used it m + 1 steps ago
+
+    @classmethod
+    def fresh(cls, lookahead: int, num_layers: int, num_experts: int) -> "Memory":
+        """Nothing is known, of predictions for `lookahead` layers."""
+        return cls(
+            np.zeros((lookahead, 2)),
+            np.zeros((lookahead, num_layers, num_experts)),
+            np.zeros(FORMER_STEPS + 4),
+            np.zeros((num_layers, num_experts), np.int64),
+        )
+
+
+@jit
+def cpu_time(cpu_us: FloatArray, tokens: float) -> float:
+    """Microseconds of one expert with so many tokens on the CPU; between and beyond the points linear."""
+    last = len(cpu_us) - 1
+    low = min(int(tokens), last - 1)
+    return cpu_us[low] + (tokens - low) * (cpu_us[low + 1] - cpu_us[low])

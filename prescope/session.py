@@ -1,0 +1,387 @@
+"""The one object a notebook talks to: a model, its runs, and their figures.
+
+    session = Session(slots=0.25)                 # the embedded model; or Session("path/or/hub-id", ...)
+    run = session.run("Why is the sky blue?", max_new_tokens=32)
+    session.timeline()
+
+Thin: runs come from `engine`, figures from `views`, the panel from `widgets`.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import pandas as pd
+
+from . import views
+from .core.paths import embedded_model
+from .core.types import Phase
+from .engine.engine import Engine
+from .engine.load import load
+from .errors import BadTrace, UnsupportedOption
+from .predictor import Oracle, Predictor
+from .predictor.base import measure_us
+from .profile import HardwareProfile
+from .report import write_report
+from .simulator import Choice, Machine, Replays, machine_of_run, machine_with_link, shipped_machines
+from .traces.metrics import METRIC_DEFINITIONS
+from .traces.result import RunResult
+from .training.record import device_of
+from .widgets import PairPanel, SchedulePanel, SlotsPanel
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+#: One text, several, or a name (a domain, say) for each: the names go into the trace.
+Prompts = str | Sequence[str] | Mapping[str, str]
+
+
+Watcher = Callable[["Job"], None]
+
+
+class Job:
+    """A run in a thread: watch `progress`, `cancel` it at the next token, or wait for its `result`."""
+
+    def __init__(self, session: "Session", prompts: Prompts, settings: dict[str, Any]) -> None:
+        self._future: Future[RunResult] = Future()
+        self._cancel = threading.Event()
+        self._session = session
+        self._prompts, self._settings = prompts, settings
+        self._tokens = 0
+        self._watchers: list[Watcher] = []
+        self._thread = threading.Thread(target=self._work, name="prescope-run", daemon=True)
+
+    def start(self) -> Self:
+        """Begin, once; a run that is under way is waited for first."""
+        self._thread.start()
+        return self
+
+    @property
+    def progress(self) -> float:
+        """Share of the new tokens that are there, 0 to 1; a sequence may end early."""
+        if self.is_done:
+            return 1.0
+        wanted = self._settings.get("max_new_tokens")
+        return min(1.0, self._tokens / wanted) if wanted else 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of each sequence so far."""
+        return self._tokens
+
+    @property
+    def is_done(self) -> bool:
+        return self._future.done()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancel.is_set()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the run raised; None while it runs and when it went well."""
+        return self._future.exception() if self.is_done else None
+
+    def cancel(self) -> None:
+        """End after the token the run is at; `result` then returns what there is by then."""
+        self._cancel.set()
+
+    def result(self, timeout_s: float | None = None) -> RunResult:
+        """Wait for the run, and for those who watch it, and return it.
+
+        Raises:
+            CancelledError: cancelled before the first token.
+            TimeoutError: not ready after `timeout_s`.
+            PrescopeError and others: what the run raised.
+        """
+        if threading.current_thread() is not self._thread:  # a watcher asks from the run's own thread
+            self._thread.join(timeout_s)
+        return self._future.result(0)
+
+    def on_step(self, watcher: Watcher) -> None:
+        """Call `watcher(job)` from the run's thread after each token."""
+        self._watchers.append(watcher)
+
+    def on_done(self, watcher: Watcher) -> None:
+        """Call `watcher(job)` once the run has ended in whatever way."""
+        self._future.add_done_callback(lambda _: watcher(self))
+
+    def _work(self) -> None:
+        try:
+            with self._session._one_run:
+                if self.is_cancelled:
+                    raise CancelledError("cancelled before the first token")
+                result = self._session._run(self._prompts, on_step=self._step, **self._settings)
+        except BaseException as error:  # noqa: BLE001 - nothing is lost: result() raises it in the caller's thread
+            self._future.set_exception(error)
+        else:
+            self._future.set_result(result)
+
+    def _step(self, num_tokens: int) -> None:
+        self._tokens = num_tokens
+        if self.is_cancelled:
+            self._session.engine.cancel()
+        for watcher in self._watchers:
+            watcher(self)
+
+
+class Session:
+    """A model with its experts in host memory, its runs and their figures.
+
+    Args:
+        model: folder, hub id, or an engine that exists already; None takes the embedded model.
+        settings: of the engine, see `EngineConfig`: slots, device, cache, link_gb_per_s, ...
+
+    Attributes:
+        engine: the engine; close it through the session.
+        runs: every run so far, oldest first.
+    """
+
+    def __init__(self, model: str | Path | Engine | None = None, **settings: Any) -> None:
+        if isinstance(model, Engine):
+            if settings:
+                raise UnsupportedOption(f"the engine has its settings already; remove {', '.join(settings)}")
+            self.engine = model
+        else:
+            self.engine = load(embedded_model() if model is None else model, **settings)
+        self.runs: list[RunResult] = []
+        self._one_run = threading.Lock()
+        self._panel: SlotsPanel | None = None
+        self._schedule_panel: SchedulePanel | None = None
+        self._pair_panel: PairPanel | None = None
+
+    def run(
+        self,
+        prompts: Prompts,
+        *,
+        slots: int | float | str | None = None,
+        cache: str | None = None,
+        configure: Mapping[str, Any] | None = None,
+        **keywords: Any,
+    ) -> RunResult:
+        """Generate, and keep the result in `runs`; a job that is under way is waited for.
+
+        Args:
+            prompts: a text, texts, or {name: text}; the names stand in the trace as `domain`.
+            slots, cache: changed before the run (the slots are cold then); None leaves them.
+            configure: for `Engine.configure`, instead of those two: a schedule and its settings. Two tokens warm the
+                code up, then the run starts with cold slots.
+            keywords: for `Engine.generate`: max_new_tokens, do_sample, ...
+        """
+        with self._one_run:
+            return self._run(prompts, slots=slots, cache=cache, configure=configure, **keywords)
+
+    def job(self, prompts: Prompts, **keywords: Any) -> Job:
+        """As `run`, in a thread of its own."""
+        return self.prepare(prompts, **keywords).start()
+
+    def prepare(self, prompts: Prompts, **keywords: Any) -> Job:
+        """A job that has not begun, so that it can be watched from its first token; `start` it."""
+        return Job(self, prompts, keywords)
+
+    @property
+    def is_running(self) -> bool:
+        return self._one_run.locked()
+
+    def _run(
+        self,
+        prompts: Prompts,
+        *,
+        slots: int | float | str | None = None,
+        cache: str | None = None,
+        configure: Mapping[str, Any] | None = None,
+        **keywords: Any,
+    ) -> RunResult:
+        texts, info = _unfold(prompts)
+        is_new = configure is not None or self._is_new(slots, cache)
+        if configure is not None:
+            self.engine.configure(**configure)
+            self.engine.generate(texts, max_new_tokens=2)
+            self.engine.clear_cache()
+        elif is_new:
+            self.engine.configure(slots=slots, cache=cache)
+        result = self.engine.generate(texts, **keywords)
+        if is_new:
+            result.notes.append("cold slots at the start (settings changed)")
+        if result.trace is not None:
+            result = replace(result, trace=replace(result.trace, prompts=info))
+        self.runs.append(result)
+        return result
+
+    def _is_new(self, slots: int | float | str | None, cache: str | None) -> bool:
+        config = self.engine.config
+        if cache is not None and cache != config.cache:
+            return True
+        if slots is None or (type(slots), slots) == (
+            type(config.slots),
+            config.slots,
+        ):  # 1 slot is not a share of 1.0
+            return False
+        return not (isinstance(slots, int) and slots == self.engine.num_slots)
+
+    @property
+    def last(self) -> RunResult:
+        """The latest run.
+
+        Raises:
+            BadTrace: there is none yet.
+        """
+        if not self.runs:
+            raise BadTrace("the session has no run yet; call session.run(prompts, max_new_tokens=32)")
+        return self.runs[-1]
+
+    def timeline(self, run: RunResult | None = None, steps: int | range | None = None) -> "go.Figure":
+        """Lanes of some steps of a run (the last one)."""
+        return views.timeline(run or self.last, steps)
+
+    def layers(self, run: RunResult | None = None, phase: Phase = "decode") -> "go.Figure":
+        """Where a step's time goes, layer by layer."""
+        return views.layers(run or self.last, phase)
+
+    def hit_rate(self, run: RunResult | None = None, phase: Phase | None = "decode") -> "go.Figure":
+        """Hits, late ones and misses by layer."""
+        return views.hit_rate(run or self.last, phase)
+
+    def latency(self, run: RunResult | None = None) -> "go.Figure":
+        """Latency of every token."""
+        return views.latency(run or self.last)
+
+    def load(self, run: RunResult | None = None, phase: Phase | None = None) -> "go.Figure":
+        """Which experts the tokens used."""
+        return views.load(run or self.last, phase)
+
+    def slots_curve(self, runs: Sequence[RunResult] | None = None) -> "go.Figure":
+        """Hit rate and speed against slots, from all runs of the session or those given."""
+        return views.slots_curve(runs or self.runs)
+
+    def compare(self, runs: Sequence[RunResult] | None = None) -> pd.DataFrame:
+        """One row for each run: slots, cache, and the figures of `METRIC_DEFINITIONS`."""
+        rows = [
+            {"slots": run.config["num_slots"], "cache": run.config["cache"], "label": run.label}
+            | run.metrics.to_dict()
+            for run in (runs or self.runs)
+        ]
+        return pd.DataFrame(rows, columns=["slots", "cache", "label", *METRIC_DEFINITIONS])
+
+    def panel(self, prompts: Prompts, **keywords: Any) -> SlotsPanel:
+        """Slider of slots that re-runs these prompts; a panel made before is closed.
+
+        Args: as `run`; `keywords` are those of every run of the panel.
+        """
+        if self._panel is not None:
+            self._panel.close()
+        self._panel = SlotsPanel(self, prompts, keywords)
+        return self._panel
+
+    def replays(
+        self,
+        run: RunResult | None = None,
+        *,
+        predictors: Sequence[Predictor] = (),
+        profile: HardwareProfile | None = None,
+        machines: Sequence[Machine] = (),
+    ) -> Replays:
+        """A recorded run's trace under any choice of settings, simulated.
+
+        Args:
+            run: the last one unless given; on demand, with events and routing, and with router inputs
+                (record_inputs=True) if a predictor reads them.
+            predictors: such as `[trained.predictor, *trained.others]` of `train_predictor`.
+            profile: of this machine, for the CPU lane; `prescope.calibrate(session.engine)` measures it.
+            machines: more of them; this one, this one with a faster link, and those that come with prescope are there.
+
+        Raises:
+            BadTrace: the run lacks what is needed.
+        """
+        run = run or self.last
+        if run.trace is None:
+            raise BadTrace("the run has no routing trace; run it with record_routing=True")
+        here = machine_of_run(self.engine, run, profile)
+        width = 0 if run.trace.inputs is None else run.trace.inputs.shape[2]
+        device = str(device_of(self.engine))
+        spent = {
+            one.name: measure_us(one, width, tokens=run.metrics.batch, device=device)
+            for one in predictors
+            if width and not isinstance(one, Oracle)
+        }
+        self._remember_hot(run)
+        return Replays(
+            run.trace,
+            [
+                here,
+                machine_with_link(here, 4),
+                *shipped_machines(self.engine.shape, run.metrics.batch),
+                *machines,
+            ],
+            predictors,
+            predict_us=spent,
+        )
+
+    def _remember_hot(self, run: RunResult) -> None:
+        """Which experts are hot, for cache="static", unless the engine was told when it was loaded."""
+        if self.engine.frequencies is None and run.trace is not None:
+            self.engine.configure(frequencies=run.trace.expert_counts())
+
+    def schedule_panel(self, replays: Replays, prompts: Prompts, **keywords: Any) -> SchedulePanel:
+        """Sliders for all settings of a schedule, and a button that runs them; a panel made before is closed.
+
+        Args:
+            replays: of a run of these prompts. `keywords`: of every real run, as of the recorded one.
+        """
+        if self._schedule_panel is not None:
+            self._schedule_panel.close()
+        self._schedule_panel = SchedulePanel(self, replays, prompts, keywords)
+        return self._schedule_panel
+
+    def pair_panel(
+        self, replays: Replays, choice: Choice, upper: str = "presched", lower: str = "on-demand"
+    ) -> PairPanel:
+        """Two schedules on the same steps, and why each expert went where it went; a panel made before is closed.
+
+        Args:
+            choice: slots, machine and CPU lane of both, and the settings of its own schedule.
+        """
+        if self._pair_panel is not None:
+            self._pair_panel.close()
+        self._pair_panel = PairPanel(replays, choice, upper, lower)
+        return self._pair_panel
+
+    def report(self, path: str | Path, *, title: str = "Where does each token's time go?") -> Path:
+        """Write the figures of the last run as one HTML page that opens offline."""
+        run = self.last
+        figures = [views.timeline(run), views.layers(run), views.hit_rate(run), views.latency(run)]
+        if run.trace is not None:
+            figures.append(views.load(run))
+        return write_report(figures, {"All figures": run.metrics.to_frame()}, path, title=title, runs=[run])
+
+    def close(self) -> None:
+        """Close panels and engine; runs and figures stay."""
+        for panel in (self._panel, self._schedule_panel, self._pair_panel):
+            if panel is not None:
+                panel.close()
+        with self._one_run:
+            self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Session of {self.engine!r}, {len(self.runs)} runs>"
+
+
+def _unfold(prompts: Prompts) -> tuple[str | list[str], list[dict[str, Any]]]:
+    """Texts as the engine takes them, and one dict for each sequence of the trace."""
+    if isinstance(prompts, str):
+        return prompts, [{"text": prompts}]
+    if isinstance(prompts, Mapping):
+        return list(prompts.values()), [{"domain": name, "text": text} for name, text in prompts.items()]
+    return list(prompts), [{"text": text} for text in prompts]

@@ -1,0 +1,226 @@
+"""Why an expert went where it went: one layer of one step, replayed up to its decision.
+
+The layers before it run through the simulator's own loop; then nothing more is asked for, so that slots and link stay
+as the decision found them. Shapes: S steps, L MoE layers, E experts, n experts needed, d layers ahead.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ..cache.residency import ResidencyTable
+from ..core.types import Reason
+from ..errors import UnsupportedOption
+from ..scheduler import SCHEDULES
+from ..scheduler.costs import compiled_costs
+from ..scheduler.presched import cpu_done, share_alone
+from ..scheduler.types import Costs, cpu_time
+from .replay import AHEAD, AT_LAYER, DECIDED, DONE, KEY, LOOKED, ON_CPU, REASON, STEP
+from .result import SimResult
+from .simulator import Simulator
+
+#: Where an expert was when its layer needed it.
+IN_SLOT, ON_LINK, ON_HOST = WHERE = ("in its slot", "on the link", "in host memory")
+
+
+class Why(NamedTuple):
+    """One layer of one step.
+
+    Attributes:
+        experts: one row an expert, needed or prefetched: expert, tokens, was, decision, reason (`core.Reason`),
+            by_link_us, by_cpu_us, predicted.
+        splits: one row for each number of misses that could have been copied: copied, on_cpu, link_us, gpu_us, cpu_us,
+            layer_us, chosen. Without prefetches for the next layer, which PreSched weighs too.
+        backlog_us: until the link was done with what it had been given before.
+        layer_us: from the decision to the end of the layer.
+        words: the decision in one sentence.
+    """
+
+    step: int
+    moe_layer: int
+    experts: pd.DataFrame
+    splits: pd.DataFrame
+    backlog_us: float
+    layer_us: float
+    words: str
+    label: str
+
+
+def why(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> Why:
+    """Where each expert of one layer of one step went, and what was weighed.
+
+    Raises:
+        UnsupportedOption: the trace has no such decode step, or the model no such layer.
+    """
+    found = np.flatnonzero(simulator.needs.steps == step)
+    if not len(found) or not 0 <= moe_layer < simulator.shape.num_layers:
+        steps = simulator.needs.steps
+        raise UnsupportedOption(
+            f"step {step}, MoE layer {moe_layer}: there are decode steps {steps[0]} to {steps[-1]} and layers 0 to "
+            f"{simulator.shape.num_layers - 1}"
+        )
+    s, log, config = int(found[0]), result.log, result.config
+    costs = compiled_costs(simulator.costs, cpu=config["cpu"], predicts=config["lookahead"] > 0)
+    slot_of_E, link_free_us = _before(simulator, result, s, moe_layer)
+    decided = float(log.times_us[s, moe_layer, DECIDED])
+    backlog = max(0.0, link_free_us - float(log.times_us[s, moe_layer, LOOKED]))
+    experts = _experts(simulator, result, s, moe_layer, slot_of_E)
+    missing = experts[(experts["was"] == ON_HOST) & (experts["tokens"] > 0)]
+    here = experts[(experts["was"] != ON_HOST) & (experts["tokens"] > 0)]
+    num_late = int((here["was"] == ON_LINK).sum())
+    tokens = missing["tokens"].to_numpy().astype(np.int64)
+    by_link, by_cpu = _each(costs, tokens, len(here), backlog)
+    experts.loc[missing.index, "by_link_us"], experts.loc[missing.index, "by_cpu_us"] = by_link, by_cpu
+    num_cpu = int(log.counts[s, moe_layer, ON_CPU])
+    splits = splits_of(costs, tokens, len(here), num_late, backlog, len(tokens) - num_cpu)
+    return Why(
+        step,
+        moe_layer,
+        experts,
+        splits,
+        backlog,
+        float(log.times_us[s, moe_layer, DONE]) - decided,
+        _words(result, experts, splits, num_cpu),
+        result.label,
+    )
+
+
+class _UpToHere(Simulator):
+    """A simulator after whose last decision nothing is needed and nothing predicted: slots and link stay as it found
+    them.
+
+    Args:
+        whole: the simulator of the result. `s`, `layer`: step and layer of the decision.
+    """
+
+    def __init__(self, whole: Simulator, s: int, layer: int) -> None:
+        self.__dict__.update(whole.__dict__)
+        tokens = whole.needs.tokens_SLE.copy()
+        tokens[s, layer:] = 0
+        expected, used = (array.copy() for array in whole.predicted)
+        for ahead in range(len(used)):
+            first = layer + ahead + 1  # of those that the layer itself makes
+            used[ahead, s, first:] = expected[ahead, s, first:] = 0.0
+        self.needs = whole.needs._replace(tokens_SLE=tokens)
+        self.predicted = whole.predicted._replace(expected_dSLE=expected, used_dSLE=used)
+        self._segments = [
+            (prefills, slice(steps.start, min(steps.stop, s + 1)))
+            for prefills, steps in whole._segments
+            if steps.start <= s
+        ]
+
+    def _prefill(self, table: ResidencyTable, prefills: list[int], is_first: bool) -> None:
+        self.slot_of = table.slot_of  # the table that the replay goes on with
+        super()._prefill(table, prefills, is_first)
+
+
+def _before(simulator: Simulator, result: SimResult, s: int, layer: int) -> tuple[NDArray[np.int64], float]:
+    """Slot of each expert of a layer, and when the link is done, as the layer's decision found them."""
+    config, E = result.config, simulator.shape.num_experts
+    kept = ("cache", "lookahead", "width", "threshold", "cpu", "most_in_flight")
+    part = _UpToHere(simulator, s, layer)
+    log = part.run(config["schedule"], slots=config["num_slots"], **{name: config[name] for name in kept}).log
+    before = log.copies[:, STEP] < s
+    # Streaming goes on whatever is needed.
+    before |= (log.copies[:, AT_LAYER] <= layer) | (not result.streams)
+    return part.slot_of[layer * E : (layer + 1) * E], float(log.copy_us[before, 1].max(initial=0.0))
+
+
+def _experts(
+    simulator: Simulator, result: SimResult, s: int, layer: int, slot_of_E: NDArray[np.int64]
+) -> pd.DataFrame:
+    """One row an expert: those needed, by where they were and by tokens, then those prefetched in vain."""
+    E, log = simulator.shape.num_experts, result.log
+    why_ahead = str(Reason.STREAM if result.streams else Reason.PREFETCH)
+    tokens_E = simulator.needs.tokens_SLE[s, layer]
+    looked = log.times_us[s, layer, LOOKED]
+    mine = (log.copies[:, STEP] == s) & (log.copies[:, AT_LAYER] == layer)
+    ahead = mine & (log.copies[:, REASON] == AHEAD)
+    landing = dict(zip((log.copies[ahead, KEY] % E).tolist(), log.copy_us[ahead, 1].tolist(), strict=True))
+    demanded = set((log.copies[mine & ~ahead, KEY] % E).tolist())
+    used = simulator.predicted.used_dSLE[:1, s, layer]  # what its prefetches went by
+    rows = []
+    for expert in sorted(set(np.flatnonzero(tokens_E).tolist()) | landing.keys()):
+        tokens = int(tokens_E[expert])
+        was = IN_SLOT if slot_of_E[expert] >= 0 else ON_HOST
+        # Streaming decides without predictions, so that its slots are not those of this decision; it has no CPU lane.
+        gone = was == ON_HOST and not result.streams
+        if expert in demanded:
+            was, decision, reason = ON_HOST, "copied on demand", str(Reason.ON_DEMAND)
+        elif expert in landing and not (tokens and gone):
+            was = ON_LINK if landing[expert] > looked else IN_SLOT
+            wait = f"{landing[expert] - looked:,.0f} us late" if was == ON_LINK else "in time"
+            decision, reason = f"copied ahead, {wait}" if tokens else "copied ahead, not needed", why_ahead
+        elif gone:
+            decision, reason = "computed on the CPU", str(Reason.CPU)
+        else:
+            was, decision, reason = IN_SLOT, "used where it was", ""
+        predicted = float(used[0, expert]) if len(used) and layer else float("nan")
+        rows.append((expert, tokens, was, decision, reason, np.nan, np.nan, predicted))
+    columns = ["expert", "tokens", "was", "decision", "reason", "by_link_us", "by_cpu_us", "predicted"]
+    frame = pd.DataFrame(rows, columns=columns)
+    order = np.lexsort(
+        (frame["expert"], -frame["tokens"], frame["was"].map(WHERE.index), frame["tokens"] == 0)
+    )
+    return frame.iloc[order].reset_index(drop=True)
+
+
+def _each(
+    costs: Costs, tokens: NDArray[np.int64], here: int, backlog_us: float
+) -> tuple[list[float], list[float]]:
+    """When each miss, most tokens first, would be done over the link behind those before it, or on the CPU with those
+    behind it.
+    """
+    by_link = [backlog_us + j * costs.link_us + (here + j) * costs.gpu_us for j in range(1, len(tokens) + 1)]
+    if len(costs.cpu_us) < 2:
+        return by_link, [float("nan")] * len(tokens)
+    each = np.array([cpu_time(costs.cpu_us, n) for n in tokens.tolist()])
+    return by_link, (costs.cpu_base_us + each[::-1].cumsum()[::-1]).tolist() if len(each) else []
+
+
+def splits_of(
+    costs: Costs, tokens: NDArray[np.int64], here: int, late: int, backlog_us: float, chosen: int
+) -> pd.DataFrame:
+    """What each split of a layer's misses would take by itself: T(k, 0) of `scheduler.presched`, one row a k.
+
+    Args:
+        tokens: of the misses, descending. `here`: other experts needed, `late` of them in flight.
+        chosen: misses that were copied.
+    """
+    n, has_cpu = len(tokens), len(costs.cpu_us) > 1
+    rows = []
+    for copied in range(0 if has_cpu else n, n + 1):
+        link = backlog_us + copied * (costs.link_us if copied == n else costs.link_busy_us)
+        waits = copied > 0 or late > 0
+        gpu = (here + copied) * costs.gpu_us + (link if waits else 0.0)
+        beside, alone = (
+            costs.cpu_base_us + sum(cpu_time(cpu_us, t) for t in tokens[copied:].tolist())
+            if copied < n
+            else 0.0
+            for cpu_us in (costs.cpu_us, costs.cpu_alone_us)
+        )
+        cpu = cpu_done(beside, share_alone(beside, alone), link)
+        rows.append((copied, n - copied, link if waits else 0.0, gpu, cpu, max(gpu, cpu), copied == chosen))
+    columns = ["copied", "on_cpu", "link_us", "gpu_us", "cpu_us", "layer_us", "chosen"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _words(result: SimResult, experts: pd.DataFrame, splits: pd.DataFrame, num_cpu: int) -> str:
+    title = SCHEDULES[result.config["schedule"]].title
+    needed = experts[experts["tokens"] > 0]
+    where = needed["was"].value_counts()
+    text = (
+        f"{title}: of {len(needed)} experts needed, {where.get(IN_SLOT, 0)} in their slots, {where.get(ON_LINK, 0)} "
+        f"on the link, {where.get(ON_HOST, 0)} in host memory"
+    )
+    misses = int(where.get(ON_HOST, 0))
+    if not misses:
+        return text + "; nothing to decide"
+    best = splits.loc[splits["layer_us"].idxmin()]
+    taken = splits[splits["chosen"]].iloc[0]
+    text += f"; {misses - num_cpu} copied, {num_cpu} on the CPU: {taken['layer_us']:,.0f} us"
+    if len(splits) > 1 and best["copied"] != taken["copied"]:
+        text += f" (alone, the layer would be done sooner with {best['copied']:.0f} copied: {best['layer_us']:,.0f} us)"
+    return text

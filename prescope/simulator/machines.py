@@ -1,0 +1,171 @@
+"""Machines that a recorded trace can be replayed on: the one at hand, and those whose profiles come with prescope."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..cache.prefetch import most_in_flight
+from ..calibration import ExpertForm
+from ..core.types import MoEShape
+from ..engine.engine import Engine
+from ..errors import BadProfile
+from ..profile import SLOWER_LINKS, Expert, HardwareProfile
+from ..profile.files import shipped_files
+from ..scheduler.costs import LayerCosts, costs_of_run
+from ..traces.result import RunResult
+
+HERE = "this machine"
+
+
+class Machine(NamedTuple):
+    """What a layer costs somewhere.
+
+    Attributes:
+        name: as a menu shows it.
+        costs: `cpu_us` empty where no CPU experts were measured.
+        row_bytes: of one expert there.
+        step_us: of a step besides its MoE layers.
+        most_in_flight: prefetches on the wire at most, as an engine has it there.
+        is_here: the engine at hand runs on it, so that what was simulated can be run.
+    """
+
+    name: str
+    costs: LayerCosts
+    row_bytes: int
+    step_us: float
+    most_in_flight: int
+    is_here: bool = False
+
+    def costs_with(self, cpu: bool) -> LayerCosts:
+        """Costs for an engine's decisions, with the CPU lane or without."""
+        return (
+            self.costs
+            if cpu
+            else replace(self.costs, link_busy_us=None, cpu_us=(), cpu_alone_us=(), cpu_base_us=0.0)
+        )
+
+
+def machine_of_run(engine: Engine, run: RunResult, profile: HardwareProfile | None = None) -> Machine:
+    """The machine at hand, its layers as they were in a recorded run.
+
+    Args:
+        run: on demand, with events. `profile`: of this machine, for experts on the CPU; without one there is no CPU
+            lane.
+
+    Raises:
+        BadTrace: the run holds no such times.
+        ForeignProfile: the profile is of another machine.
+    """
+    costs = costs_of_run(run)
+    decode = run.metrics.decode
+    layers = decode.num_steps * engine.shape.num_layers
+    compute = run.events[
+        (run.events["phase"] == "decode") & run.events["lane"].isin(["gpu", "stall", "host"])
+    ]
+    dense = compute[(compute["kind"] == "dense") & (compute["moe_layer"] >= 0)]["dur_us"].sum()
+    of_layers = compute[compute["moe_layer"] >= 0]["dur_us"].sum()
+    costs = replace(
+        costs,
+        rest_us=float(dense) / layers,
+        decide_us=1e3 * decode.host_wait_ms / layers,
+        is_layered=run.config["reasons"]["decode"].startswith("layered"),
+    )
+    if profile is not None:
+        profile.require_this_machine(run.hardware)
+        if profile.link_gb_per_s is not None:
+            profile = profile.with_link(float(run.hardware["link_gb_per_s"]))
+        form = engine_expert(engine)
+        known = profile.costs(
+            engine.shape,
+            width=form.width,
+            expert_width=form.expert_width,
+            batch=run.metrics.batch,
+            rest_us=costs.rest_us,
+        )
+        beside = known.link_us if known.link_busy_us is None else known.link_busy_us
+        costs = replace(
+            costs,
+            link_busy_us=costs.link_us * max(1.0, beside / known.link_us),
+            cpu_us=known.cpu_us,
+            cpu_base_us=known.cpu_base_us,
+            cpu_alone_us=known.cpu_alone_us,
+            copy_us=known.copy_us,
+            source=f"{costs.source}; CPU experts calibrated",
+        )
+    return Machine(
+        HERE,
+        costs,
+        engine.shape.row_bytes,
+        (1e3 * decode.wall_ms - float(of_layers)) / decode.num_steps,
+        most_in_flight(engine.config.device, engine.shape.row_bytes),
+        is_here=True,
+    )
+
+
+def engine_expert(engine: Engine) -> Expert:
+    """Sizes of a model's largest experts."""
+    layer = max(engine._layers, key=lambda layer: layer.layout.row_bytes)
+    return ExpertForm(layer.spec, layer.layout).expert
+
+
+def machine_of_profile(
+    profile: HardwareProfile, name: str, shape: MoEShape, expert: Expert, batch: int
+) -> Machine:
+    """Another machine, with experts of some size that were measured there.
+
+    Raises:
+        BadProfile: the rest of a layer beside such experts is not known.
+    """
+    costs = profile.costs(
+        shape._replace(row_bytes=expert.nbytes),
+        width=expert.width,
+        expert_width=expert.expert_width,
+        batch=batch,
+    )
+    kind = "cpu" if profile.link_gb_per_s is not None else "cuda"
+    return Machine(
+        f"{name}, experts of {expert.nbytes / 1e6:.3g} MB",
+        costs,
+        expert.nbytes,
+        0.0,
+        most_in_flight(kind, expert.nbytes),
+    )
+
+
+def machine_with_link(machine: Machine, factor: float) -> Machine:
+    """A machine with its link so many times as fast, all else the same."""
+    costs = replace(
+        machine.costs,
+        link_us=machine.costs.link_us / factor,
+        link_busy_us=None if machine.costs.link_busy_us is None else machine.costs.link_busy_us / factor,
+        source=f"link emulated {factor:g} times as fast, {machine.costs.source}",
+    )
+    return machine._replace(
+        name=f"{machine.name}, link {factor:g} times as fast",
+        costs=costs,
+        is_here=False,
+    )
+
+
+def shipped_machines(shape: MoEShape, batch: int) -> list[Machine]:
+    """All machines whose profiles come with prescope, with each size of experts that whole layers are known of.
+
+    Machines with a GPU also behind the slower links that they can emulate.
+    """
+    found = []
+    for file in shipped_files():
+        profile = HardwareProfile.load(file)
+        for expert in profile.lanes.gpu:
+            for name, seen in _behind_links(profile, file.stem):
+                try:
+                    found.append(machine_of_profile(seen, name, shape, expert, batch))
+                except BadProfile:  # experts alone were measured, no engine with them
+                    continue
+    return found
+
+
+def _behind_links(profile: HardwareProfile, name: str) -> Iterator[tuple[str, HardwareProfile]]:
+    yield name, profile
+    if profile.link_gb_per_s is None and profile.link_factor == 1:
+        for factor, link in SLOWER_LINKS.items():
+            yield f"{name} behind emulated {link}", profile.emulated(factor, link)

@@ -1,0 +1,285 @@
+"""The trace, prepared once for each pair of a machine and a predictor."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from ..errors import UnsupportedOption
+from ..predictor import NoisyOracle, Oracle, Predictor
+from ..predictor.base import Shape
+from ..scheduler import SCHEDULES, schedule_named
+from ..traces.routing import RoutingTrace
+from .explain import Why, why
+from .machines import Machine
+from .prepare import LOOKAHEAD
+from .result import SimResult
+from .scenario import NOISY, NONE, ORACLE, Choice
+from .simulator import Simulator
+
+#: Instead of a predictor that a schedule comes with and that is not there, the best first.
+STAND_INS = ("llapor", "early router", "transition", "frequency")
+
+
+class Replays:
+    """What any choice would have done with one recorded trace.
+
+    Args:
+        trace: with decode steps, and with router inputs if any predictor reads them.
+        machines: to replay on; the first is the default.
+        predictors: by their names. "none", "oracle" and "noisy oracle" are there anyway.
+        predict_us: what one prediction costs on the machine at hand, by name; elsewhere it is not known and left out.
+        label: of the trace, for titles.
+    """
+
+    def __init__(
+        self,
+        trace: RoutingTrace,
+        machines: Sequence[Machine],
+        predictors: Iterable[Predictor] = (),
+        *,
+        predict_us: Mapping[str, float] | None = None,
+        label: str = "",
+    ) -> None:
+        self.trace, self.label = trace, label or trace.model
+        self.machines = {machine.name: machine for machine in machines}
+        lookahead = min(LOOKAHEAD, max(1, trace.num_layers - 1))
+        self.predictors: dict[str, Predictor] = {predictor.name: predictor for predictor in predictors}
+        self.predictors.setdefault(ORACLE, Oracle(Shape.of(trace), lookahead))
+        self._predict_us = dict(predict_us or {})
+        self._lookahead = lookahead
+        self._simulators: dict[tuple[str, str], Simulator] = {}
+        for name in (NONE, *self.predictors):
+            self.simulator(Choice(slots=1, predictor=name, machine=next(iter(self.machines))))
+
+    # -- names -------------------------------------------------------------------------------------------------
+
+    @property
+    def predictor_names(self) -> list[str]:
+        """All that a choice may name, those that know the future last."""
+        known = [name for name in self.predictors if name != ORACLE]
+        return [NONE, *known, NOISY, ORACLE]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of the whole model."""
+        return self.trace.num_layers * self.trace.num_experts
+
+    def machine(self, choice: Choice) -> Machine:
+        """The machine of a choice.
+
+        Raises:
+            UnsupportedOption: there is none of this name.
+        """
+        if choice.machine not in self.machines:
+            names = ", ".join(map(repr, self.machines))
+            raise UnsupportedOption(f"machine is {choice.machine!r}; choose one of {names}")
+        return self.machines[choice.machine]
+
+    def has_cpu(self, choice: Choice) -> bool:
+        """Whether the CPU lane can be used: by this schedule, on this machine."""
+        return schedule_named(choice.schedule).uses_cpu and len(self.machine(choice).costs.cpu_us) > 1
+
+    def why_not_here(self, choice: Choice) -> str:
+        """Why a choice cannot be run for real; "" if it can."""
+        if not self.machine(choice).is_here:
+            return f"only {next(iter(self.machines))!r} can be run, {choice.machine!r} can be simulated"
+        full = self.resolved(choice)
+        if full.predictor in (ORACLE, NOISY):
+            return "an oracle knows the recorded future; live there is none"
+        if schedule_named(full.schedule).needs_predictor and (full.predictor or NONE) == NONE:
+            return f"{full.schedule} prefetches by predictions; choose a predictor"
+        return ""
+
+    # -- choices -----------------------------------------------------------------------------------------------
+
+    def resolved(self, choice: Choice) -> Choice:
+        """A choice with the schedule's own values where it names none, and within what there is."""
+        schedule = schedule_named(choice.schedule)
+        predictor = choice.predictor or self._own_predictor(schedule.predictor)
+        if predictor not in self.predictor_names:
+            names = ", ".join(map(repr, self.predictor_names))
+            raise UnsupportedOption(f"predictor is {predictor!r}; choose one of {names}")
+        E, depth = self.trace.num_experts, self._depth(predictor)
+        wanted = max(1, schedule.lookahead) if choice.lookahead is None else choice.lookahead
+        width = choice.width if choice.width is not None else schedule.width
+        return replace(
+            choice,
+            cache=choice.cache or schedule.cache,
+            predictor=predictor,
+            lookahead=min(wanted, depth),
+            width=E if width is None else min(width, E),
+            threshold=schedule.threshold if choice.threshold is None else choice.threshold,
+            cpu=choice.cpu and self.has_cpu(choice),
+        )
+
+    def _own_predictor(self, wanted: str) -> str:
+        """The one a schedule comes with, or the next best there is."""
+        if wanted == NONE:
+            return NONE
+        known = [name for name in (wanted, *STAND_INS) if name in self.predictors]
+        return known[0] if known else NONE
+
+    def _depth(self, predictor: str) -> int:
+        if predictor == NONE:
+            return 0
+        return (
+            self._lookahead
+            if predictor == NOISY
+            else min(self._lookahead, self.predictors[predictor].lookahead)
+        )
+
+    def as_published(self, choice: Choice, schedule: str) -> Choice:
+        """Another schedule with its own cache, predictor and settings; slots, machine and CPU lane stay."""
+        return Choice(schedule=schedule, slots=choice.slots, cpu=choice.cpu, machine=choice.machine)
+
+    def engine_settings(self, choice: Choice) -> dict[str, Any]:
+        """For `Engine.configure`: the same choice, for real.
+
+        Raises:
+            UnsupportedOption: it can only be simulated.
+        """
+        if reason := self.why_not_here(choice):
+            raise UnsupportedOption(reason)
+        full, machine = self.resolved(choice), self.machine(choice)
+        name = full.predictor or NONE
+        return {
+            "schedule": full.schedule,
+            "slots": full.slots,
+            "cache": full.cache,
+            "lookahead": full.lookahead or None,
+            "width": full.width,
+            "threshold": full.threshold,
+            "cpu_threads": None if full.cpu else 0,
+            "predictor": NONE if name == NONE else self.predictors[name],
+            "costs": machine.costs_with(full.cpu),
+        }
+
+    # -- replays -----------------------------------------------------------------------------------------------
+
+    def simulator(self, choice: Choice) -> Simulator:
+        """The trace prepared for a choice's machine and predictor."""
+        name = self.resolved(choice).predictor or NONE
+        key = f"{NOISY} {choice.recall:.3f}" if name == NOISY else name
+        if (choice.machine, key) not in self._simulators:
+            machine = self.machine(choice)
+            costs = machine.costs
+            if machine.is_here:
+                costs = costs.with_predictor(self._predict_us.get(name, 0.0))
+            self._simulators[choice.machine, key] = Simulator(
+                self.trace,
+                costs,
+                row_bytes=machine.row_bytes,
+                predictor=self._predictor(name, choice.recall),
+                lookahead=self._lookahead,
+                step_us=machine.step_us,
+                label=self.label,
+            )
+        return self._simulators[choice.machine, key]
+
+    def _predictor(self, name: str, recall: float) -> Predictor | None:
+        if name == NONE:
+            return None
+        if name != NOISY:
+            return self.predictors[name]
+        least = self.trace.top_k / self.trace.num_experts
+        kept = min(1.0, max(least, recall))
+        return NoisyOracle(self.trace, {1: kept, self._lookahead: kept})
+
+    def run(self, choice: Choice) -> SimResult:
+        """Replay the trace.
+
+        Raises: as `Simulator.run`.
+        """
+        full, simulator = self.resolved(choice), self.simulator(choice)
+        result = simulator.run(
+            full.schedule,
+            slots=full.slots,
+            cache=full.cache,
+            lookahead=full.lookahead,
+            width=full.width,
+            threshold=full.threshold,
+            cpu=full.cpu,
+            most_in_flight=self.machine(choice).most_in_flight,
+        )
+        if full.lookahead and not simulator.costs.predict_us:
+            result.notes.append(f"what a prediction of {full.predictor} costs here is not known; it is free")
+        return result
+
+    def compare(self, choice: Choice, *, published: bool = True) -> dict[str, SimResult]:
+        """Every schedule with these slots on this machine, by name; the chosen one as chosen.
+
+        Args:
+            published: the others with the cache, predictor and settings of their own; else with those chosen.
+        """
+        results = {}
+        for name in SCHEDULES:
+            other = self.as_published(choice, name) if published else replace(choice, schedule=name)
+            results[name] = self.run(choice if name == choice.schedule else other)
+        return results
+
+    def table(self, results: Mapping[str, SimResult]) -> pd.DataFrame:
+        """One row for each schedule: what it did, and the bound beside it. Of its prefetches accuracy, coverage and
+        timeliness, as `METRIC_DEFINITIONS` defines them; NaN where there were none.
+        """
+        rows = []
+        for name, result in results.items():
+            title, counts, decode = SCHEDULES[name].title, result.counts, result.metrics.decode
+            idle_us = decode.stall_ms + decode.cpu_wait_ms + decode.host_wait_ms
+            rows.append(
+                {
+                    "schedule": title,
+                    "tokens/s": result.tokens_per_s,
+                    "hit %": 100 * counts.hits / max(1, counts.needed),
+                    "late %": 100 * counts.late / max(1, counts.needed),
+                    "miss %": 100 * (counts.misses - counts.on_cpu) / max(1, counts.needed),
+                    "on CPU %": 100 * counts.on_cpu / max(1, counts.needed),
+                    "prefetches used %": 100 * decode.prefetch_accuracy,
+                    "misses avoided %": 100 * decode.prefetch_coverage,
+                    "used ones on time %": 100 * decode.prefetch_timeliness,
+                    "MB per step": decode.h2d_bytes / decode.num_steps / 1e6,
+                    "link in use %": 100 * decode.link_use_frac,
+                    "GPU idle %": 100 * idle_us / decode.wall_ms,
+                    "bound, tokens/s": result.bounds.tokens_per_s,
+                    "cache": result.config["cache"],
+                    "predictor": result.config["predictor"],
+                }
+            )
+        return pd.DataFrame(rows).set_index("schedule")
+
+    def bounds(self, choice: Choice) -> pd.DataFrame:
+        """What no schedule can beat with these slots on this machine."""
+        found = self.simulator(choice).bounds(choice.slots, cpu=choice.cpu and self.has_cpu(choice))
+        needed = max(1, int((self.simulator(choice).needs.tokens_SLE > 0).sum()))
+        rows = [
+            (
+                "misses of the best cache that loads on demand (Belady)",
+                100 * found.belady_misses / needed,
+                "%",
+            ),
+            ("misses of the best fixed set of experts", 100 * found.static_misses / needed, "%"),
+            ("Belady's misses over the link", found.link_ms, "ms per step"),
+            ("the fewest misses over link and CPU together", found.link_cpu_ms, "ms per step"),
+            ("all that the GPU does", found.gpu_ms, "ms per step"),
+            ("tokens per second at the longer of these", found.tokens_per_s, "1/s"),
+        ]
+        return pd.DataFrame(rows, columns=["bound", "value", "unit"]).set_index("bound")
+
+    @staticmethod
+    def notes() -> pd.DataFrame:
+        """What of each schedule is as published, and what is not known or ours."""
+        rows = [(one.title, one.same, one.unknown, one.source) for one in SCHEDULES.values()]
+        columns = ["schedule", "same as published", "not known, or ours", "source"]
+        return pd.DataFrame(rows, columns=columns).set_index("schedule")
+
+    def why(self, choice: Choice, step: int, moe_layer: int, result: SimResult | None = None) -> Why:
+        """Where each expert of one layer of one step went, and what was weighed.
+
+        Args:
+            step: number as in the trace. `result`: of this choice, if it is at hand.
+
+        Raises:
+            UnsupportedOption: there is no such decode step or layer.
+        """
+        return why(self.simulator(choice), result or self.run(choice), step, moe_layer)

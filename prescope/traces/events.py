@@ -1,0 +1,154 @@
+"""The event table: one row for everything that took time on a lane.
+
+Engine and simulator write it; metrics, figures and the Perfetto export read it, and nothing else. Knows nothing
+of clocks or devices. Times are microseconds since the start of the run.
+
+| column | dtype | meaning |
+|---|---|---|
+| lane | category | gpu, h2d, cpu, stall, host (`core.Lane`) |
+| kind | category | dense (all that is no expert), experts, transfer, host_wait, stall, cpu_wait (a stall for the CPU) |
+| step | int32 | forward pass within the run, 0 is the prefill |
+| phase | category | prefill, decode |
+| moe_layer | int16 | rank among MoE layers, -1 where none applies |
+| expert | int16 | expert of a transfer, -1 elsewhere |
+| reason | category | `core.Reason` of transfers and of experts on the CPU; "" elsewhere |
+| bytes | int64 | bytes moved by a transfer, 0 elsewhere |
+| start_us, dur_us | float64 | start since the run's start, and duration |
+
+A `dense` row of layer l is the compute between the experts of layer l-1 (or the step's start) and the routing of
+layer l. The rows of lanes gpu, stall and host of one step do not overlap: together they are the compute stream's time.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ..core.types import Lane, Reason
+from ..errors import BadTrace
+
+LANES = [str(lane) for lane in Lane]
+KINDS = ["dense", "experts", "transfer", "stall", "cpu_wait", "host_wait"]
+PHASES = ["prefill", "decode"]
+REASONS = ["", *(str(reason) for reason in Reason)]
+
+DTYPES: dict[str, object] = {
+    "lane": pd.CategoricalDtype(LANES),
+    "kind": pd.CategoricalDtype(KINDS),
+    "step": np.dtype("int32"),
+    "phase": pd.CategoricalDtype(PHASES),
+    "moe_layer": np.dtype("int16"),
+    "expert": np.dtype("int16"),
+    "reason": pd.CategoricalDtype(REASONS),
+    "bytes": np.dtype("int64"),
+    "start_us": np.dtype("float64"),
+    "dur_us": np.dtype("float64"),
+}
+COLUMNS = list(DTYPES)
+
+#: One row per step and MoE layer: what was needed and how it was found.
+LAYER_DTYPES: dict[str, object] = {
+    "step": np.dtype("int32"),
+    "phase": pd.CategoricalDtype(PHASES),
+    "moe_layer": np.dtype("int16"),
+    "tokens": np.dtype("int32"),  # tokens of the step, padding included
+    "needed": np.dtype("int16"),  # distinct experts
+    "hits": np.dtype("int16"),
+    "late": np.dtype("int16"),
+    "misses": np.dtype("int16"),
+    "rounds": np.dtype("int16"),  # 1 unless the layer needed more experts than there were slots
+    "on_cpu": np.dtype("int16"),  # of the misses, those computed on the CPU
+    "prefetched": np.dtype("int16"),  # of hits and late, those a prefetch brought that nobody had used since
+}
+
+#: One row per forward pass.
+STEP_DTYPES: dict[str, object] = {
+    "step": np.dtype("int32"),
+    "phase": pd.CategoricalDtype(PHASES),
+    "tokens": np.dtype("int32"),  # tokens of the step over all sequences
+    "start_us": np.dtype("float64"),
+    "dur_us": np.dtype("float64"),  # until the next step's start, so all of a token's time is in it
+}
+
+
+class Event(NamedTuple):
+    """One row of the event table."""
+
+    lane: str
+    kind: str
+    step: int
+    phase: str
+    moe_layer: int
+    expert: int
+    reason: str
+    bytes: int
+    start_us: float
+    dur_us: float
+
+
+class LayerRow(NamedTuple):
+    """One row of the layer table."""
+
+    step: int
+    phase: str
+    moe_layer: int
+    tokens: int
+    needed: int
+    hits: int
+    late: int
+    misses: int
+    rounds: int
+    on_cpu: int = 0
+    prefetched: int = 0
+
+
+class StepRow(NamedTuple):
+    """One row of the step table."""
+
+    step: int
+    phase: str
+    tokens: int
+    start_us: float
+    dur_us: float
+
+
+def event_frame(rows: Iterable[Event]) -> pd.DataFrame:
+    """The event table, sorted by start; an empty one has all columns too."""
+    frame = _frame(rows, DTYPES)
+    return frame.sort_values("start_us", kind="stable", ignore_index=True)
+
+
+def layer_frame(rows: Iterable[LayerRow]) -> pd.DataFrame:
+    """The layer table: one row per step and MoE layer."""
+    return _frame(rows, LAYER_DTYPES)
+
+
+def step_frame(rows: Iterable[StepRow]) -> pd.DataFrame:
+    """The step table: one row per forward pass."""
+    return _frame(rows, STEP_DTYPES)
+
+
+def _frame(rows: Iterable[tuple], dtypes: dict[str, object]) -> pd.DataFrame:
+    return pd.DataFrame(list(rows), columns=list(dtypes)).astype(dtypes)
+
+
+def write_events(events: pd.DataFrame, path: str | Path) -> None:
+    """Write an event table as Parquet."""
+    events.to_parquet(path, index=False)
+
+
+def read_events(path: str | Path) -> pd.DataFrame:
+    """Read an event table written by `write_events`.
+
+    Raises:
+        BadTrace: columns are missing: the file is no event table, or one of another version.
+    """
+    frame = pd.read_parquet(path)
+    missing = [column for column in COLUMNS if column not in frame.columns]
+    if missing:
+        raise BadTrace(
+            f"{path} lacks the columns {missing}; it is not an event table of this version of prescope"
+        )
+    return frame[COLUMNS].astype(DTYPES)

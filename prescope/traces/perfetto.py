@@ -1,0 +1,199 @@
+"""A run's timeline as Chrome-trace JSON in torch.profiler's (Kineto) schema.
+
+Open it at ui.perfetto.dev or chrome://tracing. One process holds one named track for each lane, above them a
+track of steps with their MoE layers, and three counters: hit rate of the step, bytes in flight, link GB/s.
+Times are microseconds with nanosecond digits. `tests/traces/test_perfetto.py` checks the schema and that slices of
+a track nest. traceinsight (HTA) 0.6.1 loads the file; Perfetto's own importer is a download and was not run.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..core.units import gb_per_s
+from ..errors import BadTrace
+
+PID = 1
+STEPS_TID = 1
+#: lane -> track id, title. Spare ids between them take slices that overlap others of their lane.
+LANE_TRACKS: dict[str, tuple[int, str]] = {
+    "gpu": (100, "GPU compute"),
+    "h2d": (200, "PCIe host to device"),
+    "cpu": (300, "CPU experts"),
+    "stall": (400, "Stall: compute waits for bytes"),
+    "host": (500, "Host wait: compute waits for routing"),
+}
+_CATEGORY = {
+    "gpu": "kernel",
+    "h2d": "gpu_memcpy",
+    "cpu": "cpu_op",
+    "stall": "user_annotation",
+    "host": "cpu_op",
+}
+_COMPUTE_LANES = ["gpu", "stall", "host"]
+
+
+def write_perfetto(
+    events: pd.DataFrame,
+    layers: pd.DataFrame,
+    path: str | Path,
+    *,
+    hardware: dict[str, Any],
+    config: dict[str, Any],
+) -> Path:
+    """Write the timeline of a run; compressed when the name ends in `.gz`.
+
+    Args:
+        events, layers: event and layer tables of the run.
+        path: .json or .json.gz; its folder exists.
+        hardware, config: stored under `otherData`, so that the file says where it comes from.
+
+    Raises:
+        BadTrace: the event table is empty: the run was made with events=False.
+    """
+    if events.empty:
+        raise BadTrace("the run has no events to write; run it with events=True")
+    document = {
+        "schemaVersion": 1,
+        "displayTimeUnit": "ms",
+        "distributedInfo": {"rank": 0},  # HTA wants it
+        "deviceProperties": [],
+        "otherData": {"writer": "prescope", "hardware": hardware, "config": config},
+        "traceEvents": [*trace_events(events, layers, str(hardware.get("label", "prescope run")))],
+    }
+    text = json.dumps(document, separators=(",", ":"), default=str).encode()
+    path = Path(path)
+    path.write_bytes(gzip.compress(text, compresslevel=6) if path.suffix == ".gz" else text)
+    return path
+
+
+def trace_events(events: pd.DataFrame, layers: pd.DataFrame, process_name: str) -> list[dict[str, Any]]:
+    """The `traceEvents` list: names first, then slices and counter samples by time, parents first."""
+    slices = [*_range_slices(events)]
+    tracks = {STEPS_TID: "Steps and MoE layers"}
+    for lane, rows in events.groupby("lane", observed=True):
+        slices += _lane_slices(str(lane), rows, tracks)
+    samples = [*slices, *_hit_rate(events, layers), *_link_counters(events[events["lane"] == "h2d"])]
+    samples.sort(key=lambda e: (e["ts"], -e.get("dur", 0.0)))
+    names = [_metadata("process_name", 0, name=process_name)]
+    for tid, title in sorted(tracks.items()):
+        names += [
+            _metadata("thread_name", tid, name=title),
+            _metadata("thread_sort_index", tid, sort_index=tid),
+        ]
+    return names + samples
+
+
+def _metadata(kind: str, tid: int, **args: Any) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": PID, "tid": tid, "ts": 0, "args": args}
+
+
+def _slice(
+    name: str, category: str, tid: int, start_ns: int, end_ns: int, args: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "pid": PID,
+        "tid": tid,
+        "ts": start_ns / 1e3,
+        "dur": (end_ns - start_ns) / 1e3,
+        "args": args,
+    }
+
+
+def _nanoseconds(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends as whole nanoseconds, so that neighbours that touch still touch after rounding."""
+    starts = rows["start_us"].to_numpy()
+    ends = starts + rows["dur_us"].to_numpy()
+    return np.rint(starts * 1e3).astype(np.int64), np.rint(ends * 1e3).astype(np.int64)
+
+
+def _range_slices(events: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Steps, and within each the span of every MoE layer on the compute lanes."""
+    compute = events[events["lane"].isin(_COMPUTE_LANES)]
+    starts, ends = _nanoseconds(compute)
+    compute = compute.assign(start_ns=starts, end_ns=ends)
+    for (step, phase), first, last in _spans(compute, ["step", "phase"]):
+        args = {"step": step, "phase": phase}
+        yield _slice(f"ProfilerStep#{step} {phase}", "user_annotation", STEPS_TID, first, last, args)
+    in_layers = compute[compute["moe_layer"] >= 0]
+    for (step, phase, layer), first, last in _spans(in_layers, ["step", "phase", "moe_layer"]):
+        args = {"step": step, "phase": phase, "layer": layer}
+        yield _slice(f"layer {layer}", "user_annotation", STEPS_TID, first, last, args)
+
+
+def _spans(rows: pd.DataFrame, by: list[str]) -> Iterator[tuple[tuple[Any, ...], int, int]]:
+    """(key, first nanosecond, last nanosecond) of each group."""
+    spans = rows.groupby(by, observed=True).agg(first=("start_ns", "min"), last=("end_ns", "max"))
+    yield from zip(spans.index.tolist(), spans["first"].tolist(), spans["last"].tolist(), strict=True)
+
+
+def _lane_slices(lane: str, rows: pd.DataFrame, tracks: dict[int, str]) -> Iterator[dict[str, Any]]:
+    """Slices of a lane; one that overlaps an earlier one goes to a further track, noted in `tracks`."""
+    base, title = LANE_TRACKS[lane]
+    rows = rows.sort_values("start_us", kind="stable")
+    free_at: list[int] = []  # end of the last slice of each track of this lane
+    for row, start, end in zip(rows.itertuples(index=False), *_nanoseconds(rows), strict=True):
+        track = next((i for i, free in enumerate(free_at) if free <= start), len(free_at))
+        free_at[track : track + 1] = [int(end)]
+        tracks.setdefault(base + track, title if track == 0 else f"{title} ({track + 1})")
+        yield _slice(
+            _name(row), _CATEGORY[lane], base + track, int(start), int(end), _args(row, base + track)
+        )
+
+
+def _name(row: Any) -> str:
+    if row.kind == "transfer":  # HTA reads the direction from the first eleven characters
+        return f"Memcpy HtoD layer {row.moe_layer} expert {row.expert} {row.reason.replace('_', '-')}"
+    where = f"layer {row.moe_layer}" if row.moe_layer >= 0 else "after the last MoE layer"
+    return f"{row.kind.replace('_', ' ')} {where}"
+
+
+def _args(row: Any, tid: int) -> dict[str, Any]:
+    args: dict[str, Any] = {"step": int(row.step), "phase": row.phase, "layer": int(row.moe_layer)}
+    if row.lane in ("gpu", "h2d"):  # HTA takes whatever has a stream for work of the GPU
+        args["stream"] = tid
+    if row.kind == "transfer":
+        args |= {
+            "expert": int(row.expert),
+            "reason": row.reason,
+            "bytes": int(row.bytes),
+            "memory bandwidth (GB/s)": round(gb_per_s(row.bytes, row.dur_us), 3),
+        }
+    return args
+
+
+def _counter(name: str, ts_ns: float, unit: str, value: float) -> dict[str, Any]:
+    return {"ph": "C", "name": name, "pid": PID, "tid": 0, "ts": ts_ns / 1e3, "args": {unit: value}}
+
+
+def _hit_rate(events: pd.DataFrame, layers: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    starts = events.groupby("step")["start_us"].min()
+    sums = layers.groupby("step")[["hits", "needed"]].sum()
+    for step, row in sums[sums["needed"] > 0].iterrows():
+        if step in starts.index:
+            percent = 100 * row["hits"] / row["needed"]
+            yield _counter("hit rate of the step", round(starts[step] * 1e3), "%", percent)
+
+
+def _link_counters(copies: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Bytes in flight and link GB/s: both change where a copy starts or ends."""
+    starts, ends = _nanoseconds(copies)
+    nbytes = copies["bytes"].to_numpy()
+    rates = nbytes / np.maximum(ends - starts, 1)  # bytes per ns = GB/s
+    times, index = np.unique(np.concatenate((starts, ends)), return_inverse=True)
+    for name, unit, values in (("bytes in flight", "bytes", nbytes), ("link GB/s", "GB/s", rates)):
+        change = np.zeros(len(times))
+        np.add.at(change, index, np.concatenate((values, -values)))
+        # Adding and taking away floats leaves residues; below a millionth of the peak it is nothing.
+        level = np.cumsum(change)
+        level[np.abs(level) < 1e-6 * max(values.max(initial=0), 1e-12)] = 0
+        for ts_ns, value in zip(times.tolist(), level.tolist(), strict=True):
+            yield _counter(name, ts_ns, unit, round(value, 3))

@@ -1,0 +1,228 @@
+"""Record, train, judge: `train_predictor(model, prompts)` in one call.
+
+The glue between an engine and the predictors: it runs prompts through the model, takes the router inputs and the
+routers out of it, and hands plain tensors to `prescope.predictor`.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ..predictor.base import IdArray, Shape, TooFewPrompts, measure_us
+from ..predictor.baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
+from ..predictor.controls import Chance, Oracle
+from ..predictor.layer_groups import Cues, LayerGroups, group_layers, measure_cues
+from ..predictor.llapor import Llapor
+from ..predictor.llapor_config import LlaporConfig
+from ..scheduler.costs import LayerCosts
+from ..traces.routing import RoutingTrace
+from .prepare import MIN_PROMPTS, rows_of, split_by_prompt, spread
+from .record import PromptSet, device_of, opened, own_prompts, own_text, record_trace
+from .routers import router_agreement, routers_of, routers_or_reason
+from .score_card import ScoreCard, difference, score
+from .trainer import Progress, TrainConfig, train
+from .worth import worth
+
+__all__ = [
+    "TrainedPredictor",
+    "baselines",
+    "comparison",
+    "own_prompts",
+    "own_text",
+    "record_trace",
+    "router_agreement",
+    "routers_of",
+    "train_predictor",
+]
+
+#: Own text when the caller names no amount: as much as the prompts, but no more than this many tokens.
+MOST_OWN_TOKENS = 16384
+#: Rows the early router's two numbers per lookahead are fitted on; against 8192 its ECE on tiny-moe moves by 0.0001.
+CALIBRATION_ROWS = 2048
+
+
+class TrainedPredictor(NamedTuple):
+    """What `train_predictor` returns.
+
+    Attributes:
+        predictor: the trained one. `others`: the baselines and controls, for the same model.
+        cards: score card of each by name, all on `test`. `judged_on`: what that is, in words.
+        history: progress of each epoch. `groups`, `cues`: of the layers, measured on the training prompts.
+        trace: what was recorded of the prompts.
+        seconds: wall-clock of everything, on this machine.
+    """
+
+    predictor: Llapor
+    others: list[Any]
+    cards: dict[str, ScoreCard]
+    history: list[Progress]
+    groups: LayerGroups
+    cues: Cues
+    trace: RoutingTrace
+    test: RoutingTrace
+    judged_on: str
+    seconds: float
+
+    @property
+    def card(self) -> ScoreCard:
+        """The trained predictor's."""
+        return self.cards[self.predictor.name]
+
+    def table(self, domain: str | None = None) -> pd.DataFrame:
+        """One row for each predictor and lookahead: recall@K with its interval, and less the early router's."""
+        return comparison(self.cards, against="early router", domain=domain)
+
+    def worth(self, costs: LayerCosts, **settings: Any) -> pd.DataFrame:
+        """Milliseconds each predictor saves per token on `test`, at its own cost measured here and now.
+
+        Args:
+            costs: of the machine, without a predictor. `settings`: see `predictor.worth.worth`.
+        """
+        rows = []
+        for one in [self.predictor, *self.others]:
+            # The controls know or know nothing; what they cost is nobody's price.
+            is_control = isinstance(one, Oracle | Chance)
+            spent = (
+                0.0
+                if is_control
+                else measure_us(one, self.predictor.width, device=str(self.predictor.device))
+            )
+            found = worth(one, self.test, costs.with_predictor(spent), **settings)
+            rows.append(found._asdict() | {"saved_ms": found.saved_ms})
+        return pd.DataFrame(rows).sort_values("saved_ms", ascending=False, ignore_index=True)
+
+
+def train_predictor(
+    model: Any,
+    prompts: PromptSet,
+    *,
+    test_prompts: PromptSet | None = None,
+    config: LlaporConfig | None = None,
+    training: TrainConfig | None = None,
+    max_tokens: int = 128,
+    new_tokens: int = 0,
+    own_tokens: int | None = None,
+    path: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    device: str | None = None,
+) -> TrainedPredictor:
+    """Train a LLaPor predictor for a model on prompts, and judge it.
+
+    Records the model's routing on the prompts, finds the layer groups, trains all layers at once, calibrates, and
+    scores the result beside the baselines on prompts it was not trained on.
+
+    Args:
+        model: an `Engine`, a transformers MoE model, or a folder or hub id. An engine's settings stay as they are.
+        prompts: texts or token id lists, some dozens or more; as a dict, by domain.
+        test_prompts: to judge by, of other domains for instance; held-out prompts of `prompts` when not given.
+        config: form of the networks. Without one, the residual variant, or the paper's if the model's routers cannot be
+            taken out (the reason is in `predictor.tag.notes`).
+        max_tokens: of each prompt. `new_tokens`: to sample and record after each.
+        own_tokens: of text the model writes itself, to train on as well: it keeps the predictor right on text unlike
+            the prompts. As many as the prompts have, at most 16384, when not given; 0 for none.
+        path: where to save the predictor; an existing file is replaced when training has ended well, never before.
+        checkpoint, on_progress: see `predictor.train.train`.
+        device: to train on; the engine's when not given.
+
+    Raises:
+        TooFewPrompts: fewer than 4. BadState, BadTrace: the states are NaN or missing. Nothing is overwritten.
+    """
+    started = time.perf_counter()
+    _require_prompts(prompts)
+    training = training or TrainConfig()
+    with opened(model) as engine:
+        trace = record_trace(
+            engine, prompts, max_tokens=max_tokens, new_tokens=new_tokens, seed=training.seed
+        )
+        # The split that `train` makes too.
+        cues = measure_cues(trace, split_by_prompt(trace, training.hold_out, training.seed).train)
+        own = min(len(trace), MOST_OWN_TOKENS) if own_tokens is None else own_tokens
+        routers, reason = routers_or_reason(engine, trace, config)
+        result = train(
+            trace,
+            own_text=own_text(engine, own, seed=training.seed) if own else None,
+            config=config or (LlaporConfig() if routers is not None else LlaporConfig.paper()),
+            training=training,
+            routers=routers,
+            groups=group_layers(cues),
+            device=device or str(device_of(engine)),
+            checkpoint=checkpoint,
+            on_progress=on_progress,
+        )
+        if test_prompts is not None:
+            test = record_trace(engine, test_prompts, max_tokens=max_tokens, new_tokens=new_tokens, seed=1)
+            judged_on = "test prompts"
+        else:
+            test = rows_of(trace, np.concatenate([result.split.validation, result.split.calibration]))
+            judged_on = "held-out prompts (half of them chose the epoch, half fitted the calibration)"
+    predictor = result.predictor
+    predictor.tag.notes.update(
+        routers=reason, judged_on=judged_on, groups=result.groups.reason, own_tokens=own
+    )
+    others = baselines(trace, routers, predictor, rows=result.split.train)
+    cards = {p.name: score(p, test, groups=result.groups) for p in [predictor, *others]}
+    if path is not None:
+        predictor.save(path)
+    seconds = time.perf_counter() - started
+    return TrainedPredictor(
+        predictor, others, cards, result.history, result.groups, cues, trace, test, judged_on, seconds
+    )
+
+
+def baselines(
+    trace: RoutingTrace, routers: Routers | None, like: Llapor, *, rows: IdArray | None = None
+) -> list[Any]:
+    """All baselines and controls for a model; those that count are fitted on `trace`, or on some of its rows."""
+    shape, lookahead = Shape.of(trace), like.lookahead
+    rows = np.arange(len(trace)) if rows is None else rows
+    # Who counts reads no router inputs, and a copy of them would be gigabytes.
+    counted = rows_of(replace(trace, inputs=None), rows)
+    found: list[Any] = [
+        Frequency(counted, lookahead),
+        PreviousToken(shape, lookahead),
+        Transition(counted, lookahead),
+        Oracle(shape, lookahead),
+        Chance(shape, lookahead),
+    ]
+    if routers is not None:
+        early = EarlyRouter(shape, routers.to(like.device), lookahead)
+        early.calibrate(rows_of(trace, spread(rows[trace.position[rows] >= 0], CALIBRATION_ROWS)))
+        found.insert(0, early)
+    return found
+
+
+def comparison(cards: Mapping[str, ScoreCard], *, against: str, domain: str | None = None) -> pd.DataFrame:
+    """Recall@K of each card by lookahead, with 95 % intervals over prompts, and its difference to one of them."""
+    rows = []
+    for name, card in cards.items():
+        for ahead in card.lookaheads:
+            recall = card.recall_interval(ahead, domain=domain)
+            row = {
+                "predictor": name,
+                "lookahead": ahead,
+                "recall": recall.value,
+                "low": recall.low,
+                "high": recall.high,
+            }
+            if against in cards and name != against:
+                gain = difference(card, cards[against], ahead, domain=domain)
+                row |= {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _require_prompts(prompts: PromptSet) -> None:
+    """Fail before minutes are spent on recording."""
+    groups = prompts.values() if isinstance(prompts, Mapping) else [prompts]
+    count = sum(len(texts) for texts in groups)
+    if isinstance(prompts, str) or count < MIN_PROMPTS:
+        given = "one text" if isinstance(prompts, str) else f"{count} prompts"
+        raise TooFewPrompts(
+            f"training got {given}; give a list of {MIN_PROMPTS} or more, some dozens of different texts are better"
+        )

@@ -1,0 +1,276 @@
+"""The score card: how good a predictor is, by layer, group, lookahead and domain, with intervals over prompts.
+
+Everything is summed per prompt first (`sums`), so any grouping is a sum, a ratio of sums, and the bootstrap
+resamples prompts: tokens of one text are not independent.
+
+Shapes: R rows, E experts, K top-k, L MoE layers, Q prompts, A lookaheads, B bins, G batches of tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ..errors import TraceMismatch
+from ..predictor.base import Predictor, ScoreArray, Shape, require_lookahead
+from ..predictor.layer_groups import LayerGroups
+from ..traces.routing import RoutingTrace
+from .score_sums import BATCH_TOKENS, NUM_BINS, FloatArray, Sums, best_mask, ratio
+
+#: Resamples of a 95 % interval: its ends move by about 1 % of its width from seed to seed.
+RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """A value and its 95 % percentile interval over resampled prompts."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ScoreCard:
+    """What `score` returns.
+
+    Attributes:
+        predictor: its name. `is_calibrated`: whether it claims probabilities.
+        lookaheads: A of them. Arrays (A, L, ...) hold at [a, l] the scores made AT layer l for layer
+            l + lookaheads[a]; entries without such a layer are zero.
+        trace_id: checksum of the experts used: equal for cards of one trace.
+        prompts: numbers of the Q prompts. `domains`: of each.
+        used: (A, L, Q) experts used. `hits`, `hits_double`: of these, found among the best K and 2K.
+        predicted: (A, L, Q) experts predicted by taking the best K: K for each token.
+        hot_right, hot_total: (A, L, G) hot experts found and predicted in each batch of tokens.
+        count_error, count_total: (A, L, G) sum over experts of |expected - true tokens|, and the true tokens.
+        batch_domains: of each of the G batches.
+        bins: (A, L, B, 3) pairs of token and expert by predicted probability: how many, sum of probability, used.
+    """
+
+    predictor: str
+    is_calibrated: bool
+    shape: Shape
+    groups: LayerGroups
+    lookaheads: tuple[int, ...]
+    trace_id: int
+    prompts: NDArray[np.int64]
+    domains: NDArray[np.str_]
+    used: FloatArray
+    hits: FloatArray
+    hits_double: FloatArray
+    predicted: FloatArray
+    hot_right: FloatArray
+    hot_total: FloatArray
+    count_error: FloatArray
+    count_total: FloatArray
+    batch_domains: NDArray[np.str_]
+    bins: FloatArray
+    notes: list[str] = field(default_factory=list)
+
+    def recall(
+        self, lookahead: int, *, double: bool = False, domain: str | None = None, group: str | None = None
+    ) -> float:
+        """Share of used experts among the best K (or 2K) scored, mean over layers.
+
+        Args:
+            domain: of these prompts only. `group`: "input", "middle" or "output" layers only, by source layer.
+        """
+        return float(self._recall_of(np.ones(len(self.prompts)), lookahead, double, domain, group))
+
+    def recall_interval(self, lookahead: int, *, domain: str | None = None, seed: int = 0) -> Interval:
+        """Recall@K with its 95 % interval over prompts."""
+        weights = _resamples(self._in_domain(domain), seed)
+        values = self._recall_of(weights, lookahead, False, None, None)
+        return _interval(self.recall(lookahead, domain=domain), values)
+
+    def hot(self, lookahead: int, *, domain: str | None = None) -> float:
+        """The paper's metric: share of the predicted hot Top-4 of a batch of tokens that are in its true Top-6.
+
+        Loose: on 8 experts of which 2 are used, chance scores 0.75. Mean over layers and batches.
+        """
+        a, layers, batches = self._at(lookahead, domain)
+        return ratio(
+            self.hot_right[a, :layers][:, batches].sum(), self.hot_total[a, :layers][:, batches].sum()
+        )
+
+    def count_error_frac(self, lookahead: int, *, domain: str | None = None) -> float:
+        """Sum over experts of |expected - true tokens| in a batch over the true tokens; 0 is perfect.
+
+        Expected tokens are the sums of the scores: of predictors that are not calibrated it is large.
+        """
+        a, layers, batches = self._at(lookahead, domain)
+        return ratio(
+            self.count_error[a, :layers][:, batches].sum(), self.count_total[a, :layers][:, batches].sum()
+        )
+
+    def reliability(self, lookahead: int) -> pd.DataFrame:
+        """Calibration table: bin, from, to, pairs (token, expert), mean probability, share used; all layers."""
+        bins = self.bins[self.lookaheads.index(lookahead)].sum(axis=0)
+        pairs = np.maximum(bins[:, 0], 1)
+        edges = np.linspace(0, 1, NUM_BINS + 1)
+        return pd.DataFrame(
+            {
+                "bin": np.arange(NUM_BINS),
+                "from": edges[:-1],
+                "to": edges[1:],
+                "pairs": bins[:, 0].astype(np.int64),
+                "probability": np.where(bins[:, 0] > 0, bins[:, 1] / pairs, np.nan),
+                "used_frac": np.where(bins[:, 0] > 0, bins[:, 2] / pairs, np.nan),
+            }
+        )
+
+    def ece(self, lookahead: int) -> float:
+        """Expected calibration error: mean over pairs of |probability - share used| of their bin, 10 equal bins."""
+        bins = self.bins[self.lookaheads.index(lookahead)].sum(axis=0)
+        return ratio(np.abs(bins[:, 1] - bins[:, 2]).sum(), bins[:, 0].sum())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each lookahead, layer and domain: recall@K, recall@2K, precision@K and the batch metrics."""
+        rows: list[dict[str, Any]] = []
+        for a, ahead in enumerate(self.lookaheads):
+            for layer in range(self.shape.num_layers - ahead):
+                for domain in np.unique(self.domains).tolist():
+                    q, g = self.domains == domain, self.batch_domains == domain
+                    rows.append(
+                        {
+                            "lookahead": ahead,
+                            "moe_layer": layer,
+                            "domain": domain,
+                            **self._cell(a, layer, q, g),
+                        }
+                    )
+        frame = pd.DataFrame(rows)
+        frame.insert(0, "predictor", self.predictor)
+        frame.insert(3, "group", [self.groups.name_of(layer) for layer in frame["moe_layer"]])
+        return frame
+
+    def _cell(self, a: int, layer: int, q: NDArray[np.bool_], g: NDArray[np.bool_]) -> dict[str, float]:
+        used, hits = self.used[a, layer, q].sum(), self.hits[a, layer, q].sum()
+        return {
+            "used": used,
+            "recall": ratio(hits, used),
+            "recall_double": ratio(self.hits_double[a, layer, q].sum(), used),
+            "precision": ratio(hits, self.predicted[a, layer, q].sum()),
+            "hot": ratio(self.hot_right[a, layer, g].sum(), self.hot_total[a, layer, g].sum()),
+            "count_error_frac": ratio(
+                self.count_error[a, layer, g].sum(), self.count_total[a, layer, g].sum()
+            ),
+        }
+
+    def _in_domain(self, domain: str | None) -> NDArray[np.bool_]:
+        chosen = np.ones(len(self.prompts), dtype=bool) if domain is None else self.domains == domain
+        if not chosen.any():
+            raise ValueError(
+                f"no prompt of domain {domain!r}; there are {sorted(set(self.domains.tolist()))}"
+            )
+        return chosen
+
+    def _at(self, lookahead: int, domain: str | None) -> tuple[int, int, NDArray[np.bool_]]:
+        self._in_domain(domain)
+        batches = np.ones(len(self.batch_domains), bool) if domain is None else self.batch_domains == domain
+        return self.lookaheads.index(lookahead), self.shape.num_layers - lookahead, batches
+
+    def _recall_of(
+        self, weights: FloatArray, lookahead: int, double: bool, domain: str | None, group: str | None
+    ) -> FloatArray:
+        """Recall for prompt weights (..., Q): mean over layers of weighted hits over weighted used."""
+        a = self.lookaheads.index(lookahead)
+        layers = [
+            layer
+            for layer in range(self.shape.num_layers - lookahead)
+            if group is None or self.groups.name_of(layer) == group
+        ]
+        if not layers:
+            return np.full(weights.shape[:-1], np.nan)
+        weights = weights * self._in_domain(domain)
+        hits = weights @ (self.hits_double if double else self.hits)[a, layers].T
+        used = weights @ self.used[a, layers].T
+        return (hits / np.maximum(used, 1e-12)).mean(axis=-1)
+
+
+def score(
+    predictor: Predictor,
+    trace: RoutingTrace,
+    *,
+    lookaheads: Sequence[int] | None = None,
+    groups: LayerGroups | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> ScoreCard:
+    """Score a predictor on a trace it was not trained on. Padding is left out; domains are `prompts[i]["domain"]`.
+
+    Args:
+        lookaheads: 1..predictor.lookahead when not given.
+        groups: of the layers, for the card's columns; one group when not given.
+
+    Raises:
+        BadTrace, TraceMismatch: as `predictor.replay`.
+        UnsupportedOption: a lookahead beyond the predictor's.
+    """
+    shape = Shape.of(trace)
+    most = min(predictor.lookahead, shape.num_layers - 1)
+    ahead_A = tuple(lookaheads) if lookaheads is not None else tuple(range(1, most + 1))
+    for ahead in ahead_A:
+        require_lookahead(ahead, most, predictor.name)
+    sums = Sums(trace, ahead_A, batch_tokens)
+    for a, ahead in enumerate(ahead_A):
+        sums.add(a, ahead, predictor.replay(trace, ahead))
+    return ScoreCard(
+        predictor=predictor.name,
+        is_calibrated=predictor.is_calibrated,
+        shape=shape,
+        groups=groups or LayerGroups.one(shape.num_layers, "one group: none given"),
+        lookaheads=ahead_A,
+        **sums.arrays(),
+    )
+
+
+def difference(
+    first: ScoreCard, second: ScoreCard, lookahead: int, *, domain: str | None = None, seed: int = 0
+) -> Interval:
+    """Recall@K of `first` less that of `second` on the same prompts, with a 95 % interval: a paired bootstrap.
+
+    Raises:
+        TraceMismatch: the cards are of different traces.
+    """
+    if first.trace_id != second.trace_id:
+        raise TraceMismatch(
+            f"{first.predictor} and {second.predictor} were scored on different traces; score both on one"
+        )
+    weights = _resamples(first._in_domain(domain), seed)
+    values = first._recall_of(weights, lookahead, False, None, None) - second._recall_of(
+        weights, lookahead, False, None, None
+    )
+    point = first.recall(lookahead, domain=domain) - second.recall(lookahead, domain=domain)
+    return _interval(point, values)
+
+
+def recall_at(scores_TE: ScoreArray, used_TE: NDArray[np.bool_], k: int) -> float:
+    """Share of used experts among the k best scored. Equal scores are taken in order of the expert's id."""
+    hits = (best_mask(scores_TE, k) & used_TE).sum()
+    return ratio(float(hits), float(used_TE.sum()))
+
+
+def expected_chance_recall(shape: Shape, k: int) -> float:
+    """Recall@k of a random order: k / E."""
+    return min(1.0, k / shape.num_experts)
+
+
+def _resamples(chosen: NDArray[np.bool_], seed: int) -> FloatArray:
+    """(RESAMPLES, Q) how often each prompt is drawn, with replacement, among the chosen ones."""
+    n = int(chosen.sum())
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES)
+    weights = np.zeros((RESAMPLES, len(chosen)))
+    weights[:, chosen] = drawn
+    return weights
+
+
+def _interval(value: float, resampled: FloatArray) -> Interval:
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    # The percentile interval of few, skewed prompts can miss the point; it never should.
+    return Interval(value, min(float(low), value), max(float(high), value))

@@ -1,0 +1,255 @@
+"""The import ladder: a module imports only from its own row and the rows above it.
+
+Reads the source with `ast`; imports nothing of the package, so it also runs while a module is broken.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "prescope"
+
+# Top row first. A new module is added here, in the highest row whose needs it meets.
+LADDER: dict[str, tuple[str, ...]] = {
+    "words": ("core", "config", "errors", "units", "paths", "jit", "raw"),
+    "evidence": ("events", "routing", "bounds", "hardware", "metrics", "perfetto", "result"),
+    "decisions": (
+        "cost",
+        "profile",
+        "cache",
+        "residency",
+        "rounds",
+        "planner",
+        "predictor",
+        "scheduler",
+        "simulator",
+        "synthetic",
+    ),
+    "bytes": ("forced", "device", "layout", "host_pool", "slots", "loader", "cpu_experts", "kernels"),
+    "model": ("hf", "recorder", "scheduling", "serving", "decode", "engine"),
+    "workbench": ("calibration", "learning", "replays", "views", "tuning", "report", "widgets", "workbench"),
+}
+ROW_OF = {module: row for row, modules in LADDER.items() for module in modules}
+RANK = {row: rank for rank, row in enumerate(LADDER)}
+
+# One door per library: who may import it, at any depth. Imports under TYPE_CHECKING are free.
+DOORS: dict[str, set[str]] = {
+    "transformers": {"hf", "engine"},
+    "plotly": {"views", "report", "widgets"},
+    "ipywidgets": {"widgets"},
+    "anywidget": {"widgets"},
+    "IPython": {"widgets", "report"},
+    "triton": {"kernels"},
+    "torch.cuda": {"device", "kernels"},
+    "optuna": {"tuning"},
+    "torch": {"predictor", *LADDER["bytes"], *LADDER["model"], *LADDER["workbench"]},
+}
+
+# (file, imported module) -> why it cannot stand at the top of the file.
+LATE_IMPORTS: dict[tuple[str, str], str] = {
+    ("prescope/kernels/__init__.py", "prescope.kernels.triton_experts"): "triton exists only where a GPU is",
+    ("prescope/kernels/__init__.py", "prescope.kernels.graph_buffers"): "triton exists only where a GPU is",
+    ("prescope/kernels/__init__.py", "prescope.kernels.llapor"): "triton exists only where a GPU is",
+    ("prescope/calibration/bench.py", "prescope.kernels.round_trip"): "triton exists only where a GPU is",
+}
+
+
+class Import(NamedTuple):
+    """One imported module, or one use of `torch.cuda`, in one file."""
+
+    file: str  # relative to the repository
+    importer: str  # dotted
+    target: str  # dotted
+    line: int
+    is_late: bool  # inside a function
+    is_typing: bool  # under `if TYPE_CHECKING:`
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def top(module: str) -> str:
+    """`prescope.hf.taps` -> `hf`; the package itself -> `` (the door)."""
+    return module.split(".")[1] if "." in module else ""
+
+
+SOURCES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def targets(node: ast.AST, importer: str, is_package: bool) -> list[str]:
+    """Modules named by one node; `from a import b` names `a.b` when that is a module of ours."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            above = importer.split(".")[: None if is_package and node.level == 1 else is_package - node.level]
+            base = ".".join([*above, *([node.module] if node.module else [])])
+        named = [f"{base}.{alias.name}" for alias in node.names if alias.name != "__version__"]
+        is_module = {name for name in named if name in SOURCES or name in DOORS}
+        return sorted(is_module) + ([base] if len(is_module) < len(named) else [])
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return ["torch.cuda"] if (node.value.id, node.attr) == ("torch", "cuda") else []
+    return []
+
+
+def walk(
+    node: ast.AST, is_late: bool = False, is_typing: bool = False
+) -> Iterator[tuple[ast.AST, bool, bool]]:
+    """Every node below, with: is it inside a function, is it under TYPE_CHECKING."""
+    yield node, is_late, is_typing
+    is_late = is_late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    guard = ast.unparse(node.test) if isinstance(node, ast.If) else ""
+    for field, value in ast.iter_fields(node):
+        in_guard = is_typing or (field == "body" and guard.endswith("TYPE_CHECKING"))
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from walk(child, is_late, in_guard)
+
+
+def imports_in(source: str, importer: str, path: Path) -> list[Import]:
+    is_package = path.name == "__init__.py"
+    file = path.relative_to(ROOT).as_posix()
+    return [
+        Import(file, importer, target, getattr(node, "lineno", 0), is_late, is_typing)
+        for node, is_late, is_typing in walk(ast.parse(source, filename=file))
+        for target in targets(node, importer, is_package)
+    ]
+
+
+IMPORTS = [i for name, path in SOURCES.items() for i in imports_in(path.read_text("utf-8"), name, path)]
+OURS = [i for i in IMPORTS if i.target.split(".")[0] == "prescope"]
+
+
+def listed(found: list[Import], why: str) -> str:
+    return "\n".join([why, *(f"  {i.file}:{i.line} imports {i.target}" for i in found)])
+
+
+def cycle_in(edges: set[tuple[str, str]]) -> list[str]:
+    graph: dict[str, set[str]] = {}
+    for importer, target in edges:
+        graph.setdefault(importer, set()).add(target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_every_module_stands_on_the_ladder():
+    unknown = sorted({top(name) for name in SOURCES} - set(ROW_OF) - {""})
+    assert not unknown, (
+        f"not on the ladder: {', '.join(unknown)}. Add each to a row of LADDER in {Path(__file__).name}, "
+        f"and to the ladder in README.md"
+    )
+
+
+def test_a_module_imports_only_from_its_row_and_above():
+    """Typing-only imports count too: a type from a lower row is a dependency all the same."""
+    upward = [
+        i
+        for i in OURS
+        if top(i.importer) in ROW_OF
+        and top(i.target) in ROW_OF
+        and RANK[ROW_OF[top(i.target)]] > RANK[ROW_OF[top(i.importer)]]
+    ]
+    assert not upward, listed(upward, "these import from a row below their own:")
+
+
+def test_no_module_imports_the_door():
+    """It reaches everything, so a name taken from it hides a direction; `__version__` is its own."""
+    through = [i for i in OURS if i.target == "prescope" and i.importer != "prescope" and not i.is_typing]
+    assert not through, listed(through, "import from the module itself, not from `prescope`:")
+
+
+def test_there_is_no_cycle():
+    """Among files, and among the modules of the ladder: `hf` and `engine` may not need each other."""
+    pairs = {
+        (i.importer, i.target) for i in OURS if not i.is_typing and "prescope" not in (i.importer, i.target)
+    }
+    files = cycle_in({(a, b) for a, b in pairs if a != b})
+    modules = cycle_in({(top(a), top(b)) for a, b in pairs if top(a) != top(b)})
+    assert not files, " -> ".join(files)
+    assert not modules, " -> ".join(modules)
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_one_door_per_library(library):
+    through = [
+        i
+        for i in IMPORTS
+        if (i.target == library or i.target.startswith(library + "."))
+        and top(i.importer) not in DOORS[library]
+        and not i.is_typing
+    ]
+    doors = ", ".join(sorted(DOORS[library]))
+    assert not through, listed(through, f"{library} may be imported only in {doors}:")
+
+
+def test_no_import_hides_in_a_function():
+    """A late import is how a cycle is hidden. One with a better reason is named in LATE_IMPORTS."""
+    late = [
+        i for i in OURS if i.is_late and (i.file, i.target) not in LATE_IMPORTS and i.importer != "prescope"
+    ]
+    assert not late, listed(late, "move these to the top, or give the reason in LATE_IMPORTS:")
+
+
+def test_late_imports_that_are_excused_still_exist():
+    seen = {(i.file, i.target) for i in OURS if i.is_late}
+    assert set(LATE_IMPORTS) <= seen, f"remove from LATE_IMPORTS: {sorted(set(LATE_IMPORTS) - seen)}"
+
+
+def test_the_reader_of_imports_sees_every_form():
+    """A guard for the tests above: a reader that overlooks a form would let everything pass."""
+    source = (
+        "import torch.nn as nn\n"
+        "from .taps import tap\n"
+        "from ..core import ExpertKey\n"
+        "from prescope import errors\n"
+        "if typing.TYPE_CHECKING:\n"
+        "    import plotly\n"
+        "def f():\n"
+        "    from prescope.core import Phase\n"
+        "    torch.cuda.synchronize()\n"
+    )
+    found = imports_in(source, "prescope.hf.experts", PACKAGE / "hf" / "experts.py")
+    assert [(i.target, i.is_late, i.is_typing) for i in found] == [
+        ("torch.nn", False, False),
+        ("prescope.hf.taps", False, False),
+        ("prescope.core.types", False, False),
+        ("prescope.errors", False, False),
+        ("plotly", False, True),
+        ("prescope.core.types", True, False),
+        ("torch.cuda", True, False),
+    ]
+    inside = imports_in(
+        "from . import x\nfrom .y import z\nfrom ..core import k\n", "prescope.hf", PACKAGE / "hf/__init__.py"
+    )
+    assert [i.target for i in inside] == ["prescope.hf", "prescope.hf.y", "prescope.core.types"]
+
+
+def test_the_door_imports_nothing_heavy():
+    """`import prescope` must stay cheap, and work where only the core is installed."""
+    heavy = ["transformers", "plotly", "ipywidgets", "anywidget", "triton", "torch", "pandas"]
+    code = f"import sys, prescope; print(prescope.__version__, *(m for m in {heavy} if m in sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(out.stdout.split()) == 1, f"`import prescope` imported {out.stdout.split()[1:]}"
+
+
+def test_the_door_opens_on_every_public_name():
+    import prescope
+
+    for name in prescope.__all__:
+        assert getattr(prescope, name) is not None
+        assert name in dir(prescope)
+    with pytest.raises(AttributeError, match="public names"):
+        prescope.no_such_name  # noqa: B018

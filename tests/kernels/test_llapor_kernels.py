@@ -1,0 +1,111 @@
+"""LLaPor's networks in a few launches against torch's; in Triton's interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+from prescope.core.types import MoEShape, Reason
+from prescope.engine.schedule import Scheduling, of_step
+from prescope.predictor import BadState, LayerGroups, Llapor, LlaporConfig, ModelTag, Routers, Shape
+from prescope.scheduler import SCHEDULES
+from prescope.scheduler.costs import LayerCosts, compiled_costs
+from prescope.scheduler.planner import Planner
+from prescope.scheduler.types import Knobs
+
+foresight = pytest.importorskip("prescope.kernels.llapor", reason="Triton exists for Linux only")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPE = Shape(6, 12, 3)
+WIDTH, PCA = 80, 40
+FIXED = ("pca_mean", "pca", "whiten", "router")
+
+
+def made(**settings) -> Llapor:
+    """A predictor of random tensors: nothing in it is zero, one or alike."""
+    config = LlaporConfig(width_outer=PCA, width_middle=PCA, hidden=48, block=24, lookahead=3, **settings)
+    draw = torch.Generator().manual_seed(3)
+    L, E, _ = SHAPE
+    pca = (
+        torch.randn(L, 1, WIDTH, generator=draw) / 5, torch.randn(L, WIDTH, PCA, generator=draw) / WIDTH**0.5,
+        torch.rand(L, 1, PCA, generator=draw) / PCA,
+    )  # fmt: skip
+    routers = Routers.of_weights(torch.randn(L, E, WIDTH, generator=draw) / WIDTH**0.5)
+    groups = LayerGroups.at(2, 4, L, "for a test")
+    fresh = Llapor.fresh(config, SHAPE, groups, pca, ModelTag(model="m", fingerprint="f"), routers, 0)
+    tensors = {
+        name: tensor + (name not in FIXED) * torch.randn(tensor.shape, generator=draw) / 3
+        for name, tensor in fresh.tensors.items()
+    }  # fmt: skip
+    if config.residual:
+        tensors["trust"] = torch.full((L, 1, 1), 0.8)
+    return Llapor(config, SHAPE, groups, tensors, fresh.tag).to(DEVICE)
+
+
+def case(tokens: int, dtype: torch.dtype):
+    draw = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, WIDTH, generator=draw).to(dtype)
+    ids = torch.stack(
+        [torch.randperm(SHAPE.num_experts, generator=draw)[: SHAPE.top_k] for _ in range(tokens)]
+    )
+    ids[-1, 0] = -1
+    weights = torch.rand(tokens, SHAPE.top_k, generator=draw).to(dtype)
+    return x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"trust": 0.0}, {"use_choice": False}, {"residual": False, "distill": 0.0}],
+    ids=["default", "always trusted", "without the choice", "the paper's"],
+)
+def test_scores_are_those_of_the_torch_networks(settings, tokens):
+    predictor = made(**settings)
+    x, ids, weights = case(tokens, torch.bfloat16)
+    for lookahead in (1, 3):
+        foreseen = foresight.Foresight(predictor, lookahead)
+        for layer in range(SHAPE.num_layers):
+            expected = of_step(
+                predictor.predict(layer, x, ids, weights)[:lookahead], lookahead, SHAPE.num_experts, x.device
+            )
+            found = foreseen(layer, x, ids, weights)
+            torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+    spread = predictor.predict(0, x, ids, weights)[0].scores_TE
+    assert spread.max() - spread.min() > 0.2, "scores that are all alike would test nothing"
+
+
+def test_corrections_of_strange_states_fade_alike():
+    predictor = made()
+    x, ids, weights = case(2, torch.float32)
+    near, far = (
+        [p.scores_TE for p in predictor.predict(1, factor * x, ids, weights)] for factor in (0.1, 10.0)
+    )
+    assert not torch.allclose(near[0], far[0], atol=0.01)
+    found = foresight.Foresight(predictor, 3)(1, 10.0 * x, ids, weights)
+    torch.testing.assert_close(found[:, 0], torch.stack(far).sum(1), rtol=2e-4, atol=2e-5)
+
+
+def test_a_schedule_asks_for_a_few_tokens_this_way_and_for_many_the_predictor_itself(monkeypatch):
+    predictor = made()
+    costs = compiled_costs(
+        LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=100.0, source="made up"), cpu=False, predicts=True
+    )
+    knobs = Knobs(SCHEDULES["presched"].number, 2, SHAPE.num_experts, 0.1, 1)
+    planner = Planner(knobs, costs, MoEShape(*SHAPE, 100), 3)
+    few = foresight.Foresight(predictor, 3)
+    asked = []
+    monkeypatch.setattr(
+        Llapor, "predict", lambda self, *case, real=Llapor.predict: asked.append(1) or real(self, *case)
+    )
+    fast = Scheduling(planner, predictor, None, Reason.PREFETCH, few)
+    slow = Scheduling(planner, predictor, None, Reason.PREFETCH)
+    for tokens, times in ((few.most_tokens, 1), (few.most_tokens + 1, 2)):
+        asked.clear()
+        tensors = case(tokens, torch.float32)
+        found, expected = fast.scores(1, *tensors), slow.scores(1, *tensors)
+        assert len(asked) == times
+        torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_what_does_not_fit_is_refused_as_by_the_predictor():
+    x, ids, weights = case(1, torch.float32)
+    with pytest.raises(BadState, match="wide"):
+        foresight.Foresight(made(), 2)(0, x[:, 1:], ids, weights)

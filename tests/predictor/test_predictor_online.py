@@ -1,0 +1,113 @@
+"""Online tuning: it notices when predictions get worse, learns, and can be undone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import prescope
+from prescope.errors import TraceMismatch, UnsupportedOption
+from prescope.predictor import LlaporConfig, OnlineConfig, OnlineTuner
+from prescope.training import TrainConfig, domain_shift, record_trace, routers_of, rows_of, train
+from tests.support.models import EXPERTS, VOCABULARY, tiny_moe
+
+EAGER = OnlineConfig(steps=12, learning_rate=0.02, pull=0.0)
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """A predictor, text like that of its training, and text whose experts have all changed their names: the hardest
+    shift there is, since the early router is as wrong as what was learned.
+    """
+    prompts = np.random.default_rng(0).integers(0, VOCABULARY, (40, 32)).tolist()
+    with prescope.attach(tiny_moe(), slots=1.0, device="null") as engine:
+        trace = record_trace(engine, prompts)
+        routers = routers_of(engine, trace)
+    config = LlaporConfig(lookahead=2, hidden=64, block=16)
+    training = TrainConfig(epochs=6, batch_tokens=128)
+    predictor = train(trace, config=config, training=training, routers=routers).predictor
+    renamed = np.random.default_rng(1).permutation(EXPERTS)
+    after = replace(trace, expert_ids=renamed[trace.expert_ids])
+    return predictor, rows_of(trace, np.arange(256)), after
+
+
+def test_tuning_recovers_what_a_shift_took(recorded):
+    predictor, before, after = recorded
+    shift = domain_shift(predictor, before, after, online=EAGER)
+    assert shift.cycles > 0
+    assert shift.drop > 0.1
+    assert shift.after_tuned > shift.after_fixed + shift.drop / 2
+    assert shift.recovery_tokens is not None and shift.recovery_tokens < len(after)
+    assert len(shift.fixed) == len(shift.tuned) == len(before) // 64 + len(after) // 64
+
+
+def test_the_trained_predictor_is_left_alone_and_reset_goes_back_to_it(recorded):
+    predictor, _, after = recorded
+    former = {name: tensor.clone() for name, tensor in predictor.tensors.items()}
+    tuner = OnlineTuner(predictor, EAGER)
+    tuner.replay(after, 1)
+    assert all(torch.equal(former[name], tensor) for name, tensor in predictor.tensors.items())
+    assert not torch.equal(tuner.predictor.tensors["head"], predictor.tensors["head"])
+    tuner.reset()
+    np.testing.assert_array_equal(tuner.predictor.replay(after, 1), predictor.replay(after, 1))
+
+
+def test_it_does_not_tune_while_predictions_are_as_good_as_held_out(recorded):
+    predictor, before, _ = recorded
+    tuner = OnlineTuner(predictor, OnlineConfig(margin=0.5))
+    scores = tuner.replay(before, 1)
+    assert tuner.cycles == 0
+    np.testing.assert_allclose(scores, predictor.replay(before, 1), atol=1e-6)
+
+
+def test_live_it_learns_as_in_a_replay(recorded):
+    """One token a step, layer by layer: predict, then observe what was used."""
+    predictor, _, after = recorded
+    few = rows_of(after, np.arange(96))
+    live, replayed = OnlineTuner(predictor, EAGER), OnlineTuner(predictor, EAGER)
+    expected = replayed.replay_all(few, (1, 2), chunk=1)
+    inputs = torch.from_numpy(few.inputs.astype(np.float32))
+    ids, weights = torch.from_numpy(few.expert_ids.astype(np.int64)), torch.from_numpy(few.weights)
+    for row in range(len(few)):
+        for layer in range(few.num_layers):
+            at = slice(row, row + 1)
+            for one in live.predict(layer, inputs[at, layer], ids[at, layer], weights[at, layer]):
+                np.testing.assert_allclose(
+                    one.scores_TE[0].numpy(), expected[one.lookahead][row, layer], atol=1e-3
+                )
+            live.observe(layer, ids[at, layer])
+    assert live.cycles == replayed.cycles > 0
+    assert live.tuning_ms > 0
+
+
+def test_each_lookahead_is_answered_by_the_heads_that_were_better_at_it(recorded):
+    """One learns at a lookahead what it forgets at another; the answer need not follow the mean."""
+    predictor, _, after = recorded
+    tuner = OnlineTuner(predictor, EAGER)
+    tuner.replay(after, 1)
+    as_trained, as_tuned = 0, 1
+    tuner._errors[as_trained] = [[0.2, 0.9]]
+    tuner._errors[as_tuned] = [[0.3, 0.1]]
+    assert tuner.is_tuned.tolist() == [False, True]
+    assert tuner.error == pytest.approx((0.2 + 0.1) / 2)
+    inputs = torch.from_numpy(after.inputs[:5, 0].astype(np.float32))
+    ids, weights = (
+        torch.from_numpy(after.expert_ids[:5, 0].astype(np.int64)),
+        torch.from_numpy(after.weights[:5, 0]),
+    )
+    near, far = tuner.predict(0, inputs, ids, weights)
+    trained_near, trained_far = predictor.predict(0, inputs, ids, weights)
+    tuned_near, tuned_far = tuner.predictor.predict(0, inputs, ids, weights)
+    torch.testing.assert_close(near.scores_TE, trained_near.scores_TE)
+    torch.testing.assert_close(far.scores_TE, tuned_far.scores_TE)
+    assert not torch.allclose(trained_near.scores_TE, tuned_near.scores_TE)
+    assert not torch.allclose(trained_far.scores_TE, tuned_far.scores_TE)
+
+
+def test_wrong_settings_are_refused(recorded):
+    predictor, before, after = recorded
+    with pytest.raises(UnsupportedOption, match="ring holds a window"):
+        OnlineConfig(ring=8)
+    with pytest.raises(TraceMismatch, match="64 tokens"):
+        domain_shift(predictor, rows_of(before, np.arange(9)), after)

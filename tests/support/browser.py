@@ -1,0 +1,142 @@
+"""A Chromium without a network, for the tests that open a page, and a JupyterLab for it."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+
+
+class Page(NamedTuple):
+    """An open page and what it did that it should not."""
+
+    page: Any
+    requests: list[str]  # all but the page itself
+    errors: list[str]  # console errors and uncaught exceptions
+
+
+@contextmanager
+def chromium(allowed: str = "file://") -> Iterator[Page]:
+    """A page whose every request outside `allowed` is blocked and noted.
+
+    Without Chromium or playwright the test is skipped, unless PRESCOPE_REQUIRE_BROWSER=1 makes that a failure.
+    """
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        found = None
+    if found is None:
+        message = "needs playwright and a Chromium (apt-get install chromium fonts-dejavu-core)"
+        if os.environ.get("PRESCOPE_REQUIRE_BROWSER") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    requests: list[str] = []
+    errors: list[str] = []
+
+    def route(route: Any) -> None:
+        url = route.request.url
+        if url.startswith((allowed, "data:", "blob:")):
+            route.continue_()
+        else:
+            requests.append(url)
+            route.abort()
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1200, "height": 2600})
+        page.route("**/*", route)
+        page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        yield Page(page, requests, errors)
+        browser.close()
+
+
+@contextmanager
+def offline_page(path: Path) -> Iterator[Page]:
+    """A file opened in a browser, its figures drawn."""
+    with chromium(f"file://{path}") as opened:
+        opened.page.goto(f"file://{path}", wait_until="load")
+        yield opened
+
+
+def count_plots(page: Any, expected: int) -> int:
+    """Figures drawn, waiting until there are as many as expected (10 s at most)."""
+    drawn = "document.querySelectorAll('.js-plotly-plot .main-svg').length"
+    page.wait_for_function(f"{drawn} >= {expected}", timeout=10_000)
+    return page.evaluate(
+        "[...document.querySelectorAll('.js-plotly-plot')].filter(p => p.querySelector('.main-svg')).length"
+    )
+
+
+@contextmanager
+def jupyterlab(folder: Path, cells: list[str]) -> Iterator[str]:
+    """JupyterLab's address, on a free port, with `panel.ipynb` of these cells; settings and history in the folder."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / "panel.ipynb")
+    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    no_news = {"fetchNews": "false", "checkForUpdates": False}
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps(no_news))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "IPYTHONDIR": "ipython",
+    }
+    environment = {name: str(folder / kept) for name, kept in folders.items()}
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=", "--LabApp.extension_manager=readonly", "--allow-root",
+        f"--ServerApp.root_dir={folder}",
+    ]  # fmt: skip
+    log = (folder / "lab.log").open("w")
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(f"{url}/api", timeout=1).close()
+            break
+        except OSError:
+            assert process.poll() is None, (folder / "lab.log").read_text()
+            time.sleep(0.5)
+    try:
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # its own session: Lab and its kernels, nobody else
+        process.wait(30)
+        log.close()
+
+
+def run_all(page: Any, lab: str) -> None:
+    """Open the notebook of `jupyterlab` and run all of its cells."""
+    page.goto(f"{lab}/lab/tree/panel.ipynb?reset")
+    page.get_by_text("| Idle").wait_for(timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()

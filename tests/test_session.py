@@ -1,0 +1,140 @@
+"""The session on the embedded model, over an emulated link so fast that it hardly waits."""
+
+import threading
+from concurrent.futures import CancelledError
+
+import plotly.graph_objects as go
+import pytest
+
+from prescope.core.config import EngineConfig
+from prescope.errors import BadTrace, TransferFailed, UnsupportedOption
+from prescope.session import Session
+
+PROMPTS = {"story": "Once upon a time", "code": "def add(a, b):"}
+
+
+@pytest.fixture(scope="module")
+def shared():
+    with Session(slots=0.5, device="cpu", link_gb_per_s=50.0) as session:
+        yield session
+
+
+@pytest.fixture
+def session(shared):
+    shared.runs.clear()
+    yield shared
+    shared.engine.check_integrity()
+
+
+def test_a_run_is_kept_with_its_prompts(session):
+    run = session.run(PROMPTS, max_new_tokens=3)
+    assert session.runs == [run]
+    assert session.last is run
+    assert [prompt["domain"] for prompt in run.trace.prompts] == list(PROMPTS)
+    assert [len(tokens) for tokens in run.tokens] == [3, 3]
+    assert session.run("Once", max_new_tokens=1).trace.prompts == [{"text": "Once"}]
+
+
+def test_every_figure_of_the_session_draws(session):
+    session.run(PROMPTS, max_new_tokens=4)
+    for figure in (
+        session.timeline(),
+        session.layers(),
+        session.hit_rate(),
+        session.latency(),
+        session.load(),
+    ):
+        assert type(figure) is go.Figure
+    assert session.slots_curve().data
+    assert list(session.compare()["slots"]) == [session.engine.num_slots]
+
+
+def test_a_session_without_runs_says_what_to_do(session):
+    with pytest.raises(BadTrace, match=r"session\.run"):
+        session.timeline()
+
+
+def test_changed_slots_are_cold_and_the_run_says_so(session):
+    session.run("Once", slots=64, max_new_tokens=2)
+    again = session.run("Once", slots=64, max_new_tokens=2)
+    assert again.notes == []
+    changed = session.run("Once", slots=40, max_new_tokens=2)
+    assert changed.config["num_slots"] == 40
+    assert any("cold" in note for note in changed.notes)
+    assert session.run("Once", slots=0.5, cache="lfu", max_new_tokens=2).config["cache"] == "lfu"
+    session.run("Once", cache="lru", max_new_tokens=2)
+
+
+def test_a_share_of_one_is_not_one_slot():
+    """1.0 == 1 in Python; taken for each other, a full cache would become a cache of one."""
+    assert EngineConfig(slots=1.0).slots == EngineConfig(slots=1).slots
+    with Session(slots=1.0, device="cpu", link_gb_per_s=50.0) as session:
+        assert session._is_new(2, None)
+        assert session._is_new(1, None)
+        assert not session._is_new(1.0, None)
+        assert not session._is_new(session.engine.num_slots, None)
+
+
+def test_a_job_runs_in_the_background_and_gives_the_same_text(session):
+    plain = session.run(PROMPTS, max_new_tokens=5)
+    job = session.job(PROMPTS, max_new_tokens=5)
+    assert job.result(60).tokens == plain.tokens
+    assert (job.progress, job.is_done, job.num_tokens, job.error) == (1.0, True, 5, None)
+    assert len(session.runs) == 2
+
+
+def test_a_cancelled_job_ends_at_the_next_token_with_what_there_is(session):
+    job = session.prepare(PROMPTS, max_new_tokens=200)
+    job.on_step(lambda job: job.cancel() if job.num_tokens == 3 else None)
+    run = job.start().result(60)
+    assert 3 <= len(run.tokens[0]) <= 4
+    assert any("cancelled" in note for note in run.notes)
+    assert session.run("Once", max_new_tokens=2).tokens, "the engine works on"
+
+
+def test_a_job_cancelled_before_it_began_has_no_result(session):
+    job = session.prepare("Once", max_new_tokens=2)
+    job.cancel()
+    with pytest.raises(CancelledError):
+        job.start().result(60)
+    assert session.runs == []
+
+
+def test_jobs_wait_for_one_another(session):
+    """One engine records one run at a time; a second one is queued, not refused."""
+    jobs = [session.job("Once", max_new_tokens=4) for _ in range(3)]
+    assert len({tuple(job.result(60).tokens[0]) for job in jobs}) == 1
+    assert len(session.runs) == 3
+
+
+def test_a_failed_job_hands_its_error_to_who_asks(session, monkeypatch):
+    def fail(*_args: object, **_keywords: object) -> None:
+        raise TransferFailed("the cable is out")
+
+    monkeypatch.setattr(session.engine, "generate", fail)
+    job = session.job("Once")
+    with pytest.raises(TransferFailed, match="cable"):
+        job.result(60)
+    assert isinstance(job.error, TransferFailed)
+    assert not session.is_running
+
+
+def test_watchers_have_run_when_result_returns(session):
+    seen: list[str] = []
+    job = session.prepare("Once", max_new_tokens=2)
+    job.on_done(lambda job: seen.append(threading.current_thread().name + str(job.is_done)))
+    job.start().result(60)
+    assert seen == ["prescope-runTrue"]
+
+
+def test_the_report_of_a_session_is_one_page(session, tmp_path):
+    session.run(PROMPTS, max_new_tokens=3)
+    page = session.report(tmp_path / "r.html", title="Two prompts").read_text()
+    assert page.count("Plotly.newPlot(") >= 5
+    assert "emulated link</span>" in page
+
+
+def test_an_engine_keeps_its_settings(session):
+    with pytest.raises(UnsupportedOption, match="slots"):
+        Session(session.engine, slots=0.25)
+    assert Session(session.engine).engine is session.engine

@@ -1,0 +1,186 @@
+"""Laws of the score card, of the failure studies and of what a predictor is worth."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from prescope.errors import TraceMismatch, UnsupportedOption
+from prescope.predictor import Chance, Frequency, Oracle, PreviousToken, Shape, Transition
+from prescope.scheduler.costs import LayerCosts
+from prescope.traces.routing import RoutingTrace
+from prescope.training import (
+    Inverted,
+    adversarial_trace,
+    difference,
+    joined_stream,
+    random_predictor,
+    rows_of,
+    score,
+    worth,
+)
+
+LAYERS, EXPERTS, TOP_K, PROMPTS, LENGTH = 4, 12, 2, 20, 48
+SHAPE = Shape(LAYERS, EXPERTS, TOP_K)
+COSTS = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=150.0, source="by hand")
+
+
+def made_trace(seed: int = 0) -> RoutingTrace:
+    """Two domains that prefer different experts; the experts of a layer tell those of the next."""
+    rng = np.random.default_rng(seed)
+    R = PROMPTS * LENGTH
+    sequence = np.repeat(np.arange(PROMPTS), LENGTH)
+    first = (rng.zipf(1.6, R) + 5 * (sequence % 2)) % EXPERTS
+    steps = rng.integers(0, 3, (R, LAYERS)).cumsum(axis=1)
+    ids = (first[:, None] + steps)[:, :, None] + np.array([0, 1])
+    position = np.tile(np.arange(LENGTH), PROMPTS)
+    position[sequence == 3] -= 4
+    return RoutingTrace(
+        expert_ids=(ids % EXPERTS).astype(np.int64),
+        weights=np.full(ids.shape, 0.5, dtype=np.float32),
+        step=np.zeros(R, dtype=np.int64),
+        sequence=sequence,
+        position=np.maximum(position, -1),
+        phase=np.zeros(R, dtype=np.int64),
+        model="made",
+        fingerprint="made",
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        decoder_layers=list(range(LAYERS)),
+        prompts=[{"domain": "odd" if i % 2 else "even"} for i in range(PROMPTS)],
+    )
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return made_trace()
+
+
+def everyone(trace):
+    return [
+        Frequency(trace, 2),
+        PreviousToken(SHAPE, 2),
+        Transition(trace, 2),
+        Chance(SHAPE, 2),
+        Oracle(SHAPE, 2),
+    ]
+
+
+def test_the_oracle_scores_one_everywhere(trace):
+    card = score(Oracle(SHAPE, 3), trace)
+    for ahead in card.lookaheads:
+        assert card.recall(ahead) == card.recall(ahead, double=True) == card.hot(ahead) == 1.0
+        assert card.count_error_frac(ahead) == card.ece(ahead) == 0.0
+    frame = card.to_frame()
+    assert (frame[["recall", "precision", "recall_double", "hot"]] == 1.0).all().all()
+    assert set(frame["domain"]) == {"odd", "even"}
+
+
+def test_chance_scores_chance(trace):
+    card = score(Chance(SHAPE, 3), trace)
+    for ahead in card.lookaheads:
+        assert card.recall(ahead) == pytest.approx(TOP_K / EXPERTS, abs=0.02)
+        assert card.recall(ahead, double=True) == pytest.approx(2 * TOP_K / EXPERTS, abs=0.02)
+
+
+def test_nobody_beats_the_oracle_and_twice_as_many_guesses_find_no_less(trace):
+    for predictor in everyone(trace):
+        card = score(predictor, trace)
+        for ahead in card.lookaheads:
+            assert card.recall(ahead) <= card.recall(ahead, double=True) <= 1.0, predictor.name
+
+
+def test_precision_equals_recall_when_each_token_uses_k_and_k_are_predicted(trace):
+    frame = score(Transition(trace, 2), trace).to_frame()
+    np.testing.assert_allclose(frame["precision"], frame["recall"])
+
+
+def test_padding_is_not_scored(trace):
+    card = score(Oracle(SHAPE, 1), trace)
+    assert card.used[0, 0].sum() == TOP_K * (trace.position >= 0).sum() < TOP_K * len(trace)
+
+
+def test_an_interval_holds_its_value_and_narrows_with_more_prompts(trace):
+    few = rows_of(trace, np.flatnonzero(trace.sequence < 5))
+    many, some = (score(Frequency(trace, 1), t).recall_interval(1) for t in (trace, few))
+    for interval in (many, some):
+        assert interval.low <= interval.value <= interval.high
+    assert many.high - many.low < some.high - some.low
+
+
+def test_a_difference_is_paired(trace):
+    """On the same prompts a predictor differs from itself by exactly nothing, with no spread."""
+    card = score(Frequency(trace, 1), trace)
+    assert difference(card, card, 1) == (0.0, 0.0, 0.0)
+    with pytest.raises(TraceMismatch, match="different traces"):
+        difference(card, score(Frequency(trace, 1), made_trace(1)), 1)
+    with pytest.raises(ValueError, match="no prompt of domain"):
+        card.recall(1, domain="poetry")
+    with pytest.raises(UnsupportedOption, match="choose 1 to"):
+        score(Frequency(trace, 1), trace, lookaheads=[2])
+
+
+def test_frequencies_are_calibrated_on_what_they_counted(trace):
+    card = score(Frequency(trace, 1), trace)
+    table = card.reliability(1)
+    assert card.ece(1) < 0.01
+    assert table["pairs"].sum() == (trace.position >= 0).sum() * (LAYERS - 1) * EXPERTS
+
+
+def test_inverted_predictions_are_worse_than_none_known(trace):
+    """And turning them round twice gives them back."""
+    good = Transition(trace, 1)
+    bad = score(Inverted(good), trace).recall(1)
+    assert bad < score(random_predictor(SHAPE, 1), trace).recall(1) < score(good, trace).recall(1)
+    assert score(Inverted(Inverted(good)), trace).recall(1) == pytest.approx(score(good, trace).recall(1))
+
+
+def test_adversarial_routing_leaves_nothing_to_find(trace):
+    predictor = Transition(trace, 1)
+    hostile = adversarial_trace(trace, Frequency(trace, 1))
+    assert score(Frequency(trace, 1), hostile).recall(1) == 0.0
+    assert len(hostile) == len(trace)
+    assert score(Oracle(SHAPE, 1), adversarial_trace(trace, predictor)).recall(1) == 1.0
+
+
+def test_a_stream_knows_where_the_text_changes(trace):
+    stream = joined_stream(trace, made_trace(1))
+    domains = [stream.prompts[s]["domain"] for s in stream.sequence]
+    assert domains == ["before"] * len(trace) + ["after"] * len(trace)
+
+
+def test_the_oracle_is_worth_most_and_its_time_is_never_longer(trace):
+    found = {p.name: worth(p, trace, COSTS) for p in everyone(trace)}
+    assert all(w.without_ms == found["oracle"].without_ms for w in found.values())
+    assert found["oracle"].saved_ms == max(w.saved_ms for w in found.values()) > 0
+    assert found["oracle"].useful_frac == 1.0
+
+
+def test_a_predictor_pays_for_what_it_costs(trace):
+    """By itself a microsecond in each layer; one that is too dear saves less than nothing."""
+    oracle = Oracle(SHAPE, 1)
+    free = worth(oracle, trace, COSTS)
+    assert worth(oracle, trace, COSTS.with_predictor(1.0)).saved_ms < free.saved_ms
+    assert worth(oracle, trace, COSTS.with_predictor(1000.0)).saved_ms < 0
+
+
+def test_with_all_experts_resident_nothing_is_saved(trace):
+    found = worth(Oracle(SHAPE, 1), trace, COSTS, resident_frac=1.0)
+    assert found.saved_ms == pytest.approx(0.0) and found.stall_without_ms == 0.0
+
+
+def test_without_a_width_nothing_is_prefetched(trace):
+    assert worth(Chance(SHAPE, 1), trace, COSTS, width=0).saved_ms == pytest.approx(0.0)
+    with pytest.raises(UnsupportedOption, match="resident_frac"):
+        worth(Oracle(SHAPE, 1), trace, COSTS, resident_frac=1.5)
+
+
+def test_a_batch_needs_the_union_of_its_tokens(trace):
+    one, eight = (worth(Oracle(SHAPE, 1), trace, COSTS, batch=b) for b in (1, 8))
+    assert one.without_ms < eight.without_ms < 8 * one.without_ms
+
+
+def test_the_made_trace_is_one_trace(trace):
+    """The tests above lean on it: 4 rows of padding in one sequence, both domains."""
+    assert (trace.position < 0).sum() == 4
+    assert replace(trace).num_layers == LAYERS

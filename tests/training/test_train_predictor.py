@@ -1,0 +1,136 @@
+"""`train_predictor` from end to end on the model that comes along: it must learn, and say so truly."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import prescope
+from prescope.core.paths import embedded_model
+from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
+from prescope.predictor import BadState, Llapor, LlaporConfig, TooFewPrompts
+from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
+from prescope.training import TrainConfig, own_prompts, own_text, record_trace, router_agreement, routers_of
+from tests.support.models import VOCABULARY, tiny_moe
+
+SMALL = LlaporConfig(hidden=192, block=48)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with prescope.load(embedded_model(), slots=1.0, device="null") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def result(engine, tmp_path_factory):
+    """112 prompts of about 25 tokens, and 4,096 tokens of own text: 7,000 tokens, the least that shows anything."""
+    path = tmp_path_factory.mktemp("predictor") / "llapor.safetensors"
+    training = TrainConfig(epochs=4, batch_tokens=256, hold_out=0.3)
+    return prescope.train_predictor(
+        engine, own_prompts(), config=SMALL, training=training, own_tokens=4096, path=path
+    ), path
+
+
+def test_it_beats_the_early_router_on_held_out_prompts(result):
+    """At every lookahead, with the whole 95 % interval over prompts above zero."""
+    trained, _ = result
+    table = trained.table().set_index(["predictor", "lookahead"])
+    for ahead in (1, 2, 4):
+        row = table.loc[("llapor", ahead)]
+        assert row["gain_low"] > 0, row
+        assert row["low"] <= row["recall"] <= row["high"]
+
+
+def test_the_controls_score_what_they_must(result):
+    trained, _ = result
+    assert all(trained.cards["oracle"].recall(ahead) == 1.0 for ahead in (1, 2, 4))
+    assert all(abs(trained.cards["chance"].recall(ahead) - 2 / 16) < 0.03 for ahead in (1, 2, 4))
+
+
+def test_its_scores_are_probabilities(result):
+    trained, _ = result
+    assert trained.predictor.is_calibrated
+    assert trained.card.ece(1) < 0.02
+
+
+def test_scores_of_faded_states_are_probabilities_too(result):
+    """Each token uses K experts, so its scores add up to about K, known or strange; their level is the correction's,
+    and was lost with it: the few known tokens of a batch decided which experts are hot.
+    """
+    trained, _ = result
+    for share in (ALWAYS_TRUST, 0.3, 0.1, NEVER_TRUST):
+        for ahead in (1, 4):
+            sums = trained.predictor.trusting(share).replay(trained.test, ahead).sum(-1)
+            assert abs(sums.mean() - 2) < 0.2, (share, ahead)
+
+
+def test_groups_are_measured_and_their_reason_is_kept(result):
+    trained, _ = result
+    assert trained.groups.reason.startswith(("one group", "three groups"))
+    assert trained.predictor.tag.notes["groups"] == trained.groups.reason
+    assert len(trained.cues.correlation_L) == 8
+
+
+def test_the_saved_file_serves_this_model_only(engine, result):
+    trained, path = result
+    loaded = Llapor.load(path, fingerprint=engine.fingerprint)
+    np.testing.assert_array_equal(loaded.replay(trained.test, 2), trained.predictor.replay(trained.test, 2))
+    with pytest.raises(TraceMismatch, match="train one for it"):
+        Llapor.load(path, fingerprint="of another model")
+
+
+def test_the_routers_taken_out_are_the_ones_that_decide(engine, result):
+    trained, _ = result
+    assert router_agreement(routers_of(engine, trained.trace), trained.trace) > 0.98
+
+
+def test_own_text_is_the_same_for_a_seed_and_leaves_the_generator_alone(engine):
+    torch.manual_seed(5)
+    first = torch.rand(1)
+    torch.manual_seed(5)
+    texts = [own_text(engine, 96, length=16, seed=seed) for seed in (3, 3, 4)]
+    assert torch.equal(torch.rand(1), first)
+    assert np.array_equal(texts[0].expert_ids, texts[1].expert_ids)
+    assert not np.array_equal(texts[0].expert_ids, texts[2].expert_ids)
+    assert {prompt["domain"] for prompt in texts[0].prompts} == {"own text"}
+
+
+def test_an_engine_keeps_its_settings(engine):
+    former = engine.config
+    record_trace(engine, ["a few words"])
+    assert engine.config == former
+
+
+@pytest.mark.parametrize("prompts", ["one text", ["a", "b", "c"], {"x": ["a"], "y": ["b"]}, []])
+def test_too_few_prompts_are_refused_before_anything_runs(prompts):
+    with pytest.raises(TooFewPrompts, match="4 or more"):
+        prescope.train_predictor("no model is loaded for this", prompts)
+
+
+def test_states_that_are_nan_end_training_and_overwrite_nothing(tmp_path):
+    """As a float16 model that overflows gives them."""
+    model = tiny_moe()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1.0)
+        model.model.layers[1].post_attention_layernorm.weight[0] = float("nan")
+    path = tmp_path / "predictor.safetensors"
+    path.write_text("what was there")
+    prompts = np.random.default_rng(0).integers(0, VOCABULARY, (6, 12)).tolist()
+    with pytest.raises((BadState, BadTrace), match="NaN"):
+        prescope.train_predictor(model, prompts, path=path)
+    assert path.read_text() == "what was there"
+
+
+def test_text_without_a_tokenizer_and_unknown_domains_are_refused():
+    with pytest.raises(UnsupportedOption, match="no tokenizer"):
+        prescope.train_predictor(tiny_moe(), ["a", "b", "c", "d"])
+    with pytest.raises(UnsupportedOption, match="poetry"):
+        own_prompts("poetry")
+
+
+def test_the_prompts_that_come_along_are_ours():
+    lines = prescope.paths.embedded_prompts().read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["license"] for line in lines} == {"CC0-1.0"}
+    assert len(own_prompts("code", "ood_rust")["code"]) == 16
