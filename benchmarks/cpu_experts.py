@@ -28,8 +28,8 @@ import torch
 
 from prescope.core.machine import machine_facts
 from prescope.kernels import ExpertsSpec
-from prescope.kernels.cpu import CpuLayer, Lot, default_threads, physical_cores
-from prescope.kernels.cpu.base import Lane
+from prescope.kernels.cpu import CpuLayer, ExpertBatch, default_threads, physical_cores
+from prescope.kernels.cpu.base import CpuLane
 from prescope.kernels.cpu.build import load
 from prescope.kernels.cpu.native import NativeLane
 from prescope.kernels.cpu.with_torch import TorchLane
@@ -194,7 +194,7 @@ class Bench:
     ) -> None:
         """All cells of one lane and shape; each kind of call is checked once. `other` constants than the lane's own."""
         layer = make_layer(self.memory.data, *SHAPES[shape][:2])
-        lane: Lane = (
+        lane: CpuLane = (
             NativeLane([layer], threads, defines=other) if kind == "native" else TorchLane([layer], threads)
         )
         for n, num in product(tokens, [e for e in experts if e <= SHAPES[shape][2]]):
@@ -232,15 +232,15 @@ class Bench:
         torch.set_num_threads(1)
 
     def call(
-        self, lane: Lane, layer: CpuLayer, tokens: int, num: int, i: int, pause: float = 0.0
+        self, lane: CpuLane, layer: CpuLayer, tokens: int, num: int, i: int, pause: float = 0.0
     ) -> tuple[float, float]:
         """Seconds of `submit`, and until `wait` returns."""
-        lot = make_lot(layer, tokens, num, i)
+        expert_batch = make_lot(layer, tokens, num, i)
         x, out = self.tensors(layer, tokens, num)
         start = time.perf_counter() + pause
         while time.perf_counter() < start:  # as the thread does that serves a step
             pass
-        job = lane.submit(0, lot, x, out, None)
+        job = lane.submit(0, expert_batch, x, out, None)
         submitted = time.perf_counter()
         job.wait()
         return submitted - start, time.perf_counter() - start
@@ -379,11 +379,11 @@ def make_layer(data: torch.Tensor, d: int, f: int) -> CpuLayer:
     return CpuLayer(data[: num * layout.row_bytes].view(num, layout.row_bytes), layout, spec)
 
 
-def make_lot(layer: CpuLayer, tokens: int, num: int, i: int) -> Lot:
+def make_lot(layer: CpuLayer, tokens: int, num: int, i: int) -> ExpertBatch:
     """All tokens to each of the i-th `num` experts."""
     experts = (np.arange(num) + i * num) % layer.rows.shape[0]
     pairs = np.arange(num * tokens)
-    return Lot(experts, np.arange(num + 1) * tokens, pairs % tokens, pairs)
+    return ExpertBatch(experts, np.arange(num + 1) * tokens, pairs % tokens, pairs)
 
 
 def make_x(layer: CpuLayer, tokens: int) -> torch.Tensor:
@@ -391,12 +391,12 @@ def make_x(layer: CpuLayer, tokens: int) -> torch.Tensor:
     return torch.randn(tokens, layer.in_dim, generator=torch.Generator().manual_seed(tokens)).bfloat16()
 
 
-def check(lane: Lane, layer: CpuLayer, tokens: int) -> float:
+def check(lane: CpuLane, layer: CpuLayer, tokens: int) -> float:
     """Relative error of one expert against products in float32, its activations rounded to bfloat16."""
-    lot, x = make_lot(layer, tokens, 1, 3), make_x(layer, tokens)
+    expert_batch, x = make_lot(layer, tokens, 1, 3), make_x(layer, tokens)
     out = torch.empty(tokens, layer.out_dim, dtype=torch.bfloat16)
-    lane.submit(0, lot, x, out, None).wait()
-    expert = int(lot.experts[0])
+    lane.submit(0, expert_batch, x, out, None).wait()
+    expert = int(expert_batch.experts[0])
     up, down = (layer.layout.view(layer.rows, field)[expert].float() for field in ("up", "down"))
     act = candidates.silu_gate((x.float() @ up.T).bfloat16())
     want = act.float() @ down.T

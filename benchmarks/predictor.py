@@ -38,7 +38,7 @@ from _models import open_model
 import prescope
 from prescope.core.machine import machine_facts
 from prescope.engine.engine import Engine
-from prescope.kernels import make_foresight
+from prescope.kernels import make_llapor_kernels
 from prescope.predictor import (
     LayerGroups,
     Llapor,
@@ -331,8 +331,8 @@ def graph_us(predictor: Llapor, tokens: int, width: int, few: bool, repeats: int
 
     By `predict`, or by the kernels that an engine uses for a few tokens.
     """
-    foresight = make_foresight(predictor, predictor.lookahead) if few else None
-    if few and (foresight is None or tokens > foresight.most_tokens):
+    fast_path = make_llapor_kernels(predictor, predictor.lookahead) if few else None
+    if few and (fast_path is None or tokens > fast_path.most_tokens):
         raise ValueError("not for so many tokens, or without Triton")
     x = torch.randn(tokens, width, device=predictor.device)
     ids = torch.arange(predictor.shape.top_k, device=predictor.device).expand(tokens, -1).contiguous()
@@ -340,8 +340,8 @@ def graph_us(predictor: Llapor, tokens: int, width: int, few: bool, repeats: int
 
     def step() -> list[torch.Tensor]:
         layers = range(predictor.shape.num_layers - 1)
-        if foresight is not None:
-            return [foresight(layer, x, ids, weights) for layer in layers]
+        if fast_path is not None:
+            return [fast_path(layer, x, ids, weights) for layer in layers]
         made = [predictor.predict(layer, x, ids, weights) for layer in layers]
         return [one.scores_TE for predictions in made for one in predictions]
 
@@ -406,11 +406,11 @@ def markdown(title: str, rows: list[dict[str, Any]]) -> str:
 
 def shares(predictor: Llapor, trace: RoutingTrace) -> dict[str, float]:
     """Mean share of the correction that counts, for each layer that predicts, of at most 2048 rows."""
-    x_LTD, choice = predictor.batch_of(
+    x_LTD, scenario = predictor.batch_of(
         trace, np.linspace(0, len(trace) - 1, min(len(trace), 2048)).astype(int)
     )
     with torch.no_grad():
-        _, share_LT1 = predictor.hidden(x_LTD, choice)
+        _, share_LT1 = predictor.hidden(x_LTD, scenario)
     assert share_LT1 is not None, "nothing fades"
     return {f"layer {layer}": float(share.mean()) for layer, share in enumerate(share_LT1[:-1])}
 

@@ -27,7 +27,7 @@ from .predictor import Oracle, Predictor
 from .predictor.base import measure_us
 from .profile import HardwareProfile
 from .report import write_report
-from .simulator import Choice, Machine, Replays, machine_of_run, machine_with_link, shipped_machines
+from .simulator import Machine, Scenario, Scenarios, machine_of_run, machine_with_link, shipped_machines
 from .traces.metrics import METRIC_DEFINITIONS
 from .traces.result import RunResult
 from .training.record import device_of
@@ -277,14 +277,14 @@ class Session:
         self._panel = SlotsPanel(self, prompts, keywords)
         return self._panel
 
-    def replays(
+    def scenarios(
         self,
         run: RunResult | None = None,
         *,
         predictors: Sequence[Predictor] = (),
         profile: HardwareProfile | None = None,
         machines: Sequence[Machine] = (),
-    ) -> Replays:
+    ) -> Scenarios:
         """A recorded run's trace under any choice of settings, simulated.
 
         Args:
@@ -309,7 +309,7 @@ class Session:
             if width and not isinstance(one, Oracle)
         }
         self._remember_hot(run)
-        return Replays(
+        return Scenarios(
             run.trace,
             [
                 here,
@@ -326,7 +326,7 @@ class Session:
         if self.engine.frequencies is None and run.trace is not None:
             self.engine.configure(frequencies=run.trace.expert_counts())
 
-    def schedule_panel(self, replays: Replays, prompts: Prompts, **keywords: Any) -> SchedulePanel:
+    def schedule_panel(self, scenarios: Scenarios, prompts: Prompts, **keywords: Any) -> SchedulePanel:
         """Sliders for all settings of a schedule, and a button that runs them; a panel made before is closed.
 
         Args:
@@ -334,11 +334,11 @@ class Session:
         """
         if self._schedule_panel is not None:
             self._schedule_panel.close()
-        self._schedule_panel = SchedulePanel(self, replays, prompts, keywords)
+        self._schedule_panel = SchedulePanel(self, scenarios, prompts, keywords)
         return self._schedule_panel
 
     def pair_panel(
-        self, replays: Replays, choice: Choice, upper: str = "presched", lower: str = "on-demand"
+        self, scenarios: Scenarios, scenario: Scenario, upper: str = "presched", lower: str = "on-demand"
     ) -> PairPanel:
         """Two schedules on the same steps, and why each expert went where it went; a panel made before is closed.
 
@@ -347,7 +347,7 @@ class Session:
         """
         if self._pair_panel is not None:
             self._pair_panel.close()
-        self._pair_panel = PairPanel(replays, choice, upper, lower)
+        self._pair_panel = PairPanel(scenarios, scenario, upper, lower)
         return self._pair_panel
 
     def report(self, path: str | Path, *, title: str = "Where does each token's time go?") -> Path:

@@ -13,7 +13,7 @@ from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 
 
-class Need(NamedTuple):
+class SortedNeed(NamedTuple):
     """A layer's distinct experts, by where they are, then by tokens."""
 
     experts: IntArray  # (n,) hits, late ones, misses
@@ -23,7 +23,9 @@ class Need(NamedTuple):
 
 
 @jit
-def sort_need(experts: IntArray, tokens: IntArray, slots: IntArray, in_flight: NDArray[np.bool_]) -> Need:
+def sort_need(
+    experts: IntArray, tokens: IntArray, slots: IntArray, in_flight: NDArray[np.bool_]
+) -> SortedNeed:
     """Experts (n,) with their tokens and slots: hits before late ones before misses, each by tokens, descending.
 
     Args:
@@ -42,7 +44,7 @@ def sort_need(experts: IntArray, tokens: IntArray, slots: IntArray, in_flight: N
                 sorted_experts[place], sorted_tokens[place] = experts[i], tokens[i]
                 place += 1
                 counts[rank] += 1
-    return Need(sorted_experts, sorted_tokens, counts[0], counts[1])
+    return SortedNeed(sorted_experts, sorted_tokens, counts[0], counts[1])
 
 
 @jit

@@ -20,7 +20,7 @@ from .bench import Bench
 from .experts import ExpertForm, silu_form
 from .layers import layer_points
 from .plan import Sizes, expert_plan, host_plan, sizes_of
-from .progress import OnProgress, Progress
+from .progress import OnProgress, ProgressBar
 from .unfinished import Unfinished
 
 #: Measured without a model: Qwen3-30B-A3B (9.4 MB), OLMoE-1B-7B (12.6 MB), the embedded model.
@@ -77,7 +77,7 @@ def calibrate(
     kind, rate = _where(subject, device, link_gb_per_s)
     with closing(open_device(kind, rate, subject.forms[0].layout.row_bytes)) as opened:
         described = opened.describe()
-        run = _Run(opened, subject, deadline, described.get("link_gb_per_s"), cpu)
+        run = _CalibrationRun(opened, subject, deadline, described.get("link_gb_per_s"), cpu)
         place = this_place(described)
         unfinished = Unfinished(
             own_file(place).with_suffix(".unfinished") if save else None,
@@ -143,7 +143,7 @@ def _where(subject: Subject, device: str, link_gb_per_s: float | None) -> tuple[
     return resolve_device(config, torch.device("cpu"))[0], link_gb_per_s
 
 
-class _Run:
+class _CalibrationRun:
     """One calibration: what is to be measured and what has been."""
 
     def __init__(
@@ -178,12 +178,12 @@ class _Run:
         plans[first] = [*of_host, *plans[first]]
         todo = {expert: [of for of in plan if of not in self._points] for expert, plan in plans.items()}
         self._left = PASSES * sum(map(len, todo.values()))
-        with Progress(self._left, on_progress) as progress:
+        with ProgressBar(self._left, on_progress) as progress:
             self._measure_layers(progress)
             for form in forms:
                 self._measure_form(form, sizes[form.expert], todo[form.expert], progress)
 
-    def _measure_layers(self, progress: Progress) -> None:
+    def _measure_layers(self, progress: ProgressBar) -> None:
         engine, expert = self._subject.engine, self._subject.forms[0].expert
         if engine is None:
             return
@@ -197,7 +197,7 @@ class _Run:
         self.notes.append(f"rest of a layer: {engine.name}, decode {engine.reasons.get('decode', '')}")
 
     def _measure_form(
-        self, form: ExpertForm, sizes: Sizes, plan: Sequence[Circumstances], progress: Progress
+        self, form: ExpertForm, sizes: Sizes, plan: Sequence[Circumstances], progress: ProgressBar
     ) -> None:
         with closing(Bench(self._device, form, sizes, self._cpu, self.link_gb_per_s)) as bench:
             self.cpu_backend, self.cpu_threads = bench.cpu.implementation, bench.cpu.threads

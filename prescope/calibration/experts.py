@@ -11,7 +11,7 @@ from torch.nn import functional
 from ..cache.residency import LayerNeed
 from ..device import Device
 from ..kernels import ExpertsSpec, LayerWeights, TorchKernel, Work
-from ..kernels.cpu import CpuExperts, CpuLayer, Lot
+from ..kernels.cpu import CpuExperts, CpuLayer, ExpertBatch
 from ..profile import Expert
 from ..weights.host_pool import HostLayer
 from ..weights.layout import RowLayout, row_layout
@@ -82,22 +82,22 @@ class CpuLane:
     def __init__(self, form: ExpertForm, host: HostLayer, lane: CpuExperts) -> None:
         self._form, self._num_rows, self._lane = form, len(host.rows), lane
         self._next = 0
-        self._buffers: dict[tuple[int, int], tuple[Lot, torch.Tensor, torch.Tensor]] = {}
+        self._buffers: dict[tuple[int, int], tuple[ExpertBatch, torch.Tensor, torch.Tensor]] = {}
 
     def run(self, num: int, tokens: int) -> None:
-        lot, x, out = self._buffers.get((num, tokens)) or self._make(num, tokens)
+        expert_batch, x, out = self._buffers.get((num, tokens)) or self._make(num, tokens)
         experts = (self._next + np.arange(num)) % self._num_rows
         self._next = int(experts[-1]) + 1
-        self._lane.submit(0, lot._replace(experts=experts), x, out).wait()
+        self._lane.submit(0, expert_batch._replace(experts=experts), x, out).wait()
 
-    def _make(self, num: int, tokens: int) -> tuple[Lot, torch.Tensor, torch.Tensor]:
+    def _make(self, num: int, tokens: int) -> tuple[ExpertBatch, torch.Tensor, torch.Tensor]:
         layer = self._form.layer
         pairs = np.arange(num * tokens)
-        lot = Lot(np.arange(num), np.arange(num + 1) * tokens, pairs % tokens, pairs)
+        expert_batch = ExpertBatch(np.arange(num), np.arange(num + 1) * tokens, pairs % tokens, pairs)
         x = torch.randn((tokens, layer.in_dim)).to(layer.dtype)
         out = torch.empty((num * tokens, layer.out_dim), dtype=layer.dtype)
-        self._buffers[num, tokens] = lot, x, out
-        return lot, x, out
+        self._buffers[num, tokens] = expert_batch, x, out
+        return expert_batch, x, out
 
 
 class TorchLane:

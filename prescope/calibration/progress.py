@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 OnProgress = Callable[[str, float], None]
 
 
-class Progress:
+class ProgressBar:
     """A progress bar, or a caller's own function.
 
     Args:

@@ -33,7 +33,7 @@ class Residency(IntEnum):
     RESIDENT = 2  # in its slot
 
 
-class Need(StrEnum):
+class NeedOutcome(StrEnum):
     """Outcome of one expert a layer needs in one step. Late is neither a hit nor a miss."""
 
     HIT = "hit"  # resident when needed

@@ -1,6 +1,6 @@
 """Run a transformers MoE model with its experts in host memory: `load`, `attach`, `generate`.
 
-The engine owns the pieces and their lifetimes; `serving` serves its MoE layers, `decode` runs whole steps from one
+The engine owns the pieces and their lifetimes; `runner` serves its MoE layers, `decode` runs whole steps from one
 graph, `recorder` takes down what happened.
 """
 
@@ -20,7 +20,7 @@ from ..cache.policies import make_policy
 from ..core.config import EngineConfig
 from ..core.jit import IS_COMPILED
 from ..core.machine import machine_facts
-from ..core.types import Need
+from ..core.types import NeedOutcome
 from ..core.units import format_bytes
 from ..device import Device, open_device, resolve_device
 from ..errors import BadProfile, NoProfile, NotAttached, SlotPoolTooLarge, TraceMismatch, UnsupportedOption
@@ -35,10 +35,10 @@ from ..traces.result import RunResult
 from ..traces.routing import RoutingTrace
 from .forced_routing import ForcedRouting
 from .graph import DecodeLoop, Decoder
-from .layered import Serving
+from .layered import LayeredRunner
 from .recorder import Recorder
 from .resolve import _cache_of, _count_slots, _shape_of
-from .schedule import open_scheduling
+from .schedule import open_schedule_runner
 
 #: Settings of a schedule, as `Engine.configure` takes them.
 SCHEDULE_SETTINGS = {"schedule", "lookahead", "width", "threshold", "cpu_threads"}
@@ -122,19 +122,19 @@ class Engine:
         self._device: Device = open_device(
             kind, config.link_gb_per_s, self.shape.row_bytes, config.link_factor
         )
-        self._serving = Serving(self._device, layers, self.shape, kernel.name, self._dtype)
+        self._runner = LayeredRunner(self._device, layers, self.shape, kernel.name, self._dtype)
         try:
             self._require_memory(self.num_slots, _freed_bytes(model, layers, self._device.torch_device))
-            self._attachment = Attachment(model, layers, self._device, self._serving.serve)
+            self._attachment = Attachment(model, layers, self._device, self._runner.serve)
         except BaseException:
             self._device.close()
             raise
         self._layers = layers
-        self._decoder = Decoder(model, self._serving)
-        self._serving.host = self._attachment.host
+        self._decoder = Decoder(model, self._runner)
+        self._runner.host = self._attachment.host
         self._predictor, self._costs = predictor, costs
         try:
-            self._serving.open_slots(self.num_slots, policy)
+            self._runner.open_slots(self.num_slots, policy)
             self._open_schedule(config, predictor, costs)
         except BaseException:
             self._attachment.detach()
@@ -168,7 +168,7 @@ class Engine:
         Raises: as `load`; the engine then goes on with its former settings.
         """
         self._require_attached()
-        if self._serving.recorder is not None:
+        if self._runner.recorder is not None:
             raise UnsupportedOption("a run is under way; change settings after it, or cancel() it first")
         unknown = schedule.keys() - SCHEDULE_SETTINGS
         if unknown:
@@ -199,20 +199,20 @@ class Engine:
         self.reasons["cache"] = cache_reason
         if not is_new:
             return
-        self._serving.close_slots()
+        self._runner.close_slots()
         self.num_slots, self.reasons["slots"] = count, reason
-        self._serving.open_slots(count, policy)
+        self._runner.open_slots(count, policy)
 
     def _open_schedule(
         self, config: EngineConfig, predictor: Predictor | None, costs: LayerCosts | None
     ) -> None:
         """Take up a schedule; the former one goes on if that fails."""
-        former = self._serving.scheduling
+        former = self._runner.schedule_runner
         if config.schedule == "on-demand":
-            self._serving.scheduling, self.reasons["schedule"] = None, "as given"
+            self._runner.schedule_runner, self.reasons["schedule"] = None, "as given"
         else:
             known = costs or self._costs_here(config.schedule)
-            opened = open_scheduling(
+            opened = open_schedule_runner(
                 config,
                 self.shape,
                 self._layers,
@@ -221,8 +221,8 @@ class Engine:
                 known,
                 self._device.torch_device,
             )
-            opened.forced = self._serving.forced
-            self._serving.scheduling = opened
+            opened.forced = self._runner.forced
+            self._runner.schedule_runner = opened
             self.reasons["schedule"] = f"as given, by {known.source}"
             if opened.cpu is not None:
                 lane = opened.cpu
@@ -283,8 +283,8 @@ class Engine:
         if self.model.generation_config.pad_token_id is None and self.tokenizer is not None:
             settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         batch, length = inputs["input_ids"].shape
-        if self._serving.forced is not None:
-            self._serving.forced.restart()
+        if self._runner.forced is not None:
+            self._runner.forced.restart()
         loop = self._decoder.loop(
             self.config, batch, length, settings, bool(criteria), on_step or _ignore, lambda: self._cancelled
         )
@@ -307,7 +307,7 @@ class Engine:
             result.notes.append(f"decode steps ran layer by layer: {loop.removeprefix('layered: ')}")
         if self._chosen_cache == "auto" and self.config.cache != schedule_named(self.config.schedule).cache:
             result.notes.append(self.reasons["cache"])
-        if self._serving.forced is not None:
+        if self._runner.forced is not None:
             result.notes.append(
                 "decode steps were routed by a trace, not by the model: the tokens mean nothing"
             )
@@ -343,20 +343,20 @@ class Engine:
 
     @contextmanager
     def _recording(self) -> Iterator[Recorder]:
-        if self._serving.recorder is not None:
+        if self._runner.recorder is not None:
             raise UnsupportedOption("a recording is under way already; one engine records one run at a time")
         config = self.config
-        self._serving.recorder = Recorder(
+        self._runner.recorder = Recorder(
             self._device, events=config.events, routing=config.record_routing, inputs=config.record_inputs
         )
         try:
             with _frozen_heap():
-                yield self._serving.recorder
+                yield self._runner.recorder
         except BaseException:
             self.recover()
             raise
         finally:
-            self._serving.recorder = None
+            self._runner.recorder = None
 
     def _result(self, recorder: Recorder, settings: dict[str, Any], output_tokens: int) -> RunResult:
         tables = recorder.tables([layer.layout.row_bytes for layer in self._layers])
@@ -419,17 +419,17 @@ class Engine:
 
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._serving.captured is not None:
+        if self._runner.captured is not None:
             return
         given = kwargs.get("input_ids", args[0] if args else None)
         tokens = given if given is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return
         batch, length = tokens.shape[:2]
-        self._serving.is_prefill = length > 1
-        if length == 1 and self._serving.forced is not None:
-            self._serving.forced.advance()
-        if self._serving.recorder is None:
+        self._runner.is_prefill = length > 1
+        if length == 1 and self._runner.forced is not None:
+            self._runner.forced.advance()
+        if self._runner.recorder is None:
             return
         mask = kwargs.get("attention_mask")
         padding = None
@@ -440,16 +440,16 @@ class Engine:
             and mask.dim() == 2
         ):
             padding = self._device.read(mask) == 0
-        self._serving.recorder.begin_step(batch, length, padding)
+        self._runner.recorder.begin_step(batch, length, padding)
 
     # -- state -------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """The settings as resolved, with the reason of each, and the cap on the experts' memory."""
-        scheduling = self._serving.scheduling
+        schedule_runner = self._runner.schedule_runner
         return {
             **self.config.to_dict(),
-            **({} if scheduling is None else scheduling.describe()),
+            **({} if schedule_runner is None else schedule_runner.describe()),
             "num_slots": self.num_slots,
             "slots_gib": self.num_slots * self.shape.row_bytes / 2**30,
             "slots_frac": self.num_slots / sum(layer.num_experts for layer in self._layers),
@@ -473,11 +473,11 @@ class Engine:
         """Empty all slots and forget what the cache policy learned: the next run starts cold."""
         self._require_attached()
         self._device.synchronize()
-        self._serving.clear()
+        self._runner.clear()
 
     def recover(self) -> None:
         """Make the engine usable after an interrupt or a failed copy; the slots are cold afterwards."""
-        self._serving.recover()
+        self._runner.recover()
 
     def force_routing(self, trace: RoutingTrace | None, scores: np.ndarray | None = None) -> None:
         """Route decode steps as a trace does instead of by the model's routers; None ends it.
@@ -495,9 +495,9 @@ class Engine:
         self._require_attached()
         self._decoder.forget()
         if trace is None:
-            self._serving.forced = None
-            if self._serving.scheduling is not None:
-                self._serving.scheduling.forced = None
+            self._runner.forced = None
+            if self._runner.schedule_runner is not None:
+                self._runner.schedule_runner.forced = None
             return
         found = (trace.num_layers, trace.num_experts, trace.top_k)
         if found != (self.shape.num_layers, self.shape.num_experts, self.shape.top_k):
@@ -507,11 +507,9 @@ class Engine:
             )
         first = trace.select(phase="decode").steps[:1]
         batch = int((trace.step == first[0]).sum()) if first else 0
-        self._serving.forced = forced = ForcedRouting.of_trace(
-            trace, batch, self._device.torch_device, scores
-        )
-        if self._serving.scheduling is not None:
-            self._serving.scheduling.forced = forced
+        self._runner.forced = forced = ForcedRouting.of_trace(trace, batch, self._device.torch_device, scores)
+        if self._runner.schedule_runner is not None:
+            self._runner.schedule_runner.forced = forced
 
     def cancel(self) -> None:
         """End the running `generate` after the token it is at; what there is by then is returned."""
@@ -522,19 +520,19 @@ class Engine:
         return self._cancelled
 
     @property
-    def needs(self) -> dict[Need, int]:
+    def needs(self) -> dict[NeedOutcome, int]:
         """Hits, late ones and misses since the engine was made."""
-        return self._serving.needs
+        return self._runner.needs
 
     def check_integrity(self) -> None:
         """Assert that slots and table agree and that each resident expert's bytes equal its host row's."""
-        self._serving.residency.check_integrity()
+        self._runner.residency.check_integrity()
         self._device.synchronize()
-        for slot, key in enumerate(self._serving.residency.key_of.tolist()):
+        for slot, key in enumerate(self._runner.residency.key_of.tolist()):
             if key >= 0:
                 moe_layer, expert = divmod(key, self.shape.num_experts)
                 row = self._attachment.host.row(moe_layer, expert)
-                assert torch.equal(self._serving.loader.pool[slot, : len(row)].cpu(), row), (
+                assert torch.equal(self._runner.loader.pool[slot, : len(row)].cpu(), row), (
                     f"slot {slot} does not hold the bytes of expert {expert} of MoE layer {moe_layer}"
                 )
 
@@ -544,9 +542,9 @@ class Engine:
             self._device.recover()
             self._hook.remove()
             self._decoder.forget()
-            self._serving.close_slots()
-            if self._serving.scheduling is not None:
-                self._serving.scheduling.close()
+            self._runner.close_slots()
+            if self._runner.schedule_runner is not None:
+                self._runner.schedule_runner.close()
             self._attachment.detach()
             self._device.close()
 

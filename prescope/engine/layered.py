@@ -15,7 +15,7 @@ from ..cache.policies import CachePolicy, FloatArray
 from ..cache.prefetch import most_in_flight
 from ..cache.residency import NOTHING, IntArray, LayerNeed, ResidencyTable, distinct
 from ..cache.rounds import Act, What, walk
-from ..core.types import MoEShape, Need
+from ..core.types import MoEShape, NeedOutcome
 from ..device import Device
 from ..hf import MoELayer
 from ..kernels import LayerWeights, Work, combine, make_kernel
@@ -23,13 +23,13 @@ from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .forced_routing import ForcedRouting
 from .recorder import Recorder
-from .schedule import Scheduling
+from .schedule import ScheduleRunner
 
 if TYPE_CHECKING:
-    from ..kernels.graph_buffers import CapturedStep
+    from ..kernels.graph_buffers import GraphBuffers
 
 
-class Serving:
+class LayeredRunner:
     """The experts' side of an engine.
 
     Args:
@@ -46,7 +46,7 @@ class Serving:
         scheduling: decides in decode steps; without, everything that is missing is copied on demand.
         forced: routing from a trace, in decode steps.
         is_prefill: whether the forward pass under way reads a prompt.
-        needs: hits, late ones and misses so far, by `Need`.
+        needs: hits, late ones and misses so far, by `NeedOutcome`.
     """
 
     host: HostPool
@@ -60,12 +60,12 @@ class Serving:
         self._kernels, self._dtype = kernels, dtype
         self.weights: list[LayerWeights] = []
         self.recorder: Recorder | None = None
-        self.captured: CapturedStep | None = None
-        self.scheduling: Scheduling | None = None
+        self.captured: GraphBuffers | None = None
+        self.schedule_runner: ScheduleRunner | None = None
         self.forced: ForcedRouting | None = None
         self.is_prefill = True
-        self.needs = dict.fromkeys(Need, 0)
-        self._serving = False
+        self.needs = dict.fromkeys(NeedOutcome, 0)
+        self._runner = False
 
     def open_slots(self, num_slots: int, policy: CachePolicy) -> None:
         """Take memory for slots; all of them are free."""
@@ -100,10 +100,10 @@ class Serving:
         """Make the lanes usable after an interrupt or a failed copy; the slots are cold afterwards."""
         self.device.recover()
         self.clear()
-        self._serving = False
+        self._runner = False
         self.captured = None
-        if self.scheduling is not None:
-            self.scheduling.recover()
+        if self.schedule_runner is not None:
+            self.schedule_runner.recover()
 
     # -- one MoE layer -----------------------------------------------------------------------------------------
 
@@ -120,11 +120,11 @@ class Serving:
         weights_TK = weights.reshape(ids_TK.shape)
         if self.captured is not None:
             return self._serve_captured(moe_layer, x_TD, ids_TK, weights_TK).view(x.shape)
-        if self._serving:  # an interrupt or an error ended the last call half-way
+        if self._runner:  # an interrupt or an error ended the last call half-way
             self.recover()
-        self._serving = True
+        self._runner = True
         out = self._serve_now(moe_layer, x_TD, ids_TK.to(torch.int64), weights_TK)
-        self._serving = False
+        self._runner = False
         return out.view(x.shape)
 
     def _serve_captured(
@@ -155,19 +155,19 @@ class Serving:
         layer = self.layers[moe_layer]
         need = self.find(layer, host_ids, self.weight_sums(layer, host_ids, weights_TK))
         here = need.num_hits + need.num_late
-        scheduling = None if self.is_prefill else self.scheduling
+        schedule_runner = None if self.is_prefill else self.schedule_runner
         num_load, plan, on_cpu = need.num_misses, None, None
-        if scheduling is not None:
-            plan = scheduling.plan(
-                need, self.residency, scheduling.predict(moe_layer, x_TD, ids_TK, weights_TK)
+        if schedule_runner is not None:
+            plan = schedule_runner.plan(
+                need, self.residency, schedule_runner.predict(moe_layer, x_TD, ids_TK, weights_TK)
             )
             num_load = plan.num_load
             if num_load < need.num_misses:
                 cold = need.experts[here + num_load :]
-                on_cpu = scheduling.submit(moe_layer, cold, host_ids, x_TD.detach().contiguous().cpu())
+                on_cpu = schedule_runner.submit(moe_layer, cold, host_ids, x_TD.detach().contiguous().cpu())
         served = need._replace(experts=need.experts[: here + num_load], tokens=need.tokens[: here + num_load])
         rounds = self.residency.rounds(served)
-        following = self._following(moe_layer) if scheduling is None else None
+        following = self._following(moe_layer) if schedule_runner is None else None
         keep = NOTHING if plan is None else plan.keep
         work, num_computed = None, 0
         for act in walk(self.residency, served, rounds, layer.num_experts, following, keep):
@@ -178,17 +178,17 @@ class Serving:
                 work = self._begin(layer, need, rounds, x_TD, ids_TK, host_ids)
                 self._record_begin(layer, need, len(rounds), num_load, x_TD, host_ids, weights_TK, timed)
             num_computed += 1
-            if scheduling is not None and plan is not None and num_computed == len(rounds):
+            if schedule_runner is not None and plan is not None and num_computed == len(rounds):
                 # All that is needed now has been issued, and is safe from what is wanted next.
                 self.residency.protect(act.slots)
-                self.recorded(scheduling.hold(moe_layer, plan, self.residency, self.loader, timed))
+                self.recorded(schedule_runner.hold(moe_layer, plan, self.residency, self.loader, timed))
             self._compute(layer, work, act, timed)
         assert work is not None, "a layer has a round at least"
-        if scheduling is not None:
+        if schedule_runner is not None:
             self.residency.unprotect()
-            self.recorded(scheduling.pump(self.loader, timed))
-        if on_cpu is not None and scheduling is not None:
-            scheduling.merge(on_cpu, layer.spec, work.out_PD)
+            self.recorded(schedule_runner.pump(self.loader, timed))
+        if on_cpu is not None and schedule_runner is not None:
+            schedule_runner.merge(on_cpu, layer.spec, work.out_PD)
             if recorder is not None and timed:
                 recorder.merged(on_cpu, self.device.mark(True))
         return combine(work.out_PD, weights_TK, x_TD.dtype)
@@ -253,16 +253,16 @@ class Serving:
             self.loader.poll()
         weights = counts.astype(np.float64) if sums is None else sums[experts]
         need = self.residency.need(layer.moe_layer, experts, counts, weights)
-        self.needs[Need.HIT] += need.num_hits
-        self.needs[Need.LATE] += need.num_late
-        self.needs[Need.MISS] += need.num_misses
+        self.needs[NeedOutcome.HIT] += need.num_hits
+        self.needs[NeedOutcome.LATE] += need.num_late
+        self.needs[NeedOutcome.MISS] += need.num_misses
         return need
 
     def count(self, needs: np.ndarray) -> None:
         """Count what a step from a graph needed: (L, 2) needed and missing experts."""
         needed, missing = needs.sum(axis=0).tolist()
-        self.needs[Need.HIT] += needed - missing
-        self.needs[Need.MISS] += missing
+        self.needs[NeedOutcome.HIT] += needed - missing
+        self.needs[NeedOutcome.MISS] += missing
 
     def _pair_outputs(
         self, x_TD: torch.Tensor, need: LayerNeed, num_pairs: int, layer: MoELayer
@@ -281,8 +281,8 @@ class Serving:
 
     def _load(self, act: Act, timed: bool) -> None:
         self.recorded(self.loader.load(act.moe_layer, act.experts, act.slots, act.reason, timed))
-        if self.scheduling is not None:
-            self.scheduling.issued(len(act.experts))  # the link is one, whoever uses it
+        if self.schedule_runner is not None:
+            self.schedule_runner.issued(len(act.experts))  # the link is one, whoever uses it
 
     def recorded(self, transfers: list[Transfer]) -> None:
         """Take down copies that were issued."""

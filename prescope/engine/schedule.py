@@ -18,20 +18,20 @@ from ..core.config import EngineConfig
 from ..core.types import MoEShape, Reason
 from ..errors import UnsupportedOption
 from ..hf import MoELayer
-from ..kernels import ExpertsSpec, make_foresight
-from ..kernels.cpu import CpuExperts, CpuJob, CpuLayer, Lot, lot_of
+from ..kernels import ExpertsSpec, make_llapor_kernels
+from ..kernels.cpu import CpuExperts, CpuJob, CpuLayer, ExpertBatch, expert_batch_of
 from ..predictor import EarlyRouter, Llapor, Prediction, Predictor
 from ..scheduler import Schedule, schedule_named
 from ..scheduler.costs import LayerCosts, compiled_costs
 from ..scheduler.plan import ON_DEMAND
 from ..scheduler.planner import Planner
-from ..scheduler.types import Knobs, Plan, cpu_time
+from ..scheduler.types import Plan, ScheduleSettings, cpu_time
 from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .forced_routing import ForcedRouting
 
 if TYPE_CHECKING:
-    from ..kernels.llapor import Foresight
+    from ..kernels.llapor import LlaporKernels
 
 Predicted = tuple[NDArray[np.floating], NDArray[np.floating]]
 
@@ -41,12 +41,12 @@ class CpuWork(NamedTuple):
 
     moe_layer: int
     experts: IntArray  # (n,)
-    lot: Lot
+    expert_batch: ExpertBatch
     job: CpuJob
     out: torch.Tensor  # (m, D) of the lot's pairs, one after another, on the host
 
 
-class Scheduling:
+class ScheduleRunner:
     """What a schedule needs to act.
 
     Args:
@@ -63,21 +63,21 @@ class Scheduling:
         predictor: Predictor | None,
         cpu: CpuExperts | None,
         reason: Reason,
-        foresight: "Foresight | None" = None,
+        fast_path: "LlaporKernels | None" = None,
     ) -> None:
         self.planner, self.predictor, self.cpu, self.reason = planner, predictor, cpu, reason
-        self._foresight = foresight
+        self._fast_path = fast_path
         self._under_way: list[CpuJob] = []
         self.forced: ForcedRouting | None = None  # its predictions are used instead of the predictor's
 
     def describe(self) -> dict[str, Any]:
         """Settings as resolved, for `RunResult.config`."""
-        knobs = self.planner.knobs
+        settings = self.planner.settings
         return {
-            "lookahead": knobs.lookahead,
-            "lag": knobs.lag,
-            "width": knobs.width,
-            "threshold": knobs.threshold,
+            "lookahead": settings.lookahead,
+            "lag": settings.lag,
+            "width": settings.width,
+            "threshold": settings.threshold,
             "cpu_threads": 0 if self.cpu is None else self.cpu.threads,
             "predictor": "none" if self.predictor is None else self.predictor.name,
         }
@@ -99,8 +99,8 @@ class Scheduling:
             return self.forced.scores[
                 moe_layer, : self.lookahead
             ].clone()  # the next step's are put into their place
-        if self._foresight is not None and len(x_TD) <= self._foresight.most_tokens:
-            return self._foresight(moe_layer, x_TD, ids_TK, weights_TK)
+        if self._fast_path is not None and len(x_TD) <= self._fast_path.most_tokens:
+            return self._fast_path(moe_layer, x_TD, ids_TK, weights_TK)
         made = self.predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)[: self.lookahead]
         return of_step(made, self.lookahead, self.predictor.shape.num_experts, x_TD.device)
 
@@ -146,23 +146,23 @@ class Scheduling:
     ) -> CpuWork:
         """Begin to compute experts (n,) of a layer on the CPU; x_TD lies on the host."""
         assert self.cpu is not None, "a schedule without a CPU lane sent experts to the CPU"
-        lot = lot_of(ids_TK, experts)
-        out = torch.empty((len(lot.places), x_TD.shape[1]), dtype=x_TD.dtype)
-        job = self.cpu.submit(moe_layer, lot.compact(), x_TD, out)
+        expert_batch = expert_batch_of(ids_TK, experts)
+        out = torch.empty((len(expert_batch.places), x_TD.shape[1]), dtype=x_TD.dtype)
+        job = self.cpu.submit(moe_layer, expert_batch.compact(), x_TD, out)
         self._under_way = [*(other for other in self._under_way if not other.done()), job]
-        return CpuWork(moe_layer, lot.experts, lot, job, out)
+        return CpuWork(moe_layer, expert_batch.experts, expert_batch, job, out)
 
     def merge(self, work: CpuWork, spec: ExpertsSpec, out_PD: torch.Tensor) -> None:
         """Wait for the CPU and put its pairs where they belong."""
         work.job.wait()
         start, end = work.job.span_ns()
         base_us, cpu_us = self.planner.calibrated_cpu()
-        tokens = np.diff(work.lot.first)
+        tokens = np.diff(work.expert_batch.first)
         self.planner.saw_cpu((end - start) / 1e3, base_us + sum(cpu_time(cpu_us, t) for t in tokens.tolist()))
         y = work.out.to(out_PD.device)
         if spec.post_norm is not None:
             y = spec.post_norm(y)
-        out_PD.index_copy_(0, torch.from_numpy(work.lot.places).to(out_PD.device), y)
+        out_PD.index_copy_(0, torch.from_numpy(work.expert_batch.places).to(out_PD.device), y)
 
     def recover(self) -> None:
         """After an interrupt: nothing is computed any more, nothing is believed of predictions."""
@@ -184,15 +184,15 @@ class Scheduling:
             self.cpu.close()
 
 
-def on_demand(shape: MoEShape) -> Scheduling:
+def on_demand(shape: MoEShape) -> ScheduleRunner:
     """Everything that is missing is copied when it is needed: for cache policies that only the host runs."""
-    knobs = Knobs(ON_DEMAND, lookahead=0, width=0, threshold=0.0)
+    settings = ScheduleSettings(ON_DEMAND, lookahead=0, width=0, threshold=0.0)
     free = LayerCosts(link_us=0.0, gpu_us=0.0, rest_us=0.0, source="nothing is weighed on demand")
-    planner = Planner(knobs, compiled_costs(free, cpu=False, predicts=False), shape, 0)
-    return Scheduling(planner, None, None, Reason.ON_DEMAND)
+    planner = Planner(settings, compiled_costs(free, cpu=False, predicts=False), shape, 0)
+    return ScheduleRunner(planner, None, None, Reason.ON_DEMAND)
 
 
-def open_scheduling(
+def open_schedule_runner(
     config: EngineConfig,
     shape: MoEShape,
     layers: list[MoELayer],
@@ -200,7 +200,7 @@ def open_scheduling(
     predictor: Predictor | None,
     costs: LayerCosts,
     device: torch.device,
-) -> Scheduling:
+) -> ScheduleRunner:
     """A schedule by its settings, ready to serve.
 
     Raises:
@@ -233,12 +233,12 @@ def open_scheduling(
             threads=config.cpu_threads,
         )
     planner = plan_by(schedule, config, shape, predictor, costs, has_cpu)
-    foresight = None
+    fast_path = None
     # Not one that is tuned online: it learns while it predicts.
     if isinstance(predictor, Llapor) and planner.predicts and config.kernels != "torch":
-        foresight = make_foresight(predictor, planner.predicts)
+        fast_path = make_llapor_kernels(predictor, planner.predicts)
     reason = Reason.STREAM if schedule.streams else Reason.PREFETCH
-    return Scheduling(planner, predictor, cpu, reason, foresight)
+    return ScheduleRunner(planner, predictor, cpu, reason, fast_path)
 
 
 def plan_by(
@@ -254,7 +254,7 @@ def plan_by(
     width = schedule.width if config.width is None else config.width
     depth = min(predictor.lookahead, shape.num_layers - 1) if predictor is not None else 0
     lag = schedule.lag
-    knobs = Knobs(
+    settings = ScheduleSettings(
         schedule.number,
         lookahead,
         shape.num_experts if width is None else width,
@@ -263,7 +263,7 @@ def plan_by(
     )
     predicts = min(lookahead + lag, depth) if lookahead else 0
     form = compiled_costs(costs, cpu=has_cpu, predicts=predicts > 0)
-    return Planner(knobs, form, shape, predicts)
+    return Planner(settings, form, shape, predicts)
 
 
 def of_step(made: list[Prediction], lookahead: int, num_experts: int, device: torch.device) -> torch.Tensor:

@@ -12,8 +12,8 @@ from .reference import TorchKernel, combine
 
 if TYPE_CHECKING:
     from ..predictor import Llapor
-    from .graph_buffers import DeviceTable, Scheduled
-    from .llapor import Foresight
+    from .graph_buffers import DeviceTable, HostOptions
+    from .llapor import LlaporKernels
 
 __all__ = [
     "DEVICE_POLICIES",
@@ -65,20 +65,20 @@ def _triton_problem(device_kind: str, dtype: torch.dtype) -> str:
     return ""
 
 
-def make_scheduled(**settings: Any) -> "Scheduled":
-    """What a schedule adds to a captured step; see `captured.Scheduled`."""
-    from .graph_buffers import Scheduled
+def make_host_options(**settings: Any) -> "HostOptions":
+    """What a schedule adds to a captured step; see `captured.HostOptions`."""
+    from .graph_buffers import HostOptions
 
-    return Scheduled(**settings)
+    return HostOptions(**settings)
 
 
-def make_foresight(predictor: "Llapor", lookahead: int) -> "Foresight | None":
+def make_llapor_kernels(predictor: "Llapor", lookahead: int) -> "LlaporKernels | None":
     """A predictor's networks in a few launches; None where there is no Triton."""
     if predictor.device.type != "cuda" or find_spec("triton") is None:
         return None
-    from .llapor import Foresight
+    from .llapor import LlaporKernels
 
-    return Foresight(predictor, lookahead)
+    return LlaporKernels(predictor, lookahead)
 
 
 def make_device_table(shape: MoEShape, num_slots: int, device: torch.device) -> "DeviceTable":

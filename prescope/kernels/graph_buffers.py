@@ -30,7 +30,7 @@ COPY_NUMBERS = 4096
 ScoreFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
-class Scheduled(NamedTuple):
+class HostOptions(NamedTuple):
     """What the host adds to a step that it decides: it answers layers, and may compute and predict."""
 
     lookahead: int  # layers ahead that predictions are made for; 0 for none
@@ -86,10 +86,10 @@ class DeviceTable:
         policy: int,
         orders: bool,
         timed: bool,
-        scheduled: Scheduled | None = None,
-    ) -> "CapturedStep":
-        """Buffers of a step that goes by this table; see `CapturedStep`."""
-        return CapturedStep(
+        scheduled: HostOptions | None = None,
+    ) -> "GraphBuffers":
+        """Buffers of a step that goes by this table; see `GraphBuffers`."""
+        return GraphBuffers(
             self, num_tokens, top_k, policy=policy, orders=orders, timed=timed, scheduled=scheduled
         )
 
@@ -107,7 +107,7 @@ class DeviceTable:
         table.adopt(slots, keys, self.scores.cpu().numpy(), int(self.tick))
 
 
-class CapturedStep:
+class GraphBuffers:
     """All that a captured step writes, and the launches of its MoE layers.
 
     Args:
@@ -128,7 +128,7 @@ class CapturedStep:
         policy: int,
         orders: bool,
         timed: bool,
-        scheduled: Scheduled | None = None,
+        scheduled: HostOptions | None = None,
     ) -> None:
         shape, device = table.shape, table.slot_of.device
         self.table, self.num_tokens, self.top_k = table, num_tokens, top_k

@@ -206,7 +206,7 @@ def _judge(  # type: ignore[no-untyped-def]
         tl.store(target + num_experts, 1.0 - tl.reduce(1.0 - p, 0, _times), mask=is_expert)
 
 
-class Foresight:
+class LlaporKernels:
     """A predictor's networks on a GPU.
 
     Args:

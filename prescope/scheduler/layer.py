@@ -9,20 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.policies import learn
-from ..cache.slots import Need, sort_need, take_slots, use_prefetched
+from ..cache.slots import SortedNeed, sort_need, take_slots, use_prefetched
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .learn import discount, learn_reuse, learn_trust, reuse_lasts
 from .plan import plan
-from .types import Costs, Knobs, Memory, Plan
+from .types import Costs, Memory, Plan, ScheduleSettings
 
 
 @jit
 def plan_layer(
-    knobs: Knobs,
+    settings: ScheduleSettings,
     costs: Costs,
     moe_layer: int,
-    need: Need,
+    need: SortedNeed,
     backlog_us: float,
     slot_of: IntArray,
     key_of: IntArray,
@@ -36,7 +36,7 @@ def plan_layer(
     Args:
         key_of, scores: as `scheduler.decide.plan`.
         memory: changed.
-        tokens_dE, used_dE: as predicted `knobs.lag` layers ago, for the layers behind that one; changed.
+        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers behind that one; changed.
     """
     d, num_layers, E = memory.predicted_dLE.shape
     num_absent = 0
@@ -48,21 +48,21 @@ def plan_layer(
         counts_E = np.zeros(E, np.int64)
         for i in range(len(need.experts)):
             counts_E[need.experts[i]] = need.tokens[i]
-        learn_trust(memory.trust, moe_layer, counts_E, memory.predicted_dLE, knobs.threshold)
-    take_down(memory, moe_layer, knobs.lag, tokens_dE, used_dE)
-    lag = min(knobs.lag, d)
+        learn_trust(memory.trust, moe_layer, counts_E, memory.predicted_dLE, settings.threshold)
+    take_down(memory, moe_layer, settings.lag, tokens_dE, used_dE)
+    lag = min(settings.lag, d)
     return plan(
-        knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE[lag:], used_dE[lag:], key_of, scores,
-        reuse_lasts(memory.reuse),
+        settings, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE[lag:], used_dE[lag:], key_of,
+        scores, reuse_lasts(memory.reuse),
     )  # fmt: skip
 
 
 @jit
 def reconsider(
-    knobs: Knobs,
+    settings: ScheduleSettings,
     costs: Costs,
     moe_layer: int,
-    need: Need,
+    need: SortedNeed,
     num_load: int,
     backlog_us: float,
     slot_of: IntArray,
@@ -81,7 +81,7 @@ def reconsider(
     take_down(memory, moe_layer, 0, tokens_dE, used_dE)
     num_layers = memory.predicted_dLE.shape[1]
     return plan(
-        knobs, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE, used_dE, key_of, scores,
+        settings, costs, moe_layer, num_layers, need, backlog_us, slot_of, tokens_dE, used_dE, key_of, scores,
         reuse_lasts(memory.reuse), num_load,
     )  # fmt: skip
 
@@ -107,13 +107,13 @@ def take_down(memory: Memory, moe_layer: int, lag: int, tokens_dE: FloatArray, u
 class Decision(NamedTuple):
     """All that is decided about one layer, its slots taken; compiled code makes it in one go."""
 
-    need: Need
+    need: SortedNeed
     num_prefetched: int  # as in `residency.LayerNeed`
     plan: Plan
     slots: IntArray  # (k,) of the misses that are copied, in their order
     #: (m + 1,): the pairs of the i-th expert on the CPU are lot_pairs[lot_first[i] : lot_first[i + 1]].
-    lot_first: IntArray
-    lot_pairs: IntArray  # (p,) pairs (t * K + k) of the experts on the CPU
+    cpu_first: IntArray
+    cpu_pairs: IntArray  # (p,) pairs (t * K + k) of the experts on the CPU
 
 
 class Slots(NamedTuple):
@@ -129,7 +129,7 @@ class Slots(NamedTuple):
 
 @jit
 def decide_layer(
-    knobs: Knobs,
+    settings: ScheduleSettings,
     costs: Costs,
     policy: int,
     tick: int,
@@ -167,7 +167,7 @@ def decide_layer(
     weights = sums_E[experts] if len(sums_E) else tokens.astype(np.float64)
     learn(policy, slots.scores, tick, moe_layer, E, experts, weights)
     chosen = plan_layer(
-        knobs, costs, moe_layer, need, backlog_us, slots.slot_of, slots.key_of, slots.scores, memory, tokens_dE,
+        settings, costs, moe_layer, need, backlog_us, slots.slot_of, slots.key_of, slots.scores, memory, tokens_dE,
         used_dE,
     )  # fmt: skip
     here = need.num_hits + need.num_late
@@ -181,14 +181,14 @@ def decide_layer(
         slots.protected[slot], slots.prefetched[slot] = True, False
     # The pairs of the experts on the CPU, expert by expert.
     cold = need.experts[here + chosen.num_load :]
-    lot_first, place = np.zeros(len(cold) + 1, np.int64), np.full(num_experts, -1)
+    cpu_first, place = np.zeros(len(cold) + 1, np.int64), np.full(num_experts, -1)
     for i in range(len(cold)):
-        lot_first[i + 1] = lot_first[i] + counts[cold[i]]
-        place[cold[i]] = lot_first[i]
-    lot_pairs = np.empty(lot_first[-1], np.int64)
+        cpu_first[i + 1] = cpu_first[i] + counts[cold[i]]
+        place[cold[i]] = cpu_first[i]
+    cpu_pairs = np.empty(cpu_first[-1], np.int64)
     for pair in range(len(ids)):
         expert = ids[pair]
         if 0 <= expert < num_experts and place[expert] >= 0:
-            lot_pairs[place[expert]] = pair
+            cpu_pairs[place[expert]] = pair
             place[expert] += 1
-    return Decision(need, num_prefetched, chosen, taken, lot_first, lot_pairs)
+    return Decision(need, num_prefetched, chosen, taken, cpu_first, cpu_pairs)

@@ -6,12 +6,12 @@ layer, L MoE layers, S slots, d layers ahead. Keys are flat: moe_layer * E + exp
 
 import numpy as np
 
-from ..cache.slots import Need
+from ..cache.slots import SortedNeed
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .baselines import fiddler, hybrimoe
 from .presched import split
-from .types import Costs, Knobs, Plan, cpu_time
+from .types import Costs, Plan, ScheduleSettings, cpu_time
 
 ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED = range(8)
 
@@ -21,20 +21,20 @@ ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED =
 ERROR_MARGIN = 0.3
 #: Least probability of use of an expert that is all but certain. With 0.75 an inverted predictor cost 6 % at batch 64,
 #: with 0.85 it costs 2 %.
-SURE = 0.85
+CERTAIN = 0.85
 #: So often what the CPU computed saves its time again, by `reuse_lasts`, once it is in a slot; and what lasts less is
 #: left out. 1.5 loses up to 14 % at batch 1 of tiny-moe's own text without a predictor, 2.5 another 1 % at batch 4; a
 #: fixed bound of 0.35, as it was, lost a third at batch 1 (simulated, LOG.md).
-REUSES, LEAST_LASTING = 2.0, 0.05
+REUSES_OF_A_COPY, LEAST_LASTING = 2.0, 0.05
 #: From here on predictions of less than the first are copied behind what the CPU computed, and of less than the second
 #: not at all: what is there is likelier.
-LASTING = 0.35
-UNLIKELY, HARDLY = 0.5, 0.3
+LONG_LASTING = 0.35
+LIKELY, LEAST_BESIDE_REUSE = 0.5, 0.3
 
 
 @jit
 def wanted(
-    knobs: Knobs, moe_layer: int, slot_of: IntArray, tokens_E: FloatArray, used_E: FloatArray
+    settings: ScheduleSettings, moe_layer: int, slot_of: IntArray, tokens_E: FloatArray, used_E: FloatArray
 ) -> IntArray:
     """Keys of a coming layer that are worth prefetching: absent, likely enough, most tokens first."""
     E = len(tokens_E)
@@ -42,23 +42,23 @@ def wanted(
     found, negative = np.empty(E, np.int64), np.empty(E)
     count = 0
     for expert in range(E):
-        if used_E[expert] >= knobs.threshold and used_E[expert] > 0 and slot_of[first + expert] < 0:
+        if used_E[expert] >= settings.threshold and used_E[expert] > 0 and slot_of[first + expert] < 0:
             found[count], negative[count] = first + expert, -tokens_E[expert]
             count += 1
     order = np.argsort(negative[:count], kind="mergesort")
-    return found[order[: knobs.width]]
+    return found[order[: settings.width]]
 
 
 @jit
-def likely(knobs: Knobs, moe_layer: int, num_layers: int, used_dE: FloatArray) -> IntArray:
+def likely(settings: ScheduleSettings, moe_layer: int, num_layers: int, used_dE: FloatArray) -> IntArray:
     """Keys of coming layers that are likely to be used there, be they in slots or still to come."""
     d, E = used_dE.shape
     found = np.empty(d * E, np.int64)
     count = 0
-    for ahead in range(1, min(knobs.lookahead, d, num_layers - 1 - moe_layer) + 1):
+    for ahead in range(1, min(settings.lookahead, d, num_layers - 1 - moe_layer) + 1):
         first = (moe_layer + ahead) * E
         for expert in range(E):
-            if used_dE[ahead - 1, expert] >= knobs.threshold and used_dE[ahead - 1, expert] > 0:
+            if used_dE[ahead - 1, expert] >= settings.threshold and used_dE[ahead - 1, expert] > 0:
                 found[count] = first + expert
                 count += 1
     return found[:count]
@@ -82,7 +82,7 @@ def is_worth_copying(costs: Costs, tokens: IntArray, layer_us: float, lasting: f
         cpu_us += cpu_time(costs.cpu_us, tokens[i])
     slower = 1.0 - costs.cpu_alone_us[1] / max(costs.cpu_us[1], 1e-9)
     lost_us = cpu_us / max(cpu_us, layer_us, 1e-9) * costs.link_us * slower
-    return lasting * REUSES * cpu_us / n >= lost_us
+    return lasting * REUSES_OF_A_COPY * cpu_us / n >= lost_us
 
 
 @jit
@@ -113,11 +113,11 @@ def worth_a_slot(
 
 @jit
 def plan(
-    knobs: Knobs,
+    settings: ScheduleSettings,
     costs: Costs,
     moe_layer: int,
     num_layers: int,
-    need: Need,
+    need: SortedNeed,
     backlog_us: float,
     slot_of: IntArray,
     tokens_dE: FloatArray,
@@ -143,38 +143,38 @@ def plan(
     missing = need.tokens[here:]
     n = len(missing)
     d, E = used_dE.shape
-    ahead = min(knobs.lookahead, d, num_layers - 1 - moe_layer)
-    if knobs.schedule == ON_DEMAND or knobs.schedule == FIDDLER:
-        k = fiddler(costs, missing) if knobs.schedule == FIDDLER else n
+    ahead = min(settings.lookahead, d, num_layers - 1 - moe_layer)
+    if settings.schedule == ON_DEMAND or settings.schedule == FIDDLER:
+        k = fiddler(costs, missing) if settings.schedule == FIDDLER else n
         return Plan(k, nothing, nothing)
-    if knobs.schedule == STREAMING or knobs.schedule == KLOTSKI:
+    if settings.schedule == STREAMING or settings.schedule == KLOTSKI:
         if moe_layer + 1 == num_layers:
             return Plan(n, nothing, nothing)
         row = np.zeros(E)
-        if knobs.schedule == KLOTSKI and d > 0:  # hottest first
+        if settings.schedule == KLOTSKI and d > 0:  # hottest first
             row[:] = tokens_dE[0]
-        whole = Knobs(knobs.schedule, 1, E, 0.0)
+        whole = ScheduleSettings(settings.schedule, 1, E, 0.0)
         first = (moe_layer + 1) * E
         return Plan(n, wanted(whole, moe_layer + 1, slot_of, row, np.ones(E)), np.arange(first, first + E))
     candidates = nothing
     if ahead > 0:
-        candidates = wanted(knobs, moe_layer + 1, slot_of, tokens_dE[0], used_dE[0])
+        candidates = wanted(settings, moe_layer + 1, slot_of, tokens_dE[0], used_dE[0])
     # What was prefetched, or is there and predicted, makes no room for the next prefetch, whoever decides: in an LRU
     # order it would be the first to go (LOG.md: the others gain 2 to 10 % by it, PreSched 0.5 %).
-    keep = likely(knobs, moe_layer, num_layers, used_dE)
-    if knobs.schedule == FATE or knobs.schedule == MOE_INFINITY:
+    keep = likely(settings, moe_layer, num_layers, used_dE)
+    if settings.schedule == FATE or settings.schedule == MOE_INFINITY:
         return Plan(n, candidates, keep)
-    if knobs.schedule == HYBRIMOE:
+    if settings.schedule == HYBRIMOE:
         return Plan(hybrimoe(costs, missing, here, backlog_us), candidates, keep)
     first = (moe_layer + 1) * E
-    is_lasting, others, least = lasting >= LASTING, nothing, knobs.threshold
+    is_lasting, others, least = lasting >= LONG_LASTING, nothing, settings.threshold
     if is_lasting:
-        least = max(least, HARDLY)
-    likelier = Knobs(knobs.schedule, knobs.lookahead, knobs.width, least, knobs.lag)
+        least = max(least, LEAST_BESIDE_REUSE)
+    likelier = ScheduleSettings(settings.schedule, settings.lookahead, settings.width, least, settings.lag)
     if is_lasting and ahead > 0:
         next_E = used_dE[0][candidates - first]
-        others = candidates[(next_E < UNLIKELY) & (next_E >= least)]
-        candidates = candidates[next_E >= UNLIKELY]
+        others = candidates[(next_E < LIKELY) & (next_E >= least)]
+        candidates = candidates[next_E >= LIKELY]
     m = len(candidates)
     next_tokens, next_used = np.empty(m), np.empty(m)
     # The next layer serves the same tokens. A predictor that expects more of them errs by that factor, and the CPU
@@ -188,7 +188,7 @@ def plan(
     )
     most = min(m, p + int(ERROR_MARGIN * window_us / costs.link_us))
     end = p
-    while end < most and next_used[end] >= SURE:
+    while end < most and next_used[end] >= CERTAIN:
         end += 1
     prefetch = candidates[:end]
     left = free_us - m * costs.link_us

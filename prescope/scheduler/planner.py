@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.residency import NOTHING, LayerNeed, ResidencyTable
-from ..cache.slots import Need
+from ..cache.slots import SortedNeed
 from ..core.types import FloatArray, MoEShape
 from .layer import plan_layer, reconsider
-from .types import Costs, Knobs, Memory, Plan
+from .types import Costs, Memory, Plan, ScheduleSettings
 
 #: Weight of the newest step, and of the newest job, in what the planner makes of its own measurements.
 NEWEST = 0.2
@@ -45,8 +45,8 @@ class Planner:
         predicts: layers ahead that a predictor answers for; 0 without one.
     """
 
-    def __init__(self, knobs: Knobs, costs: Costs, shape: MoEShape, predicts: int) -> None:
-        self.knobs, self.costs, self._shape = knobs, costs, shape
+    def __init__(self, settings: ScheduleSettings, costs: Costs, shape: MoEShape, predicts: int) -> None:
+        self.settings, self.costs, self._shape = settings, costs, shape
         self._calibrated = costs
         self.cpu_factor = 1.0  # what the CPU takes, of what it was calibrated to take
         self._cpu_ratios: deque[float] = deque(maxlen=CPU_STEPS)  # the same, of the last steps
@@ -54,7 +54,10 @@ class Planner:
         self._link_free_us = 0.0  # by the caller's clock: when the link will be done with what it was given
         self._nothing = np.zeros((0, shape.num_experts))
         self._former: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None
-        self._decided = Need(NOTHING, NOTHING, 0, 0), 0.0  # of the last layer: its need, and the backlog
+        self._decided = (
+            SortedNeed(NOTHING, NOTHING, 0, 0),
+            0.0,
+        )  # of the last layer: its need, and the backlog
         self.restart()
 
     def restart(self) -> None:
@@ -78,7 +81,7 @@ class Planner:
                 layer's plan.
         """
         former, self._former = self._former, predicted
-        if predicted is not None and self.knobs.lag:
+        if predicted is not None and self.settings.lag:
             # Those of the layer before; the first layer has none.
             predicted = (
                 former if need.moe_layer else (np.zeros_like(predicted[0]), np.zeros_like(predicted[1]))
@@ -87,11 +90,11 @@ class Planner:
         # No more can be left than prefetches under way; the errors of what copies are believed to take would add up.
         under_way = now_us + int(table.in_flight.sum()) * self.costs.link_busy_us
         self._link_free_us = min(self._link_free_us, under_way)
-        of_layer = Need(need.experts, need.tokens, need.num_hits, need.num_late)
+        of_layer = SortedNeed(need.experts, need.tokens, need.num_hits, need.num_late)
         backlog_us = max(0.0, self._link_free_us - now_us)
         self._decided = of_layer, backlog_us
         return plan_layer(
-            self.knobs,
+            self.settings,
             self.costs,
             need.moe_layer,
             of_layer,
@@ -110,12 +113,12 @@ class Planner:
         """The plan of the layer decided last, with the prefetches that its own predictions ask for, if it was decided
         without them.
         """
-        if not self.knobs.lag or self._former is None or moe_layer + 1 == self._shape.num_layers:
+        if not self.settings.lag or self._former is None or moe_layer + 1 == self._shape.num_layers:
             return plan
         need, backlog_us = self._decided
         tokens_dE, used_dE = (np.array(part, dtype=np.float64) for part in self._former)
         again = reconsider(
-            self.knobs, self.costs, moe_layer, need, plan.num_load, backlog_us, table.slot_of, table.key_of,
+            self.settings, self.costs, moe_layer, need, plan.num_load, backlog_us, table.slot_of, table.key_of,
             table.policy.scores, self.memory, tokens_dE, used_dE,
         )  # fmt: skip
         return plan._replace(prefetch=again.prefetch, keep=again.keep)

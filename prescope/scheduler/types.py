@@ -26,7 +26,7 @@ class Costs(NamedTuple):
     batch_us: float = 0.0  # copies handed over together, besides their bytes; for the simulator's clock
 
 
-class Knobs(NamedTuple):
+class ScheduleSettings(NamedTuple):
     """Settings of a schedule."""
 
     schedule: int  # number in `scheduler.SCHEDULES`

@@ -25,7 +25,7 @@ from .simulator import Simulator
 IN_SLOT, ON_LINK, ON_HOST = WHERE = ("in its slot", "on the link", "in host memory")
 
 
-class Why(NamedTuple):
+class LayerExplanation(NamedTuple):
     """One layer of one step.
 
     Attributes:
@@ -48,7 +48,7 @@ class Why(NamedTuple):
     label: str
 
 
-def why(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> Why:
+def explain_layer(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> LayerExplanation:
     """Where each expert of one layer of one step went, and what was weighed.
 
     Raises:
@@ -75,7 +75,7 @@ def why(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> W
     experts.loc[missing.index, "by_link_us"], experts.loc[missing.index, "by_cpu_us"] = by_link, by_cpu
     num_cpu = int(log.counts[s, moe_layer, ON_CPU])
     splits = splits_of(costs, tokens, len(here), num_late, backlog, len(tokens) - num_cpu)
-    return Why(
+    return LayerExplanation(
         step,
         moe_layer,
         experts,

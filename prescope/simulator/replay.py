@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from ..cache.policies import learn
 from ..cache.residency import ROUND_EXPERTS
-from ..cache.slots import Need, sort_need, take_slots, use_prefetched
+from ..cache.slots import SortedNeed, sort_need, take_slots, use_prefetched
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from ..scheduler.layer import plan_layer, reconsider
 from ..scheduler.presched import cpu_done, share_alone
-from ..scheduler.types import Costs, Knobs, Memory, cpu_time
+from ..scheduler.types import Costs, Memory, ScheduleSettings, cpu_time
 
 BoolArray = NDArray[np.bool_]
 
@@ -87,7 +87,7 @@ class _Wire(NamedTuple):
 
 @jit
 def replay(
-    knobs: Knobs,
+    settings: ScheduleSettings,
     costs: Costs,
     believed: Costs,
     policy: int,
@@ -129,7 +129,7 @@ def replay(
             wire = _with_room(wire, E * (d + 2))
             routed = now + costs.rest_us
             foreseen = max(routed, foreseen) + costs.predict_us
-            looked = max(routed if knobs.lag else foreseen, decided)
+            looked = max(routed if settings.lag else foreseen, decided)
             decided = looked + costs.decide_us
             _prefetch(held, held_us, looked, s, most_in_flight, E, costs, state, wire, protected, keep)
             # -- the decision
@@ -146,14 +146,14 @@ def replay(
                 weights = demand.weights_SLE[s, layer][need.experts].astype(np.float64)
             learn(policy, state.scores, state.tick[0], layer, E, need.experts, weights)
             for a in range(d):
-                of = layer - knobs.lag + a + 1
-                there = layer >= knobs.lag and of < L
+                of = layer - settings.lag + a + 1
+                there = layer >= settings.lag and of < L
                 for e in range(E):
                     used_dE[a, e] = demand.used_dSLE[a, s, of, e] if there else 0.0
                     tokens_dE[a, e] = demand.expected_dSLE[a, s, of, e] if there else 0.0
             backlog = max(0.0, wire.free_us[0] - looked)
             chosen = plan_layer(
-                knobs,
+                settings,
                 believed,
                 layer,
                 need,
@@ -166,15 +166,15 @@ def replay(
                 used_dE,
             )
             held, held_us, keep = chosen.prefetch, decided, chosen.keep
-            if knobs.lag and d > 0 and layer + 1 < L:
+            if settings.lag and d > 0 and layer + 1 < L:
                 for a in range(d):
                     of = layer + a + 1
                     for e in range(E):
                         used_dE[a, e] = demand.used_dSLE[a, s, of, e] if of < L else 0.0
                         tokens_dE[a, e] = demand.expected_dSLE[a, s, of, e] if of < L else 0.0
                 again = reconsider(
-                    knobs, believed, layer, need, chosen.num_load, backlog, state.slot_of, state.key_of, state.scores,
-                    state.memory, tokens_dE, used_dE,
+                    settings, believed, layer, need, chosen.num_load, backlog, state.slot_of, state.key_of,
+                    state.scores, state.memory, tokens_dE, used_dE,
                 )  # fmt: skip
                 held, held_us, keep = again.prefetch, max(decided, foreseen), again.keep
             # -- the clock
@@ -312,7 +312,7 @@ def _serve(
     step: int,
     decided: float,
     num_load: int,
-    need: Need,
+    need: SortedNeed,
     E: int,
     costs: Costs,
     state: State,

@@ -9,7 +9,7 @@ NOISY, ORACLE, NONE = "noisy oracle", "oracle", "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Scenario:
     """Settings of one replay, or of one run.
 
     Attributes:

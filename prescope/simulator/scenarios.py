@@ -11,18 +11,18 @@ from ..predictor import NoisyOracle, Oracle, Predictor
 from ..predictor.base import Shape
 from ..scheduler import SCHEDULES, schedule_named
 from ..traces.routing import RoutingTrace
-from .explain import Why, why
+from .explain import LayerExplanation, explain_layer
 from .machines import Machine
 from .prepare import LOOKAHEAD
 from .result import SimResult
-from .scenario import NOISY, NONE, ORACLE, Choice
+from .scenario import NOISY, NONE, ORACLE, Scenario
 from .simulator import Simulator
 
 #: Instead of a predictor that a schedule comes with and that is not there, the best first.
 STAND_INS = ("llapor", "early router", "transition", "frequency")
 
 
-class Replays:
+class Scenarios:
     """What any choice would have done with one recorded trace.
 
     Args:
@@ -51,7 +51,7 @@ class Replays:
         self._lookahead = lookahead
         self._simulators: dict[tuple[str, str], Simulator] = {}
         for name in (NONE, *self.predictors):
-            self.simulator(Choice(slots=1, predictor=name, machine=next(iter(self.machines))))
+            self.simulator(Scenario(slots=1, predictor=name, machine=next(iter(self.machines))))
 
     # -- names -------------------------------------------------------------------------------------------------
 
@@ -66,26 +66,26 @@ class Replays:
         """Experts of the whole model."""
         return self.trace.num_layers * self.trace.num_experts
 
-    def machine(self, choice: Choice) -> Machine:
+    def machine(self, scenario: Scenario) -> Machine:
         """The machine of a choice.
 
         Raises:
             UnsupportedOption: there is none of this name.
         """
-        if choice.machine not in self.machines:
+        if scenario.machine not in self.machines:
             names = ", ".join(map(repr, self.machines))
-            raise UnsupportedOption(f"machine is {choice.machine!r}; choose one of {names}")
-        return self.machines[choice.machine]
+            raise UnsupportedOption(f"machine is {scenario.machine!r}; choose one of {names}")
+        return self.machines[scenario.machine]
 
-    def has_cpu(self, choice: Choice) -> bool:
+    def has_cpu(self, scenario: Scenario) -> bool:
         """Whether the CPU lane can be used: by this schedule, on this machine."""
-        return schedule_named(choice.schedule).uses_cpu and len(self.machine(choice).costs.cpu_us) > 1
+        return schedule_named(scenario.schedule).uses_cpu and len(self.machine(scenario).costs.cpu_us) > 1
 
-    def why_not_here(self, choice: Choice) -> str:
+    def why_not_here(self, scenario: Scenario) -> str:
         """Why a choice cannot be run for real; "" if it can."""
-        if not self.machine(choice).is_here:
-            return f"only {next(iter(self.machines))!r} can be run, {choice.machine!r} can be simulated"
-        full = self.resolved(choice)
+        if not self.machine(scenario).is_here:
+            return f"only {next(iter(self.machines))!r} can be run, {scenario.machine!r} can be simulated"
+        full = self.resolved(scenario)
         if full.predictor in (ORACLE, NOISY):
             return "an oracle knows the recorded future; live there is none"
         if schedule_named(full.schedule).needs_predictor and (full.predictor or NONE) == NONE:
@@ -94,24 +94,24 @@ class Replays:
 
     # -- choices -----------------------------------------------------------------------------------------------
 
-    def resolved(self, choice: Choice) -> Choice:
+    def resolved(self, scenario: Scenario) -> Scenario:
         """A choice with the schedule's own values where it names none, and within what there is."""
-        schedule = schedule_named(choice.schedule)
-        predictor = choice.predictor or self._own_predictor(schedule.predictor)
+        schedule = schedule_named(scenario.schedule)
+        predictor = scenario.predictor or self._own_predictor(schedule.predictor)
         if predictor not in self.predictor_names:
             names = ", ".join(map(repr, self.predictor_names))
             raise UnsupportedOption(f"predictor is {predictor!r}; choose one of {names}")
         E, depth = self.trace.num_experts, self._depth(predictor)
-        wanted = max(1, schedule.lookahead) if choice.lookahead is None else choice.lookahead
-        width = choice.width if choice.width is not None else schedule.width
+        wanted = max(1, schedule.lookahead) if scenario.lookahead is None else scenario.lookahead
+        width = scenario.width if scenario.width is not None else schedule.width
         return replace(
-            choice,
-            cache=choice.cache or schedule.cache,
+            scenario,
+            cache=scenario.cache or schedule.cache,
             predictor=predictor,
             lookahead=min(wanted, depth),
             width=E if width is None else min(width, E),
-            threshold=schedule.threshold if choice.threshold is None else choice.threshold,
-            cpu=choice.cpu and self.has_cpu(choice),
+            threshold=schedule.threshold if scenario.threshold is None else scenario.threshold,
+            cpu=scenario.cpu and self.has_cpu(scenario),
         )
 
     def _own_predictor(self, wanted: str) -> str:
@@ -130,19 +130,19 @@ class Replays:
             else min(self._lookahead, self.predictors[predictor].lookahead)
         )
 
-    def as_published(self, choice: Choice, schedule: str) -> Choice:
+    def as_published(self, scenario: Scenario, schedule: str) -> Scenario:
         """Another schedule with its own cache, predictor and settings; slots, machine and CPU lane stay."""
-        return Choice(schedule=schedule, slots=choice.slots, cpu=choice.cpu, machine=choice.machine)
+        return Scenario(schedule=schedule, slots=scenario.slots, cpu=scenario.cpu, machine=scenario.machine)
 
-    def engine_settings(self, choice: Choice) -> dict[str, Any]:
+    def engine_settings(self, scenario: Scenario) -> dict[str, Any]:
         """For `Engine.configure`: the same choice, for real.
 
         Raises:
             UnsupportedOption: it can only be simulated.
         """
-        if reason := self.why_not_here(choice):
+        if reason := self.why_not_here(scenario):
             raise UnsupportedOption(reason)
-        full, machine = self.resolved(choice), self.machine(choice)
+        full, machine = self.resolved(scenario), self.machine(scenario)
         name = full.predictor or NONE
         return {
             "schedule": full.schedule,
@@ -158,25 +158,25 @@ class Replays:
 
     # -- replays -----------------------------------------------------------------------------------------------
 
-    def simulator(self, choice: Choice) -> Simulator:
+    def simulator(self, scenario: Scenario) -> Simulator:
         """The trace prepared for a choice's machine and predictor."""
-        name = self.resolved(choice).predictor or NONE
-        key = f"{NOISY} {choice.recall:.3f}" if name == NOISY else name
-        if (choice.machine, key) not in self._simulators:
-            machine = self.machine(choice)
+        name = self.resolved(scenario).predictor or NONE
+        key = f"{NOISY} {scenario.recall:.3f}" if name == NOISY else name
+        if (scenario.machine, key) not in self._simulators:
+            machine = self.machine(scenario)
             costs = machine.costs
             if machine.is_here:
                 costs = costs.with_predictor(self._predict_us.get(name, 0.0))
-            self._simulators[choice.machine, key] = Simulator(
+            self._simulators[scenario.machine, key] = Simulator(
                 self.trace,
                 costs,
                 row_bytes=machine.row_bytes,
-                predictor=self._predictor(name, choice.recall),
+                predictor=self._predictor(name, scenario.recall),
                 lookahead=self._lookahead,
                 step_us=machine.step_us,
                 label=self.label,
             )
-        return self._simulators[choice.machine, key]
+        return self._simulators[scenario.machine, key]
 
     def _predictor(self, name: str, recall: float) -> Predictor | None:
         if name == NONE:
@@ -187,12 +187,12 @@ class Replays:
         kept = min(1.0, max(least, recall))
         return NoisyOracle(self.trace, {1: kept, self._lookahead: kept})
 
-    def run(self, choice: Choice) -> SimResult:
+    def run(self, scenario: Scenario) -> SimResult:
         """Replay the trace.
 
         Raises: as `Simulator.run`.
         """
-        full, simulator = self.resolved(choice), self.simulator(choice)
+        full, simulator = self.resolved(scenario), self.simulator(scenario)
         result = simulator.run(
             full.schedule,
             slots=full.slots,
@@ -201,13 +201,13 @@ class Replays:
             width=full.width,
             threshold=full.threshold,
             cpu=full.cpu,
-            most_in_flight=self.machine(choice).most_in_flight,
+            most_in_flight=self.machine(scenario).most_in_flight,
         )
         if full.lookahead and not simulator.costs.predict_us:
             result.notes.append(f"what a prediction of {full.predictor} costs here is not known; it is free")
         return result
 
-    def compare(self, choice: Choice, *, published: bool = True) -> dict[str, SimResult]:
+    def compare(self, scenario: Scenario, *, published: bool = True) -> dict[str, SimResult]:
         """Every schedule with these slots on this machine, by name; the chosen one as chosen.
 
         Args:
@@ -215,8 +215,8 @@ class Replays:
         """
         results = {}
         for name in SCHEDULES:
-            other = self.as_published(choice, name) if published else replace(choice, schedule=name)
-            results[name] = self.run(choice if name == choice.schedule else other)
+            other = self.as_published(scenario, name) if published else replace(scenario, schedule=name)
+            results[name] = self.run(scenario if name == scenario.schedule else other)
         return results
 
     def table(self, results: Mapping[str, SimResult]) -> pd.DataFrame:
@@ -248,10 +248,10 @@ class Replays:
             )
         return pd.DataFrame(rows).set_index("schedule")
 
-    def bounds(self, choice: Choice) -> pd.DataFrame:
+    def bounds(self, scenario: Scenario) -> pd.DataFrame:
         """What no schedule can beat with these slots on this machine."""
-        found = self.simulator(choice).bounds(choice.slots, cpu=choice.cpu and self.has_cpu(choice))
-        needed = max(1, int((self.simulator(choice).needs.tokens_SLE > 0).sum()))
+        found = self.simulator(scenario).bounds(scenario.slots, cpu=scenario.cpu and self.has_cpu(scenario))
+        needed = max(1, int((self.simulator(scenario).needs.tokens_SLE > 0).sum()))
         rows = [
             (
                 "misses of the best cache that loads on demand (Belady)",
@@ -273,7 +273,9 @@ class Replays:
         columns = ["schedule", "same as published", "not known, or ours", "source"]
         return pd.DataFrame(rows, columns=columns).set_index("schedule")
 
-    def why(self, choice: Choice, step: int, moe_layer: int, result: SimResult | None = None) -> Why:
+    def why(
+        self, scenario: Scenario, step: int, moe_layer: int, result: SimResult | None = None
+    ) -> LayerExplanation:
         """Where each expert of one layer of one step went, and what was weighed.
 
         Args:
@@ -282,4 +284,4 @@ class Replays:
         Raises:
             UnsupportedOption: there is no such decode step or layer.
         """
-        return why(self.simulator(choice), result or self.run(choice), step, moe_layer)
+        return explain_layer(self.simulator(scenario), result or self.run(scenario), step, moe_layer)

@@ -20,7 +20,7 @@ from ..errors import UnsupportedOption
 from ..predictor.base import Predictor
 from ..scheduler import Schedule, schedule_named
 from ..scheduler.costs import LayerCosts, compiled_costs
-from ..scheduler.types import Knobs, Memory
+from ..scheduler.types import Memory, ScheduleSettings
 from ..traces.bounds import belady_misses, static_misses
 from ..traces.routing import RoutingTrace
 from .prefill import prefill, prefill_steps
@@ -245,7 +245,9 @@ class Simulator:
     def _replay(self, settings: Settings, policy: CachePolicy, believed: LayerCosts | None) -> Log:
         table = ResidencyTable(self.shape, settings.num_slots, policy)
         lag = settings.lag
-        knobs = Knobs(settings.schedule.number, settings.lookahead, settings.width, settings.threshold, lag)
+        for_decisions = ScheduleSettings(
+            settings.schedule.number, settings.lookahead, settings.width, settings.threshold, lag
+        )
         form = partial(compiled_costs, cpu=settings.cpu, predicts=settings.lookahead > 0)
         costs, by = form(self.costs), form(self.costs if believed is None else believed)
         depth = min(settings.lookahead + lag, len(self.predicted.used_dSLE))
@@ -269,7 +271,15 @@ class Simulator:
             )
             logs.append(
                 replay(
-                    knobs, costs, by, policy.kind, settings.most_in_flight, self.step_us, now, state, demand
+                    for_decisions,
+                    costs,
+                    by,
+                    policy.kind,
+                    settings.most_in_flight,
+                    self.step_us,
+                    now,
+                    state,
+                    demand,
                 )
             )
             policy.tick, now = int(state.tick[0]), float(logs[-1].step_end_us[-1])

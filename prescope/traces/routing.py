@@ -61,7 +61,7 @@ _FRAME_DTYPES: dict[str, Any] = {
 }
 
 
-class LayerNeed(NamedTuple):
+class LayerUse(NamedTuple):
     """What one MoE layer needs in one step."""
 
     moe_layer: int
@@ -165,13 +165,13 @@ class RoutingTrace:
             f"{self.num_layers} MoE layers, top-{self.top_k} of {self.num_experts}{inputs}>"
         )
 
-    def needed(self, step: int) -> Iterator[LayerNeed]:
+    def needed(self, step: int) -> Iterator[LayerUse]:
         """Distinct experts each MoE layer needs in a step, with the tokens that use them; layers in order."""
         first, end = np.searchsorted(self.step, [step, step + 1])
         counts_LE = _counts(self.expert_ids[first:end], self.num_experts)
         for layer, counts_E in enumerate(counts_LE):
             experts = np.flatnonzero(counts_E)
-            yield LayerNeed(layer, experts, counts_E[experts])
+            yield LayerUse(layer, experts, counts_E[experts])
 
     def step_routing(self, step: int) -> StepRouting:
         """Ids (L, T, K) int16 and weights (L, T, K) float32 of a step's T tokens, in row order; contiguous copies.

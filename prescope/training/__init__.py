@@ -1,7 +1,7 @@
 """Record, train, judge: `train_predictor(model, prompts)` in one call, and its parts.
 
 `record` runs prompts through an engine, `routers` takes the routers out of the model, `trainer` trains LLaPor,
-`score_card` judges any predictor, `failures` breaks it, `worth` says whether it pays.
+`score_card` judges any predictor, `failures` breaks it, `savings` says whether it pays.
 """
 
 from .failures import Inverted, Shift, adversarial_trace, domain_shift, joined_stream, random_predictor
@@ -9,21 +9,21 @@ from .pipeline import TrainedPredictor, baselines, comparison, train_predictor
 from .prepare import Split, rows_of, split_by_prompt
 from .record import own_prompts, own_text, record_trace
 from .routers import router_agreement, routers_of
+from .savings import Savings, savings
 from .score_card import Interval, ScoreCard, difference, score
-from .trainer import Progress, TrainConfig, TrainResult, train
-from .worth import Worth, worth
+from .trainer import TrainConfig, TrainingProgress, TrainResult, train
 
 __all__ = [
     "Interval",
     "Inverted",
-    "Progress",
+    "Savings",
     "ScoreCard",
     "Shift",
     "Split",
     "TrainConfig",
     "TrainResult",
     "TrainedPredictor",
-    "Worth",
+    "TrainingProgress",
     "adversarial_trace",
     "baselines",
     "comparison",
@@ -37,9 +37,9 @@ __all__ = [
     "router_agreement",
     "routers_of",
     "rows_of",
+    "savings",
     "score",
     "split_by_prompt",
     "train",
     "train_predictor",
-    "worth",
 ]

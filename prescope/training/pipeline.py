@@ -24,9 +24,9 @@ from ..traces.routing import RoutingTrace
 from .prepare import MIN_PROMPTS, rows_of, split_by_prompt, spread
 from .record import PromptSet, device_of, opened, own_prompts, own_text, record_trace
 from .routers import router_agreement, routers_of, routers_or_reason
+from .savings import savings
 from .score_card import ScoreCard, difference, score
-from .trainer import Progress, TrainConfig, train
-from .worth import worth
+from .trainer import TrainConfig, TrainingProgress, train
 
 __all__ = [
     "TrainedPredictor",
@@ -60,7 +60,7 @@ class TrainedPredictor(NamedTuple):
     predictor: Llapor
     others: list[Any]
     cards: dict[str, ScoreCard]
-    history: list[Progress]
+    history: list[TrainingProgress]
     groups: LayerGroups
     cues: Cues
     trace: RoutingTrace
@@ -77,11 +77,11 @@ class TrainedPredictor(NamedTuple):
         """One row for each predictor and lookahead: recall@K with its interval, and less the early router's."""
         return comparison(self.cards, against="early router", domain=domain)
 
-    def worth(self, costs: LayerCosts, **settings: Any) -> pd.DataFrame:
+    def savings(self, costs: LayerCosts, **settings: Any) -> pd.DataFrame:
         """Milliseconds each predictor saves per token on `test`, at its own cost measured here and now.
 
         Args:
-            costs: of the machine, without a predictor. `settings`: see `predictor.worth.worth`.
+            costs: of the machine, without a predictor. `settings`: see `predictor.worth.savings`.
         """
         rows = []
         for one in [self.predictor, *self.others]:
@@ -92,7 +92,7 @@ class TrainedPredictor(NamedTuple):
                 if is_control
                 else measure_us(one, self.predictor.width, device=str(self.predictor.device))
             )
-            found = worth(one, self.test, costs.with_predictor(spent), **settings)
+            found = savings(one, self.test, costs.with_predictor(spent), **settings)
             rows.append(found._asdict() | {"saved_ms": found.saved_ms})
         return pd.DataFrame(rows).sort_values("saved_ms", ascending=False, ignore_index=True)
 
@@ -109,7 +109,7 @@ def train_predictor(
     own_tokens: int | None = None,
     path: str | Path | None = None,
     checkpoint: str | Path | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
     device: str | None = None,
 ) -> TrainedPredictor:
     """Train a LLaPor predictor for a model on prompts, and judge it.

@@ -75,7 +75,7 @@ class TrainConfig:
             raise UnsupportedOption(f"learning_rate is {self.learning_rate}; it is positive")
 
 
-class Progress(NamedTuple):
+class TrainingProgress(NamedTuple):
     """What training reports after each epoch."""
 
     epoch: int  # from 1
@@ -90,7 +90,7 @@ class TrainResult(NamedTuple):
     """A trained predictor and how it came about."""
 
     predictor: Llapor
-    history: list[Progress]
+    history: list[TrainingProgress]
     split: Split
     groups: LayerGroups
 
@@ -105,7 +105,7 @@ def train(
     groups: LayerGroups | None = None,
     device: str = "cpu",
     checkpoint: str | Path | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
 ) -> TrainResult:
     """Train a predictor on a trace with router inputs.
 
@@ -136,7 +136,7 @@ def train(
         more = len(trace) + np.flatnonzero(own_text.position >= 0)
         rows = split._replace(train=np.concatenate([split.train, more]))
         trace = RoutingTrace.concat([trace, own_text])
-    run = _Run(trace, rows, config, training, routers, groups, device)
+    run = _TrainingRun(trace, rows, config, training, routers, groups, device)
     path = Path(checkpoint) if checkpoint is not None else None
     if path is not None and path.exists():
         run.resume(path)
@@ -151,7 +151,7 @@ def train(
     return TrainResult(predictor, run.history, split, groups)
 
 
-class _Run:
+class _TrainingRun:
     """State of one training: weights, optimiser, best weights so far, history."""
 
     def __init__(
@@ -190,7 +190,7 @@ class _Run:
         self.epochs_since_best = 0
         self.best_recall = -1.0
         self.best = self._copy()
-        self.history: list[Progress] = []
+        self.history: list[TrainingProgress] = []
         self._is_outer = torch.tensor(
             [layer not in groups.middle for layer in range(shape.num_layers)], device=self.device
         ).float()[:, None, None]
@@ -209,7 +209,7 @@ class _Run:
 
     # -- epochs ------------------------------------------------------------------------------------------------
 
-    def run_epoch(self, started: float) -> Progress:
+    def run_epoch(self, started: float) -> TrainingProgress:
         """One pass over the training rows, then the held-out recall."""
         rng = np.random.default_rng([self.training.seed, self.epoch])
         order = rng.permutation(self.split.train)
@@ -235,7 +235,9 @@ class _Run:
         if is_best:
             self.best_recall, self.best = recall, self._copy()
         seconds = time.perf_counter() - started
-        self.history.append(Progress(self.epoch, self.training.epochs, loss, recall, is_best, seconds))
+        self.history.append(
+            TrainingProgress(self.epoch, self.training.epochs, loss, recall, is_best, seconds)
+        )
         return self.history[-1]
 
     def _step(self, rows: IdArray, done: float) -> torch.Tensor:
@@ -362,7 +364,7 @@ class _Run:
                 }
         self.epoch, self.epochs_since_best = int(metadata["epoch"]), int(metadata["epochs_since_best"])
         self.best_recall = float(metadata["best_recall"])
-        self.history = [Progress(*entry) for entry in metadata["history"]]
+        self.history = [TrainingProgress(*entry) for entry in metadata["history"]]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ OUTCOMES = ("hit", "late", "miss", "on_cpu")
 _WORDS = {**NAMES, "miss": "miss, copied"}
 
 
-class Counts(NamedTuple):
+class OutcomeCounts(NamedTuple):
     """Distinct experts per decode step of each MoE layer; a miss here is one that was copied."""
 
     hit: tuple[float, ...]
@@ -35,11 +35,11 @@ class Counts(NamedTuple):
 class OutcomesInfo(NamedTuple):
     """One or two results."""
 
-    counts: Counts
+    counts: OutcomeCounts
     source: str
     settings: str
     told: str
-    measured: Counts | None = None
+    measured: OutcomeCounts | None = None
     measured_source: str = ""
 
 
@@ -67,7 +67,7 @@ def outcomes_info(result: RunResult | SimResult, measured: RunResult | None = No
     )
 
 
-def _counts(layers: pd.DataFrame) -> Counts:
+def _counts(layers: pd.DataFrame) -> OutcomeCounts:
     rows = layers[layers["phase"] == "decode"]
     if rows.empty:
         raise BadTrace(
@@ -80,7 +80,9 @@ def _counts(layers: pd.DataFrame) -> Counts:
 
     on_cpu = rows["on_cpu"].to_numpy()
     copied = rows["misses"].to_numpy() - on_cpu
-    return Counts(mean(rows["hits"].to_numpy()), mean(rows["late"].to_numpy()), mean(copied), mean(on_cpu))
+    return OutcomeCounts(
+        mean(rows["hits"].to_numpy()), mean(rows["late"].to_numpy()), mean(copied), mean(on_cpu)
+    )
 
 
 def outcomes_traces(info: OutcomesInfo) -> list[dict[str, Any]]:
@@ -91,7 +93,7 @@ def outcomes_traces(info: OutcomesInfo) -> list[dict[str, Any]]:
         _trace(name, values, info.source, -shift, width, "")
         for name, values in zip(OUTCOMES, info.counts, strict=True)
     ]
-    beside = info.measured or Counts((), (), (), ())
+    beside = info.measured or OutcomeCounts((), (), (), ())
     return traces + [
         _trace(name, values, info.measured_source, shift, width, "/")
         for name, values in zip(OUTCOMES, beside, strict=True)
@@ -134,7 +136,7 @@ def outcomes_layout(info: OutcomesInfo) -> dict[str, Any]:
     }
 
 
-def _shares(counts: Counts) -> str:
+def _shares(counts: OutcomeCounts) -> str:
     return ", ".join(f"{_WORDS[name]} {share:.1f} %" for name, share in counts.shares_pct.items() if share)
 
 

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML, display
 
 from ..scheduler import SCHEDULES
-from ..simulator import Choice, Replays, Why
+from ..simulator import LayerExplanation, Scenario, Scenarios
 from ..views.schedule_pair import (
     SchedulePairInfo,
     plot_schedule_pair,
@@ -26,19 +26,19 @@ class PairPanel:
         upper, lower: schedules. `step`, `layer`: sliders. `figure`: the lanes. `tables`: the reasons.
     """
 
-    def __init__(self, replays: Replays, choice: Choice, upper: str, lower: str) -> None:
-        self._replays, self._choice = replays, choice
+    def __init__(self, scenarios: Scenarios, scenario: Scenario, upper: str, lower: str) -> None:
+        self._replays, self._choice = scenarios, scenario
         options = [(schedule.title, name) for name, schedule in SCHEDULES.items()]
         slim = {"width": "300px"}
         self.upper = ipw.Dropdown(options=options, value=upper, description="above", layout=slim)
         self.lower = ipw.Dropdown(options=options, value=lower, description="below", layout=slim)
-        steps = replays.simulator(choice).needs.steps
+        steps = scenarios.simulator(scenario).needs.steps
         self.step = ipw.IntSlider(
             value=int(steps[min(2, len(steps) - 1)]), min=int(steps[0]), max=int(steps[-1]), description="step",
             continuous_update=False, layout={"width": "400px"},
         )  # fmt: skip
         self.layer = ipw.IntSlider(
-            value=min(3, replays.trace.num_layers - 1), max=replays.trace.num_layers - 1, description="MoE layer",
+            value=min(3, scenarios.trace.num_layers - 1), max=scenarios.trace.num_layers - 1, description="MoE layer",
             continuous_update=False, layout={"width": "400px"},
         )  # fmt: skip
         self.figure = SlimFigureWidget(plot_schedule_pair(self._info()))
@@ -65,7 +65,7 @@ class PairPanel:
         self.figure.show_parts(schedule_pair_traces(info), schedule_pair_layout(info))
         self._tell()
 
-    def why(self) -> tuple[Why, Why]:
+    def explained(self) -> tuple[LayerExplanation, LayerExplanation]:
         """The chosen layer and step under both schedules."""
         upper, lower = (
             self._replays.why(self._choice_of(name), self.step.value, self.layer.value)
@@ -78,7 +78,7 @@ class PairPanel:
         for widget in (self.figure, self.view):
             widget.close()
 
-    def _choice_of(self, name: str) -> Choice:
+    def _choice_of(self, name: str) -> Scenario:
         """The choice it was made with, for its own schedule; another schedule is as published."""
         return (
             self._choice if name == self._choice.schedule else self._replays.as_published(self._choice, name)
@@ -91,7 +91,7 @@ class PairPanel:
         return schedule_pair_info(upper, lower, range(self.step.value, self.step.value + 1))
 
     def _tell(self) -> None:
-        self.tables.value = "".join(map(why_html, self.why()))
+        self.tables.value = "".join(map(why_html, self.explained()))
 
     def _plain(self) -> go.Figure:
         return plot_schedule_pair(self._info())
@@ -104,7 +104,7 @@ class PairPanel:
         display(HTML(self.tables.value))
 
 
-def why_html(why: Why) -> str:
+def why_html(why: LayerExplanation) -> str:
     """One layer's experts and the splits of its misses, as a table each."""
     experts = why.experts.drop(columns="reason").rename(
         columns={

@@ -16,7 +16,7 @@ from IPython.display import HTML, display
 from ..core.units import format_bytes
 from ..errors import PrescopeError
 from ..scheduler import SCHEDULES
-from ..simulator import NOISY, Choice, Replays, SimResult
+from ..simulator import NOISY, Scenario, Scenarios, SimResult
 from ..simulator.simulator import CACHES
 from ..traces.result import RunResult
 from ..views.lanes import lanes_info, lanes_layout, lanes_traces, plot_lanes
@@ -55,20 +55,20 @@ class SchedulePanel:
     """
 
     def __init__(
-        self, session: "Session", replays: Replays, prompts: "Prompts", keywords: dict[str, Any]
+        self, session: "Session", scenarios: Scenarios, prompts: "Prompts", keywords: dict[str, Any]
     ) -> None:
-        self._session, self._replays = session, replays
+        self._session, self._replays = session, scenarios
         self._prompts, self._keywords = prompts, keywords
         self._lock = threading.Lock()
         self._is_quiet = False  # several controls change together
         self._updated = self._redrawn = 0.0
         self._later: asyncio.TimerHandle | None = None
-        self._runs: dict[Choice, RunResult] = {}
+        self._runs: dict[Scenario, RunResult] = {}
         self.job: Job | None = None
         self._make_controls()
         self._adopt(SCHEDULES[self.schedule.value])
-        self._running: Choice | None = None
-        self.result: SimResult = replays.run(self.choice)
+        self._running: Scenario | None = None
+        self.result: SimResult = scenarios.run(self.scenario)
         self.step.min, self.step.max = self._step_bounds()
         self.step.value = min(self.step.max, self.step.min + 1)
         self.figures = {name: SlimFigureWidget(figure) for name, figure in self._plain().items()}
@@ -97,23 +97,23 @@ class SchedulePanel:
         gc.freeze()
 
     def _make_controls(self) -> None:
-        replays, shape = self._replays, self._session.engine.shape
+        scenarios, shape = self._replays, self._session.engine.shape
         wide, slim = {"width": "400px"}, {"width": "300px"}
         self.schedule = ipw.Dropdown(
             options=[(schedule.title, name) for name, schedule in SCHEDULES.items()], value="presched",
             description="schedule", layout=slim,
         )  # fmt: skip
-        self.predictor = ipw.Dropdown(options=replays.predictor_names, description="predictor", layout=slim)
+        self.predictor = ipw.Dropdown(options=scenarios.predictor_names, description="predictor", layout=slim)
         self.recall = ipw.FloatSlider(
             value=0.8, min=math.ceil(20 * shape.top_k / shape.num_experts) / 20, max=1.0, step=0.05,
             description="its recall", layout=slim, disabled=True,
         )  # fmt: skip
-        self.machine = ipw.Dropdown(options=list(replays.machines), description="machine", layout=wide)
+        self.machine = ipw.Dropdown(options=list(scenarios.machines), description="machine", layout=wide)
         self.cache = ipw.Dropdown(options=[_OWN, *CACHES], description="cache", layout=slim)
         self.cpu = ipw.Checkbox(value=True, description="CPU lane", indent=False, layout={"width": "110px"})
         self.slots = ipw.IntSlider(
-            value=self._session.engine.num_slots, min=max(1, shape.top_k), max=replays.num_experts, description="slots",
-            readout=False, layout=wide,
+            value=self._session.engine.num_slots, min=max(1, shape.top_k), max=scenarios.num_experts,
+            description="slots", readout=False, layout=wide,
         )  # fmt: skip
         self.slots_label = ipw.HTML()
         self.lookahead = ipw.IntSlider(value=1, min=1, max=4, description="lookahead", layout=slim)
@@ -134,9 +134,9 @@ class SchedulePanel:
     # -- what is chosen ----------------------------------------------------------------------------------------
 
     @property
-    def choice(self) -> Choice:
+    def scenario(self) -> Scenario:
         """The settings as the controls stand."""
-        return Choice(
+        return Scenario(
             schedule=self.schedule.value,
             slots=self.slots.value,
             cache=None if self.cache.value == _OWN else self.cache.value,
@@ -149,15 +149,19 @@ class SchedulePanel:
             machine=self.machine.value,
         )
 
-    def choose(self, choice: Choice) -> None:
+    def choose(self, scenario: Scenario) -> None:
         """Put all controls where a choice has them, and redraw once."""
-        full = self._replays.resolved(choice)
+        full = self._replays.resolved(scenario)
         self._is_quiet = True
         try:
             self.schedule.value, self.predictor.value = full.schedule, full.predictor
-            self.cache.value = choice.cache or _OWN
-            self.machine.value, self.cpu.value, self.slots.value = choice.machine, choice.cpu, choice.slots
-            self.recall.value, self.threshold.value = choice.recall, full.threshold
+            self.cache.value = scenario.cache or _OWN
+            self.machine.value, self.cpu.value, self.slots.value = (
+                scenario.machine,
+                scenario.cpu,
+                scenario.slots,
+            )
+            self.recall.value, self.threshold.value = scenario.recall, full.threshold
             self.lookahead.value, self.width.value = max(1, full.lookahead or 0), full.width
         finally:
             self._is_quiet = False
@@ -166,7 +170,7 @@ class SchedulePanel:
     def state(self) -> dict[str, Any]:
         """Values of all controls, and what the panel shows."""
         return {
-            **vars_of(self.choice),
+            **vars_of(self.scenario),
             "first_step": self.step.value,
             "running": self.job is not None and not self.job.is_done,
             "tokens_per_s": self.result.tokens_per_s,
@@ -177,11 +181,11 @@ class SchedulePanel:
     @property
     def measured(self) -> RunResult | None:
         """The run of these very settings, if there was one."""
-        return self._runs.get(self._replays.resolved(self.choice))
+        return self._runs.get(self._replays.resolved(self.scenario))
 
     def _adopt(self, schedule: Any) -> None:
         """Controls take the schedule's own values."""
-        own = self._replays.resolved(Choice(schedule=schedule.name, slots=self.slots.value))
+        own = self._replays.resolved(Scenario(schedule=schedule.name, slots=self.slots.value))
         self.cache.value, self.predictor.value = _OWN, own.predictor
         self.lookahead.value, self.width.value = max(1, own.lookahead or 0), own.width
         self.threshold.value = own.threshold
@@ -195,11 +199,11 @@ class SchedulePanel:
             UnsupportedOption: they can only be simulated.
         """
         self.cancel()
-        choice = self._replays.resolved(self.choice)
-        settings = self._replays.engine_settings(choice)
+        scenario = self._replays.resolved(self.scenario)
+        settings = self._replays.engine_settings(scenario)
         self._busy(True)
         self.status.value = "waiting for the former run" if self._session.is_running else "running"
-        self._running = choice
+        self._running = scenario
         self.job = self._session.prepare(self._prompts, configure=settings, **self._keywords)
         self.job.on_step(self._on_token)
         self.job.on_done(self._on_done)
@@ -284,7 +288,7 @@ class SchedulePanel:
         with self._lock:
             begin = time.perf_counter()
             try:
-                self.result = self._replays.run(self.choice)
+                self.result = self._replays.run(self.scenario)
             except PrescopeError as error:
                 self.numbers.value = f"<b>{escape(type(error).__name__)}</b>: {escape(str(error))}"
                 return
@@ -323,10 +327,10 @@ class SchedulePanel:
         }
 
     def _say(self) -> None:
-        choice, total, count = self.choice, self._replays.num_experts, self.slots.value
-        full, machine = self._replays.resolved(choice), self._replays.machine(choice)
+        scenario, total, count = self.scenario, self._replays.num_experts, self.slots.value
+        full, machine = self._replays.resolved(scenario), self._replays.machine(scenario)
         self.recall.disabled = full.predictor != NOISY
-        self.cpu.disabled = not self._replays.has_cpu(choice)
+        self.cpu.disabled = not self._replays.has_cpu(scenario)
         size = format_bytes(count * machine.row_bytes)
         self.slots_label.value = f"<b>{100 * count / total:.0f} %</b> = {count} of {total} experts = {size}"
         notes = "".join(f"<br>{escape(note)}" for note in self.result.notes)
@@ -334,7 +338,7 @@ class SchedulePanel:
             f"<b>simulated</b>: {self.result.tokens_per_s:,.3g} tokens/s; simulated in {self.drawn.simulated_ms:.0f} "
             f"ms, drawn in {self.drawn.drawn_ms:.0f} ms{notes}"
         )
-        reason = self._replays.why_not_here(choice)
+        reason = self._replays.why_not_here(scenario)
         self.run_button.disabled, self.run_button.tooltip = bool(reason), reason
 
     def _ipython_display_(self) -> None:
@@ -346,9 +350,9 @@ class SchedulePanel:
             display(figure)
 
 
-def vars_of(choice: Choice) -> dict[str, Any]:
+def vars_of(scenario: Scenario) -> dict[str, Any]:
     """A choice as plain values."""
-    return {name: getattr(choice, name) for name in choice.__dataclass_fields__}
+    return {name: getattr(scenario, name) for name in scenario.__dataclass_fields__}
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -14,7 +14,7 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 import prescope
 from prescope.cache.policies import _BY_NAME, LRU
 from prescope.core.config import EngineConfig
-from prescope.core.types import Need
+from prescope.core.types import NeedOutcome
 from prescope.device import NullDevice
 from prescope.errors import (
     AlreadyAttached,
@@ -118,14 +118,14 @@ def test_every_copy_waits_for_the_last_use_of_its_slot(model, monkeypatch):
     monkeypatch.setattr(device, "copy", copy)
     monkeypatch.setattr("prescope.engine.engine.open_device", lambda *args: device)
     with prescope.attach(model, slots=5, device="null") as engine:
-        release = engine._serving.loader.release
+        release = engine._runner.loader.release
 
         def released(slots, mark):
             for slot in slots.tolist():
-                last_use[engine._serving.loader.pool[slot].data_ptr()] = mark.time_us
+                last_use[engine._runner.loader.pool[slot].data_ptr()] = mark.time_us
             release(slots, mark)
 
-        monkeypatch.setattr(engine._serving.loader, "release", released)
+        monkeypatch.setattr(engine._runner.loader, "release", released)
         engine.generate(prompt(batch=2), max_new_tokens=10)
     assert checked > 50
 
@@ -135,7 +135,7 @@ def test_hits_late_and_misses_are_all_that_was_needed(model):
     with prescope.attach(model, slots=6, **FAST_LINK) as engine:
         run = engine.generate(prompt(batch=2), max_new_tokens=10)
         assert sum(engine.needs.values()) == run.layers["needed"].sum()
-        assert engine.needs[Need.MISS] == run.layers["misses"].sum()
+        assert engine.needs[NeedOutcome.MISS] == run.layers["misses"].sum()
     table = run.layers
     assert (table["hits"] + table["late"] + table["misses"] == table["needed"]).all()
     for step in run.trace.steps:
@@ -245,17 +245,15 @@ def test_bytes_in_slots_equal_the_models_weights(model):
     with prescope.attach(model, slots=9, device="null") as engine:
         engine.generate(prompt(batch=2), max_new_tokens=6)
         checked = 0
-        for slot, key in enumerate(engine._serving.residency.key_of.tolist()):
+        for slot, key in enumerate(engine._runner.residency.key_of.tolist()):
             if key < 0:
                 continue
             layer, expert = divmod(key, EXPERTS)
             name = f"model.layers.{layer}.mlp.experts"
             assert torch.equal(
-                engine._serving.weights[layer].up[slot], weights[f"{name}.gate_up_proj"][expert]
+                engine._runner.weights[layer].up[slot], weights[f"{name}.gate_up_proj"][expert]
             )
-            assert torch.equal(
-                engine._serving.weights[layer].down[slot], weights[f"{name}.down_proj"][expert]
-            )
+            assert torch.equal(engine._runner.weights[layer].down[slot], weights[f"{name}.down_proj"][expert])
             checked += 1
     assert checked == 9
 
@@ -441,7 +439,7 @@ def test_ctrl_c_in_the_middle_leaves_an_engine_that_works(model, monkeypatch, mo
     ids = prompt(batch=2)
     expected = plain_tokens(model, ids)
     with prescope.attach(model, slots=5, **FAST_LINK) as engine:
-        target = engine._serving.residency if moment == "take" else engine._serving.loader
+        target = engine._runner.residency if moment == "take" else engine._runner.loader
         original = getattr(target, moment)
         calls = 0
 

@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import prescope
 from prescope.core.native import address_of
-from prescope.core.types import Need
+from prescope.core.types import NeedOutcome
 from prescope.engine.graph import DecodeLoop
 from prescope.errors import TransferFailed
 from tests.support.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
@@ -37,7 +37,7 @@ def model():
 
 def found_and_missed(engine) -> tuple[int, int]:
     """Counts so far. Whether what a prompt streams ahead is there or still late is the link's affair."""
-    return engine.needs[Need.HIT] + engine.needs[Need.LATE], engine.needs[Need.MISS]
+    return engine.needs[NeedOutcome.HIT] + engine.needs[NeedOutcome.LATE], engine.needs[NeedOutcome.MISS]
 
 
 @pytest.mark.parametrize("driver", ["gpu-driven", "copy-engine", "host-driven"])
@@ -225,10 +225,10 @@ def test_a_gpu_that_stops_is_an_error_and_not_a_hang(model, gpu, monkeypatch):
     ids = prompt()
     with prescope.attach(model, slots=6, decode="gpu-driven", **gpu) as engine:
         engine.generate(ids, max_new_tokens=4)
-        monkeypatch.setattr("prescope.kernels.graph_buffers.CapturedStep.finish", lambda self, tokens: None)
+        monkeypatch.setattr("prescope.kernels.graph_buffers.GraphBuffers.finish", lambda self, tokens: None)
         with pytest.raises(TransferFailed, match="stopped"):
             engine.generate(ids, max_new_tokens=4)
-    assert engine.needs[Need.MISS] > 0
+    assert engine.needs[NeedOutcome.MISS] > 0
 
 
 def test_the_host_reads_the_routing_once_a_layer_and_waits_for_nothing_else(model, monkeypatch):

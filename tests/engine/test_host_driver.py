@@ -15,9 +15,9 @@ import torch
 
 import prescope
 from prescope.core.native import address_of
-from prescope.core.types import Need
+from prescope.core.types import NeedOutcome
 from prescope.engine.graph.loop import DecodeLoop
-from prescope.engine.schedule import Scheduling
+from prescope.engine.schedule import ScheduleRunner
 from prescope.errors import TransferFailed, UnsupportedOption
 from prescope.predictor import Chance, EarlyRouter, NoisyOracle, Routers, Shape
 from prescope.scheduler import SCHEDULES
@@ -104,7 +104,7 @@ def test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule(
             assert run.config["reasons"]["decode"].startswith("host-driven"), run.config["reasons"]["decode"]
             assert run.tokens == expected
             engine.check_integrity()
-        counted = sum(engine.needs[kind] for kind in Need)
+        counted = sum(engine.needs[kind] for kind in NeedOutcome)
         assert len(run.layers[run.layers["phase"] == "decode"]) == 5 * LAYERS
         assert (run.layers["hits"] + run.layers["late"] + run.layers["misses"] == run.layers["needed"]).all()
         assert counted >= run.layers["needed"].sum()
@@ -156,7 +156,7 @@ def test_threads_of_the_cpu_lane_stay_awake_in_captured_steps_only(
     model, early, frequencies, gpu, decode, count, monkeypatch
 ):
     told = []
-    monkeypatch.setattr(Scheduling, "awake", lambda self: told.append(self) or nullcontext())
+    monkeypatch.setattr(ScheduleRunner, "awake", lambda self: told.append(self) or nullcontext())
     with opened(model, "presched", early, frequencies, slots=7, decode=decode, **gpu) as engine:
         engine.generate(prompt(length=5), max_new_tokens=4)
     assert len(told) == count
@@ -267,15 +267,15 @@ def test_an_exception_on_the_cpu_lane_surfaces_and_the_engine_works_again(
 ):
     ids = prompt()
     with opened(model, "fiddler", early, frequencies, device="null", slots=5) as engine:
-        good = engine._serving.scheduling.cpu.submit
+        good = engine._runner.schedule_runner.cpu.submit
 
         def broken(*arguments, **keywords):
             raise RuntimeError("a thread broke")
 
-        monkeypatch.setattr(engine._serving.scheduling.cpu, "submit", broken)
+        monkeypatch.setattr(engine._runner.schedule_runner.cpu, "submit", broken)
         with pytest.raises(RuntimeError, match="a thread broke"):
             engine.generate(ids, max_new_tokens=6)
-        monkeypatch.setattr(engine._serving.scheduling.cpu, "submit", good)
+        monkeypatch.setattr(engine._runner.schedule_runner.cpu, "submit", good)
         assert engine.generate(ids, max_new_tokens=6).tokens == plain_tokens(model, ids, new=6)
 
 
@@ -317,7 +317,7 @@ def test_forced_predictions_may_reach_further_than_the_schedule_looks(
             run = engine.generate(prompt(), max_new_tokens=5)
         decode = run.layers[(run.layers["phase"] == "decode") & (run.layers["moe_layer"] > 0)]
         engine.check_integrity()
-        planner = engine._serving.scheduling.planner
+        planner = engine._runner.schedule_runner.planner
     # All that was likely was used: the predictions were those of the layers they were read for.
     trust = planner.memory.trust
     assert (trust[:, 1] == trust[:, 0]).all() and (trust[:, 0] > 0).all()
@@ -332,11 +332,14 @@ def test_a_step_that_never_was_leaves_no_count(model, early, frequencies, gpu):
         end = next(t for i, t in enumerate(tokens) if i > 2 and t not in tokens[:i])
         before = dict(engine.needs)
         run = engine.generate(ids[:1], max_new_tokens=8, eos_token_id=end)
-        counted = {kind: engine.needs[kind] - before[kind] for kind in Need}
+        counted = {kind: engine.needs[kind] - before[kind] for kind in NeedOutcome}
         engine.check_integrity()
     assert run.tokens[0][-1] == end and len(run.tokens[0]) < 8
     decode = run.layers
-    assert counted[Need.HIT] == decode["hits"].sum() and counted[Need.MISS] == decode["misses"].sum()
+    assert (
+        counted[NeedOutcome.HIT] == decode["hits"].sum()
+        and counted[NeedOutcome.MISS] == decode["misses"].sum()
+    )
 
 
 @pytest.mark.parametrize("where", ["submit", "compute"])
@@ -363,7 +366,8 @@ def test_what_goes_wrong_on_the_cpu_lane_of_a_graph_step_is_raised(
 
 def test_plain_python_serves_a_step_alike():
     """Where numba is not installed the same functions run uncompiled, over ctypes."""
-    one = "tests/engine/test_host_driver.py::test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule[1-7-hybrimoe]"
+    test = "test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule[1-7-hybrimoe]"
+    one = f"tests/engine/test_host_driver.py::{test}"
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", one]
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "CUDA_VISIBLE_DEVICES": ""}
     root = Path(__file__).resolve().parents[2]
@@ -392,7 +396,7 @@ def test_a_copy_refused_while_the_cpu_computes_leaves_no_job_behind(
 
         way = good._replace(memcpy=address_of(sometimes))
         with monkeypatch.context() as patch:
-            lane, made = engine._serving.scheduling.cpu, []
+            lane, made = engine._runner.schedule_runner.cpu, []
             functions_of = lane.functions
             patch.setattr(lane, "functions", lambda: made.append(functions_of()) or made[-1])
             patch.setattr(engine._device, "link_functions", lambda: way)

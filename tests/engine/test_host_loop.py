@@ -11,7 +11,7 @@ from prescope.engine.graph import host_loop as at
 from prescope.kernels.cpu import LaneFunctions
 from prescope.scheduler.layer import Slots
 from prescope.scheduler.plan import FATE
-from prescope.scheduler.types import Costs, Knobs, Memory
+from prescope.scheduler.types import Costs, Memory, ScheduleSettings
 from tests.support.interpreted_gpu import _create_event, _memcpy, _query_event, _record_event
 
 L, E, SLOTS, ROW = 3, 4, 6, 16
@@ -42,7 +42,7 @@ class Host:
         self.slots = Slots(self.slot_of, self.key_of, flags, flags.copy(), flags.copy(), scores)
         looked = numbers(L)
         looked[has_looked] = NUMBER
-        self.places = at.Places(
+        self.addresses = at.Addresses(
             ask=numbers(L, 2), scores=numbers(L, 0), answers=numbers(L, 2 + E), shown=self.slot_of.astype(np.int32),
             looked=looked, served=np.zeros(1, np.int32), numbers=np.zeros(64, np.int32),
             landed=self.landed.ctypes.data, head=2, num_experts_L=np.full(L, E), row_bytes_L=np.full(L, ROW),
@@ -51,15 +51,15 @@ class Host:
             pool=self.pool.ctypes.data, slot_bytes=ROW, uses_weights=0, policy=0, most_on_wire=2, on_demand=0,
             prefetch=1, timed=0, ask_shift=48, scores_shift=32,
         )  # fmt: skip
-        self.progress = at.Progress(
+        self.state = at.HostState(
             counts=numbers(at.NUM_COUNTS), times=np.zeros(at.NUM_TIMES), shown_in=self.key_of.copy(),
             loaded=numbers(E), copy_of=numbers(SLOTS), held=numbers(L * E), keep=numbers(L * E), wire_slot=numbers(3),
             wire_event=numbers(3), events=numbers(8), needs=numbers(L, at.NEED_COLUMNS),
-            copies=numbers(0, at.COPY_COLUMNS), jobs=numbers(L + 1, at.JOB_COLUMNS), lot=numbers(at.LOT_WORDS),
+            copies=numbers(0, at.COPY_COLUMNS), jobs=numbers(L + 1, at.JOB_COLUMNS), expert_batch=numbers(at.LOT_WORDS),
             indices=numbers(32), words=numbers(4),
         )  # fmt: skip
-        counts = self.progress.counts
-        counts[at.LAYER], counts[at.NUMBER], counts[at.HELD], self.progress.held[0] = (
+        counts = self.state.counts
+        counts[at.LAYER], counts[at.NUMBER], counts[at.HELD], self.state.held[0] = (
             decided,
             NUMBER,
             1,
@@ -69,13 +69,15 @@ class Host:
         link = LinkFunctions(*addresses, stream=0, repeats=1)
         self.functions = at.Functions(link, LaneFunctions.without().addresses, clock_address())
         costs = Costs(1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, np.zeros(0), np.zeros(0))
-        self.beliefs = at.Beliefs(Knobs(FATE, 1, E, 0.5), costs, 0.0, np.zeros(0), Memory.fresh(0, L, E))
+        self.planner = at.PlannerState(
+            ScheduleSettings(FATE, 1, E, 0.5), costs, 0.0, np.zeros(0), Memory.fresh(0, L, E)
+        )
 
     def pump(self) -> None:
-        assert at.pump(self.functions, self.places, self.progress, self.beliefs, self.slots)
+        assert at.pump(self.functions, self.addresses, self.state, self.planner, self.slots)
 
     def land(self) -> None:
-        assert at.land(self.functions, self.places, self.progress, self.slots)
+        assert at.land(self.functions, self.addresses, self.state, self.slots)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +89,11 @@ def test_an_expert_that_nobody_can_be_using_gives_up_its_slot(decided, has_looke
     host = Host(decided, has_looked)
     host.pump()
     assert host.slot_of[WANTED] == 2 and host.slot_of[VICTIM] == -1
-    assert host.places.shown[VICTIM] == -1, "the GPU would read another expert's weights"
-    assert host.places.shown[WANTED] == -1, "its bytes may not be there yet"
+    assert host.addresses.shown[VICTIM] == -1, "the GPU would read another expert's weights"
+    assert host.addresses.shown[WANTED] == -1, "its bytes may not be there yet"
     assert (host.pool[2] == host.rows[2][3]).all()
     host.land()
-    assert host.places.shown[WANTED] == 2 and not host.slots.in_flight.any()
+    assert host.addresses.shown[WANTED] == 2 and not host.slots.in_flight.any()
     assert np.flatnonzero(host.slots.prefetched).tolist() == [2]
 
 
@@ -99,16 +101,16 @@ def test_an_expert_that_nobody_can_be_using_gives_up_its_slot(decided, has_looke
 def test_an_expert_whose_layer_has_looked_keeps_its_slot(decided):
     """The GPU found all experts of the layers before, and is ahead of the host."""
     host = Host(decided, has_looked=[0, 1])
-    before = host.pool.copy(), host.slot_of.copy(), host.key_of.copy(), host.places.shown.copy()
+    before = host.pool.copy(), host.slot_of.copy(), host.key_of.copy(), host.addresses.shown.copy()
     host.pump()
-    for old, new in zip(before, (host.pool, host.slot_of, host.key_of, host.places.shown), strict=True):
+    for old, new in zip(before, (host.pool, host.slot_of, host.key_of, host.addresses.shown), strict=True):
         assert (old == new).all()
     assert not host.slots.prefetched.any()
-    assert host.progress.counts[at.HELD] == 0, "every look for a message would hide and show the expert again"
+    assert host.state.counts[at.HELD] == 0, "every look for a message would hide and show the expert again"
 
 
 def test_another_steps_look_keeps_nothing():
     host = Host(0, has_looked=[1])
-    host.places.looked[1] = NUMBER - 1
+    host.addresses.looked[1] = NUMBER - 1
     host.pump()
     assert host.slot_of[WANTED] == 2

@@ -20,7 +20,15 @@ from torch.nn import functional
 
 from prescope.errors import UnsupportedOption
 from prescope.kernels import ExpertsSpec
-from prescope.kernels.cpu import CpuExperts, CpuLayer, Flag, Lot, default_threads, lot_of, physical_cores
+from prescope.kernels.cpu import (
+    CpuExperts,
+    CpuLayer,
+    ExpertBatch,
+    Flag,
+    default_threads,
+    expert_batch_of,
+    physical_cores,
+)
 from prescope.kernels.cpu.build import CannotBuild, find_compiler, load
 from prescope.kernels.cpu.gates import activation_tables, gate_tables
 from prescope.kernels.cpu.native import NativeLane
@@ -130,7 +138,7 @@ def make_routing(seed, tokens, experts, top_k) -> np.ndarray:
     return ids
 
 
-def expected(layer: CpuLayer, lot: Lot, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def expected(layer: CpuLayer, expert_batch: ExpertBatch, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """In float64, rounded to the dtype after each linear, each bias and the gate, as the GPU's kernels round."""
     out = out.clone()
     spec, dtype = layer.spec, layer.dtype
@@ -140,18 +148,18 @@ def expected(layer: CpuLayer, lot: Lot, x: torch.Tensor, out: torch.Tensor) -> t
         y = (a.double() @ (w if spec.is_transposed else w.T)).to(dtype)
         return y if bias is None else y + layer.layout.view(layer.rows, bias)[expert]
 
-    for i, expert in enumerate(lot.experts.tolist()):
-        pairs = slice(lot.first[i], lot.first[i + 1])
-        h = linear(x[lot.tokens[pairs]], spec.up, spec.up_bias, expert)
-        out[lot.places[pairs]] = linear(spec.gate(h), spec.down, spec.down_bias, expert)
+    for i, expert in enumerate(expert_batch.experts.tolist()):
+        pairs = slice(expert_batch.first[i], expert_batch.first[i + 1])
+        h = linear(x[expert_batch.tokens[pairs]], spec.up, spec.up_bias, expert)
+        out[expert_batch.places[pairs]] = linear(spec.gate(h), spec.down, spec.down_bias, expert)
     return out
 
 
-def run(make, layer, lot, x, threads=2, rows=None) -> torch.Tensor:
-    out = torch.full((rows or max(1, len(lot.places)), layer.out_dim), 7.0, dtype=layer.dtype)
+def run(make, layer, expert_batch, x, threads=2, rows=None) -> torch.Tensor:
+    out = torch.full((rows or max(1, len(expert_batch.places)), layer.out_dim), 7.0, dtype=layer.dtype)
     lane = make([layer], threads)
     try:
-        lane.submit(0, lot, x, out, None).wait(60)
+        lane.submit(0, expert_batch, x, out, None).wait(60)
     finally:
         lane.close()
     return out
@@ -176,22 +184,25 @@ def test_a_lane_equals_float64(make, dtype, transposed, bias, gate, shape, token
     """Odd shapes have ends of rows and of columns in every loop; 40 tokens give each expert several groups."""
     layer = make_layer(dtype, d=shape[0], f=shape[1], gate=gate, bias=bias, transposed=transposed)
     ids = make_routing(tokens, tokens, 5, 3)
-    lot = lot_of(ids, [4, 0, 2])
+    expert_batch = expert_batch_of(ids, [4, 0, 2])
     x = torch.randn(tokens, shape[0], generator=torch.Generator().manual_seed(tokens)).to(dtype)
-    got = run(make, layer, lot, x, rows=ids.size)
-    want = expected(layer, lot, x, torch.full_like(got, 7.0))
+    got = run(make, layer, expert_batch, x, rows=ids.size)
+    want = expected(layer, expert_batch, x, torch.full_like(got, 7.0))
     assert distance(got, want) < ALLOWED[dtype]
-    others = np.setdiff1d(np.arange(ids.size), lot.places)
+    others = np.setdiff1d(np.arange(ids.size), expert_batch.places)
     assert (got[others] == 7.0).all(), "rows of other experts and of nobody must stay as they are"
 
 
 def test_torch_computes_float32_and_any_gate():
     for gate in (silu, mixing):
         layer = make_layer(torch.float32, gate=gate, bias=True)
-        lot = lot_of(make_routing(0, 9, 5, 2), range(5))
+        expert_batch = expert_batch_of(make_routing(0, 9, 5, 2), range(5))
         x = torch.randn(9, 64)
-        got = run(TorchLane, layer, lot, x, rows=18)
-        assert distance(got, expected(layer, lot, x, torch.full_like(got, 7.0))) < ALLOWED[torch.float32]
+        got = run(TorchLane, layer, expert_batch, x, rows=18)
+        assert (
+            distance(got, expected(layer, expert_batch, x, torch.full_like(got, 7.0)))
+            < ALLOWED[torch.float32]
+        )
 
 
 @pytest.mark.parametrize("make", LANES)
@@ -199,11 +210,11 @@ def test_torch_computes_float32_and_any_gate():
 @pytest.mark.parametrize("tokens", [1, 24])
 def test_results_do_not_depend_on_the_number_of_threads(make, transposed, tokens):
     layer = make_layer(torch.bfloat16, d=512, f=320, transposed=transposed, experts=4)
-    lot = lot_of(make_routing(1, tokens, 4, 3), range(4))
+    expert_batch = expert_batch_of(make_routing(1, tokens, 4, 3), range(4))
     x = torch.randn(tokens, 512).bfloat16()
-    one = run(make, layer, lot, x, threads=1, rows=3 * tokens)
+    one = run(make, layer, expert_batch, x, threads=1, rows=3 * tokens)
     for threads in (2, 5):
-        assert torch.equal(run(make, layer, lot, x, threads=threads, rows=3 * tokens), one)
+        assert torch.equal(run(make, layer, expert_batch, x, threads=threads, rows=3 * tokens), one)
 
 
 @needs_compiler
@@ -218,30 +229,30 @@ def test_a_pair_does_not_depend_on_its_company(dtype, transposed):
     def vectors(layers, threads):
         return NativeLane(layers, threads, spin_us=0, defines=("TILE_PAIRS=1000000",))
 
-    together = run(vectors, layer, lot_of(ids, range(5)), x, rows=ids.size)
+    together = run(vectors, layer, expert_batch_of(ids, range(5)), x, rows=ids.size)
     for t in range(len(ids)):
-        alone = run(vectors, layer, lot_of(ids[t : t + 1], range(5)), x[t : t + 1], rows=3)
+        alone = run(vectors, layer, expert_batch_of(ids[t : t + 1], range(5)), x[t : t + 1], rows=3)
         assert torch.equal(alone, together[3 * t : 3 * t + 3])
 
 
 def test_a_compact_lot_gives_the_same_rows_one_after_another():
     layer = make_layer(torch.bfloat16)
     ids = make_routing(2, 6, 5, 2)
-    lot = lot_of(ids, [1, 3])
+    expert_batch = expert_batch_of(ids, [1, 3])
     x = torch.randn(6, 64).bfloat16()
-    whole = run(TorchLane, layer, lot, x, rows=12)
-    assert torch.equal(run(TorchLane, layer, lot.compact(), x), whole[lot.places])
+    whole = run(TorchLane, layer, expert_batch, x, rows=12)
+    assert torch.equal(run(TorchLane, layer, expert_batch.compact(), x), whole[expert_batch.places])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_lot_holds_every_pair_of_its_experts_once(seed):
     ids = make_routing(seed, 7, 6, 3)
     experts = np.random.default_rng(seed).permutation(6)[:4]
-    lot = lot_of(ids, experts)
+    expert_batch = expert_batch_of(ids, experts)
     flat = ids.ravel()
-    assert sorted(lot.places) == np.flatnonzero(np.isin(flat, experts)).tolist()
-    assert (np.repeat(lot.experts, np.diff(lot.first)) == flat[lot.places]).all()
-    assert (lot.tokens == lot.places // 3).all()
+    assert sorted(expert_batch.places) == np.flatnonzero(np.isin(flat, experts)).tolist()
+    assert (np.repeat(expert_batch.experts, np.diff(expert_batch.first)) == flat[expert_batch.places]).all()
+    assert (expert_batch.tokens == expert_batch.places // 3).all()
 
 
 # -- gates -----------------------------------------------------------------------------------------------------------
@@ -346,9 +357,9 @@ def test_threads_leave_cores_to_others(tmp_path):
 
 def small_case(tokens=4):
     layer = make_layer(torch.bfloat16)
-    lot = lot_of(make_routing(0, tokens, 5, 2), range(5))
+    expert_batch = expert_batch_of(make_routing(0, tokens, 5, 2), range(5))
     x = torch.randn(tokens, 64).bfloat16()
-    return layer, lot, x, torch.zeros(2 * tokens, 64).bfloat16()
+    return layer, expert_batch, x, torch.zeros(2 * tokens, 64).bfloat16()
 
 
 @pytest.mark.parametrize("make", LANES)
@@ -360,15 +371,15 @@ def test_many_jobs_at_once_are_all_right(make):
         cases = []
         for i in range(60):
             tokens = 1 + i * 7 % 23
-            lot = lot_of(make_routing(i, tokens, 5, 2), [i % 5, (i + 2) % 5])
+            expert_batch = expert_batch_of(make_routing(i, tokens, 5, 2), [i % 5, (i + 2) % 5])
             x, out = torch.randn(tokens, 128).bfloat16(), torch.zeros(2 * tokens, 128).bfloat16()
-            cases.append((i % 3, lot, x, out, lane.submit(i % 3, lot, x, out, None)))
-        for layer, lot, x, out, job in reversed(cases):
+            cases.append((i % 3, expert_batch, x, out, lane.submit(i % 3, expert_batch, x, out, None)))
+        for layer, expert_batch, x, out, job in reversed(cases):
             job.wait(60)
             assert job.done()
             start, end = job.span_ns()
             assert 0 < start <= end <= time.perf_counter_ns()
-            want = expected(layers[layer], lot, x, torch.zeros_like(out))
+            want = expected(layers[layer], expert_batch, x, torch.zeros_like(out))
             assert torch.equal(out, want) or distance(out, want) < ALLOWED[torch.bfloat16]
     finally:
         lane.close()
@@ -377,15 +388,17 @@ def test_many_jobs_at_once_are_all_right(make):
 @pytest.mark.parametrize("make", LANES)
 def test_a_job_may_be_forgotten(make):
     """Nobody waits; its tensors live on until it is over, and its memory is used again."""
-    layer, lot, x, out = small_case()
+    layer, expert_batch, x, out = small_case()
     lane = make([layer], 2)
     try:
         for _ in range(200):
-            lane.submit(0, lot, x.clone(), torch.zeros_like(out), None)
+            lane.submit(0, expert_batch, x.clone(), torch.zeros_like(out), None)
             gc.collect(0)
-        job = lane.submit(0, lot, x, out, None)
+        job = lane.submit(0, expert_batch, x, out, None)
         job.wait(60)
-        assert distance(out, expected(layer, lot, x, torch.zeros_like(out))) < ALLOWED[torch.bfloat16]
+        assert (
+            distance(out, expected(layer, expert_batch, x, torch.zeros_like(out))) < ALLOWED[torch.bfloat16]
+        )
     finally:
         lane.close()
 
@@ -396,9 +409,9 @@ def test_a_lot_of_nothing_is_over_and_sets_its_flag(make):
     word = torch.zeros(1, dtype=torch.int32)
     lane = make([layer], 1)
     try:
-        lane.submit(0, lot_of(np.zeros((4, 2), dtype=np.int64), []), x, out, Flag(word, 3)).wait(10)
+        lane.submit(0, expert_batch_of(np.zeros((4, 2), dtype=np.int64), []), x, out, Flag(word, 3)).wait(10)
         assert word.item() == 3
-        lane.submit(0, lot_of(np.full((4, 2), -1), [0, 1]), x, out, Flag(word, 4)).wait(10)
+        lane.submit(0, expert_batch_of(np.full((4, 2), -1), [0, 1]), x, out, Flag(word, 4)).wait(10)
         assert word.item() == 4
         assert (out == 0).all()
     finally:
@@ -408,15 +421,15 @@ def test_a_lot_of_nothing_is_over_and_sets_its_flag(make):
 @pytest.mark.parametrize("make", LANES)
 def test_the_flag_comes_after_the_outputs(make):
     """What a GPU does: spin on the word, then read."""
-    layer, lot, x, out = small_case(40)
-    want = expected(layer, lot, x, torch.zeros_like(out))
+    layer, expert_batch, x, out = small_case(40)
+    want = expected(layer, expert_batch, x, torch.zeros_like(out))
     word = torch.zeros(1, dtype=torch.int32)
     seen = word.numpy()
     lane = make([layer], 2)
     try:
         for value in range(1, 50):
             out.zero_()
-            lane.submit(0, lot, x, out, Flag(word, value))
+            lane.submit(0, expert_batch, x, out, Flag(word, value))
             while seen[0] != value:
                 pass
             assert distance(out, want) < ALLOWED[torch.bfloat16]
@@ -430,12 +443,12 @@ def test_an_exception_surfaces_in_wait_and_the_flag_is_set():
     def broken(h):
         raise ArithmeticError("gate is broken")
 
-    layer, lot, x, out = small_case()
+    layer, expert_batch, x, out = small_case()
     layer = layer._replace(spec=replace(layer.spec, gate=broken))
     word = torch.zeros(1, dtype=torch.int32)
     lane = TorchLane([layer], 2)
     try:
-        job = lane.submit(0, lot, x, out, Flag(word, 1))
+        job = lane.submit(0, expert_batch, x, out, Flag(word, 1))
         with pytest.raises(ArithmeticError, match="gate is broken"):
             job.wait(10)
         assert word.item() == 1
@@ -450,7 +463,7 @@ def large_case():
     ids = np.tile(np.arange(40), (64, 1))
     return (
         layer,
-        lot_of(ids, range(40)),
+        expert_batch_of(ids, range(40)),
         torch.randn(64, 512).bfloat16(),
         torch.zeros(64 * 40, 512).bfloat16(),
     )
@@ -458,19 +471,21 @@ def large_case():
 
 @pytest.mark.parametrize("make", LANES)
 def test_a_cancelled_job_ends_soon_and_says_so(make):
-    layer, lot, x, out = large_case()
+    layer, expert_batch, x, out = large_case()
     lane = make([layer], 1)
     word = torch.zeros(1, dtype=torch.int32)
     try:
-        jobs = [lane.submit(0, lot, x, out, Flag(word, i)) for i in range(1, 9)]
+        jobs = [lane.submit(0, expert_batch, x, out, Flag(word, i)) for i in range(1, 9)]
         for job in jobs:
             job.cancel()
         with pytest.raises(CancelledError):
             jobs[-1].wait(10)
         assert all(job.done() for job in jobs)
         assert word.item() == 8
-        assert not (out[lot.places] != 0).any(dim=1).all(), "eight jobs were computed to the end all the same"
-        small = lot_of(np.array([[0]]), [0])
+        assert not (out[expert_batch.places] != 0).any(dim=1).all(), (
+            "eight jobs were computed to the end all the same"
+        )
+        small = expert_batch_of(np.array([[0]]), [0])
         lane.submit(0, small, x[:1], out[:1], None).wait(10)
         assert distance(out[:1], expected(layer, small, x[:1], out[:1])) < ALLOWED[torch.bfloat16]
     finally:
@@ -479,9 +494,9 @@ def test_a_cancelled_job_ends_soon_and_says_so(make):
 
 @pytest.mark.parametrize("make", LANES)
 def test_close_does_not_hang_and_ends_waits(make):
-    layer, lot, x, out = large_case()
+    layer, expert_batch, x, out = large_case()
     lane = make([layer], 2)
-    jobs = [lane.submit(0, lot, x, out, None) for _ in range(8)]
+    jobs = [lane.submit(0, expert_batch, x, out, None) for _ in range(8)]
     outcome: list[BaseException | None] = []
 
     def wait() -> None:
@@ -498,16 +513,16 @@ def test_close_does_not_hang_and_ends_waits(make):
     assert isinstance(outcome[0], CancelledError)
     assert all(job.done() for job in jobs)
     with pytest.raises(CancelledError, match="closed"):
-        lane.submit(0, lot, x, out, None)
+        lane.submit(0, expert_batch, x, out, None)
     lane.close()
 
 
 @pytest.mark.parametrize("make", LANES)
 def test_a_wait_may_end_before_the_job(make):
-    layer, lot, x, out = large_case()
+    layer, expert_batch, x, out = large_case()
     lane = make([layer], 1)
     try:
-        jobs = [lane.submit(0, lot, x, out, None) for _ in range(4)]
+        jobs = [lane.submit(0, expert_batch, x, out, None) for _ in range(4)]
         with pytest.raises(TimeoutError):
             jobs[-1].wait(0.0)
         jobs[-1].cancel()
@@ -544,7 +559,7 @@ def states_of_lane() -> str:
 
 @needs_compiler
 def test_threads_stay_awake_only_as_long_as_they_are_told(monkeypatch):
-    layer, lot, x, out = small_case()
+    layer, expert_batch, x, out = small_case()
 
     def becomes(states: str) -> bool:
         return any(states_of_lane() == states or time.sleep(0.01) for _ in range(500))
@@ -557,7 +572,7 @@ def test_threads_stay_awake_only_as_long_as_they_are_told(monkeypatch):
                 assert becomes("RR")
                 time.sleep(0.05)  # longer than they stay awake of their own accord
                 assert states_of_lane() == "RR"
-                lane.submit(0, lot, x, out).wait(60)
+                lane.submit(0, expert_batch, x, out).wait(60)
             raise KeyError
         assert becomes("SS")
         with lane.awake():
@@ -570,13 +585,13 @@ def test_threads_stay_awake_only_as_long_as_they_are_told(monkeypatch):
 @needs_compiler
 def test_a_job_begins_when_it_is_submitted():
     """Not when a thread has woken up for it: that is what it costs."""
-    layer, lot, x, out = small_case()
+    layer, expert_batch, x, out = small_case()
     lane = NativeLane([layer], 1, spin_us=0)
     try:
         for _ in range(20):
             time.sleep(0.002)
             before = time.perf_counter_ns()
-            job = lane.submit(0, lot, x, out, None)
+            job = lane.submit(0, expert_batch, x, out, None)
             after = time.perf_counter_ns()
             job.wait(60)
             assert before <= job.span_ns()[0] <= after
@@ -620,12 +635,12 @@ def test_torchs_own_threads_stay_as_they_were():
         counted.append(torch.get_num_threads())
         return silu(h)
 
-    layer, lot, x, out = small_case()
+    layer, expert_batch, x, out = small_case()
     layer = layer._replace(spec=replace(layer.spec, gate=counting))
     try:
         torch.set_num_threads(3)
         lane = TorchLane([layer], 2)
-        lane.submit(0, lot, x, out, None).wait(10)
+        lane.submit(0, expert_batch, x, out, None).wait(10)
         assert set(counted) == {2}
         assert torch.get_num_threads() == 3
         assert elsewhere() == 3
@@ -658,10 +673,10 @@ def test_torchs_own_threads_stay_as_they_were():
 )
 def test_arguments_that_do_not_fit_are_refused(implementation, change, why):
     layer = make_layer(torch.bfloat16)
-    lot = lot_of(np.array([[0, 1], [2, 3], [4, 0], [1, 2]]), range(5))
+    expert_batch = expert_batch_of(np.array([[0, 1], [2, 3], [4, 0], [1, 2]]), range(5))
     x, out = torch.zeros(4, 64).bfloat16(), torch.zeros(8, 64).bfloat16()
-    given = {"x": x, "out": out, "flag": None, **lot._asdict(), **change}
-    changed = Lot(*(given[name] for name in Lot._fields))
+    given = {"x": x, "out": out, "flag": None, **expert_batch._asdict(), **change}
+    changed = ExpertBatch(*(given[name] for name in ExpertBatch._fields))
     with (
         CpuExperts([layer], threads=1, implementation=implementation) as lane,
         pytest.raises(ValueError, match=why),

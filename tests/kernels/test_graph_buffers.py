@@ -55,7 +55,7 @@ class World:
         self.table = captured.DeviceTable(self.shape, num_slots, torch.device(DEVICE))
         self.table.take(self.host_table)
         number = captured.on_device.HOST if host else DEVICE_POLICIES[policy]
-        self.step = captured.CapturedStep(
+        self.step = captured.GraphBuffers(
             self.table,
             tokens,
             top_k,
@@ -139,7 +139,7 @@ def asked(world: World, layer: int, step: int):
     return words >> 32 & 0xFFFF, words.view(np.float32)[::2], (words >> 48 == world.step.number(step)).all()
 
 
-def host_decides(**settings) -> captured.Scheduled:
+def host_decides(**settings) -> captured.HostOptions:
     given = {
         "lookahead": 0,
         "scores": None,
@@ -147,7 +147,7 @@ def host_decides(**settings) -> captured.Scheduled:
         "width": D,
         "dtype": torch.float32,
     }
-    return captured.Scheduled(**(given | settings))
+    return captured.HostOptions(**(given | settings))
 
 
 def test_a_host_driven_step_asks_for_its_experts_and_goes_on_when_they_are_there():

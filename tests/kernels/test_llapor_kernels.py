@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from prescope.core.types import MoEShape, Reason
-from prescope.engine.schedule import Scheduling, of_step
+from prescope.engine.schedule import ScheduleRunner, of_step
 from prescope.predictor import BadState, LayerGroups, Llapor, LlaporConfig, ModelTag, Routers, Shape
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts, compiled_costs
 from prescope.scheduler.planner import Planner
-from prescope.scheduler.types import Knobs
+from prescope.scheduler.types import ScheduleSettings
 
 foresight = pytest.importorskip("prescope.kernels.llapor", reason="Triton exists for Linux only")
 
@@ -61,7 +61,7 @@ def test_scores_are_those_of_the_torch_networks(settings, tokens):
     predictor = made(**settings)
     x, ids, weights = case(tokens, torch.bfloat16)
     for lookahead in (1, 3):
-        foreseen = foresight.Foresight(predictor, lookahead)
+        foreseen = foresight.LlaporKernels(predictor, lookahead)
         for layer in range(SHAPE.num_layers):
             expected = of_step(
                 predictor.predict(layer, x, ids, weights)[:lookahead], lookahead, SHAPE.num_experts, x.device
@@ -79,7 +79,7 @@ def test_corrections_of_strange_states_fade_alike():
         [p.scores_TE for p in predictor.predict(1, factor * x, ids, weights)] for factor in (0.1, 10.0)
     )
     assert not torch.allclose(near[0], far[0], atol=0.01)
-    found = foresight.Foresight(predictor, 3)(1, 10.0 * x, ids, weights)
+    found = foresight.LlaporKernels(predictor, 3)(1, 10.0 * x, ids, weights)
     torch.testing.assert_close(found[:, 0], torch.stack(far).sum(1), rtol=2e-4, atol=2e-5)
 
 
@@ -88,15 +88,15 @@ def test_a_schedule_asks_for_a_few_tokens_this_way_and_for_many_the_predictor_it
     costs = compiled_costs(
         LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=100.0, source="made up"), cpu=False, predicts=True
     )
-    knobs = Knobs(SCHEDULES["presched"].number, 2, SHAPE.num_experts, 0.1, 1)
-    planner = Planner(knobs, costs, MoEShape(*SHAPE, 100), 3)
-    few = foresight.Foresight(predictor, 3)
+    settings = ScheduleSettings(SCHEDULES["presched"].number, 2, SHAPE.num_experts, 0.1, 1)
+    planner = Planner(settings, costs, MoEShape(*SHAPE, 100), 3)
+    few = foresight.LlaporKernels(predictor, 3)
     asked = []
     monkeypatch.setattr(
         Llapor, "predict", lambda self, *case, real=Llapor.predict: asked.append(1) or real(self, *case)
     )
-    fast = Scheduling(planner, predictor, None, Reason.PREFETCH, few)
-    slow = Scheduling(planner, predictor, None, Reason.PREFETCH)
+    fast = ScheduleRunner(planner, predictor, None, Reason.PREFETCH, few)
+    slow = ScheduleRunner(planner, predictor, None, Reason.PREFETCH)
     for tokens, times in ((few.most_tokens, 1), (few.most_tokens + 1, 2)):
         asked.clear()
         tensors = case(tokens, torch.float32)
@@ -108,4 +108,4 @@ def test_a_schedule_asks_for_a_few_tokens_this_way_and_for_many_the_predictor_it
 def test_what_does_not_fit_is_refused_as_by_the_predictor():
     x, ids, weights = case(1, torch.float32)
     with pytest.raises(BadState, match="wide"):
-        foresight.Foresight(made(), 2)(0, x[:, 1:], ids, weights)
+        foresight.LlaporKernels(made(), 2)(0, x[:, 1:], ids, weights)

@@ -42,7 +42,7 @@ def decided(
     )
     tokens, used = (part.copy() for part in predicted)
     return decide_layer(
-        one.knobs,
+        one.settings,
         one.costs,
         policy.kind,
         policy.tick,
@@ -71,7 +71,7 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
             ids = rng.integers(-1, E + 1, (2, K)).ravel()  # sentinels among them
             sums = np.bincount(ids[(ids >= 0) & (ids < E)], minlength=E) + rng.random(E) * (cache == "score")
             former, predicted = predicted, (rng.random((D, E)) * 2, rng.random((D, E)))
-            known = predicted if not whole.knobs.lag else former if layer else nothing
+            known = predicted if not whole.settings.lag else former if layer else nothing
             tables[0].prefetched |= (rng.random(14) < 0.3) & (tables[0].key_of >= 0)
             tables[1].prefetched[:] = tables[0].prefetched
             decision = decided(whole, layer, ids, sums, tables[0], known)
@@ -99,10 +99,10 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
             assert np.allclose(tables[0].policy.scores, table.policy.scores)
             again = steps.reconsider(layer, plan, table)
             assert again.num_load == plan.num_load
-            if whole.knobs.lag and layer + 1 < L:
+            if whole.settings.lag and layer + 1 < L:
                 own, slots_of = [part.copy() for part in predicted], tables[0]
                 direct = reconsider(
-                    whole.knobs, whole.costs, layer, decision.need, plan.num_load, 0.0, slots_of.slot_of,
+                    whole.settings, whole.costs, layer, decision.need, plan.num_load, 0.0, slots_of.slot_of,
                     slots_of.key_of, slots_of.policy.scores, whole.memory, *own,
                 )  # fmt: skip
                 assert again.prefetch.tolist() == direct.prefetch.tolist()
@@ -111,10 +111,10 @@ def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
                 assert again is plan
             cold = need.experts[here + plan.num_load :]
             for i, expert in enumerate(cold.tolist()):
-                pairs = decision.lot_pairs[decision.lot_first[i] : decision.lot_first[i + 1]]
+                pairs = decision.cpu_pairs[decision.cpu_first[i] : decision.cpu_first[i + 1]]
                 assert pairs.tolist() == np.flatnonzero(ids == expert).tolist()
             tables[0].check_integrity()
-    assert (num_changed > 0) == (whole.knobs.lag > 0), "a layer's own predictions say something new"
+    assert (num_changed > 0) == (whole.settings.lag > 0), "a layer's own predictions say something new"
 
 
 def test_costs_follow_what_the_steps_show():

@@ -16,9 +16,9 @@ from prescope.errors import UnsupportedOption
 from prescope.scheduler import PREDICTORS, SCHEDULES, schedule_named
 from prescope.scheduler.baselines import fiddler, hybrimoe
 from prescope.scheduler.learn import discount, learn_reuse, learn_trust, reuse_lasts
-from prescope.scheduler.plan import LEAST_LASTING, REUSES, is_worth_copying, plan, worth_a_slot
+from prescope.scheduler.plan import LEAST_LASTING, REUSES_OF_A_COPY, is_worth_copying, plan, worth_a_slot
 from prescope.scheduler.presched import FORECAST, split
-from prescope.scheduler.types import FORMER_STEPS, Costs, Knobs, cpu_time
+from prescope.scheduler.types import FORMER_STEPS, Costs, ScheduleSettings, cpu_time
 
 NONE = np.empty(0, dtype=np.int64)
 NUMBERS = {name: schedule.number for name, schedule in SCHEDULES.items()}
@@ -250,7 +250,7 @@ def one_plan(
     used = np.zeros((2, E)) if used is None else used
     slot_of = np.full(L * E, -1) if slot_of is None else slot_of
     return plan(
-        Knobs(NUMBERS[name], lookahead, E, threshold),
+        ScheduleSettings(NUMBERS[name], lookahead, E, threshold),
         costs or costs_of(),
         layer,
         L,
@@ -321,10 +321,10 @@ def test_a_predictor_that_expects_too_many_tokens_is_scaled_to_those_there_are()
     need = need_of(tokens)
     used, right = np.ones((2, 8)), np.full((2, 8), tokens.sum() / 8)
     slot_of = np.full(24, -1)
-    knobs = Knobs(NUMBERS["presched"], 1, 8, 0.1)
+    settings = ScheduleSettings(NUMBERS["presched"], 1, 8, 0.1)
     cache = np.full(4, -1), np.zeros(24), 0.0
-    honest = plan(knobs, costs_of(), 0, 3, need, 0.0, slot_of, right, used, *cache)
-    wild = plan(knobs, costs_of(), 0, 3, need, 0.0, slot_of, 50.0 * right, used, *cache)
+    honest = plan(settings, costs_of(), 0, 3, need, 0.0, slot_of, right, used, *cache)
+    wild = plan(settings, costs_of(), 0, 3, need, 0.0, slot_of, 50.0 * right, used, *cache)
     assert (wild.num_load, wild.prefetch.tolist()) == (honest.num_load, honest.prefetch.tolist())
 
 
@@ -399,7 +399,7 @@ def test_a_decision_takes_microseconds():
     experts = np.flatnonzero(tokens)
     tokens, in_flight = tokens[experts], np.zeros(S, dtype=bool)
     used = rng.random((d, E))
-    knobs, costs = Knobs(NUMBERS["presched"], 2, E, 0.1), costs_of()
+    settings, costs = ScheduleSettings(NUMBERS["presched"], 2, E, 0.1), costs_of()
     best_us = np.inf
     for i in range(60_000):
         if i >= 300 and best_us < 50.0:
@@ -407,7 +407,7 @@ def test_a_decision_takes_microseconds():
         key_of, table = keys.copy(), slot_of.copy()
         start = time.perf_counter()
         need = sort_need(experts, tokens, table[5 * E + experts], in_flight)
-        made = plan(knobs, costs, 5, L, need, 0.0, table, 4.0 * used, used, key_of, scores, 0.5)
+        made = plan(settings, costs, 5, L, need, 0.0, table, 4.0 * used, used, key_of, scores, 0.5)
         wanted = 5 * E + need.experts[need.num_hits :][: made.num_load]
         take_slots(wanted, key_of, table, in_flight, made.keep, scores)
         best_us = min(best_us, 1e6 * (time.perf_counter() - start))
@@ -448,7 +448,7 @@ def test_what_the_cpu_computes_is_copied_where_reuse_saves_more_than_the_copy_sl
     assert not is_worth_copying(costs, two, 1_000.0, LEAST_LASTING - 0.01), "nothing lasts"
     assert not is_worth_copying(costs, two[:0], 100.0, 1.0), "the CPU computes nothing"
     for layer_us, lost_us in ((60.0, 20.0), (120.0, 20.0), (240.0, 10.0), (1_000.0, 2.4)):
-        least = max(LEAST_LASTING, lost_us / (REUSES * 60.0))
+        least = max(LEAST_LASTING, lost_us / (REUSES_OF_A_COPY * 60.0))
         assert is_worth_copying(costs, two, layer_us, least + 1e-6)
         assert not is_worth_copying(costs, two, layer_us, least - 1e-6)
     alone = costs._replace(cpu_alone_us=costs.cpu_us)

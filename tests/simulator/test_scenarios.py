@@ -18,9 +18,9 @@ from prescope.simulator import (
     NONE,
     ORACLE,
     WHERE,
-    Choice,
     Machine,
-    Replays,
+    Scenario,
+    Scenarios,
     machine_of_profile,
     machine_with_link,
     shipped_machines,
@@ -43,22 +43,22 @@ MACHINE = Machine(HERE, COSTS, 1_500_000, 30.0, 2, is_here=True)
 
 
 @pytest.fixture(scope="module")
-def replays():
+def scenarios():
     trace = small_trace(steps=7, batch=3)
-    return Replays(
+    return Scenarios(
         trace, [MACHINE, machine_with_link(MACHINE, 4)], [Frequency(trace, 2)], predict_us={"frequency": 8.0}
     )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("predictor", [None, NOISY])
-def test_where_each_expert_was_is_what_the_replay_counted(replays, name, predictor):
+def test_where_each_expert_was_is_what_the_replay_counted(scenarios, name, predictor):
     """The explanation replays up to a layer's decision; a mistake there would tell a plausible tale."""
-    choice = Choice(schedule=name, slots=14, predictor=predictor, recall=0.6)
-    result = replays.run(choice)
+    scenario = Scenario(schedule=name, slots=14, predictor=predictor, recall=0.6)
+    result = scenarios.run(scenario)
     for s, step in enumerate(result.needs.steps.tolist()):
         for layer in range(NUM_LAYERS):
-            why = replays.why(choice, step, layer, result)
+            why = scenarios.explain(scenario, step, layer, result)
             needed = why.experts[why.experts["tokens"] > 0]
             found = [int((needed["was"] == where).sum()) for where in WHERE]
             assert found == result.log.counts[s, layer, [HITS, LATE, MISSES]].tolist()
@@ -92,10 +92,10 @@ def test_the_best_of_the_splits_is_the_one_presched_finds(cpu):
         assert table[table["chosen"]]["layer_us"].item() == pytest.approx(best_us)
 
 
-def test_fiddler_takes_the_sooner_of_the_two_for_each_expert_and_the_table_says_so(replays):
-    result = replays.run(Choice(schedule="fiddler", slots=6))
+def test_fiddler_takes_the_sooner_of_the_two_for_each_expert_and_the_table_says_so(scenarios):
+    result = scenarios.run(Scenario(schedule="fiddler", slots=6))
     assert result.counts.on_cpu
-    why = replays.why(Choice(schedule="fiddler", slots=6), int(result.needs.steps[0]), 1)
+    why = scenarios.explain(Scenario(schedule="fiddler", slots=6), int(result.needs.steps[0]), 1)
     missing = why.experts[why.experts["was"] == WHERE[2]]
     assert len(missing)
     by_cpu = missing["by_cpu_us"].to_numpy()
@@ -104,33 +104,33 @@ def test_fiddler_takes_the_sooner_of_the_two_for_each_expert_and_the_table_says_
     assert why.layer_us >= why.splits["layer_us"].min() - 1e-6 or len(missing) == 0
 
 
-def test_a_choice_takes_the_schedules_own_values_and_stays_within_what_there_is(replays):
-    own = replays.resolved(Choice(schedule="presched", slots=8))
+def test_a_choice_takes_the_schedules_own_values_and_stays_within_what_there_is(scenarios):
+    own = scenarios.resolved(Scenario(schedule="presched", slots=8))
     assert (own.cache, own.width) == (SCHEDULES["presched"].cache, NUM_EXPERTS)
     assert own.predictor == "frequency", "LLaPor is not there: the next best"
     assert own.lookahead == 2
-    assert replays.resolved(Choice(schedule="presched", slots=8, predictor=NONE)).lookahead == 0
-    assert not replays.resolved(Choice(schedule="fate", slots=8)).cpu, "it never uses the CPU"
-    assert replays.predictor_names == [NONE, "frequency", NOISY, ORACLE]
+    assert scenarios.resolved(Scenario(schedule="presched", slots=8, predictor=NONE)).lookahead == 0
+    assert not scenarios.resolved(Scenario(schedule="fate", slots=8)).cpu, "it never uses the CPU"
+    assert scenarios.predictor_names == [NONE, "frequency", NOISY, ORACLE]
     with pytest.raises(UnsupportedOption, match="'noisy oracle'"):
-        replays.run(Choice(slots=8, predictor="crystal ball"))
+        scenarios.run(Scenario(slots=8, predictor="crystal ball"))
     with pytest.raises(UnsupportedOption, match="link 4 times"):
-        replays.run(Choice(slots=8, machine="moon"))
+        scenarios.run(Scenario(slots=8, machine="moon"))
 
 
-def test_what_only_the_simulator_can_is_refused_for_real(replays):
-    for choice in (
-        Choice(slots=8, predictor=ORACLE),
-        Choice(slots=8, schedule="fate", predictor=NONE),
-        Choice(slots=8, machine=list(replays.machines)[1]),
+def test_what_only_the_simulator_can_is_refused_for_real(scenarios):
+    for scenario in (
+        Scenario(slots=8, predictor=ORACLE),
+        Scenario(slots=8, schedule="fate", predictor=NONE),
+        Scenario(slots=8, machine=list(scenarios.machines)[1]),
     ):
-        assert replays.why_not_here(choice)
+        assert scenarios.why_not_here(scenario)
         with pytest.raises(UnsupportedOption):
-            replays.engine_settings(choice)
+            scenarios.engine_settings(scenario)
 
 
-def test_the_engine_is_told_what_was_simulated(replays):
-    settings = replays.engine_settings(Choice(schedule="presched", slots=9, width=3, threshold=0.4))
+def test_the_engine_is_told_what_was_simulated(scenarios):
+    settings = scenarios.engine_settings(Scenario(schedule="presched", slots=9, width=3, threshold=0.4))
     assert settings["costs"] == COSTS
     assert (settings["slots"], settings["width"], settings["threshold"], settings["lookahead"]) == (
         9,
@@ -139,24 +139,24 @@ def test_the_engine_is_told_what_was_simulated(replays):
         2,
     )
     assert settings["predictor"].name == "frequency" and settings["cpu_threads"] is None
-    off = replays.engine_settings(Choice(schedule="presched", slots=9, cpu=False, predictor=NONE))
+    off = scenarios.engine_settings(Scenario(schedule="presched", slots=9, cpu=False, predictor=NONE))
     assert (off["cpu_threads"], off["lookahead"], off["costs"].link_us) == (0, None, 100.0)
     assert off["predictor"] == NONE
 
 
-def test_more_recall_is_worth_more_and_a_faster_link_too(replays):
+def test_more_recall_is_worth_more_and_a_faster_link_too(scenarios):
     def rate(**settings: object) -> float:
-        return replays.run(Choice(schedule="fate", slots=10, **settings)).tokens_per_s
+        return scenarios.run(Scenario(schedule="fate", slots=10, **settings)).tokens_per_s
 
     assert rate(predictor=NOISY, recall=0.3) < rate(predictor=NOISY, recall=1.0)
-    assert rate(machine=HERE) < rate(machine=list(replays.machines)[1])
+    assert rate(machine=HERE) < rate(machine=list(scenarios.machines)[1])
 
 
-def test_a_prediction_of_unknown_cost_is_said_to_be_free(replays):
-    assert replays.run(Choice(slots=10, predictor="frequency")).notes == []
-    assert "free" in replays.run(Choice(slots=10, predictor=NOISY)).notes[-1]
-    elsewhere = Choice(slots=10, predictor="frequency", machine=list(replays.machines)[1])
-    assert "frequency costs here is not known" in replays.run(elsewhere).notes[-1]
+def test_a_prediction_of_unknown_cost_is_said_to_be_free(scenarios):
+    assert scenarios.run(Scenario(slots=10, predictor="frequency")).notes == []
+    assert "free" in scenarios.run(Scenario(slots=10, predictor=NOISY)).notes[-1]
+    elsewhere = Scenario(slots=10, predictor="frequency", machine=list(scenarios.machines)[1])
+    assert "frequency costs here is not known" in scenarios.run(elsewhere).notes[-1]
 
 
 def test_machines_that_come_with_prescope_are_labelled_and_slower_links_emulated():
@@ -177,16 +177,16 @@ def test_machines_that_come_with_prescope_are_labelled_and_slower_links_emulated
     assert without.cpu_us == () and without.link_busy_us is None
 
 
-def test_the_table_names_every_schedule_with_the_bound_beside(replays):
-    results = replays.compare(Choice(slots=10))
-    table = replays.table(results)
+def test_the_table_names_every_schedule_with_the_bound_beside(scenarios):
+    results = scenarios.compare(Scenario(slots=10))
+    table = scenarios.table(results)
     assert list(table.index) == [schedule.title for schedule in SCHEDULES.values()]
     shares = table[["hit %", "late %", "miss %", "on CPU %"]].sum(axis=1)
     np.testing.assert_allclose(shares, 100.0)
     assert (table["tokens/s"] <= table["bound, tokens/s"] * 1.001).all()
     assert {result.counts.needed for result in results.values()} == {results["fate"].counts.needed}
-    bounds = replays.bounds(Choice(slots=10))
+    bounds = scenarios.bounds(Scenario(slots=10))
     assert bounds["value"].iloc[-1] == pytest.approx(table["bound, tokens/s"].max())
-    assert replays.notes().loc["PreSched", "source"].endswith("2509.23638")
-    same = replays.compare(Choice(slots=10, cache="lfu"), published=False)
+    assert scenarios.notes().loc["PreSched", "source"].endswith("2509.23638")
+    same = scenarios.compare(Scenario(slots=10, cache="lfu"), published=False)
     assert {result.config["cache"] for result in same.values()} == {"lfu"}

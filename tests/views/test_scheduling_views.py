@@ -15,7 +15,7 @@ from prescope.predictor import Frequency
 from prescope.profile import HardwareProfile
 from prescope.scheduler import SCHEDULES
 from prescope.session import Session
-from prescope.simulator import Choice, Replays
+from prescope.simulator import Scenario, Scenarios
 from prescope.traces.events import event_frame
 from prescope.views.gpu_idle import gpu_idle_info
 from prescope.views.lanes import MAX_BARS, MEANINGS, lanes_info, lanes_traces
@@ -33,14 +33,14 @@ REDRAW_MS = 150.0
 
 
 @pytest.fixture(scope="module")
-def replays():
+def scenarios():
     trace = small_trace(steps=9, batch=3)
-    return Replays(trace, [MACHINE], [Frequency(trace, 2)])
+    return Scenarios(trace, [MACHINE], [Frequency(trace, 2)])
 
 
 @pytest.fixture(scope="module")
-def results(replays):
-    return replays.compare(Choice(slots=12))
+def results(scenarios):
+    return scenarios.compare(Scenario(slots=12))
 
 
 def test_every_figure_has_a_title_its_origin_and_units(results):
@@ -185,7 +185,7 @@ def recorded(session):
     profile = HardwareProfile.load("test_machine")
     # The CPU lane's times are another machine's, and good enough to choose by.
     profile = replace(profile, place=this_place(run.hardware))
-    return session.replays(run, predictors=[Frequency(run.trace, 4)], profile=profile)
+    return session.scenarios(run, predictors=[Frequency(run.trace, 4)], profile=profile)
 
 
 @pytest.fixture
@@ -232,14 +232,14 @@ def test_every_control_reaches_the_simulator_and_the_figures_in_place(panel):
     own = SCHEDULES["fiddler"]
     assert panel.result.config["cache"] == own.cache, "a schedule comes with its own settings"
     assert panel.predictor.value == "none"
-    panel.choose(Choice(schedule="presched", slots=30, predictor="frequency", lookahead=2, cache="score"))
+    panel.choose(Scenario(schedule="presched", slots=30, predictor="frequency", lookahead=2, cache="score"))
     assert panel.state()["slots"] == 30 and panel.result.config["predictor"] == "frequency"
     panel.step.value = 4
     assert panel.figures["lanes"].layout.annotations[0].text.startswith("step 4")
 
 
 def test_run_for_real_lays_measured_over_simulated_while_the_settings_stay(panel, session):
-    panel.choose(Choice(schedule="presched", slots=40, predictor="frequency"))
+    panel.choose(Scenario(schedule="presched", slots=40, predictor="frequency"))
     run = panel.start().result(60)
     state = panel.state()
     assert state["status"].startswith("done"), state["status"]
@@ -256,7 +256,7 @@ def test_run_for_real_lays_measured_over_simulated_while_the_settings_stay(panel
 
 
 def test_without_prefetches_the_replay_counts_what_the_engine_counted(panel):
-    panel.choose(Choice(schedule="on-demand", slots=64))
+    panel.choose(Scenario(schedule="on-demand", slots=64))
     run = panel.start().result(60)
     counts, decode = panel.result.counts, run.metrics.decode
     assert (counts.hits, counts.misses, counts.needed) == (decode.hits, decode.misses, decode.needed)
@@ -289,8 +289,8 @@ def test_cancel_and_a_failed_run_leave_the_simulation(panel, session, monkeypatc
 
 
 def test_a_pair_says_why_for_both(session, recorded):
-    pair = session.pair_panel(recorded, Choice(slots=32), "presched", "on-demand")
-    upper = pair.why()[0]
+    pair = session.pair_panel(recorded, Scenario(slots=32), "presched", "on-demand")
+    upper = pair.explained()[0]
     assert (upper.step, upper.moe_layer) == (pair.step.value, pair.layer.value)
     assert "PreSched" in pair.tables.value and "On demand" in pair.tables.value
     former, pair.layer.value = pair.tables.value, 5
@@ -298,7 +298,7 @@ def test_a_pair_says_why_for_both(session, recorded):
     pair.lower.value = "fate"
     assert "Fate-like" in pair.tables.value
     assert any("Fate-like" in note.text for note in pair.figure.layout.annotations)
-    second = session.pair_panel(recorded, Choice(slots=32))
+    second = session.pair_panel(recorded, Scenario(slots=32))
     assert pair.view.comm is None
     second.close()
 
@@ -311,7 +311,7 @@ def test_without_a_browser_the_panels_show_plain_figures(session, recorded, pane
     panel._ipython_display_()
     assert [type(item) for item in shown[1:]] == [go.Figure] * 3
     shown.clear()
-    session.pair_panel(recorded, Choice(slots=32))._ipython_display_()
+    session.pair_panel(recorded, Scenario(slots=32))._ipython_display_()
     assert type(shown[0]) is go.Figure
     monkeypatch.delenv("PRESCOPE_HEADLESS")
     panel._ipython_display_()

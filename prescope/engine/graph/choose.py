@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from ...core.config import EngineConfig
 from ...errors import UnsupportedOption
 from ...kernels import DEVICE_POLICIES, MOST_PAIRS, make_device_table
-from ..layered import Serving
+from ..layered import LayeredRunner
 from .loop import DecodeLoop
-from .step import COPY, GPU, HOST, DecodeStep
+from .step import COPY, GPU, HOST, GraphStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,9 +33,9 @@ class Decoder:
         serving: serves its MoE layers.
     """
 
-    def __init__(self, model: "PreTrainedModel", serving: Serving) -> None:
-        self._model, self._serving = model, serving
-        self._steps: dict[int, DecodeStep] = {}  # by batch
+    def __init__(self, model: "PreTrainedModel", runner: LayeredRunner) -> None:
+        self._model, self._runner = model, runner
+        self._steps: dict[int, GraphStep] = {}  # by batch
         self._table: DeviceTable | None = None
 
     def loop(
@@ -68,14 +68,14 @@ class Decoder:
                 )
             return f"layered: {reason}"
         if self._table is None:
-            serving = self._serving
+            runner = self._runner
             self._table = make_device_table(
-                serving.shape, serving.residency.num_slots, serving.device.torch_device
+                runner.shape, runner.residency.num_slots, runner.device.torch_device
             )
         step.cache.reset()
-        return DecodeLoop(step, self._serving, self._table, only, on_step, is_cancelled)
+        return DecodeLoop(step, self._runner, self._table, only, on_step, is_cancelled)
 
-    def _step(self, config: EngineConfig, batch: int, length: int, drivers: list[str]) -> DecodeStep:
+    def _step(self, config: EngineConfig, batch: int, length: int, drivers: list[str]) -> GraphStep:
         """The step for this batch, made anew if the one there is too short or of other settings."""
         step = self._steps.get(batch)
         if step is not None and step.length >= length and step.timed == config.events:
@@ -83,9 +83,9 @@ class Decoder:
         self._steps.pop(batch, None)
         if len(self._steps) >= MOST_STEPS:
             self._steps.pop(next(iter(self._steps)))
-        self._steps[batch] = step = DecodeStep(
+        self._steps[batch] = step = GraphStep(
             self._model,
-            self._serving,
+            self._runner,
             batch=batch,
             length=length,
             drivers=drivers,
@@ -96,7 +96,7 @@ class Decoder:
 
     def _drivers(self, config: EngineConfig) -> tuple[list[str], str]:
         """Which drivers to capture steps for, and why it is one only."""
-        if self._serving.scheduling is not None:
+        if self._runner.schedule_runner is not None:
             return [HOST], f"schedule={config.schedule!r} is the host's"
         if config.decode in (GPU, COPY, HOST):
             return [config.decode], "as given"
@@ -104,7 +104,7 @@ class Decoder:
             return [HOST], f"cache={config.cache!r} needs the host"
         if config.link_factor > 1:
             return [COPY], f"link_factor={config.link_factor} is the copy engine's"
-        if self._serving.residency.num_slots >= sum(layer.num_experts for layer in self._serving.layers):
+        if self._runner.residency.num_slots >= sum(layer.num_experts for layer in self._runner.layers):
             return [GPU], "all experts have slots"
         return [GPU, COPY], ""
 
@@ -112,18 +112,18 @@ class Decoder:
         self, config: EngineConfig, batch: int, keywords: dict[str, Any], has_criteria: bool
     ) -> str:
         """Why decode steps cannot run from a graph in this run; "" if they can."""
-        shape, num_slots = self._serving.shape, self._serving.residency.num_slots
+        shape, num_slots = self._runner.shape, self._runner.residency.num_slots
         needed = min(shape.num_experts, batch * shape.top_k)
         other = sorted(set(keywords) - KEYWORDS) + ["stopping_criteria"] * has_criteria
-        scheduling = self._serving.scheduling
-        has_norms = any(layer.spec.post_norm is not None for layer in self._serving.layers)
+        schedule_runner = self._runner.schedule_runner
+        has_norms = any(layer.spec.post_norm is not None for layer in self._runner.layers)
         checks = [
             (
-                scheduling is not None and scheduling.cpu is not None and has_norms,
+                schedule_runner is not None and schedule_runner.cpu is not None and has_norms,
                 "a norm follows the experts, and those on the CPU would miss it",
             ),
             (config.decode == "layered", "as given"),
-            (self._serving.device.kind != "cuda", "graphs need CUDA"),
+            (self._runner.device.kind != "cuda", "graphs need CUDA"),
             (config.kernels != "triton", f"kernels={config.kernels!r} cannot be captured"),
             (config.record_inputs, "router inputs are recorded"),
             (

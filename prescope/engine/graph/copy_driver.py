@@ -15,15 +15,15 @@ from ...core.native import call, clock_address, load_int64, now_us, store_int32
 from ...core.types import IntArray
 from ...device import LinkFunctions
 from ...errors import TransferFailed
-from ..layered import Serving
+from ..layered import LayeredRunner
 from .host_loop import LINK_FAILED, NOBODY_ASKED, PAUSED, SERVED, WAIT_US, has_time
 
 if TYPE_CHECKING:
-    from ...kernels.graph_buffers import CapturedStep
+    from ...kernels.graph_buffers import GraphBuffers
 
 
 #: What the host has to do besides serving a step, in small parts.
-Chores = deque[Callable[[], None]]
+SideTasks = deque[Callable[[], None]]
 
 
 class Orders(NamedTuple):
@@ -40,7 +40,7 @@ class Orders(NamedTuple):
 
 
 @jit
-def obey(
+def follow_orders(
     link: LinkFunctions,
     clock: int,
     orders: Orders,
@@ -48,13 +48,13 @@ def obey(
     words: IntArray,
     step: int,
     number: int,
-    chores: int,
+    side_tasks: int,
 ) -> int:
     """Serve the layers of a running step from progress[0] on; call again if nobody asked.
 
     Args:
         progress: (2,) the layer, and the driver's code if it failed. `words`: (2,) for the clock.
-        step: since the buffers' restart; `number`: the same in messages. `chores`: as in `serve`.
+        step: since the buffers' restart; `number`: the same in messages. `side_tasks`: as in `serve`.
 
     Returns: SERVED, PAUSED, NOBODY_ASKED or LINK_FAILED.
     """
@@ -88,13 +88,13 @@ def obey(
             if progress[1] != 0:
                 return LINK_FAILED
         progress[0] += 1
-        if has_time(chores, L - progress[0], count > 0):
+        if has_time(side_tasks, L - progress[0], count > 0):
             return PAUSED
     store_int32(orders.served.ctypes.data, np.int32(step + 1))
     return SERVED
 
 
-class OrderedStep:
+class CopyDriver:
     """Serves captured steps whose copies the GPU orders.
 
     Args:
@@ -102,20 +102,20 @@ class OrderedStep:
         captured: the step's buffers.
     """
 
-    def __init__(self, serving: Serving, captured: "CapturedStep") -> None:
-        self._serving, self._captured = serving, captured
-        pool = serving.loader.pool
-        self._link = serving.device.link_functions()
+    def __init__(self, runner: LayeredRunner, captured: "GraphBuffers") -> None:
+        self._runner, self._captured = runner, captured
+        pool = runner.loader.pool
+        self._link = runner.device.link_functions()
         self._orders = Orders(
             *captured.order_messages(),
-            row_bytes_L=np.array([layer.layout.row_bytes for layer in serving.layers]),
-            rows_L=np.array([held.rows.data_ptr() for held in serving.host.layers]),
+            row_bytes_L=np.array([layer.layout.row_bytes for layer in runner.layers]),
+            rows_L=np.array([held.rows.data_ptr() for held in runner.host.layers]),
             pool=pool.data_ptr(),
             slot_bytes=pool.stride(0),
         )
         self._progress, self._words = np.zeros(2, np.int64), np.zeros(2, np.int64)
 
-    def run(self, step: int, chores: Chores) -> None:
+    def run(self, step: int, side_tasks: SideTasks) -> None:
         """Serve all layers of a step that is running, with chores between them.
 
         Raises:
@@ -124,22 +124,22 @@ class OrderedStep:
         self._progress[0] = 0
         number = self._captured.number(step)
         arguments = self._link, clock_address(), self._orders, self._progress, self._words, step, number
-        while (code := obey(*arguments, len(chores))) != SERVED:
+        while (code := follow_orders(*arguments, len(side_tasks))) != SERVED:
             if code == PAUSED:
-                chores.popleft()()
+                side_tasks.popleft()()
             else:
-                require_running(self._serving, code, int(self._progress[1]))
+                require_running(self._runner, code, int(self._progress[1]))
 
     def abandon(self, step: int) -> None:
         """Let a step that is still waiting run to its end, with whatever weights there are."""
         self._captured.served(step + 1)
         # Not by the function that may have failed.
-        for layer in range(len(self._serving.layers)):
-            self._serving.device.send([self._captured.acknowledgement(layer, step)], None)
+        for layer in range(len(self._runner.layers)):
+            self._runner.device.send([self._captured.acknowledgement(layer, step)], None)
 
 
-def require_running(serving: Serving, code: int, failure: int) -> None:
-    """After `serve` or `obey` came back before the end.
+def require_running(runner: LayeredRunner, code: int, failure: int) -> None:
+    """After `serve` or `follow_orders` came back before the end.
 
     Raises:
         TransferFailed: the driver refused a copy with `failure`, or the GPU stopped.
@@ -148,5 +148,5 @@ def require_running(serving: Serving, code: int, failure: int) -> None:
         raise TransferFailed(
             f"the CUDA driver refused a copy to the GPU with {failure}; the slots are cold now, run again"
         )
-    if serving.device.is_idle():
+    if runner.device.is_idle():
         raise TransferFailed("the GPU stopped without a message; the CUDA error is above, if there is one")

@@ -8,19 +8,19 @@ from ...cache.prefetch import most_in_flight
 from ...cache.residency import NOTHING, IntArray, prefetch_slots
 from ...core.jit import said_if_compiled_first
 from ...core.native import clock_address
-from ...core.types import REASONS, Need, Reason
+from ...core.types import REASONS, NeedOutcome, Reason
 from ...kernels import StepLog
 from ...kernels.cpu import LaneFunctions
 from ...scheduler.layer import Slots
-from ..layered import Serving
+from ..layered import LayeredRunner
 from ..schedule import on_demand
 from . import host_loop as at
-from .copy_driver import Chores, require_running
-from .host_loop import Beliefs, Functions, Places, Progress, serve
+from .copy_driver import SideTasks, require_running
+from .host_loop import Addresses, Functions, HostState, PlannerState, serve
 from .stamps import read_stamps
 
 if TYPE_CHECKING:
-    from ...kernels.graph_buffers import CapturedStep
+    from ...kernels.graph_buffers import GraphBuffers
 
 #: A number that no batch of copies has: all layers that wait go on.
 MOST_COPIES = 2**31 - 1
@@ -30,54 +30,54 @@ SPARE_EVENTS = 1024
 BATCHES_TO_LEARN_FROM = 6
 
 
-class ScheduledStep:
+class HostDriver:
     """Serves captured steps by the engine's schedule, or on demand.
 
     Args:
         serving: slots, link and schedule, if there is one.
     """
 
-    def __init__(self, serving: Serving) -> None:
-        self._serving = serving
-        self._scheduling = serving.scheduling or on_demand(serving.shape)
-        self._captured: CapturedStep | None = None
+    def __init__(self, runner: LayeredRunner) -> None:
+        self._runner = runner
+        self._schedule_runner = runner.schedule_runner or on_demand(runner.shape)
+        self._captured: GraphBuffers | None = None
         #: By step, of those that are neither learned nor undone: needs, and copies if they know their time.
         self._served: dict[int, tuple[IntArray, IntArray]] = {}
 
-    def begin(self, captured: "CapturedStep") -> None:
+    def begin(self, captured: "GraphBuffers") -> None:
         """Steps follow; the GPU has the table as it is now, and nothing is on the link."""
-        serving = self._serving
-        serving.loader.cancel()
-        serving.device.synchronize()
-        serving.loader.poll()
-        serving.residency.unprotect()
-        cpu = self._scheduling.cpu
+        runner = self._runner
+        runner.loader.cancel()
+        runner.device.synchronize()
+        runner.loader.poll()
+        runner.residency.unprotect()
+        cpu = self._schedule_runner.cpu
         self._lane = cpu.functions() if cpu is not None else LaneFunctions.without()
-        self._functions = Functions(serving.device.link_functions(), self._lane.addresses, clock_address())
-        self._timed = serving.recorder is not None and serving.recorder.timed
-        self._events = serving.device.open_events(self._timed)
-        self._places = self._lay_out(captured)
-        self._progress = self._start(captured)
-        self._places.shown[:] = serving.residency.slot_of
+        self._functions = Functions(runner.device.link_functions(), self._lane.addresses, clock_address())
+        self._timed = runner.recorder is not None and runner.recorder.timed
+        self._events = runner.device.open_events(self._timed)
+        self._addresses = self._lay_out(captured)
+        self._state = self._start(captured)
+        self._addresses.shown[:] = runner.residency.slot_of
         self._captured, self._is_abandoned = captured, False
         self._served = {}
 
-    def _lay_out(self, captured: "CapturedStep") -> Places:
-        serving, scheduling = self._serving, self._scheduling
+    def _lay_out(self, captured: "GraphBuffers") -> Addresses:
+        runner, schedule_runner = self._runner, self._schedule_runner
         assert captured.scheduled is not None
-        table, pool, layers = serving.residency, serving.loader.pool, serving.layers
-        most = most_in_flight(serving.device.kind, serving.shape.row_bytes)
+        table, pool, layers = runner.residency, runner.loader.pool, runner.layers
+        most = most_in_flight(runner.device.kind, runner.shape.row_bytes)
         nothing = [0] * len(layers)
-        has_cpu = scheduling.cpu is not None
+        has_cpu = schedule_runner.cpu is not None
 
         def per_layer(values: list[int]) -> IntArray:
             return np.array(values, dtype=np.int64)
 
-        return Places(
+        return Addresses(
             *captured.messages(),
             num_experts_L=per_layer([layer.num_experts for layer in layers]),
             row_bytes_L=per_layer([layer.layout.row_bytes for layer in layers]),
-            rows_L=per_layer([held.rows.data_ptr() for held in serving.host.layers]),
+            rows_L=per_layer([held.rows.data_ptr() for held in runner.host.layers]),
             inputs_L=per_layer([x.data_ptr() for x in captured.inputs] if has_cpu else nothing),
             outputs_L=per_layer([y.data_ptr() for y in captured.cpu_pairs] if has_cpu else nothing),
             flags_L=per_layer([flag.data_ptr() for flag in captured.cpu_flags] if has_cpu else nothing),
@@ -90,21 +90,21 @@ class ScheduledStep:
             policy=table.policy.kind,
             most_on_wire=min(most, prefetch_slots(table.num_slots)),
             on_demand=REASONS.index(Reason.ON_DEMAND),
-            prefetch=REASONS.index(scheduling.reason),
+            prefetch=REASONS.index(schedule_runner.reason),
             timed=int(self._timed),
             ask_shift=48,
             scores_shift=32,
         )
 
-    def _start(self, captured: "CapturedStep") -> Progress:
-        table, L, P = self._serving.residency, self._serving.shape.num_layers, captured.num_pairs
-        total, E, most = len(table.slot_of), self._serving.shape.num_experts, self._places.most_on_wire
+    def _start(self, captured: "GraphBuffers") -> HostState:
+        table, L, P = self._runner.residency, self._runner.shape.num_layers, captured.num_pairs
+        total, E, most = len(table.slot_of), self._runner.shape.num_experts, self._addresses.most_on_wire
         self._events.reserve(most + 1)
 
         def zeros(*shape: int) -> IntArray:
             return np.zeros(shape, dtype=np.int64)
 
-        progress = Progress(
+        state = HostState(
             counts=zeros(at.NUM_COUNTS),
             times=np.zeros(at.NUM_TIMES),
             shown_in=table.key_of.copy(),
@@ -118,16 +118,16 @@ class ScheduledStep:
             needs=zeros(L, at.NEED_COLUMNS),
             copies=zeros(3 * total if self._timed else 0, at.COPY_COLUMNS),
             jobs=zeros(L + 1, at.JOB_COLUMNS),
-            lot=zeros(at.LOT_WORDS),
+            expert_batch=zeros(at.LOT_WORDS),
             indices=zeros(2 * E + 1 + 2 * P),
             words=zeros(4),
         )
-        progress.counts[at.TICK] = table.policy.tick
-        return progress
+        state.counts[at.TICK] = table.policy.tick
+        return state
 
     # -- steps -------------------------------------------------------------------------------------------------
 
-    def run(self, step: int, row: int, chores: Chores) -> None:
+    def run(self, step: int, row: int, side_tasks: SideTasks) -> None:
         """Serve all layers of a step that is running, with chores between them.
 
         Args:
@@ -137,62 +137,68 @@ class ScheduledStep:
             TransferFailed: the GPU stopped, or the driver refused a copy.
             Exception: what went wrong on the CPU lane.
         """
-        serving, captured = self._serving, self._captured
-        recorder, table = serving.recorder, serving.residency
+        runner, captured = self._runner, self._captured
+        recorder, table = runner.recorder, runner.residency
         assert captured is not None
-        counts = self._progress.counts
+        counts = self._state.counts
         if self._timed:  # events are read when the run is over, so each is used once
-            self._events.reserve(counts[at.EVENTS] + at.EVENTS_OF_LAYER * len(serving.layers) + SPARE_EVENTS)
-            self._progress = self._progress._replace(events=self._events.handles)
+            self._events.reserve(counts[at.EVENTS] + at.EVENTS_OF_LAYER * len(runner.layers) + SPARE_EVENTS)
+            self._state = self._state._replace(events=self._events.handles)
         counts[at.LAYER] = counts[at.NUM_COPIES] = counts[at.NUM_JOBS] = 0
         number = captured.number(step)
-        planner = self._scheduling.planner
-        beliefs = Beliefs(planner.knobs, planner.costs, *planner.calibrated_cpu(), planner.memory)
+        planner = self._schedule_runner.planner
+        planner_state = PlannerState(
+            planner.settings, planner.costs, *planner.calibrated_cpu(), planner.memory
+        )
         slots = Slots(
             table.slot_of, table.key_of, table.in_flight, table.prefetched, table.protected, table.policy.scores
         )  # fmt: skip
-        arguments = self._functions, self._places, self._progress, beliefs, slots, step, number, row
+        arguments = self._functions, self._addresses, self._state, planner_state, slots, step, number, row
         while True:
             with said_if_compiled_first(serve, "the host's part of a decode step"):
-                code = serve(*arguments, len(chores))
+                code = serve(*arguments, len(side_tasks))
             if code == at.SERVED:
                 break
             if code == at.PAUSED:
-                chores.popleft()()
+                side_tasks.popleft()()
                 continue
             if code == at.CPU_FAILED:
                 self._lane.explain()
-            require_running(serving, code, int(counts[at.FAILURE]))
+            require_running(runner, code, int(counts[at.FAILURE]))
         table.policy.tick = int(counts[at.TICK])
-        needs = self._progress.needs.copy()
+        needs = self._state.needs.copy()
         self._served[step] = needs, self._log()
         self._count(needs, 1)
         if recorder is not None:
             recorder.served(row, captured.num_tokens, *self._served[step], self._jobs(), self._events)
 
     def _log(self) -> IntArray:
-        return self._progress.copies[: self._progress.counts[at.NUM_COPIES]].copy()
+        return self._state.copies[: self._state.counts[at.NUM_COPIES]].copy()
 
     def _jobs(self) -> IntArray:
-        return self._progress.jobs[: self._progress.counts[at.NUM_JOBS]].copy()
+        return self._state.jobs[: self._state.counts[at.NUM_JOBS]].copy()
 
     def _count(self, needs: IntArray, sign: int) -> None:
         needed, hits, late = needs.sum(0)[: at.ON_CPU].tolist()
-        for kind, num in ((Need.HIT, hits), (Need.LATE, late), (Need.MISS, needed - hits - late)):
-            self._serving.needs[kind] += sign * num
+        for kind, num in (
+            (NeedOutcome.HIT, hits),
+            (NeedOutcome.LATE, late),
+            (NeedOutcome.MISS, needed - hits - late),
+        ):
+            self._runner.needs[kind] += sign * num
 
     def learn(self, step: int, log: StepLog) -> None:
         """What a step says about this machine: its jobs on the CPU, and its stamps, if there is a timeline."""
-        scheduling, times = self._scheduling, self._progress.times
+        schedule_runner, times = self._schedule_runner, self._state.times
         needs, copies = self._served.pop(step)
-        if scheduling.cpu is not None:
-            scheduling.planner.saw_cpu(float(times[at.CPU_TOOK]), float(times[at.CPU_CALIBRATED]))
+        if schedule_runner.cpu is not None:
+            schedule_runner.planner.saw_cpu(float(times[at.CPU_TOOK]), float(times[at.CPU_CALIBRATED]))
             times[at.CPU_TOOK] = times[at.CPU_CALIBRATED] = 0.0
         if not self._timed:
             return
         needed, on_cpu = needs[:, at.NEEDED], needs[:, at.ON_CPU]
         seen = read_stamps(log.stamps_ns, log.begin_ns, log.needs[:, 1], needed, on_cpu)
-        planner = scheduling.planner
+        planner = schedule_runner.planner
         planner.saw_step(seen.rest_us, None if np.isnan(seen.decide_us) else seen.decide_us, seen.gpu_us)
         planner.saw_link(self._copies_us(copies), bool(on_cpu.any()))
 
@@ -216,21 +222,21 @@ class ScheduledStep:
         if self._captured is None:
             return
         self._captured = None
-        serving, counts = self._serving, self._progress.counts
-        serving.device.synchronize()
-        table = serving.residency
+        runner, counts = self._runner, self._state.counts
+        runner.device.synchronize()
+        table = runner.residency
         table.in_flight[:] = table.protected[:] = False
         table.versions += 1  # copies of the table's rows are stale
         counts[at.NUM_JOBS] = 0
-        is_sound = at.collect(self._functions, self._progress)
-        if serving.recorder is not None and not self._is_abandoned:
-            serving.recorder.served_late(self._jobs())
+        is_sound = at.collect(self._functions, self._state)
+        if runner.recorder is not None and not self._is_abandoned:
+            runner.recorder.served_late(self._jobs())
         if not is_sound and not self._is_abandoned:
             self._lane.explain()
 
     def abandon(self, step: int) -> None:
         """Let a step that is still waiting run to its end, with whatever weights there are."""
-        captured, job = self._captured, int(self._progress.counts[at.JOB])
+        captured, job = self._captured, int(self._state.counts[at.JOB])
         assert captured is not None
         self._is_abandoned = True
         if job:
@@ -238,8 +244,8 @@ class ScheduledStep:
         has_cpu = captured.scheduled is not None and captured.scheduled.has_cpu
         captured.served(step + 1)
         # For a layer that was answered before and waits for bytes.
-        self._serving.device.send([captured.landing(MOST_COPIES)], None)
-        for layer in self._serving.layers:
+        self._runner.device.send([captured.landing(MOST_COPIES)], None)
+        for layer in self._runner.layers:
             captured.reply(layer.moe_layer, step, NOTHING, last_copy=0, num_on_cpu=0)
             if has_cpu:
                 word, value = captured.cpu_flag(layer.moe_layer, step)

@@ -5,10 +5,10 @@ their threads, and the GPU is told the layer's slots and what to wait for. While
 are handed to the link as it has room. A layer's slots are safe until the next layer has asked: then the GPU is done
 with them.
 
-A layer that sees all of its experts in `Places.shown` goes on without an answer, so the GPU may be layers ahead of what
-is decided here. An expert is shown while its bytes are there, and known to be: those of on-demand copies when the next
+A layer that sees all of its experts in `Addresses.shown` goes on without an answer, so the GPU may be layers ahead of
+what is decided here. An expert is shown while its bytes are there, and known to be: those of on-demand copies when the next
 layer has asked. A slot is given up for a prefetch only if, after hiding its expert, that expert's layer has not looked
-(`on_device._look`).
+(`graph_kernels._look`).
 
 Written as the same in Python, a layer of Qwen3-30B-A3B's shape took 200 us at batch 1 and 320 us at batch 8 from the
 choice's arrival to the answer (H100 machine, LOG.md): more than a third of a token's time at batch 1.
@@ -28,7 +28,7 @@ from ...core.types import FloatArray, IntArray
 from ...device import LinkFunctions
 from ...kernels.cpu import LaneAddresses
 from ...scheduler.layer import Slots, decide_layer, reconsider
-from ...scheduler.types import Costs, Knobs, Memory, Plan, cpu_time
+from ...scheduler.types import Costs, Memory, Plan, ScheduleSettings, cpu_time
 
 #: What `serve` returns: all layers are served; nobody has asked for WAIT_US; a function of the driver, or the CPU lane,
 #: failed (the code is in `counts[FAILURE]`); there is time for a chore. And `wait`: the next layer has asked before.
@@ -39,18 +39,18 @@ WAIT_US = 20_000.0
 #: nothing promises that it makes them while a layer waits for the host.
 PATIENCE_US = 50.0
 
-#: Places in `Progress.counts`.
+#: Places in `HostState.counts`.
 (
     LAYER, TICK, BATCHES, FAILURE, HELD, KEPT, WIRE_FIRST, WIRE_COUNT, EVENTS, NUM_COPIES, NUM_JOBS, JOB, JOB_LAYER,
     JOB_STEP, NUMBER, LOADED, NUM_COUNTS,
 ) = range(17)  # fmt: skip
-#: Places in `Progress.times`: when the link is free; what the CPU's jobs took, and were calibrated to take; the same of
+#: Places in `HostState.times`: when the link is free; what the CPU's jobs took, and were calibrated to take; the same
 #: the job under way.
 LINK_FREE, CPU_TOOK, CPU_CALIBRATED, JOB_CALIBRATED, NUM_TIMES = range(5)
 #: Columns of the log (`recorder`): of each layer's needs, of each copy, of each job.
 NEEDED, HITS, LATE, ON_CPU, PREFETCHED, NEED_COLUMNS = range(6)
 COPY_COLUMNS, JOB_COLUMNS = 7, 4
-#: Words of the CPU lane's `Lot` (native.py).
+#: Words of the CPU lane's `ExpertBatch` (native.py).
 LOT_WORDS = 11
 #: Events of a layer's on-demand copies at most: before and behind the first one, before and behind the rest.
 EVENTS_OF_LAYER = 4
@@ -68,7 +68,7 @@ class Functions(NamedTuple):
     clock: int  # as `raw.clock_address`
 
 
-class Places(NamedTuple):
+class Addresses(NamedTuple):
     """Where things lie in memory; constant while a run's steps are decided."""
 
     # As `kernels.captured.Messages`.
@@ -103,7 +103,7 @@ class Places(NamedTuple):
     scores_shift: int
 
 
-class Progress(NamedTuple):
+class HostState(NamedTuple):
     """What changes from layer to layer."""
 
     counts: IntArray  # (NUM_COUNTS,)
@@ -119,15 +119,15 @@ class Progress(NamedTuple):
     needs: IntArray  # (L, NEED_COLUMNS)
     copies: IntArray  # (N, COPY_COLUMNS)
     jobs: IntArray  # (L + 1, JOB_COLUMNS)
-    lot: IntArray  # (LOT_WORDS,)
+    expert_batch: IntArray  # (LOT_WORDS,)
     indices: IntArray  # of a lot
     words: IntArray  # (4,) for functions that write their results
 
 
-class Beliefs(NamedTuple):
+class PlannerState(NamedTuple):
     """What the planner knows; its arrays are changed."""
 
-    knobs: Knobs
+    settings: ScheduleSettings
     costs: Costs
     cpu_base_us: float  # as calibrated, as `cpu_us`
     cpu_us: FloatArray
@@ -135,26 +135,26 @@ class Beliefs(NamedTuple):
 
 
 @jit
-def check(progress: Progress, code: int) -> bool:
+def check(state: HostState, code: int) -> bool:
     """Whether the driver is content; its code is kept if not."""
     code &= 0xFFFFFFFF
     if code != 0:
-        progress.counts[FAILURE] = code
+        state.counts[FAILURE] = code
     return code == 0
 
 
 @jit
-def mark(functions: Functions, places: Places, progress: Progress) -> int:
+def mark(functions: Functions, addresses: Addresses, state: HostState) -> int:
     """Leave an event on the H2D stream; returns its place among the handles, -1 if the driver refused."""
-    events, counts = progress.events, progress.counts
+    events, counts = state.events, state.counts
     # Events that know their time are read when the run is over; the others are asked whether they have passed.
-    place = counts[EVENTS] if places.timed else counts[EVENTS] % len(events)
+    place = counts[EVENTS] if addresses.timed else counts[EVENTS] % len(events)
     if events[place] == 0:
-        flags = 0 if places.timed else _EVENT_WITHOUT_TIME
-        if not check(progress, call(functions.link.create_event, (events.ctypes.data + 8 * place, flags))):
+        flags = 0 if addresses.timed else _EVENT_WITHOUT_TIME
+        if not check(state, call(functions.link.create_event, (events.ctypes.data + 8 * place, flags))):
             return -1
     counts[EVENTS] += 1
-    if not check(progress, call(functions.link.record_event, (events[place], functions.link.stream))):
+    if not check(state, call(functions.link.record_event, (events[place], functions.link.stream))):
         return -1
     return place
 
@@ -162,8 +162,8 @@ def mark(functions: Functions, places: Places, progress: Progress) -> int:
 @jit
 def send(
     functions: Functions,
-    places: Places,
-    progress: Progress,
+    addresses: Addresses,
+    state: HostState,
     layer: int,
     experts: IntArray,
     slots: IntArray,
@@ -171,41 +171,39 @@ def send(
     is_numbered: bool,
 ) -> bool:
     """Hand copies (n,) of a layer's experts to the link; a batch that is numbered ends with its number."""
-    counts, copies, n = progress.counts, progress.copies, len(experts)
+    counts, copies, n = state.counts, state.copies, len(experts)
     if n == 0:
         return True
-    begin = mark(functions, places, progress) if places.timed else 0
-    nbytes = places.row_bytes_L[layer]
+    begin = mark(functions, addresses, state) if addresses.timed else 0
+    nbytes = addresses.row_bytes_L[layer]
     for i in range(n):
-        target = places.pool + slots[i] * places.slot_bytes
-        source = places.rows_L[layer] + experts[i] * nbytes
+        target = addresses.pool + slots[i] * addresses.slot_bytes
+        source = addresses.rows_L[layer] + experts[i] * nbytes
         for _ in range(functions.link.repeats):
-            if not check(
-                progress, call(functions.link.memcpy, (target, source, nbytes, functions.link.stream))
-            ):
+            if not check(state, call(functions.link.memcpy, (target, source, nbytes, functions.link.stream))):
                 return False
     batch = counts[BATCHES] + 1
     if is_numbered:
         counts[BATCHES] = batch
-        place = batch % len(places.numbers)
-        places.numbers[place] = batch  # the one before it in this place landed long ago
-        source = places.numbers.ctypes.data + 4 * place
+        place = batch % len(addresses.numbers)
+        addresses.numbers[place] = batch  # the one before it in this place landed long ago
+        source = addresses.numbers.ctypes.data + 4 * place
         if not check(
-            progress, call(functions.link.memcpy, (places.landed, source, 4, functions.link.stream))
+            state, call(functions.link.memcpy, (addresses.landed, source, 4, functions.link.stream))
         ):
             return False
     for slot in slots:
-        progress.copy_of[slot] = batch
+        state.copy_of[slot] = batch
     end = begin
-    if places.timed or reason != places.on_demand:
-        end = mark(functions, places, progress)
+    if addresses.timed or reason != addresses.on_demand:
+        end = mark(functions, addresses, state)
     if begin < 0 or end < 0:
         return False
-    if reason != places.on_demand:
-        last = (counts[WIRE_FIRST] + counts[WIRE_COUNT]) % len(progress.wire_slot)
-        progress.wire_slot[last], progress.wire_event[last] = slots[0], end
+    if reason != addresses.on_demand:
+        last = (counts[WIRE_FIRST] + counts[WIRE_COUNT]) % len(state.wire_slot)
+        state.wire_slot[last], state.wire_event[last] = slots[0], end
         counts[WIRE_COUNT] += 1
-    if places.timed:
+    if addresses.timed:
         for i in range(n):
             copies[counts[NUM_COPIES], :] = (layer, experts[i], reason, begin, end, i, n)
             counts[NUM_COPIES] += 1
@@ -213,116 +211,118 @@ def send(
 
 
 @jit
-def show(places: Places, progress: Progress, key: int, slot: int) -> None:
+def show(addresses: Addresses, state: HostState, key: int, slot: int) -> None:
     """Layers that need an expert find it in a slot, from now on."""
-    progress.shown_in[slot] = key
-    store_int32(places.shown.ctypes.data + 4 * key, np.int32(slot))
+    state.shown_in[slot] = key
+    store_int32(addresses.shown.ctypes.data + 4 * key, np.int32(slot))
 
 
 @jit
-def hide(places: Places, progress: Progress, slot: int) -> int:
+def hide(addresses: Addresses, state: HostState, slot: int) -> int:
     """Layers do not find in a slot what was there; returns its key, -1 if nothing was shown."""
-    key = progress.shown_in[slot]
-    progress.shown_in[slot] = -1
+    key = state.shown_in[slot]
+    state.shown_in[slot] = -1
     if key >= 0:
-        swap_int32(places.shown.ctypes.data + 4 * key, np.int32(-1))
+        swap_int32(addresses.shown.ctypes.data + 4 * key, np.int32(-1))
     return key
 
 
 @jit
-def may_be_in_use(places: Places, progress: Progress, key: int, num_experts: int) -> bool:
+def may_be_in_use(addresses: Addresses, state: HostState, key: int, num_experts: int) -> bool:
     """Whether a key that was just hidden may have been found before: its layer has looked, and was not decided yet."""
-    layer, counts = key // num_experts, progress.counts
+    layer, counts = key // num_experts, state.counts
     if layer < counts[LAYER]:  # what the last layer uses is protected, those before it are done
         return False
-    return load_int64(places.looked.ctypes.data + 8 * layer) == counts[NUMBER]
+    return load_int64(addresses.looked.ctypes.data + 8 * layer) == counts[NUMBER]
 
 
 @jit
-def land(functions: Functions, places: Places, progress: Progress, slots: Slots) -> bool:
+def land(functions: Functions, addresses: Addresses, state: HostState, slots: Slots) -> bool:
     """Prefetches whose bytes are there are resident."""
-    counts = progress.counts
+    counts = state.counts
     while counts[WIRE_COUNT] > 0:
         first = counts[WIRE_FIRST]
-        code = call(functions.link.query_event, (progress.events[progress.wire_event[first]],)) & 0xFFFFFFFF
+        code = call(functions.link.query_event, (state.events[state.wire_event[first]],)) & 0xFFFFFFFF
         if code == NOT_READY:
             return True
-        if not check(progress, code):
+        if not check(state, code):
             return False
-        slot = progress.wire_slot[first]
+        slot = state.wire_slot[first]
         slots.in_flight[slot] = False
-        show(places, progress, slots.key_of[slot], slot)
-        counts[WIRE_FIRST] = (first + 1) % len(progress.wire_slot)
+        show(addresses, state, slots.key_of[slot], slot)
+        counts[WIRE_FIRST] = (first + 1) % len(state.wire_slot)
         counts[WIRE_COUNT] -= 1
     return True
 
 
 @jit
-def pump(functions: Functions, places: Places, progress: Progress, beliefs: Beliefs, slots: Slots) -> bool:
+def pump(
+    functions: Functions, addresses: Addresses, state: HostState, planner: PlannerState, slots: Slots
+) -> bool:
     """Hand to the link what is wanted, while it has room. Cheap when there is none."""
-    counts = progress.counts
+    counts = state.counts
     if counts[HELD] == 0:  # most often: it is called at every look for a message
         return True
-    E = len(slots.slot_of) // len(places.num_experts_L)
+    E = len(slots.slot_of) // len(addresses.num_experts_L)
     one = np.empty(1, np.int64)
     while counts[HELD] > 0:
-        if counts[WIRE_COUNT] >= places.most_on_wire:
-            if not land(functions, places, progress, slots):
+        if counts[WIRE_COUNT] >= addresses.most_on_wire:
+            if not land(functions, addresses, state, slots):
                 return False
-            if counts[WIRE_COUNT] >= places.most_on_wire:
+            if counts[WIRE_COUNT] >= addresses.most_on_wire:
                 break
-        if places.timed and not has_room(progress, len(places.num_experts_L), len(slots.slot_of)):
+        if addresses.timed and not has_room(state, len(addresses.num_experts_L), len(slots.slot_of)):
             break
         counts[HELD] -= 1
-        key = progress.held[counts[HELD]]
+        key = state.held[counts[HELD]]
         if slots.slot_of[key] >= 0:
             continue
         one[0] = key
         fixed = slots.protected | slots.in_flight
-        keep = progress.keep[: counts[KEPT]]
+        keep = state.keep[: counts[KEPT]]
         taken = take_slots(one, slots.key_of, slots.slot_of, fixed, keep, slots.scores)
         if len(taken) == 0:
             counts[HELD] = 0
             break
-        former = hide(places, progress, taken[0])
-        if former >= 0 and may_be_in_use(places, progress, former, E):
+        former = hide(addresses, state, taken[0])
+        if former >= 0 and may_be_in_use(addresses, state, former, E):
             slots.slot_of[key], slots.slot_of[former], slots.key_of[taken[0]] = -1, taken[0], former
-            show(places, progress, former, taken[0])
+            show(addresses, state, former, taken[0])
             counts[HELD] = 0  # until that layer is decided the next one would have to take the same slot
             break
         slots.in_flight[taken[0]] = slots.prefetched[taken[0]] = True
         one[0] = key % E
-        if not send(functions, places, progress, key // E, one, taken, places.prefetch, len(taken) > 0):
+        if not send(functions, addresses, state, key // E, one, taken, addresses.prefetch, len(taken) > 0):
             return False
-        issued(functions, progress, beliefs.costs.link_busy_us if counts[JOB] else beliefs.costs.link_us)
+        issued(functions, state, planner.costs.link_busy_us if counts[JOB] else planner.costs.link_us)
     return True
 
 
 @jit
-def has_room(progress: Progress, num_layers: int, num_experts: int) -> bool:
+def has_room(state: HostState, num_layers: int, num_experts: int) -> bool:
     """Whether the log takes one more prefetch, and all on-demand copies that may still come."""
-    counts = progress.counts
-    copies, events = len(progress.copies) - counts[NUM_COPIES], len(progress.events) - counts[EVENTS]
+    counts = state.counts
+    copies, events = len(state.copies) - counts[NUM_COPIES], len(state.events) - counts[EVENTS]
     return copies > num_experts and events >= EVENTS_OF_LAYER * num_layers + 2
 
 
 @jit
-def issued(functions: Functions, progress: Progress, link_us: float) -> None:
+def issued(functions: Functions, state: HostState, link_us: float) -> None:
     """The link was given so much more."""
-    times = progress.times
-    times[LINK_FREE] = max(times[LINK_FREE], now_us(functions.clock, progress.words)) + link_us
+    times = state.times
+    times[LINK_FREE] = max(times[LINK_FREE], now_us(functions.clock, state.words)) + link_us
 
 
 @jit
-def collect(functions: Functions, progress: Progress) -> bool:
+def collect(functions: Functions, state: HostState) -> bool:
     """The CPU's part of an earlier layer is over, since the GPU waited for it: take down its time."""
-    counts, times, words, jobs = progress.counts, progress.times, progress.words, progress.jobs
+    counts, times, words, jobs = state.counts, state.times, state.words, state.jobs
     job = counts[JOB]
     if job == 0:
         return True
-    state = call(functions.lane.state, (job,)) & 0xFFFFFFFF
-    while state == _JOB_RUNS:  # it tells the GPU first
-        state = call(functions.lane.state, (job,)) & 0xFFFFFFFF
+    job_state = call(functions.lane.state, (job,)) & 0xFFFFFFFF
+    while job_state == _JOB_RUNS:  # it tells the GPU first
+        job_state = call(functions.lane.state, (job,)) & 0xFFFFFFFF
     call(functions.lane.span, (job, words.ctypes.data, words.ctypes.data + 8))
     row = counts[NUM_JOBS]
     jobs[row, :] = (counts[JOB_LAYER], counts[JOB_STEP], words[0], words[1])
@@ -331,16 +331,16 @@ def collect(functions: Functions, progress: Progress) -> bool:
     counts[NUM_JOBS] += 1
     call(functions.lane.free, (job,))
     counts[JOB] = 0
-    if state != 1:
-        counts[FAILURE] = state
-    return state == 1
+    if job_state != 1:
+        counts[FAILURE] = job_state
+    return job_state == 1
 
 
 @jit
 def compute(
     functions: Functions,
-    places: Places,
-    progress: Progress,
+    addresses: Addresses,
+    state: HostState,
     layer: int,
     number: int,
     experts: IntArray,
@@ -348,25 +348,27 @@ def compute(
     pairs: IntArray,
 ) -> int:
     """Hand experts (n,) to the CPU; returns the job, 0 if it was refused. `first`, `pairs`: as in `Decision`."""
-    lot, indices, n, m = progress.lot, progress.indices, len(experts), len(pairs)
+    expert_batch, indices, n, m = state.expert_batch, state.indices, len(experts), len(pairs)
     indices[:n] = experts
     indices[n : 2 * n + 1] = first
-    indices[2 * n + 1 : 2 * n + 1 + m] = pairs // places.top_k
+    indices[2 * n + 1 : 2 * n + 1 + m] = pairs // addresses.top_k
     indices[2 * n + 1 + m : 2 * n + 1 + 2 * m] = pairs
-    P = places.ask.shape[1]
-    lot[0], lot[1] = places.inputs_L[layer], places.outputs_L[layer]
-    lot[2], lot[3] = places.width, places.width
-    lot[4], lot[5], lot[6], lot[7] = P // places.top_k, P, n, m
-    lot[8], lot[9], lot[10] = indices.ctypes.data, places.flags_L[layer], number
-    return call(functions.lane.submit, (functions.lane.lane, places.cpu_layers_L[layer], lot.ctypes.data))
+    P = addresses.ask.shape[1]
+    expert_batch[0], expert_batch[1] = addresses.inputs_L[layer], addresses.outputs_L[layer]
+    expert_batch[2], expert_batch[3] = addresses.width, addresses.width
+    expert_batch[4], expert_batch[5], expert_batch[6], expert_batch[7] = P // addresses.top_k, P, n, m
+    expert_batch[8], expert_batch[9], expert_batch[10] = indices.ctypes.data, addresses.flags_L[layer], number
+    return call(
+        functions.lane.submit, (functions.lane.lane, addresses.cpu_layers_L[layer], expert_batch.ctypes.data)
+    )
 
 
 @jit
-def calibrated_us(beliefs: Beliefs, first: IntArray) -> float:
-    """What a job was calibrated to take; `first` as in `Decision.lot_first`."""
-    total = beliefs.cpu_base_us
+def calibrated_us(planner: PlannerState, first: IntArray) -> float:
+    """What a job was calibrated to take; `first` as in `Decision.cpu_first`."""
+    total = planner.cpu_base_us
     for i in range(len(first) - 1):
-        total += cpu_time(beliefs.cpu_us, float(first[i + 1] - first[i]))
+        total += cpu_time(planner.cpu_us, float(first[i + 1] - first[i]))
     return total
 
 
@@ -385,9 +387,9 @@ def has_all(words: IntArray, shift: int, number: int) -> bool:
 @jit
 def wait(
     functions: Functions,
-    places: Places,
-    progress: Progress,
-    beliefs: Beliefs,
+    addresses: Addresses,
+    state: HostState,
+    planner: PlannerState,
     slots: Slots,
     words: IntArray,
     shift: int,
@@ -396,25 +398,25 @@ def wait(
     asked: IntArray,
 ) -> int:
     """Wait for a message, prefetching meanwhile; not if the next layer has `asked` before, words of its question."""
-    begin = now_us(functions.clock, progress.words)
+    begin = now_us(functions.clock, state.words)
     while not has_all(words, shift, number):
-        if len(asked) and has_all(asked, places.ask_shift, number):
+        if len(asked) and has_all(asked, addresses.ask_shift, number):
             return NEXT_ASKED
-        if not land(functions, places, progress, slots) or not pump(
-            functions, places, progress, beliefs, slots
+        if not land(functions, addresses, state, slots) or not pump(
+            functions, addresses, state, planner, slots
         ):
             return LINK_FAILED
-        if now_us(functions.clock, progress.words) - begin > most_us:
+        if now_us(functions.clock, state.words) - begin > most_us:
             return NOBODY_ASKED
     return SERVED
 
 
 @jit
-def has_time(chores: int, left: int, is_busy: bool) -> bool:
+def has_time(side_tasks: int, left: int, is_busy: bool) -> bool:
     """Whether the interpreter had better do one of its chores now: behind a layer that keeps the GPU busy, with copies
     or the CPU's experts, and behind each layer when no more are left than chores.
     """
-    return chores > 0 and left > 0 and (is_busy or left <= chores)
+    return side_tasks > 0 and left > 0 and (is_busy or left <= side_tasks)
 
 
 @jit
@@ -429,17 +431,17 @@ def read_predictions(message: IntArray, tokens_dE: FloatArray, used_dE: FloatArr
 
 
 @jit
-def want(progress: Progress, plan: Plan) -> None:
+def want(state: HostState, plan: Plan) -> None:
     """Prefetch what a plan says, and nothing else."""
-    counts = progress.counts
+    counts = state.counts
     counts[HELD], counts[KEPT] = len(plan.prefetch), len(plan.keep)
-    progress.held[: len(plan.prefetch)] = plan.prefetch[::-1]
-    progress.keep[: len(plan.keep)] = plan.keep
+    state.held[: len(plan.prefetch)] = plan.prefetch[::-1]
+    state.keep[: len(plan.keep)] = plan.keep
 
 
 @jit
 def reply(
-    places: Places,
+    addresses: Addresses,
     layer: int,
     step: int,
     slot_of: IntArray,
@@ -447,7 +449,7 @@ def reply(
     num_on_cpu: int,
 ) -> None:
     """Let a layer go on: its slots, the batch of copies to wait for, the CPU's part."""
-    message, head = places.answers[layer], places.head
+    message, head = addresses.answers[layer], addresses.head
     E = len(message) - head
     number = (step + 1) << 32
     for expert in range(E):
@@ -460,14 +462,14 @@ def reply(
 @jit
 def serve(
     functions: Functions,
-    places: Places,
-    progress: Progress,
-    beliefs: Beliefs,
+    addresses: Addresses,
+    state: HostState,
+    planner: PlannerState,
     slots: Slots,
     step: int,
     number: int,
     row: int,
-    chores: int,
+    side_tasks: int,
 ) -> int:
     """Serve the layers of a running step from `counts[LAYER]` on; call again if nobody asked.
 
@@ -477,122 +479,124 @@ def serve(
 
     Returns: SERVED and so on.
     """
-    counts, times = progress.counts, progress.times
+    counts, times = state.counts, state.times
     counts[NUMBER] = number
-    L, P = places.ask.shape
+    L, P = addresses.ask.shape
     E = len(slots.slot_of) // L
-    d = len(beliefs.memory.predicted_dLE)
+    d = len(planner.memory.predicted_dLE)
     ids = np.empty(P, np.int64)
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
     while counts[LAYER] < L:
         layer = counts[LAYER]
-        nobody = places.ask[layer][:0]
+        nobody = addresses.ask[layer][:0]
         code = wait(
-            functions, places, progress, beliefs, slots, places.ask[layer], places.ask_shift, number, WAIT_US,
+            functions, addresses, state, planner, slots, addresses.ask[layer], addresses.ask_shift, number, WAIT_US,
             nobody,
         )  # fmt: skip
         if code != SERVED:
             return code
-        made_at = layer - beliefs.knobs.lag
+        made_at = layer - planner.settings.lag
         is_foreseen = False
         if d > 0 and made_at >= 0:
-            most_us = PATIENCE_US if beliefs.knobs.lag else WAIT_US
+            most_us = PATIENCE_US if planner.settings.lag else WAIT_US
             code = wait(
-                functions, places, progress, beliefs, slots, places.scores[made_at], places.scores_shift, number,
+                functions, addresses, state, planner, slots, addresses.scores[made_at], addresses.scores_shift, number,
                 most_us, nobody,
             )  # fmt: skip
             is_foreseen = code == SERVED
-            if code == LINK_FAILED or (code == NOBODY_ASKED and beliefs.knobs.lag == 0):
+            if code == LINK_FAILED or (code == NOBODY_ASKED and planner.settings.lag == 0):
                 return code
-        num_experts = places.num_experts_L[layer]
-        sums_E = np.zeros(num_experts if places.uses_weights else 0)
-        weights = places.ask[layer].view(np.float32)[::2]  # the lower halves
+        num_experts = addresses.num_experts_L[layer]
+        sums_E = np.zeros(num_experts if addresses.uses_weights else 0)
+        weights = addresses.ask[layer].view(np.float32)[::2]  # the lower halves
         for pair in range(P):
-            ids[pair] = (places.ask[layer, pair] >> 32) & 0xFFFF  # 0xFFFF is nobody
-            if ids[pair] < num_experts and places.uses_weights:
+            ids[pair] = (addresses.ask[layer, pair] >> 32) & 0xFFFF  # 0xFFFF is nobody
+            if ids[pair] < num_experts and addresses.uses_weights:
                 sums_E[ids[pair]] += weights[pair]
         if is_foreseen:
-            read_predictions(places.scores[made_at], tokens_dE, used_dE)
+            read_predictions(addresses.scores[made_at], tokens_dE, used_dE)
         else:
             tokens_dE[:], used_dE[:] = 0.0, 0.0
-        for slot in progress.loaded[: counts[LOADED]]:  # the layer before has waited for them
-            show(places, progress, slots.key_of[slot], slot)
-        if not land(functions, places, progress, slots):
+        for slot in state.loaded[: counts[LOADED]]:  # the layer before has waited for them
+            show(addresses, state, slots.key_of[slot], slot)
+        if not land(functions, addresses, state, slots):
             return LINK_FAILED
         counts[TICK] += 1
         # Of what was on the link no more can be left than prefetches under way: the layers before have waited for the
         # rest. While the link is never idle, the errors of what copies are believed to take would add up.
-        now = now_us(functions.clock, progress.words)
-        times[LINK_FREE] = min(times[LINK_FREE], now + counts[WIRE_COUNT] * beliefs.costs.link_busy_us)
+        now = now_us(functions.clock, state.words)
+        times[LINK_FREE] = min(times[LINK_FREE], now + counts[WIRE_COUNT] * planner.costs.link_busy_us)
         backlog_us = max(0.0, times[LINK_FREE] - now)
         decision = decide_layer(
-            beliefs.knobs, beliefs.costs, places.policy, counts[TICK], layer, num_experts, ids, sums_E, slots,
-            backlog_us, beliefs.memory, tokens_dE, used_dE,
+            planner.settings, planner.costs, addresses.policy, counts[TICK], layer, num_experts, ids, sums_E, slots,
+            backlog_us, planner.memory, tokens_dE, used_dE,
         )  # fmt: skip
         need, plan, taken = decision.need, decision.plan, decision.slots
         here = need.num_hits + need.num_late
         load, cold = need.experts[here : here + plan.num_load], need.experts[here + plan.num_load :]
         for slot in taken:
-            hide(places, progress, slot)
+            hide(addresses, state, slot)
         counts[LOADED] = len(taken)
-        progress.loaded[: len(taken)] = taken
+        state.loaded[: len(taken)] = taken
         # The first copy runs while what follows is prepared: the link is idle until it is issued.
         if not send(
-            functions, places, progress, layer, load[:1], taken[:1], places.on_demand, len(load) == 1
+            functions, addresses, state, layer, load[:1], taken[:1], addresses.on_demand, len(load) == 1
         ):
             return LINK_FAILED
         # A layer that has asked is done with the CPU's part of the one before.
-        if not collect(functions, progress):
+        if not collect(functions, state):
             return CPU_FAILED
         if len(cold):
             # Kept before anything else may fail: whoever gives up has to wait for it.
             counts[JOB], counts[JOB_LAYER], counts[JOB_STEP] = (
                 compute(
-                    functions, places, progress, layer, step + 1, cold, decision.lot_first, decision.lot_pairs
+                    functions, addresses, state, layer, step + 1, cold, decision.cpu_first, decision.cpu_pairs
                 ),
                 layer,
                 row,
             )
             if counts[JOB] == 0:
                 return CPU_FAILED
-            times[JOB_CALIBRATED] = calibrated_us(beliefs, decision.lot_first)
+            times[JOB_CALIBRATED] = calibrated_us(planner, decision.cpu_first)
         last_copy = counts[BATCHES] + (1 if len(load) > 1 else 0)  # all of this layer's are one batch
         if len(load) == 0:
             last_copy = 0
             for expert in need.experts[need.num_hits : here]:
-                last_copy = max(last_copy, progress.copy_of[slots.slot_of[layer * E + expert]])
-        reply(places, layer, step, slots.slot_of, last_copy, len(cold))
+                last_copy = max(last_copy, state.copy_of[slots.slot_of[layer * E + expert]])
+        reply(addresses, layer, step, slots.slot_of, last_copy, len(cold))
         # -- the GPU knows what to wait for: what follows is not waited for
-        if not send(functions, places, progress, layer, load[1:], taken[1:], places.on_demand, len(load) > 1):
+        if not send(
+            functions, addresses, state, layer, load[1:], taken[1:], addresses.on_demand, len(load) > 1
+        ):
             return LINK_FAILED
         if len(load):
-            each = beliefs.costs.link_busy_us if len(cold) else beliefs.costs.link_us
-            issued(functions, progress, len(load) * each)
-        progress.needs[layer, :] = (
+            each = planner.costs.link_busy_us if len(cold) else planner.costs.link_us
+            issued(functions, state, len(load) * each)
+        state.needs[layer, :] = (
             len(need.experts), need.num_hits, need.num_late, len(cold), decision.num_prefetched
         )  # fmt: skip
         counts[HELD] = 0
         counts[LAYER] += 1
-        if d > 0 and beliefs.knobs.lag and layer + 1 < L:
+        if d > 0 and planner.settings.lag and layer + 1 < L:
             # What is prefetched is not urgent: the layer's own predictions are better than those it was decided by.
             code = wait(
-                functions, places, progress, beliefs, slots, places.scores[layer], places.scores_shift, number, WAIT_US,
-                places.ask[layer + 1],
+                functions, addresses, state, planner, slots, addresses.scores[layer], addresses.scores_shift, number,
+                WAIT_US, addresses.ask[layer + 1],
             )  # fmt: skip
             if code == LINK_FAILED:
                 return code
             if code == SERVED:
-                read_predictions(places.scores[layer], tokens_dE, used_dE)
+                read_predictions(addresses.scores[layer], tokens_dE, used_dE)
                 plan = reconsider(
-                    beliefs.knobs, beliefs.costs, layer, need, plan.num_load, backlog_us, slots.slot_of, slots.key_of,
-                    slots.scores, beliefs.memory, tokens_dE, used_dE,
+                    planner.settings, planner.costs, layer, need, plan.num_load, backlog_us, slots.slot_of,
+                    slots.key_of, slots.scores, planner.memory, tokens_dE, used_dE,
                 )  # fmt: skip
-                want(progress, plan)
+                want(state, plan)
         else:
-            want(progress, plan)
-        if not pump(functions, places, progress, beliefs, slots):
+            want(state, plan)
+        if not pump(functions, addresses, state, planner, slots):
             return LINK_FAILED
-        if has_time(chores, L - counts[LAYER], len(load) + len(cold) > 0):
+        if has_time(side_tasks, L - counts[LAYER], len(load) + len(cold) > 0):
             return PAUSED
-    store_int32(places.served.ctypes.data, np.int32(step + 1))
+    store_int32(addresses.served.ctypes.data, np.int32(step + 1))
     return SERVED

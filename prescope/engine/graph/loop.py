@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from ...errors import TransferFailed, UnsupportedOption
 from ...kernels import StepLog
-from ..layered import Serving
-from .copy_driver import Chores, OrderedStep
-from .host_driver import ScheduledStep
+from ..layered import LayeredRunner
+from .copy_driver import CopyDriver, SideTasks
+from .host_driver import HostDriver
 from .sampler import Sampler
-from .step import CONTEST, COPY, GPU, HOST, Captured, DecodeStep
+from .step import CONTEST, COPY, GPU, HOST, Captured, GraphStep
 
 if TYPE_CHECKING:
     from ...kernels.graph_buffers import DeviceTable
@@ -58,20 +58,20 @@ class DecodeLoop:
 
     def __init__(
         self,
-        step: DecodeStep,
-        serving: Serving,
+        step: GraphStep,
+        runner: LayeredRunner,
         table: "DeviceTable",
         only: str,
         on_step: Callable[[int], None],
         is_cancelled: Callable[[], bool],
     ) -> None:
-        self._step, self._serving, self._table, self._only = step, serving, table, only
+        self._step, self._runner, self._table, self._only = step, runner, table, only
         self._on_step, self._is_cancelled = on_step, is_cancelled
         self._driver = ""  # whose turn it was last: its table is the true one
         self.reason = self._driver_reason() or "layered: the run ended before a step was captured"
         self.cache = step.cache
-        self._scheduled_step = ScheduledStep(serving)
-        self._ordered_step: OrderedStep | None = None
+        self._scheduled_step = HostDriver(runner)
+        self._ordered_step: CopyDriver | None = None
 
     @torch.no_grad()
     def __call__(
@@ -136,24 +136,24 @@ class DecodeLoop:
                 if sample.is_done() or self._told(i + 2):
                     return
             return
-        recorder = self._serving.recorder
+        recorder = self._runner.recorder
         all_buffers = [captured.buffers for captured in self._step.captured.values()]
         for buffers in all_buffers:
             buffers.restart()
         self._take_table()
         if recorder is not None and self._step.timed:
-            recorder.anchor(*self._serving.device.clock(all_buffers[0].stamp))
+            recorder.anchor(*self._runner.device.clock(all_buffers[0].stamp))
         elif recorder is not None:
-            recorder.anchor(self._serving.device.mark(True), 0)
+            recorder.anchor(self._runner.device.mark(True), 0)
         for buffers in all_buffers:
             if buffers.scheduled is not None:
                 self._scheduled_step.begin(buffers)
             elif buffers.orders:
-                self._ordered_step = OrderedStep(self._serving, buffers)
-        scheduling = self._serving.scheduling
+                self._ordered_step = CopyDriver(self._runner, buffers)
+        schedule_runner = self._runner.schedule_runner
         try:
             # Only here: beside layers that the CPU computes, or launches, threads that wait would be in the way.
-            with scheduling.awake() if scheduling is not None else nullcontext():
+            with schedule_runner.awake() if schedule_runner is not None else nullcontext():
                 self._run_steps(sample, first, num_steps)
         except BaseException:
             self._abandon()
@@ -168,7 +168,7 @@ class DecodeLoop:
                 launched = self._launch()
                 self._serve(launched, deque())
                 self._finish(launched)
-                self._serving.device.synchronize()  # the host chooses, so it waits anyway
+                self._runner.device.synchronize()  # the host chooses, so it waits anyway
                 sample.next(launched.captured.logits, self._step.inputs["input_ids"])
                 if sample.is_done() or self._told(i + 2):
                     return
@@ -189,14 +189,14 @@ class DecodeLoop:
 
         for i in range(first, num_steps):
             launched, ahead = ahead or self._launch(), None
-            chores: Chores = deque()
+            side_tasks: SideTasks = deque()
             if pending is not None:
-                chores.append(partial(take, pending, i + 1))
+                side_tasks.append(partial(take, pending, i + 1))
             if self._step.driver and i + 1 < num_steps:
-                chores.append(launch)
+                side_tasks.append(launch)
             if pending is not None:
-                chores.extend(self._taking_down(pending))
-            self._serve(launched, chores)
+                side_tasks.extend(self._taking_down(pending))
+            self._serve(launched, side_tasks)
             if is_over:
                 self._drop(launched)
                 return
@@ -207,9 +207,9 @@ class DecodeLoop:
 
     def _launch(self) -> Launched:
         """Launch the next step."""
-        step, recorder = self._step, self._serving.recorder
+        step, recorder = self._step, self._runner.recorder
         if not step.driver:  # a contest
-            self._serving.device.synchronize()
+            self._runner.device.synchronize()
         driver = step.driver or CONTEST[sum(map(len, step.times_s.values()))]
         self._turn(driver)
         captured = step.captured[driver]
@@ -221,16 +221,16 @@ class DecodeLoop:
         captured.replay()
         return launched
 
-    def _serve(self, launched: Launched, chores: Chores) -> None:
+    def _serve(self, launched: Launched, side_tasks: SideTasks) -> None:
         """Serve a step if the host has to, and do all chores."""
         step, driver = self._step, launched.driver
         if driver == HOST:
-            self._scheduled_step.run(launched.number, launched.row, chores)
+            self._scheduled_step.run(launched.number, launched.row, side_tasks)
         elif driver == COPY:
             assert self._ordered_step is not None
-            self._ordered_step.run(launched.number, chores)
-        while chores:
-            chores.popleft()()
+            self._ordered_step.run(launched.number, side_tasks)
+        while side_tasks:
+            side_tasks.popleft()()
         if not step.driver:
             self._await(partial(launched.captured.buffers.tokens, launched.number))
             step.times_s[driver].append(time.perf_counter() - launched.started_s)
@@ -248,16 +248,16 @@ class DecodeLoop:
             part()
         return tokens
 
-    def _taking_down(self, launched: Launched) -> Chores:
+    def _taking_down(self, launched: Launched) -> SideTasks:
         """What is to be done about a step that is over, in parts that keep a layer waiting for little."""
-        buffers, recorder = launched.captured.buffers, self._serving.recorder
+        buffers, recorder = launched.captured.buffers, self._runner.recorder
         is_scheduled = buffers.scheduled is not None
         logs: list[StepLog] = []
 
         def read() -> None:
             logs.append(buffers.log(launched.number))
             if not is_scheduled:  # where the host decides it has counted already
-                self._serving.count(logs[0].needs)
+                self._runner.count(logs[0].needs)
             if recorder is not None:
                 recorder.log(launched.row, logs[0], is_counted=is_scheduled)
 
@@ -272,8 +272,8 @@ class DecodeLoop:
         self._await(partial(buffers.tokens, launched.number))
         if buffers.scheduled is not None:
             self._scheduled_step.undo(launched.number)
-        if self._serving.recorder is not None:
-            self._serving.recorder.drop_step()
+        if self._runner.recorder is not None:
+            self._runner.recorder.drop_step()
 
     def _await(self, poll: Callable[[], Any]) -> Any:
         """Poll a message of the GPU until it is there."""
@@ -281,7 +281,7 @@ class DecodeLoop:
             for _ in range(POLLS):
                 if (found := poll()) is not None:
                     return found
-            if self._serving.device.is_idle() and poll() is None:
+            if self._runner.device.is_idle() and poll() is None:
                 raise TransferFailed(
                     "the GPU stopped without a message; the CUDA error is above, if there is one"
                 )
@@ -294,7 +294,7 @@ class DecodeLoop:
             elif buffers.launched and buffers.orders:
                 assert self._ordered_step is not None
                 self._ordered_step.abandon(buffers.launched - 1)
-        self._serving.device.recover()
+        self._runner.device.recover()
 
     # -- whose table is the true one ---------------------------------------------------------------------------
 
@@ -304,9 +304,9 @@ class DecodeLoop:
         self._driver = driver
 
     def _take_table(self) -> None:
-        self._table.take(self._serving.residency)
+        self._table.take(self._runner.residency)
 
     def _give_table(self) -> None:
         """The host's table was not kept while the GPU decided."""
         if self._driver in (GPU, COPY):
-            self._table.give(self._serving.residency)
+            self._table.give(self._runner.residency)

@@ -10,13 +10,13 @@ import torch
 from ...cache.residency import NOTHING
 from ...errors import UnsupportedOption
 from ...hf import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
-from ...kernels import DEVICE_POLICIES, make_scheduled
-from ..layered import Serving
+from ...kernels import DEVICE_POLICIES, make_host_options
+from ..layered import LayeredRunner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ...kernels.graph_buffers import CapturedStep, DeviceTable, Scheduled
+    from ...kernels.graph_buffers import DeviceTable, GraphBuffers, HostOptions
 
 #: Who serves the misses of a captured step: see `prescope.engine.graph`.
 GPU, COPY, HOST = "gpu-driven", "copy-engine", "host-driven"
@@ -27,12 +27,12 @@ CONTEST = (GPU, COPY, GPU, COPY, COPY, GPU, GPU, COPY, COPY, GPU)
 class Captured(NamedTuple):
     """A step captured for one driver."""
 
-    buffers: "CapturedStep"
+    buffers: "GraphBuffers"
     replay: Callable[[], None]
     logits: torch.Tensor  # (B, V), of the last replay
 
 
-class DecodeStep:
+class GraphStep:
     """One decode step of fixed shapes.
 
     Args:
@@ -48,7 +48,7 @@ class DecodeStep:
     def __init__(
         self,
         model: "PreTrainedModel",
-        serving: Serving,
+        runner: LayeredRunner,
         *,
         batch: int,
         length: int,
@@ -56,7 +56,7 @@ class DecodeStep:
         timed: bool,
         compiled: bool,
     ) -> None:
-        self._model, self._serving = model, serving
+        self._model, self._runner = model, runner
         self.batch, self.timed = batch, timed
         self._drivers, self._compiled = list(drivers), compiled
         self.cache = static_cache(model, length)
@@ -85,7 +85,7 @@ class DecodeStep:
 
     def run(self) -> torch.Tensor:
         """Run the step now, layer by layer; returns logits (B, V) and advances the inputs to the next token."""
-        with compiled_layers(self._model, self._serving.layers, self._compiled, progress=True):
+        with compiled_layers(self._model, self._runner.layers, self._compiled, progress=True):
             logits, _ = self._forward()
         return logits
 
@@ -114,52 +114,52 @@ class DecodeStep:
         Raises:
             UnsupportedOption, RuntimeError: something in it cannot be captured.
         """
-        serving = self._serving
+        runner = self._runner
         if counts_in_python(self.cache) and "position_ids" not in self.inputs:
             raise UnsupportedOption(
                 "the model takes its positions from the cache, which counts them in Python"
             )
         for driver in self._drivers:
-            policy = DEVICE_POLICIES[serving.residency.policy.name] if driver != HOST else 0
+            policy = DEVICE_POLICIES[runner.residency.policy.name] if driver != HOST else 0
             step = table.new_step(
-                self.batch, serving.shape.top_k, policy=policy, orders=driver == COPY, timed=self.timed,
+                self.batch, runner.shape.top_k, policy=policy, orders=driver == COPY, timed=self.timed,
                 scheduled=self._scheduled() if driver == HOST else None,
             )  # fmt: skip
             self._warm_up(step)
-            with compiled_layers(self._model, serving.layers, self._compiled):
-                replay, logits = serving.device.capture(partial(self._whole, step))
+            with compiled_layers(self._model, runner.layers, self._compiled):
+                replay, logits = runner.device.capture(partial(self._whole, step))
             self.captured[driver] = Captured(step, replay, logits)
         if len(self._drivers) == 1:
             self.driver, self.why = self._drivers[0], reason
 
-    def _scheduled(self) -> "Scheduled":
-        scheduling = self._serving.scheduling
-        slots, spec = self._serving.weights[0], self._serving.layers[0].spec
-        lookahead = scheduling.lookahead if scheduling is not None else 0
-        return make_scheduled(
+    def _scheduled(self) -> "HostOptions":
+        schedule_runner = self._runner.schedule_runner
+        slots, spec = self._runner.weights[0], self._runner.layers[0].spec
+        lookahead = schedule_runner.lookahead if schedule_runner is not None else 0
+        return make_host_options(
             lookahead=lookahead,
-            scores=scheduling.scores if scheduling is not None and lookahead else None,
-            has_cpu=scheduling is not None and scheduling.cpu is not None,
+            scores=schedule_runner.scores if schedule_runner is not None and lookahead else None,
+            has_cpu=schedule_runner is not None and schedule_runner.cpu is not None,
             width=slots.up.shape[1 if spec.is_transposed else 2],
             dtype=slots.up.dtype,
         )
 
-    def _whole(self, step: "CapturedStep") -> torch.Tensor:
-        self._serving.captured = step
+    def _whole(self, step: "GraphBuffers") -> torch.Tensor:
+        self._runner.captured = step
         try:
             step.begin()
-            if self._serving.forced is not None:
-                self._serving.forced.advance()
+            if self._runner.forced is not None:
+                self._runner.forced.advance()
             logits, tokens = self._forward()
             step.finish(tokens)
         finally:
-            self._serving.captured = None
+            self._runner.captured = None
         return logits
 
-    def _warm_up(self, step: "CapturedStep") -> None:
+    def _warm_up(self, step: "GraphBuffers") -> None:
         """Tune and compile all kernels: that cannot be done while a graph is captured. Needs nobody's experts."""
-        serving, device = self._serving, self._serving.device.torch_device
-        for layer, slots, rows in zip(serving.layers, serving.weights, serving.host.layers, strict=True):
+        runner, device = self._runner, self._runner.device.torch_device
+        for layer, slots, rows in zip(runner.layers, runner.weights, runner.host.layers, strict=True):
             width = slots.up.shape[1 if layer.spec.is_transposed else 2]
             x = torch.zeros((self.batch, width), dtype=slots.up.dtype, device=device)
             nobody = torch.full((self.batch, step.top_k), -1, device=device)
@@ -170,7 +170,7 @@ class DecodeStep:
                 weights = torch.zeros((self.batch, step.top_k), dtype=dtype, device=device)
                 step.tune(x, layer.spec, slots, layer.num_experts)
                 step.layer(
-                    layer.moe_layer, layer.num_experts, x, nobody, weights, layer.spec, slots, serving.loader.pool,
+                    layer.moe_layer, layer.num_experts, x, nobody, weights, layer.spec, slots, runner.loader.pool,
                     rows.rows,
                 )  # fmt: skip
         step.begin()

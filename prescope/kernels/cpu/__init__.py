@@ -1,6 +1,6 @@
 """Experts computed on CPU threads from the host rows."""
 
-from .base import CpuJob, CpuLayer, Flag, LaneAddresses, LaneFunctions, Lot, lot_of
+from .base import CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions, expert_batch_of
 from .lane import CpuExperts
 from .threads import default_threads, physical_cores
 
@@ -8,11 +8,11 @@ __all__ = [
     "CpuExperts",
     "CpuJob",
     "CpuLayer",
+    "ExpertBatch",
     "Flag",
     "LaneAddresses",
     "LaneFunctions",
-    "Lot",
     "default_threads",
-    "lot_of",
+    "expert_batch_of",
     "physical_cores",
 ]

@@ -52,7 +52,7 @@ class CpuLayer(NamedTuple):
         return sum(field.nbytes for field in self.layout.fields)
 
 
-class Lot(NamedTuple):
+class ExpertBatch(NamedTuple):
     """Which pairs one call computes, by expert; all int64."""
 
     experts: IntArray  # (n,)
@@ -60,12 +60,12 @@ class Lot(NamedTuple):
     tokens: IntArray  # (m,) rows of x
     places: IntArray  # (m,) rows of the output
 
-    def compact(self) -> "Lot":
+    def compact(self) -> "ExpertBatch":
         """The same with outputs one after another, (m, D) in the order of `places`: what must cross the link."""
         return self._replace(places=np.arange(len(self.places), dtype=np.int64))
 
 
-def lot_of(ids_TK: NDArray[np.integer], experts: Sequence[int] | IntArray) -> Lot:
+def expert_batch_of(ids_TK: NDArray[np.integer], experts: Sequence[int] | IntArray) -> ExpertBatch:
     """All pairs of the given experts in a layer's routing, in the order of the tokens.
 
     Args:
@@ -82,7 +82,7 @@ def lot_of(ids_TK: NDArray[np.integer], experts: Sequence[int] | IntArray) -> Lo
     parts = [order[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
     places = np.concatenate([np.empty(0, dtype=np.int64), *parts])
     first = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(ends - begins)])
-    return Lot(wanted, first, places // ids_TK.shape[1], places)
+    return ExpertBatch(wanted, first, places // ids_TK.shape[1], places)
 
 
 class Flag(NamedTuple):
@@ -155,14 +155,19 @@ class LaneFunctions:
         raise RuntimeError("an expert was sent to a CPU lane that is not there")
 
 
-class Lane(Protocol):
+class CpuLane(Protocol):
     """A way to compute experts on the CPU."""
 
     name: str
     threads: int
 
     def submit(
-        self, moe_layer: int, lot: Lot, x_TD: torch.Tensor, out: torch.Tensor, flag: Flag | None
+        self,
+        moe_layer: int,
+        expert_batch: ExpertBatch,
+        x_TD: torch.Tensor,
+        out: torch.Tensor,
+        flag: Flag | None,
     ) -> CpuJob:
         """Begin to compute checked arguments."""
         ...

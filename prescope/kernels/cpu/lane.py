@@ -8,7 +8,7 @@ from types import TracebackType
 import torch
 
 from ...errors import UnsupportedOption
-from .base import CpuJob, CpuLayer, Flag, Lane, LaneFunctions, Lot
+from .base import CpuJob, CpuLane, CpuLayer, ExpertBatch, Flag, LaneFunctions
 from .build import CannotBuild
 from .checks import check_tensors
 from .native import NativeLane
@@ -52,7 +52,12 @@ class CpuExperts:
         return self._lane.threads
 
     def submit(
-        self, moe_layer: int, lot: Lot, x_TD: torch.Tensor, out: torch.Tensor, flag: Flag | None = None
+        self,
+        moe_layer: int,
+        expert_batch: ExpertBatch,
+        x_TD: torch.Tensor,
+        out: torch.Tensor,
+        flag: Flag | None = None,
     ) -> CpuJob:
         """Begin to compute out[lot.places] = expert(x_TD[lot.tokens]), unweighted; returns at once.
 
@@ -68,8 +73,8 @@ class CpuExperts:
             ValueError: the arguments do not fit the layer or one another.
             CancelledError: the lane is closed.
         """
-        check_tensors(self._layers[moe_layer], lot, x_TD, out, flag)
-        return self._lane.submit(moe_layer, lot, x_TD, out, flag)
+        check_tensors(self._layers[moe_layer], expert_batch, x_TD, out, flag)
+        return self._lane.submit(moe_layer, expert_batch, x_TD, out, flag)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -104,7 +109,7 @@ class CpuExperts:
         self.close()
 
 
-def _open(layers: list[CpuLayer], threads: int, implementation: str) -> tuple[Lane, str]:
+def _open(layers: list[CpuLayer], threads: int, implementation: str) -> tuple[CpuLane, str]:
     if implementation == "torch":
         return TorchLane(layers, threads), "as given"
     try:

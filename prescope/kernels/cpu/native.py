@@ -18,7 +18,7 @@ import torch
 
 from ...core.native import address_of
 from ..base import ExpertsSpec
-from .base import CpuJob, CpuLayer, Flag, LaneAddresses, LaneFunctions, Lot
+from .base import CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions
 from .build import CannotBuild, load
 from .checks import check_lot
 from .gates import GateTables, activation_tables, gate_tables
@@ -89,12 +89,17 @@ class NativeLane:
             raise CannotBuild(f"only {self.threads} of {threads} threads could be started")
 
     def submit(
-        self, moe_layer: int, lot: Lot, x_TD: torch.Tensor, out: torch.Tensor, flag: Flag | None
+        self,
+        moe_layer: int,
+        expert_batch: ExpertBatch,
+        x_TD: torch.Tensor,
+        out: torch.Tensor,
+        flag: Flag | None,
     ) -> CpuJob:
-        indices = np.concatenate(lot)
+        indices = np.concatenate(expert_batch)
         struct = _Lot(
             x_TD.data_ptr(), out.data_ptr(), x_TD.stride(0), out.stride(0), x_TD.shape[0], out.shape[0],
-            len(lot.experts), len(lot.tokens), indices.ctypes.data,
+            len(expert_batch.experts), len(expert_batch.tokens), indices.ctypes.data,
             flag.word.data_ptr() if flag else None, flag.value if flag else 0,
         )  # fmt: skip
         with self._lock:
@@ -106,8 +111,8 @@ class NativeLane:
                 self._pool, ctypes.byref(self._structs[moe_layer]), ctypes.byref(struct)
             )
             if not address:
-                check_lot(self._layers[moe_layer], lot, x_TD, out)
-                raise MemoryError(f"no memory for {len(lot.tokens)} pairs on the CPU lane")
+                check_lot(self._layers[moe_layer], expert_batch, x_TD, out)
+                raise MemoryError(f"no memory for {len(expert_batch.tokens)} pairs on the CPU lane")
             job = _NativeJob(self._calls, address, (x_TD, out, flag))
             self._jobs.append(job)
         return job

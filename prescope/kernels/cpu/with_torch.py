@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from ...core.native import address_of
-from .base import CpuJob, CpuLayer, Flag, LaneAddresses, LaneFunctions, Lot
+from .base import CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions
 from .checks import check_lot
 
 
@@ -36,10 +36,15 @@ class TorchLane:
         self._closed = False
 
     def submit(
-        self, moe_layer: int, lot: Lot, x_TD: torch.Tensor, out: torch.Tensor, flag: Flag | None
+        self,
+        moe_layer: int,
+        expert_batch: ExpertBatch,
+        x_TD: torch.Tensor,
+        out: torch.Tensor,
+        flag: Flag | None,
     ) -> CpuJob:
         layer = self._layers[moe_layer]
-        check_lot(layer, lot, x_TD, out)
+        check_lot(layer, expert_batch, x_TD, out)
         with self._lock:
             if self._closed:
                 raise CancelledError("the CPU lane is closed")
@@ -47,7 +52,7 @@ class TorchLane:
                 self._jobs.popleft()
             job = _TorchJob(flag)
             self._jobs.append(job)
-            job.future = self._leader.submit(job.run, layer, lot, x_TD, out)
+            job.future = self._leader.submit(job.run, layer, expert_batch, x_TD, out)
         return job
 
     def functions(self) -> LaneFunctions:
@@ -71,13 +76,13 @@ class _TorchJob:
         self._cancelled = False
         self._span = 0, 0
 
-    def run(self, layer: CpuLayer, lot: Lot, x_TD: torch.Tensor, out: torch.Tensor) -> None:
+    def run(self, layer: CpuLayer, expert_batch: ExpertBatch, x_TD: torch.Tensor, out: torch.Tensor) -> None:
         start = time.perf_counter_ns()
         try:
-            for i in range(len(lot.experts)):
+            for i in range(len(expert_batch.experts)):
                 if self._cancelled:
                     raise CancelledError("experts on the CPU were cancelled")
-                _compute(layer, lot, i, x_TD, out)
+                _compute(layer, expert_batch, i, x_TD, out)
         finally:  # a GPU may wait for the flag, so it is set whatever happened
             self._span = start, time.perf_counter_ns()
             if self._flag is not None:
@@ -115,15 +120,15 @@ class _TorchFunctions(LaneFunctions):
         submit, state, span, free = map(address_of, self._callbacks)
         super().__init__(LaneAddresses(submit, state, span, free, lane=0), range(len(self._of)))
 
-    def _submit(self, lane: int, moe_layer: int, lot: int) -> int:
+    def _submit(self, lane: int, moe_layer: int, expert_batch: int) -> int:
         try:
             layer = self._of[moe_layer]
-            x, out, _, _, tokens, places, n, m, indices, flag, value = _words(lot, 11).tolist()
+            x, out, _, _, tokens, places, n, m, indices, flag, value = _words(expert_batch, 11).tolist()
             words = _words(indices, 2 * n + 1 + 2 * m).copy()
             parts = np.split(words, np.cumsum([n, n + 1, m]))
             word = _tensor(flag, torch.int32, 1)
             job = self._lane.submit(
-                moe_layer, Lot(*parts), _tensor(x, layer.dtype, tokens, layer.in_dim),
+                moe_layer, ExpertBatch(*parts), _tensor(x, layer.dtype, tokens, layer.in_dim),
                 _tensor(out, layer.dtype, places, layer.out_dim), Flag(word, value),
             )  # fmt: skip
         except BaseException as error:  # noqa: BLE001 - raised by `explain`: it cannot pass through C
@@ -171,20 +176,22 @@ def _tensor(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _compute(layer: CpuLayer, lot: Lot, i: int, x_TD: torch.Tensor, out: torch.Tensor) -> None:
+def _compute(
+    layer: CpuLayer, expert_batch: ExpertBatch, i: int, x_TD: torch.Tensor, out: torch.Tensor
+) -> None:
     """All pairs of the i-th expert, rounded where the GPU's kernels round: after each product, after its bias."""
-    pairs = slice(int(lot.first[i]), int(lot.first[i + 1]))
+    pairs = slice(int(expert_batch.first[i]), int(expert_batch.first[i + 1]))
     if pairs.start == pairs.stop:
         return
-    spec, expert = layer.spec, int(lot.experts[i])
+    spec, expert = layer.spec, int(expert_batch.experts[i])
 
     def linear(x: torch.Tensor, weight: str, bias: str | None) -> torch.Tensor:
         w = layer.layout.view(layer.rows, weight)[expert]
         y = x @ w if spec.is_transposed else functional.linear(x, w)
         return y if bias is None else y + layer.layout.view(layer.rows, bias)[expert]
 
-    h = linear(x_TD[torch.from_numpy(lot.tokens[pairs])], spec.up, spec.up_bias)
-    out[torch.from_numpy(lot.places[pairs])] = linear(spec.gate(h), spec.down, spec.down_bias)
+    h = linear(x_TD[torch.from_numpy(expert_batch.tokens[pairs])], spec.up, spec.up_bias)
+    out[torch.from_numpy(expert_batch.places[pairs])] = linear(spec.gate(h), spec.down, spec.down_bias)
 
 
 def _leader(threads: int) -> ThreadPoolExecutor:

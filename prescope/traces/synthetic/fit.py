@@ -99,10 +99,10 @@ def fit_habits(start: "SyntheticSpec", trace: RoutingTrace, *, seed: int, max_to
     wanted = _statistics(part, tuple(knob.statistic for knob in KNOBS))
     if np.isnan(wanted["next"]):
         raise BadTrace(f"the trace of {trace.model} has no two tokens of one sequence; record longer texts")
-    knobs = [knob for knob in KNOBS if not np.isnan(wanted[knob.statistic])]
+    settings = [knob for knob in KNOBS if not np.isnan(wanted[knob.statistic])]
     spec = start
     for width, halvings in SWEEPS:
-        for knob in knobs:
+        for knob in settings:
             spec = _bisect(spec, knob, wanted[knob.statistic], part, width, halvings, seed)
     made = [habits_of(spec.like(trace, seed=seed + 1 + i)) for i in range(CHECKS)]
     return Fit(spec, habits_of(trace), _mean(made), tuple(_notes(trace, wanted)))

@@ -22,7 +22,7 @@ from .step_times import StepTimes, step_times
 WORTH_ROWS = 4096
 
 
-class Worth(NamedTuple):
+class Savings(NamedTuple):
     """What prefetching by a predictor does to a token's time; times in ms per step of `batch` tokens."""
 
     predictor: str
@@ -43,7 +43,7 @@ class Worth(NamedTuple):
         return self.without_ms - self.with_ms
 
 
-def worth(
+def savings(
     predictor: Predictor,
     trace: RoutingTrace,
     costs: LayerCosts,
@@ -52,7 +52,7 @@ def worth(
     width: int | None = None,
     resident_frac: float = 0.25,
     batch: int = 1,
-) -> Worth:
+) -> Savings:
     """Milliseconds per step with and without a predictor; `costs.predict_us` is what this one costs in each layer.
 
     Args:
@@ -76,7 +76,7 @@ def worth(
     wanted = wanted_experts(scores, resident, width, lookahead)
     without = step_times(needed, resident, costs)
     with_it = step_times(needed, resident, costs, wanted, lookahead)
-    return Worth(
+    return Savings(
         predictor.name, lookahead, width, batch, resident_frac, *_both(without, with_it),
         float(with_it.useful.sum() / max(with_it.prefetched.sum(), 1)), costs.predict_us, costs.source,
     )  # fmt: skip
