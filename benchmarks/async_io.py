@@ -245,7 +245,7 @@ def _direct_ways(link: Link, report: Report) -> dict[str, Callable[[int], None]]
     """cudaMemcpyAsync without torch: the driver by ctypes, and cuda-bindings where it is installed."""
     to, of, stream = link.gpu.data_ptr(), link.host.data_ptr(), link.streams[0].cuda_stream
     ways: dict[str, Callable[[int], None]] = {}
-    memcpy = CudaDevice(copies="driver")._memcpy
+    memcpy = CudaDevice(copies="driver").memcpy
     assert memcpy is not None
     ways["cuMemcpyHtoDAsync by ctypes"] = lambda i: memcpy(to, of, 4096, stream)
     link.gpu[:4096].zero_()

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 import prescope
-from prescope.predictor import EarlyRouter, NoisyOracle, Predictor, Shape
+from prescope.predictor import EarlyRouter, NoisyOracle, Predictor
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Simulator
@@ -88,7 +88,7 @@ def tiny_moe() -> Iterator[Case]:
                 tokens, max_new_tokens=steps + 1, do_sample=True, temperature=1.0, eos_token_id=None
             )
             traces[batch] = run.trace
-        early = EarlyRouter(Shape.of(traces[1]), routers_of(engine, traces[16]), 4)
+        early = EarlyRouter(traces[1].shape, routers_of(engine, traces[16]), 4)
     early.calibrate(traces[16])
     for batch, trace in traces.items():
         other = traces[8 if batch != 8 else 16].expert_counts()

@@ -142,9 +142,9 @@ def events(engine: Engine, source: Prompts, batch: int, args: argparse.Namespace
 
 def fetch(engine: Engine) -> list[dict[str, float]]:
     """GB/s of the fetch kernel for one layer's eight experts, by its number of programs and words per program."""
-    from prescope.kernels import graph_kernels as on_device
+    from prescope.kernels import graph_kernels
 
-    serving = engine._serving
+    serving = engine.runner
     rows, pool = serving.host.layers[0].rows, serving.loader.pool
     count = min(8, len(rows), len(pool))
     which = torch.arange(count, dtype=torch.int32, device="cuda")
@@ -154,7 +154,7 @@ def fetch(engine: Engine) -> list[dict[str, float]]:
     for programs, words, warps in product([16, 32, 64, 132, 264], [512, 1024, 2048, 4096], [4, 8]):
 
         def run(programs=programs, words=words, warps=warps) -> None:
-            on_device._fetch[(programs,)](
+            graph_kernels.fetch[(programs,)](
                 rows.view(torch.int64), pool.view(torch.int64), needs, which, which, stamps, rows.shape[1] // 8,
                 pool.shape[1] // 8, BLOCK=words, TIMED=False, num_warps=warps,
             )  # fmt: skip

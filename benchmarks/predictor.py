@@ -37,6 +37,7 @@ from _models import open_model
 
 import prescope
 from prescope.core.machine import machine_facts
+from prescope.core.types import MoEShape
 from prescope.engine.engine import Engine
 from prescope.kernels import make_llapor_kernels
 from prescope.predictor import (
@@ -46,7 +47,6 @@ from prescope.predictor import (
     ModelTag,
     OnlineConfig,
     Routers,
-    Shape,
     find_groups,
     measure_us,
 )
@@ -295,7 +295,7 @@ class Study:
 def prediction_cost(num_layers: int, tokens: int, device: str, config: LlaporConfig) -> dict[str, Any]:
     """Microseconds per layer and call: eager with the device waited for, and in a graph of all layers."""
     E, K, D = QWEN3
-    shape = Shape(num_layers, E, K)
+    shape = MoEShape(num_layers, E, K)
     groups = LayerGroups.at(num_layers // 4, 3 * num_layers // 4, num_layers, "for the measurement")
     generator = torch.Generator().manual_seed(0)
     routers = Routers.of_weights(torch.randn(num_layers, E, D, generator=generator) * D**-0.5)

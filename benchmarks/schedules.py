@@ -192,7 +192,7 @@ def measure(
         seconds.append(time.perf_counter() - started)
         if i:
             runs.append(run)
-    scheduling = engine._serving.scheduling
+    scheduling = engine.runner.scheduling
     cpu_factor = 1.0 if scheduling is None else scheduling.planner.cpu_factor
     beliefs = costs if scheduling is None else scheduling.planner.costs
     decode, last = runs[-1].metrics.decode, runs[-1]
@@ -428,7 +428,7 @@ def plain(name: str) -> str:
 
 def widths_of(engine: Engine) -> tuple[int, int]:
     """D and F of the first MoE layer."""
-    layer = engine._layers[0]
+    layer = engine.layers[0]
     down = layer.layout.field(layer.spec.down).shape
     return (down[1], down[0]) if layer.spec.is_transposed else (down[0], down[1])
 

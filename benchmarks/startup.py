@@ -196,9 +196,9 @@ def start_up(where: str, open_engine: Callable[[], Engine], copies_taken: int) -
     with Peak() as peak:
         engine = open_engine()
     opened_s = time.perf_counter() - started
-    attached = engine._attachment
-    nbytes, parts = attached.host.nbytes, attached.host.seconds
-    layer = max(rows.rows.nbytes for rows in attached.host.layers)
+    host = engine.runner.host
+    nbytes, parts = host.nbytes, host.seconds
+    layer = max(rows.rows.nbytes for rows in host.layers)
     rest = sum(p.nbytes for p in engine.model.parameters() if not p.is_meta)
     slots = engine.num_slots * engine.shape.row_bytes if engine.describe()["device"] == "cpu" else 0
     allowed = layer + slots + (nbytes if copies_taken else 0) + (rest if copies_taken == 2 else 0)
@@ -211,8 +211,8 @@ def start_up(where: str, open_engine: Callable[[], Engine], copies_taken: int) -
     leaving = time.perf_counter()
     engine.detach()
     return {
-        "part": "engine", "experts in": where, "experts GB": nbytes / 1e9, "fill s": attached.fill_seconds,
-        "fill GB/s": nbytes / attached.fill_seconds / 1e9,
+        "part": "engine", "experts in": where, "experts GB": nbytes / 1e9, "fill s": host.fill_seconds,
+        "fill GB/s": nbytes / host.fill_seconds / 1e9,
         **{f"{part} GB/s": nbytes / parts[part] / 1e9 for part in parts if parts[part] > 0.001},
         "extra peak GiB": peak.extra_bytes / GIB, "allowed GiB": allowed / GIB,
         "attach or load s": opened_s, "first token s": first_s, "second token s": second_s,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prescope.calibration import calibrate as calibrate
-    from prescope.engine.engine import Engine as Engine
-    from prescope.engine.load import attach as attach
-    from prescope.engine.load import load as load
+    from prescope.engine import Engine as Engine
+    from prescope.engine import attach as attach
+    from prescope.engine import load as load
     from prescope.profile import HardwareProfile as HardwareProfile
     from prescope.traces.result import RunResult as RunResult
     from prescope.traces.routing import RoutingTrace as RoutingTrace
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "Engine": "prescope.engine.engine",
+    "Engine": "prescope.engine",
     "HardwareProfile": "prescope.profile",
     "RoutingTrace": "prescope.traces.routing",
     "RunResult": "prescope.traces.result",
-    "attach": "prescope.engine.engine",
+    "attach": "prescope.engine",
     "calibrate": "prescope.calibration",
-    "load": "prescope.engine.engine",
-    "train_predictor": "prescope.training.pipeline",
+    "load": "prescope.engine",
+    "train_predictor": "prescope.training",
 }
 
 __all__ = [

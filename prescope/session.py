@@ -8,9 +8,9 @@ Thin: runs come from `engine`, figures from `views`, the panel from `widgets`.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -21,6 +21,7 @@ from . import views
 from .core.paths import embedded_model
 from .core.types import Phase
 from .engine.engine import Engine
+from .engine.job import Job, NamedPrompts
 from .engine.load import load
 from .errors import BadTrace, UnsupportedOption
 from .predictor import Oracle, Predictor
@@ -35,98 +36,6 @@ from .widgets import PairPanel, SchedulePanel, SlotsPanel
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-#: One text, several, or a name (a domain, say) for each: the names go into the trace.
-Prompts = str | Sequence[str] | Mapping[str, str]
-
-
-Watcher = Callable[["Job"], None]
-
-
-class Job:
-    """A run in a thread: watch `progress`, `cancel` it at the next token, or wait for its `result`."""
-
-    def __init__(self, session: "Session", prompts: Prompts, settings: dict[str, Any]) -> None:
-        self._future: Future[RunResult] = Future()
-        self._cancel = threading.Event()
-        self._session = session
-        self._prompts, self._settings = prompts, settings
-        self._tokens = 0
-        self._watchers: list[Watcher] = []
-        self._thread = threading.Thread(target=self._work, name="prescope-run", daemon=True)
-
-    def start(self) -> Self:
-        """Begin, once; a run that is under way is waited for first."""
-        self._thread.start()
-        return self
-
-    @property
-    def progress(self) -> float:
-        """Share of the new tokens that are there, 0 to 1; a sequence may end early."""
-        if self.is_done:
-            return 1.0
-        wanted = self._settings.get("max_new_tokens")
-        return min(1.0, self._tokens / wanted) if wanted else 0.0
-
-    @property
-    def num_tokens(self) -> int:
-        """New tokens of each sequence so far."""
-        return self._tokens
-
-    @property
-    def is_done(self) -> bool:
-        return self._future.done()
-
-    @property
-    def is_cancelled(self) -> bool:
-        return self._cancel.is_set()
-
-    @property
-    def error(self) -> BaseException | None:
-        """What the run raised; None while it runs and when it went well."""
-        return self._future.exception() if self.is_done else None
-
-    def cancel(self) -> None:
-        """End after the token the run is at; `result` then returns what there is by then."""
-        self._cancel.set()
-
-    def result(self, timeout_s: float | None = None) -> RunResult:
-        """Wait for the run, and for those who watch it, and return it.
-
-        Raises:
-            CancelledError: cancelled before the first token.
-            TimeoutError: not ready after `timeout_s`.
-            PrescopeError and others: what the run raised.
-        """
-        if threading.current_thread() is not self._thread:  # a watcher asks from the run's own thread
-            self._thread.join(timeout_s)
-        return self._future.result(0)
-
-    def on_step(self, watcher: Watcher) -> None:
-        """Call `watcher(job)` from the run's thread after each token."""
-        self._watchers.append(watcher)
-
-    def on_done(self, watcher: Watcher) -> None:
-        """Call `watcher(job)` once the run has ended in whatever way."""
-        self._future.add_done_callback(lambda _: watcher(self))
-
-    def _work(self) -> None:
-        try:
-            with self._session._one_run:
-                if self.is_cancelled:
-                    raise CancelledError("cancelled before the first token")
-                result = self._session._run(self._prompts, on_step=self._step, **self._settings)
-        except BaseException as error:  # noqa: BLE001 - nothing is lost: result() raises it in the caller's thread
-            self._future.set_exception(error)
-        else:
-            self._future.set_result(result)
-
-    def _step(self, num_tokens: int) -> None:
-        self._tokens = num_tokens
-        if self.is_cancelled:
-            self._session.engine.cancel()
-        for watcher in self._watchers:
-            watcher(self)
 
 
 class Session:
@@ -156,7 +65,7 @@ class Session:
 
     def run(
         self,
-        prompts: Prompts,
+        prompts: NamedPrompts,
         *,
         slots: int | float | str | None = None,
         cache: str | None = None,
@@ -175,13 +84,13 @@ class Session:
         with self._one_run:
             return self._run(prompts, slots=slots, cache=cache, configure=configure, **keywords)
 
-    def job(self, prompts: Prompts, **keywords: Any) -> Job:
+    def job(self, prompts: NamedPrompts, **keywords: Any) -> Job:
         """As `run`, in a thread of its own."""
         return self.prepare(prompts, **keywords).start()
 
-    def prepare(self, prompts: Prompts, **keywords: Any) -> Job:
+    def prepare(self, prompts: NamedPrompts, **keywords: Any) -> Job:
         """A job that has not begun, so that it can be watched from its first token; `start` it."""
-        return Job(self, prompts, keywords)
+        return Job(partial(self._run, prompts), self.engine.cancel, self._one_run, keywords)
 
     @property
     def is_running(self) -> bool:
@@ -189,7 +98,7 @@ class Session:
 
     def _run(
         self,
-        prompts: Prompts,
+        prompts: NamedPrompts,
         *,
         slots: int | float | str | None = None,
         cache: str | None = None,
@@ -267,7 +176,7 @@ class Session:
         ]
         return pd.DataFrame(rows, columns=["slots", "cache", "label", *METRIC_DEFINITIONS])
 
-    def panel(self, prompts: Prompts, **keywords: Any) -> SlotsPanel:
+    def panel(self, prompts: NamedPrompts, **keywords: Any) -> SlotsPanel:
         """Slider of slots that re-runs these prompts; a panel made before is closed.
 
         Args: as `run`; `keywords` are those of every run of the panel.
@@ -300,7 +209,7 @@ class Session:
         run = run or self.last
         if run.trace is None:
             raise BadTrace("the run has no routing trace; run it with record_routing=True")
-        here = machine_of_run(self.engine, run, profile)
+        here = machine_of_run(run, self.engine.shape, self.engine.expert_size, profile)
         width = 0 if run.trace.inputs is None else run.trace.inputs.shape[2]
         device = str(device_of(self.engine))
         spent = {
@@ -326,7 +235,7 @@ class Session:
         if self.engine.frequencies is None and run.trace is not None:
             self.engine.configure(frequencies=run.trace.expert_counts())
 
-    def schedule_panel(self, scenarios: Scenarios, prompts: Prompts, **keywords: Any) -> SchedulePanel:
+    def schedule_panel(self, scenarios: Scenarios, prompts: NamedPrompts, **keywords: Any) -> SchedulePanel:
         """Sliders for all settings of a schedule, and a button that runs them; a panel made before is closed.
 
         Args:
@@ -378,7 +287,7 @@ class Session:
         return f"<Session of {self.engine!r}, {len(self.runs)} runs>"
 
 
-def _unfold(prompts: Prompts) -> tuple[str | list[str], list[dict[str, Any]]]:
+def _unfold(prompts: NamedPrompts) -> tuple[str | list[str], list[dict[str, Any]]]:
     """Texts as the engine takes them, and one dict for each sequence of the trace."""
     if isinstance(prompts, str):
         return prompts, [{"text": prompts}]

@@ -125,7 +125,7 @@ def _subject(given: Any) -> Subject:
         width, expert_width = map(int, given)
         return Subject(None, [silu_form(width, expert_width)], f"{given}, ")
     engine = given if isinstance(given, Engine) else None
-    layers = engine._layers if engine is not None else find_moe_layers(given)
+    layers = engine.layers if engine is not None else find_moe_layers(given)
     forms_by_size = {form.expert: form for form in (ExpertForm(layer.spec, layer.layout) for layer in layers)}
     largest = sorted(forms_by_size, reverse=True)[:MOST_FORMS]
     name = engine.name if engine is not None else type(given).__name__

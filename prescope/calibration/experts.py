@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional
 
 from ..cache.residency import LayerNeed
+from ..core.types import ExpertSize
 from ..device import Device
 from ..kernels import ExpertsSpec, LayerWeights, TorchKernel, Work
 from ..kernels.cpu import CpuExperts, CpuLayer, ExpertBatch
-from ..profile import Expert
 from ..weights.host_pool import HostLayer
 from ..weights.layout import RowLayout, row_layout
 
@@ -33,9 +33,9 @@ class ExpertForm(NamedTuple):
         return self.layer.dtype
 
     @property
-    def expert(self) -> Expert:
+    def expert(self) -> ExpertSize:
         """What a profile knows of it."""
-        return Expert(self.layout.row_bytes, self.layer.in_dim, self.layer.width)
+        return ExpertSize(self.layout.row_bytes, self.layer.in_dim, self.layer.width)
 
 
 def silu_form(width: int, expert_width: int, dtype: torch.dtype = torch.bfloat16) -> ExpertForm:

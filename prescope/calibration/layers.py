@@ -6,8 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from ..core.types import ExpertSize
 from ..engine.engine import Engine
-from ..profile import Circumstances, Expert, Point
+from ..profile import Circumstances, Point
 from ..profile.curves import fit_line
 from ..traces.result import RunResult
 
@@ -16,7 +17,7 @@ PROMPT_TOKENS, NEW_TOKENS = 8, 12
 
 
 def layer_points(
-    engine: Engine, expert: Expert, *, deadline: float, tell: Callable[[str], None], seed: int = 0
+    engine: Engine, expert: ExpertSize, *, deadline: float, tell: Callable[[str], None], seed: int = 0
 ) -> list[Point]:
     """Points "rest" and "decide" of decode steps of random tokens, by batch; fewer batches as `deadline` nears.
 
@@ -42,7 +43,7 @@ def layer_points(
     return points
 
 
-def points_of(run: RunResult, expert: Expert, batch: int) -> list[Point]:
+def points_of(run: RunResult, expert: ExpertSize, batch: int) -> list[Point]:
     """Point "rest" and, if some layers missed experts, "decide" of a run's decode steps."""
     of = Circumstances("rest", False, *expert, tokens=batch)
     events = run.events[run.events["phase"] == "decode"]

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..profile import Circumstances, Expert
+from ..core.types import ExpertSize
+from ..profile import Circumstances
 
 #: Copies by size, bytes: from one that costs little more than its launch to one that takes the full rate.
 COPY_BYTES = (64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
@@ -28,7 +29,7 @@ class Sizes(NamedTuple):
     together: int
 
 
-def sizes_of(expert: Expert, device_kind: str, available_bytes: int) -> Sizes:
+def sizes_of(expert: ExpertSize, device_kind: str, available_bytes: int) -> Sizes:
     """As many rows as ROWS_BYTES says, in a quarter of the memory at most, but at least four."""
     budget = min(ROWS_BYTES[device_kind], available_bytes // 4)
     rows = max(LEAST_ROWS, budget // expert.nbytes)
@@ -36,7 +37,7 @@ def sizes_of(expert: Expert, device_kind: str, available_bytes: int) -> Sizes:
 
 
 def host_plan(
-    experts: Sequence[Expert],
+    experts: Sequence[ExpertSize],
     rows_bytes: int,
     *,
     device_kind: str,
@@ -58,7 +59,7 @@ def host_plan(
     return plan + [Circumstances(kind) for kind in ("enqueue", "read", *only_there)]
 
 
-def expert_plan(expert: Expert, together: int) -> list[Circumstances]:
+def expert_plan(expert: ExpertSize, together: int) -> list[Circumstances]:
     """CPU experts alone and beside the link, and experts on the device, by number and tokens."""
 
     def of(kind: str, busy: bool, num: int, tokens: int) -> Circumstances:

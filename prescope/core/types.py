@@ -69,8 +69,24 @@ class MoEShape(NamedTuple):
     num_layers: int  # L, MoE layers
     num_experts: int  # E, the most experts any layer has
     top_k: int  # K, the most experts one token uses in a layer; 0 until the first forward shows it
-    row_bytes: int  # bytes of the largest expert, all projections and biases, padded
+    row_bytes: int = 0  # bytes of the largest expert, all projections and biases, padded; 0 where nobody asks
 
     @property
     def total_experts(self) -> int:
         return self.num_layers * self.num_experts
+
+    @property
+    def routing(self) -> "MoEShape":
+        """The part that traces and predictors know: without the bytes."""
+        return self._replace(row_bytes=0)
+
+
+class ExpertSize(NamedTuple):
+    """What an expert's time depends on: its bytes and its sizes. All zero where no expert is meant."""
+
+    nbytes: int  # all projections and biases
+    width: int  # D
+    expert_width: int  # F
+
+    def __str__(self) -> str:
+        return f"{self.nbytes / 1e6:.3g} MB ({self.width} x {self.expert_width})"

@@ -42,7 +42,7 @@ class CudaDevice:
             )
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self._h2d = torch.cuda.Stream(self.torch_device)
-        self._memcpy = open_memcpy() if copies == "driver" else None
+        self.memcpy = open_memcpy() if copies == "driver" else None
         self._repeats = link_factor
 
     def describe(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class CudaDevice:
         ready = []
         try:
             # The driver's function names its stream; switching torch's would cost the host as much as a copy.
-            with torch.cuda.stream(self._h2d) if self._memcpy is None else nullcontext():
+            with torch.cuda.stream(self._h2d) if self.memcpy is None else nullcontext():
                 for mark in after:
                     self._h2d.wait_event(mark)
                 start = self._record(self._h2d, timed)
@@ -112,11 +112,11 @@ class CudaDevice:
         return start, ready
 
     def _issue(self, slot: torch.Tensor, row: torch.Tensor) -> None:
-        if self._memcpy is None:
+        if self.memcpy is None:
             slot.copy_(row, non_blocking=True)
             return
         assert slot.is_contiguous() and row.is_contiguous() and slot.nbytes == row.nbytes
-        self._memcpy(slot.data_ptr(), row.data_ptr(), row.nbytes, self._h2d.cuda_stream)
+        self.memcpy(slot.data_ptr(), row.data_ptr(), row.nbytes, self._h2d.cuda_stream)
 
     def _record(self, stream: torch.cuda.Stream, timed: bool) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=timed)
@@ -155,7 +155,7 @@ class CudaDevice:
         timed: bool = False,
     ) -> tuple[torch.cuda.Event | None, torch.cuda.Event | None]:
         try:
-            with torch.cuda.stream(self._h2d) if self._memcpy is None else nullcontext():
+            with torch.cuda.stream(self._h2d) if self.memcpy is None else nullcontext():
                 before = self._record(self._h2d, timed) if begin else None
                 for target, source in chain(pairs, [] if last is None else [last]):
                     self._issue(target, source)

@@ -20,7 +20,7 @@ from ..cache.policies import make_policy
 from ..core.config import EngineConfig
 from ..core.jit import IS_COMPILED
 from ..core.machine import machine_facts
-from ..core.types import NeedOutcome
+from ..core.types import ExpertSize, NeedOutcome
 from ..core.units import format_bytes
 from ..device import Device, open_device, resolve_device
 from ..errors import BadProfile, NoProfile, NotAttached, SlotPoolTooLarge, TraceMismatch, UnsupportedOption
@@ -84,7 +84,7 @@ class Engine:
     Attributes:
         model: the transformers model; its own `generate` works.
         tokenizer: or None.
-        shape: sizes of its MoE part.
+        layers: its MoE layers, in order. `shape`: sizes of its MoE part.
         num_slots: places for experts on the device.
         frequencies: (L, E) uses per expert that cache="static" goes by, or None.
         fingerprint: identity of the model, written into traces.
@@ -122,19 +122,19 @@ class Engine:
         self._device: Device = open_device(
             kind, config.link_gb_per_s, self.shape.row_bytes, config.link_factor
         )
-        self._runner = LayeredRunner(self._device, layers, self.shape, kernel.name, self._dtype)
+        self.runner = LayeredRunner(self._device, layers, self.shape, kernel.name, self._dtype)
         try:
             self._require_memory(self.num_slots, _freed_bytes(model, layers, self._device.torch_device))
-            self._attachment = Attachment(model, layers, self._device, self._runner.serve)
+            self._attachment = Attachment(model, layers, self._device, self.runner.serve)
         except BaseException:
             self._device.close()
             raise
-        self._layers = layers
-        self._decoder = Decoder(model, self._runner)
-        self._runner.host = self._attachment.host
+        self.layers = layers
+        self._decoder = Decoder(model, self.runner)
+        self.runner.host = self._attachment.host
         self._predictor, self._costs = predictor, costs
         try:
-            self._runner.open_slots(self.num_slots, policy)
+            self.runner.open_slots(self.num_slots, policy)
             self._open_schedule(config, predictor, costs)
         except BaseException:
             self._attachment.detach()
@@ -144,6 +144,11 @@ class Engine:
         self.fingerprint = self._attachment.host.fingerprint(
             repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
         )
+
+    @property
+    def expert_size(self) -> ExpertSize:
+        """Bytes and sizes of its largest experts."""
+        return max(self.layers, key=lambda layer: layer.layout.row_bytes).expert_size
 
     def configure(
         self,
@@ -168,7 +173,7 @@ class Engine:
         Raises: as `load`; the engine then goes on with its former settings.
         """
         self._require_attached()
-        if self._runner.recorder is not None:
+        if self.runner.recorder is not None:
             raise UnsupportedOption("a run is under way; change settings after it, or cancel() it first")
         unknown = schedule.keys() - SCHEDULE_SETTINGS
         if unknown:
@@ -183,7 +188,7 @@ class Engine:
         chosen = config.cache
         cache, cache_reason = _cache_of(config, hot)
         config = replace(config, cache=cache)
-        count, reason = _count_slots(config, self.shape, self._layers)
+        count, reason = _count_slots(config, self.shape, self.layers)
         policy = make_policy(config.cache, self.shape, hot)
         if slots is not None:
             self._require_memory(count, self.num_slots * self.shape.row_bytes)
@@ -199,30 +204,30 @@ class Engine:
         self.reasons["cache"] = cache_reason
         if not is_new:
             return
-        self._runner.close_slots()
+        self.runner.close_slots()
         self.num_slots, self.reasons["slots"] = count, reason
-        self._runner.open_slots(count, policy)
+        self.runner.open_slots(count, policy)
 
     def _open_schedule(
         self, config: EngineConfig, predictor: Predictor | None, costs: LayerCosts | None
     ) -> None:
         """Take up a schedule; the former one goes on if that fails."""
-        former = self._runner.schedule_runner
+        former = self.runner.schedule_runner
         if config.schedule == "on-demand":
-            self._runner.schedule_runner, self.reasons["schedule"] = None, "as given"
+            self.runner.schedule_runner, self.reasons["schedule"] = None, "as given"
         else:
             known = costs or self._costs_here(config.schedule)
             opened = open_schedule_runner(
                 config,
                 self.shape,
-                self._layers,
+                self.layers,
                 self._attachment.host,
                 predictor,
                 known,
                 self._device.torch_device,
             )
-            opened.forced = self._runner.forced
-            self._runner.schedule_runner = opened
+            opened.forced = self.runner.forced
+            self.runner.schedule_runner = opened
             self.reasons["schedule"] = f"as given, by {known.source}"
             if opened.cpu is not None:
                 lane = opened.cpu
@@ -233,9 +238,7 @@ class Engine:
 
     def _costs_here(self, schedule: str) -> LayerCosts:
         """What a layer costs by this machine's profile, at batch 1; from there the planner follows its steps."""
-        layer = self._layers[0]
-        down = layer.layout.field(layer.spec.down).shape
-        width, expert_width = (down[1], down[0]) if layer.spec.is_transposed else (down[0], down[1])
+        _, width, expert_width = self.expert_size
         try:
             profile = HardwareProfile.of_this_machine(self._device.describe())
             return profile.costs(self.shape, width=width, expert_width=expert_width)
@@ -283,8 +286,8 @@ class Engine:
         if self.model.generation_config.pad_token_id is None and self.tokenizer is not None:
             settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         batch, length = inputs["input_ids"].shape
-        if self._runner.forced is not None:
-            self._runner.forced.restart()
+        if self.runner.forced is not None:
+            self.runner.forced.restart()
         loop = self._decoder.loop(
             self.config, batch, length, settings, bool(criteria), on_step or _ignore, lambda: self._cancelled
         )
@@ -307,7 +310,7 @@ class Engine:
             result.notes.append(f"decode steps ran layer by layer: {loop.removeprefix('layered: ')}")
         if self._chosen_cache == "auto" and self.config.cache != schedule_named(self.config.schedule).cache:
             result.notes.append(self.reasons["cache"])
-        if self._runner.forced is not None:
+        if self.runner.forced is not None:
             result.notes.append(
                 "decode steps were routed by a trace, not by the model: the tokens mean nothing"
             )
@@ -343,28 +346,28 @@ class Engine:
 
     @contextmanager
     def _recording(self) -> Iterator[Recorder]:
-        if self._runner.recorder is not None:
+        if self.runner.recorder is not None:
             raise UnsupportedOption("a recording is under way already; one engine records one run at a time")
         config = self.config
-        self._runner.recorder = Recorder(
+        self.runner.recorder = Recorder(
             self._device, events=config.events, routing=config.record_routing, inputs=config.record_inputs
         )
         try:
             with _frozen_heap():
-                yield self._runner.recorder
+                yield self.runner.recorder
         except BaseException:
             self.recover()
             raise
         finally:
-            self._runner.recorder = None
+            self.runner.recorder = None
 
     def _result(self, recorder: Recorder, settings: dict[str, Any], output_tokens: int) -> RunResult:
-        tables = recorder.tables([layer.layout.row_bytes for layer in self._layers])
+        tables = recorder.tables([layer.layout.row_bytes for layer in self.layers])
         hardware = self.hardware()
         metrics = compute_metrics(*tables, batch=recorder.batch, output_tokens=output_tokens)
         trace = recorder.trace(
             num_experts=self.shape.num_experts,
-            decoder_layers=[layer.decoder_layer for layer in self._layers],
+            decoder_layers=[layer.decoder_layer for layer in self.layers],
             model=self.name,
             fingerprint=self.fingerprint,
             versions={name: str(hardware[name]) for name in ("prescope", "torch", "transformers")},
@@ -419,17 +422,17 @@ class Engine:
 
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._runner.captured is not None:
+        if self.runner.captured is not None:
             return
         given = kwargs.get("input_ids", args[0] if args else None)
         tokens = given if given is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return
         batch, length = tokens.shape[:2]
-        self._runner.is_prefill = length > 1
-        if length == 1 and self._runner.forced is not None:
-            self._runner.forced.advance()
-        if self._runner.recorder is None:
+        self.runner.is_prefill = length > 1
+        if length == 1 and self.runner.forced is not None:
+            self.runner.forced.advance()
+        if self.runner.recorder is None:
             return
         mask = kwargs.get("attention_mask")
         padding = None
@@ -440,19 +443,19 @@ class Engine:
             and mask.dim() == 2
         ):
             padding = self._device.read(mask) == 0
-        self._runner.recorder.begin_step(batch, length, padding)
+        self.runner.recorder.begin_step(batch, length, padding)
 
     # -- state -------------------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """The settings as resolved, with the reason of each, and the cap on the experts' memory."""
-        schedule_runner = self._runner.schedule_runner
+        schedule_runner = self.runner.schedule_runner
         return {
             **self.config.to_dict(),
             **({} if schedule_runner is None else schedule_runner.describe()),
             "num_slots": self.num_slots,
             "slots_gib": self.num_slots * self.shape.row_bytes / 2**30,
-            "slots_frac": self.num_slots / sum(layer.num_experts for layer in self._layers),
+            "slots_frac": self.num_slots / sum(layer.num_experts for layer in self.layers),
             "expert_bytes": self.shape.row_bytes,
             "moe": self.shape._asdict(),
             "model": self.name,
@@ -473,11 +476,11 @@ class Engine:
         """Empty all slots and forget what the cache policy learned: the next run starts cold."""
         self._require_attached()
         self._device.synchronize()
-        self._runner.clear()
+        self.runner.clear()
 
     def recover(self) -> None:
         """Make the engine usable after an interrupt or a failed copy; the slots are cold afterwards."""
-        self._runner.recover()
+        self.runner.recover()
 
     def force_routing(self, trace: RoutingTrace | None, scores: np.ndarray | None = None) -> None:
         """Route decode steps as a trace does instead of by the model's routers; None ends it.
@@ -495,9 +498,9 @@ class Engine:
         self._require_attached()
         self._decoder.forget()
         if trace is None:
-            self._runner.forced = None
-            if self._runner.schedule_runner is not None:
-                self._runner.schedule_runner.forced = None
+            self.runner.forced = None
+            if self.runner.schedule_runner is not None:
+                self.runner.schedule_runner.forced = None
             return
         found = (trace.num_layers, trace.num_experts, trace.top_k)
         if found != (self.shape.num_layers, self.shape.num_experts, self.shape.top_k):
@@ -507,9 +510,9 @@ class Engine:
             )
         first = trace.select(phase="decode").steps[:1]
         batch = int((trace.step == first[0]).sum()) if first else 0
-        self._runner.forced = forced = ForcedRouting.of_trace(trace, batch, self._device.torch_device, scores)
-        if self._runner.schedule_runner is not None:
-            self._runner.schedule_runner.forced = forced
+        self.runner.forced = forced = ForcedRouting.of_trace(trace, batch, self._device.torch_device, scores)
+        if self.runner.schedule_runner is not None:
+            self.runner.schedule_runner.forced = forced
 
     def cancel(self) -> None:
         """End the running `generate` after the token it is at; what there is by then is returned."""
@@ -522,17 +525,17 @@ class Engine:
     @property
     def needs(self) -> dict[NeedOutcome, int]:
         """Hits, late ones and misses since the engine was made."""
-        return self._runner.needs
+        return self.runner.needs
 
     def check_integrity(self) -> None:
         """Assert that slots and table agree and that each resident expert's bytes equal its host row's."""
-        self._runner.residency.check_integrity()
+        self.runner.residency.check_integrity()
         self._device.synchronize()
-        for slot, key in enumerate(self._runner.residency.key_of.tolist()):
+        for slot, key in enumerate(self.runner.residency.key_of.tolist()):
             if key >= 0:
                 moe_layer, expert = divmod(key, self.shape.num_experts)
                 row = self._attachment.host.row(moe_layer, expert)
-                assert torch.equal(self._runner.loader.pool[slot, : len(row)].cpu(), row), (
+                assert torch.equal(self.runner.loader.pool[slot, : len(row)].cpu(), row), (
                     f"slot {slot} does not hold the bytes of expert {expert} of MoE layer {moe_layer}"
                 )
 
@@ -542,9 +545,9 @@ class Engine:
             self._device.recover()
             self._hook.remove()
             self._decoder.forget()
-            self._runner.close_slots()
-            if self._runner.schedule_runner is not None:
-                self._runner.schedule_runner.close()
+            self.runner.close_slots()
+            if self.runner.schedule_runner is not None:
+                self.runner.schedule_runner.close()
             self._attachment.detach()
             self._device.close()
 

@@ -214,10 +214,10 @@ def open_schedule_runner(
             f"schedule={schedule.name!r} prefetches by predictions; give predictor=... (it comes with "
             f"{schedule.predictor}), or use schedule='on-demand'"
         )
-    if predictor is not None and tuple(predictor.shape) != (shape.num_layers, shape.num_experts, shape.top_k):
+    if predictor is not None and predictor.shape.routing != shape.routing:
         raise UnsupportedOption(
-            f"{predictor.name} is for (layers, experts, top-k) = {tuple(predictor.shape)}, this model has "
-            f"{(shape.num_layers, shape.num_experts, shape.top_k)}; train one with prescope.train_predictor"
+            f"{predictor.name} is for (layers, experts, top-k) = {tuple(predictor.shape)[:3]}, this model has "
+            f"{tuple(shape)[:3]}; train one with prescope.train_predictor"
         )
     if isinstance(predictor, Llapor):
         predictor.to(device)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..core.types import ExpertSize
 from ..errors import NotAMoE, UnsupportedExperts
 from ..kernels import ExpertsSpec
 from ..weights.layout import RowLayout, row_layout
@@ -38,6 +39,13 @@ class MoELayer:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stacked expert weights (E, ...) by name."""
         return {name: getattr(self.module, name) for name in self.weight_names}
+
+    @property
+    def expert_size(self) -> ExpertSize:
+        """Bytes of a row, and the sizes of an expert's matrices."""
+        down = self.layout.field(self.spec.down).shape
+        width, expert_width = (down[1], down[0]) if self.spec.is_transposed else (down[0], down[1])
+        return ExpertSize(self.layout.row_bytes, width, expert_width)
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:

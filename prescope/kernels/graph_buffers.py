@@ -21,7 +21,7 @@ from .triton_experts import PAIRS_PER_EXPERT_FOR_TILES, Linear, tune_pairs
 
 #: Steps whose messages are kept: the GPU runs at most one ahead of the host.
 RING = 4
-#: Programs and words (int64) per program of `_fetch`: measured in benchmarks/overhead.py, see LOG.md.
+#: Programs and words (int64) per program of `fetch`: measured in benchmarks/overhead.py, see LOG.md.
 FETCH_PROGRAMS, FETCH_WORDS = 64, 2048
 BLOCK_M = 16
 #: Copies on the link at once are fewer.
@@ -288,7 +288,7 @@ class GraphBuffers:
                 num_warps=1,
             )
         else:
-            graph_kernels._fetch[(FETCH_PROGRAMS,)](
+            graph_kernels.fetch[(FETCH_PROGRAMS,)](
                 host_rows.view(torch.int64), pool.view(torch.int64), self._needs[moe_layer], self._fetched[moe_layer],
                 self._fetch_slot, stamps, host_rows.shape[1] // 8, pool.shape[1] // 8, BLOCK=FETCH_WORDS,
                 TIMED=self._timed, num_warps=8,

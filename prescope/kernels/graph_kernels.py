@@ -2,7 +2,7 @@
 
 They let a whole step run from one CUDA graph. Three ways to serve misses:
 
-*GPU-driven*: `_plan` looks up, chooses slots by the cache policy and `_fetch` reads the experts from pinned host
+*GPU-driven*: `_plan` looks up, chooses slots by the cache policy and `fetch` reads the experts from pinned host
 memory, all on the GPU; the host learns what happened a step later.
 *Copy-engine*: `_plan` decides as above and writes its orders into mapped host memory; the host does nothing but hand
 them to the copy engine, and `_wait` lets the step go on when the last byte is there.
@@ -141,7 +141,7 @@ def _plan(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _fetch(  # type: ignore[no-untyped-def]
+def fetch(  # type: ignore[no-untyped-def]
     rows, pool, needs, fetch_expert, fetch_slot, stamps, row_words, slot_words,
     BLOCK: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip

@@ -7,7 +7,7 @@ finds the layer groups. Trained and judged in `prescope.training`.
 Imports no model code: routers come in as tensors, states as a `RoutingTrace`.
 """
 
-from .base import BadPredictor, BadState, Cost, Prediction, Predictor, Shape, TooFewPrompts, measure_us
+from .base import BadPredictor, BadState, Cost, Prediction, Predictor, TooFewPrompts, measure_us
 from .baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
 from .controls import Chance, Oracle
 from .layer_groups import Cues, LayerGroups, contrast_of, find_groups, group_layers, measure_cues
@@ -36,7 +36,6 @@ __all__ = [
     "Predictor",
     "PreviousToken",
     "Routers",
-    "Shape",
     "TooFewPrompts",
     "Transition",
     "contrast_of",

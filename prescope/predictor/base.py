@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.types import MoEShape
 from ..errors import BadTrace, PrescopeError, TraceMismatch, UnsupportedOption
 from ..traces.routing import RoutingTrace
 from ..traces.routing import used_mask as used_mask
@@ -58,23 +59,11 @@ class Cost(NamedTuple):
         return f"{self.parameters:,} parameters, {self.nbytes / 2**20:.2f} MiB, {self.flops / 1e6:.2f} MFLOP per layer"
 
 
-class Shape(NamedTuple):
-    """Sizes a predictor is made for."""
-
-    num_layers: int  # L
-    num_experts: int  # E
-    top_k: int  # K
-
-    @classmethod
-    def of(cls, trace: RoutingTrace) -> "Shape":
-        return cls(trace.num_layers, trace.num_experts, trace.top_k)
-
-
 class Predictor(Protocol):
     """What engine, simulator and score card ask of a predictor."""
 
     name: str
-    shape: Shape
+    shape: MoEShape  # a model's, without the bytes (`MoEShape.routing`)
     lookahead: int  # D: layers it looks ahead at most
     needs_inputs: bool  # True: it reads router inputs, so a trace for `replay` must hold them
     is_calibrated: bool  # True: scores were fitted to be probabilities
@@ -106,7 +95,7 @@ class Predictor(Protocol):
         ...
 
 
-def targets_of(moe_layer: int, shape: Shape, lookahead: int) -> Iterator[tuple[int, int]]:
+def targets_of(moe_layer: int, shape: MoEShape, lookahead: int) -> Iterator[tuple[int, int]]:
     """(lookahead, layer) for each coming layer that exists."""
     for ahead in range(1, lookahead + 1):
         if moe_layer + ahead < shape.num_layers:
@@ -134,17 +123,17 @@ def require_inputs(trace: RoutingTrace, name: str) -> NDArray[np.float16]:
     return trace.inputs
 
 
-def require_shape(trace: RoutingTrace, shape: Shape, lookahead: int, most: int, name: str) -> None:
+def require_shape(trace: RoutingTrace, shape: MoEShape, lookahead: int, most: int, name: str) -> None:
     """Make sure that a predictor can replay a trace at a lookahead.
 
     Raises:
         TraceMismatch: the trace is of a model of another shape.
         UnsupportedOption: the lookahead is beyond the predictor's or the model's.
     """
-    if Shape.of(trace) != shape:
+    if trace.shape != shape:
         raise TraceMismatch(
-            f"{name} was made for (layers, experts, top-k) = {tuple(shape)}, the trace of {trace.model} has "
-            f"{tuple(Shape.of(trace))}; record a trace with the predictor's model, or train one for this model"
+            f"{name} was made for (layers, experts, top-k) = {tuple(shape)[:3]}, the trace of {trace.model} has "
+            f"{tuple(trace.shape)[:3]}; record a trace with the predictor's model, or train one for this model"
         )
     require_lookahead(lookahead, min(most, shape.num_layers - 1), name)
 

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ..core.types import MoEShape
 from ..errors import BadTrace, TraceMismatch
 from ..traces.routing import RoutingTrace
 from .base import (
@@ -26,7 +27,6 @@ from .base import (
     Cost,
     Prediction,
     ScoreArray,
-    Shape,
     require_inputs,
     require_shape,
     targets_of,
@@ -115,8 +115,8 @@ class Baseline:
     needs_inputs = False
     is_calibrated = False
 
-    def __init__(self, shape: Shape, lookahead: int) -> None:
-        self.shape = shape
+    def __init__(self, shape: MoEShape, lookahead: int) -> None:
+        self.shape = shape.routing
         self.lookahead = lookahead
 
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
@@ -140,7 +140,7 @@ class EarlyRouter(Baseline):
     name = "early router"
     needs_inputs = True
 
-    def __init__(self, shape: Shape, routers: Routers, lookahead: int) -> None:
+    def __init__(self, shape: MoEShape, routers: Routers, lookahead: int) -> None:
         super().__init__(shape, lookahead)
         if routers.weight_LED.shape[:2] != shape[:2]:
             raise TraceMismatch(
@@ -205,7 +205,7 @@ class Frequency(Baseline):
     is_calibrated = True
 
     def __init__(self, trace: RoutingTrace, lookahead: int) -> None:
-        super().__init__(Shape.of(trace), lookahead)
+        super().__init__(trace.shape, lookahead)
         chance = self.shape.top_k / self.shape.num_experts
         counts_LE = used_mask(trace.expert_ids, self.shape.num_experts).sum(axis=0)
         self.rate_LE = ((counts_LE + PRIOR_TOKENS * chance) / (len(trace) + PRIOR_TOKENS)).astype(np.float32)
@@ -242,7 +242,7 @@ class PreviousToken(Baseline):
 
     name = "previous token"
 
-    def __init__(self, shape: Shape, lookahead: int, decay: float = 0.25) -> None:
+    def __init__(self, shape: MoEShape, lookahead: int, decay: float = 0.25) -> None:
         super().__init__(shape, lookahead)
         self.decay = decay
         self.begin(1)
@@ -306,8 +306,8 @@ class Transition(Baseline):
     name = "transition"
 
     def __init__(self, trace: RoutingTrace, lookahead: int) -> None:
-        super().__init__(Shape.of(trace), lookahead)
-        L, E, K = self.shape
+        super().__init__(trace.shape, lookahead)
+        L, E, K = self.shape[:3]
         used_LRE = used_mask(trace.expert_ids, E).transpose(1, 0, 2).astype(np.float32)
         rate_LE = (used_LRE.sum(1) + PRIOR_TOKENS * K / E) / (len(trace) + PRIOR_TOKENS)
         self._prior_LE = torch.from_numpy(logit(rate_LE).astype(np.float32))

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.types import MoEShape
 from ..errors import BadTrace
 from ..traces.routing import RoutingTrace
-from .base import Prediction, ScoreArray, Shape, targets_of, used_mask
+from .base import Prediction, ScoreArray, targets_of, used_mask
 from .baselines import Baseline
 
 
@@ -41,7 +42,7 @@ class Chance(Baseline):
     name = "chance"
     is_calibrated = True
 
-    def __init__(self, shape: Shape, lookahead: int, seed: int = 0) -> None:
+    def __init__(self, shape: MoEShape, lookahead: int, seed: int = 0) -> None:
         super().__init__(shape, lookahead)
         self.seed = seed
         self._generator = torch.Generator().manual_seed(seed)

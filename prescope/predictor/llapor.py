@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.nn.functional import dropout, gelu
 
+from ..core.types import MoEShape
 from ..errors import TraceMismatch, UnsupportedOption
 from ..traces.routing import RoutingTrace
 from .base import (
@@ -32,7 +33,6 @@ from .base import (
     Cost,
     Prediction,
     ScoreArray,
-    Shape,
     require_inputs,
     require_shape,
     targets_of,
@@ -65,14 +65,14 @@ class Llapor:
     def __init__(
         self,
         config: LlaporConfig,
-        shape: Shape,
+        shape: MoEShape,
         groups: LayerGroups,
         tensors: Mapping[str, torch.Tensor],
         tag: ModelTag,
         *,
         validation_error: float = float("nan"),
     ) -> None:
-        self.config, self.shape, self.groups, self.tag = config, shape, groups, tag
+        self.config, self.shape, self.groups, self.tag = config, shape.routing, groups, tag
         self.tensors = dict(tensors)
         self.validation_error = validation_error
         self.name = "llapor" if config.residual else "llapor plain"
@@ -85,7 +85,7 @@ class Llapor:
     def fresh(
         cls,
         config: LlaporConfig,
-        shape: Shape,
+        shape: MoEShape,
         groups: LayerGroups,
         pca: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         tag: ModelTag,
@@ -134,7 +134,7 @@ class Llapor:
         """
         if not self.config.residual:
             return None
-        L, E, _ = self.shape
+        L, E = self.shape[:2]
         D, ahead = self.width, self.config.lookahead
         weight = torch.cat([self.tensors["router"], self.tensors["router"].new_zeros(ahead, E, D)])
         bias = torch.cat([self.tensors["router_bias"], self.tensors["router_bias"].new_zeros(ahead, E)])
@@ -374,7 +374,7 @@ class Llapor:
         )
         metadata = {
             "config": asdict(self.config),
-            "shape": self.shape._asdict(),
+            "shape": {name: n for name, n in self.shape._asdict().items() if name != "row_bytes"},
             "groups": [self.groups.middle.start, self.groups.middle.stop, self.groups.reason],
             "tag": asdict(self.tag),
             "width": self.width,
@@ -397,7 +397,7 @@ class Llapor:
         tensors, metadata = read_tensors(Path(path), FORMAT)
         try:
             config = LlaporConfig(**metadata["config"])
-            shape = Shape(**metadata["shape"])
+            shape = MoEShape(**metadata["shape"])
             start, stop, reason = metadata["groups"]
             groups = LayerGroups.at(int(start), int(stop), shape.num_layers, str(reason))
             tag = ModelTag(**metadata["tag"])
@@ -443,7 +443,7 @@ def choice_of(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> tor
     return out.scatter_(-1, torch.where(ids < 0, num_experts, ids), weights.float())[..., :num_experts]
 
 
-def _identity_platt(config: LlaporConfig, shape: Shape) -> torch.Tensor:
+def _identity_platt(config: LlaporConfig, shape: MoEShape) -> torch.Tensor:
     return torch.tensor([1.0, 0.0]).repeat(shape.num_layers, config.lookahead, 1)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from ..core.types import MoEShape
 from ..errors import UnsupportedOption
-from .base import Shape
 
 #: Compressed widths of the paper, for hidden size 4096; a model narrower than that keeps all its dimensions.
 WIDTH_OUTER, WIDTH_MIDDLE = 256, 512
@@ -72,10 +72,10 @@ class ModelTag:
 
 
 def tensor_shapes(
-    config: LlaporConfig, shape: Shape, width: int, num_middle: int
+    config: LlaporConfig, shape: MoEShape, width: int, num_middle: int
 ) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a predictor; `width` is D. A file is checked against it."""
-    L, E, _ = shape
+    L, E = shape[:2]
     P = min(width, max(config.width_outer, config.width_middle))
     H, B, N = config.hidden, config.block, config.lookahead * E
     shapes: dict[str, tuple[int, ...]] = {

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.types import MoEShape
 from ..errors import BadTrace, TraceMismatch, UnsupportedOption
 from ..traces.routing import RoutingTrace, used_mask
-from .base import Prediction, ScoreArray, Shape, targets_of
+from .base import Prediction, ScoreArray, targets_of
 from .baselines import PRIOR_TOKENS, Baseline
 
 IdArray = NDArray[np.int16]
@@ -50,7 +51,7 @@ class NoisyOracle(Baseline):
     is_calibrated = True
 
     def __init__(self, trace: RoutingTrace, recall: Mapping[int, float], *, seed: int = 0) -> None:
-        super().__init__(Shape.of(trace), max(recall, default=0))
+        super().__init__(trace.shape, max(recall, default=0))
         self.recall = dict(sorted(recall.items()))
         _check_recall(self.recall, self.shape)
         self.name = _name_of(self.recall)
@@ -163,7 +164,7 @@ def _wrong_guesses(ids_RLK: IdArray, odds_LE: NDArray[np.float32], rng: np.rando
     return np.take_along_axis(found, order, axis=-1).astype(np.int16)
 
 
-def _check_recall(recall: Mapping[int, float], shape: Shape) -> None:
+def _check_recall(recall: Mapping[int, float], shape: MoEShape) -> None:
     if not recall:
         raise UnsupportedOption("no recall given; name one for a lookahead at least, such as {1: 0.9}")
     low, high = min(recall), max(recall)

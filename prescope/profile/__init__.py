@@ -3,7 +3,7 @@
 from .curves import ExpertCurve, FitError, LinkCurve
 from .files import as_text, own_file, read_json, write_json
 from .lanes import Lanes, nearest
-from .points import KINDS, Circumstances, Expert, Point
+from .points import KINDS, Circumstances, Point
 from .profile import SLOWER_LINKS, HardwareProfile, tokens_per_expert
 from .tables import markdown
 
@@ -11,7 +11,6 @@ __all__ = [
     "KINDS",
     "SLOWER_LINKS",
     "Circumstances",
-    "Expert",
     "ExpertCurve",
     "FitError",
     "HardwareProfile",

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.types import ExpertSize
 from ..errors import BadProfile
-from .points import Expert, Point
+from .points import Point
 
 Floats = NDArray[np.float64]
 
@@ -138,7 +139,7 @@ class ExpertCurve:
         error: of the line over the number of experts, and of interpolation with each inner point left out.
     """
 
-    expert: Expert
+    expert: ExpertSize
     base_us: float
     tokens: tuple[int, ...]
     each_us: tuple[float, ...]

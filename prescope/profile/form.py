@@ -1,20 +1,18 @@
 """A profile as plain values for JSON, and back, with everything checked."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..core.machine import Place
 from ..errors import BadProfile
 from .files import FORMAT, VERSION
+from .measurements import Measurements
 from .points import COLUMNS, point_of, row_of
-
-if TYPE_CHECKING:
-    from .profile import HardwareProfile
 
 T = TypeVar("T")
 
 
-def to_plain(profile: "HardwareProfile") -> dict[str, Any]:
+def to_plain(profile: Measurements) -> dict[str, Any]:
     """What the file holds. "fit_errors" is for readers: they are computed anew when a profile is read."""
     return {
         "format": FORMAT,

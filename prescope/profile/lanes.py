@@ -5,11 +5,12 @@ from functools import cached_property
 
 import numpy as np
 
+from ..core.types import ExpertSize
 from ..errors import BadProfile
 from .curves import ExpertCurve, FitError, LinkCurve, error_of, interpolate
-from .points import Expert, Point
+from .points import Point
 
-ExpertCurves = Mapping[Expert, ExpertCurve]
+ExpertCurves = Mapping[ExpertSize, ExpertCurve]
 
 
 class Lanes:
@@ -79,14 +80,14 @@ class Lanes:
             raise BadProfile(f"no experts were measured on the {lane}; prescope.calibrate() measures them")
         return curves
 
-    def expert_us(self, lane: str, tokens: float, expert: Expert | int, busy_link: bool = True) -> float:
+    def expert_us(self, lane: str, tokens: float, expert: ExpertSize | int, busy_link: bool = True) -> float:
         """One expert, the submission left out; sizes that were not measured are scaled by bytes from the nearest."""
         if tokens <= 0:
             return 0.0
         curve = nearest(self.experts_of(lane, busy_link), expert)
         return curve.us(tokens) * _nbytes(expert) / curve.expert.nbytes
 
-    def layer_us(self, kind: str, expert: Expert, batch: float) -> float | None:
+    def layer_us(self, kind: str, expert: ExpertSize, batch: float) -> float | None:
         """Time "rest" or "decide" of a model with experts of this size; None if no engine of one was measured."""
         found = sorted((p.of.tokens, p.us) for p in self.of(kind) if p.of.expert == expert)
         return interpolate(batch, *zip(*found, strict=True)) if found else None
@@ -110,29 +111,29 @@ class Lanes:
         return errors
 
 
-def nearest(curves: ExpertCurves, expert: Expert | int) -> ExpertCurve:
+def nearest(curves: ExpertCurves, expert: ExpertSize | int) -> ExpertCurve:
     """The curve of these sizes, else of the size nearest in bytes, of the same bytes per weight if there is one."""
-    if isinstance(expert, Expert) and expert in curves:
+    if isinstance(expert, ExpertSize) and expert in curves:
         return curves[expert]
 
-    def distance(of: Expert) -> tuple[bool, float]:
-        is_alike = not isinstance(expert, Expert) or _weight_bytes(of) == _weight_bytes(expert)
+    def distance(of: ExpertSize) -> tuple[bool, float]:
+        is_alike = not isinstance(expert, ExpertSize) or _weight_bytes(of) == _weight_bytes(expert)
         return not is_alike, abs(np.log(of.nbytes / _nbytes(expert)))
 
     return curves[min(sorted(curves), key=distance)]
 
 
-def _weight_bytes(expert: Expert) -> int:
+def _weight_bytes(expert: ExpertSize) -> int:
     """Bytes per D x F, which tells the dtype and whether there is a gate; padding and biases do not count."""
     return round(expert.nbytes / max(1, expert.width * expert.expert_width))
 
 
-def _nbytes(expert: Expert | int) -> int:
+def _nbytes(expert: ExpertSize | int) -> int:
     return expert if isinstance(expert, int) else expert.nbytes
 
 
 def _by_expert(points: Iterable[Point]) -> ExpertCurves:
-    groups: dict[Expert, list[Point]] = {}
+    groups: dict[ExpertSize, list[Point]] = {}
     for point in points:
         groups.setdefault(point.of.expert, []).append(point)
     return {expert: ExpertCurve.through(groups[expert]) for expert in sorted(groups)}

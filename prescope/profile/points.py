@@ -6,6 +6,7 @@ Pure: numbers and words only. Everything else a profile knows (rates, fits, erro
 import math
 from typing import NamedTuple
 
+from ..core.types import ExpertSize
 from ..errors import BadProfile
 
 #: kind -> what its `us` is.
@@ -24,17 +25,6 @@ KINDS: dict[str, str] = {
 }
 
 
-class Expert(NamedTuple):
-    """What an expert's time depends on: its bytes and its sizes. All zero where no expert is meant."""
-
-    nbytes: int
-    width: int  # D
-    expert_width: int  # F
-
-    def __str__(self) -> str:
-        return f"{self.nbytes / 1e6:.3g} MB ({self.width} x {self.expert_width})"
-
-
 class Circumstances(NamedTuple):
     """What was measured; a profile has at most one point of each."""
 
@@ -47,8 +37,8 @@ class Circumstances(NamedTuple):
     tokens: int = 0  # of each expert, or the batch
 
     @property
-    def expert(self) -> Expert:
-        return Expert(self.nbytes, self.width, self.expert_width)
+    def expert(self) -> ExpertSize:
+        return ExpertSize(self.nbytes, self.width, self.expert_width)
 
 
 class Point(NamedTuple):

@@ -5,23 +5,21 @@ on; the simulator may take any, under its label.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ..core.machine import Place, this_place
-from ..core.types import MoEShape
+from ..core.types import ExpertSize, MoEShape
 from ..errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
 from ..scheduler.costs import LayerCosts
-from .curves import FitError
 from .files import named_file, own_file, read_json, shipped_files, write_json
 from .form import from_plain, to_plain
-from .lanes import Lanes, nearest
+from .lanes import nearest
 from .links import paced, sent_often
-from .points import Expert, Point
+from .measurements import Measurements
 from .tables import description, points_table
 
 #: What slower links of a machine with a GPU stand for, by how often each copy is made.
@@ -31,40 +29,8 @@ LEAST_CPU_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class HardwareProfile:
-    """Measured curves of one machine; `prescope.calibrate()` makes one.
-
-    Attributes:
-        place: CPU, GPU and link: which machine it is.
-        label: where its times come from, for titles: "measured on <GPU>", "emulated ...".
-        measured: ISO date of the measurement.
-        points: all that was measured (`points.KINDS` says what each is).
-        machine: facts and versions, as in `RunResult.hardware`.
-        cpu_backend: what computed experts on the CPU.
-        link_gb_per_s: rate of an emulated link; None for a real one.
-        link_factor: how many times each copy is made, to stand for a slower link.
-        origin: how to measure it again.
-        notes: what a reader must know.
-    """
-
-    place: Place
-    label: str
-    measured: str
-    points: tuple[Point, ...]
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    cpu_backend: str = ""
-    link_gb_per_s: float | None = None
-    link_factor: int = 1
-    origin: str = "prescope.calibrate()"
-    notes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        assert self.lanes  # raises BadProfile now rather than later
-
-    @cached_property
-    def lanes(self) -> Lanes:
-        """The curves through all points."""
-        return Lanes(self.points)
+class HardwareProfile(Measurements):
+    """Measured curves of one machine, and what a layer costs by them; `prescope.calibrate()` makes one."""
 
     # -- times -------------------------------------------------------------------------------------------------
 
@@ -72,7 +38,7 @@ class HardwareProfile:
         """One copy of `nbytes` to the device in a train of copies, microseconds; `busy_cpu`: while CPU experts run."""
         return (self.lanes.link_beside_cpu if busy_cpu else self.lanes.link).us(nbytes)
 
-    def cpu_us(self, tokens: float, expert: Expert | int, *, busy_link: bool = True) -> float:
+    def cpu_us(self, tokens: float, expert: ExpertSize | int, *, busy_link: bool = True) -> float:
         """One expert with `tokens` tokens on the CPU, of several submitted together, microseconds; 0.0 for none.
 
         Args:
@@ -83,22 +49,13 @@ class HardwareProfile:
         """
         return self.lanes.expert_us("cpu", tokens, expert, busy_link)
 
-    def gpu_us(self, tokens: float, expert: Expert | int) -> float:
+    def gpu_us(self, tokens: float, expert: ExpertSize | int) -> float:
         """One resident expert with `tokens` tokens on the device, microseconds; otherwise as `cpu_us`."""
         return self.lanes.expert_us("gpu", tokens, expert)
 
-    def base_us(self, lane: str, expert: Expert | int, *, busy_link: bool = True) -> float:
+    def base_us(self, lane: str, expert: ExpertSize | int, *, busy_link: bool = True) -> float:
         """Of one submission of experts to "cpu" or "gpu", however many, microseconds; not scaled by size."""
         return nearest(self.lanes.experts_of(lane, busy_link), expert).base_us
-
-    def dram_gb_per_s(self, *, busy_link: bool = False) -> float:
-        """Rate at which all threads read host memory, GB/s; NaN where it was not measured."""
-        return self.lanes.dram_gb_per_s(busy_link)
-
-    @property
-    def fit_errors(self) -> dict[str, FitError]:
-        """Relative error of every fit: against its own points, or, for "scaled", against other sizes."""
-        return self.lanes.fit_errors
 
     def costs(
         self,
@@ -122,7 +79,7 @@ class HardwareProfile:
             BadProfile: nothing is known of the rest of a layer, or of experts on the device.
         """
         nbytes = shape if isinstance(shape, int) else shape.row_bytes
-        expert, lanes = Expert(nbytes, width, expert_width), self.lanes
+        expert, lanes = ExpertSize(nbytes, width, expert_width), self.lanes
         rest = rest_us if rest_us is not None else lanes.layer_us("rest", expert, batch)
         if rest is None:
             raise BadProfile(
@@ -153,7 +110,7 @@ class HardwareProfile:
             source=f"{self.label}, {self.measured}{scaled}",
         )
 
-    def _cpu_table(self, expert: Expert, batch: int, *, busy_link: bool = True) -> tuple[float, ...]:
+    def _cpu_table(self, expert: ExpertSize, batch: int, *, busy_link: bool = True) -> tuple[float, ...]:
         tokens = range(max(batch, LEAST_CPU_TOKENS) + 1)
         return tuple(self.cpu_us(n, expert, busy_link=busy_link) for n in tokens)
 

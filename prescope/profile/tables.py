@@ -1,14 +1,12 @@
 """A profile as tables for people. Pure pandas."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
+from .measurements import Measurements
 from .points import KINDS
-
-if TYPE_CHECKING:
-    from .profile import HardwareProfile
 
 
 class Row(NamedTuple):
@@ -20,7 +18,7 @@ class Row(NamedTuple):
     fit_error: str = ""
 
 
-def points_table(profile: "HardwareProfile") -> pd.DataFrame:
+def points_table(profile: Measurements) -> pd.DataFrame:
     """All points, one a row."""
     rows = [{**p.of._asdict(), "us": p.us, "spread": p.spread, "runs": p.runs} for p in profile.points]
     frame = pd.DataFrame(rows)
@@ -28,7 +26,7 @@ def points_table(profile: "HardwareProfile") -> pd.DataFrame:
     return frame
 
 
-def description(profile: "HardwareProfile") -> pd.DataFrame:
+def description(profile: Measurements) -> pd.DataFrame:
     """The profile in a few dozen rows."""
     rows = [*_link_rows(profile), *_expert_rows(profile), *_small_rows(profile)]
     frame = pd.DataFrame(rows, columns=["what", "value", "unit", "fit error"])
@@ -45,7 +43,7 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _link_rows(profile: "HardwareProfile") -> Iterator[Row]:
+def _link_rows(profile: Measurements) -> Iterator[Row]:
     for name, busy in (("link", False), ("link beside CPU experts", True)):
         if profile.lanes.of("h2d", busy):
             curve = profile.lanes.link_beside_cpu if busy else profile.lanes.link
@@ -56,7 +54,7 @@ def _link_rows(profile: "HardwareProfile") -> Iterator[Row]:
             yield Row(name, profile.dram_gb_per_s(busy_link=busy), "GB/s")
 
 
-def _expert_rows(profile: "HardwareProfile") -> Iterator[Row]:
+def _expert_rows(profile: Measurements) -> Iterator[Row]:
     for name, curves in profile.lanes.measured.items():
         for expert, curve in curves.items():
             error = str(curve.error)
@@ -68,7 +66,7 @@ def _expert_rows(profile: "HardwareProfile") -> Iterator[Row]:
             yield Row(f"{name}, {expert}, one submission", curve.base_us, "us")
 
 
-def _small_rows(profile: "HardwareProfile") -> Iterator[Row]:
+def _small_rows(profile: Measurements) -> Iterator[Row]:
     for point in profile.points:
         if point.of.kind in ("rest", "decide"):
             yield Row(

@@ -5,11 +5,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ..cache.prefetch import most_in_flight
-from ..calibration import ExpertForm
-from ..core.types import MoEShape
-from ..engine.engine import Engine
+from ..core.types import ExpertSize, MoEShape
 from ..errors import BadProfile
-from ..profile import SLOWER_LINKS, Expert, HardwareProfile
+from ..profile import SLOWER_LINKS, HardwareProfile
 from ..profile.files import shipped_files
 from ..scheduler.costs import LayerCosts, costs_of_run
 from ..traces.result import RunResult
@@ -45,12 +43,14 @@ class Machine(NamedTuple):
         )
 
 
-def machine_of_run(engine: Engine, run: RunResult, profile: HardwareProfile | None = None) -> Machine:
+def machine_of_run(
+    run: RunResult, shape: MoEShape, expert: ExpertSize, profile: HardwareProfile | None = None
+) -> Machine:
     """The machine at hand, its layers as they were in a recorded run.
 
     Args:
-        run: on demand, with events. `profile`: of this machine, for experts on the CPU; without one there is no CPU
-            lane.
+        run: on demand, with events. `shape`, `expert`: of the engine that made it.
+        profile: of this machine, for experts on the CPU; without one there is no CPU lane.
 
     Raises:
         BadTrace: the run holds no such times.
@@ -58,7 +58,7 @@ def machine_of_run(engine: Engine, run: RunResult, profile: HardwareProfile | No
     """
     costs = costs_of_run(run)
     decode = run.metrics.decode
-    layers = decode.num_steps * engine.shape.num_layers
+    layers = decode.num_steps * shape.num_layers
     compute = run.events[
         (run.events["phase"] == "decode") & run.events["lane"].isin(["gpu", "stall", "host"])
     ]
@@ -74,11 +74,10 @@ def machine_of_run(engine: Engine, run: RunResult, profile: HardwareProfile | No
         profile.require_this_machine(run.hardware)
         if profile.link_gb_per_s is not None:
             profile = profile.with_link(float(run.hardware["link_gb_per_s"]))
-        form = engine_expert(engine)
         known = profile.costs(
-            engine.shape,
-            width=form.width,
-            expert_width=form.expert_width,
+            shape,
+            width=expert.width,
+            expert_width=expert.expert_width,
             batch=run.metrics.batch,
             rest_us=costs.rest_us,
         )
@@ -95,21 +94,15 @@ def machine_of_run(engine: Engine, run: RunResult, profile: HardwareProfile | No
     return Machine(
         HERE,
         costs,
-        engine.shape.row_bytes,
+        shape.row_bytes,
         (1e3 * decode.wall_ms - float(of_layers)) / decode.num_steps,
-        most_in_flight(engine.config.device, engine.shape.row_bytes),
+        most_in_flight(run.config["device"], shape.row_bytes),
         is_here=True,
     )
 
 
-def engine_expert(engine: Engine) -> Expert:
-    """Sizes of a model's largest experts."""
-    layer = max(engine._layers, key=lambda layer: layer.layout.row_bytes)
-    return ExpertForm(layer.spec, layer.layout).expert
-
-
 def machine_of_profile(
-    profile: HardwareProfile, name: str, shape: MoEShape, expert: Expert, batch: int
+    profile: HardwareProfile, name: str, shape: MoEShape, expert: ExpertSize, batch: int
 ) -> Machine:
     """Another machine, with experts of some size that were measured there.
 

@@ -8,7 +8,6 @@ import pandas as pd
 
 from ..errors import UnsupportedOption
 from ..predictor import NoisyOracle, Oracle, Predictor
-from ..predictor.base import Shape
 from ..scheduler import SCHEDULES, schedule_named
 from ..traces.routing import RoutingTrace
 from .explain import LayerExplanation, explain_layer
@@ -46,7 +45,7 @@ class Scenarios:
         self.machines = {machine.name: machine for machine in machines}
         lookahead = min(LOOKAHEAD, max(1, trace.num_layers - 1))
         self.predictors: dict[str, Predictor] = {predictor.name: predictor for predictor in predictors}
-        self.predictors.setdefault(ORACLE, Oracle(Shape.of(trace), lookahead))
+        self.predictors.setdefault(ORACLE, Oracle(trace.shape, lookahead))
         self._predict_us = dict(predict_us or {})
         self._lookahead = lookahead
         self._simulators: dict[tuple[str, str], Simulator] = {}

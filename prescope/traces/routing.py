@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..core.types import Phase
+from ..core.types import MoEShape, Phase
 from ..errors import BadTrace, TraceMismatch
 from .events import PHASES
 
@@ -148,6 +148,11 @@ class RoutingTrace:
 
     def __len__(self) -> int:
         return len(self.step)
+
+    @property
+    def shape(self) -> MoEShape:
+        """Sizes of the model's MoE part, without the bytes."""
+        return MoEShape(self.num_layers, self.num_experts, self.top_k)
 
     @property
     def num_layers(self) -> int:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.types import MoEShape
 from ..errors import TraceMismatch
-from ..predictor.base import Cost, Prediction, Predictor, ScoreArray, Shape, used_mask
+from ..predictor.base import Cost, Prediction, Predictor, ScoreArray, used_mask
 from ..predictor.controls import Chance
 from ..predictor.llapor import Llapor
 from ..predictor.online import OnlineConfig, OnlineTuner
@@ -62,7 +63,7 @@ class Inverted:
         return self._predictor.cost()
 
 
-def random_predictor(shape: Shape, lookahead: int, seed: int = 0) -> Chance:
+def random_predictor(shape: MoEShape, lookahead: int, seed: int = 0) -> Chance:
     """Random predictions: recall@k is k / E whatever the routing."""
     return Chance(shape, lookahead, seed)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..predictor.base import IdArray, Shape, TooFewPrompts, measure_us
+from ..predictor.base import IdArray, TooFewPrompts, measure_us
 from ..predictor.baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
 from ..predictor.controls import Chance, Oracle
 from ..predictor.layer_groups import Cues, LayerGroups, group_layers, measure_cues
@@ -179,7 +179,7 @@ def baselines(
     trace: RoutingTrace, routers: Routers | None, like: Llapor, *, rows: IdArray | None = None
 ) -> list[Any]:
     """All baselines and controls for a model; those that count are fitted on `trace`, or on some of its rows."""
-    shape, lookahead = Shape.of(trace), like.lookahead
+    shape, lookahead = trace.shape, like.lookahead
     rows = np.arange(len(trace)) if rows is None else rows
     # Who counts reads no router inputs, and a copy of them would be gigabytes.
     counted = rows_of(replace(trace, inputs=None), rows)

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..core.types import MoEShape
 from ..errors import TraceMismatch
-from ..predictor.base import Predictor, ScoreArray, Shape, require_lookahead
+from ..predictor.base import Predictor, ScoreArray, require_lookahead
 from ..predictor.layer_groups import LayerGroups
 from ..traces.routing import RoutingTrace
 from .score_sums import BATCH_TOKENS, NUM_BINS, FloatArray, Sums, best_mask, ratio
@@ -55,7 +56,7 @@ class ScoreCard:
 
     predictor: str
     is_calibrated: bool
-    shape: Shape
+    shape: MoEShape
     groups: LayerGroups
     lookaheads: tuple[int, ...]
     trace_id: int
@@ -212,7 +213,7 @@ def score(
         BadTrace, TraceMismatch: as `predictor.replay`.
         UnsupportedOption: a lookahead beyond the predictor's.
     """
-    shape = Shape.of(trace)
+    shape = trace.shape
     most = min(predictor.lookahead, shape.num_layers - 1)
     ahead_A = tuple(lookaheads) if lookaheads is not None else tuple(range(1, most + 1))
     for ahead in ahead_A:
@@ -256,7 +257,7 @@ def recall_at(scores_TE: ScoreArray, used_TE: NDArray[np.bool_], k: int) -> floa
     return ratio(float(hits), float(used_TE.sum()))
 
 
-def expected_chance_recall(shape: Shape, k: int) -> float:
+def expected_chance_recall(shape: MoEShape, k: int) -> float:
     """Recall@k of a random order: k / E."""
     return min(1.0, k / shape.num_experts)
 

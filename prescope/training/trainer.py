@@ -19,15 +19,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import BadTrace, UnsupportedOption
-from ..predictor.base import (
-    BadPredictor,
-    BadState,
-    IdArray,
-    Shape,
-    require_inputs,
-    used_mask,
-    used_mask_torch,
-)
+from ..predictor.base import BadPredictor, BadState, IdArray, require_inputs, used_mask, used_mask_torch
 from ..predictor.baselines import Routers
 from ..predictor.files import check_tensors, read_tensors, write_tensors
 from ..predictor.layer_groups import LayerGroups, find_groups
@@ -165,7 +157,7 @@ class _TrainingRun:
         device: str,
     ) -> None:
         self.trace, self.split, self.config, self.training = trace, split, config, training
-        shape = Shape.of(trace)
+        shape = trace.shape
         inputs = require_inputs(trace, "training LLaPor")
         D = inputs.shape[2]
         width = [
@@ -370,7 +362,7 @@ class _TrainingRun:
 @torch.no_grad()
 def layer_recalls(predictor: Llapor, trace: RoutingTrace, rows: IdArray) -> torch.Tensor:
     """(lookahead, L) recall@K of some rows by source layer; NaN where there is no layer to predict."""
-    L, _, K = predictor.shape
+    L, _, K = predictor.shape[:3]
     hits, total = torch.zeros(2, predictor.lookahead, L, device=predictor.device)
     for first in range(0, len(rows), 2048):
         part = rows[first : first + 2048]

@@ -7,13 +7,14 @@ import threading
 import time
 from concurrent.futures import CancelledError
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ipywidgets as ipw
 import plotly.graph_objects as go
 from IPython.display import HTML, display
 
 from ..core.units import format_bytes
+from ..engine.job import Job, NamedPrompts
 from ..errors import PrescopeError
 from ..scheduler import SCHEDULES
 from ..simulator import NOISY, Scenario, Scenarios, SimResult
@@ -23,9 +24,7 @@ from ..views.lanes import lanes_info, lanes_layout, lanes_traces, plot_lanes
 from ..views.outcomes import outcomes_info, outcomes_layout, outcomes_traces, plot_outcomes
 from ..views.step_times import plot_step_times, step_times_info, step_times_layout, step_times_traces
 from .figures import UPDATE_S, SlimFigureWidget, is_headless
-
-if TYPE_CHECKING:
-    from ..session import Job, Prompts, Session
+from .runner import Runner
 
 #: Between two redraws while a slider is dragged; the last position is always drawn.
 REDRAW_S = 0.15
@@ -55,9 +54,9 @@ class SchedulePanel:
     """
 
     def __init__(
-        self, session: "Session", scenarios: Scenarios, prompts: "Prompts", keywords: dict[str, Any]
+        self, runner: Runner, scenarios: Scenarios, prompts: NamedPrompts, keywords: dict[str, Any]
     ) -> None:
-        self._session, self._replays = session, scenarios
+        self._runner, self._replays = runner, scenarios
         self._prompts, self._keywords = prompts, keywords
         self._lock = threading.Lock()
         self._is_quiet = False  # several controls change together
@@ -97,7 +96,7 @@ class SchedulePanel:
         gc.freeze()
 
     def _make_controls(self) -> None:
-        scenarios, shape = self._replays, self._session.engine.shape
+        scenarios, shape = self._replays, self._runner.engine.shape
         wide, slim = {"width": "400px"}, {"width": "300px"}
         self.schedule = ipw.Dropdown(
             options=[(schedule.title, name) for name, schedule in SCHEDULES.items()], value="presched",
@@ -112,7 +111,7 @@ class SchedulePanel:
         self.cache = ipw.Dropdown(options=[_OWN, *CACHES], description="cache", layout=slim)
         self.cpu = ipw.Checkbox(value=True, description="CPU lane", indent=False, layout={"width": "110px"})
         self.slots = ipw.IntSlider(
-            value=self._session.engine.num_slots, min=max(1, shape.top_k), max=scenarios.num_experts,
+            value=self._runner.engine.num_slots, min=max(1, shape.top_k), max=scenarios.num_experts,
             description="slots", readout=False, layout=wide,
         )  # fmt: skip
         self.slots_label = ipw.HTML()
@@ -192,7 +191,7 @@ class SchedulePanel:
 
     # -- real runs ---------------------------------------------------------------------------------------------
 
-    def start(self) -> "Job":
+    def start(self) -> Job:
         """Run the prompts with these settings on the engine, in the background.
 
         Raises:
@@ -202,9 +201,9 @@ class SchedulePanel:
         scenario = self._replays.resolved(self.scenario)
         settings = self._replays.engine_settings(scenario)
         self._busy(True)
-        self.status.value = "waiting for the former run" if self._session.is_running else "running"
+        self.status.value = "waiting for the former run" if self._runner.is_running else "running"
         self._running = scenario
-        self.job = self._session.prepare(self._prompts, configure=settings, **self._keywords)
+        self.job = self._runner.prepare(self._prompts, configure=settings, **self._keywords)
         self.job.on_step(self._on_token)
         self.job.on_done(self._on_done)
         return self.job.start()
@@ -229,13 +228,13 @@ class SchedulePanel:
         self.bar.value = 0.0 if busy else 1.0
         self.bar.bar_style = "info" if busy else "success"
 
-    def _on_token(self, job: "Job") -> None:
+    def _on_token(self, job: Job) -> None:
         if job is self.job and time.monotonic() - self._updated > UPDATE_S:
             self._updated = time.monotonic()
             self.bar.value = job.progress
             self.status.value = f"{job.num_tokens} tokens"
 
-    def _on_done(self, job: "Job") -> None:
+    def _on_done(self, job: Job) -> None:
         """Runs in the job's thread; a job that a newer one has replaced shows nothing."""
         if job is not self.job:
             return

@@ -3,7 +3,7 @@
 import time
 from concurrent.futures import CancelledError
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets as ipw
 import plotly.graph_objects as go
@@ -11,11 +11,10 @@ from IPython.display import HTML, display
 
 from .. import views
 from ..core.units import GIB, format_bytes
+from ..engine.job import Job, NamedPrompts
 from ..traces.result import RunResult
 from .figures import UPDATE_S, SlimFigureWidget, is_headless
-
-if TYPE_CHECKING:
-    from ..session import Job, Prompts, Session
+from .runner import Runner
 
 
 class SlotsPanel:
@@ -31,9 +30,9 @@ class SlotsPanel:
         job: the latest job, or None.
     """
 
-    def __init__(self, session: "Session", prompts: "Prompts", keywords: dict[str, Any]) -> None:
-        self._session, self._prompts, self._keywords = session, prompts, keywords
-        engine = session.engine
+    def __init__(self, runner: Runner, prompts: NamedPrompts, keywords: dict[str, Any]) -> None:
+        self._runner, self._prompts, self._keywords = runner, prompts, keywords
+        engine = runner.engine
         total, self._row_bytes = engine.shape.total_experts, engine.shape.row_bytes
         self._total = total
         self.result: RunResult | None = None
@@ -67,8 +66,8 @@ class SlotsPanel:
         self.step.observe(self._on_step_slider, "value")
         self.run_button.on_click(lambda _: self.start())
         self.cancel_button.on_click(lambda _: self.cancel())
-        if session.runs:
-            self._show(session.last)
+        if runner.runs:
+            self._show(runner.runs[-1])
 
     def state(self) -> dict[str, Any]:
         """Values of all controls, and what the panel shows."""
@@ -82,12 +81,12 @@ class SlotsPanel:
             "status": self.status.value,
         }
 
-    def start(self) -> "Job":
+    def start(self) -> Job:
         """Run the prompts with the slots of the slider, in the background."""
         self.cancel()
         self._busy(True)
-        self.status.value = "waiting for the former run" if self._session.is_running else "running"
-        self.job = self._session.prepare(self._prompts, slots=self.slots.value, **self._keywords)
+        self.status.value = "waiting for the former run" if self._runner.is_running else "running"
+        self.job = self._runner.prepare(self._prompts, slots=self.slots.value, **self._keywords)
         self.job.on_step(self._on_token)
         self.job.on_done(self._on_done)
         return self.job.start()
@@ -98,7 +97,7 @@ class SlotsPanel:
             self.job.cancel()
 
     def close(self) -> None:
-        """Stop the run and take the panel off the page; the former result stays in the session."""
+        """Stop the run and take the panel off the page; the former result stays in the runner."""
         self.cancel()
         self.job = None
         for widget in (*self.figures.values(), self.view):
@@ -127,13 +126,13 @@ class SlotsPanel:
     def _steps(self) -> range:
         return range(self.step.value, self.step.value + 2)
 
-    def _on_token(self, job: "Job") -> None:
+    def _on_token(self, job: Job) -> None:
         if job is self.job and time.monotonic() - self._updated > UPDATE_S:
             self._updated = time.monotonic()
             self.bar.value = job.progress
             self.status.value = f"{job.num_tokens} tokens"
 
-    def _on_done(self, job: "Job") -> None:
+    def _on_done(self, job: Job) -> None:
         """Runs in the job's thread; a job that a newer one has replaced shows nothing."""
         if job is not self.job:
             return

@@ -18,9 +18,10 @@ from prescope.calibration.layers import _before_first_copy
 from prescope.calibration.plan import Sizes, expert_plan, host_plan, sizes_of
 from prescope.calibration.unfinished import Unfinished
 from prescope.core.machine import this_place
+from prescope.core.types import ExpertSize
 from prescope.device import EmulatedLinkDevice, NullDevice
 from prescope.errors import UnsupportedOption
-from prescope.profile import Circumstances, Expert, HardwareProfile, own_file
+from prescope.profile import Circumstances, HardwareProfile, own_file
 from prescope.profile.points import KINDS
 from tests.support.models import tiny_moe
 
@@ -53,7 +54,7 @@ def ignore(what: str, share: float) -> None:
 
 
 def test_a_plan_names_each_circumstance_once_and_only_known_kinds():
-    expert = Expert(9_437_184, 2048, 768)
+    expert = ExpertSize(9_437_184, 2048, 768)
     plan = [*host_plan([expert], 768 << 20, device_kind="cuda"), *expert_plan(expert, 8)]
     assert len(set(plan)) == len(plan)
     assert {of.kind for of in plan} == KINDS.keys() - {"rest", "decide"}
@@ -63,7 +64,7 @@ def test_a_plan_names_each_circumstance_once_and_only_known_kinds():
 
 @pytest.mark.parametrize("together", [1, 2, 3, 8])
 def test_base_and_growth_can_be_told_apart_from_what_is_planned(together):
-    plan = expert_plan(Expert(1000, 10, 10), together)
+    plan = expert_plan(ExpertSize(1000, 10, 10), together)
     for busy in (False, True):
         alone = {of.experts for of in plan if (of.kind, of.busy, of.tokens) == ("cpu", busy, 1)}
         assert len(alone) > 1 or together == 1
@@ -73,16 +74,16 @@ def test_base_and_growth_can_be_told_apart_from_what_is_planned(together):
 
 def test_no_copy_is_planned_that_does_not_fit_or_takes_seconds():
     for rate in (None, 0.01):
-        plan = host_plan([Expert(1 << 20, 1, 1)], 2 << 20, device_kind="cpu", link_gb_per_s=rate)
+        plan = host_plan([ExpertSize(1 << 20, 1, 1)], 2 << 20, device_kind="cpu", link_gb_per_s=rate)
         sizes = [of.nbytes for of in plan if of.kind == "h2d"]
         assert sizes and max(sizes) <= (2 << 20 if rate is None else 300_000)
         assert not any(of.kind in ("batch", "message") for of in plan)
 
 
 def test_rows_take_a_quarter_of_the_memory_at_most_but_are_enough_to_measure():
-    expert = Expert(1 << 20, 1, 1)
+    expert = ExpertSize(1 << 20, 1, 1)
     assert sizes_of(expert, "cuda", 1 << 30) == Sizes(256, 8)
-    assert sizes_of(Expert(1 << 30, 1, 1), "cuda", 1 << 30) == Sizes(4, 2)
+    assert sizes_of(ExpertSize(1 << 30, 1, 1), "cuda", 1 << 30) == Sizes(4, 2)
 
 
 # -- what is measured ------------------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def test_memory_is_given_back_when_a_bench_cannot_be_made():
 
 def test_the_usual_expert_is_three_matrices():
     form = silu_form(2048, 768)
-    assert isinstance(form, ExpertForm) and form.expert == Expert(9_437_184, 2048, 768)
+    assert isinstance(form, ExpertForm) and form.expert == ExpertSize(9_437_184, 2048, 768)
     rows = random_rows(silu_form(*SMALL), 3, NullDevice())
     assert torch.equal(rows.rows[0], rows.rows[2]) and rows.tensor("down_proj").float().std() > 0
     rows.close()

@@ -118,14 +118,14 @@ def test_every_copy_waits_for_the_last_use_of_its_slot(model, monkeypatch):
     monkeypatch.setattr(device, "copy", copy)
     monkeypatch.setattr("prescope.engine.engine.open_device", lambda *args: device)
     with prescope.attach(model, slots=5, device="null") as engine:
-        release = engine._runner.loader.release
+        release = engine.runner.loader.release
 
         def released(slots, mark):
             for slot in slots.tolist():
-                last_use[engine._runner.loader.pool[slot].data_ptr()] = mark.time_us
+                last_use[engine.runner.loader.pool[slot].data_ptr()] = mark.time_us
             release(slots, mark)
 
-        monkeypatch.setattr(engine._runner.loader, "release", released)
+        monkeypatch.setattr(engine.runner.loader, "release", released)
         engine.generate(prompt(batch=2), max_new_tokens=10)
     assert checked > 50
 
@@ -245,15 +245,13 @@ def test_bytes_in_slots_equal_the_models_weights(model):
     with prescope.attach(model, slots=9, device="null") as engine:
         engine.generate(prompt(batch=2), max_new_tokens=6)
         checked = 0
-        for slot, key in enumerate(engine._runner.residency.key_of.tolist()):
+        for slot, key in enumerate(engine.runner.residency.key_of.tolist()):
             if key < 0:
                 continue
             layer, expert = divmod(key, EXPERTS)
             name = f"model.layers.{layer}.mlp.experts"
-            assert torch.equal(
-                engine._runner.weights[layer].up[slot], weights[f"{name}.gate_up_proj"][expert]
-            )
-            assert torch.equal(engine._runner.weights[layer].down[slot], weights[f"{name}.down_proj"][expert])
+            assert torch.equal(engine.runner.weights[layer].up[slot], weights[f"{name}.gate_up_proj"][expert])
+            assert torch.equal(engine.runner.weights[layer].down[slot], weights[f"{name}.down_proj"][expert])
             checked += 1
     assert checked == 9
 
@@ -439,7 +437,7 @@ def test_ctrl_c_in_the_middle_leaves_an_engine_that_works(model, monkeypatch, mo
     ids = prompt(batch=2)
     expected = plain_tokens(model, ids)
     with prescope.attach(model, slots=5, **FAST_LINK) as engine:
-        target = engine._runner.residency if moment == "take" else engine._runner.loader
+        target = engine.runner.residency if moment == "take" else engine.runner.loader
         original = getattr(target, moment)
         calls = 0
 

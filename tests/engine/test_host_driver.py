@@ -15,11 +15,11 @@ import torch
 
 import prescope
 from prescope.core.native import address_of
-from prescope.core.types import NeedOutcome
+from prescope.core.types import MoEShape, NeedOutcome
 from prescope.engine.graph.loop import DecodeLoop
 from prescope.engine.schedule import ScheduleRunner
 from prescope.errors import TransferFailed, UnsupportedOption
-from prescope.predictor import Chance, EarlyRouter, NoisyOracle, Routers, Shape
+from prescope.predictor import Chance, EarlyRouter, NoisyOracle, Routers
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator.prepare import predictions_of
@@ -30,7 +30,7 @@ from tests.support.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, t
 # The compiled kernel of the CPU lane takes 16-bit floats; tokens can be compared in float32 only.
 pytestmark = pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
 TOTAL = LAYERS * EXPERTS
-SHAPE = Shape(LAYERS, EXPERTS, TOP_K)
+SHAPE = MoEShape(LAYERS, EXPERTS, TOP_K)
 #: The link costs so much, and the CPU so little more than nothing, that both are used.
 COSTS = LayerCosts(
     link_us=100.0, gpu_us=5.0, rest_us=200.0, cpu_us=(0.0, 80.0, 120.0, 160.0), cpu_base_us=10.0, decide_us=30.0,
@@ -267,15 +267,15 @@ def test_an_exception_on_the_cpu_lane_surfaces_and_the_engine_works_again(
 ):
     ids = prompt()
     with opened(model, "fiddler", early, frequencies, device="null", slots=5) as engine:
-        good = engine._runner.schedule_runner.cpu.submit
+        good = engine.runner.schedule_runner.cpu.submit
 
         def broken(*arguments, **keywords):
             raise RuntimeError("a thread broke")
 
-        monkeypatch.setattr(engine._runner.schedule_runner.cpu, "submit", broken)
+        monkeypatch.setattr(engine.runner.schedule_runner.cpu, "submit", broken)
         with pytest.raises(RuntimeError, match="a thread broke"):
             engine.generate(ids, max_new_tokens=6)
-        monkeypatch.setattr(engine._runner.schedule_runner.cpu, "submit", good)
+        monkeypatch.setattr(engine.runner.schedule_runner.cpu, "submit", good)
         assert engine.generate(ids, max_new_tokens=6).tokens == plain_tokens(model, ids, new=6)
 
 
@@ -317,7 +317,7 @@ def test_forced_predictions_may_reach_further_than_the_schedule_looks(
             run = engine.generate(prompt(), max_new_tokens=5)
         decode = run.layers[(run.layers["phase"] == "decode") & (run.layers["moe_layer"] > 0)]
         engine.check_integrity()
-        planner = engine._runner.schedule_runner.planner
+        planner = engine.runner.schedule_runner.planner
     # All that was likely was used: the predictions were those of the layers they were read for.
     trust = planner.memory.trust
     assert (trust[:, 1] == trust[:, 0]).all() and (trust[:, 0] > 0).all()
@@ -396,7 +396,7 @@ def test_a_copy_refused_while_the_cpu_computes_leaves_no_job_behind(
 
         way = good._replace(memcpy=address_of(sometimes))
         with monkeypatch.context() as patch:
-            lane, made = engine._runner.schedule_runner.cpu, []
+            lane, made = engine.runner.schedule_runner.cpu, []
             functions_of = lane.functions
             patch.setattr(lane, "functions", lambda: made.append(functions_of()) or made[-1])
             patch.setattr(engine._device, "link_functions", lambda: way)

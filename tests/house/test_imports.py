@@ -4,9 +4,11 @@ Reads the source with `ast`; imports nothing of the package, so it also runs whi
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -16,28 +18,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "prescope"
 
-# Top row first. A new module is added here, in the highest row whose needs it meets.
-LADDER: dict[str, tuple[str, ...]] = {
-    "words": ("core", "config", "errors", "units", "paths", "jit", "raw"),
-    "evidence": ("events", "routing", "bounds", "hardware", "metrics", "perfetto", "result"),
-    "decisions": (
-        "cost",
-        "profile",
-        "cache",
-        "residency",
-        "rounds",
-        "planner",
-        "predictor",
-        "scheduler",
-        "simulator",
-        "synthetic",
-    ),
-    "bytes": ("forced", "device", "layout", "host_pool", "slots", "loader", "cpu_experts", "kernels"),
-    "model": ("hf", "recorder", "scheduling", "serving", "decode", "engine"),
-    "workbench": ("calibration", "learning", "replays", "views", "tuning", "report", "widgets", "workbench"),
-}
-ROW_OF = {module: row for row, modules in LADDER.items() for module in modules}
-RANK = {row: rank for rank, row in enumerate(LADDER)}
+# Top row first. A folder imports from the rows above its own, never from its own row. A new folder is added here, in
+# the highest row whose needs it meets, and to the table in README.md.
+ROWS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("core",),
+    ("traces", "device"),
+    ("cache", "predictor"),
+    ("scheduler", "weights"),
+    ("profile", "kernels"),
+    ("hf", "simulator"),
+    ("engine",),
+    ("calibration", "training"),
+    ("views",),
+    ("widgets", "report"),
+    ("session",),
+)
+RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}
+BELOW_DEVICES = {module for module, rank in RANK.items() if rank > RANK["cache"]}
 
 # One door per library: who may import it, at any depth. Imports under TYPE_CHECKING are free.
 DOORS: dict[str, set[str]] = {
@@ -48,9 +46,11 @@ DOORS: dict[str, set[str]] = {
     "IPython": {"widgets", "report"},
     "triton": {"kernels"},
     "torch.cuda": {"device", "kernels"},
-    "optuna": {"tuning"},
-    "torch": {"predictor", *LADDER["bytes"], *LADDER["model"], *LADDER["workbench"]},
+    "torch": {"device", "predictor", *BELOW_DEVICES - {"scheduler", "profile", "simulator"}},
 }
+
+#: Modules of the package's root besides `__init__` and `__main__`.
+ROOT_MODULES = {"errors", "session", "report"}
 
 # (file, imported module) -> why it cannot stand at the top of the file.
 LATE_IMPORTS: dict[tuple[str, str], str] = {
@@ -130,6 +130,26 @@ IMPORTS = [i for name, path in SOURCES.items() for i in imports_in(path.read_tex
 OURS = [i for i in IMPORTS if i.target.split(".")[0] == "prescope"]
 
 
+#: Private names of other libraries that are given in the package too: NamedTuple, transformers, ctypes, IPython.
+OTHERS = {"_asdict", "_replace", "_prefill", "_name", "_repr_html_"}
+
+
+def private_uses() -> Iterator[tuple[Path, ast.Attribute]]:
+    """Each `x._name` of the package and the benchmarks in which x is not the object itself."""
+    for path in [*SOURCES.values(), *(ROOT / "benchmarks").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            is_private = isinstance(node, ast.Attribute) and re.fullmatch(r"_[a-z]\w*", node.attr)
+            if is_private and node.attr not in OTHERS and ast.unparse(node.value) not in ("self", "cls"):
+                yield path, node
+
+
+@cache
+def homes_of(name: str) -> set[Path]:
+    """Folders of the package in which a private name is given; none for another library's."""
+    given = re.compile(rf"(self\.{name}\b[^=\n]*=|def {name}\b|^ *{name}\b[^=\n]*=)", re.MULTILINE)
+    return {path.parent for path in SOURCES.values() if given.search(path.read_text("utf-8"))}
+
+
 def listed(found: list[Import], why: str) -> str:
     return "\n".join([why, *(f"  {i.file}:{i.line} imports {i.target}" for i in found)])
 
@@ -145,24 +165,37 @@ def cycle_in(edges: set[tuple[str, str]]) -> list[str]:
     return []
 
 
-def test_every_module_stands_on_the_ladder():
-    unknown = sorted({top(name) for name in SOURCES} - set(ROW_OF) - {""})
-    assert not unknown, (
-        f"not on the ladder: {', '.join(unknown)}. Add each to a row of LADDER in {Path(__file__).name}, "
-        f"and to the ladder in README.md"
-    )
+def test_every_folder_has_its_row():
+    unknown = sorted({top(name) for name in SOURCES} - set(RANK) - {"", "__main__"})
+    assert not unknown, f"without a row: {', '.join(unknown)}. Add each to ROWS in {Path(__file__).name}"
+    gone = sorted(set(RANK) - {top(name) for name in SOURCES})
+    assert not gone, f"ROWS names what is not there: {', '.join(gone)}"
 
 
-def test_a_module_imports_only_from_its_row_and_above():
+def test_the_root_holds_only_what_a_newcomer_looks_for_first():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert modules == ROOT_MODULES
+
+
+def test_the_readmes_table_is_the_folders():
+    """The picture of the house that a newcomer reads first is the house."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    table = text[text.index("| row |") :].split("\n\n")[0].splitlines()[2:]
+    rows = tuple(tuple(re.findall(r"`(\w+)`", line.split("|")[2])) for line in table)
+    assert rows == ROWS
+
+
+def test_a_folder_imports_only_from_the_rows_above():
     """Typing-only imports count too: a type from a lower row is a dependency all the same."""
     upward = [
         i
         for i in OURS
-        if top(i.importer) in ROW_OF
-        and top(i.target) in ROW_OF
-        and RANK[ROW_OF[top(i.target)]] > RANK[ROW_OF[top(i.importer)]]
+        if top(i.importer) in RANK
+        and top(i.target) in RANK
+        and top(i.importer) != top(i.target)
+        and RANK[top(i.target)] >= RANK[top(i.importer)]
     ]
-    assert not upward, listed(upward, "these import from a row below their own:")
+    assert not upward, listed(upward, "these import from their own row or below it:")
 
 
 def test_no_module_imports_the_door():
@@ -172,14 +205,25 @@ def test_no_module_imports_the_door():
 
 
 def test_there_is_no_cycle():
-    """Among files, and among the modules of the ladder: `hf` and `engine` may not need each other."""
-    pairs = {
-        (i.importer, i.target) for i in OURS if not i.is_typing and "prescope" not in (i.importer, i.target)
-    }
-    files = cycle_in({(a, b) for a, b in pairs if a != b})
-    modules = cycle_in({(top(a), top(b)) for a, b in pairs if top(a) != top(b)})
+    """Among files, typing imports too: two files that need each other's types are one file."""
+    files = cycle_in(
+        {
+            (i.importer, i.target)
+            for i in OURS
+            if "prescope" not in (i.importer, i.target) and i.importer != i.target
+        }
+    )
     assert not files, " -> ".join(files)
-    assert not modules, " -> ".join(modules)
+
+
+def test_nobody_reaches_into_another_folders_private_parts():
+    """`x._name` is for the object itself and its own folder; what others need gets a public name."""
+    reached = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+        for path, node in private_uses()
+        if (homes := homes_of(node.attr)) and path.parent not in homes
+    ]
+    assert not reached, "\n".join(reached)
 
 
 @pytest.mark.parametrize("library", DOORS)
@@ -213,12 +257,12 @@ def test_the_reader_of_imports_sees_every_form():
     source = (
         "import torch.nn as nn\n"
         "from .taps import tap\n"
-        "from ..core import ExpertKey\n"
+        "from ..core.types import ExpertKey\n"
         "from prescope import errors\n"
         "if typing.TYPE_CHECKING:\n"
         "    import plotly\n"
         "def f():\n"
-        "    from prescope.core import Phase\n"
+        "    from prescope.core.types import Phase\n"
         "    torch.cuda.synchronize()\n"
     )
     found = imports_in(source, "prescope.hf.experts", PACKAGE / "hf" / "experts.py")
@@ -232,7 +276,9 @@ def test_the_reader_of_imports_sees_every_form():
         ("torch.cuda", True, False),
     ]
     inside = imports_in(
-        "from . import x\nfrom .y import z\nfrom ..core import k\n", "prescope.hf", PACKAGE / "hf/__init__.py"
+        "from . import x\nfrom .y import z\nfrom ..core.types import k\n",
+        "prescope.hf",
+        PACKAGE / "hf/__init__.py",
     )
     assert [i.target for i in inside] == ["prescope.hf", "prescope.hf.y", "prescope.core.types"]
 

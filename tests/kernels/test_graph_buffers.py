@@ -54,7 +54,7 @@ class World:
         self.host_table = ResidencyTable(self.shape, num_slots, make_policy(policy, self.shape, frequencies))
         self.table = captured.DeviceTable(self.shape, num_slots, torch.device(DEVICE))
         self.table.take(self.host_table)
-        number = captured.on_device.HOST if host else DEVICE_POLICIES[policy]
+        number = captured.graph_kernels.HOST if host else DEVICE_POLICIES[policy]
         self.step = captured.GraphBuffers(
             self.table,
             tokens,

@@ -5,7 +5,7 @@ import torch
 
 from prescope.core.types import MoEShape, Reason
 from prescope.engine.schedule import ScheduleRunner, of_step
-from prescope.predictor import BadState, LayerGroups, Llapor, LlaporConfig, ModelTag, Routers, Shape
+from prescope.predictor import BadState, LayerGroups, Llapor, LlaporConfig, ModelTag, Routers
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts, compiled_costs
 from prescope.scheduler.planner import Planner
@@ -14,7 +14,7 @@ from prescope.scheduler.types import ScheduleSettings
 foresight = pytest.importorskip("prescope.kernels.llapor", reason="Triton exists for Linux only")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPE = Shape(6, 12, 3)
+SHAPE = MoEShape(6, 12, 3)
 WIDTH, PCA = 80, 40
 FIXED = ("pca_mean", "pca", "whiten", "router")
 
@@ -89,7 +89,7 @@ def test_a_schedule_asks_for_a_few_tokens_this_way_and_for_many_the_predictor_it
         LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=100.0, source="made up"), cpu=False, predicts=True
     )
     settings = ScheduleSettings(SCHEDULES["presched"].number, 2, SHAPE.num_experts, 0.1, 1)
-    planner = Planner(settings, costs, MoEShape(*SHAPE, 100), 3)
+    planner = Planner(settings, costs, SHAPE._replace(row_bytes=100), 3)
     few = foresight.LlaporKernels(predictor, 3)
     asked = []
     monkeypatch.setattr(

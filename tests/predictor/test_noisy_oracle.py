@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
-from prescope.predictor import NoisyOracle, Oracle, Shape
+from prescope.predictor import NoisyOracle, Oracle
 from prescope.traces.synthetic import SyntheticSpec
 from prescope.training import score
 from prescope.training.score_sums import best_mask
@@ -61,7 +61,7 @@ def test_its_scores_are_probabilities(noisy, trace, lookahead):
 
 
 def test_with_recall_one_it_is_the_oracle(trace):
-    perfect, oracle = NoisyOracle(trace, {1: 1.0, 3: 1.0}), Oracle(Shape.of(trace), 3)
+    perfect, oracle = NoisyOracle(trace, {1: 1.0, 3: 1.0}), Oracle(trace.shape, 3)
     for lookahead in (1, 2, 3):
         np.testing.assert_array_equal(perfect.replay(trace, lookahead), oracle.replay(trace, lookahead))
 
@@ -72,7 +72,7 @@ def test_each_token_gets_k_distinct_guesses(noisy, trace):
 
 
 def test_wrong_guesses_are_likely_experts(noisy, trace):
-    scores, used = noisy.replay(trace, 4), Oracle(Shape.of(trace), 4).replay(trace, 4) > 0
+    scores, used = noisy.replay(trace, 4), Oracle(trace.shape, 4).replay(trace, 4) > 0
     wrong = best_mask(scores, trace.top_k) & ~used
     popular_LE = trace.expert_counts()[4:] > np.median(trace.expert_counts()[4:], axis=1, keepdims=True)
     assert (wrong & popular_LE).sum() > 0.6 * wrong.sum()
@@ -80,7 +80,7 @@ def test_wrong_guesses_are_likely_experts(noisy, trace):
 
 def test_what_is_foreseen_early_is_still_foreseen_later(noisy, trace):
     """Recall falls with the lookahead, token by token: a right guess four layers ahead is one two layers ahead too."""
-    used = Oracle(Shape.of(trace), 4).replay(trace, 4) > 0
+    used = Oracle(trace.shape, 4).replay(trace, 4) > 0
     early = best_mask(noisy.replay(trace, 4), trace.top_k) & used
     late = best_mask(noisy.replay(trace, 2)[:, 2:], trace.top_k) & used
     assert (late | ~early).all()

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import prescope
+from prescope.core.types import MoEShape
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
 from prescope.predictor import (
     BadPredictor,
@@ -18,7 +19,6 @@ from prescope.predictor import (
     Llapor,
     LlaporConfig,
     ModelTag,
-    Shape,
     TooFewPrompts,
 )
 from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
@@ -26,7 +26,7 @@ from prescope.training import TrainConfig, record_trace, routers_of, rows_of, sp
 from prescope.training.trainer import fit_trust
 from tests.support.models import EXPERTS, LAYERS, TOP_K, VOCABULARY, tiny_moe
 
-SHAPE = Shape(LAYERS, EXPERTS, TOP_K)
+SHAPE = MoEShape(LAYERS, EXPERTS, TOP_K)
 GROUPS = LayerGroups.at(1, 2, LAYERS, "three groups: for the test")
 SMALL = LlaporConfig(lookahead=2, hidden=32, block=16)
 QUICK = TrainConfig(epochs=3, batch_tokens=128)

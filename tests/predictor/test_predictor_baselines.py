@@ -5,15 +5,16 @@ import pytest
 import torch
 
 import prescope
+from prescope.core.types import MoEShape
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
-from prescope.predictor.base import Shape, used_mask
+from prescope.predictor.base import used_mask
 from prescope.predictor.baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
 from prescope.predictor.controls import Chance, Oracle
 from prescope.predictor.layer_groups import Cues, group_layers
 from prescope.predictor.platt import fit_platt
 from tests.support.models import EXPERTS, LAYERS, TOP_K, prompt, tiny_moe
 
-SHAPE = Shape(LAYERS, EXPERTS, TOP_K)
+SHAPE = MoEShape(LAYERS, EXPERTS, TOP_K)
 D = LAYERS - 1
 
 

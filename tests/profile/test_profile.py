@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prescope.core.machine import CPU_DEVICE, Place, this_place
-from prescope.core.types import MoEShape
+from prescope.core.types import ExpertSize, MoEShape
 from prescope.errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
-from prescope.profile import Circumstances, Expert, HardwareProfile, Point, markdown, tokens_per_expert
+from prescope.profile import Circumstances, HardwareProfile, Point, markdown, tokens_per_expert
 from prescope.profile.curves import LinkCurve, fit_line, interpolate, rising
 from prescope.profile.files import own_file, shipped_files
 
 MB = 10**6
-SMALL, LARGE = Expert(9_437_184, 2048, 768), Expert(12_582_912, 2048, 1024)
+SMALL, LARGE = ExpertSize(9_437_184, 2048, 768), ExpertSize(12_582_912, 2048, 1024)
 PLACE = Place("Some CPU (family 6)", 16, "NVIDIA H200", "PCIe 5 x16")
 LATENCY_US, LINK_GB_PER_S, CPU_GB_PER_S, CPU_BASE_US = 8.0, 50.0, 70.0, 30.0
 SHAPE = MoEShape(num_layers=16, num_experts=128, top_k=8, row_bytes=SMALL.nbytes)
@@ -26,7 +26,7 @@ def point(kind: str, us: float, busy: bool = False, **of: int) -> Point:
     return Point(Circumstances(kind, busy, **of), us, 0.02, 5)
 
 
-def cpu_us(expert: Expert, tokens: int) -> float:
+def cpu_us(expert: ExpertSize, tokens: int) -> float:
     """The curve that the points below are made from: bound by reading the weights, then by arithmetic."""
     return expert.nbytes / (CPU_GB_PER_S * 1e3) * max(1.0, tokens / 8)
 
@@ -112,7 +112,7 @@ def test_cpu_times_give_back_the_curve_behind_them():
 
 
 def test_a_size_that_was_not_measured_is_scaled_by_bytes_and_its_error_is_known():
-    made, other = profile(), Expert(6_291_456, 2048, 512)
+    made, other = profile(), ExpertSize(6_291_456, 2048, 512)
     assert made.cpu_us(1, other) == pytest.approx(made.cpu_us(1, SMALL) * other.nbytes / SMALL.nbytes)
     assert made.fit_errors["cpu, scaled from another size"].worst < 1e-6  # the points are made so
     assert "scaled" in made.costs(other.nbytes, width=2048, expert_width=512, rest_us=50.0).source
@@ -120,7 +120,7 @@ def test_a_size_that_was_not_measured_is_scaled_by_bytes_and_its_error_is_known(
 
 def test_the_nearest_size_is_one_of_the_same_dtype():
     """An expert in float32 takes another kernel than one of as many bytes in bfloat16."""
-    float32 = Expert(2 * SMALL.nbytes, SMALL.width, SMALL.expert_width)
+    float32 = ExpertSize(2 * SMALL.nbytes, SMALL.width, SMALL.expert_width)
     row = {"nbytes": float32.nbytes, "width": 2048, "expert_width": 768, "experts": 8, "tokens": 1}
     made = profile(points=(*points(), point("gpu", 8e3, **row)))
     assert made.gpu_us(1, float32._replace(nbytes=float32.nbytes // 2, expert_width=384)) == pytest.approx(

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from prescope.core.types import MoEShape
+from prescope.core.types import ExpertSize, MoEShape
 from prescope.errors import UnsupportedOption
 from prescope.predictor import Frequency
-from prescope.profile import Expert, HardwareProfile
+from prescope.profile import HardwareProfile
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts, compiled_costs
 from prescope.scheduler.presched import split
@@ -167,7 +167,7 @@ def test_machines_that_come_with_prescope_are_labelled_and_slower_links_emulated
     # As if its link were a real one.
     profile = replace(HardwareProfile.load("test_machine"), link_gb_per_s=None)
     real, slower = (
-        machine_of_profile(one, "test", shape, Expert(122_880, 256, 80), 2)
+        machine_of_profile(one, "test", shape, ExpertSize(122_880, 256, 80), 2)
         for one in (profile, profile.emulated(4, "PCIe 3"))
     )
     assert slower.costs.link_us == pytest.approx(4 * real.costs.link_us)

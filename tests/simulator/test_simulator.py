@@ -15,7 +15,7 @@ import prescope
 from prescope.core.config import CACHES
 from prescope.core.types import Reason
 from prescope.errors import BadTrace, SlotPoolTooSmall, UnsupportedOption
-from prescope.predictor import Chance, Frequency, NoisyOracle, Oracle, Shape
+from prescope.predictor import Chance, Frequency, NoisyOracle, Oracle
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Simulator, as_decode
@@ -302,7 +302,7 @@ def test_a_predictor_that_errs_costs_little_and_one_that_knows_helps(batch, cach
         num_layers=8, num_experts=32, top_k=4, zipf=0.7, persistence=0.3, correlation=0.2, diversity=0.4
     )
     trace = trace_of(batch, steps=200, spec=spec)
-    shape = Shape.of(trace)
+    shape = trace.shape
 
     def speed(predictor):
         sim = Simulator(trace, COSTS, row_bytes=ROW_BYTES, predictor=predictor, lookahead=2)
@@ -401,7 +401,7 @@ def test_where_tokens_repeat_each_others_choice_the_slots_come_to_hold_it(slots,
     without = Simulator(trace, costs, row_bytes=ROW_BYTES)
     alone = without.run("presched", slots=slots)
     assert alone.tokens_per_s >= 0.99 * without.run("on-demand", slots=slots).tokens_per_s
-    shape = Shape.of(trace)
+    shape = trace.shape
     for predictor in (Chance(shape, 4), Inverted(NoisyOracle(trace, {1: 0.8, 2: 0.8}))):
         simulator = Simulator(trace, costs, row_bytes=ROW_BYTES, predictor=predictor)
         assert simulator.run("presched", slots=slots).tokens_per_s >= 0.95 * alone.tokens_per_s
@@ -570,7 +570,7 @@ def test_prompts_can_be_fed_token_by_token():
 
 def test_a_predictor_is_summed_over_the_tokens_of_a_step():
     trace = trace_of(3, steps=4)
-    sim = Simulator(trace, COSTS, row_bytes=ROW_BYTES, predictor=Oracle(Shape.of(trace), 2))
+    sim = Simulator(trace, COSTS, row_bytes=ROW_BYTES, predictor=Oracle(trace.shape, 2))
     tokens = sim.needs.tokens_SLE
     for ahead in (1, 2):
         expected, used = sim.predicted.expected_dSLE[ahead - 1], sim.predicted.used_dSLE[ahead - 1]
@@ -677,7 +677,7 @@ def test_presched_prefetches_by_what_the_layer_itself_predicts():
     runs = {}
     for predict_us in (60.0, 1e6):
         simulator = Simulator(
-            trace, COSTS.with_predictor(predict_us), row_bytes=ROW_BYTES, predictor=Oracle(Shape.of(trace), 3)
+            trace, COSTS.with_predictor(predict_us), row_bytes=ROW_BYTES, predictor=Oracle(trace.shape, 3)
         )
         runs[predict_us] = simulator.run("presched", slots=16)
     log, needs, E = runs[60.0].log, simulator.needs, simulator.shape.num_experts

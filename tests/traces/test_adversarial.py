@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prescope.core.types import MoEShape
 from prescope.errors import UnsupportedOption
-from prescope.predictor import Frequency, PreviousToken, Shape, Transition
+from prescope.predictor import Frequency, PreviousToken, Transition
 from prescope.traces.bounds import belady_misses
 from prescope.traces.synthetic import ADVERSARIAL, adversarial, habits_of, lru_hit_rate
 from prescope.training import score
@@ -70,7 +71,11 @@ def test_uniform_routing_has_no_habits():
     found = habits_of(adversarial("uniform", **SHAPE, new_tokens=64, batch=16))
     assert tuple(found.overlaps) == pytest.approx((2 / 16,) * 3, abs=0.01)
     learnt_on, judged_on = (adversarial("uniform", **SHAPE, batch=16, seed=s) for s in (0, 1))
-    for predictor in (Frequency(learnt_on, 1), Transition(learnt_on, 1), PreviousToken(Shape(4, 16, 2), 1)):
+    for predictor in (
+        Frequency(learnt_on, 1),
+        Transition(learnt_on, 1),
+        PreviousToken(MoEShape(4, 16, 2), 1),
+    ):
         assert score(predictor, judged_on).recall(1) == pytest.approx(2 / 16, abs=0.02)
 
 

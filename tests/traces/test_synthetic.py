@@ -13,6 +13,7 @@ from prescope.cache.residency import ResidencyTable
 from prescope.core.types import MoEShape
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
 from prescope.predictor import Frequency, Transition
+from prescope.traces import synthetic
 from prescope.traces.routing import RoutingTrace
 from prescope.traces.synthetic import SyntheticSpec, habits_of, lru_hit_rate
 from prescope.traces.synthetic.drawing import draw_ranks, popularity_of_ranks
@@ -242,7 +243,7 @@ def test_a_fit_finds_the_habits_again(habits):
     """From 16 sequences of 127 tokens; errors allowed are 1.5 to 3 times the largest seen over 6 seeds:
     0.01, 0.005, 0.024 and 0.15. Diversity shows in differences between sequences, and 16 are few.
     """
-    fit = SyntheticSpec.fit(made(batch=16, **habits))
+    fit = synthetic.fit(made(batch=16, **habits))
     assert fit.spec.zipf == pytest.approx(habits["zipf"], abs=0.03)
     assert fit.spec.persistence == pytest.approx(habits["persistence"], abs=0.015)
     assert fit.spec.correlation == pytest.approx(habits["correlation"], abs=0.05)
@@ -252,23 +253,23 @@ def test_a_fit_finds_the_habits_again(habits):
 
 def test_a_fit_says_what_it_missed_and_what_it_could_not_know():
     trace = made(batch=1, zipf=1.0, persistence=0.2)
-    fit = SyntheticSpec.fit(trace, max_tokens=64)
+    fit = synthetic.fit(trace, max_tokens=64)
     text = str(fit)
     assert "LRU hits, 25 % slots" in text and "recorded" in text and str(fit.spec) in text
     assert "one sequence only" in text and fit.spec.diversity == 0.0
     assert np.isnan(fit.errors["overlap, others"])
     assert fit.errors["LRU hits, 50 % slots"] == pytest.approx(0.0, abs=0.1)
-    assert "no decode steps" in str(SyntheticSpec.fit(trace.select(phase="prefill")))
+    assert "no decode steps" in str(synthetic.fit(trace.select(phase="prefill")))
 
 
 def test_a_trace_that_shows_no_habit_is_refused():
     trace = made(batch=4)
     with pytest.raises(BadTrace, match="no two tokens of one sequence"):
-        SyntheticSpec.fit(trace.take(trace.position == 0))
+        synthetic.fit(trace.take(trace.position == 0))
     with pytest.raises(BadTrace, match="no token that used an expert"):
         habits_of(replace(trace, expert_ids=np.full_like(trace.expert_ids, -1)))
     with pytest.raises(UnsupportedOption, match="max_tokens is 1"):
-        SyntheticSpec.fit(trace, max_tokens=1)
+        synthetic.fit(trace, max_tokens=1)
 
 
 def test_habits_are_carried_to_another_shape():

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from prescope.core.types import MoEShape
 from prescope.errors import TraceMismatch, UnsupportedOption
-from prescope.predictor import Chance, Frequency, Oracle, PreviousToken, Shape, Transition
+from prescope.predictor import Chance, Frequency, Oracle, PreviousToken, Transition
 from prescope.scheduler.costs import LayerCosts
 from prescope.traces.routing import RoutingTrace
 from prescope.training import (
@@ -21,7 +22,7 @@ from prescope.training import (
 )
 
 LAYERS, EXPERTS, TOP_K, PROMPTS, LENGTH = 4, 12, 2, 20, 48
-SHAPE = Shape(LAYERS, EXPERTS, TOP_K)
+SHAPE = MoEShape(LAYERS, EXPERTS, TOP_K)
 COSTS = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=150.0, source="by hand")
 
 

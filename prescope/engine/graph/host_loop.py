@@ -6,9 +6,9 @@ are handed to the link as it has room. A layer's slots are safe until the next l
 with them.
 
 A layer that sees all of its experts in `Addresses.shown` goes on without an answer, so the GPU may be layers ahead of
-what is decided here. An expert is shown while its bytes are there, and known to be: those of on-demand copies when the next
-layer has asked. A slot is given up for a prefetch only if, after hiding its expert, that expert's layer has not looked
-(`graph_kernels._look`).
+what is decided here. An expert is shown while its bytes are there, and known to be: those of on-demand copies when the
+next layer has asked. A slot is given up for a prefetch only if, after hiding its expert, that expert's layer has not
+looked (`graph_kernels._look`).
 
 Written as the same in Python, a layer of Qwen3-30B-A3B's shape took 200 us at batch 1 and 320 us at batch 8 from the
 choice's arrival to the answer (H100 machine, LOG.md): more than a third of a token's time at batch 1.

@@ -5,7 +5,7 @@ by, `adversarial` the traces made to hurt, `rows` what they all share. Pure nump
 """
 
 from .adversarial import ADVERSARIAL, adversarial
-from .fit import Fit
+from .fit import Fit, fit
 from .habits import Habits, Overlaps, habits_of, lru_hit_rate
 from .spec import SyntheticSpec
 
@@ -16,6 +16,7 @@ __all__ = [
     "Overlaps",
     "SyntheticSpec",
     "adversarial",
+    "fit",
     "habits_of",
     "lru_hit_rate",
 ]

@@ -9,7 +9,7 @@ Shapes: E experts.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from ...errors import BadTrace, UnsupportedOption
 from ..routing import RoutingTrace
 from .habits import Habits, Overlaps, habits_of, overlaps, transition_recall, used_rows
-
-if TYPE_CHECKING:
-    from .spec import SyntheticSpec
+from .spec import SyntheticSpec
 
 #: (share of the range searched around the last value, halvings of it): the parameters move each other's numbers.
 SWEEPS = ((1.0, 6), (0.25, 5), (0.125, 5))
@@ -32,7 +30,7 @@ SEQUENCE_TOKENS = 512
 CHECKS = 3
 
 
-class Knob(NamedTuple):
+class Parameter(NamedTuple):
     """One parameter, and the number of a trace that it is bisected on."""
 
     name: str
@@ -41,18 +39,18 @@ class Knob(NamedTuple):
     rises: bool  # the number grows with the parameter
 
 
-KNOBS = (
-    Knob("zipf", 4.0, "sequence", True),
-    Knob("persistence", 1.0, "next", True),
-    Knob("diversity", 1.0, "others", False),
-    Knob("correlation", 1.0, "transition", True),
+PARAMETERS = (
+    Parameter("zipf", 4.0, "sequence", True),
+    Parameter("persistence", 1.0, "next", True),
+    Parameter("diversity", 1.0, "others", False),
+    Parameter("correlation", 1.0, "transition", True),
 )
 
 
 class Fit(NamedTuple):
     """A fitted spec, and how far its traces are from the recorded one."""
 
-    spec: "SyntheticSpec"
+    spec: SyntheticSpec
     recorded: Habits
     fitted: Habits  # of traces like the recorded one, mean of CHECKS; their random numbers were not fitted on
     notes: tuple[str, ...]  # what the trace could not tell
@@ -89,52 +87,58 @@ class Fit(NamedTuple):
         return "\n".join([*lines, *self.notes])
 
 
-def fit_habits(start: "SyntheticSpec", trace: RoutingTrace, *, seed: int, max_tokens: int | None) -> Fit:
-    """Search the habits of `start`'s shape, which is the trace's. See `SyntheticSpec.fit`.
+def fit(trace: RoutingTrace, *, seed: int = 0, max_tokens: int | None = None) -> Fit:
+    """Habits whose traces are like a recorded one, with what they miss; print the result, or read `.spec`.
+
+    Takes some seconds: about 60 traces are generated.
+
+    Args:
+        trace: of a real model, at best some dozens of sequences of 64 tokens and more.
+        max_tokens: read at most so many, of evenly spaced sequences.
 
     Raises:
-        BadTrace: no sequence has two tokens. UnsupportedOption: fewer than two may be read.
+        BadTrace: no sequence of the trace has two tokens. UnsupportedOption: fewer than two may be read.
     """
     part = _part_of(trace, max_tokens)
-    wanted = _statistics(part, tuple(knob.statistic for knob in KNOBS))
+    wanted = _statistics(part, tuple(parameter.statistic for parameter in PARAMETERS))
     if np.isnan(wanted["next"]):
         raise BadTrace(f"the trace of {trace.model} has no two tokens of one sequence; record longer texts")
-    settings = [knob for knob in KNOBS if not np.isnan(wanted[knob.statistic])]
-    spec = start
+    settings = [parameter for parameter in PARAMETERS if not np.isnan(wanted[parameter.statistic])]
+    spec = SyntheticSpec(num_layers=trace.num_layers, num_experts=trace.num_experts, top_k=trace.top_k)
     for width, halvings in SWEEPS:
-        for knob in settings:
-            spec = _bisect(spec, knob, wanted[knob.statistic], part, width, halvings, seed)
+        for parameter in settings:
+            spec = _bisect(spec, parameter, wanted[parameter.statistic], part, width, halvings, seed)
     made = [habits_of(spec.like(trace, seed=seed + 1 + i)) for i in range(CHECKS)]
     return Fit(spec, habits_of(trace), _mean(made), tuple(_notes(trace, wanted)))
 
 
 def _bisect(
-    spec: "SyntheticSpec",
-    knob: Knob,
+    spec: SyntheticSpec,
+    parameter: Parameter,
     wanted: float,
     part: RoutingTrace,
     width: float,
     halvings: int,
     seed: int,
-) -> "SyntheticSpec":
+) -> SyntheticSpec:
     """The spec with one parameter moved to where the generated number is as wanted, or to the end of its window."""
-    reach = width * knob.most
-    middle = getattr(spec, knob.name) if width < 1.0 else 0.5 * knob.most
-    low, high = max(0.0, middle - 0.5 * reach), min(knob.most, middle + 0.5 * reach)
+    reach = width * parameter.most
+    middle = getattr(spec, parameter.name) if width < 1.0 else 0.5 * parameter.most
+    low, high = max(0.0, middle - 0.5 * reach), min(parameter.most, middle + 0.5 * reach)
     for _ in range(halvings):
         middle = 0.5 * (low + high)
-        found = _statistics(_with(spec, knob, middle).like(part, seed=seed), (knob.statistic,))[
-            knob.statistic
+        found = _statistics(_with(spec, parameter, middle).like(part, seed=seed), (parameter.statistic,))[
+            parameter.statistic
         ]
-        if (found < wanted) == knob.rises:
+        if (found < wanted) == parameter.rises:
             low = middle
         else:
             high = middle
-    return _with(spec, knob, 0.5 * (low + high))
+    return _with(spec, parameter, 0.5 * (low + high))
 
 
-def _with(spec: "SyntheticSpec", knob: Knob, value: float) -> "SyntheticSpec":
-    changes: dict[str, Any] = {knob.name: value}
+def _with(spec: SyntheticSpec, parameter: Parameter, value: float) -> SyntheticSpec:
+    changes: dict[str, Any] = {parameter.name: value}
     return replace(spec, **changes)
 
 

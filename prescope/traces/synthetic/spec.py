@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from ...errors import TraceMismatch, UnsupportedOption
 from ..routing import RoutingTrace
 from .drawing import draw_ranks, expert_of_rank, popularity_of_ranks
-from .fit import Fit, fit_habits
 from .rows import Rows, fingerprint_of, synthetic_trace
 
 #: Beyond this exponent the K most popular experts are all there is.
@@ -85,22 +84,6 @@ class SyntheticSpec:
     def fingerprint(self) -> str:
         """Differs between specs, and from that of any real model."""
         return fingerprint_of(**asdict(self))
-
-    @classmethod
-    def fit(cls, trace: RoutingTrace, *, seed: int = 0, max_tokens: int | None = None) -> Fit:
-        """Habits whose traces are like a recorded one, with what they miss; print the result, or read `.spec`.
-
-        Takes some seconds: about 60 traces are generated.
-
-        Args:
-            trace: of a real model, at best some dozens of sequences of 64 tokens and more.
-            max_tokens: read at most so many, of evenly spaced sequences.
-
-        Raises:
-            BadTrace: no sequence of the trace has two tokens.
-        """
-        start = cls(num_layers=trace.num_layers, num_experts=trace.num_experts, top_k=trace.top_k)
-        return fit_habits(start, trace, seed=seed, max_tokens=max_tokens)
 
     def with_shape(self, num_layers: int, num_experts: int, top_k: int) -> Self:
         """The same habits in another shape.
