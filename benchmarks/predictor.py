@@ -39,7 +39,6 @@ import prescope
 from prescope.core.machine import machine_facts
 from prescope.core.types import MoEShape
 from prescope.engine.engine import Engine
-from prescope.kernels import make_llapor_kernels
 from prescope.predictor import (
     LayerGroups,
     Llapor,
@@ -67,9 +66,9 @@ from prescope.training import (
     router_agreement,
     routers_of,
     rows_of,
+    savings,
     score,
     train,
-    worth,
 )
 from prescope.training.score_card import ScoreCard
 
@@ -244,7 +243,7 @@ class Study:
         self.tables.append(markdown("Failures on purpose", rows))
         print(self.tables[-1], flush=True)
 
-    def worth(self) -> None:
+    def savings(self) -> None:
         """Would a predictor pay on the machine that the arguments describe?"""
         args, good = self.args, self.predictors["llapor"]
         everyone = [good, *baselines(self.traces["train"], self.routers, good), Inverted(good)]
@@ -255,7 +254,7 @@ class Study:
         for ahead in LOOKAHEADS:
             for one in everyone:
                 spent = args.predict_us if one.needs_inputs else 0.0
-                found = worth(one, self.traces["valid"], costs.with_predictor(spent), lookahead=ahead)
+                found = savings(one, self.traces["valid"], costs.with_predictor(spent), lookahead=ahead)
                 rows.append(found._asdict() | {"saved_ms": found.saved_ms})
         self.report["worth"] = rows
         self.tables.append(markdown(f"Worth by the cost model, ms per token at batch 1: {costs}", rows))
@@ -331,7 +330,7 @@ def graph_us(predictor: Llapor, tokens: int, width: int, few: bool, repeats: int
 
     By `predict`, or by the kernels that an engine uses for a few tokens.
     """
-    fast_path = make_llapor_kernels(predictor, predictor.lookahead) if few else None
+    fast_path = predictor.fast_path(predictor.lookahead) if few else None
     if few and (fast_path is None or tokens > fast_path.most_tokens):
         raise ValueError("not for so many tokens, or without Triton")
     x = torch.randn(tokens, width, device=predictor.device)

@@ -9,21 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.types import MoEShape
+from ..core.types import IntArray, MoEShape
 from .policies import CachePolicy
-from .slots import sort_need, take_slots, use_prefetched
-
-IntArray = NDArray[np.int64]
+from .prefetch import Waiting, next_prefetch, on_the_way
+from .slots import Slots, sort_need, take_slots, use_prefetched
 
 #: Misses of one layer that are copied before their compute starts. More lets the link run ahead, fewer lets the
 #: GPU start earlier; only prefill and large batches miss more than this in one layer.
 ROUND_EXPERTS = 16
 NOTHING = np.empty(0, dtype=np.int64)
-
-
-def prefetch_slots(num_slots: int) -> int:
-    """Slots that prefetches on the wire may hold at most: the others are left to on-demand copies."""
-    return min(max(1, num_slots // 4), num_slots - 1)
 
 
 class LayerNeed(NamedTuple):
@@ -61,6 +55,10 @@ class ResidencyTable:
         #: Counts the changes of each layer's row of `slot_of`, so that copies of it know when they are stale.
         self.versions = np.zeros(shape.num_layers, dtype=np.int64)
         self.protected = np.zeros(num_slots, dtype=bool)
+        #: The same arrays, for compiled code; they are changed in place only.
+        self.arrays = Slots(
+            self.slot_of, self.key_of, self.in_flight, self.prefetched, self.protected, policy.scores
+        )
 
     def need(
         self, moe_layer: int, experts: IntArray, tokens: IntArray, weights: NDArray[np.float64]
@@ -99,13 +97,23 @@ class ResidencyTable:
             f"({int(self.protected.sum())} protected, {int(self.in_flight.sum())} in flight)"
         )
         before = self.key_of.copy()
-        slots = take_slots(keys, self.key_of, self.slot_of, fixed, keep, self.policy.scores)
+        slots = take_slots(keys, fixed, keep, self.arrays)
         evicted = before[slots]
         self.versions[evicted[evicted >= 0] // self.shape.num_experts] += 1
         self.versions[moe_layer] += 1
         self.in_flight[slots] = True
         self.prefetched[slots] = ahead
         return slots
+
+    def take_prefetch(self, waiting: Waiting, num_on_wire: int, most: int) -> tuple[int, int]:
+        """Key and slot of the next prefetch, (-1, -1) for none; see `prefetch.next_prefetch`."""
+        key, slot, evicted = next_prefetch(waiting, self.arrays, num_on_wire, most)
+        if key >= 0:
+            on_the_way(self.arrays, slot)
+        for changed in (key, evicted):
+            if changed >= 0:
+                self.versions[changed // self.shape.num_experts] += 1
+        return key, slot
 
     def can_take(self, count: int) -> bool:
         """Whether `count` slots are free or may be evicted now."""

@@ -22,6 +22,17 @@ class SortedNeed(NamedTuple):
     num_late: int
 
 
+class Slots(NamedTuple):
+    """The arrays of a residency table and its policy, as compiled code changes them."""
+
+    slot_of: IntArray  # (L * E,) slot of each key, -1 for none
+    key_of: IntArray  # (S,) key in each slot, -1 for none
+    in_flight: NDArray[np.bool_]  # (S,) its bytes are on the way
+    prefetched: NDArray[np.bool_]  # (S,) brought by a prefetch, and not used since
+    protected: NDArray[np.bool_]  # (S,) in use: not given up
+    scores: FloatArray  # (L * E,) and more, as the cache policy has them
+
+
 @jit
 def sort_need(
     experts: IntArray, tokens: IntArray, slots: IntArray, in_flight: NDArray[np.bool_]
@@ -63,36 +74,35 @@ def use_prefetched(prefetched: NDArray[np.bool_], slots: IntArray) -> int:
 
 
 @jit
-def take_slots(
-    keys: IntArray,
-    key_of: IntArray,
-    slot_of: IntArray,
-    fixed: NDArray[np.bool_],
-    keep: IntArray,
-    scores: FloatArray,
-) -> IntArray:
+def take_slots(keys: IntArray, fixed: NDArray[np.bool_], keep: IntArray, slots: Slots) -> IntArray:
     """Give a slot (n,) to each key: free ones first, then those whose experts have the lowest scores.
 
     Args:
         fixed: (S,) slots that are never given up. `keep`: keys whose slots are given up last.
-        scores: (L * E,) of the cache policy.
 
-    Returns: slots; fewer than keys if there are not enough. `key_of` (S,) and `slot_of` (L * E,) are changed.
+    Returns: slots; fewer than keys if there are not enough. `slots.key_of` and `slots.slot_of` are changed.
     """
-    kept = np.zeros(len(key_of), np.bool_)
+    key_of, slot_of = slots.key_of, slots.slot_of
+    found = slots_to_give(len(keys), fixed, keep, slots)
+    for i in range(len(found)):
+        if key_of[found[i]] >= 0:
+            slot_of[key_of[found[i]]] = -1
+        key_of[found[i]], slot_of[keys[i]] = keys[i], found[i]
+    return found
+
+
+@jit
+def slots_to_give(count: int, fixed: NDArray[np.bool_], keep: IntArray, slots: Slots) -> IntArray:
+    """The `count` slots that would be given up next, in this order; fewer if there are not so many. See `take_slots`."""
+    kept = np.zeros(len(slots.key_of), np.bool_)
     for key in keep:
-        if slot_of[key] >= 0:
-            kept[slot_of[key]] = True
-    slots, rank = np.empty(len(keys), np.int64), np.empty(len(keys))
-    count = _lowest(slots, rank, 0, key_of, fixed, kept, False, scores)
-    if count < len(keys) and len(keep):
-        count = _lowest(slots, rank, count, key_of, fixed, kept, True, scores)
-    for i in range(count):
-        slot = slots[i]
-        if key_of[slot] >= 0:
-            slot_of[key_of[slot]] = -1
-        key_of[slot], slot_of[keys[i]] = keys[i], slot
-    return slots[:count]
+        if slots.slot_of[key] >= 0:
+            kept[slots.slot_of[key]] = True
+    found, rank = np.empty(count, np.int64), np.empty(count)
+    end = _lowest(found, rank, 0, slots.key_of, fixed, kept, False, slots.scores)
+    if end < count and len(keep):
+        end = _lowest(found, rank, end, slots.key_of, fixed, kept, True, slots.scores)
+    return found[:end]
 
 
 @jit

@@ -6,8 +6,7 @@ Shapes: T tokens, D model width, K top-k, E experts, d layers ahead, P = T * K p
 
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
-from copy import copy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,20 +17,19 @@ from ..core.config import EngineConfig
 from ..core.types import MoEShape, Reason
 from ..errors import UnsupportedOption
 from ..hf import MoELayer
-from ..kernels import ExpertsSpec, make_llapor_kernels
+from ..kernels import ExpertsSpec
 from ..kernels.cpu import CpuExperts, CpuJob, CpuLayer, ExpertBatch, expert_batch_of
-from ..predictor import EarlyRouter, Llapor, Prediction, Predictor
-from ..scheduler import Schedule, schedule_named
+from ..predictor import Prediction, Predictor
+from ..predictor.base import FastPath
+from ..scheduler import schedule_named
 from ..scheduler.costs import LayerCosts, compiled_costs
 from ..scheduler.plan import ON_DEMAND
 from ..scheduler.planner import Planner
+from ..scheduler.settings import resolve
 from ..scheduler.types import Plan, ScheduleSettings, cpu_time
 from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .forced_routing import ForcedRouting
-
-if TYPE_CHECKING:
-    from ..kernels.llapor import LlaporKernels
 
 Predicted = tuple[NDArray[np.floating], NDArray[np.floating]]
 
@@ -63,7 +61,7 @@ class ScheduleRunner:
         predictor: Predictor | None,
         cpu: CpuExperts | None,
         reason: Reason,
-        fast_path: "LlaporKernels | None" = None,
+        fast_path: FastPath | None = None,
     ) -> None:
         self.planner, self.predictor, self.cpu, self.reason = planner, predictor, cpu, reason
         self._fast_path = fast_path
@@ -214,56 +212,46 @@ def open_schedule_runner(
             f"schedule={schedule.name!r} prefetches by predictions; give predictor=... (it comes with "
             f"{schedule.predictor}), or use schedule='on-demand'"
         )
-    if predictor is not None and predictor.shape.routing != shape.routing:
-        raise UnsupportedOption(
-            f"{predictor.name} is for (layers, experts, top-k) = {tuple(predictor.shape)[:3]}, this model has "
-            f"{tuple(shape)[:3]}; train one with prescope.train_predictor"
-        )
-    if isinstance(predictor, Llapor):
-        predictor.to(device)
-    elif isinstance(predictor, EarlyRouter):
-        predictor = copy(predictor)
-        predictor.routers = predictor.routers.to(device)
-    has_cpu = schedule.uses_cpu and config.cpu_threads != 0
+    if predictor is not None:
+        _require_fit(predictor, shape)
+        predictor = predictor.to(device)
+    resolved = resolve(
+        config.schedule,
+        num_experts=shape.num_experts,
+        depth=0 if predictor is None else min(predictor.lookahead, shape.num_layers - 1),
+        predictor="" if predictor is None else predictor.name,
+        lookahead=config.lookahead,
+        width=config.width,
+        threshold=config.threshold,
+        cpu=False if config.cpu_threads == 0 else None,
+    )
     cpu = None
-    if has_cpu:
+    if resolved.cpu:
         rows = zip(layers, host.layers, strict=True)
         cpu = CpuExperts(
             [CpuLayer(held.rows, layer.layout, layer.spec) for layer, held in rows],
             threads=config.cpu_threads,
         )
-    planner = plan_by(schedule, config, shape, predictor, costs, has_cpu)
+    form = compiled_costs(costs, cpu=resolved.cpu, predicts=resolved.predicts > 0)
+    planner = Planner(resolved.settings, form, shape, resolved.predicts)
     fast_path = None
-    # Not one that is tuned online: it learns while it predicts.
-    if isinstance(predictor, Llapor) and planner.predicts and config.kernels != "torch":
-        fast_path = make_llapor_kernels(predictor, planner.predicts)
+    if predictor is not None and resolved.predicts and config.kernels != "torch":
+        fast_path = predictor.fast_path(resolved.predicts)
     reason = Reason.STREAM if schedule.streams else Reason.PREFETCH
     return ScheduleRunner(planner, predictor, cpu, reason, fast_path)
 
 
-def plan_by(
-    schedule: Schedule,
-    config: EngineConfig,
-    shape: MoEShape,
-    predictor: Predictor | None,
-    costs: LayerCosts,
-    has_cpu: bool,
-) -> Planner:
-    """The planner of a schedule with a person's settings, and the schedule's own where there are none."""
-    lookahead = schedule.lookahead if config.lookahead is None else config.lookahead
-    width = schedule.width if config.width is None else config.width
-    depth = min(predictor.lookahead, shape.num_layers - 1) if predictor is not None else 0
-    lag = schedule.lag
-    settings = ScheduleSettings(
-        schedule.number,
-        lookahead,
-        shape.num_experts if width is None else width,
-        schedule.threshold if config.threshold is None else config.threshold,
-        lag,
-    )
-    predicts = min(lookahead + lag, depth) if lookahead else 0
-    form = compiled_costs(costs, cpu=has_cpu, predicts=predicts > 0)
-    return Planner(settings, form, shape, predicts)
+def _require_fit(predictor: Predictor, shape: MoEShape) -> None:
+    """Raises UnsupportedOption: it is no predictor, or of another model."""
+    if not isinstance(predictor, Predictor):
+        raise UnsupportedOption(
+            f"predictor is a {type(predictor).__name__}, which lacks what prescope.predictor.Predictor asks for"
+        )
+    if predictor.shape.routing != shape.routing:
+        raise UnsupportedOption(
+            f"{predictor.name} is for (layers, experts, top-k) = {tuple(predictor.shape)[:3]}, this model has "
+            f"{tuple(shape)[:3]}; train one with prescope.train_predictor"
+        )
 
 
 def of_step(made: list[Prediction], lookahead: int, num_experts: int, device: torch.device) -> torch.Tensor:

@@ -11,9 +11,7 @@ from .base import ExpertKernel, ExpertsSpec, LayerWeights, StepLog, Work
 from .reference import TorchKernel, combine
 
 if TYPE_CHECKING:
-    from ..predictor import Llapor
     from .graph_buffers import DeviceTable, HostOptions
-    from .llapor import LlaporKernels
 
 __all__ = [
     "DEVICE_POLICIES",
@@ -70,15 +68,6 @@ def make_host_options(**settings: Any) -> "HostOptions":
     from .graph_buffers import HostOptions
 
     return HostOptions(**settings)
-
-
-def make_llapor_kernels(predictor: "Llapor", lookahead: int) -> "LlaporKernels | None":
-    """A predictor's networks in a few launches; None where there is no Triton."""
-    if predictor.device.type != "cuda" or find_spec("triton") is None:
-        return None
-    from .llapor import LlaporKernels
-
-    return LlaporKernels(predictor, lookahead)
 
 
 def make_device_table(shape: MoEShape, num_slots: int, device: torch.device) -> "DeviceTable":

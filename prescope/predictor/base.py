@@ -10,7 +10,7 @@ Shapes: R rows of a trace, T tokens of a call, D model width, E experts, K top-k
 
 import time
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -59,6 +59,19 @@ class Cost(NamedTuple):
         return f"{self.parameters:,} parameters, {self.nbytes / 2**20:.2f} MiB, {self.flops / 1e6:.2f} MFLOP per layer"
 
 
+class FastPath(Protocol):
+    """A predictor's answers for a few tokens in fewer launches than `predict` makes."""
+
+    most_tokens: int
+
+    def __call__(
+        self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """(d, 2, E) float32: expected tokens, and probability that any uses an expert, of the layers behind."""
+        ...
+
+
+@runtime_checkable
 class Predictor(Protocol):
     """What engine, simulator and score card ask of a predictor."""
 
@@ -94,6 +107,14 @@ class Predictor(Protocol):
         """Counted, not measured; `measure_us` measures."""
         ...
 
+    def to(self, device: torch.device | str) -> "Predictor":
+        """The same with its tensors on a device, for the engine that runs there."""
+        ...
+
+    def fast_path(self, lookahead: int) -> FastPath | None:
+        """A faster way to the same answers for the next `lookahead` layers; None: there is none here."""
+        ...
+
 
 def targets_of(moe_layer: int, shape: MoEShape, lookahead: int) -> Iterator[tuple[int, int]]:
     """(lookahead, layer) for each coming layer that exists."""
@@ -118,7 +139,7 @@ def require_inputs(trace: RoutingTrace, name: str) -> NDArray[np.float16]:
     if trace.inputs is None:
         raise BadTrace(
             f"{name} reads router inputs and this trace of {trace.model} has none; record it with "
-            f"record_inputs=True (prescope.load(..., record_inputs=True), or prescope.learning.record_trace)"
+            f"record_inputs=True (prescope.load(..., record_inputs=True), or prescope.training.record_trace)"
         )
     return trace.inputs
 

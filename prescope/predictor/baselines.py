@@ -12,9 +12,10 @@
 Shapes: R rows, T tokens, D width, E experts, K top-k, L MoE layers.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from ..traces.routing import RoutingTrace
 from .base import (
     TINY,
     Cost,
+    FastPath,
     Prediction,
     ScoreArray,
     require_inputs,
@@ -122,6 +124,14 @@ class Baseline:
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
         """Nothing to learn."""
 
+    def to(self, device: torch.device | str) -> Self:
+        """Itself: its numbers stay on the host."""
+        return self
+
+    def fast_path(self, lookahead: int) -> FastPath | None:
+        """There is none."""
+        return None
+
     def _check(self, trace: RoutingTrace, lookahead: int) -> None:
         require_shape(trace, self.shape, lookahead, self.lookahead, self.name)
 
@@ -148,6 +158,12 @@ class EarlyRouter(Baseline):
             )
         self.routers = routers
         self.platt: dict[int, tuple[float, float]] = {}
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy with the routers on a device."""
+        moved = copy(self)
+        moved.routers = self.routers.to(device)
+        return moved
 
     def calibrate(self, trace: RoutingTrace) -> None:
         """Fit one slope and offset for each lookahead on a trace."""

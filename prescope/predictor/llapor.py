@@ -17,6 +17,7 @@ M middle layers, N = lookahead * E outputs.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
@@ -31,6 +32,7 @@ from .base import (
     BadPredictor,
     BadState,
     Cost,
+    FastPath,
     Prediction,
     ScoreArray,
     require_inputs,
@@ -151,6 +153,15 @@ class Llapor:
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         self._early = self._early_routers()
         return self
+
+    def fast_path(self, lookahead: int) -> FastPath | None:
+        """The networks in a few launches, on a GPU with Triton."""
+        if self.device.type != "cuda" or find_spec("triton") is None:
+            return None
+        # Triton is large and exists only where there is a GPU, so it is imported only where it is used.
+        from .llapor_triton import LlaporKernels
+
+        return LlaporKernels(self, lookahead)
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ Shapes: T tokens, H hidden, E experts, K top-k, L MoE layers, N = lookahead * E,
 
 import time
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..errors import UnsupportedOption
 from ..traces.routing import RoutingTrace
-from .base import Cost, Prediction, ScoreArray, targets_of, used_mask_torch
+from .base import Cost, FastPath, Prediction, ScoreArray, targets_of, used_mask_torch
 from .llapor import Llapor
 
 TUNED = ("head", "head_bias", "skip")
@@ -162,6 +163,14 @@ class OnlineTuner:
             Prediction(target, ahead, p_TNE[:, ahead - 1])
             for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
         ]
+
+    def to(self, device: torch.device | str) -> Self:
+        """Itself: it learns where its predictor lies, and keeps what it has learned."""
+        return self
+
+    def fast_path(self, lookahead: int) -> FastPath | None:
+        """There is none: it learns while it predicts."""
+        return None
 
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
         """What a layer used. After the last layer of a step, all layers known, it learns."""

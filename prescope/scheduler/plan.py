@@ -6,7 +6,7 @@ layer, L MoE layers, S slots, d layers ahead. Keys are flat: moe_layer * E + exp
 
 import numpy as np
 
-from ..cache.slots import SortedNeed
+from ..cache.slots import Slots, SortedNeed
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .baselines import fiddler, hybrimoe
@@ -86,17 +86,15 @@ def is_worth_copying(costs: Costs, tokens: IntArray, layer_us: float, lasting: f
 
 
 @jit
-def worth_a_slot(
-    keys: IntArray, most: int, slot_of: IntArray, key_of: IntArray, scores: FloatArray
-) -> IntArray:
+def worth_a_slot(keys: IntArray, most: int, slots: Slots) -> IntArray:
     """Of experts (n,) that are not there the `most` that the cache would rather have than its least, the best first.
 
     The i-th best must be better than the i-th least of those in slots.
     """
     most = min(most, len(keys))
     least = np.full(most, np.inf)
-    for key in key_of:
-        score = -np.inf if key < 0 else scores[key]
+    for key in slots.key_of:
+        score = -np.inf if key < 0 else slots.scores[key]
         at = most
         while at > 0 and least[at - 1] > score:
             if at < most:
@@ -104,26 +102,24 @@ def worth_a_slot(
             at -= 1
         if at < most:
             least[at] = score
-    order = np.argsort(-scores[keys], kind="mergesort")
+    order = np.argsort(-slots.scores[keys], kind="mergesort")
     count = 0
-    while count < most and scores[keys[order[count]]] > least[count]:
+    while count < most and slots.scores[keys[order[count]]] > least[count]:
         count += 1
     return keys[order[:count]]
 
 
 @jit
-def plan(
+def make_plan(
     settings: ScheduleSettings,
     costs: Costs,
     moe_layer: int,
     num_layers: int,
     need: SortedNeed,
     backlog_us: float,
-    slot_of: IntArray,
+    slots: Slots,
     tokens_dE: FloatArray,
     used_dE: FloatArray,
-    key_of: IntArray,
-    scores: FloatArray,
     lasting: float,
     num_load: int = -1,
 ) -> Plan:
@@ -131,10 +127,8 @@ def plan(
 
     Args:
         need: of this layer. `backlog_us`: until the link is done with what is on the wire.
-        slot_of: (L * E,) slot of each key, -1 for those that have none.
         tokens_dE, used_dE: predictions for the d layers behind this one: expected number of tokens that use an expert,
             and probability that any does; rows beyond the last layer hold zeros.
-        key_of: (S,) key in each slot, -1 for none. `scores`: (L * E,) of the cache policy.
         lasting: see `reuse_lasts`.
         num_load: how many misses are copied, if that is decided and only prefetches are asked for (PreSched).
     """
@@ -155,10 +149,12 @@ def plan(
             row[:] = tokens_dE[0]
         whole = ScheduleSettings(settings.schedule, 1, E, 0.0)
         first = (moe_layer + 1) * E
-        return Plan(n, wanted(whole, moe_layer + 1, slot_of, row, np.ones(E)), np.arange(first, first + E))
+        return Plan(
+            n, wanted(whole, moe_layer + 1, slots.slot_of, row, np.ones(E)), np.arange(first, first + E)
+        )
     candidates = nothing
     if ahead > 0:
-        candidates = wanted(settings, moe_layer + 1, slot_of, tokens_dE[0], used_dE[0])
+        candidates = wanted(settings, moe_layer + 1, slots.slot_of, tokens_dE[0], used_dE[0])
     # What was prefetched, or is there and predicted, makes no room for the next prefetch, whoever decides: in an LRU
     # order it would be the first to go (LOG.md: the others gain 2 to 10 % by it, PreSched 0.5 %).
     keep = likely(settings, moe_layer, num_layers, used_dE)
@@ -199,7 +195,7 @@ def plan(
     cold = moe_layer * E + need.experts[here + k :]
     layer_us = done_us + costs.rest_us + costs.decide_us
     room = int(left / costs.link_us) if is_worth_copying(costs, missing[k:], layer_us, lasting) else 0
-    again = worth_a_slot(cold, room, slot_of, key_of, scores)
+    again = worth_a_slot(cold, room, slots)
     others = others[: max(0, int(left / costs.link_us) - len(again))]
     left -= (len(again) + len(others)) * costs.link_us
     prefetch = np.concatenate((prefetch, again, others))
@@ -207,7 +203,9 @@ def plan(
     for further in range(2, ahead + 1):
         if left <= 0:
             break
-        more = wanted(likelier, moe_layer + further, slot_of, tokens_dE[further - 1], used_dE[further - 1])
+        more = wanted(
+            likelier, moe_layer + further, slots.slot_of, tokens_dE[further - 1], used_dE[further - 1]
+        )
         more = more[: int(left / costs.link_us) + 1]
         left -= len(more) * costs.link_us
         prefetch = np.concatenate((prefetch, more))

@@ -16,16 +16,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.policies import learn
+from ..cache.prefetch import NUM_WAITING, Waiting, next_prefetch, on_the_way, want
 from ..cache.residency import ROUND_EXPERTS
-from ..cache.slots import SortedNeed, sort_need, take_slots, use_prefetched
+from ..cache.slots import Slots, SortedNeed, take_slots
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
-from ..scheduler.layer import plan_layer, reconsider
+from ..scheduler.layer import decide_layer, reconsider
 from ..scheduler.presched import cpu_done, share_alone
 from ..scheduler.types import Costs, Memory, ScheduleSettings, cpu_time
-
-BoolArray = NDArray[np.bool_]
 
 #: Columns of `Log.times_us`: the layer begins (the one before is done), its router has spoken, the host has decided or
 #: is not waited for, all waits for bytes are over (with rounds: put before all compute), the GPU is done, the CPU is
@@ -41,12 +39,10 @@ ON_DEMAND, AHEAD = range(2)
 class State(NamedTuple):
     """Slots and what the cache policy knows; changed by a replay."""
 
-    slot_of: IntArray  # (L * E,)
-    key_of: IntArray  # (slots,)
-    prefetched: BoolArray  # (slots,) by a prefetch, and not used since
-    scores: FloatArray  # (L * E,), or as the cache policy has them
+    slots: Slots
     tick: IntArray  # (1,)
     memory: Memory
+    waiting: Waiting
 
 
 class Demand(NamedTuple):
@@ -74,7 +70,6 @@ class Log(NamedTuple):
 class _Wire(NamedTuple):
     """The link and what is on it. On-demand copies are waited for by their layer, so only prefetches are in flight."""
 
-    in_flight: BoolArray  # (slots,)
     ready_us: FloatArray  # (slots,) when the bytes are there
     queue: IntArray  # slots of prefetches in the order of issue, a ring
     ends: IntArray  # (2,) how many left the queue, how many entered it
@@ -105,12 +100,12 @@ def replay(
     """
     S, L, E = demand.tokens_SLE.shape
     d = len(demand.used_dSLE)
-    slots = len(state.key_of)
+    slots = state.slots
+    num_slots = len(slots.key_of)
     times, counts = np.full((S, L, LOOKED + 1), np.nan), np.zeros((S, L, PREFETCHED + 1), np.int64)
     step_end = np.zeros(S)
     wire = _Wire(
-        np.zeros(slots, np.bool_),
-        np.zeros(slots),
+        np.zeros(num_slots),
         np.empty(most_in_flight + 1, np.int64),
         np.zeros(2, np.int64),
         np.full(1, start_us),
@@ -119,9 +114,9 @@ def replay(
         np.empty((1024 + 2 * E * (d + 1), 2)),
         np.zeros(1, np.int64),
     )
-    protected = np.zeros(slots, np.bool_)
-    held, held_us = np.empty(0, np.int64), start_us
-    keep = np.empty(0, np.int64)
+    slots.protected[:] = slots.in_flight[:] = False
+    state.waiting.counts[:] = 0
+    wanted_us = start_us
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
     now = foreseen = decided = start_us
     for s in range(S):
@@ -131,20 +126,16 @@ def replay(
             foreseen = max(routed, foreseen) + costs.predict_us
             looked = max(routed if settings.lag else foreseen, decided)
             decided = looked + costs.decide_us
-            _prefetch(held, held_us, looked, s, most_in_flight, E, costs, state, wire, protected, keep)
+            _prefetch(wanted_us, looked, s, most_in_flight, E, costs, state, wire)
             # -- the decision
-            protected[:] = False
+            slots.protected[:] = False
             tokens_E = demand.tokens_SLE[s, layer]
             experts = np.flatnonzero(tokens_E).astype(np.int64)
             tokens = tokens_E[experts].astype(np.int64)
-            of_experts = state.slot_of[layer * E + experts]
-            need = sort_need(experts, tokens, of_experts, wire.in_flight)
-            counts[s, layer, PREFETCHED] = use_prefetched(state.prefetched, of_experts)
             state.tick[0] += 1
-            weights = need.tokens.astype(np.float64)
+            weights = tokens.astype(np.float64)
             if len(demand.weights_SLE):
-                weights = demand.weights_SLE[s, layer][need.experts].astype(np.float64)
-            learn(policy, state.scores, state.tick[0], layer, E, need.experts, weights)
+                weights = demand.weights_SLE[s, layer][experts].astype(np.float64)
             for a in range(d):
                 of = layer - settings.lag + a + 1
                 there = layer >= settings.lag and of < L
@@ -152,31 +143,33 @@ def replay(
                     used_dE[a, e] = demand.used_dSLE[a, s, of, e] if there else 0.0
                     tokens_dE[a, e] = demand.expected_dSLE[a, s, of, e] if there else 0.0
             backlog = max(0.0, wire.free_us[0] - looked)
-            chosen = plan_layer(
-                settings,
-                believed,
-                layer,
-                need,
-                backlog,
-                state.slot_of,
-                state.key_of,
-                state.scores,
-                state.memory,
-                tokens_dE,
-                used_dE,
-            )
-            held, held_us, keep = chosen.prefetch, decided, chosen.keep
+            decision = decide_layer(
+                settings, believed, policy, state.tick[0], layer, experts, tokens, weights, backlog, slots,
+                state.memory, tokens_dE, used_dE,
+            )  # fmt: skip
+            need, chosen = decision.need, decision.plan
+            counts[s, layer, PREFETCHED] = decision.num_prefetched
+            ahead, wanted_us = chosen, decided
             if settings.lag and d > 0 and layer + 1 < L:
                 for a in range(d):
                     of = layer + a + 1
                     for e in range(E):
                         used_dE[a, e] = demand.used_dSLE[a, s, of, e] if of < L else 0.0
                         tokens_dE[a, e] = demand.expected_dSLE[a, s, of, e] if of < L else 0.0
-                again = reconsider(
-                    settings, believed, layer, need, chosen.num_load, backlog, state.slot_of, state.key_of,
-                    state.scores, state.memory, tokens_dE, used_dE,
-                )  # fmt: skip
-                held, held_us, keep = again.prefetch, max(decided, foreseen), again.keep
+                ahead = reconsider(
+                    settings,
+                    believed,
+                    layer,
+                    need,
+                    chosen.num_load,
+                    backlog,
+                    slots,
+                    state.memory,
+                    tokens_dE,
+                    used_dE,
+                )
+                wanted_us = max(decided, foreseen)
+            want(state.waiting, ahead.prefetch, ahead.keep)
             # -- the clock
             here, n, k = need.num_hits + need.num_late, len(need.experts), chosen.num_load
             beside, by_itself = 0.0, 0.0  # time on the CPU, the link being busy or idle
@@ -189,10 +182,10 @@ def replay(
             goes_on = decided
             if need.num_hits == n and _all_there(routed, layer * E + need.experts, state, wire):
                 goes_on = routed
-            computed, rounds = _serve(layer, s, goes_on, k, need, E, costs, state, wire, protected, keep)
+            computed, rounds = _serve(layer, s, goes_on, k, need, E, costs, state, wire, chosen.keep)
             if beside > 0.0:
                 # Prefetches follow on the link, while the CPU computes.
-                link_us = max(decided, wire.free_us[0]) + len(held) * costs.link_busy_us
+                link_us = max(decided, wire.free_us[0]) + len(ahead.prefetch) * costs.link_busy_us
                 wire.cpu_us[0] = decided + cpu_done(beside, share_alone(beside, by_itself), link_us - decided)
                 times[s, layer, CPU_DONE] = wire.cpu_us[0]
             done = max(computed, wire.cpu_us[0])
@@ -213,14 +206,14 @@ def replay(
             now = done
         now += step_us
         step_end[s] = now
+    slots.protected[:] = slots.in_flight[:] = False  # whatever follows waits for all copies first
     count = wire.num_copies[0]
     return Log(times, counts, step_end, wire.copies[:count].copy(), wire.copy_us[:count].copy())
 
 
 @jit
 def _prefetch(
-    held: IntArray,
-    held_us: float,
+    wanted_us: float,
     until_us: float,
     step: int,
     most_in_flight: int,
@@ -228,52 +221,43 @@ def _prefetch(
     costs: Costs,
     state: State,
     wire: _Wire,
-    protected: BoolArray,
-    keep: IntArray,
 ) -> None:
-    """Give held prefetches to the link as earlier ones land, from `held_us` on; what has landed is not in flight."""
-    one = np.empty(1, np.int64)
-    issue = held_us
-    _land(min(held_us, until_us), wire)
-    for key in held:
-        under_way = wire.ends[1] - wire.ends[0]
-        if under_way >= most_in_flight:
-            if most_in_flight == 0:
-                break
+    """Give what waits to the link as earlier copies land, from `wanted_us` on; what has landed is not in flight."""
+    issue = wanted_us
+    _land(min(wanted_us, until_us), state, wire)
+    while most_in_flight > 0 and state.waiting.counts[NUM_WAITING] > 0:
+        if wire.ends[1] - wire.ends[0] >= most_in_flight:
             issue = max(issue, wire.ready_us[wire.queue[wire.ends[0] % len(wire.queue)]])
         if issue > until_us:
             break
-        _land(issue, wire)
-        if state.slot_of[key] >= 0:
-            continue
-        one[0] = key
-        taken = take_slots(one, state.key_of, state.slot_of, protected | wire.in_flight, keep, state.scores)
-        if len(taken) == 0:
+        _land(issue, state, wire)
+        key, slot, _ = next_prefetch(state.waiting, state.slots, wire.ends[1] - wire.ends[0], most_in_flight)
+        if key < 0:
             break
-        _copy(key, key // E, taken[0], AHEAD, step, issue, True, costs, wire)
-        wire.in_flight[taken[0]] = state.prefetched[taken[0]] = True
-        wire.queue[wire.ends[1] % len(wire.queue)] = taken[0]
+        on_the_way(state.slots, slot)
+        _copy(key, key // E, slot, AHEAD, step, issue, True, costs, wire)
+        wire.queue[wire.ends[1] % len(wire.queue)] = slot
         wire.ends[1] += 1
-    _land(until_us, wire)
+    _land(until_us, state, wire)
 
 
 @jit
 def _all_there(at_us: float, keys: IntArray, state: State, wire: _Wire) -> bool:
     """Whether the bytes of experts in slots were there at a time."""
     for key in keys:  # noqa: SIM110 - compiled code has no generators
-        if wire.ready_us[state.slot_of[key]] > at_us:
+        if wire.ready_us[state.slots.slot_of[key]] > at_us:
             return False
     return True
 
 
 @jit
-def _land(until_us: float, wire: _Wire) -> None:
+def _land(until_us: float, state: State, wire: _Wire) -> None:
     """Prefetches whose bytes are there leave the queue; the link ends them in order."""
     while wire.ends[0] < wire.ends[1]:
         slot = wire.queue[wire.ends[0] % len(wire.queue)]
         if wire.ready_us[slot] > until_us:
             break
-        wire.in_flight[slot] = False
+        state.slots.in_flight[slot] = False
         wire.ends[0] += 1
 
 
@@ -317,20 +301,19 @@ def _serve(
     costs: Costs,
     state: State,
     wire: _Wire,
-    protected: BoolArray,
     keep: IntArray,
 ) -> tuple[float, int]:
     """Copy a layer's first `num_load` misses, compute them and what is here: when the GPU is done, and the rounds."""
     here, first = need.num_hits + need.num_late, layer * E
-    late_us = decided
+    slots, late_us = state.slots, decided
     for i in range(here):
-        slot = state.slot_of[first + need.experts[i]]
-        protected[slot] = True
+        slot = slots.slot_of[first + need.experts[i]]
+        slots.protected[slot] = True
         if i >= need.num_hits:
             late_us = max(late_us, wire.ready_us[slot])
     if num_load == 0:
         return late_us + here * costs.gpu_us, 1
-    capacity = len(state.key_of) - (wire.in_flight.sum() - need.num_late)
+    capacity = len(slots.key_of) - (slots.in_flight.sum() - need.num_late)
     chunk = max(1, min(ROUND_EXPERTS, capacity // 2))
     if num_load <= ROUND_EXPERTS and here + num_load <= capacity:
         chunk = num_load
@@ -343,20 +326,18 @@ def _serve(
         keys, ask_us = misses[begin : begin + chunk], decided
         got = 0
         while got < len(keys):
-            taken = take_slots(
-                keys[got:], state.key_of, state.slot_of, protected | wire.in_flight, keep, state.scores
-            )
+            taken = take_slots(keys[got:], slots.protected | slots.in_flight, keep, slots)
             for slot in taken:
                 # The host hands over the first one before it answers, the others behind that.
                 ends_batch = got == 0 or got == len(keys) - 1
                 _copy(keys[got], layer, slot, ON_DEMAND, step, ask_us, ends_batch, costs, wire)
-                protected[slot], state.prefetched[slot] = True, False
+                slots.protected[slot], slots.prefetched[slot] = True, False
                 got += 1
             if got < len(keys):  # what earlier rounds have computed may go, when it is computed
                 ask_us = computed
-                protected[:] = False
+                slots.protected[:] = False
                 for key in keys[:got]:
-                    protected[state.slot_of[key]] = True
+                    slots.protected[slots.slot_of[key]] = True
         computed = max(computed, late_us, wire.free_us[0]) + (here + len(keys)) * costs.gpu_us
         here, rounds = 0, rounds + 1
     return computed, rounds
@@ -371,7 +352,6 @@ def _with_room(wire: _Wire, more: int) -> _Wire:
     copies, copy_us = np.empty((2 * size + more, 4), np.int64), np.empty((2 * size + more, 2))
     copies[:count], copy_us[:count] = wire.copies[:count], wire.copy_us[:count]
     return _Wire(
-        wire.in_flight,
         wire.ready_us,
         wire.queue,
         wire.ends,

@@ -272,7 +272,7 @@ class Scenarios:
         columns = ["schedule", "same as published", "not known, or ours", "source"]
         return pd.DataFrame(rows, columns=columns).set_index("schedule")
 
-    def why(
+    def explain(
         self, scenario: Scenario, step: int, moe_layer: int, result: SimResult | None = None
     ) -> LayerExplanation:
         """Where each expert of one layer of one step went, and what was weighed.

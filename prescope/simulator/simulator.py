@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.policies import CachePolicy, make_policy
-from ..cache.prefetch import most_in_flight as on_cuda
-from ..cache.residency import ResidencyTable, prefetch_slots
-from ..core.config import CACHES, EngineConfig, resolve_slots
+from ..cache.prefetch import Waiting, most_on_wire, prefetch_slots
+from ..cache.residency import ResidencyTable
+from ..core.config import EngineConfig, resolve_slots
 from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 from ..predictor.base import Predictor
-from ..scheduler import Schedule, schedule_named
 from ..scheduler.costs import LayerCosts, compiled_costs
-from ..scheduler.types import Memory, ScheduleSettings
+from ..scheduler.settings import Resolved, resolve
+from ..scheduler.types import Memory
 from ..traces.bounds import belady_misses, static_misses
 from ..traces.routing import RoutingTrace
 from .prefill import prefill, prefill_steps
@@ -32,14 +32,9 @@ from .result import Bounds, SimResult
 class Settings(NamedTuple):
     """A run's settings as resolved."""
 
-    schedule: Schedule
+    schedule: Resolved
     num_slots: int
     cache: str
-    lookahead: int
-    lag: int
-    width: int
-    threshold: float
-    cpu: bool
     most_in_flight: int
     hindsight: bool  # "static" knows the frequencies of the very trace it is replayed on
 
@@ -136,8 +131,8 @@ class Simulator:
             row_bytes=self.row_bytes,
             notes=self._notes(settings, believed),
             needs=self.needs,
-            streams=settings.schedule.streams,
-            find_bounds=lambda: self.bounds(settings.num_slots, cpu=settings.cpu),
+            streams=settings.schedule.schedule.streams,
+            find_bounds=lambda: self.bounds(settings.num_slots, cpu=settings.schedule.cpu),
         )
 
     def bounds(self, slots: int | float | str = 0.25, *, cpu: bool = False) -> Bounds:
@@ -168,59 +163,41 @@ class Simulator:
         frequencies: NDArray[np.floating] | None,
         most_in_flight: int | None,
     ) -> Settings:
-        schedule = schedule_named(name)
-        cache = schedule.cache if cache is None else cache
-        if cache not in CACHES:
-            raise UnsupportedOption(f"cache is {cache!r}; choose one of {', '.join(map(repr, CACHES))}")
-        depth, E = len(self.predicted.used_dSLE), self.shape.num_experts
-        if lookahead is None:
-            lookahead = min(schedule.lookahead, depth)
-        if not 0 <= lookahead <= depth:
-            by = "there is no predictor" if self.predictor is None else f"{self.predictor.name} was prepared"
-            raise UnsupportedOption(f"lookahead is {lookahead}; {by} for 0 to {depth} layers ahead here")
-        width = (E if schedule.width is None else schedule.width) if width is None else width
-        if not 0 <= width <= E:
-            raise UnsupportedOption(f"width is {width}; a layer has {E} experts: choose 0 to {E}")
-        threshold = schedule.threshold if threshold is None else threshold
-        if not 0.0 <= threshold <= 1.0:
-            raise UnsupportedOption(f"threshold is {threshold}; a probability lies in [0, 1]")
-        has_lane = len(self.costs.cpu_us) > 1
-        if cpu and not (schedule.uses_cpu and has_lane):
-            why = (
-                "the costs have no CPU times (cpu_us)" if schedule.uses_cpu else f"{name} never uses the CPU"
-            )
-            raise UnsupportedOption(f"cpu=True, but {why}")
-        num_slots, _ = self._num_slots(slots)
-        if most_in_flight is None:
-            most_in_flight = on_cuda("cuda", self.row_bytes)
-        if most_in_flight < 0:
-            raise UnsupportedOption(f"most_in_flight is {most_in_flight}; a count is at least 0")
-        return Settings(
-            schedule=schedule,
-            num_slots=num_slots,
-            cache=cache,
+        resolved = resolve(
+            name,
+            num_experts=self.shape.num_experts,
+            depth=len(self.predicted.used_dSLE),
+            predictor="" if self.predictor is None else self.predictor.name,
             lookahead=lookahead,
-            lag=schedule.lag if lookahead else 0,
             width=width,
             threshold=threshold,
-            cpu=schedule.uses_cpu and has_lane if cpu is None else cpu,
-            most_in_flight=min(most_in_flight, prefetch_slots(num_slots)),
-            hindsight=cache == "static" and frequencies is None,
+            cpu=cpu,
+            has_cpu=len(self.costs.cpu_us) > 1,
         )
+        cache = resolved.schedule.cache if cache is None else cache
+        num_slots, _ = self._num_slots(slots)
+        most = most_on_wire(self.row_bytes, num_slots)
+        if most_in_flight is not None:
+            if most_in_flight < 0:
+                raise UnsupportedOption(f"most_in_flight is {most_in_flight}; a count is at least 0")
+            most = min(most_in_flight, prefetch_slots(num_slots))
+        return Settings(resolved, num_slots, cache, most, hindsight=cache == "static" and frequencies is None)
 
     def _config(self, settings: Settings) -> dict[str, Any]:
-        predictor = self.predictor.name if self.predictor is not None and settings.lookahead else "none"
+        resolved = settings.schedule
+        told = resolved.settings
+        predictor = self.predictor.name if self.predictor is not None and resolved.predicts else "none"
         return {
-            "schedule": settings.schedule.name,
+            "schedule": resolved.schedule.name,
             "num_slots": settings.num_slots,
             "slots_frac": settings.num_slots / self.shape.total_experts,
             "cache": settings.cache,
             "predictor": predictor,
-            "lookahead": settings.lookahead,
-            "lag": settings.lag,
-            "width": settings.width,
-            "threshold": settings.threshold,
-            "cpu": settings.cpu,
+            "lookahead": told.lookahead,
+            "lag": told.lag,
+            "width": told.width,
+            "threshold": told.threshold,
+            "cpu": resolved.cpu,
             "most_in_flight": settings.most_in_flight,
             "model": self.label,
             "row_bytes": self.row_bytes,
@@ -232,9 +209,9 @@ class Simulator:
         notes = []
         if settings.hindsight:
             notes.append("the static cache knows how often this very trace uses each expert (hindsight)")
-        if settings.schedule.predictor != "none" and self.predictor is None:
+        if settings.schedule.schedule.predictor != "none" and self.predictor is None:
             notes.append(
-                f"{settings.schedule.title} ran without predictions: the simulator was given no predictor"
+                f"{settings.schedule.schedule.title} ran without predictions: the simulator was given no predictor"
             )
         if believed is not None:
             notes.append(f"decisions believed other costs: {believed.source}")
@@ -244,25 +221,16 @@ class Simulator:
 
     def _replay(self, settings: Settings, policy: CachePolicy, believed: LayerCosts | None) -> Log:
         table = ResidencyTable(self.shape, settings.num_slots, policy)
-        lag = settings.lag
-        for_decisions = ScheduleSettings(
-            settings.schedule.number, settings.lookahead, settings.width, settings.threshold, lag
-        )
-        form = partial(compiled_costs, cpu=settings.cpu, predicts=settings.lookahead > 0)
+        resolved = settings.schedule
+        form = partial(compiled_costs, cpu=resolved.cpu, predicts=resolved.predicts > 0)
         costs, by = form(self.costs), form(self.costs if believed is None else believed)
-        depth = min(settings.lookahead + lag, len(self.predicted.used_dSLE))
+        depth = resolved.predicts
         memory = Memory.fresh(depth, self.shape.num_layers, self.shape.num_experts)
         logs, now = [], 0.0
         for i, (prefills, steps) in enumerate(self._segments):
             self._prefill(table, prefills, is_first=i == 0)
-            state = State(
-                table.slot_of,
-                table.key_of,
-                table.prefetched,
-                policy.scores,
-                np.array([policy.tick], np.int64),
-                memory,
-            )
+            tick = np.array([policy.tick], np.int64)
+            state = State(table.arrays, tick, memory, Waiting.none(self.shape.total_experts))
             demand = Demand(
                 self.needs.tokens_SLE[steps],
                 self.needs.weights_SLE[steps] if settings.cache == "score" else NO_WEIGHTS,

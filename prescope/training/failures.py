@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..core.types import MoEShape
 from ..errors import TraceMismatch
-from ..predictor.base import Cost, Prediction, Predictor, ScoreArray, used_mask
+from ..predictor.base import Cost, FastPath, Prediction, Predictor, ScoreArray, used_mask
 from ..predictor.controls import Chance
 from ..predictor.llapor import Llapor
 from ..predictor.online import OnlineConfig, OnlineTuner
@@ -49,6 +49,14 @@ class Inverted:
         """The other's predictions, turned round."""
         predictions = self._predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)
         return [p._replace(scores_TE=1.0 - p.scores_TE) for p in predictions]
+
+    def to(self, device: torch.device | str) -> "Inverted":
+        """The other one, moved, turned round."""
+        return Inverted(self._predictor.to(device))
+
+    def fast_path(self, lookahead: int) -> FastPath | None:
+        """There is none."""
+        return None
 
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
         """Passed on."""

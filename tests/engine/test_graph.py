@@ -130,7 +130,7 @@ def test_sampling_and_processors_choose_on_the_host(model, gpu):
     assert texts[0] == texts[1]
 
 
-DRIVERS = {"host-driven": "scheduled.serve", "copy-engine": "obey.obey"}
+DRIVERS = {"host-driven": "host_driver.serve", "copy-engine": "copy_driver.follow_orders"}
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

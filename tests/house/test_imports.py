@@ -44,7 +44,7 @@ DOORS: dict[str, set[str]] = {
     "ipywidgets": {"widgets"},
     "anywidget": {"widgets"},
     "IPython": {"widgets", "report"},
-    "triton": {"kernels"},
+    "triton": {"kernels", "predictor"},
     "torch.cuda": {"device", "kernels"},
     "torch": {"device", "predictor", *BELOW_DEVICES - {"scheduler", "profile", "simulator"}},
 }
@@ -56,7 +56,7 @@ ROOT_MODULES = {"errors", "session", "report"}
 LATE_IMPORTS: dict[tuple[str, str], str] = {
     ("prescope/kernels/__init__.py", "prescope.kernels.triton_experts"): "triton exists only where a GPU is",
     ("prescope/kernels/__init__.py", "prescope.kernels.graph_buffers"): "triton exists only where a GPU is",
-    ("prescope/kernels/__init__.py", "prescope.kernels.llapor"): "triton exists only where a GPU is",
+    ("prescope/predictor/llapor.py", "prescope.predictor.llapor_triton"): "triton exists only where a GPU is",
     ("prescope/calibration/bench.py", "prescope.kernels.round_trip"): "triton exists only where a GPU is",
 }
 

@@ -17,8 +17,8 @@ from prescope.training import (
     joined_stream,
     random_predictor,
     rows_of,
+    savings,
     score,
-    worth,
 )
 
 LAYERS, EXPERTS, TOP_K, PROMPTS, LENGTH = 4, 12, 2, 20, 48
@@ -151,7 +151,7 @@ def test_a_stream_knows_where_the_text_changes(trace):
 
 
 def test_the_oracle_is_worth_most_and_its_time_is_never_longer(trace):
-    found = {p.name: worth(p, trace, COSTS) for p in everyone(trace)}
+    found = {p.name: savings(p, trace, COSTS) for p in everyone(trace)}
     assert all(w.without_ms == found["oracle"].without_ms for w in found.values())
     assert found["oracle"].saved_ms == max(w.saved_ms for w in found.values()) > 0
     assert found["oracle"].useful_frac == 1.0
@@ -160,24 +160,24 @@ def test_the_oracle_is_worth_most_and_its_time_is_never_longer(trace):
 def test_a_predictor_pays_for_what_it_costs(trace):
     """By itself a microsecond in each layer; one that is too dear saves less than nothing."""
     oracle = Oracle(SHAPE, 1)
-    free = worth(oracle, trace, COSTS)
-    assert worth(oracle, trace, COSTS.with_predictor(1.0)).saved_ms < free.saved_ms
-    assert worth(oracle, trace, COSTS.with_predictor(1000.0)).saved_ms < 0
+    free = savings(oracle, trace, COSTS)
+    assert savings(oracle, trace, COSTS.with_predictor(1.0)).saved_ms < free.saved_ms
+    assert savings(oracle, trace, COSTS.with_predictor(1000.0)).saved_ms < 0
 
 
 def test_with_all_experts_resident_nothing_is_saved(trace):
-    found = worth(Oracle(SHAPE, 1), trace, COSTS, resident_frac=1.0)
+    found = savings(Oracle(SHAPE, 1), trace, COSTS, resident_frac=1.0)
     assert found.saved_ms == pytest.approx(0.0) and found.stall_without_ms == 0.0
 
 
 def test_without_a_width_nothing_is_prefetched(trace):
-    assert worth(Chance(SHAPE, 1), trace, COSTS, width=0).saved_ms == pytest.approx(0.0)
+    assert savings(Chance(SHAPE, 1), trace, COSTS, width=0).saved_ms == pytest.approx(0.0)
     with pytest.raises(UnsupportedOption, match="resident_frac"):
-        worth(Oracle(SHAPE, 1), trace, COSTS, resident_frac=1.5)
+        savings(Oracle(SHAPE, 1), trace, COSTS, resident_frac=1.5)
 
 
 def test_a_batch_needs_the_union_of_its_tokens(trace):
-    one, eight = (worth(Oracle(SHAPE, 1), trace, COSTS, batch=b) for b in (1, 8))
+    one, eight = (savings(Oracle(SHAPE, 1), trace, COSTS, batch=b) for b in (1, 8))
     assert one.without_ms < eight.without_ms < 8 * one.without_ms
 
 

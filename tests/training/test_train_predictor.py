@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import prescope
+from prescope.core import paths
 from prescope.core.paths import embedded_model
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
 from prescope.predictor import BadState, Llapor, LlaporConfig, TooFewPrompts
@@ -131,6 +132,6 @@ def test_text_without_a_tokenizer_and_unknown_domains_are_refused():
 
 
 def test_the_prompts_that_come_along_are_ours():
-    lines = prescope.paths.embedded_prompts().read_text(encoding="utf-8").splitlines()
+    lines = paths.embedded_prompts().read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["license"] for line in lines} == {"CC0-1.0"}
     assert len(own_prompts("code", "ood_rust")["code"]) == 16

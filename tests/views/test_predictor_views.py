@@ -4,17 +4,17 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from test_predictor_score import COSTS, SHAPE, made_trace
 
 from prescope import views
 from prescope.errors import BadTrace
 from prescope.predictor import Chance, Frequency, LayerGroups, Oracle, Transition
 from prescope.predictor.layer_groups import Cues
-from prescope.training import Shift, score, worth
+from prescope.training import Shift, savings, score
 from prescope.views.layer_groups import layer_groups_info
 from prescope.views.savings import savings_info
 from prescope.views.score_map import domain_map_info, score_map_info
 from prescope.views.text_shift import text_shift_info
+from tests.training.test_score_card import COSTS, SHAPE, made_trace
 
 SHIFT = Shift(
     lookahead=1,
@@ -46,7 +46,7 @@ def cues():
 @pytest.fixture(scope="module")
 def table():
     trace = made_trace()
-    found = [worth(p, trace, COSTS) for p in (Oracle(SHAPE, 1), Frequency(trace, 1), Chance(SHAPE, 1))]
+    found = [savings(p, trace, COSTS) for p in (Oracle(SHAPE, 1), Frequency(trace, 1), Chance(SHAPE, 1))]
     return pd.DataFrame([w._asdict() | {"saved_ms": w.saved_ms} for w in found])
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from test_replays import MACHINE, small_trace
 
 from prescope import views
 from prescope.core.machine import this_place
@@ -24,6 +23,7 @@ from prescope.views.outcomes import outcomes_info, outcomes_traces
 from prescope.views.schedule_pair import schedule_pair_info, schedule_pair_traces
 from prescope.views.step_times import step_times_info, step_times_traces
 from prescope.widgets import SlimFigureWidget, pair_panel, schedule_panel
+from tests.simulator.test_scenarios import MACHINE, small_trace
 from tests.support.browser import chromium, jupyterlab, run_all
 from tests.support.small_run import small_run
 

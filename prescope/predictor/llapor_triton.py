@@ -8,14 +8,15 @@ Shapes: T tokens, D width, P compressed width, H hidden, B width of the block, E
 N = lookahead * E.
 """
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from ..predictor import Llapor
+from ..core.types import MoEShape
+from .layer_groups import LayerGroups
+from .llapor_config import LlaporConfig
 
 #: Columns of a program.
 COLUMNS = 16
@@ -206,6 +207,19 @@ def _judge(  # type: ignore[no-untyped-def]
         tl.store(target + num_experts, 1.0 - tl.reduce(1.0 - p, 0, _times), mask=is_expert)
 
 
+class Networks(Protocol):
+    """What is read of a `Llapor`."""
+
+    config: LlaporConfig
+    shape: MoEShape
+    groups: LayerGroups
+    tensors: dict[str, torch.Tensor]
+
+    def check_live(self, x_TD: torch.Tensor, ids_TK: torch.Tensor | None) -> None:
+        """Raises BadState where `Llapor.predict` would."""
+        ...
+
+
 class LlaporKernels:
     """A predictor's networks on a GPU.
 
@@ -218,7 +232,7 @@ class LlaporKernels:
     #: against 152 (H200); what it takes at 16 was not measured by itself.
     most_tokens = 16
 
-    def __init__(self, predictor: "Llapor", lookahead: int) -> None:
+    def __init__(self, predictor: Networks, lookahead: int) -> None:
         self._predictor, self._lookahead = predictor, lookahead
 
     def __call__(

@@ -11,7 +11,7 @@ from prescope.scheduler.costs import LayerCosts, compiled_costs
 from prescope.scheduler.planner import Planner
 from prescope.scheduler.types import ScheduleSettings
 
-foresight = pytest.importorskip("prescope.kernels.llapor", reason="Triton exists for Linux only")
+llapor_triton = pytest.importorskip("prescope.predictor.llapor_triton", reason="Triton exists for Linux only")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = MoEShape(6, 12, 3)
@@ -23,7 +23,7 @@ def made(**settings) -> Llapor:
     """A predictor of random tensors: nothing in it is zero, one or alike."""
     config = LlaporConfig(width_outer=PCA, width_middle=PCA, hidden=48, block=24, lookahead=3, **settings)
     draw = torch.Generator().manual_seed(3)
-    L, E, _ = SHAPE
+    L, E = SHAPE[:2]
     pca = (
         torch.randn(L, 1, WIDTH, generator=draw) / 5, torch.randn(L, WIDTH, PCA, generator=draw) / WIDTH**0.5,
         torch.rand(L, 1, PCA, generator=draw) / PCA,
@@ -61,7 +61,7 @@ def test_scores_are_those_of_the_torch_networks(settings, tokens):
     predictor = made(**settings)
     x, ids, weights = case(tokens, torch.bfloat16)
     for lookahead in (1, 3):
-        foreseen = foresight.LlaporKernels(predictor, lookahead)
+        foreseen = llapor_triton.LlaporKernels(predictor, lookahead)
         for layer in range(SHAPE.num_layers):
             expected = of_step(
                 predictor.predict(layer, x, ids, weights)[:lookahead], lookahead, SHAPE.num_experts, x.device
@@ -79,7 +79,7 @@ def test_corrections_of_strange_states_fade_alike():
         [p.scores_TE for p in predictor.predict(1, factor * x, ids, weights)] for factor in (0.1, 10.0)
     )
     assert not torch.allclose(near[0], far[0], atol=0.01)
-    found = foresight.LlaporKernels(predictor, 3)(1, 10.0 * x, ids, weights)
+    found = llapor_triton.LlaporKernels(predictor, 3)(1, 10.0 * x, ids, weights)
     torch.testing.assert_close(found[:, 0], torch.stack(far).sum(1), rtol=2e-4, atol=2e-5)
 
 
@@ -90,7 +90,7 @@ def test_a_schedule_asks_for_a_few_tokens_this_way_and_for_many_the_predictor_it
     )
     settings = ScheduleSettings(SCHEDULES["presched"].number, 2, SHAPE.num_experts, 0.1, 1)
     planner = Planner(settings, costs, SHAPE._replace(row_bytes=100), 3)
-    few = foresight.LlaporKernels(predictor, 3)
+    few = llapor_triton.LlaporKernels(predictor, 3)
     asked = []
     monkeypatch.setattr(
         Llapor, "predict", lambda self, *case, real=Llapor.predict: asked.append(1) or real(self, *case)
@@ -108,4 +108,4 @@ def test_a_schedule_asks_for_a_few_tokens_this_way_and_for_many_the_predictor_it
 def test_what_does_not_fit_is_refused_as_by_the_predictor():
     x, ids, weights = case(1, torch.float32)
     with pytest.raises(BadState, match="wide"):
-        foresight.LlaporKernels(made(), 2)(0, x[:, 1:], ids, weights)
+        llapor_triton.LlaporKernels(made(), 2)(0, x[:, 1:], ids, weights)
