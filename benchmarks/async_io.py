@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from prescope.cache.policies import LRU
+from prescope.cache.prefetch import most_on_wire
 from prescope.cache.residency import NOTHING, ResidencyTable
 from prescope.core.machine import machine_facts
 from prescope.core.types import MoEShape, Reason
@@ -27,7 +28,7 @@ from prescope.device.cuda import Copies
 from prescope.errors import UnsupportedOption
 from prescope.weights.host_pool import HostLayer, HostPool
 from prescope.weights.layout import row_layout
-from prescope.weights.loader import MAX_IN_FLIGHT_BYTES, Loader
+from prescope.weights.loader import Loader
 from prescope.weights.pages import HostPages
 
 MIB = 1 << 20
@@ -278,14 +279,15 @@ class Bench:
             weights["w"].fill_(layer + 1)
             self.host.layers.append(HostLayer(row_layout(weights), num_experts, device))
             self.host.layers[-1].fill(weights)
-        self.open(MAX_IN_FLIGHT_BYTES)
+        self.open(num_experts)
 
-    def open(self, bound_bytes: int) -> None:
-        """A fresh loader that lets `bound_bytes` of prefetches onto the wire."""
+    def open(self, most: int) -> None:
+        """A fresh loader that lets `most` prefetches onto the link."""
         num_slots = 4 * self.shape.num_experts
         row_bytes = self.host.layers[0].layout.row_bytes
         self.table = ResidencyTable(self.shape, num_slots, LRU(self.shape))
-        self.loader = Loader(self.device, self.host, self.table, row_bytes, bound_bytes)
+        self.loader = Loader(self.device, self.host, self.table, row_bytes)
+        self.loader.most_on_wire = most
 
     def reset(self) -> None:
         """Idle, and every slot free."""
@@ -306,8 +308,8 @@ def backlog_latency(on_gpu: bool, report: Report) -> None:
         num_rows = max(2, min(64, int((800 if on_gpu else 6) / size_mib)))
         device: Device = CudaDevice() if on_gpu else EmulatedLinkDevice(TRIAL_LINK_GB_PER_S)
         bench = Bench(device, int(size_mib * MIB) // 256 * 256, num_rows)
-        bounds = {"no backlog": 0, "all on the stream": 1 << 60, "held, 2 rows": 2 * bench.shape.row_bytes}
-        bounds |= {f"held, {MAX_IN_FLIGHT_BYTES // MIB} MiB": MAX_IN_FLIGHT_BYTES} if on_gpu else {}
+        bounds = {"no backlog": 0, "all on the stream": num_rows, "one on the link": 1}
+        bounds["as the engine has it"] = most_on_wire(bench.shape.row_bytes, 4 * num_rows)
         for queue, bound in bounds.items():
             bench.open(bound)
             runs = []

@@ -6,7 +6,7 @@ from concurrent.futures import CancelledError
 import plotly.graph_objects as go
 import pytest
 
-from prescope.core.config import EngineConfig
+from prescope.engine.config import EngineConfig
 from prescope.errors import BadTrace, TransferFailed, UnsupportedOption
 from prescope.session import Session
 

@@ -14,6 +14,8 @@ nearly all, in lively text nothing, and where two tokens alternate, less than no
 Shapes: n experts needed, E experts of a layer, L MoE layers.
 """
 
+from typing import Self
+
 import numpy as np
 
 from ..core.jit import jit
@@ -73,7 +75,12 @@ def learn_next_use(
 class NextUse:
     """Evict the expert whose next use is expected last; see the module."""
 
-    name, kind = "next-use", NEXT_USE_KIND
+    name, kind, runs_on_gpu = "next-use", NEXT_USE_KIND, False
+
+    @classmethod
+    def make(cls, shape: MoEShape, frequencies: FloatArray | None) -> Self:
+        """It needs no frequencies."""
+        return cls(shape)
 
     def __init__(self, shape: MoEShape) -> None:
         self._experts = shape.num_experts

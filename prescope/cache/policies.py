@@ -8,19 +8,14 @@ Scores of experts that can be resident are distinct (a layer's experts are told 
 GPU's version of a policy (`kernels.on_device._plan`) evicts the same experts and counts the same hits.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..core.jit import jit
-from ..core.types import MoEShape
+from ..core.types import FloatArray, IntArray, MoEShape
 from ..errors import UnsupportedOption
 from .next_use import NEXT_USE_KIND, NextUse, learn_next_use
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 #: Weight of the past in the `score` policy, per use of the layer. 0.9 remembers about ten tokens.
 SCORE_DECAY = 0.9
@@ -69,8 +64,16 @@ class CachePolicy(Protocol):
 
     name: str
     kind: int  # number in compiled code
+    runs_on_gpu: (
+        bool  # captured steps can run it without the host (`kernels.graph_kernels`, by the same number)
+    )
     scores: FloatArray  # (L * E,), the lowest is evicted first
     tick: int  # layers learned from so far
+
+    @classmethod
+    def make(cls, shape: MoEShape, frequencies: FloatArray | None) -> "CachePolicy":
+        """One for a model; `frequencies`: see `make_policy`."""
+        ...
 
     def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
         """Learn one layer's needs: distinct `experts` (n,), and the sum of their router weights (n,)."""
@@ -86,6 +89,12 @@ class _Learned:
 
     name: str
     kind: int
+    runs_on_gpu = False
+
+    @classmethod
+    def make(cls, shape: MoEShape, frequencies: FloatArray | None) -> Self:
+        """It needs no frequencies."""
+        return cls(shape)
 
     def __init__(self, shape: MoEShape) -> None:
         self._experts = shape.num_experts
@@ -104,13 +113,13 @@ class _Learned:
 class LRU(_Learned):
     """Evict the expert whose last use is longest ago."""
 
-    name, kind = "lru", LRU_KIND
+    name, kind, runs_on_gpu = "lru", LRU_KIND, True
 
 
 class LFU(_Learned):
     """Evict the expert used in the fewest steps; among equals the one used longest ago."""
 
-    name, kind = "lfu", LFU_KIND
+    name, kind, runs_on_gpu = "lfu", LFU_KIND, True
 
 
 class DecayedScore(_Learned):
@@ -136,7 +145,17 @@ class StaticFrequency:
         frequencies: (L, E) uses per expert, as `RoutingTrace.expert_counts()` gives.
     """
 
-    name, kind = "static", STATIC_KIND
+    name, kind, runs_on_gpu = "static", STATIC_KIND, True
+
+    @classmethod
+    def make(cls, shape: MoEShape, frequencies: FloatArray | None) -> Self:
+        """Raises UnsupportedOption without frequencies."""
+        if frequencies is None:
+            raise UnsupportedOption(
+                "cache='static' needs to know which experts are hot: record a run first and pass "
+                "frequencies=run.trace.expert_counts()"
+            )
+        return cls(shape, frequencies)
 
     def __init__(self, shape: MoEShape, frequencies: FloatArray) -> None:
         if frequencies.shape != (shape.num_layers, shape.num_experts):
@@ -157,22 +176,21 @@ class StaticFrequency:
         pass
 
 
-_BY_NAME: dict[str, Callable[[MoEShape], CachePolicy]] = {
-    policy.name: policy for policy in (LRU, LFU, DecayedScore, ShallowFirst, NextUse)
+#: By the name a user gives. Another one is a class with a number of its own, and a branch in `learn`.
+POLICIES: dict[str, type[CachePolicy]] = {
+    policy.name: policy for policy in (LRU, LFU, StaticFrequency, DecayedScore, ShallowFirst, NextUse)
 }
 
 
 def make_policy(name: str, shape: MoEShape, frequencies: FloatArray | None = None) -> CachePolicy:
     """The policy a user chose by name.
 
+    Args:
+        frequencies: (L, E) uses per expert, for those that go by them.
+
     Raises:
-        UnsupportedOption: "static" without frequencies, or frequencies of another shape.
+        UnsupportedOption: there is no such policy; or it goes by frequencies, and there are none, or of another shape.
     """
-    if name == "static":
-        if frequencies is None:
-            raise UnsupportedOption(
-                "cache='static' needs to know which experts are hot: record a run first and pass "
-                "frequencies=run.trace.expert_counts()"
-            )
-        return StaticFrequency(shape, frequencies)
-    return _BY_NAME[name](shape)
+    if name not in POLICIES:
+        raise UnsupportedOption(f"cache is {name!r}; choose one of {', '.join(map(repr, POLICIES))}")
+    return POLICIES[name].make(shape, frequencies)

@@ -1,7 +1,7 @@
 """What waits for the link: experts worth copying ahead, and the slot that the next of them gets.
 
-Loader, captured steps and simulator ask the same functions, and each makes the copy in its own way. An expert that waits
-has no slot, so a prefetch that comes to nothing evicts nothing.
+Loader, captured steps and simulator ask the same functions, and each makes the copy in its own way. An expert that
+waits has no slot, so a prefetch that comes to nothing evicts nothing.
 
 Shapes: n experts, S slots, L MoE layers, E experts of a layer. Keys are flat: moe_layer * E + expert.
 """

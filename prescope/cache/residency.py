@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..core.types import IntArray, MoEShape
 from .policies import CachePolicy
 from .prefetch import Waiting, next_prefetch, on_the_way
-from .slots import Slots, sort_need, take_slots, use_prefetched
+from .slots import Slots, SortedNeed, sort_need, take_slots, use_prefetched
 
 #: Misses of one layer that are copied before their compute starts. More lets the link run ahead, fewer lets the
 #: GPU start earlier; only prefill and large batches miss more than this in one layer.
@@ -29,6 +29,13 @@ class LayerNeed(NamedTuple):
     num_hits: int
     num_late: int
     num_prefetched: int = 0  # of hits and late ones: brought by a prefetch and not used since
+
+    @classmethod
+    def of(cls, moe_layer: int, need: SortedNeed, num_prefetched: int) -> "LayerNeed":
+        """What compiled code found."""
+        return cls(
+            moe_layer, need.experts, need.tokens, int(need.num_hits), int(need.num_late), int(num_prefetched)
+        )
 
     @property
     def num_misses(self) -> int:
@@ -67,10 +74,7 @@ class ResidencyTable:
         self.policy.use(moe_layer, experts, weights)
         slots = self.slots_for(moe_layer, experts)
         need = sort_need(experts, tokens, slots, self.in_flight)
-        prefetched = use_prefetched(self.prefetched, slots)
-        return LayerNeed(
-            moe_layer, need.experts, need.tokens, int(need.num_hits), int(need.num_late), int(prefetched)
-        )
+        return LayerNeed.of(moe_layer, need, use_prefetched(self.prefetched, slots))
 
     def row(self, moe_layer: int) -> IntArray:
         """A layer's row (E,) of the table: the slot of each expert, -1 for none. A view."""

@@ -93,7 +93,7 @@ def take_slots(keys: IntArray, fixed: NDArray[np.bool_], keep: IntArray, slots: 
 
 @jit
 def slots_to_give(count: int, fixed: NDArray[np.bool_], keep: IntArray, slots: Slots) -> IntArray:
-    """The `count` slots that would be given up next, in this order; fewer if there are not so many. See `take_slots`."""
+    """The `count` slots that would be given up next, in this order, or fewer; see `take_slots`."""
     kept = np.zeros(len(slots.key_of), np.bool_)
     for key in keep:
         if slots.slot_of[key] >= 0:

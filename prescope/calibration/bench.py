@@ -60,7 +60,7 @@ class Bench:
             self.host.close()
             raise
         self._cpu_lane = CpuLane(form, self.host, self.cpu)
-        on_gpu = device.kind == "cuda"
+        on_gpu = device.captures_steps
         self._graphs = GraphLane(form, self.host, self.pool, device) if on_gpu else None
         self._torch_lane = None if on_gpu else TorchLane(form, self.pool)
         self._ping = self._make_ping() if on_gpu else None

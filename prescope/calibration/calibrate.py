@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..core.config import EngineConfig, emulated_link_gb_per_s
 from ..core.machine import available_memory_bytes, machine_facts, this_place
-from ..device import Device, open_device, resolve_device
+from ..device import Device, emulated_link_gb_per_s, open_device, resolve_device
+from ..engine.config import EngineConfig
 from ..engine.engine import Engine
 from ..errors import BadProfile, UnsupportedOption
 from ..hf import find_moe_layers
@@ -140,7 +140,7 @@ def _where(subject: Subject, device: str, link_gb_per_s: float | None) -> tuple[
         if device != "cuda" and link_gb_per_s is None:
             link_gb_per_s = emulated_link_gb_per_s(engine.shape.row_bytes)
     config = EngineConfig(device=device, link_gb_per_s=link_gb_per_s)
-    return resolve_device(config, torch.device("cpu"))[0], link_gb_per_s
+    return resolve_device(config.device, config.link_gb_per_s, torch.device("cpu"))[0], link_gb_per_s
 
 
 class _CalibrationRun:

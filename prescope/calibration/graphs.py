@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 
-from ..cache.policies import make_policy
+from ..cache.policies import LRU, make_policy
 from ..cache.residency import ResidencyTable
 from ..core.types import MoEShape
 from ..device import Device
-from ..kernels import DEVICE_POLICIES, LayerWeights, make_device_table
+from ..kernels import LayerWeights, make_device_table
 from ..weights.host_pool import HostLayer
 from .experts import ExpertForm
 
@@ -43,7 +43,7 @@ class GraphLane:
             residency.landed(residency.take(layer, torch.arange(num).numpy()))
         table = make_device_table(shape, residency.num_slots, self._device.torch_device)
         table.take(residency)
-        step = table.new_step(tokens, num, policy=DEVICE_POLICIES["lru"], orders=False, timed=False)
+        step = table.new_step(tokens, num, policy=LRU.kind, orders=False, timed=False)
         spec, view = self._form.spec, self._form.layout.view
         weights = LayerWeights(
             view(self._pool, spec.up),

@@ -2,14 +2,14 @@
 
 import torch
 
-from ..core.config import EngineConfig, emulated_link_gb_per_s
 from ..errors import UnsupportedOption
 from .base import Device, Events, LinkFunctions, Mark
 from .cuda import CudaDevice
-from .emulated import EmulatedLinkDevice
+from .emulated import EmulatedLinkDevice, emulated_link_gb_per_s
 from .null import NullDevice
 
 __all__ = [
+    "DEVICES",
     "CudaDevice",
     "Device",
     "EmulatedLinkDevice",
@@ -17,16 +17,25 @@ __all__ = [
     "LinkFunctions",
     "Mark",
     "NullDevice",
+    "emulated_link_gb_per_s",
     "open_device",
     "resolve_device",
 ]
 
 
-def resolve_device(config: EngineConfig, model_device: torch.device) -> tuple[str, str]:
+#: By the name a user gives; what each can do stands in its attributes (`Device`).
+DEVICES: dict[str, type[Device]] = {
+    "cuda": CudaDevice,
+    "cpu": EmulatedLinkDevice,
+    "null": NullDevice,
+}
+
+
+def resolve_device(device: str, link_gb_per_s: float | None, model_device: torch.device) -> tuple[str, str]:
     """What "auto" means here, with the reason: the GPU if there is one, else the CPU with an emulated link."""
-    if config.device != "auto":
-        return config.device, "as given"
-    if config.link_gb_per_s is not None:
+    if device != "auto":
+        return device, "as given"
+    if link_gb_per_s is not None:
         return "cpu", "link_gb_per_s asks for an emulated link"
     if model_device.type == "cuda":
         return "cuda", "the model is on the GPU"

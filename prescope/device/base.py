@@ -52,7 +52,9 @@ class Events(Protocol):
 class Device(Protocol):
     """Two lanes and a clock."""
 
-    kind: str  # "cuda", "cpu" or "null"
+    kind: str  # its name in `DEVICES`
+    captures_steps: bool  # decode steps can run from a graph, and kernels in Triton
+    small_copies_are_slow: bool  # copies below some MiB do not reach the link's rate
     torch_device: torch.device  # where slots and the rest of the model live
 
     def describe(self) -> dict[str, Any]:

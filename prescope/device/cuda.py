@@ -34,6 +34,7 @@ class CudaDevice:
     """
 
     kind = "cuda"
+    captures_steps = small_copies_are_slow = True
 
     def __init__(self, index: int | None = None, copies: Copies = COPIES, link_factor: int = 1) -> None:
         if not torch.cuda.is_available():

@@ -18,6 +18,16 @@ from ..core.machine import available_memory_bytes
 from ..errors import TransferFailed
 from .base import WithoutGraphs
 
+#: Emulated link when the user names none: one expert takes a millisecond, so that, as on a real machine, moving an
+#: expert takes longer than computing with it; at most PCIe 4 x16.
+EMULATED_EXPERT_US = 1000.0
+EMULATED_MOST_GB_PER_S = 26.0
+
+
+def emulated_link_gb_per_s(row_bytes: int) -> float:
+    """Bandwidth of the emulated link for experts of `row_bytes`, when the user names none; two digits."""
+    return float(f"{min(EMULATED_MOST_GB_PER_S, row_bytes / EMULATED_EXPERT_US / 1e3):.2g}")
+
 
 class HostMark:
     """A mark whose time is the host's clock; set by the lane that reaches it."""
@@ -62,6 +72,7 @@ class EmulatedLinkDevice(WithoutGraphs):
     """
 
     kind = "cpu"
+    captures_steps = small_copies_are_slow = False
 
     def __init__(self, gb_per_s: float) -> None:
         self.torch_device = torch.device("cpu")

@@ -31,6 +31,7 @@ class NullDevice(WithoutGraphs):
     """Virtual clock; `seed` decides the order in which copies land."""
 
     kind = "null"
+    captures_steps = small_copies_are_slow = False
 
     def __init__(self, gb_per_s: float = 10.0, compute_us: float = 50.0, seed: int = 0) -> None:
         self.torch_device = torch.device("cpu")

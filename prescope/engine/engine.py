@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..cache.policies import make_policy
-from ..core.config import EngineConfig
 from ..core.jit import IS_COMPILED
 from ..core.machine import machine_facts
 from ..core.types import ExpertSize, NeedOutcome
@@ -33,6 +32,7 @@ from ..scheduler.costs import LayerCosts
 from ..traces.metrics import compute_metrics
 from ..traces.result import RunResult
 from ..traces.routing import RoutingTrace
+from .config import EngineConfig
 from .forced_routing import ForcedRouting
 from .graph import DecodeLoop, Decoder
 from .layered import LayeredRunner
@@ -107,7 +107,7 @@ class Engine:
         self.name = name
         self.shape = _shape_of(layers, top_k_of(model))
         self.num_slots, slots_reason = _count_slots(config, self.shape, layers)
-        kind, device_reason = resolve_device(config, model.device)
+        kind, device_reason = resolve_device(config.device, config.link_gb_per_s, model.device)
         self._chosen_cache = config.cache
         cache, cache_reason = _cache_of(config, frequencies)
         policy = make_policy(cache, self.shape, frequencies)
@@ -306,7 +306,7 @@ class Engine:
             if self.tokenizer
             else [""] * len(tokens)
         )
-        if self._device.kind == "cuda" and self.config.decode == "auto" and isinstance(loop, str):
+        if self._device.captures_steps and self.config.decode == "auto" and isinstance(loop, str):
             result.notes.append(f"decode steps ran layer by layer: {loop.removeprefix('layered: ')}")
         if self._chosen_cache == "auto" and self.config.cache != schedule_named(self.config.schedule).cache:
             result.notes.append(self.reasons["cache"])

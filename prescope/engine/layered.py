@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..cache.policies import CachePolicy, FloatArray
-from ..cache.prefetch import most_in_flight
-from ..cache.residency import NOTHING, IntArray, LayerNeed, ResidencyTable, distinct
+from ..cache.policies import CachePolicy
+from ..cache.prefetch import LEAST_BYTES_ON_WIRE, most_on_wire
+from ..cache.residency import NOTHING, LayerNeed, ResidencyTable, distinct
 from ..cache.rounds import Act, What, walk
-from ..core.types import MoEShape, NeedOutcome
+from ..core.types import FloatArray, IntArray, MoEShape, NeedOutcome
 from ..device import Device
 from ..hf import MoELayer
 from ..kernels import LayerWeights, Work, combine, make_kernel
+from ..scheduler.types import Plan
 from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .forced_routing import ForcedRouting
 from .recorder import Recorder
-from .schedule import ScheduleRunner
+from .schedule import Predicted, ScheduleRunner
 
 if TYPE_CHECKING:
     from ..kernels.graph_buffers import GraphBuffers
@@ -73,7 +74,8 @@ class LayeredRunner:
         self._kernel, _ = make_kernel(self._kernels, self.device.kind, self._dtype)
         self.residency = ResidencyTable(self.shape, num_slots, policy)
         self.loader = Loader(self.device, self.host, self.residency, self.shape.row_bytes)
-        self.loader.most_in_flight = most_in_flight(self.device.kind, self.shape.row_bytes)
+        least_bytes = LEAST_BYTES_ON_WIRE if self.device.small_copies_are_slow else 0
+        self.loader.most_on_wire = most_on_wire(self.shape.row_bytes, num_slots, least_bytes)
         self.weights = [self._layer_weights(layer) for layer in self.layers]
 
     def close_slots(self) -> None:
@@ -153,18 +155,17 @@ class LayeredRunner:
             recorder.routed(moe_layer, self.device.mark(True))
         host_ids = self.device.read(ids_TK)
         layer = self.layers[moe_layer]
-        need = self.find(layer, host_ids, self.weight_sums(layer, host_ids, weights_TK))
-        here = need.num_hits + need.num_late
         schedule_runner = None if self.is_prefill else self.schedule_runner
-        num_load, plan, on_cpu = need.num_misses, None, None
+        sums = self.weight_sums(layer, host_ids, weights_TK)
+        predicted = None
         if schedule_runner is not None:
-            plan = schedule_runner.plan(
-                need, self.residency, schedule_runner.predict(moe_layer, x_TD, ids_TK, weights_TK)
-            )
-            num_load = plan.num_load
-            if num_load < need.num_misses:
-                cold = need.experts[here + num_load :]
-                on_cpu = schedule_runner.submit(moe_layer, cold, host_ids, x_TD.detach().contiguous().cpu())
+            predicted = schedule_runner.predict(moe_layer, x_TD, ids_TK, weights_TK)
+        need, plan = self.find(layer, host_ids, sums, schedule_runner, predicted)
+        here = need.num_hits + need.num_late
+        num_load, on_cpu = need.num_misses if plan is None else int(plan.num_load), None
+        if schedule_runner is not None and num_load < need.num_misses:
+            cold = need.experts[here + num_load :]
+            on_cpu = schedule_runner.submit(moe_layer, cold, host_ids, x_TD.detach().contiguous().cpu())
         served = need._replace(experts=need.experts[: here + num_load], tokens=need.tokens[: here + num_load])
         rounds = self.residency.rounds(served)
         following = self._following(moe_layer) if schedule_runner is None else None
@@ -246,17 +247,31 @@ class LayeredRunner:
         valid = (flat >= 0) & (flat < layer.num_experts)
         return np.bincount(flat[valid], values.ravel()[valid], layer.num_experts).astype(np.float64)
 
-    def find(self, layer: MoELayer, host_ids: np.ndarray, sums: FloatArray | None) -> LayerNeed:
-        """What a layer needs and where it is; the cache policy learns of it."""
+    def find(
+        self,
+        layer: MoELayer,
+        host_ids: np.ndarray,
+        sums: FloatArray | None,
+        schedule_runner: ScheduleRunner | None = None,
+        predicted: Predicted | None = None,
+    ) -> tuple[LayerNeed, Plan | None]:
+        """What a layer needs and where it is, and what a schedule plans; the cache policy learns of it."""
         experts, counts = distinct(host_ids, layer.num_experts)
         if self.residency.in_flight.any():
             self.loader.poll()
         weights = counts.astype(np.float64) if sums is None else sums[experts]
-        need = self.residency.need(layer.moe_layer, experts, counts, weights)
+        plan = None
+        if schedule_runner is None:
+            need = self.residency.need(layer.moe_layer, experts, counts, weights)
+        else:
+            decision = schedule_runner.decide(
+                layer.moe_layer, experts, counts, weights, self.residency, predicted
+            )
+            need, plan = LayerNeed.of(layer.moe_layer, decision.need, decision.num_prefetched), decision.plan
         self.needs[NeedOutcome.HIT] += need.num_hits
         self.needs[NeedOutcome.LATE] += need.num_late
         self.needs[NeedOutcome.MISS] += need.num_misses
-        return need
+        return need, plan
 
     def count(self, needs: np.ndarray) -> None:
         """Count what a step from a graph needed: (L, 2) needed and missing experts."""

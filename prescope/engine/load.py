@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..core.config import EngineConfig
 from ..errors import UnsupportedOption
 from ..hf import load_model
 from ..predictor import Predictor
 from ..scheduler.costs import LayerCosts
+from .config import EngineConfig
 from .engine import Engine
 from .resolve import _check_early
 

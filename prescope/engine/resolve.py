@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from ..core.config import EngineConfig, resolve_slots
+from ..cache.num_slots import resolve_slots
 from ..core.types import MoEShape
 from ..hf import MoELayer
 from ..scheduler import schedule_named
+from .config import EngineConfig
 
 
 def _shape_of(layers: list[MoELayer], top_k: int) -> MoEShape:

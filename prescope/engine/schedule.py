@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..cache.residency import IntArray, LayerNeed, ResidencyTable
-from ..core.config import EngineConfig
-from ..core.types import MoEShape, Reason
+from ..cache.residency import ResidencyTable
+from ..core.types import FloatArray, IntArray, MoEShape, Reason
 from ..errors import UnsupportedOption
 from ..hf import MoELayer
 from ..kernels import ExpertsSpec
@@ -23,12 +22,14 @@ from ..predictor import Prediction, Predictor
 from ..predictor.base import FastPath
 from ..scheduler import schedule_named
 from ..scheduler.costs import LayerCosts, compiled_costs
+from ..scheduler.layer import Decision
 from ..scheduler.plan import ON_DEMAND
 from ..scheduler.planner import Planner
 from ..scheduler.settings import resolve
 from ..scheduler.types import Plan, ScheduleSettings, cpu_time
 from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
+from .config import EngineConfig
 from .forced_routing import ForcedRouting
 
 Predicted = tuple[NDArray[np.floating], NDArray[np.floating]]
@@ -114,9 +115,17 @@ class ScheduleRunner:
 
     # -- decisions ---------------------------------------------------------------------------------------------
 
-    def plan(self, need: LayerNeed, table: ResidencyTable, predicted: Predicted | None) -> Plan:
-        """What to do about a layer; see `scheduler.decide.plan`."""
-        return self.planner.plan(need, table, _now_us(), predicted)
+    def decide(
+        self,
+        moe_layer: int,
+        experts: IntArray,
+        tokens: IntArray,
+        weights: FloatArray,
+        table: ResidencyTable,
+        predicted: Predicted | None,
+    ) -> Decision:
+        """What to do about a layer; see `Planner.decide`."""
+        return self.planner.decide(moe_layer, experts, tokens, weights, table, _now_us(), predicted)
 
     def issued(self, num_copies: int) -> None:
         """So many experts were given to the link."""

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .graph_buffers import DeviceTable, HostOptions
 
 __all__ = [
-    "DEVICE_POLICIES",
     "MOST_PAIRS",
     "ExpertKernel",
     "ExpertsSpec",
@@ -29,8 +28,6 @@ __all__ = [
     "make_scheduled",
 ]
 
-#: Cache policies that captured steps run on the GPU, by their numbers in `on_device`. The others need the host.
-DEVICE_POLICIES = {"lru": 1, "lfu": 2, "static": 3}
 #: Most pairs of token and expert in one layer of a captured step: one program sorts them.
 MOST_PAIRS = 2048
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

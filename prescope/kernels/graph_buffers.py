@@ -113,7 +113,7 @@ class GraphBuffers:
     Args:
         table: shared by all steps of an engine.
         num_tokens, top_k: T and K of each layer.
-        policy: number in `kernels.DEVICE_POLICIES`, or `graph_kernels.HOST` when the host decides, by `scheduled`.
+        policy: number in `CachePolicy.kind`, or `graph_kernels.HOST` when the host decides, by `scheduled`.
         orders: the host hands the GPU's decisions to the copy engine; if not, the GPU fetches misses itself.
         timed: write stamps.
         scheduled: how the host takes part; None where the GPU decides.

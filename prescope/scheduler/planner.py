@@ -10,10 +10,10 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.residency import NOTHING, LayerNeed, ResidencyTable
+from ..cache.residency import NOTHING, ResidencyTable
 from ..cache.slots import SortedNeed
-from ..core.types import FloatArray, MoEShape
-from .layer import plan_layer, reconsider
+from ..core.types import FloatArray, IntArray, MoEShape
+from .layer import Decision, decide_layer, reconsider
 from .types import Costs, Memory, Plan, ScheduleSettings
 
 #: Weight of the newest step, and of the newest job, in what the planner makes of its own measurements.
@@ -65,16 +65,20 @@ class Planner:
         shape = self._shape
         self.memory = Memory.fresh(self.predicts, shape.num_layers, shape.num_experts)
 
-    def plan(
+    def decide(
         self,
-        need: LayerNeed,
+        moe_layer: int,
+        experts: IntArray,
+        tokens: IntArray,
+        weights: FloatArray,
         table: ResidencyTable,
         now_us: float,
         predicted: tuple[NDArray[np.floating], NDArray[np.floating]] | None,
-    ) -> Plan:
-        """What to do about a layer's needs.
+    ) -> Decision:
+        """Decide about a layer; the table's cache policy learns what it needs.
 
         Args:
+            experts: (n,) distinct, ascending; `tokens` (n,) of each, `weights` (n,) what the policy weighs them by.
             now_us: by any clock that goes on.
             predicted: made at this layer: expected tokens and probability of use, (d, E) each, for the layers behind
                 it; rows beyond the last layer hold zeros. With a lag of 1 they are for `reconsider`, and for the next
@@ -83,31 +87,23 @@ class Planner:
         former, self._former = self._former, predicted
         if predicted is not None and self.settings.lag:
             # Those of the layer before; the first layer has none.
-            predicted = (
-                former if need.moe_layer else (np.zeros_like(predicted[0]), np.zeros_like(predicted[1]))
-            )
+            predicted = former if moe_layer else (np.zeros_like(predicted[0]), np.zeros_like(predicted[1]))
+        memory = self.memory
+        if predicted is None:
+            memory = memory._replace(predicted_dLE=memory.predicted_dLE[:0])
         tokens_dE, used_dE = (self._nothing, self._nothing) if predicted is None else predicted
         # No more can be left than prefetches under way; the errors of what copies are believed to take would add up.
         under_way = now_us + int(table.in_flight.sum()) * self.costs.link_busy_us
         self._link_free_us = min(self._link_free_us, under_way)
-        of_layer = SortedNeed(need.experts, need.tokens, need.num_hits, need.num_late)
         backlog_us = max(0.0, self._link_free_us - now_us)
-        self._decided = of_layer, backlog_us
-        return plan_layer(
-            self.settings,
-            self.costs,
-            need.moe_layer,
-            of_layer,
-            backlog_us,
-            table.slot_of,
-            table.key_of,
-            table.policy.scores,
-            self.memory
-            if predicted is not None
-            else self.memory._replace(predicted_dLE=self.memory.predicted_dLE[:0]),
-            np.array(tokens_dE, dtype=np.float64),
-            np.array(used_dE, dtype=np.float64),
-        )
+        policy = table.policy
+        policy.tick += 1
+        decision = decide_layer(
+            self.settings, self.costs, policy.kind, policy.tick, moe_layer, experts, tokens, weights, backlog_us,
+            table.arrays, memory, np.array(tokens_dE, dtype=np.float64), np.array(used_dE, dtype=np.float64),
+        )  # fmt: skip
+        self._decided = decision.need, backlog_us
+        return decision
 
     def reconsider(self, moe_layer: int, plan: Plan, table: ResidencyTable) -> Plan:
         """The plan of the layer decided last, with the prefetches that its own predictions ask for, if it was decided
@@ -118,8 +114,8 @@ class Planner:
         need, backlog_us = self._decided
         tokens_dE, used_dE = (np.array(part, dtype=np.float64) for part in self._former)
         again = reconsider(
-            self.settings, self.costs, moe_layer, need, plan.num_load, backlog_us, table.slot_of, table.key_of,
-            table.policy.scores, self.memory, tokens_dE, used_dE,
+            self.settings, self.costs, moe_layer, need, plan.num_load, backlog_us, table.arrays, self.memory,
+            tokens_dE, used_dE,
         )  # fmt: skip
         return plan._replace(prefetch=again.prefetch, keep=again.keep)
 

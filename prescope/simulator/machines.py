@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from ..cache.prefetch import most_in_flight
+from ..cache.prefetch import LEAST_BYTES_ON_WIRE
 from ..core.types import ExpertSize, MoEShape
 from ..errors import BadProfile
 from ..profile import SLOWER_LINKS, HardwareProfile
@@ -23,7 +23,7 @@ class Machine(NamedTuple):
         costs: `cpu_us` empty where no CPU experts were measured.
         row_bytes: of one expert there.
         step_us: of a step besides its MoE layers.
-        most_in_flight: prefetches on the wire at most, as an engine has it there.
+        least_bytes: on the link, for its full rate (`prefetch.most_on_wire`).
         is_here: the engine at hand runs on it, so that what was simulated can be run.
     """
 
@@ -31,7 +31,7 @@ class Machine(NamedTuple):
     costs: LayerCosts
     row_bytes: int
     step_us: float
-    most_in_flight: int
+    least_bytes: int
     is_here: bool = False
 
     def costs_with(self, cpu: bool) -> LayerCosts:
@@ -96,7 +96,7 @@ def machine_of_run(
         costs,
         shape.row_bytes,
         (1e3 * decode.wall_ms - float(of_layers)) / decode.num_steps,
-        most_in_flight(run.config["device"], shape.row_bytes),
+        LEAST_BYTES_ON_WIRE if run.hardware["link"] == "measured" else 0,
         is_here=True,
     )
 
@@ -115,13 +115,12 @@ def machine_of_profile(
         expert_width=expert.expert_width,
         batch=batch,
     )
-    kind = "cpu" if profile.link_gb_per_s is not None else "cuda"
     return Machine(
         f"{name}, experts of {expert.nbytes / 1e6:.3g} MB",
         costs,
         expert.nbytes,
         0.0,
-        most_in_flight(kind, expert.nbytes),
+        LEAST_BYTES_ON_WIRE if profile.link_gb_per_s is None else 0,
     )
 
 

@@ -200,7 +200,7 @@ class Scenarios:
             width=full.width,
             threshold=full.threshold,
             cpu=full.cpu,
-            most_in_flight=self.machine(scenario).most_in_flight,
+            least_bytes=self.machine(scenario).least_bytes,
         )
         if full.lookahead and not simulator.costs.predict_us:
             result.notes.append(f"what a prediction of {full.predictor} costs here is not known; it is free")

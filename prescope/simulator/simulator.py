@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cache.num_slots import resolve_slots
 from ..cache.policies import CachePolicy, make_policy
-from ..cache.prefetch import Waiting, most_on_wire, prefetch_slots
+from ..cache.prefetch import LEAST_BYTES_ON_WIRE, Waiting, most_on_wire, prefetch_slots
 from ..cache.residency import ResidencyTable
-from ..core.config import EngineConfig, resolve_slots
 from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 from ..predictor.base import Predictor
@@ -97,6 +97,7 @@ class Simulator:
         threshold: float | None = None,
         cpu: bool | None = None,
         frequencies: NDArray[np.floating] | None = None,
+        least_bytes: int = LEAST_BYTES_ON_WIRE,
         most_in_flight: int | None = None,
         believed: LayerCosts | None = None,
     ) -> SimResult:
@@ -109,7 +110,8 @@ class Simulator:
             lookahead, width, threshold: see `scheduler.Schedule`.
             cpu: whether the CPU lane is used; by schedules that can, if the costs have one, unless given.
             frequencies: (L, E) that "static" goes by; those of this very trace unless given, which is said in `notes`.
-            most_in_flight: prefetches on the wire at most; as the engine has it on CUDA unless given.
+            least_bytes: on the link, for its full rate; 0 on an emulated link (`prefetch.most_on_wire`).
+            most_in_flight: prefetches on the link at most; as the engine has it unless given.
             believed: costs that decisions go by, to see what a wrong calibration does; the clock's unless given.
 
         Raises:
@@ -117,7 +119,7 @@ class Simulator:
             SlotPoolTooSmall: fewer slots than a token needs.
         """
         settings = self._resolve(
-            schedule, slots, cache, lookahead, width, threshold, cpu, frequencies, most_in_flight
+            schedule, slots, cache, lookahead, width, threshold, cpu, frequencies, least_bytes, most_in_flight
         )
         counts = self.trace.expert_counts() if frequencies is None else frequencies
         policy = make_policy(settings.cache, self.shape, np.asarray(counts, dtype=np.float64))
@@ -146,7 +148,6 @@ class Simulator:
     # -- settings ----------------------------------------------------------------------------------------------
 
     def _num_slots(self, slots: int | float | str) -> tuple[int, str]:
-        EngineConfig(slots=slots)  # refuses what the engine would
         return resolve_slots(
             slots, total_experts=self.shape.total_experts, row_bytes=self.row_bytes, top_k=self.shape.top_k
         )
@@ -161,6 +162,7 @@ class Simulator:
         threshold: float | None,
         cpu: bool | None,
         frequencies: NDArray[np.floating] | None,
+        least_bytes: int,
         most_in_flight: int | None,
     ) -> Settings:
         resolved = resolve(
@@ -176,7 +178,7 @@ class Simulator:
         )
         cache = resolved.schedule.cache if cache is None else cache
         num_slots, _ = self._num_slots(slots)
-        most = most_on_wire(self.row_bytes, num_slots)
+        most = most_on_wire(self.row_bytes, num_slots, least_bytes)
         if most_in_flight is not None:
             if most_in_flight < 0:
                 raise UnsupportedOption(f"most_in_flight is {most_in_flight}; a count is at least 0")
@@ -239,7 +241,7 @@ class Simulator:
             )
             logs.append(
                 replay(
-                    for_decisions,
+                    resolved.settings,
                     costs,
                     by,
                     policy.kind,

@@ -3,26 +3,25 @@
 `ready` is passed once the bytes are in the slot: the compute lane waits for it. `released` is passed once the last
 use of the slot is over: the H2D lane waits for it before overwriting. The host waits for neither (on CUDA).
 
-One queue with two levels. What a layer needs now is issued at once (`load`). Prefetches are held on the host, without a
-slot, and given to the H2D lane only while few bytes of them are on the wire (`pump`): a copy on the wire cannot be
-overtaken, so this bounds what is ahead of the next on-demand copy, and one not yet issued costs nothing to drop.
+One queue with two levels. What a layer needs now is issued at once (`load`). Prefetches wait on the host, without a
+slot (`cache.prefetch`), and are given to the H2D lane only while few of them are on it (`pump`): a copy on the link
+cannot be overtaken, so this bounds what is ahead of the next on-demand copy, and one not yet issued costs nothing to
+drop.
 """
 
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..cache.residency import NOTHING, IntArray, ResidencyTable, prefetch_slots
-from ..core.types import Reason
+from ..cache.prefetch import NUM_WAITING, Waiting, most_on_wire, want
+from ..cache.residency import ResidencyTable
+from ..core.types import IntArray, Reason
 from ..device import Device, Mark
 from .host_pool import HostPool
 from .layout import Run, adjacent_runs
 
-#: Bytes of prefetches on the wire at most; one expert that is larger goes alone. At 55 GB/s this is 0.6 ms: an
-#: on-demand copy waits no longer than that, and the link has work for the 0.3 to 1 ms from one layer's pump to the
-#: next (OLMoE and Qwen3 shapes, H200). Smaller starves the link, larger delays misses; benchmarks/async_io.py shows it.
-MAX_IN_FLIGHT_BYTES = 32 << 20
 #: Copies below this are joined where rows and slots allow: PCIe 5 gave 53 GB/s at 4 MiB, 48 at 1 MiB, 30 at 256 KiB.
 MIN_COPY_BYTES = 4 << 20
 
@@ -43,7 +42,6 @@ class OnWire(NamedTuple):
 
     ready: Mark
     slots: IntArray
-    nbytes: int
 
 
 class Loader:
@@ -54,12 +52,10 @@ class Loader:
         host: where experts come from.
         residency: told which slots are in flight and which have landed.
         row_bytes: bytes of a slot, the largest row of all layers.
-        max_in_flight_bytes: prefetched bytes on the wire at most; an on-demand copy waits for no more than these.
 
     Attributes:
         pool: (S, row_bytes) of uint8, the slots.
-        num_promoted: prefetches needed before they were issued, and so copied on demand.
-        num_cancelled: prefetches dropped before they were issued.
+        most_on_wire: prefetches on the link at most, since an on-demand copy waits for them (`prefetch.most_on_wire`).
     """
 
     def __init__(
@@ -68,25 +64,19 @@ class Loader:
         host: HostPool,
         residency: ResidencyTable,
         row_bytes: int,
-        max_in_flight_bytes: int = MAX_IN_FLIGHT_BYTES,
     ) -> None:
         self._device = device
         self._host = host
         self._residency = residency
-        self._max_in_flight_bytes = max_in_flight_bytes
-        self._max_in_flight_slots = prefetch_slots(residency.num_slots)
         self.pool = device.allocate_slots(residency.num_slots, row_bytes)
         self._slot_views = list(self.pool.unbind(0))
         # Arrays of marks or None, so that a layer's slots are looked up and set in one step.
         self._ready = np.full(residency.num_slots, None, dtype=object)
         self._released = np.full(residency.num_slots, None, dtype=object)
-        self._held: dict[int, None] = {}  # keys (moe_layer * E + expert) in the order asked for
-        self._keep, self._why = NOTHING, Reason.PREFETCH
-        #: Prefetches on the wire at most, besides the limit of bytes. A schedule that pumps often keeps it small.
-        self.most_in_flight = residency.num_slots
+        self._waiting = Waiting.none(residency.shape.total_experts)
+        self._why = Reason.PREFETCH
+        self.most_on_wire = most_on_wire(row_bytes, residency.num_slots)
         self._on_wire: list[OnWire] = []
-        self.num_promoted = 0
-        self.num_cancelled = 0
 
     # -- on demand ---------------------------------------------------------------------------------------------
 
@@ -95,14 +85,8 @@ class Loader:
     ) -> list[Transfer]:
         """Issue the copies of `experts` (n,) into `slots` (n,), which `ResidencyTable.take` gave them, at once.
 
-        Prefetches of them that are still held are superseded, so that each expert is copied once.
+        Prefetches of them that still wait come to nothing: each expert is copied once.
         """
-        if self._held:
-            first = moe_layer * self._residency.shape.num_experts
-            for expert in experts.tolist():
-                if first + expert in self._held:
-                    del self._held[first + expert]
-                    self.num_promoted += 1
         return self._issue(moe_layer, experts, slots, reason, timed)
 
     def _issue(
@@ -125,7 +109,7 @@ class Loader:
             self._ready[run.slot : run.slot + run.num] = mark
             if reason is not Reason.ON_DEMAND:
                 of_run = np.arange(run.slot, run.slot + run.num)
-                self._on_wire.append(OnWire(mark, of_run, run.num * nbytes))
+                self._on_wire.append(OnWire(mark, of_run))
             for expert in range(run.expert, run.expert + run.num):
                 transfers.append(Transfer(moe_layer, expert, reason, nbytes, start, mark))
                 start = mark  # of joined experts the first has the copy's time: a sum counts it once
@@ -145,7 +129,7 @@ class Loader:
     # -- prefetches --------------------------------------------------------------------------------------------
 
     def hold(self, keys: IntArray, keep: IntArray, reason: Reason, timed: bool) -> list[Transfer]:
-        """Want `keys` (n,) instead of whatever is held, the most wanted first.
+        """Want `keys` (n,) instead of whatever waits, the most wanted first.
 
         Args:
             keep: keys that prefetches evict last.
@@ -155,14 +139,12 @@ class Loader:
 
         Returns: what `pump` could issue at once.
         """
-        dropped = self._held.keys() - set(keys.tolist())
-        self.num_cancelled += len(dropped)
-        self._held = dict.fromkeys(keys.tolist())
-        self._keep, self._why = keep, reason
+        want(self._waiting, keys, keep)
+        self._why = reason
         return self.pump(timed)
 
     def pump(self, timed: bool) -> list[Transfer]:
-        """Issue held prefetches while fewer than `max_in_flight_bytes` are on the wire and slots can be had.
+        """Issue what waits while fewer than `most_on_wire` prefetches are on the link and slots can be had.
 
         Call it once per layer or oftener, after the layer's own copies, where each slot in use is protected or its
         release is marked: this evicts.
@@ -171,18 +153,23 @@ class Loader:
             TransferFailed: an earlier or this copy failed; the engine then recovers as after any failed copy.
         """
         transfers: list[Transfer] = []
-        if not self._held:
+        if not self.num_held:
             return transfers
         self._on_wire = [copy for copy in self._on_wire if not self._has_landed(copy)]
         num_experts = self._residency.shape.num_experts
-        while keys := self._next_keys():
-            for key in keys:
-                del self._held[key]
-            moe_layer = keys[0] // num_experts
-            experts = np.asarray(keys, dtype=np.int64) - moe_layer * num_experts
-            slots = self._residency.take(moe_layer, experts, self._keep, ahead=True)
-            transfers += self._issue(moe_layer, experts, slots, self._why, timed)
+        # Experts of one layer that follow each other are handed over together: small ones are joined.
+        for moe_layer, pairs in groupby(self._taken(), key=lambda pair: pair[0] // num_experts):
+            keys, slots = np.array(list(pairs), dtype=np.int64).T
+            transfers += self._issue(moe_layer, keys - moe_layer * num_experts, slots, self._why, timed)
         return transfers
+
+    def _taken(self) -> list[tuple[int, int]]:
+        """Keys and slots of the prefetches that the link has room for."""
+        num_on_wire, pairs = sum(len(copy.slots) for copy in self._on_wire), []
+        while (pair := self._residency.take_prefetch(self._waiting, num_on_wire, self.most_on_wire))[0] >= 0:
+            pairs.append(pair)
+            num_on_wire += 1
+        return pairs
 
     def _has_landed(self, copy: OnWire) -> bool:
         if not self._device.is_done(copy.ready):
@@ -191,52 +178,19 @@ class Loader:
         self._residency.landed(copy.slots[[self._ready[slot] is copy.ready for slot in copy.slots]])
         return True
 
-    def _next_keys(self) -> list[int]:
-        """The oldest held prefetch and those of its layer that follow it, as far as bytes and slots allow."""
-        num_bytes = self.in_flight_bytes
-        num_slots = sum(len(copy.slots) for copy in self._on_wire)
-        num_experts = self._residency.shape.num_experts
-        keys: list[int] = []
-        for key in list(self._held):
-            if self._residency.slot_of[key] >= 0:  # came by another way meanwhile
-                del self._held[key]
-                continue
-            moe_layer = key // num_experts
-            if keys and moe_layer != keys[0] // num_experts:
-                break
-            num_bytes += self._host.layers[moe_layer].layout.row_bytes
-            num_slots += 1
-            goes_alone = not keys and not self._on_wire
-            if num_bytes > self._max_in_flight_bytes and not goes_alone:
-                break
-            if num_slots > self.most_in_flight:
-                break
-            if num_slots > self._max_in_flight_slots or not self._residency.can_take(len(keys) + 1):
-                break
-            keys.append(key)
-        return keys
+    def cancel(self) -> None:
+        """Drop the prefetches that wait: they own no slot. Those on the link are not interrupted."""
+        self._waiting.counts[:] = 0
 
-    def cancel(self, moe_layer: int | None = None) -> int:
-        """Drop the prefetches of one layer, or all, that have not been issued; returns how many.
-
-        They own no slot. Those on the wire are not interrupted.
-        """
-        num_experts = self._residency.shape.num_experts
-        dropped = [key for key in self._held if moe_layer is None or key // num_experts == moe_layer]
-        for key in dropped:
-            del self._held[key]
-        self.num_cancelled += len(dropped)
-        return len(dropped)
+    @property
+    def held(self) -> IntArray:
+        """Keys (n,) of the prefetches that wait, the most wanted first."""
+        return self._waiting.keys[: self.num_held][::-1].copy()
 
     @property
     def num_held(self) -> int:
-        """Prefetches asked for and not issued yet."""
-        return len(self._held)
-
-    @property
-    def in_flight_bytes(self) -> int:
-        """Bytes of issued prefetches that were not complete at the last `pump`."""
-        return sum(copy.nbytes for copy in self._on_wire)
+        """Prefetches that wait."""
+        return int(self._waiting.counts[NUM_WAITING])
 
     # -- marks -------------------------------------------------------------------------------------------------
 
@@ -275,7 +229,7 @@ class Loader:
         """Forget all marks and drop all prefetches; both lanes must be idle."""
         self._ready[:] = None
         self._released[:] = None
-        self._held.clear()
+        self.cancel()
         self._on_wire.clear()
 
     def close(self) -> None:

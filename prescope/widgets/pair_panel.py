@@ -68,7 +68,7 @@ class PairPanel:
     def explained(self) -> tuple[LayerExplanation, LayerExplanation]:
         """The chosen layer and step under both schedules."""
         upper, lower = (
-            self._replays.why(self._choice_of(name), self.step.value, self.layer.value)
+            self._replays.explain(self._choice_of(name), self.step.value, self.layer.value)
             for name in (self.upper.value, self.lower.value)
         )
         return upper, lower

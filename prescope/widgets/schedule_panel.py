@@ -13,12 +13,12 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 from IPython.display import HTML, display
 
+from ..cache.policies import POLICIES
 from ..core.units import format_bytes
 from ..engine.job import Job, NamedPrompts
 from ..errors import PrescopeError
 from ..scheduler import SCHEDULES
 from ..simulator import NOISY, Scenario, Scenarios, SimResult
-from ..simulator.simulator import CACHES
 from ..traces.result import RunResult
 from ..views.lanes import lanes_info, lanes_layout, lanes_traces, plot_lanes
 from ..views.outcomes import outcomes_info, outcomes_layout, outcomes_traces, plot_outcomes
@@ -108,7 +108,7 @@ class SchedulePanel:
             description="its recall", layout=slim, disabled=True,
         )  # fmt: skip
         self.machine = ipw.Dropdown(options=list(scenarios.machines), description="machine", layout=wide)
-        self.cache = ipw.Dropdown(options=[_OWN, *CACHES], description="cache", layout=slim)
+        self.cache = ipw.Dropdown(options=[_OWN, *POLICIES], description="cache", layout=slim)
         self.cpu = ipw.Checkbox(value=True, description="CPU lane", indent=False, layout={"width": "110px"})
         self.slots = ipw.IntSlider(
             value=self._runner.engine.num_slots, min=max(1, shape.top_k), max=scenarios.num_experts,

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prescope.cache.num_slots import resolve_slots
 from prescope.cache.policies import make_policy
 from prescope.cache.residency import ResidencyTable, distinct
-from prescope.core.config import resolve_slots
 from prescope.core.types import MoEShape
 from prescope.errors import SlotPoolTooSmall, UnsupportedOption
 from prescope.traces.bounds import belady_misses

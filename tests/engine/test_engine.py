@@ -13,9 +13,9 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 import prescope
 from prescope.cache.policies import _BY_NAME, LRU
-from prescope.core.config import EngineConfig
 from prescope.core.types import NeedOutcome
 from prescope.device import NullDevice
+from prescope.engine.config import EngineConfig
 from prescope.errors import (
     AlreadyAttached,
     NotAMoE,

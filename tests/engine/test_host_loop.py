@@ -5,11 +5,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
+from prescope.cache.prefetch import NUM_WAITING, Waiting, want
+from prescope.cache.slots import Slots
 from prescope.core.native import address_of, clock_address
 from prescope.device import LinkFunctions
-from prescope.engine.graph import host_loop as at
+from prescope.engine.graph import host_state as at
+from prescope.engine.graph.host_link import land, pump
 from prescope.kernels.cpu import LaneFunctions
-from prescope.scheduler.layer import Slots
 from prescope.scheduler.plan import FATE
 from prescope.scheduler.types import Costs, Memory, ScheduleSettings
 from tests.support.interpreted_gpu import _create_event, _memcpy, _query_event, _record_event
@@ -53,18 +55,14 @@ class Host:
         )  # fmt: skip
         self.state = at.HostState(
             counts=numbers(at.NUM_COUNTS), times=np.zeros(at.NUM_TIMES), shown_in=self.key_of.copy(),
-            loaded=numbers(E), copy_of=numbers(SLOTS), held=numbers(L * E), keep=numbers(L * E), wire_slot=numbers(3),
+            loaded=numbers(E), copy_of=numbers(SLOTS), waiting=Waiting.none(L * E), wire_slot=numbers(3),
             wire_event=numbers(3), events=numbers(8), needs=numbers(L, at.NEED_COLUMNS),
-            copies=numbers(0, at.COPY_COLUMNS), jobs=numbers(L + 1, at.JOB_COLUMNS), expert_batch=numbers(at.LOT_WORDS),
-            indices=numbers(32), words=numbers(4),
+            copies=numbers(0, at.COPY_COLUMNS), jobs=numbers(L + 1, at.JOB_COLUMNS),
+            expert_batch=numbers(at.BATCH_WORDS), indices=numbers(32), words=numbers(4),
         )  # fmt: skip
         counts = self.state.counts
-        counts[at.LAYER], counts[at.NUMBER], counts[at.HELD], self.state.held[0] = (
-            decided,
-            NUMBER,
-            1,
-            WANTED,
-        )
+        counts[at.LAYER], counts[at.NUMBER] = decided, NUMBER
+        want(self.state.waiting, np.array([WANTED]), numbers(0))
         addresses = map(address_of, (_memcpy, _create_event, _record_event, _query_event))
         link = LinkFunctions(*addresses, stream=0, repeats=1)
         self.functions = at.Functions(link, LaneFunctions.without().addresses, clock_address())
@@ -74,10 +72,10 @@ class Host:
         )
 
     def pump(self) -> None:
-        assert at.pump(self.functions, self.addresses, self.state, self.planner, self.slots)
+        assert pump(self.functions, self.addresses, self.state, self.planner, self.slots)
 
     def land(self) -> None:
-        assert at.land(self.functions, self.addresses, self.state, self.slots)
+        assert land(self.functions, self.addresses, self.state, self.slots)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +104,9 @@ def test_an_expert_whose_layer_has_looked_keeps_its_slot(decided):
     for old, new in zip(before, (host.pool, host.slot_of, host.key_of, host.addresses.shown), strict=True):
         assert (old == new).all()
     assert not host.slots.prefetched.any()
-    assert host.state.counts[at.HELD] == 0, "every look for a message would hide and show the expert again"
+    assert host.state.waiting.counts[NUM_WAITING] == 0, (
+        "every look for a message would hide and show the expert again"
+    )
 
 
 def test_another_steps_look_keeps_nothing():

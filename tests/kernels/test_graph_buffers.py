@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from prescope.cache.policies import make_policy
+from prescope.cache.policies import POLICIES, make_policy
 from prescope.cache.residency import ResidencyTable, distinct
 from prescope.core.types import MoEShape
-from prescope.kernels import DEVICE_POLICIES, ExpertsSpec, LayerWeights
+from prescope.kernels import ExpertsSpec, LayerWeights
 from prescope.weights.layout import row_layout
 
 captured = pytest.importorskip("prescope.kernels.graph_buffers", reason="Triton exists for Linux only")
@@ -54,7 +54,7 @@ class World:
         self.host_table = ResidencyTable(self.shape, num_slots, make_policy(policy, self.shape, frequencies))
         self.table = captured.DeviceTable(self.shape, num_slots, torch.device(DEVICE))
         self.table.take(self.host_table)
-        number = captured.graph_kernels.HOST if host else DEVICE_POLICIES[policy]
+        number = captured.graph_kernels.HOST if host else POLICIES[policy].kind
         self.step = captured.GraphBuffers(
             self.table,
             tokens,

@@ -1,17 +1,18 @@
-"""The planner: one compiled call decides what table and plan decide step by step; costs follow the clock."""
+"""The planner: one way to decide, whoever serves the layer; costs follow the clock."""
 
 import numpy as np
 import pytest
 
 from prescope.cache.policies import make_policy
-from prescope.cache.residency import ResidencyTable, distinct
-from prescope.core.config import EngineConfig
+from prescope.cache.residency import ResidencyTable
 from prescope.core.types import MoEShape
-from prescope.engine.schedule import plan_by
+from prescope.engine.graph.host_cpu import pairs_of
+from prescope.engine.graph.host_loop import take_for_layer
 from prescope.scheduler import SCHEDULES
-from prescope.scheduler.costs import LayerCosts
-from prescope.scheduler.layer import Decision, Slots, decide_layer, reconsider
+from prescope.scheduler.costs import LayerCosts, compiled_costs
+from prescope.scheduler.layer import count_experts, decide_layer, reconsider
 from prescope.scheduler.planner import MOST_CONTENTION, NEWEST, Planner
+from prescope.scheduler.settings import resolve
 
 L, E, K, D = 4, 12, 3, 2
 SHAPE = MoEShape(L, E, K, 1000)
@@ -21,99 +22,76 @@ COSTS = LayerCosts(
 )  # fmt: skip
 
 
-class Foresees:
-    """Stands for a predictor: only its depth is looked at."""
-
-    lookahead = D
-
-
 def planner(schedule: str) -> Planner:
-    way = SCHEDULES[schedule]
-    return plan_by(way, EngineConfig(lookahead=D), SHAPE, Foresees(), COSTS, way.uses_cpu)
+    """As an engine with a predictor for D layers ahead makes it."""
+    found = resolve(schedule, num_experts=E, depth=D)
+    form = compiled_costs(COSTS, cpu=found.cpu, predicts=found.predicts > 0)
+    return Planner(found.settings, form, SHAPE, found.predicts)
 
 
-def decided(
-    one: Planner, layer: int, ids: np.ndarray, sums: np.ndarray, table: ResidencyTable, predicted
-) -> Decision:
-    policy = table.policy
-    policy.tick += 1
-    slots = Slots(
-        table.slot_of, table.key_of, table.in_flight, table.prefetched, table.protected, policy.scores
-    )
-    tokens, used = (part.copy() for part in predicted)
-    return decide_layer(
-        one.settings,
-        one.costs,
-        policy.kind,
-        policy.tick,
-        layer,
-        E,
-        ids,
-        sums,
-        slots,
-        0.0,
-        one.memory,
-        tokens,
-        used,
-    )
-
-
-@pytest.mark.parametrize("schedule", ["presched", "hybrimoe", "fate", "streaming", "fiddler"])
-@pytest.mark.parametrize("cache", ["lru", "lfu", "score", "shallow", "next-use"])
-def test_one_call_decides_what_table_and_plan_decide_in_steps(schedule, cache):
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("cache", ["lru", "score", "next-use"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_an_engine_that_serves_layer_by_layer_decides_as_a_captured_step_does(schedule, cache):
+    """Both call `decide_layer`; layer by layer the planner keeps the predictions of the layer before, where there is a
+    lag, and slots are taken through the table.
+    """
+    rng = np.random.default_rng(3)
     whole, steps = planner(schedule), planner(schedule)
     tables = [ResidencyTable(SHAPE, 14, make_policy(cache, SHAPE)) for _ in range(2)]
-    predicted = nothing = np.zeros((D, E)), np.zeros((D, E))
+    d = whole.predicts
+    predicted = nothing = np.zeros((d, E)), np.zeros((d, E))
     num_changed = 0
-    for _ in range(12):
-        for layer in range(L):
-            ids = rng.integers(-1, E + 1, (2, K)).ravel()  # sentinels among them
-            sums = np.bincount(ids[(ids >= 0) & (ids < E)], minlength=E) + rng.random(E) * (cache == "score")
-            former, predicted = predicted, (rng.random((D, E)) * 2, rng.random((D, E)))
-            known = predicted if not whole.settings.lag else former if layer else nothing
-            tables[0].prefetched |= (rng.random(14) < 0.3) & (tables[0].key_of >= 0)
-            tables[1].prefetched[:] = tables[0].prefetched
-            decision = decided(whole, layer, ids, sums, tables[0], known)
-            table = tables[1]
-            experts, counts = distinct(ids, E)
-            need = table.need(layer, experts, counts, sums[experts])
-            plan = steps.plan(need, table, 0.0, predicted)
-            here = need.num_hits + need.num_late
-            table.unprotect()
-            table.protect(table.slots_for(layer, need.experts[:here]))
-            slots = table.take(layer, need.experts[here : here + plan.num_load], plan.keep)
-            table.landed(slots)
-            table.protect(slots)
-            assert decision.need.experts.tolist() == need.experts.tolist()
-            assert (decision.need.num_hits, decision.need.num_late) == (need.num_hits, need.num_late)
-            assert decision.num_prefetched == need.num_prefetched
-            assert (tables[0].prefetched == table.prefetched).all()
-            assert not steps.memory.predicted_dLE[:, layer].any(), "what it used would count once more"
-            assert decision.plan.num_load == plan.num_load
-            assert decision.plan.prefetch.tolist() == plan.prefetch.tolist()
-            assert decision.slots.tolist() == slots.tolist()
-            assert (tables[0].slot_of == table.slot_of).all() and (
-                tables[0].protected == table.protected
-            ).all()
-            assert np.allclose(tables[0].policy.scores, table.policy.scores)
-            again = steps.reconsider(layer, plan, table)
-            assert again.num_load == plan.num_load
-            if whole.settings.lag and layer + 1 < L:
-                own, slots_of = [part.copy() for part in predicted], tables[0]
-                direct = reconsider(
-                    whole.settings, whole.costs, layer, decision.need, plan.num_load, 0.0, slots_of.slot_of,
-                    slots_of.key_of, slots_of.policy.scores, whole.memory, *own,
-                )  # fmt: skip
-                assert again.prefetch.tolist() == direct.prefetch.tolist()
-                num_changed += again.prefetch.tolist() != plan.prefetch.tolist()
-            else:
-                assert again is plan
-            cold = need.experts[here + plan.num_load :]
-            for i, expert in enumerate(cold.tolist()):
-                pairs = decision.cpu_pairs[decision.cpu_first[i] : decision.cpu_first[i + 1]]
-                assert pairs.tolist() == np.flatnonzero(ids == expert).tolist()
-            tables[0].check_integrity()
+    for layer in [*range(L)] * 12:
+        ids = rng.integers(-1, E + 1, 2 * K)  # sentinels among them
+        experts, tokens = count_experts(ids, E)
+        weights = tokens + rng.random(len(experts)) * (cache == "score")
+        former, predicted = predicted, (rng.random((d, E)) * 2, rng.random((d, E)))
+        known = predicted if not whole.settings.lag else former if layer else nothing
+        tables[0].prefetched |= (rng.random(14) < 0.3) & (tables[0].key_of >= 0)
+        tables[1].prefetched[:] = tables[0].prefetched
+        policy = tables[0].policy
+        policy.tick += 1
+        decision = decide_layer(
+            whole.settings, whole.costs, policy.kind, policy.tick, layer, experts, tokens, weights, 0.0,
+            tables[0].arrays, whole.memory, *(part.copy() for part in known),
+        )  # fmt: skip
+        found = steps.decide(layer, experts, tokens, weights, tables[1], 0.0, predicted if d else None)
+        need, plan = found.need, found.plan
+        assert not steps.memory.predicted_dLE[:, layer].any(), "what it used would count once more"
+        for one, other in zip(decision.need, need, strict=True):
+            assert np.array_equal(one, other)
+        assert decision.num_prefetched == found.num_prefetched
+        assert decision.plan.num_load == plan.num_load
+        assert decision.plan.prefetch.tolist() == plan.prefetch.tolist()
+        here, first = need.num_hits + need.num_late, layer * E
+        load, cold = need.experts[here : here + plan.num_load], need.experts[here + plan.num_load :]
+        taken = take_for_layer(
+            first + need.experts[:here], first + load, decision.plan.keep, tables[0].arrays
+        )
+        table = tables[1]
+        table.unprotect()
+        table.protect(table.slots_for(layer, need.experts[:here]))
+        slots = table.take(layer, load, plan.keep)
+        table.landed(slots)
+        table.protect(slots)
+        assert taken.tolist() == slots.tolist()
+        for one, other in zip(tables[0].arrays, table.arrays, strict=True):
+            assert np.allclose(one, other)
+        again = steps.reconsider(layer, plan, table)
+        assert again.num_load == plan.num_load
+        if whole.settings.lag and layer + 1 < L:
+            direct = reconsider(
+                whole.settings, whole.costs, layer, decision.need, plan.num_load, 0.0, tables[0].arrays,
+                whole.memory, *(part.copy() for part in predicted),
+            )  # fmt: skip
+            assert again.prefetch.tolist() == direct.prefetch.tolist()
+            num_changed += again.prefetch.tolist() != plan.prefetch.tolist()
+        else:
+            assert again is plan
+        first_pair, pairs = pairs_of(ids, cold, need.tokens[here + plan.num_load :], E)
+        for i, expert in enumerate(cold.tolist()):
+            assert pairs[first_pair[i] : first_pair[i + 1]].tolist() == np.flatnonzero(ids == expert).tolist()
+        tables[0].check_integrity()
     assert (num_changed > 0) == (whole.settings.lag > 0), "a layer's own predictions say something new"
 
 

@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prescope.cache.next_use import NextUse
-from prescope.cache.slots import sort_need, take_slots
-from prescope.core import config
+from prescope.cache.slots import Slots, sort_need, take_slots
 from prescope.core.types import MoEShape
 from prescope.errors import UnsupportedOption
 from prescope.scheduler import PREDICTORS, SCHEDULES, schedule_named
 from prescope.scheduler.baselines import fiddler, hybrimoe
 from prescope.scheduler.learn import discount, learn_reuse, learn_trust, reuse_lasts
-from prescope.scheduler.plan import LEAST_LASTING, REUSES_OF_A_COPY, is_worth_copying, plan, worth_a_slot
+from prescope.scheduler.plan import LEAST_LASTING, REUSES_OF_A_COPY, is_worth_copying, make_plan, worth_a_slot
 from prescope.scheduler.presched import FORECAST, split
 from prescope.scheduler.types import FORMER_STEPS, Costs, ScheduleSettings, cpu_time
 
@@ -172,6 +171,12 @@ def tables(draw):
     return keys, key_of, slot_of, fixed, keep, scores
 
 
+def arrays(slot_of, key_of, scores) -> Slots:
+    """As a residency table holds them; nothing is on its way or in use."""
+    flags = np.zeros((3, len(key_of)), dtype=bool)
+    return Slots(slot_of, key_of, *flags, scores)
+
+
 def taken_by_sorting(keys, key_of, slot_of, fixed, keep, scores):
     kept = {int(slot_of[key]) for key in keep if slot_of[key] >= 0}
     rank = [
@@ -188,7 +193,7 @@ def test_slots_are_taken_as_sorting_them_would(table):
     keys, key_of, slot_of, fixed, keep, scores = table
     expected = taken_by_sorting(*table)
     before = key_of.copy()
-    slots = take_slots(keys, key_of, slot_of, fixed, keep, scores)
+    slots = take_slots(keys, fixed, keep, arrays(slot_of, key_of, scores))
     assert slots.tolist() == expected
     assert not fixed[slots].any(), "a fixed slot was given up"
     assert (key_of[slots] == keys[: len(slots)]).all() and (slot_of[keys[: len(slots)]] == slots).all()
@@ -204,7 +209,7 @@ def test_what_is_kept_goes_only_when_there_is_nothing_else(table):
     keys, key_of, slot_of, fixed, keep, scores = table
     kept = np.zeros(len(key_of), dtype=bool)
     kept[slot_of[keep][slot_of[keep] >= 0]] = True
-    slots = take_slots(keys, key_of, slot_of, fixed, keep, scores)
+    slots = take_slots(keys, fixed, keep, arrays(slot_of, key_of, scores))
     if kept[slots].any():
         assert np.isin(np.flatnonzero(~fixed & ~kept), slots).all()
 
@@ -229,7 +234,6 @@ def test_a_need_is_sorted_by_where_then_by_tokens(data):
 
 
 def test_every_schedule_says_what_it_is():
-    assert list(SCHEDULES) == list(config.SCHEDULES)
     assert sorted(NUMBERS.values()) == list(range(len(SCHEDULES)))
     for name, schedule in SCHEDULES.items():
         assert schedule.name == name and schedule.predictor in PREDICTORS
@@ -249,20 +253,9 @@ def one_plan(
     E = 8
     used = np.zeros((2, E)) if used is None else used
     slot_of = np.full(L * E, -1) if slot_of is None else slot_of
-    return plan(
-        ScheduleSettings(NUMBERS[name], lookahead, E, threshold),
-        costs or costs_of(),
-        layer,
-        L,
-        need,
-        backlog,
-        slot_of,
-        used,
-        used,
-        np.full(4, -1),
-        np.zeros(L * E),
-        0.0,
-    )
+    slots = arrays(slot_of, np.full(4, -1), np.zeros(L * E))
+    settings = ScheduleSettings(NUMBERS[name], lookahead, E, threshold)
+    return make_plan(settings, costs or costs_of(), layer, L, need, backlog, slots, used, used, 0.0)
 
 
 def need_of(tokens):
@@ -322,9 +315,9 @@ def test_a_predictor_that_expects_too_many_tokens_is_scaled_to_those_there_are()
     used, right = np.ones((2, 8)), np.full((2, 8), tokens.sum() / 8)
     slot_of = np.full(24, -1)
     settings = ScheduleSettings(NUMBERS["presched"], 1, 8, 0.1)
-    cache = np.full(4, -1), np.zeros(24), 0.0
-    honest = plan(settings, costs_of(), 0, 3, need, 0.0, slot_of, right, used, *cache)
-    wild = plan(settings, costs_of(), 0, 3, need, 0.0, slot_of, 50.0 * right, used, *cache)
+    slots = arrays(slot_of, np.full(4, -1), np.zeros(24))
+    honest = make_plan(settings, costs_of(), 0, 3, need, 0.0, slots, right, used, 0.0)
+    wild = make_plan(settings, costs_of(), 0, 3, need, 0.0, slots, 50.0 * right, used, 0.0)
     assert (wild.num_load, wild.prefetch.tolist()) == (honest.num_load, honest.prefetch.tolist())
 
 
@@ -407,9 +400,10 @@ def test_a_decision_takes_microseconds():
         key_of, table = keys.copy(), slot_of.copy()
         start = time.perf_counter()
         need = sort_need(experts, tokens, table[5 * E + experts], in_flight)
-        made = plan(settings, costs, 5, L, need, 0.0, table, 4.0 * used, used, key_of, scores, 0.5)
+        slots = arrays(table, key_of, scores)
+        made = make_plan(settings, costs, 5, L, need, 0.0, slots, 4.0 * used, used, 0.5)
         wanted = 5 * E + need.experts[need.num_hits :][: made.num_load]
-        take_slots(wanted, key_of, table, in_flight, made.keep, scores)
+        take_slots(wanted, in_flight, made.keep, slots)
         best_us = min(best_us, 1e6 * (time.perf_counter() - start))
     print(f"one decision: {best_us:.1f} us ({made.num_load} copies of {len(need.experts)} experts)")
     assert best_us < 50.0
@@ -425,7 +419,7 @@ def test_experts_are_worth_a_slot_while_the_cache_would_rather_have_them(seed):
     slot_of[key_of[key_of >= 0]] = np.flatnonzero(key_of >= 0)
     absent = np.flatnonzero(slot_of < 0)[: rng.integers(0, 9)]
     for most in (0, 1, 3, 20):
-        found = worth_a_slot(absent, most, slot_of, key_of, scores)
+        found = worth_a_slot(absent, most, arrays(slot_of, key_of, scores))
         least = np.sort(np.where(key_of < 0, -np.inf, scores[key_of]))
         best = np.sort(scores[absent])[::-1]
         n = min(most, len(absent), S)

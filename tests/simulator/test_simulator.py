@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import prescope
-from prescope.core.config import CACHES
+from prescope.cache.policies import POLICIES
 from prescope.core.types import Reason
 from prescope.errors import BadTrace, SlotPoolTooSmall, UnsupportedOption
 from prescope.predictor import Chance, Frequency, NoisyOracle, Oracle
@@ -216,7 +216,7 @@ def logs_for_comparison() -> dict[str, list]:
 # -- bounds ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", POLICIES)
 @pytest.mark.parametrize(("batch", "slots"), [(1, 8), (1, 24), (3, 20), (3, 40)])
 def test_no_policy_beats_belady(cache, batch, slots):
     """Loading on demand, from cold slots. Belady knows the future: fewer misses mean that the replay miscounts."""
@@ -261,7 +261,7 @@ def test_no_schedule_is_faster_than_the_bound(simulators, schedule):
 # -- as the engine ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", POLICIES)
 @pytest.mark.parametrize(("batch", "slots"), [(1, 5), (1, 12), (3, 9), (3, 24)])
 def test_hits_and_misses_are_the_engines_to_the_last_one(cache, batch, slots):
     """On demand nothing depends on time, so step by step and layer by layer the accounts are equal: prefill state,

@@ -117,6 +117,7 @@ class InterpretedGpu(EmulatedLinkDevice):
     """The CPU device with "graphs": launches taken down as a function, replayed in a thread, one after the other."""
 
     kind = "cuda"
+    captures_steps = small_copies_are_slow = True
 
     def __init__(self, late: LateLink | None = None) -> None:
         super().__init__(50.0)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prescope.cache.policies import LRU
+from prescope.cache.prefetch import most_on_wire
 from prescope.cache.residency import NOTHING, ResidencyTable
 from prescope.core.types import MoEShape, Reason
 from prescope.device import CudaDevice, EmulatedLinkDevice, NullDevice
@@ -24,7 +25,7 @@ ROW_US = ROW_BYTES / (LINK_GB_PER_S * 1e3)
 class Bench:
     """A loader with its table and rows, on a device of choice."""
 
-    def __init__(self, device, num_slots: int = 12, rows_in_flight: float = 2) -> None:
+    def __init__(self, device, num_slots: int = 12, most_on_wire: int = 2) -> None:
         self.device = device
         self.copied: list[tuple[int, int, Reason]] = []
         layers = []
@@ -37,14 +38,15 @@ class Bench:
             layers[-1].fill(weights)
         self.host = HostPool(layers)
         self.table = ResidencyTable(SHAPE, num_slots, LRU(SHAPE))
-        self.loader = Loader(device, self.host, self.table, ROW_BYTES, int(rows_in_flight * ROW_BYTES))
+        self.loader = Loader(device, self.host, self.table, ROW_BYTES)
+        self.loader.most_on_wire = most_on_wire
 
     def note(self, transfers):
         self.copied += [(t.moe_layer, t.expert, t.reason) for t in transfers]
         return transfers
 
     def prefetch(self, layer: int, experts: list[int]):
-        keys = [*self.loader._held, *(layer * EXPERTS + expert for expert in experts)]
+        keys = [*self.loader.held, *(layer * EXPERTS + expert for expert in experts)]
         return self.note(
             self.loader.hold(np.asarray(keys, dtype=np.int64), NOTHING, Reason.PREFETCH, timed=True)
         )
@@ -99,32 +101,47 @@ def test_demand_overtakes_prefetches_that_are_held(device):
     bench.check()
 
 
-@pytest.mark.parametrize("rows_in_flight", [0.5, 1, 2, 3.7])
+@pytest.mark.parametrize("most", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_more_than_the_stated_bytes_are_ahead_of_a_demand(rows_in_flight, seed):
-    """By the virtual clock: a miss ends within the bytes allowed ahead of it (one row at least) and its own."""
-    bench = Bench(NullDevice(LINK_GB_PER_S, seed=seed), rows_in_flight=rows_in_flight)
+def test_no_more_prefetches_than_stated_are_ahead_of_a_demand(most, seed):
+    """By the virtual clock: a miss ends within the copies allowed ahead of it and its own."""
+    bench = Bench(NullDevice(LINK_GB_PER_S, seed=seed), most_on_wire=most)
     rng = np.random.default_rng(seed)
-    ahead_rows = max(1, int(rows_in_flight))
     for step in range(20):
         bench.prefetch((step + 1) % LAYERS, rng.permutation(EXPERTS)[:4].tolist())
         before_us = bench.device.now_us
         missing = [e for e in range(EXPERTS) if bench.table.slot_of[step % LAYERS * EXPERTS + e] < 0]
         for transfer in bench.demand(step % LAYERS, missing[:1]):
             waited_rows = (transfer.end.time_us - before_us) / ROW_US
-            assert waited_rows <= ahead_rows + 1 + 1e-6
+            assert waited_rows <= most + 1 + 1e-6
         bench.pump()
     bench.check()
 
 
-def test_the_link_is_never_left_idle_by_the_bound_alone(device):
-    """An expert larger than the bound goes alone: otherwise it would never go."""
-    bench = Bench(device, rows_in_flight=0.25)
+def test_one_of_a_kind_goes_after_the_other(device):
+    """With one on the link at most the next goes when that one is there."""
+    bench = Bench(device, most_on_wire=1)
     bench.prefetch(0, [3, 4])
     assert bench.copied == [(0, 3, Reason.PREFETCH)]
     device.synchronize()
     bench.pump()
     assert bench.copied[1:] == [(0, 4, Reason.PREFETCH)]
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "num_slots", "most"),
+    [
+        (352 << 20, 64, 2),
+        (9 << 20, 512, 2),
+        (1 << 20, 512, 4),
+        (64 << 10, 512, 64),
+        (64 << 10, 40, 10),
+        (1, 2, 1),
+    ],
+)
+def test_the_link_has_work_while_slots_are_left_to_demand(row_bytes, num_slots, most):
+    assert most_on_wire(row_bytes, num_slots) == most
+    assert most_on_wire(row_bytes, num_slots, least_bytes=0) == min(2, most)
 
 
 def test_a_needed_prefetch_is_copied_once_and_at_once(device):
@@ -140,7 +157,6 @@ def test_a_needed_prefetch_is_copied_once_and_at_once(device):
     device.synchronize()
     bench.pump()
     assert bench.copied[3:] == [(1, 2, Reason.PREFETCH)]
-    assert bench.loader.num_promoted == 1
     bench.check()
 
 
@@ -149,9 +165,8 @@ def test_cancel_leaves_no_slot_owned(device):
     bench.prefetch(1, [0, 1, 2, 3])
     bench.prefetch(2, [5])
     assert (bench.table.key_of >= 0).sum() == 2, "only what is on the wire has a slot"
-    assert bench.loader.cancel(1) == 2
-    assert bench.loader.num_held == 1
-    assert bench.loader.cancel() == 1
+    assert bench.loader.held.tolist() == [EXPERTS + 2, EXPERTS + 3, 2 * EXPERTS + 5]
+    bench.loader.cancel()
     device.synchronize()
     assert bench.pump() == []
     assert sorted(bench.table.key_of[bench.table.key_of >= 0].tolist()) == [EXPERTS, EXPERTS + 1]
@@ -188,7 +203,7 @@ def test_clear_forgets_held_prefetches(device):
     device.synchronize()
     bench.table.clear()
     bench.loader.clear()
-    assert bench.loader.num_held == bench.loader.in_flight_bytes == 0
+    assert bench.loader.num_held == 0
     assert bench.pump() == []
 
 
@@ -221,20 +236,20 @@ def test_a_failed_copy_surfaces_at_the_next_touch(touch):
 @given(
     seed=st.integers(0, 10_000),
     num_slots=st.integers(8, LAYERS * EXPERTS),
-    rows_in_flight=st.floats(0.3, 6),
+    most=st.integers(1, 6),
 )
-def test_any_mix_of_prefetch_cancel_and_demand_serves_the_right_bytes(seed, num_slots, rows_in_flight):
+def test_any_mix_of_prefetch_cancel_and_demand_serves_the_right_bytes(seed, num_slots, most):
     """On the device that lands copies in any order; reads before a wait would find poison."""
     rng = np.random.default_rng(seed)
-    bench = Bench(NullDevice(LINK_GB_PER_S, seed=seed), num_slots, rows_in_flight)
+    bench = Bench(NullDevice(LINK_GB_PER_S, seed=seed), num_slots, most)
     for _ in range(25):
         layer = int(rng.integers(LAYERS))
         bench.prefetch(int(rng.integers(LAYERS)), rng.permutation(EXPERTS)[: rng.integers(0, 5)].tolist())
         if rng.random() < 0.3:
-            bench.loader.cancel(layer)
+            bench.loader.cancel()
         on_wire = int(bench.table.in_flight.sum())
-        most = min(EXPERTS, max(1, num_slots - on_wire))
-        wanted = rng.permutation(EXPERTS)[: rng.integers(1, most + 1)].tolist()
+        room = min(EXPERTS, max(1, num_slots - on_wire))
+        wanted = rng.permutation(EXPERTS)[: rng.integers(1, room + 1)].tolist()
         bench.demand(layer, wanted[: max(1, num_slots - on_wire - 1)])
         bench.loader.poll()
         bench.pump()
@@ -259,7 +274,7 @@ def test_runs_cover_each_pair_once_and_stay_adjacent(pairs, most):
 
 def test_small_neighbours_travel_in_one_copy(device):
     """Rows of 1 KiB into an empty pool: one copy, whose time and bytes the transfers add up to."""
-    bench = Bench(device, num_slots=LAYERS * EXPERTS, rows_in_flight=100)
+    bench = Bench(device, num_slots=LAYERS * EXPERTS, most_on_wire=100)
     transfers = bench.prefetch(1, [2, 3, 4])
     assert [t.expert for t in transfers] == [2, 3, 4]
     assert len({id(t.end) for t in transfers}) == 1

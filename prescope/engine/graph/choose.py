@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ...core.config import EngineConfig
+from ...cache.policies import POLICIES
 from ...errors import UnsupportedOption
-from ...kernels import DEVICE_POLICIES, MOST_PAIRS, make_device_table
+from ...kernels import MOST_PAIRS, make_device_table
+from ..config import EngineConfig
 from ..layered import LayeredRunner
 from .loop import DecodeLoop
 from .step import COPY, GPU, HOST, GraphStep
@@ -100,7 +101,7 @@ class Decoder:
             return [HOST], f"schedule={config.schedule!r} is the host's"
         if config.decode in (GPU, COPY, HOST):
             return [config.decode], "as given"
-        if config.cache not in DEVICE_POLICIES:
+        if not POLICIES[config.cache].runs_on_gpu:
             return [HOST], f"cache={config.cache!r} needs the host"
         if config.link_factor > 1:
             return [COPY], f"link_factor={config.link_factor} is the copy engine's"
@@ -123,11 +124,11 @@ class Decoder:
                 "a norm follows the experts, and those on the CPU would miss it",
             ),
             (config.decode == "layered", "as given"),
-            (self._runner.device.kind != "cuda", "graphs need CUDA"),
+            (not self._runner.device.captures_steps, "graphs need CUDA"),
             (config.kernels != "triton", f"kernels={config.kernels!r} cannot be captured"),
             (config.record_inputs, "router inputs are recorded"),
             (
-                config.decode in (GPU, COPY) and config.cache not in DEVICE_POLICIES,
+                config.decode in (GPU, COPY) and not POLICIES[config.cache].runs_on_gpu,
                 f"cache={config.cache!r} needs the host",
             ),
             (needed > num_slots, f"a layer may need {needed} experts at once, there are {num_slots} slots"),

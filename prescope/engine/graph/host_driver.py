@@ -4,19 +4,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...cache.prefetch import most_in_flight
-from ...cache.residency import NOTHING, IntArray, prefetch_slots
+from ...cache.prefetch import Waiting
+from ...cache.residency import NOTHING, IntArray
 from ...core.jit import said_if_compiled_first
 from ...core.native import clock_address
 from ...core.types import REASONS, NeedOutcome, Reason
 from ...kernels import StepLog
 from ...kernels.cpu import LaneFunctions
-from ...scheduler.layer import Slots
 from ..layered import LayeredRunner
 from ..schedule import on_demand
-from . import host_loop as at
+from . import host_state as at
 from .copy_driver import SideTasks, require_running
-from .host_loop import Addresses, Functions, HostState, PlannerState, serve
+from .host_cpu import collect
+from .host_loop import serve
+from .host_state import Addresses, Functions, HostState, PlannerState
 from .stamps import read_stamps
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ class HostDriver:
         runner, schedule_runner = self._runner, self._schedule_runner
         assert captured.scheduled is not None
         table, pool, layers = runner.residency, runner.loader.pool, runner.layers
-        most = most_in_flight(runner.device.kind, runner.shape.row_bytes)
         nothing = [0] * len(layers)
         has_cpu = schedule_runner.cpu is not None
 
@@ -88,7 +88,7 @@ class HostDriver:
             slot_bytes=pool.stride(0),
             uses_weights=int(table.policy.name == "score"),
             policy=table.policy.kind,
-            most_on_wire=min(most, prefetch_slots(table.num_slots)),
+            most_on_wire=runner.loader.most_on_wire,
             on_demand=REASONS.index(Reason.ON_DEMAND),
             prefetch=REASONS.index(schedule_runner.reason),
             timed=int(self._timed),
@@ -110,15 +110,14 @@ class HostDriver:
             shown_in=table.key_of.copy(),
             loaded=zeros(E),
             copy_of=zeros(table.num_slots),
-            held=zeros(total),
-            keep=zeros(total),
+            waiting=Waiting.none(total),
             wire_slot=zeros(most + 1),
             wire_event=zeros(most + 1),
             events=self._events.handles,
             needs=zeros(L, at.NEED_COLUMNS),
             copies=zeros(3 * total if self._timed else 0, at.COPY_COLUMNS),
             jobs=zeros(L + 1, at.JOB_COLUMNS),
-            expert_batch=zeros(at.LOT_WORDS),
+            expert_batch=zeros(at.BATCH_WORDS),
             indices=zeros(2 * E + 1 + 2 * P),
             words=zeros(4),
         )
@@ -150,10 +149,16 @@ class HostDriver:
         planner_state = PlannerState(
             planner.settings, planner.costs, *planner.calibrated_cpu(), planner.memory
         )
-        slots = Slots(
-            table.slot_of, table.key_of, table.in_flight, table.prefetched, table.protected, table.policy.scores
-        )  # fmt: skip
-        arguments = self._functions, self._addresses, self._state, planner_state, slots, step, number, row
+        arguments = (
+            self._functions,
+            self._addresses,
+            self._state,
+            planner_state,
+            table.arrays,
+            step,
+            number,
+            row,
+        )
         while True:
             with said_if_compiled_first(serve, "the host's part of a decode step"):
                 code = serve(*arguments, len(side_tasks))
@@ -228,7 +233,7 @@ class HostDriver:
         table.in_flight[:] = table.protected[:] = False
         table.versions += 1  # copies of the table's rows are stale
         counts[at.NUM_JOBS] = 0
-        is_sound = at.collect(self._functions, self._state)
+        is_sound = collect(self._functions, self._state)
         if runner.recorder is not None and not self._is_abandoned:
             runner.recorder.served_late(self._jobs())
         if not is_sound and not self._is_abandoned:

@@ -10,7 +10,7 @@ import torch
 from ...cache.residency import NOTHING
 from ...errors import UnsupportedOption
 from ...hf import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
-from ...kernels import DEVICE_POLICIES, make_host_options
+from ...kernels import make_host_options
 from ..layered import LayeredRunner
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class GraphStep:
                 "the model takes its positions from the cache, which counts them in Python"
             )
         for driver in self._drivers:
-            policy = DEVICE_POLICIES[runner.residency.policy.name] if driver != HOST else 0
+            policy = runner.residency.policy.kind if driver != HOST else 0
             step = table.new_step(
                 self.batch, runner.shape.top_k, policy=policy, orders=driver == COPY, timed=self.timed,
                 scheduled=self._scheduled() if driver == HOST else None,

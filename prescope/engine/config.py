@@ -1,27 +1,22 @@
 """Settings of an engine: frozen, validated once, resolved from "auto" into a new object with reasons.
 
-Knows nothing of torch; `resolve_slots` is pure arithmetic.
+The names to choose from are those of the registries: of devices, cache policies and schedules.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import SlotPoolTooSmall, UnsupportedOption
-from .units import format_bytes, parse_bytes
+from ..cache.num_slots import require_slots_setting
+from ..cache.policies import POLICIES
+from ..device import DEVICES
+from ..errors import UnsupportedOption
+from ..scheduler import SCHEDULES
 
-DEVICES = ("auto", "cuda", "cpu", "null")
-CACHES = ("lru", "lfu", "static", "score", "shallow", "next-use")
-SCHEDULES = (
-    "on-demand", "streaming", "klotski", "fate", "fiddler", "hybrimoe", "moe-infinity", "presched",
-)  # fmt: skip
 KERNELS = ("auto", "torch", "triton")
 #: Ways to decode in which the GPU decides.
 DEVICE_DRIVERS = ("gpu-driven", "copy-engine")
 DECODES = ("auto", "layered", "gpu-driven", "copy-engine", "host-driven")
-#: Emulated link when the user names none: one expert takes a millisecond, so that, as on a real machine, moving an
-#: expert takes longer than computing with it; at most PCIe 4 x16.
-EMULATED_EXPERT_US = 1000.0
-EMULATED_MOST_GB_PER_S = 26.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +71,8 @@ class EngineConfig:
     record_inputs: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("device", self.device, DEVICES)
-        _one_of("cache", self.cache, ("auto", *CACHES))
+        _one_of("device", self.device, ("auto", *DEVICES))
+        _one_of("cache", self.cache, ("auto", *POLICIES))
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("decode", self.decode, DECODES)
         _one_of("schedule", self.schedule, SCHEDULES)
@@ -109,20 +104,7 @@ class EngineConfig:
             raise UnsupportedOption(f"threshold is {self.threshold}; a probability lies in [0, 1]")
         if self.cpu_threads is not None and self.cpu_threads < 0:
             raise UnsupportedOption(f"cpu_threads is {self.cpu_threads}; 0 switches the CPU lane off")
-        if isinstance(self.slots, bool) or not isinstance(self.slots, int | float | str):
-            raise UnsupportedOption(f"slots is {self.slots!r}; give a count, a share such as 0.25, or '8GiB'")
-        if isinstance(self.slots, str):
-            try:
-                parse_bytes(self.slots)
-            except ValueError as error:
-                raise UnsupportedOption(f"slots: {error}") from error
-        if isinstance(self.slots, float) and not 0 < self.slots <= 1:
-            raise UnsupportedOption(
-                f"slots is {self.slots}; a float is a share of all experts and lies in (0, 1]; "
-                f"for a count write an int"
-            )
-        if isinstance(self.slots, int) and self.slots < 1:
-            raise UnsupportedOption(f"slots is {self.slots}; a count is at least 1")
+        require_slots_setting(self.slots)
         if self.link_gb_per_s is not None and not self.link_gb_per_s > 0:
             raise UnsupportedOption(f"link_gb_per_s is {self.link_gb_per_s}; a bandwidth is positive")
         if self.link_gb_per_s is not None and self.device == "cuda":
@@ -138,39 +120,6 @@ class EngineConfig:
         return asdict(self)
 
 
-def emulated_link_gb_per_s(row_bytes: int) -> float:
-    """Bandwidth of the emulated link for experts of `row_bytes`, when the user names none; two digits."""
-    return float(f"{min(EMULATED_MOST_GB_PER_S, row_bytes / EMULATED_EXPERT_US / 1e3):.2g}")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise UnsupportedOption(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
-
-
-def resolve_slots(
-    slots: int | float | str, *, total_experts: int, row_bytes: int, top_k: int
-) -> tuple[int, str]:
-    """Number of slots a setting means for a model, and the reason as one sentence.
-
-    A setting above the number of experts gives one slot to each: more could never be used.
-
-    Raises:
-        SlotPoolTooSmall: fewer than top_k.
-    """
-    if isinstance(slots, str):
-        count = parse_bytes(slots) // row_bytes
-        meaning = f"{slots} / {format_bytes(row_bytes)} per expert"
-    elif isinstance(slots, float):
-        count = round(slots * total_experts)
-        meaning = f"{slots:.4g} of {total_experts} experts"
-    else:
-        count, meaning = slots, "as given"
-    if count < top_k:
-        raise SlotPoolTooSmall(
-            f"slots={slots!r} gives {count} slots ({format_bytes(count * row_bytes)}), but one token of one layer "
-            f"needs top-k = {top_k} experts at once; use slots={top_k} ({format_bytes(top_k * row_bytes)}) or more"
-        )
-    if count > total_experts:
-        return total_experts, f"{meaning}, cut to one slot for each of the {total_experts} experts"
-    return count, meaning
