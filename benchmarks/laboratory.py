@@ -82,7 +82,7 @@ def tiny_moe() -> Iterator[Case]:
     with engine:
         traces = {}
         for batch, steps in BATCHES.items():
-            chosen = [texts[i] for i in rng.scenario(len(texts), batch, replace=batch > len(texts))]
+            chosen = [texts[i] for i in rng.choice(len(texts), batch, replace=batch > len(texts))]
             tokens = [engine.tokenizer(text, truncation=True, max_length=48)["input_ids"] for text in chosen]
             run = engine.generate(
                 tokens, max_new_tokens=steps + 1, do_sample=True, temperature=1.0, eos_token_id=None

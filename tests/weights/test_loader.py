@@ -46,7 +46,7 @@ class Bench:
         return transfers
 
     def prefetch(self, layer: int, experts: list[int]):
-        keys = [*self.loader.held, *(layer * EXPERTS + expert for expert in experts)]
+        keys = list(dict.fromkeys([*self.loader.held, *(layer * EXPERTS + expert for expert in experts)]))
         return self.note(
             self.loader.hold(np.asarray(keys, dtype=np.int64), NOTHING, Reason.PREFETCH, timed=True)
         )
