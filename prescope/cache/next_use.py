@@ -24,7 +24,7 @@ from ..core.types import FloatArray, IntArray, MoEShape
 #: Number in compiled code, behind those of `cache`.
 NEXT_USE_KIND = 6
 #: Weight of the past in the share of uses, per step. A prompt is one step, so that what it used is not held for dear
-#: for long. With 0.98 a trained model's text has up to 3 points fewer hits at batch 1 (LOG.md).
+#: for long. With 0.98 a trained model's text has up to 3 points fewer hits at batch 1 (docs/log/cache.md).
 USE_DECAY = 0.95
 #: Weight of the past in what the last step is worth, per layer of a step: remembers about a hundred layers.
 LAST_STEP_DECAY = 0.99
@@ -32,7 +32,7 @@ LAST_STEP_DECAY = 0.99
 #: two tokens that does not fit into the slots has 53 % hits, with 0 30 %; -0.15 to -1 are alike.
 LEAST_LAST_STEP = -0.3
 #: What each doubling of its tokens adds to a use. 0.5 is alike. Without the logarithm a prompt of 200 tokens holds its
-#: experts for so long that a loop of two tokens behind it has up to 2 points less than with LRU (LOG.md).
+#: experts for so long that a loop of two tokens behind it has up to 2 points less than with LRU (docs/log/cache.md).
 TOKEN_WEIGHT = 0.3
 #: Least p: an expert that was not used for long may be used again.
 LEAST_USE = 1e-3

@@ -470,7 +470,8 @@ class Recorder:
 
     def _all_inputs(self, num_layers: int) -> np.ndarray:
         """(R, L, D) float16, as `saturating_float16` but on the device, into the one array that is kept: in float32,
-        step by step, joined and cut, 8192 tokens of 16 layers of 2048 took 3.8 GB on their way to 0.5 (LOG.md).
+        step by step, joined and cut, 8192 tokens of 16 layers of 2048 took 3.8 GB on their way to 0.5
+        (docs/log/predictor.md).
         """
         width = max(
             r.inputs_TD.shape[1] for s in self._steps for r in s.routing.values() if r.inputs_TD is not None

@@ -21,7 +21,7 @@ from .triton_experts import PAIRS_PER_EXPERT_FOR_TILES, Linear, tune_pairs
 
 #: Steps whose messages are kept: the GPU runs at most one ahead of the host.
 RING = 4
-#: Programs and words (int64) per program of `fetch`: measured in benchmarks/overhead.py, see LOG.md.
+#: Programs and words (int64) per program of `fetch`: measured in benchmarks/overhead.py, see docs/log/engine.md.
 FETCH_PROGRAMS, FETCH_WORDS = 64, 2048
 BLOCK_M = 16
 #: Copies on the link at once are fewer.

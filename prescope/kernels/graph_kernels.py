@@ -12,7 +12,8 @@ which experts are there, and `_look` reads it for the next layer beside this one
 on and leaves the host behind.
 
 A read of mapped memory takes a round trip over the link, behind all that is being copied: some 26 us where the link
-gave 13 GB/s (H100, LOG.md). So a layer that misses nothing waits for none, and an answer is read as a whole.
+gave 13 GB/s (H100, docs/log/engine.md). So a layer that misses nothing waits for none, and an answer is read as a
+whole.
 
 Each layer's row of (expert) -> slot lies on the GPU, where the expert kernels look it up. Shapes: T tokens, K top-k,
 P = T * K pairs, L MoE layers, E experts, S slots.

@@ -241,7 +241,7 @@ class Llapor:
         """(L, T, lookahead, E): Platt-scaled probabilities, `share_LT1` of the correction in the logits.
 
         The level of the logits is the correction's: without it, a scaling fitted to full ones gives sums of K / 4
-        instead of K, and the tokens of a batch whose states are known outvote the strange ones (LOG.md).
+        instead of K, and the tokens of a batch whose states are known outvote the strange ones (docs/log/predictor.md).
         """
         platt = self.tensors["platt"][at][:, None, :, None, :]
         if share_LT1 is not None:

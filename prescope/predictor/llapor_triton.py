@@ -2,7 +2,7 @@
 
 As torch launches it, a prediction is some fifty small kernels: 62 us a layer of Qwen3-30B-A3B's shape, with these 19,
 and on a branch of the step's graph, beside the medium model's layers, they cost these 10 us each, with these 2 (batch
-1, H200, LOG.md). The same sums as `Llapor.predict`, in another order.
+1, H200, docs/log/kernels.md). The same sums as `Llapor.predict`, in another order.
 
 Shapes: T tokens, D width, P compressed width, H hidden, B width of the block, E experts, K top-k, d layers ahead,
 N = lookahead * E.

@@ -8,7 +8,8 @@ held-out error, for a predictor that is never better than 15 % would otherwise t
 
 What was learned serves only while it is better: both heads are scored on each token before it is learned from, and
 the one with the smaller error over the last window answers. Without that, tuning cost 0.01 to 0.02 of recall on
-text that is merely harder (tiny-moe, Rust); on text that is new (Ukrainian) it gains 0.07 to 0.15 (LOG.md).
+text that is merely harder (tiny-moe, Rust); on text that is new (Ukrainian) it gains 0.07 to 0.15
+(docs/log/predictor.md).
 
 Shapes: T tokens, H hidden, E experts, K top-k, L MoE layers, N = lookahead * E, W tokens of the ring.
 """

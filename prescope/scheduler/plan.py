@@ -17,14 +17,15 @@ ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED =
 
 #: Share of the planned time by which it may be wrong: experts that are all but certain to be used are held in
 #: prefetches for so much link time more. They are given to an idle link only, and dropped when the next router speaks.
-#: Without, costs that make plans too short by a half lose 10 to 15 %; where costs are right it loses 0.3 % (LOG.md).
+#: Without, costs that make plans too short by a half lose 10 to 15 %; where costs are right it loses 0.3 %
+#: (docs/log/scheduler.md).
 ERROR_MARGIN = 0.3
 #: Least probability of use of an expert that is all but certain. With 0.75 an inverted predictor cost 6 % at batch 64,
 #: with 0.85 it costs 2 %.
 CERTAIN = 0.85
 #: So often what the CPU computed saves its time again, by `reuse_lasts`, once it is in a slot; and what lasts less is
 #: left out. 1.5 loses up to 14 % at batch 1 of tiny-moe's own text without a predictor, 2.5 another 1 % at batch 4; a
-#: fixed bound of 0.35, as it was, lost a third at batch 1 (simulated, LOG.md).
+#: fixed bound of 0.35, as it was, lost a third at batch 1 (simulated, docs/log/scheduler.md).
 REUSES_OF_A_COPY, LEAST_LASTING = 2.0, 0.05
 #: From here on predictions of less than the first are copied behind what the CPU computed, and of less than the second
 #: not at all: what is there is likelier.
@@ -156,7 +157,7 @@ def make_plan(
     if ahead > 0:
         candidates = wanted(settings, moe_layer + 1, slots.slot_of, tokens_dE[0], used_dE[0])
     # What was prefetched, or is there and predicted, makes no room for the next prefetch, whoever decides: in an LRU
-    # order it would be the first to go (LOG.md: the others gain 2 to 10 % by it, PreSched 0.5 %).
+    # order it would be the first to go (docs/log/scheduler.md: the others gain 2 to 10 % by it, PreSched 0.5 %).
     keep = likely(settings, moe_layer, num_layers, used_dE)
     if settings.schedule == FATE or settings.schedule == MOE_INFINITY:
         return Plan(n, candidates, keep)
@@ -174,7 +175,8 @@ def make_plan(
     m = len(candidates)
     next_tokens, next_used = np.empty(m), np.empty(m)
     # The next layer serves the same tokens. A predictor that expects more of them errs by that factor, and the CPU
-    # would seem so slow that everything is prefetched: an inverted one cost 43 % at batch 64 before (LOG.md).
+    # would seem so slow that everything is prefetched: an inverted one cost 43 % at batch 64 before
+    # (docs/log/scheduler.md).
     scale = min(1.0, need.tokens.sum() / max(1e-9, tokens_dE[0].sum())) if m > 0 else 1.0
     for j in range(m):
         next_tokens[j] = scale * tokens_dE[0, candidates[j] - first]
@@ -191,7 +193,8 @@ def make_plan(
     if p < m or left <= 0:
         return Plan(k, prefetch, keep)
     # What the CPU computes would never come into the slots, however often it is used again: 7 to 44 points of hits
-    # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated, LOG.md).
+    # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated,
+    # docs/log/cache.md).
     cold = moe_layer * E + need.experts[here + k :]
     layer_us = done_us + costs.rest_us + costs.decide_us
     room = int(left / costs.link_us) if is_worth_copying(costs, missing[k:], layer_us, lasting) else 0

@@ -27,7 +27,7 @@ CPU_STEPS = 3
 #: copied every expert, at 124 tokens/s where 219 were simulated (H200).
 FORGOTTEN = 0.05
 #: The same of the link. One H100 machine's gave 13 GB/s where another's gave 55; believing 55, PreSched lost 43 % to a
-#: schedule that uses the CPU alone (LOG.md).
+#: schedule that uses the CPU alone (docs/log/scheduler.md).
 MOST_LINK_FACTOR = 8.0
 #: The CPU makes the link so many times slower at most, since both read the same memory: 1.15 to 1.37 as calibrated on
 #: H200 machines, 1.8 where it computed most of eight experts a layer. What is seen beside it says no more of the link

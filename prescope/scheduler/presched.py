@@ -28,7 +28,7 @@ from .types import Costs, cpu_time
 #: Weight of the next layer's time. When link and CPU are both busy, what is moved from the link to the CPU here makes
 #: room for as many prefetches, so T + N hardly depends on k: a plateau, on which errors of the forecast decide. With a
 #: little less weight the sooner end of the layer at hand decides. 0.6 to 0.9 are alike; 1 is 1 % slower on average, 2 %
-#: at batch 64, and up to 14 % where t_g is known less well (LOG.md).
+#: at batch 64, and up to 14 % where t_g is known less well (docs/log/scheduler.md).
 FORECAST = 0.8
 
 

@@ -165,7 +165,7 @@ _ALL = (
         "that are wrong, an eviction that knows the plan and a cache that knows the order of the layers, experts "
         "computed on the CPU copied for later when choices last, and trust in the predictor by what its likeliest "
         "experts were worth. Its defaults do not depend on the batch: no other was better by more than 1 %, simulated "
-        "(LOG.md)",
+        "(docs/log/scheduler.md)",
         source="PreScope, arXiv 2509.23638",
     ),
 )

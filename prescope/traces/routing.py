@@ -393,7 +393,7 @@ def _check_values(name: str, array: np.ndarray, num_experts: int) -> None:
 
 def _count_not_finite(array: np.ndarray) -> int:
     """NaN and infinities. In parts, and float16 by the bits of its exponent: router inputs are gigabytes, a mask of
-    them at once took longer to find memory for than to compute (LOG.md).
+    them at once took longer to find memory for than to compute (docs/log/predictor.md).
     """
     count = 0
     for first in range(0, len(array), CHECK_ROWS):

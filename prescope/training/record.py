@@ -85,7 +85,7 @@ def own_text(engine: Engine, num_tokens: int, *, length: int = OWN_TOKENS, seed:
 
     The broadest text there is without a corpus: a model writes of everything it was trained on. A predictor that was
     trained on dialogue alone lost 0.06 to 0.19 of recall against the early router on code; with as much own text
-    beside it, it won 0.02 to 0.07 (tiny-moe; LOG.md).
+    beside it, it won 0.02 to 0.07 (tiny-moe; docs/log/predictor.md).
 
     Args:
         num_tokens: about so many in all, at least one text.

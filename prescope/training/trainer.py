@@ -387,7 +387,7 @@ def fit_trust(predictor: Llapor, trace: RoutingTrace, rows: IdArray) -> None:
 
     On strange text errors are added to those left, so a correction that mends much and leaves little stays worth it
     further out than one that mends little of a good early router. One number serves all lookaheads of a layer: the best
-    one differs more from model to model than from lookahead to lookahead (LOG.md).
+    one differs more from model to model than from lookahead to lookahead (docs/log/predictor.md).
     """
     errors = [
         1.0 - layer_recalls(predictor.trusting(trust), trace, rows).nanmean(0)
