@@ -21,7 +21,7 @@ import numpy as np
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray, MoEShape
 
-#: Number in compiled code, behind those of `cache`.
+#: Number in compiled code, after those of `policies`.
 NEXT_USE_KIND = 6
 #: Weight of the past in the share of uses, per step. A prompt is one step, so that what it used is not held for dear
 #: for long. With 0.98 a trained model's text has up to 3 points fewer hits at batch 1 (docs/log/cache.md).

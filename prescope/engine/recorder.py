@@ -56,7 +56,7 @@ class _Step:
 
 
 class _Served(NamedTuple):
-    """A step that compiled code decided; columns as in `decode.serve`."""
+    """A step that compiled code decided; columns as in `engine.graph.host_loop`."""
 
     step: int
     num_tokens: int
@@ -256,7 +256,7 @@ class Recorder:
         jobs: NDArray[np.int64],
         events: Events,
     ) -> None:
-        """What compiled code did about a step, in rows of `decode.serve`; read when the run is over."""
+        """What compiled code did about a step, in rows of `engine.graph.host_loop`; read when the run is over."""
         self._served.append(_Served(step, num_tokens, needs, copies, jobs, events))
 
     def served_late(self, jobs: NDArray[np.int64]) -> None:

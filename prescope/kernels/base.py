@@ -60,7 +60,7 @@ class Work:
 
 
 class StepLog(NamedTuple):
-    """What a step that ran from a graph wrote down by itself (`captured`): copies, on the host."""
+    """What a step that ran from a graph wrote down by itself (`graph_buffers`): copies, on the host."""
 
     tokens: NDArray[np.int64]  # (T,) chosen
     ids_LTK: NDArray[np.int32]  # -1 for nobody's

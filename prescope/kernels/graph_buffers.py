@@ -1,4 +1,4 @@
-"""Buffers and launches of a decode step that runs from one CUDA graph (see `on_device`).
+"""Buffers and launches of a decode step that runs from one CUDA graph (see `graph_kernels`).
 
 Knows the GPU's copy of the residency table and the messages between GPU and host; knows nothing of models.
 """
@@ -41,7 +41,7 @@ class HostOptions(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """Of a step under a schedule, in mapped memory; see `on_device`."""
+    """Messages of a step under a schedule, in mapped memory; see `graph_kernels`."""
 
     ask: NDArray[np.int64]  # (L, P)
     scores: NDArray[np.int64]  # (L, d * 2 * E)
@@ -55,7 +55,7 @@ class Messages(NamedTuple):
 
 
 class OrderMessages(NamedTuple):
-    """Of a step whose copies the GPU orders, in mapped memory; see `graph_kernels._plan`."""
+    """Messages of a step whose copies the GPU orders, in mapped memory; see `graph_kernels._plan`."""
 
     orders: NDArray[np.int64]  # (L, 1 + n) step << 48 | how many, then step << 48 | expert << 24 | slot
     ack_sources: NDArray[np.int32]  # (L,) what is copied to `ack` behind a layer's bytes

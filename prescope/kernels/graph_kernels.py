@@ -103,7 +103,7 @@ def _plan(  # type: ignore[no-untyped-def]
             tl.store(orders, number | num_missing)
         now = tl.load(tick) + 1
         tl.store(tick, now)
-        # As in `cache.py`, to the bit: hits are counted alike on both sides.
+        # As in `cache.policies.learn`, to the bit: hits are counted alike on both sides.
         use = now.to(tl.float64) + expert.to(tl.float64) / num_experts
         if POLICY == _POLICY_LRU:
             tl.store(scores + first_key + expert, use, mask=used)

@@ -1,6 +1,6 @@
 """LLaPor, the learnable layer-aware predictor, as we re-implement it (arXiv 2509.23638).
 
-One small network per MoE layer on its PCA-compressed router input; layers in groups (`groups`): the outer ones
+One small network per MoE layer on its PCA-compressed router input; layers in groups (`layer_groups`): the outer ones
 shallow (Linear - GELU - Dropout), the middle one deeper by a gated residual block. One head per lookahead. All layers
 lie in one set of tensors with the layer first, so that one bmm serves all of them in training and replay, and the
 same code serves one layer live. Nothing in `predict` makes the host wait, so a CUDA graph can hold it.
@@ -53,7 +53,7 @@ ALL = slice(None)
 
 
 class Llapor:
-    """A trained (or fresh) predictor. `predictor.train.train` makes a trained one.
+    """A trained (or fresh) predictor. `prescope.training.train` makes a trained one.
 
     Attributes:
         config, shape, groups: what it was made with.
@@ -97,7 +97,7 @@ class Llapor:
         """An untrained predictor: the residual variant starts as exactly the early router.
 
         Args:
-            pca: mean (L, 1, D), components (L, D, P) and whitening (L, 1, P), see `train.fit_pca`.
+            pca: mean (L, 1, D), components (L, D, P) and whitening (L, 1, P), see `training.prepare.fit_pca`.
 
         Raises:
             UnsupportedOption: the residual variant without routers.

@@ -4,7 +4,7 @@ from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .types import FORMER_STEPS
 
-#: Weight of the past in `learn`, per layer of a step: remembers about a hundred layers.
+#: Weight of the past in `learn_trust` and `learn_reuse`, per layer of a step: remembers about a hundred layers.
 TRUST_DECAY = 0.99
 
 

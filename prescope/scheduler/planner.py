@@ -39,7 +39,7 @@ class Planner:
     """One engine's decisions. Costs follow what its own steps show, from the calibrated ones on.
 
     Args:
-        knobs: the schedule and its settings.
+        settings: of the schedule.
         costs: of this machine and model.
         shape: of the model's MoE part.
         predicts: layers ahead that a predictor answers for; 0 without one.

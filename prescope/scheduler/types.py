@@ -12,7 +12,7 @@ from ..core.types import FloatArray, IntArray
 
 
 class Costs(NamedTuple):
-    """`cost.LayerCosts` as compiled code reads it."""
+    """`costs.LayerCosts` as compiled code reads it."""
 
     link_us: float  # one expert over the link
     link_busy_us: float  # the same while the CPU computes experts: both read the same memory
@@ -53,9 +53,9 @@ FORMER_STEPS = 4
 class Memory(NamedTuple):
     """What a schedule remembers from layer to layer; changed by each decision."""
 
-    trust: FloatArray  # (d, 2), see `decide.learn_trust`
+    trust: FloatArray  # (d, 2), see `learn.learn_trust`
     predicted_dLE: FloatArray  # the last probability of use
-    reuse: FloatArray  # (FORMER_STEPS + 4,), see `decide.learn_reuse`
+    reuse: FloatArray  # (FORMER_STEPS + 4,), see `learn.learn_reuse`
     former_LE: IntArray  # bit m: each layer used it m + 1 steps ago
 
     @classmethod

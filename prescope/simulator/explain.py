@@ -29,7 +29,7 @@ class LayerExplanation(NamedTuple):
     """One layer of one step.
 
     Attributes:
-        experts: one row an expert, needed or prefetched: expert, tokens, was, decision, reason (`core.Reason`),
+        experts: one row an expert, needed or prefetched: expert, tokens, was, decision, reason (`core.types.Reason`),
             by_link_us, by_cpu_us, predicted.
         splits: one row for each number of misses that could have been copied: copied, on_cpu, link_us, gpu_us, cpu_us,
             layer_us, chosen. Without prefetches for the next layer, which PreSched weighs too.

@@ -383,7 +383,8 @@ def _mean(recalls: torch.Tensor) -> float:
 
 
 def fit_trust(predictor: Llapor, trace: RoutingTrace, rows: IdArray) -> None:
-    """How far each layer's correction may be trusted: `config.trust` times the errors it mends over those it leaves.
+    """Find how far each layer's correction may be trusted: `LlaporConfig.trust` times the errors it corrects over those
+    it leaves.
 
     On strange text errors are added to those left, so a correction that mends much and leaves little stays worth it
     further out than one that mends little of a good early router. One number serves all lookaheads of a layer: the best

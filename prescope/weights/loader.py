@@ -1,7 +1,7 @@
 """Move experts from host rows into slots, with a ready and a released mark per slot.
 
-`ready` is passed once the bytes are in the slot: the compute lane waits for it. `released` is passed once the last
-use of the slot is over: the H2D lane waits for it before overwriting. The host waits for neither (on CUDA).
+The compute lane waits for the ready mark: behind it the bytes are in the slot. The H2D lane waits for the released mark
+before it overwrites a slot: behind it the last use is over. The host waits for neither (on CUDA).
 
 One queue with two levels. What a layer needs now is issued at once (`load`). Prefetches wait on the host, without a
 slot (`cache.prefetch`), and are given to the H2D lane only while few of them are on it (`pump`): a copy on the link

@@ -56,7 +56,7 @@ class HostPages:
         run_jobs([partial(piece.fill, 0) for piece in pieces], threads)
 
     def keep_from_children(self) -> None:
-        """Leave these pages out of a child process: `fork` would copy pinned pages one by one, all of them."""
+        """Leave these pages out of a child process: a fork would copy pinned pages one by one, all of them."""
         if self._memory is not None and hasattr(mmap, "MADV_DONTFORK"):
             self._memory.madvise(mmap.MADV_DONTFORK)
 

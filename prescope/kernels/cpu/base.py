@@ -121,7 +121,7 @@ class CpuJob(Protocol):
 
 
 class LaneAddresses(NamedTuple):
-    """Addresses of C functions of a lane, for compiled code (see `raw.call`), and the lane they are called with."""
+    """Addresses of C functions of a lane, for compiled code (see `native.call`), and the lane they are called with."""
 
     submit: int  # (lane, layer, lot): a job, or 0 if it is refused
     state: int  # (job): 0 while it runs, 1 when it is done

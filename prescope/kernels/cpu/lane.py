@@ -80,8 +80,9 @@ class CpuExperts:
     def awake(self) -> Iterator[None]:
         """While jobs may follow one another: threads do not sleep between them, if there are cores enough.
 
-        To wake the sleeping cores of a virtual machine takes nearly as long as an expert: one of 12.6 MB after 3 ms
-        without work took 342 us, threads awake 210 (14 threads, H200 machine; cpu_experts.py --parts latency).
+        Waking the sleeping cores of a virtual machine takes nearly as long as an expert: one of 12.6 MB after 3 ms
+        without work took 342 us, with threads awake 210 (14 threads, H200 machine;
+        `benchmarks/cpu_experts.py --parts latency`).
         """
         if not may_stay_awake(self.threads):
             yield
@@ -93,7 +94,7 @@ class CpuExperts:
             self._lane.stay_awake(False)
 
     def functions(self) -> LaneFunctions:
-        """How compiled code submits (`decode.serve`); what it submits is not checked."""
+        """How compiled code submits (`host_loop.serve`); what it submits is not checked."""
         return self._lane.functions()
 
     def close(self) -> None:
