@@ -85,7 +85,7 @@ class TrainedPredictor(NamedTuple):
         """
         rows = []
         for one in [self.predictor, *self.others]:
-            # The controls know or know nothing; what they cost is nobody's price.
+            # The controls are no real predictors: their cost is not counted.
             is_control = isinstance(one, Oracle | Chance)
             spent = (
                 0.0
@@ -181,7 +181,7 @@ def baselines(
     """All baselines and controls for a model; those that count are fitted on `trace`, or on some of its rows."""
     shape, lookahead = trace.shape, like.lookahead
     rows = np.arange(len(trace)) if rows is None else rows
-    # Who counts reads no router inputs, and a copy of them would be gigabytes.
+    # Predictors that count read no router inputs, and a copy of those would be gigabytes.
     counted = rows_of(replace(trace, inputs=None), rows)
     found: list[Any] = [
         Frequency(counted, lookahead),

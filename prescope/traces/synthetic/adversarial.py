@@ -1,4 +1,4 @@
-"""Traces made to hurt: the cache, the predictor's table, the link, or the belief that routing has any habits.
+"""Hostile traces: bad for the cache, the predictor's table, the link, or whatever relies on regular routing.
 
 Shapes: R rows, L MoE layers, E experts, K top-k.
 """

@@ -1,4 +1,4 @@
-"""Fit the generator's habits to a recorded trace: those whose traces overlap as the recorded one does.
+"""Fit the generator's settings to a recorded trace, so that its traces repeat experts as the recorded one does.
 
 No formula inverts the generator (memory, successors and popularity all make tokens alike), so parameters are searched
 by generating: each is bisected in turn on the number that it moves most, on the rows of the recorded trace, with the
@@ -88,7 +88,7 @@ class Fit(NamedTuple):
 
 
 def fit(trace: RoutingTrace, *, seed: int = 0, max_tokens: int | None = None) -> Fit:
-    """Habits whose traces are like a recorded one, with what they miss; print the result, or read `.spec`.
+    """Find the settings whose traces are most like a recorded one; print the result, or read its `spec`.
 
     Takes some seconds: about 60 traces are generated.
 
