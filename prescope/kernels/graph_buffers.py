@@ -1,6 +1,6 @@
 """Buffers and launches of a decode step that runs from one CUDA graph (see `graph_kernels`).
 
-Knows the GPU's copy of the residency table and the messages between GPU and host; knows nothing of models.
+Knows the GPU's copy of the residency table and the messages between GPU and host, nothing of models.
 """
 
 from collections.abc import Callable, Iterator

@@ -90,7 +90,7 @@ def rising(us: Sequence[float]) -> list[float]:
 
 
 def left_out(xs: Sequence[float], us: Sequence[float]) -> list[tuple[float, float]]:
-    """(guess, measured) of each inner point, guessed from the others: what interpolation is worth between points."""
+    """(guess, measured) of each inner point, guessed from the others: how good interpolation between points is."""
     inner = range(1, len(xs) - 1)
     return [(interpolate(xs[i], [*xs[:i], *xs[i + 1 :]], [*us[:i], *us[i + 1 :]]), us[i]) for i in inner]
 

@@ -101,7 +101,7 @@ class HardwareProfile(Measurements):
             if has_cpu
             else 0.0,
             cpu_alone_us=self._cpu_table(expert, batch, busy_link=False) if has_cpu else (),
-            # Without an engine: what no decision can do without. Its own arithmetic comes on top.
+            # Without an engine: the least that a decision takes. Its own arithmetic comes on top.
             decide_us=decide_us
             if decide_us is not None
             else lanes.small_us("message") or lanes.small_us("read"),

@@ -1,4 +1,4 @@
-"""Host memory by the page: mapped for itself, huge pages where the kernel gives them, touched by several threads.
+"""Pages of host memory: mapped on their own, huge where the kernel allows it, touched by several threads.
 
 Knows nothing of experts or CUDA. What decides how fast memory can be filled and pinned is the size of its pages and
 who faults them in; `benchmarks/startup.py` measures both.
