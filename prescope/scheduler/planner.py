@@ -1,4 +1,4 @@
-"""Keeps what a schedule knows from layer to layer, and asks it what to do about each.
+"""Keep what a schedule knows from layer to layer, and ask it about each layer.
 
 Shapes: n experts needed, E experts of a layer, L MoE layers, d layers ahead.
 """
@@ -16,17 +16,17 @@ from ..core.types import FloatArray, IntArray, MoEShape
 from .layer import Decision, decide_layer, reconsider
 from .types import Costs, Memory, Plan, ScheduleSettings
 
-#: Weight of the newest step, and of the newest job, in what the planner makes of its own measurements.
+#: Weight of the newest step, and of the newest job, in the planner's own measurements.
 NEWEST = 0.2
 #: The CPU is believed to be so many times faster or slower than calibrated at most: a job may be interrupted.
 MOST_CPU_FACTOR = 4.0
 #: Of so many steps' jobs the middle one is believed: those of a step that was interrupted say nothing.
 CPU_STEPS = 3
-#: A step without jobs takes what is believed of the CPU so much nearer to what was calibrated. Else a schedule that
-#: leaves an expert to the CPU or not would never try again, once the CPU seemed slow: one of the Fiddler-like's cells
-#: copied every expert, at 124 tokens/s where 219 were simulated (H200).
+#: A step without jobs moves the believed speed of the CPU this much towards the calibrated one. Otherwise a schedule
+#: that once found the CPU slow would never try it again: in one cell the Fiddler-like copied every expert, at 124
+#: tokens/s where 219 were simulated (H200).
 FORGOTTEN = 0.05
-#: The same of the link. One H100 machine's gave 13 GB/s where another's gave 55; believing 55, PreSched lost 43 % to a
+#: The same for the link. One H100 machine's gave 13 GB/s where another's gave 55; believing 55, PreSched lost 43 % to a
 #: schedule that uses the CPU alone (docs/log/scheduler.md).
 MOST_LINK_FACTOR = 8.0
 #: The CPU makes the link so many times slower at most, since both read the same memory: 1.15 to 1.37 as calibrated on

@@ -18,7 +18,7 @@ class Schedule:
     """One way to decide about a layer's experts.
 
     Attributes:
-        name: as a user writes it. `title`: as a figure writes it. `number`: in compiled code (`plan.plan`).
+        name: as a user writes it. `title`: as a figure writes it. `number`: in compiled code (`plan.make_plan`).
         cache: cache policy it comes with. `predictor`: of `PREDICTORS`, the one it comes with.
         uses_cpu: it may compute experts on the CPU lane.
         lookahead: layers ahead it prefetches for. `width`: experts for one layer at most, None: all.

@@ -1,4 +1,4 @@
-"""What a schedule is told and what it answers, in forms that numba compiles.
+"""What a schedule takes and returns, in forms that numba compiles.
 
 Times are microseconds. Shapes: n experts needed by a layer, E experts of a layer, L MoE layers, d layers ahead.
 """
@@ -39,11 +39,11 @@ class ScheduleSettings(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is done about one layer, now that its router has spoken."""
+    """What to do about one layer whose router has chosen."""
 
     num_load: int  # the first so many of the misses are copied on demand, the rest go to the CPU
     prefetch: IntArray  # (p,) flat keys (moe_layer * E + expert), the most wanted first
-    keep: IntArray  # flat keys that are not to be evicted meanwhile, if there is any other choice
+    keep: IntArray  # flat keys that are evicted last meanwhile
 
 
 #: Steps back in which `Memory.former_LE` looks for a use: text may repeat itself every few tokens.

@@ -1,7 +1,7 @@
 """Why an expert went where it went: one layer of one step, replayed up to its decision.
 
-The layers before it run through the simulator's own loop; then nothing more is asked for, so that slots and link stay
-as the decision found them. Shapes: S steps, L MoE layers, E experts, n experts needed, d layers ahead.
+The layers before it run through the simulator's own loop; nothing is needed after them, so that slots and link stay
+as they were for the decision. Shapes: S steps, L MoE layers, E experts, n experts needed, d layers ahead.
 """
 
 from typing import NamedTuple

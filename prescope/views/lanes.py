@@ -205,7 +205,7 @@ def _text(
 _REASONS = {
     "experts_cpu": "absent, and sooner done where they lie",
     str(Reason.ON_DEMAND): "the router named it and it was absent",
-    str(Reason.PREFETCH): "predicted for this layer before its router spoke",
+    str(Reason.PREFETCH): "predicted for this layer before its router chose",
     str(Reason.STREAM): "its whole layer is copied, whatever is predicted",
 }
 

@@ -114,9 +114,9 @@ def plot_score_map(info: ScoreMapInfo) -> go.Figure:
         )  # fmt: skip
     style(
         fig,
-        title="Which layers does it foresee, and how far ahead?"
+        title="Which layers does it predict, and how far ahead?"
         if info.row_title.startswith("lookahead")
-        else "On which text does it foresee?",
+        else "On which text does it predict?",
         subtitle=f"{info.predictor}, gain over the {info.against} · chance {info.chance:.3f}<br>{info.summary}",
         height=200 + 34 * len(info.labels) + 20 * info.summary.count("<br>"),
         top=126 + 20 * info.summary.count("<br>"),

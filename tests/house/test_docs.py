@@ -37,6 +37,7 @@ OBJECTS = {
     "costs": "LayerCosts",
     "spec": "ExpertsSpec",
     "host": "HostPool",
+    "slots": "Slots",
     "predictor": "Predictor",
 }
 #: First words of dotted names that belong to others.
