@@ -1,10 +1,11 @@
-"""Documentation names what exists: each path and name of the package in README, docs, docstrings and comments.
+"""Documentation names what exists: each path and name of ours in README, docs, notebooks, docstrings and comments.
 
 Reads the source with `ast` and `tokenize`; imports nothing of the package.
 """
 
 import ast
 import io
+import json
 import re
 import tokenize
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "prescope"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "results.md"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 #: Python files whose docstrings and comments are read.
 SOURCES = sorted(
     path for folder in (PACKAGE, ROOT / "benchmarks", ROOT / "recipes") for path in folder.rglob("*.py")
@@ -173,7 +175,7 @@ def lazy_names(place: Path) -> frozenset[str]:
 def problem_with(name: str, home: Path) -> str:
     """Why a name in backticks is none of ours any more; "" if it is, or never claimed to be."""
     first, *rest = name.split(".")
-    if first in OTHERS or name in FOREIGN:
+    if first in OTHERS or name in FOREIGN or name.endswith("_"):  # the last one: a prefix
         return ""
     if first == "prescope":
         return "" if resolves(rest, PACKAGE) else "no such name in the package"
@@ -208,6 +210,14 @@ def test_pages_name_what_exists(page):
     for path, name in re.findall(r"`([\w/]+\.py)`,? `([\w.]+)`", text):
         if not resolves(name.split("."), PACKAGE / path):
             gone.append(f"{path} has no {name}")
+    assert not gone, "\n".join(gone)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_name_what_exists(notebook):
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    texts = [Text(notebook, 0, "".join(cell["source"])) for cell in cells if cell["cell_type"] == "markdown"]
+    gone = [problem for text in texts for problem in (*gone_names(text), *gone_paths(text))]
     assert not gone, "\n".join(gone)
 
 
