@@ -67,7 +67,7 @@ class FastPath(Protocol):
     def __call__(
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """(d, 2, E) float32: expected tokens, and probability that any uses an expert, of the layers behind."""
+        """(d, 2, E) float32: expected tokens, and probability that any uses an expert, for the next d layers."""
         ...
 
 

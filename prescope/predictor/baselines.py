@@ -264,7 +264,7 @@ class PreviousToken(Baseline):
         self.begin(1)
 
     def begin(self, num_sequences: int) -> None:
-        """Forget the past: a run of so many sequences starts."""
+        """Forget the past: a run of this many sequences starts."""
         chance = self.shape.top_k / self.shape.num_experts
         self._recent_SLE = torch.full((num_sequences, *self.shape[:2]), chance)
 

@@ -70,7 +70,7 @@ def fit_line(x: Sequence[float], us: Sequence[float]) -> Line:
 
 
 def interpolate(x: float, xs: Sequence[float], us: Sequence[float]) -> float:
-    """Piecewise linear between points in ascending x; the first value before them, a straight line on behind them."""
+    """Piecewise linear between points in ascending x; the first value before them, a straight line after them."""
     if x <= xs[-1] or len(xs) == 1:
         return float(np.interp(x, xs, us))
     slope = max(0.0, (us[-1] - us[-2]) / (xs[-1] - xs[-2]))

@@ -24,7 +24,7 @@ from .tables import description, points_table
 
 #: What slower links of a machine with a GPU stand for, by how often each copy is made.
 SLOWER_LINKS = {2: "PCIe 4", 4: "PCIe 3"}
-#: `LayerCosts.cpu_us` reaches at least so far, so that the straight line behind its end has two points.
+#: `LayerCosts.cpu_us` has at least this many tokens, so that the straight line after its end has two points.
 LEAST_CPU_TOKENS = 16
 
 

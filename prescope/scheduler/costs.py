@@ -17,11 +17,11 @@ class LayerCosts:
     """Costs of one MoE layer of one model on one machine, microseconds.
 
     Args:
-        link_us: one expert over the link, host to device, with nothing beside it.
+        link_us: one expert over the link, host to device, while the CPU computes none.
         link_busy_us: the same while the CPU computes experts: both read the same memory. None: as `link_us`.
         gpu_us: one expert computed on the device, with the tokens of a step.
         rest_us: the rest of a layer: attention, router, launches.
-        predict_us: one prediction. It is made beside the layer; a decision waits for it if its schedule has no lag.
+        predict_us: one prediction, made while the layer computes; decisions of a schedule without lag wait for it.
         cpu_us: `cpu_us[n]`: one expert with n tokens on the CPU while the link is busy, when several are submitted
             together; index 0 is 0.0. Beyond its end it continues in a straight line. Empty: no CPU lane.
         cpu_base_us: one submission of CPU experts, however many, and merging its result.

@@ -35,14 +35,14 @@ FORECAST = 0.8
 
 @jit
 def share_alone(beside_us: float, alone_us: float) -> float:
-    """What the CPU takes by itself, of what it takes beside a busy link."""
+    """Share of the CPU's time beside a busy link that it takes while the link is idle."""
     return min(1.0, alone_us / beside_us) if beside_us > 0.0 else 1.0
 
 
 @jit
 def cpu_done(beside_us: float, share: float, link_us: float) -> float:
-    """When the CPU is done that needs `beside_us` beside a busy link, by itself that `share` of it; the link is busy
-    until then.
+    """When a CPU is done that needs `beside_us` beside a busy link and `share` of that beside an idle one; the link is
+    busy until `link_us`.
     """
     return beside_us if beside_us <= link_us else link_us + share * (beside_us - link_us)
 

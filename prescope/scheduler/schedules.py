@@ -23,8 +23,8 @@ class Schedule:
         uses_cpu: it may compute experts on the CPU lane.
         lookahead: layers ahead it prefetches for. `width`: experts for one layer at most, None: all.
             `threshold`: least probability of use of an expert worth prefetching.
-        lag: so many layers ago the predictions were made that it decides by: with 1 no layer waits for its predictor,
-            and its own predictions, when they come, choose the prefetches alone.
+        lag: it decides a layer by predictions that were made this many layers before. With 1 no layer waits for its
+            predictor; the layer's own predictions then only choose the prefetches.
         same: what is as published. `unknown`: what is not known, or ours. `source`: where it is published.
     """
 

@@ -18,7 +18,7 @@ class Costs(NamedTuple):
     link_busy_us: float  # the same while the CPU computes experts: both read the same memory
     gpu_us: float  # one expert on the GPU
     rest_us: float  # the rest of a layer
-    predict_us: float  # a prediction, beside the layer; decisions without a lag wait for it
+    predict_us: float  # a prediction, made while the layer computes; decisions without a lag wait for it
     decide_us: float  # from the router's choice to the first copy on the link
     cpu_base_us: float  # one submission to the CPU and the merging of its result
     cpu_us: FloatArray  # (N + 1,) one expert with n tokens on the CPU; empty: there is no CPU lane
@@ -34,14 +34,14 @@ class ScheduleSettings(NamedTuple):
     width: int  # experts prefetched for one layer at most
     threshold: float  # least probability of use of an expert worth prefetching
     lag: int = (
-        0  # so many layers ago the predictions were made that a layer is decided by; prefetches go by its own
+        0  # a layer is decided by predictions made this many layers before; its prefetches by its own
     )
 
 
 class Plan(NamedTuple):
     """What to do about one layer whose router has chosen."""
 
-    num_load: int  # the first so many of the misses are copied on demand, the rest go to the CPU
+    num_load: int  # of the misses, how many (the first ones) are copied on demand; the rest go to the CPU
     prefetch: IntArray  # (p,) flat keys (moe_layer * E + expert), the most wanted first
     keep: IntArray  # flat keys that are evicted last meanwhile
 
@@ -71,7 +71,7 @@ class Memory(NamedTuple):
 
 @jit
 def cpu_time(cpu_us: FloatArray, tokens: float) -> float:
-    """Microseconds of one expert with so many tokens on the CPU; between and beyond the points linear."""
+    """Microseconds of one expert with this many tokens on the CPU; linear between the points and beyond."""
     last = len(cpu_us) - 1
     low = min(int(tokens), last - 1)
     return cpu_us[low] + (tokens - low) * (cpu_us[low + 1] - cpu_us[low])

@@ -88,7 +88,7 @@ def own_text(engine: Engine, num_tokens: int, *, length: int = OWN_TOKENS, seed:
     beside it, it won 0.02 to 0.07 (tiny-moe; docs/log/predictor.md).
 
     Args:
-        num_tokens: about so many in all, at least one text.
+        num_tokens: in all, about; at least one text.
     """
     settings = engine.model.config.get_text_config()
     special = set(engine.tokenizer.all_special_ids) if engine.tokenizer is not None else set()

@@ -42,7 +42,7 @@ class TrainConfig:
     """How to train.
 
     Args:
-        epochs: at most so many. `patience`: stop after so many without a better held-out recall.
+        epochs: at most. `patience`: epochs without a better held-out recall after which it stops.
         batch_tokens: tokens of a step, each with all layers.
         learning_rate: AdamW's peak, with a linear warm-up over 5 % of the steps and a cosine to zero.
             `weight_decay`: AdamW's.

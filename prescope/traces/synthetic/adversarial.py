@@ -119,7 +119,7 @@ def _disjoint(case: _Case) -> IdArray:
 
 
 def _permutations(case: _Case, count: int) -> IdArray:
-    """(count, L, E): so many random orders of each layer's experts."""
+    """(count, L, E): `count` random orders of each layer's experts."""
     experts = np.broadcast_to(
         np.arange(case.num_experts, dtype=np.int16), (count, case.num_layers, case.num_experts)
     )
