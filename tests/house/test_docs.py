@@ -235,6 +235,17 @@ def gone_paths(text: Text) -> Iterator[str]:
             yield f"{text.path.relative_to(ROOT)}:{text.line} {path}: no such file"
 
 
+def test_the_readme_is_short():
+    """What a person needs fits on a few screens; figures and history have pages of their own."""
+    text = re.sub(
+        r"```.*?```|^\|.*?$|^!.*?$|\]\([^)]*\)",
+        "",
+        (ROOT / "README.md").read_text("utf-8"),
+        flags=re.S | re.M,
+    )
+    assert len(text.split()) <= 930  # 900 words, and the marks of lists and headings
+
+
 def test_docstrings_and_comments_name_what_exists():
     gone = [problem for path in SOURCES for text in texts_of(path) for problem in gone_names(text)]
     assert not gone, "\n".join(gone)
