@@ -33,9 +33,7 @@ class ScheduleSettings(NamedTuple):
     lookahead: int  # layers ahead whose predictions are looked at
     width: int  # experts prefetched for one layer at most
     threshold: float  # least probability of use of an expert worth prefetching
-    lag: int = (
-        0  # a layer is decided by predictions made this many layers before; its prefetches by its own
-    )
+    lag: int = 0  # a layer is decided by predictions made this many layers before; its prefetches by its own
 
 
 class Plan(NamedTuple):
