@@ -473,7 +473,7 @@ class GraphBuffers:
 
         Args:
             slot_of_E: (E,) the layer's row of the slot table; -1 for experts that the CPU computes. Of those that it is
-                too short for, nobody's.
+                too short for, none.
             last_copy: number of the copy whose bytes it must wait for, see `landing`; 0: it has all it needs.
             num_on_cpu: its experts that the CPU computes: `cpu_flag` must be set when that is done.
         """

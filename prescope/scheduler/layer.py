@@ -32,7 +32,7 @@ def plan_layer(
 
     Args:
         memory: changed.
-        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers behind that one; changed.
+        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers after that one; changed.
     """
     d, num_layers, E = memory.predicted_dLE.shape
     num_absent = 0
@@ -128,7 +128,7 @@ def decide_layer(
         policy: kind of the cache policy. `tick`: layers it has learned from, this one too.
         experts: (n,) distinct, ascending; `tokens` (n,) of each, `weights` (n,) what the cache policy weighs them by.
         backlog_us: until the link is done with what is on it. `memory`: changed.
-        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers behind that one; changed.
+        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers after that one; changed.
     """
     E = memory.former_LE.shape[1]
     of_experts = slots.slot_of[moe_layer * E + experts]
@@ -141,7 +141,7 @@ def decide_layer(
 
 @jit
 def count_experts(ids: IntArray, num_experts: int) -> tuple[IntArray, IntArray]:
-    """Distinct experts (n,) of a layer's choice (P,), ascending, and their tokens (n,); other ids are nobody's."""
+    """Distinct experts (n,) of a layer's choice (P,), ascending, and their tokens (n,); other ids are left out."""
     counts = np.zeros(num_experts, np.int64)
     for expert in ids:
         if 0 <= expert < num_experts:

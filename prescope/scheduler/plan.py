@@ -128,7 +128,7 @@ def make_plan(
 
     Args:
         need: of this layer. `backlog_us`: until the link is done with what is on the wire.
-        tokens_dE, used_dE: predictions for the d layers behind this one: expected number of tokens that use an expert,
+        tokens_dE, used_dE: predictions for the d layers after this one: expected number of tokens that use an expert,
             and probability that any does; rows beyond the last layer hold zeros.
         lasting: see `reuse_lasts`.
         num_load: how many misses are copied, if that is decided and only prefetches are asked for (PreSched).
@@ -156,8 +156,8 @@ def make_plan(
     candidates = nothing
     if ahead > 0:
         candidates = wanted(settings, moe_layer + 1, slots.slot_of, tokens_dE[0], used_dE[0])
-    # What was prefetched, or is there and predicted, makes no room for the next prefetch, whoever decides: in an LRU
-    # order it would be the first to go (docs/log/scheduler.md: the others gain 2 to 10 % by it, PreSched 0.5 %).
+    # Under any schedule, what was prefetched, or is there and predicted, makes no room for the next prefetch: in an
+    # LRU order it would be the first to go (docs/log/scheduler.md: the others gain 2 to 10 % by it, PreSched 0.5 %).
     keep = likely(settings, moe_layer, num_layers, used_dE)
     if settings.schedule == FATE or settings.schedule == MOE_INFINITY:
         return Plan(n, candidates, keep)
@@ -202,7 +202,7 @@ def make_plan(
     others = others[: max(0, int(left / costs.link_us) - len(again))]
     left -= (len(again) + len(others)) * costs.link_us
     prefetch = np.concatenate((prefetch, again, others))
-    # Link time that the next layer has no use for goes to those behind it.
+    # Link time that the next layer has no use for goes to the layers after it.
     for further in range(2, ahead + 1):
         if left <= 0:
             break

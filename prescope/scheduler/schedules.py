@@ -88,8 +88,8 @@ _ALL = (
         uses_cpu=False,
         lookahead=1,
         same="no prediction of single tokens; whole layers streamed behind compute, hot experts first",
-        unknown="its grouping of several batches into one pass is left to whoever chooses the batch; which experts it "
-        "calls hot is ours: the most frequent of a recorded trace",
+        unknown="its grouping of several batches into one pass is left to the user, who chooses the batch; which "
+        "experts it calls hot is ours: the most frequent of a recorded trace",
         source="Klotski, arXiv 2502.06888",
     ),
     Schedule(
