@@ -194,7 +194,7 @@ class Session:
         profile: HardwareProfile | None = None,
         machines: Sequence[Machine] = (),
     ) -> Scenarios:
-        """A recorded run's trace under any choice of settings, simulated.
+        """A recorded run's trace under any settings, simulated.
 
         Args:
             run: the last one unless given; on demand, with events and routing, and with router inputs
@@ -239,7 +239,7 @@ class Session:
         """Sliders for all settings of a schedule, and a button that runs them; a panel made before is closed.
 
         Args:
-            replays: of a run of these prompts. `keywords`: of every real run, as of the recorded one.
+            scenarios: of a run of these prompts. `keywords`: of every run on the engine, as of the recorded one.
         """
         if self._schedule_panel is not None:
             self._schedule_panel.close()
@@ -252,7 +252,7 @@ class Session:
         """Two schedules on the same steps, and why each expert went where it went; a panel made before is closed.
 
         Args:
-            choice: slots, machine and CPU lane of both, and the settings of its own schedule.
+            scenario: slots, machine and CPU lane of both, and the settings of its own schedule.
         """
         if self._pair_panel is not None:
             self._pair_panel.close()

@@ -1,15 +1,15 @@
 """A cache policy that knows the order of the layers: the expert whose next use is expected last gives up its slot.
 
-Layers come round in the same order in every step, so an expert of a layer just passed is not needed for a whole step,
-one of the next layer perhaps at once; LRU evicts the layers that come next. With p the probability that a step uses
-the expert, its next use is expected after
+Layers come in the same order in every step, so an expert of the layer just computed is not needed for a whole step, and
+one of the next layer perhaps at once. LRU does the opposite: it evicts the experts of the layers that come next. With p
+the probability that a step uses the expert, its next use is expected after
 
     layers until its layer comes again + L * (1 / p - 1)
 
 layers: Belady's choice with an expectation in place of the future. p is a decayed share of the steps that used it,
 mixed with whether the last one did; a use by many tokens counts for more, since the CPU would take longer for it.
-How much the last step says is learned from the run, since texts differ: where tokens repeat each other's choice it says
-nearly all, in lively text nothing, and where two tokens alternate, less than nothing.
+How much the last step counts is learned from the run, since texts differ. Where tokens choose the same experts again
+and again it counts fully, in varied text not at all, and where two tokens alternate it counts negatively.
 
 Shapes: n experts needed, E experts of a layer, L MoE layers.
 """
@@ -21,18 +21,18 @@ import numpy as np
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray, MoEShape
 
-#: Number in compiled code, behind those of `cache`.
+#: Number in compiled code, after those of `policies`.
 NEXT_USE_KIND = 6
-#: Weight of the past in the share of uses, per step. A prompt is one step, so that what it used is not held for dear
-#: for long. With 0.98 a trained model's text has up to 3 points fewer hits at batch 1 (LOG.md).
+#: Weight of the past in the share of uses, per step. A prompt is one step, so the experts it used do not stay for
+#: long. With 0.98 a trained model's text has up to 3 points fewer hits at batch 1 (docs/log/cache.md).
 USE_DECAY = 0.95
-#: Weight of the past in what the last step is worth, per layer of a step: remembers about a hundred layers.
+#: Weight of the past in how much the last step counts, per layer of a step: remembers about a hundred layers.
 LAST_STEP_DECAY = 0.99
-#: Least that the last step may be worth. Below 0 the experts just used go before those of the step before it: a loop of
+#: The last step counts at least this much. Below 0 the experts just used go before those of the step before: a loop of
 #: two tokens that does not fit into the slots has 53 % hits, with 0 30 %; -0.15 to -1 are alike.
 LEAST_LAST_STEP = -0.3
 #: What each doubling of its tokens adds to a use. 0.5 is alike. Without the logarithm a prompt of 200 tokens holds its
-#: experts for so long that a loop of two tokens behind it has up to 2 points less than with LRU (LOG.md).
+#: experts for so long that a loop of two tokens behind it has up to 2 points less than with LRU (docs/log/cache.md).
 TOKEN_WEIGHT = 0.3
 #: Least p: an expert that was not used for long may be used again.
 LEAST_USE = 1e-3
@@ -44,12 +44,12 @@ def learn_next_use(
 ) -> None:
     """Learn one layer's needs: experts (n,), distinct, and the tokens of each (n,).
 
-    What the last step is worth is the slope of a regression: how far an expert's use now is from its share, over how
+    How much the last step counts is the slope of a regression: how far an expert's use now is from its share, over how
     far its last one was; over the experts of all layers, decayed.
 
     Args:
         scores: (3 * L * E + 2,), changed: what is evicted by; the decayed share of uses; the last step's use; and the
-            two sums of the regression. In one array, so that whoever hands on a policy's scores hands on all it knows.
+            two sums of the regression. In one array, so that passing on a policy's scores passes on all it knows.
         tick: layers learned from, this one too.
     """
     num_layers = len(scores) // (3 * num_experts)

@@ -5,7 +5,7 @@ array (index = moe_layer * E + expert) and learns from each layer's needs; the r
 score among the slots that may be given up. So every policy costs O(needed) to learn and one argpartition to evict.
 
 Scores of experts that can be resident are distinct (a layer's experts are told apart by their number), so that the
-GPU's version of a policy (`kernels.on_device._plan`) evicts the same experts and counts the same hits.
+GPU's version of a policy (`kernels.graph_kernels._plan`) evicts the same experts and counts the same hits.
 """
 
 from typing import Protocol, Self

@@ -1,7 +1,7 @@
 """What waits for the link: experts worth copying ahead, and the slot that the next of them gets.
 
 Loader, captured steps and simulator ask the same functions, and each makes the copy in its own way. An expert that
-waits has no slot, so a prefetch that comes to nothing evicts nothing.
+waits has no slot, so a prefetch that is dropped evicts nothing.
 
 Shapes: n experts, S slots, L MoE layers, E experts of a layer. Keys are flat: moe_layer * E + expert.
 """
@@ -64,7 +64,7 @@ def want(waiting: Waiting, keys: IntArray, keep: IntArray) -> None:
 def next_prefetch(waiting: Waiting, slots: Slots, num_on_wire: int, most: int) -> tuple[int, int, int]:
     """The most wanted expert that is not there, its slot, and the key that gave it up (-1: it was free).
 
-    The slot is its own from now on; whoever makes the copy calls `on_the_way`. Experts that came by another way
+    The slot belongs to it from now on; after issuing the copy, call `on_the_way`. Experts that came by another way
     meanwhile wait no longer.
 
     Args:

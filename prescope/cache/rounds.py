@@ -1,7 +1,7 @@
-"""In which order a layer's experts are copied and computed: the walk that engine and simulator share.
+"""The order in which a layer's experts are copied and computed; engine and simulator share it.
 
 A layer whose experts fit is one round: copy what is missing, compute all. One that needs more experts than there are
-slots, or misses many, is served in rounds, so that copies and compute overlap. Pure: whoever walks does the work.
+slots, or misses many, is served in rounds, so that copies and compute overlap. Pure: the caller copies and computes.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def walk(
 ) -> Iterator[Act]:
     """Copies and computations of one layer, in order; slots are taken and protected as it goes.
 
-    Whoever does a COMPUTE waits for its slots' bytes first and tells the table that they have landed. All of the
+    Before a COMPUTE, the caller waits for the bytes of its slots and tells the table that they have landed. All of the
     first round's copies come before the first COMPUTE.
 
     Args:
@@ -91,7 +91,7 @@ def _copy(table: ResidencyTable, layer: int, experts: IntArray, keep: IntArray) 
 def _stream_ahead(
     table: ResidencyTable, layer: int, experts: IntArray, following: int, num_experts: int
 ) -> Iterator[Act]:
-    """Copy experts of the next layer behind this layer's own, which it is all but certain to need.
+    """Copy experts of the next layer after this layer's own; it is almost certain to need them.
 
     Args:
         experts: of this layer's last round, which are still to be computed.

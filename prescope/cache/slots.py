@@ -60,7 +60,7 @@ def sort_need(
 
 @jit
 def use_prefetched(prefetched: NDArray[np.bool_], slots: IntArray) -> int:
-    """Of a layer's experts, how many a prefetch brought and nobody has used since: from now on somebody has.
+    """Count the layer's experts that a prefetch brought and that were not used since; from now on they count as used.
 
     Args:
         prefetched: (S,) by slot; changed. `slots`: (n,) of the experts, -1 for none.

@@ -83,7 +83,7 @@ class Bench:
     # -- one sample --------------------------------------------------------------------------------------------
 
     def sample(self, of: Circumstances) -> float:
-        """One time under these circumstances, microseconds; the other lane's load is `load`'s to give."""
+        """One measured time under these circumstances, microseconds; `load` keeps the other lane busy."""
         match of.kind:
             case "h2d":
                 return self._train_us(of.nbytes)
@@ -109,7 +109,7 @@ class Bench:
         raise AssertionError(f"{of} cannot be measured on {self._device.kind}")
 
     def load(self, of: Circumstances) -> AbstractContextManager[None]:
-        """What keeps the other lane at work meanwhile, if anything does."""
+        """Keep the other lane busy inside the block, if the circumstances say so."""
         if not of.busy:
             return nullcontext()
         if of.kind == "h2d":

@@ -115,7 +115,7 @@ def _beside_older(profile: HardwareProfile) -> HardwareProfile:
 
 
 def _subject(given: Any) -> Subject:
-    """What was given to `calibrate`, the largest experts first."""
+    """What `calibrate` was called for, the largest experts first."""
     if given is None:
         forms = [silu_form(*sizes) for sizes in USUAL_FORMS]
         return Subject(None, sorted(forms, key=lambda form: -form.layout.row_bytes), "")
@@ -158,7 +158,7 @@ class _CalibrationRun:
         self._left = 0  # visits to points that are still to come
 
     def take(self, points: dict[Circumstances, Point]) -> None:
-        """These were measured before and are not measured again."""
+        """Take over points that were measured before; they are not measured again."""
         self._points |= points
 
     @property
@@ -202,7 +202,7 @@ class _CalibrationRun:
         with closing(Bench(self._device, form, sizes, self._cpu, self.link_gb_per_s)) as bench:
             self.cpu_backend, self.cpu_threads = bench.cpu.implementation, bench.cpu.threads
             for visit in range(PASSES):
-                # There and back: what disturbs the machine for a second does not hit all samples of one point.
+                # Forwards, then backwards: a disturbance of a second does not hit all samples of one point.
                 for of in plan if visit % 2 == 0 else reversed(plan):
                     progress.at(_in_words(of))
                     self._sample(bench, of)

@@ -25,7 +25,7 @@ class ExpertForm(NamedTuple):
 
     @property
     def layer(self) -> CpuLayer:
-        """Sizes, by the CPU lane's own reading of them."""
+        """The sizes as the CPU lane reads them."""
         return CpuLayer(torch.empty((0, self.layout.row_bytes), dtype=torch.uint8), self.layout, self.spec)
 
     @property
@@ -34,7 +34,7 @@ class ExpertForm(NamedTuple):
 
     @property
     def expert(self) -> ExpertSize:
-        """What a profile knows of it."""
+        """Its bytes and sizes, as a profile stores them."""
         return ExpertSize(self.layout.row_bytes, self.layer.in_dim, self.layer.width)
 
 

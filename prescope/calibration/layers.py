@@ -1,4 +1,4 @@
-"""What an engine's own layers take around the experts, and how long it takes to decide, from recorded runs."""
+"""Time of an engine's layers without their experts, and of a decision, from recorded runs."""
 
 import time
 from collections.abc import Callable

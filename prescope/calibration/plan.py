@@ -14,7 +14,7 @@ LONGEST_COPY_US = 30_000.0
 CPU_TOKENS = (2, 4, 8, 16, 64)
 #: Fewer on the device: each shape compiles kernels of its own, half a second each the first time.
 GPU_TOKENS = (4, 16, 64)
-#: Submitted together at most: enough that what a submission costs is small beside them.
+#: Submitted together at most: enough that the cost of a submission is small compared with them.
 MOST_EXPERTS = 8
 #: Host memory for the experts of one size, by kind of device: more than the CPU's caches hold, so that weights are read
 #: from DRAM. Servers with a GPU have caches of several hundred MiB.

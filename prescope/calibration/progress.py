@@ -1,4 +1,4 @@
-"""Who is told how far a calibration is."""
+"""The progress of a calibration."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -23,14 +23,14 @@ class ProgressBar:
         self._bar = tqdm(total=total, desc="calibrating", leave=False) if on_progress is None else None
 
     def at(self, what: str) -> None:
-        """This is measured now."""
+        """Say what is measured now."""
         if self._tell is not None:
             self._tell(what, min(1.0, self._done / self._total))
         if self._bar is not None:
             self._bar.set_postfix_str(what)
 
     def done(self, num: int = 1) -> None:
-        """So many more are done."""
+        """Count measurements as done."""
         self._done += num
         if self._bar is not None:
             self._bar.update(num)

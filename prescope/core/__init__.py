@@ -1,1 +1,1 @@
-"""Words and doors: types, settings, units, paths, the machine at hand; compiled code and functions by their address."""
+"""Types, settings, units, paths and facts about the machine; compiled code, and C functions called by their address."""

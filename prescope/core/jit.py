@@ -1,7 +1,7 @@
 """The one door to numba: decisions are written as plain loops and compiled where numba is installed.
 
 Engine and simulator call the same functions, so that a decision costs microseconds in both. Without numba they run
-as ordinary Python, with the same results and some hundred times slower; that is said once.
+as ordinary Python, with the same results, some hundred times slower; a warning says so once.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ def cache_dir() -> str:
 
 @contextmanager
 def said_if_compiled_first(function: Any, what: str) -> Iterator[None]:
-    """Around a call that may have to compile its function, which takes tens of seconds once: says so if it has to."""
+    """Wrap a call that may have to compile its function first, which takes tens of seconds once; says so if it does."""
     is_known = not IS_COMPILED or getattr(function, "signatures", True)
     if not is_known:
         name = f"{Path(function.py_func.__code__.co_filename).stem}.{function.__name__}"

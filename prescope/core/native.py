@@ -1,4 +1,4 @@
-"""Compiled code at the edge of the machine: functions called by their address, words read and written in their order.
+"""For compiled code: call C functions by their address, and read and write words of memory in a fixed order.
 
 For loops that wait for another processor's messages: an ordinary load may be taken out of such a loop by the compiler.
 Without numba (`jit`) the same names are ordinary Python over ctypes.

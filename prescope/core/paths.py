@@ -46,7 +46,7 @@ def embedded_prompts() -> Path:
 
 
 def shipped_profiles() -> Path:
-    """Folder of the hardware profiles that come with prescope; it may be missing in a wheel of one's own."""
+    """Folder of the hardware profiles that come with prescope; a wheel that somebody else built may lack it."""
     return data_dir() / "profiles"
 
 

@@ -1,4 +1,4 @@
-"""The words of prescope as types. Standard library and numpy only.
+"""The types that all parts of prescope use. Standard library and numpy only.
 
 Shapes used everywhere: T tokens, D model width, F expert width, E experts, K top-k, L MoE layers, S slots.
 """
@@ -46,7 +46,7 @@ class Reason(StrEnum):
 
     ON_DEMAND = "on_demand"  # needed now and absent: over the link
     PREFETCH = "prefetch"  # predicted for a coming layer
-    CPU = "cpu"  # needed now and absent: computed where it lies, that is sooner done
+    CPU = "cpu"  # needed now and absent: computed on the CPU, since that is done sooner
     STREAM = "stream"  # its whole layer is copied, whatever is predicted
 
 

@@ -21,7 +21,7 @@ Mark = Any
 
 
 class LinkFunctions(NamedTuple):
-    """Addresses of C functions that hand copies to the H2D lane, for compiled code (see `raw.call`)."""
+    """Addresses of C functions that hand copies to the H2D lane, for compiled code (see `native.call`)."""
 
     memcpy: int  # (target, source, bytes, stream): 0, or an error
     create_event: int  # (where its handle is written, flags)

@@ -29,8 +29,8 @@ class EngineConfig:
         device: "cuda"; "cpu" with an emulated link; "null" (virtual clock, for tests); "auto" takes CUDA
             when there is one and says so.
         cache: which expert gives up its slot: "lru", "lfu", "static" (least frequent by `frequencies`)
-            "score" (decayed router weight), "shallow" (first layers stay) or "next-use" (what is expected last);
-            "auto": as the schedule has it.
+            "score" (decayed router weight), "shallow" (first layers stay) or "next-use" (the one whose next use is
+            expected last); "auto": the schedule's own.
         link_gb_per_s: bandwidth of the emulated link, GB/s; only with device="cpu" or "null". By default one
             expert takes a millisecond.
         link_factor: how many times each expert is copied, to study a slower link on a faster one: 2 on PCIe 5 is like
@@ -42,9 +42,9 @@ class EngineConfig:
             of the first two as measured in the first steps, or by the host where the cache policy needs it.
         schedule: who decides what is copied, prefetched and computed on the CPU in decode steps
             (`prescope.scheduler.SCHEDULES`): "on-demand", "presched", or a system it is compared with.
-        lookahead: layers ahead that are predicted; None: as the schedule has it.
-        width: experts prefetched for one layer at most; None: as the schedule has it.
-        threshold: least probability of use worth a prefetch, in [0, 1]; None: as the schedule has it.
+        lookahead: layers ahead that are predicted; None: the schedule's own.
+        width: experts prefetched for one layer at most; None: the schedule's own.
+        threshold: experts less likely to be used are not prefetched, in [0, 1]; None: the schedule's own.
         cpu_threads: threads that compute experts on the CPU, where the schedule does; None: all cores but two; 0: none.
         compiled: compile the layers around the experts before the graph is captured (torch.compile, half a minute
             once per model and batch size).

@@ -3,7 +3,7 @@
 Per MoE layer: the host reads the chosen experts (one small copy), the residency table says where they are, misses
 are copied into slots on the H2D lane, and the compute lane waits for exactly those copies. If a layer needs more
 experts than there are slots, it is served in rounds; a token's output is summed at the end, in one order. While a
-decode step is captured, the layer's launches go into the graph instead (`kernels.captured`).
+decode step is captured, the layer's launches go into the graph instead (`kernels.graph_buffers`).
 """
 
 from typing import TYPE_CHECKING

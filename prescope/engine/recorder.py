@@ -56,7 +56,7 @@ class _Step:
 
 
 class _Served(NamedTuple):
-    """A step that compiled code decided; columns as in `decode.serve`."""
+    """A step that compiled code decided; columns as in `engine.graph.host_loop`."""
 
     step: int
     num_tokens: int
@@ -256,7 +256,7 @@ class Recorder:
         jobs: NDArray[np.int64],
         events: Events,
     ) -> None:
-        """What compiled code did about a step, in rows of `decode.serve`; read when the run is over."""
+        """What compiled code did about a step, in rows of `engine.graph.host_loop`; read when the run is over."""
         self._served.append(_Served(step, num_tokens, needs, copies, jobs, events))
 
     def served_late(self, jobs: NDArray[np.int64]) -> None:
@@ -470,7 +470,8 @@ class Recorder:
 
     def _all_inputs(self, num_layers: int) -> np.ndarray:
         """(R, L, D) float16, as `saturating_float16` but on the device, into the one array that is kept: in float32,
-        step by step, joined and cut, 8192 tokens of 16 layers of 2048 took 3.8 GB on their way to 0.5 (LOG.md).
+        step by step, joined and cut, 8192 tokens of 16 layers of 2048 took 3.8 GB on their way to 0.5
+        (docs/log/predictor.md).
         """
         width = max(
             r.inputs_TD.shape[1] for s in self._steps for r in s.routing.values() if r.inputs_TD is not None

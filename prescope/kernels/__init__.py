@@ -61,7 +61,7 @@ def _triton_problem(device_kind: str, dtype: torch.dtype) -> str:
 
 
 def make_host_options(**settings: Any) -> "HostOptions":
-    """What a schedule adds to a captured step; see `captured.HostOptions`."""
+    """What a schedule adds to a captured step; see `graph_buffers.HostOptions`."""
     from .graph_buffers import HostOptions
 
     return HostOptions(**settings)

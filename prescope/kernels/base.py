@@ -1,4 +1,4 @@
-"""What an expert kernel gets and gives.
+"""What an expert kernel takes and returns.
 
 Shapes: T tokens, K top-k, P = T * K pairs of (token, chosen expert), D model width, S slots. Each pair's output is
 computed on its own row and summed at the end, in one order: so the result does not depend on which experts were in
@@ -49,7 +49,7 @@ class Work:
     """One layer call, over all its rounds."""
 
     x_TD: torch.Tensor
-    ids_TK: torch.Tensor  # int64, on the device; ids outside [0, E) are nobody's
+    ids_TK: torch.Tensor  # int64, on the device; ids outside [0, E) mean no expert
     host_ids_TK: IntArray
     need: LayerNeed  # distinct experts and the tokens of each
     num_experts: int
@@ -60,10 +60,10 @@ class Work:
 
 
 class StepLog(NamedTuple):
-    """What a step that ran from a graph wrote down by itself (`captured`): copies, on the host."""
+    """What a step that ran from a graph wrote down by itself (`graph_buffers`): copies, on the host."""
 
     tokens: NDArray[np.int64]  # (T,) chosen
-    ids_LTK: NDArray[np.int32]  # -1 for nobody's
+    ids_LTK: NDArray[np.int32]  # -1 for no expert
     weights_LTK: NDArray[np.float32]
     needs: NDArray[np.int32]  # (L, 2): needed, missing
     fetched: NDArray[np.int32]  # (L, M): the missing experts in front, if the GPU fetched them; else -1

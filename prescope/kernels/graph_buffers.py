@@ -1,6 +1,6 @@
-"""Buffers and launches of a decode step that runs from one CUDA graph (see `on_device`).
+"""Buffers and launches of a decode step that runs from one CUDA graph (see `graph_kernels`).
 
-Knows the GPU's copy of the residency table and the messages between GPU and host; knows nothing of models.
+Knows the GPU's copy of the residency table and the messages between GPU and host, nothing of models.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from .triton_experts import PAIRS_PER_EXPERT_FOR_TILES, Linear, tune_pairs
 
 #: Steps whose messages are kept: the GPU runs at most one ahead of the host.
 RING = 4
-#: Programs and words (int64) per program of `fetch`: measured in benchmarks/overhead.py, see LOG.md.
+#: Programs and words (int64) per program of `fetch`: measured in benchmarks/overhead.py, see docs/log/engine.md.
 FETCH_PROGRAMS, FETCH_WORDS = 64, 2048
 BLOCK_M = 16
 #: Copies on the link at once are fewer.
@@ -41,7 +41,7 @@ class HostOptions(NamedTuple):
 
 
 class Messages(NamedTuple):
-    """Of a step under a schedule, in mapped memory; see `on_device`."""
+    """Messages of a step under a schedule, in mapped memory; see `graph_kernels`."""
 
     ask: NDArray[np.int64]  # (L, P)
     scores: NDArray[np.int64]  # (L, d * 2 * E)
@@ -55,7 +55,7 @@ class Messages(NamedTuple):
 
 
 class OrderMessages(NamedTuple):
-    """Of a step whose copies the GPU orders, in mapped memory; see `graph_kernels._plan`."""
+    """Messages of a step whose copies the GPU orders, in mapped memory; see `graph_kernels._plan`."""
 
     orders: NDArray[np.int64]  # (L, 1 + n) step << 48 | how many, then step << 48 | expert << 24 | slot
     ack_sources: NDArray[np.int32]  # (L,) what is copied to `ack` behind a layer's bytes
@@ -473,7 +473,7 @@ class GraphBuffers:
 
         Args:
             slot_of_E: (E,) the layer's row of the slot table; -1 for experts that the CPU computes. Of those that it is
-                too short for, nobody's.
+                too short for, none.
             last_copy: number of the copy whose bytes it must wait for, see `landing`; 0: it has all it needs.
             num_on_cpu: its experts that the CPU computes: `cpu_flag` must be set when that is done.
         """

@@ -1,4 +1,4 @@
-"""Kernels of a captured decode step: what is needed, what is missing, who gives up a slot, and the fetching of it.
+"""Kernels of a captured decode step: what is needed, what is missing, which slot is given up, and the copies.
 
 They let a whole step run from one CUDA graph. Three ways to serve misses:
 
@@ -8,11 +8,12 @@ memory, all on the GPU; the host learns what happened a step later.
 them to the copy engine, and `_wait` lets the step go on when the last byte is there.
 *Host-driven*: `_plan` writes the chosen experts there, and the host decides too, with the same code as everywhere
 else: on demand for cache policies that the GPU does not know, or by a schedule. The host shows the GPU in mapped memory
-which experts are there, and `_look` reads it for the next layer beside this one; a layer that finds all of its own goes
-on and leaves the host behind.
+which experts are in slots, and `_look` reads that for the next layer while this one computes; a layer that finds all of
+its experts goes on without the host.
 
 A read of mapped memory takes a round trip over the link, behind all that is being copied: some 26 us where the link
-gave 13 GB/s (H100, LOG.md). So a layer that misses nothing waits for none, and an answer is read as a whole.
+gave 13 GB/s (H100, docs/log/engine.md). So a layer that misses nothing waits for none, and an answer is read as a
+whole.
 
 Each layer's row of (expert) -> slot lies on the GPU, where the expert kernels look it up. Shapes: T tokens, K top-k,
 P = T * K pairs, L MoE layers, E experts, S slots.
@@ -78,7 +79,7 @@ def _plan(  # type: ignore[no-untyped-def]
     weight = tl.load(weights + pair, mask=here, other=0.0).to(tl.float32)
     tl.store(log_weights + pair, weight, mask=here)
     expert = tl.arange(0, EXPERTS)
-    # Ids of nobody are counted in the last bin, which is no expert's: EXPERTS > num_experts.
+    # Ids of no expert are counted in the last bin: EXPERTS > num_experts.
     counts = tl.histogram(tl.where(known, id, EXPERTS - 1), EXPERTS)
     used = (counts > 0) & (expert < num_experts)
     place_of = tl.load(slot_of + first_key + expert, mask=used, other=0)
@@ -102,7 +103,7 @@ def _plan(  # type: ignore[no-untyped-def]
             tl.store(orders, number | num_missing)
         now = tl.load(tick) + 1
         tl.store(tick, now)
-        # As in `cache.py`, to the bit: hits are counted alike on both sides.
+        # As in `cache.policies.learn`, to the bit: hits are counted alike on both sides.
         use = now.to(tl.float64) + expert.to(tl.float64) / num_experts
         if POLICY == _POLICY_LRU:
             tl.store(scores + first_key + expert, use, mask=used)
@@ -190,14 +191,14 @@ def _look(  # type: ignore[no-untyped-def]
 ):
     """Read which of a coming layer's experts are shown, (E,) in mapped host memory, to its row of the slot table.
 
-    The host gives up an expert's slot in this order: it hides the expert in `shown`, then looks whether `looked` has
-    the step's number. Here that is written, then `shown` is read. So either the layer sees that the expert is gone, or
-    the host sees that it may be in use and leaves it there, if neither's write can come behind its own read.
+    To give up an expert's slot, the host first hides the expert in `shown`, then checks whether `looked` has the step's
+    number. This kernel first writes that number, then reads `shown`. So either the layer sees that the expert is gone,
+    or the host sees that it may be in use and leaves it there, as long as each side's write comes before its read.
     """
     tl.store(looked, sequence_of(tl.load(step)).to(tl.int64))
     if FENCE:
         system_fence()
-    tl.debug_barrier()  # whoever reads comes behind the word
+    tl.debug_barrier()  # reads below come after this word
     expert = tl.arange(0, EXPERTS)
     mask = expert < num_experts
     tl.store(slot_of + expert, tl.load(shown + expert, mask=mask, other=-1, volatile=True), mask=mask)
@@ -316,7 +317,7 @@ def _combine(  # type: ignore[no-untyped-def]
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         expert = tl.load(ids + pair)
-        known = (expert >= 0) & (expert < num_experts)  # nobody's pairs were never written
+        known = (expert >= 0) & (expert < num_experts)  # pairs without an expert were never written
         if CPU:
             here = tl.load(slot_of + expert, mask=known, other=0) >= 0
             value = tl.load(pairs + pair * width + column, mask=mask & known & here, other=0.0)

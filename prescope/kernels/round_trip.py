@@ -1,6 +1,6 @@
-"""How long a message takes from the GPU to the host and an answer back: what a host-driven step waits for at least.
+"""Time of a message from the GPU to the host and of the answer: the least that a host-driven step waits.
 
-The same road as in `captured`: a word in mapped host memory, and a copy behind whatever the H2D stream carries.
+The same way as in `graph_buffers`: a word in mapped host memory, and a copy behind whatever the H2D stream carries.
 """
 
 import time

@@ -33,7 +33,7 @@ class BadPredictor(PrescopeError):
 
 
 class TooFewPrompts(PrescopeError, ValueError):
-    """Too few prompts to hold some out: a predictor judged on what it was trained on is not judged."""
+    """Too few prompts to hold some out: a predictor must not be judged on what it was trained on."""
 
 
 class BadState(PrescopeError, ValueError):
@@ -67,7 +67,7 @@ class FastPath(Protocol):
     def __call__(
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """(d, 2, E) float32: expected tokens, and probability that any uses an expert, of the layers behind."""
+        """(d, 2, E) float32: expected tokens, and probability that any uses an expert, for the next d layers."""
         ...
 
 
@@ -104,7 +104,7 @@ class Predictor(Protocol):
         ...
 
     def cost(self) -> Cost:
-        """Counted, not measured; `measure_us` measures."""
+        """Operations and bytes as counted, not measured; `measure_us` measures."""
         ...
 
     def to(self, device: torch.device | str) -> "Predictor":

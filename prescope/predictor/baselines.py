@@ -1,4 +1,4 @@
-"""Predictors that need no training, or only counting: what a trained one has to beat, and the two controls.
+"""Predictors that need no training, or only counting, and that a trained one has to beat; and the two controls.
 
 | name | knows | source of the idea |
 |---|---|---|
@@ -111,7 +111,7 @@ def above_threshold(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 class Baseline:
-    """What all of them share; `observe` does nothing unless a predictor keeps a state."""
+    """What all baselines share; `observe` does nothing unless a predictor keeps a state."""
 
     name = ""
     needs_inputs = False
@@ -264,7 +264,7 @@ class PreviousToken(Baseline):
         self.begin(1)
 
     def begin(self, num_sequences: int) -> None:
-        """Forget the past: a run of so many sequences starts."""
+        """Forget the past: a run of this many sequences starts."""
         chance = self.shape.top_k / self.shape.num_experts
         self._recent_SLE = torch.full((num_sequences, *self.shape[:2]), chance)
 
@@ -303,7 +303,7 @@ class PreviousToken(Baseline):
         chance = self.shape.top_k / self.shape.num_experts
         recent_SLE = np.full((len(sequences), *used_RLE.shape[1:]), chance, dtype=np.float32)
         out = np.broadcast_to(np.float32(chance), used_RLE.shape).copy()
-        # Padding (position -1) is nobody's past.
+        # Padding (position -1) is no token's past.
         order = np.argsort(trace.position, kind="stable")
         order = order[trace.position[order] >= 0]
         starts = np.flatnonzero(np.diff(trace.position[order])) + 1
@@ -315,8 +315,8 @@ class PreviousToken(Baseline):
 
 
 class Transition(Baseline):
-    """Counts of "expert i at layer l, expert j at layer l + d" in a trace, combined as if the K experts spoke
-    independently: logit = logit of the rate + sum over chosen i of (logit of P(j | i) - logit of the rate).
+    """Counts of "expert i at layer l, expert j at layer l + d" in a trace, combined as if the K experts were
+    independent: logit = logit of the rate + sum over chosen i of (logit of P(j | i) - logit of the rate).
     """
 
     name = "transition"

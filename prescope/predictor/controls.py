@@ -1,4 +1,4 @@
-"""The two controls: who knows everything must score 1.0, who knows nothing K / E; else the score card miscounts.
+"""Two controls: a predictor that knows everything must score 1.0, one that knows nothing K / E.
 
 Shapes: R rows, T tokens, E experts, K top-k, L MoE layers.
 """
@@ -15,7 +15,7 @@ from .baselines import Baseline
 
 
 class Oracle(Baseline):
-    """Knows the trace that it replays. A score card on which it gets less than 1.0 miscounts."""
+    """Knows the trace that it replays. A score card that gives it less than 1.0 is wrong."""
 
     name = "oracle"
     is_calibrated = True
@@ -37,7 +37,7 @@ class Oracle(Baseline):
 
 
 class Chance(Baseline):
-    """Knows the number of experts only. Scores are K / E with noise too small to matter but for the order."""
+    """Knows only the number of experts. Scores are K / E, with noise that only decides the order."""
 
     name = "chance"
     is_calibrated = True

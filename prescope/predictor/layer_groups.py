@@ -1,8 +1,8 @@
 """Layer groups (input, middle, output) from three measured cues; nothing about any model is hard-coded.
 
-The cues of each MoE layer, as the paper describes its groups by them (paper.md, "Outer groups"):
+The cues of each MoE layer are those by which the paper describes its groups ("Outer groups"):
 
-1. *routing correlation*: how well the experts at a layer tell those at its neighbours, and those of the previous
+1. *routing correlation*: how well the experts at a layer predict those at its neighbours, and those of the previous
    token those of this one. Normalised: 0 is what the experts' frequencies alone give, 1 is certainty.
 2. *skew*: how unequal the load of the experts is, and how much of a token's weight its first expert takes.
 3. *similarity*: cosine between the router inputs of successive layers.
@@ -29,7 +29,7 @@ Curve = NDArray[np.float64]  # (L,)
 #: often. A rule that adapts to L: three pieces explain 60 % of pure noise over 8 layers, 17 % over 48.
 MAX_CHANCE = 0.05
 SHUFFLES = 2000
-#: Layers from which on three groups can mean anything: one layer outside on each side, two in the middle.
+#: Layers that it takes for three groups to mean anything: one layer outside on each side, two in the middle.
 MIN_LAYERS = 4
 #: Rows used for the cosine: enough for two digits, and bounded in memory.
 MAX_ROWS = 8192

@@ -1,14 +1,14 @@
 """LLaPor, the learnable layer-aware predictor, as we re-implement it (arXiv 2509.23638).
 
-One small network per MoE layer on its PCA-compressed router input; layers in groups (`groups`): the outer ones
+One small network per MoE layer on its PCA-compressed router input; layers in groups (`layer_groups`): the outer ones
 shallow (Linear - GELU - Dropout), the middle one deeper by a gated residual block. One head per lookahead. All layers
 lie in one set of tensors with the layer first, so that one bmm serves all of them in training and replay, and the
 same code serves one layer live. Nothing in `predict` makes the host wait, so a CUDA graph can hold it.
 
 The residual variant, the default, adds a correction to the early router's logits (layer l + d's own router on layer
-l's input); `residual=False` is the paper's form. The correction counts less the stranger a state is: on text unlike
-that of the training the predictor falls back towards the early router instead of below it, the later the weaker the
-layer's early router is beside the correction (`tensors["trust"]`). Faded scores have a Platt scaling of their own.
+l's input); `residual=False` is the paper's form. The correction fades for states unlike those of the training, so that
+on other text the predictor falls back to the early router instead of below it; where a layer's early router is weak,
+the correction fades later (`tensors["trust"]`). Scores with a faded correction have a Platt scaling of their own.
 
 Shapes: T tokens, D width, P compressed width, H hidden, B width of the block, E experts, K top-k, L MoE layers,
 M middle layers, N = lookahead * E outputs.
@@ -45,7 +45,7 @@ from .layer_groups import LayerGroups
 from .llapor_config import FIXED, LlaporConfig, ModelTag, tensor_shapes
 
 FORMAT = "prescope-predictor-3"
-#: Distances up to which a correction counts in full that is never and that is always to fade: far from any state's.
+#: Distances up to which a correction counts in full: for none of the states, and for all of them.
 NEVER_TRUST, ALWAYS_TRUST = 1e-6, 1e6
 #: Rows scored at once in a replay.
 ROWS = 2048
@@ -53,7 +53,7 @@ ALL = slice(None)
 
 
 class Llapor:
-    """A trained (or fresh) predictor. `predictor.train.train` makes a trained one.
+    """A trained (or fresh) predictor. `prescope.training.train` makes a trained one.
 
     Attributes:
         config, shape, groups: what it was made with.
@@ -97,7 +97,7 @@ class Llapor:
         """An untrained predictor: the residual variant starts as exactly the early router.
 
         Args:
-            pca: mean (L, 1, D), components (L, D, P) and whitening (L, 1, P), see `train.fit_pca`.
+            pca: mean (L, 1, D), components (L, D, P) and whitening (L, 1, P), see `training.prepare.fit_pca`.
 
         Raises:
             UnsupportedOption: the residual variant without routers.
@@ -149,7 +149,7 @@ class Llapor:
         return slice((ahead - 1) * E, ahead * E)
 
     def to(self, device: torch.device | str) -> Self:
-        """Move all tensors; returns itself."""
+        """Move all tensors to a device; returns the predictor."""
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         self._early = self._early_routers()
         return self
@@ -168,7 +168,7 @@ class Llapor:
         return self.tensors["pca"].device
 
     def trusting(self, distance: float) -> "Llapor":
-        """This predictor, tensors shared, with corrections that count in full up to one distance in all layers."""
+        """The same predictor (tensors shared) with corrections that count in full up to one distance in all layers."""
         tensors = self.tensors | {"trust": torch.full_like(self.tensors["trust"], distance)}
         return Llapor(self.config, self.shape, self.groups, tensors, self.tag)
 
@@ -240,8 +240,8 @@ class Llapor:
     ) -> torch.Tensor:
         """(L, T, lookahead, E): Platt-scaled probabilities, `share_LT1` of the correction in the logits.
 
-        The level of the logits is the correction's: without it, a scaling fitted to full ones gives sums of K / 4
-        instead of K, and the tokens of a batch whose states are known outvote the strange ones (LOG.md).
+        The correction also sets the level of the logits. Where it has faded, a scaling fitted to full corrections gives
+        sums of K / 4 instead of K, and tokens with known states outvote the others of a batch (docs/log/predictor.md).
         """
         platt = self.tensors["platt"][at][:, None, :, None, :]
         if share_LT1 is not None:

@@ -1,4 +1,4 @@
-"""The form of a LLaPor predictor: its settings, the model it belongs to, and the tensors that follow from both.
+"""A LLaPor predictor's settings, the model it belongs to, and the tensors that follow from both.
 
 Shapes: D width, P compressed width, H hidden, B width of the block, E experts, L MoE layers, N = lookahead * E outputs.
 """
@@ -16,7 +16,7 @@ WIDTH_OUTER, WIDTH_MIDDLE = 256, 512
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LlaporConfig:
-    """What decides the form of the networks and their loss.
+    """Settings of the networks and their loss.
 
     Args:
         lookahead: layers ahead, 1..lookahead are all predicted.
@@ -25,8 +25,8 @@ class LlaporConfig:
         dropout: share of hidden units dropped in training.
         residual: early-router logits + learned correction; needs the model's routers.
         trust: the residual variant's correction fades with a state's mean squared whitened distance from the training
-            states (which lie at 1 on average): it counts in full up to the distance that `train.fit_trust` finds for
-            each layer, this many times the errors it mends over those it leaves; 0 always in full.
+            states (which lie at 1 on average): it counts in full up to the distance that `trainer.fit_trust` finds for
+            each layer: this many times the errors it corrects over those it leaves; 0: always in full.
         use_choice: the chosen experts and their weights are inputs too.
         focal_lambda, focal_gamma: weight and exponent of the focal loss in the outer groups.
         distill: weight of the cross-entropy to the coming router's own probabilities, which say more than the K

@@ -1,8 +1,8 @@
 """LLaPor's networks for a few tokens in three to five launches a layer.
 
-As torch launches it, a prediction is some fifty small kernels: 62 us a layer of Qwen3-30B-A3B's shape, with these 19,
-and on a branch of the step's graph, beside the medium model's layers, they cost these 10 us each, with these 2 (batch
-1, H200, LOG.md). The same sums as `Llapor.predict`, in another order.
+As torch launches it, a prediction is some fifty small kernels: 62 us for a layer of Qwen3-30B-A3B's shape, where these
+take 19. On a branch of the step's graph, those cost each layer of the medium model 10 us, these 2 (batch 1, H200,
+docs/log/kernels.md). The same sums as `Llapor.predict`, in another order.
 
 Shapes: T tokens, D width, P compressed width, H hidden, B width of the block, E experts, K top-k, d layers ahead,
 N = lookahead * E.
@@ -238,7 +238,7 @@ class LlaporKernels:
     def __call__(
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """(d, 2, E) float32: expected tokens, and probability that any uses an expert, of the layers behind.
+        """(d, 2, E) float32: expected tokens, and probability that any uses an expert, for the next d layers.
 
         Args:
             x_TD: router inputs of at most `most_tokens` tokens. `ids_TK`, `weights_TK`: what the layer chose.

@@ -1,4 +1,4 @@
-"""An oracle that errs at a chosen rate: what a predictor of that recall would be worth, where none can be trained.
+"""An oracle with a chosen error rate: it shows what a predictor of that recall would gain, where none can be trained.
 
 For traces without router inputs (made-up ones, those read from Parquet), and live for an engine whose routing is forced
 to follow a trace. It shows what recall is worth, not that any predictor reaches it.
@@ -34,7 +34,7 @@ class NoisyOracle(Baseline):
     score; an expert that was not guessed scores f * (1 - recall) / (1 - f), f the share of tokens that use it, which
     is its probability too. (That holds where f is below 1 / (2 - recall); scores of experts used more often are capped
     to stay below those of the guesses.) Guesses change from one lookahead to the next only where recall does: what is
-    foreseen four layers ahead is still foreseen one layer ahead. Real predictors differ in that their errors come
+    predicted four layers ahead is still predicted one layer ahead. Real predictors differ in that their errors come
     together, in hard tokens and layers; here each is independent. Where 2K > E there may be too few wrong experts
     to guess, and recall comes out a little higher.
 
@@ -107,7 +107,7 @@ class NoisyOracle(Baseline):
         ids_TK: torch.Tensor | None = None,
         weights_TK: torch.Tensor | None = None,
     ) -> list[Prediction]:
-        """What the trace says of this step's coming layers, with the errors; only the number of inputs is read.
+        """Scores for this step's coming layers from the trace, with the errors; reads only how many inputs there are.
 
         Raises:
             BadTrace: no step was set, or it has another number of tokens.

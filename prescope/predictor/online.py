@@ -1,4 +1,4 @@
-"""Online tuning: when predictions become worse than they were held out, learn from the tokens just seen.
+"""Online tuning: when predictions become worse than on held-out prompts, learn from the tokens just seen.
 
 A wrapper around a `Llapor`. It keeps the last tokens (hidden states, early-router logits, experts used) in a ring; when
 the error over the last `window` tokens exceeds the held-out error by `margin`, it changes the last layer and its
@@ -6,9 +6,10 @@ bias by a few gradient steps on the ring. The networks below stay as trained, so
 The paper tunes when "the error exceeds 10 % over a window of 64 tokens": here the 10 points are on top of the
 held-out error, for a predictor that is never better than 15 % would otherwise tune forever.
 
-What was learned serves only while it is better: both heads are scored on each token before it is learned from, and
+The tuned heads are used only while they are better: both heads are scored on each token before it is learned from, and
 the one with the smaller error over the last window answers. Without that, tuning cost 0.01 to 0.02 of recall on
-text that is merely harder (tiny-moe, Rust); on text that is new (Ukrainian) it gains 0.07 to 0.15 (LOG.md).
+text that is merely harder (tiny-moe, Rust); on text that is new (Ukrainian) it gains 0.07 to 0.15
+(docs/log/predictor.md).
 
 Shapes: T tokens, H hidden, E experts, K top-k, L MoE layers, N = lookahead * E, W tokens of the ring.
 """
@@ -106,7 +107,7 @@ class OnlineTuner:
 
     @property
     def error(self) -> float:
-        """1 - recall@K of what served over the last window, mean over layers and lookaheads; NaN before any token."""
+        """1 - recall@K of what answered over the last window, mean over layers and lookaheads; NaN before any token."""
         return float(np.nanmean(self._errors, axis=1).min(axis=0).mean()) if self._seen else float("nan")
 
     @property

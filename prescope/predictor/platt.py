@@ -13,7 +13,8 @@ from .base import TINY
 PRIOR_STRENGTH = 1.0
 MAX_ITERATIONS = 50
 #: Pairs of row and expert that a fit reads: as many evenly spaced whole rows as hold them, of 128 experts 8192 rows of
-#: one layer or 546 of 15. What 512 change of 8192 stands in LOG.md; pairs drawn singly mostly change more.
+#: one layer or 546 of 15. What 512 change of 8192 stands in
+#: docs/log/predictor.md; pairs drawn singly mostly change more.
 MAX_PAIRS = 2**20
 
 

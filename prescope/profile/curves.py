@@ -70,7 +70,7 @@ def fit_line(x: Sequence[float], us: Sequence[float]) -> Line:
 
 
 def interpolate(x: float, xs: Sequence[float], us: Sequence[float]) -> float:
-    """Piecewise linear between points in ascending x; the first value before them, a straight line on behind them."""
+    """Piecewise linear between points in ascending x; the first value before them, a straight line after them."""
     if x <= xs[-1] or len(xs) == 1:
         return float(np.interp(x, xs, us))
     slope = max(0.0, (us[-1] - us[-2]) / (xs[-1] - xs[-2]))
@@ -90,7 +90,7 @@ def rising(us: Sequence[float]) -> list[float]:
 
 
 def left_out(xs: Sequence[float], us: Sequence[float]) -> list[tuple[float, float]]:
-    """(guess, measured) of each inner point, guessed from the others: what interpolation is worth between points."""
+    """(guess, measured) of each inner point, guessed from the others: how good interpolation between points is."""
     inner = range(1, len(xs) - 1)
     return [(interpolate(xs[i], [*xs[:i], *xs[i + 1 :]], [*us[:i], *us[i + 1 :]]), us[i]) for i in inner]
 

@@ -140,7 +140,7 @@ def _by_expert(points: Iterable[Point]) -> ExpertCurves:
 
 
 def _scaling_error(curves: ExpertCurves) -> FitError:
-    """How well each size is foretold from the others: what costs of a size that was not measured are worth."""
+    """How well each size is predicted from the others, so how good the costs of a size that was not measured are."""
     guessed: list[float] = []
     measured: list[float] = []
     for expert, curve in curves.items():

@@ -1,4 +1,4 @@
-"""Points of the same machine behind another link, computed from those that were measured. Pure."""
+"""Points of the same machine with another link, computed from those that were measured. Pure."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ PACED = 1.05
 
 
 def sent_often(points: Sequence[Point], factor: int) -> tuple[Point, ...]:
-    """Every copy made `factor` times: it takes so many times as long, and so does enqueueing it.
+    """Every copy made `factor` times: it takes that many times as long, and so does enqueueing it.
 
-    CPU times beside the link stay as they are, beside the full link: that is what an engine sees that really sends the
-    same bytes so often. A link that is slower by itself would leave the CPU more of the memory.
+    CPU times beside the link stay as they were beside the full link: an engine that really sends the same bytes several
+    times sees them so. A link that is slower by itself would leave the CPU more of the memory.
     """
     slower = ("h2d", "enqueue")
     return tuple(p._replace(us=p.us * factor) if p.of.kind in slower else p for p in points)

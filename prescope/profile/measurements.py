@@ -1,4 +1,4 @@
-"""What was measured of one machine: the points, what they are of, and the curves through them."""
+"""What was measured on one machine: the points, where they come from, and the curves through them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Measurements:
         link_gb_per_s: rate of an emulated link; None for a real one.
         link_factor: how many times each copy is made, to stand for a slower link.
         origin: how to measure it again.
-        notes: what a reader must know.
+        notes: what a reader of the numbers must know.
     """
 
     place: Place

@@ -1,4 +1,4 @@
-"""What calibration measures, as one flat table: a point is a time under stated circumstances.
+"""What calibration measures, as one flat table. A point is a time under stated circumstances.
 
 Pure: numbers and words only. Everything else a profile knows (rates, fits, errors) is computed from its points.
 """

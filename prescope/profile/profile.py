@@ -24,7 +24,7 @@ from .tables import description, points_table
 
 #: What slower links of a machine with a GPU stand for, by how often each copy is made.
 SLOWER_LINKS = {2: "PCIe 4", 4: "PCIe 3"}
-#: `LayerCosts.cpu_us` reaches at least so far, so that the straight line behind its end has two points.
+#: `LayerCosts.cpu_us` has at least this many tokens, so that the straight line after its end has two points.
 LEAST_CPU_TOKENS = 16
 
 
@@ -101,7 +101,7 @@ class HardwareProfile(Measurements):
             if has_cpu
             else 0.0,
             cpu_alone_us=self._cpu_table(expert, batch, busy_link=False) if has_cpu else (),
-            # Without an engine: what no decision can do without. Its own arithmetic comes on top.
+            # Without an engine: the least that a decision takes. Its own arithmetic comes on top.
             decide_us=decide_us
             if decide_us is not None
             else lanes.small_us("message") or lanes.small_us("read"),

@@ -1,4 +1,4 @@
-"""What is done about each layer's experts, by any schedule: copied now, copied ahead, computed on the CPU.
+"""Decide about each layer's experts, by any schedule: copy now, prefetch, or compute on the CPU.
 
 `plan` holds the decisions as compiled loops, `presched` and `baselines` how a layer's misses are split, `layer` all
 that is decided about one layer, `learn` what is learned from layer to layer, `planner` keeps it for an engine;

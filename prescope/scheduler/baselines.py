@@ -1,4 +1,4 @@
-"""How the systems that PreSched is compared with split a layer's misses, as policies of ours ("re-implemented").
+"""How the systems that PreSched is compared with split a layer's misses, as we re-implement them.
 
 Each answers how many of the misses, hottest first, are copied; the rest goes to the CPU. What is the same as
 published, and what is not known, stands beside each name in `scheduler.SCHEDULES`.
@@ -22,7 +22,7 @@ def fiddler(costs: Costs, tokens: IntArray) -> int:
 
 @jit
 def hybrimoe(costs: Costs, tokens: IntArray, num_here: int, backlog_us: float) -> int:
-    """Greedy by both ends: the link takes the hottest, the CPU the coldest, whoever is done sooner takes the next."""
+    """Greedy from both ends: the link takes the hottest, the CPU the coldest; whichever ends sooner takes the next."""
     if len(costs.cpu_us) < 2:
         return len(tokens)
     link, cpu = backlog_us, costs.cpu_base_us

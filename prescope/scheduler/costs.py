@@ -17,21 +17,21 @@ class LayerCosts:
     """Costs of one MoE layer of one model on one machine, microseconds.
 
     Args:
-        link_us: one expert over the link, host to device, with nothing beside it.
+        link_us: one expert over the link, host to device, while the CPU computes none.
         link_busy_us: the same while the CPU computes experts: both read the same memory. None: as `link_us`.
         gpu_us: one expert computed on the device, with the tokens of a step.
         rest_us: the rest of a layer: attention, router, launches.
-        predict_us: one prediction. It is made beside the layer; a decision waits for it if its schedule has no lag.
+        predict_us: one prediction, made while the layer computes; decisions of a schedule without lag wait for it.
         cpu_us: `cpu_us[n]`: one expert with n tokens on the CPU while the link is busy, when several are submitted
-            together; index 0 is 0.0. Beyond its end whoever reads it goes on in a straight line. Empty: no CPU lane.
+            together; index 0 is 0.0. Beyond its end it continues in a straight line. Empty: no CPU lane.
         cpu_base_us: one submission of CPU experts, however many, and merging its result.
         cpu_alone_us: as `cpu_us`, while the link is idle: both read the same memory. For the clock of the simulator;
-            decisions reckon with a busy link. Empty: as `cpu_us`.
+            decisions assume a busy link. Empty: as `cpu_us`.
         decide_us: from the router's choice on the device until the host has decided and the first copy can start. A
             layer whose experts are all there does not wait for it.
         batch_us: what copies handed over together take on the link besides their bytes: the number that says they
             are there, and marks. Each prefetch is one, a layer's on-demand copies are one or two. For the clock of
-            the simulator; decisions reckon with copies as they were seen, with it.
+            the simulator; decisions use copy times as measured, which include it.
         copy_us: host time to enqueue one copy.
         is_layered: the host launches each layer, so that its decisions and predictions are in every layer's way.
         source: where the numbers come from, in words.

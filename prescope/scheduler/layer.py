@@ -1,4 +1,4 @@
-"""All that is decided about one layer: its plan, its slots, its prefetches; the code that engine and simulator share.
+"""Everything that is decided about one layer; engine and simulator call the same functions.
 
 Shapes: n experts needed, E experts of a layer, L MoE layers, d layers ahead.
 """
@@ -28,11 +28,11 @@ def plan_layer(
     tokens_dE: FloatArray,
     used_dE: FloatArray,
 ) -> Plan:
-    """One layer's plan; predictions count for as much as those for this layer were worth.
+    """Plan one layer; predictions are weighed by how good earlier ones were.
 
     Args:
         memory: changed.
-        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers behind that one; changed.
+        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers after that one; changed.
     """
     d, num_layers, E = memory.predicted_dLE.shape
     num_absent = 0
@@ -66,7 +66,7 @@ def reconsider(
     tokens_dE: FloatArray,
     used_dE: FloatArray,
 ) -> Plan:
-    """A layer's prefetches once more, when the predictions made at it come: with a lag it was decided without them.
+    """Decide a layer's prefetches again, when its own predictions have come: with a lag it was decided without them.
 
     Args:
         need, num_load, backlog_us: as it was decided. The rest as `plan_layer`, as it is now.
@@ -82,8 +82,8 @@ def reconsider(
 
 @jit
 def take_down(memory: Memory, moe_layer: int, lag: int, tokens_dE: FloatArray, used_dE: FloatArray) -> None:
-    """Keep what was predicted `lag` layers before the one at hand, of the layers behind that, and let it count for as
-    much as such predictions were worth.
+    """Keep the predictions that were made `lag` layers before this one, for the layers after it, and scale them by
+    how good such predictions were.
     """
     made_at = moe_layer - lag
     predicted_dLE = memory.predicted_dLE
@@ -92,7 +92,7 @@ def take_down(memory: Memory, moe_layer: int, lag: int, tokens_dE: FloatArray, u
         is_layer = made_at >= 0 and made_at + ahead < num_layers
         factor = discount(memory.trust, ahead) if is_layer else 0.0
         for e in range(E):
-            if is_layer and ahead > lag:  # what the layer at hand used has been held against it
+            if is_layer and ahead > lag:  # this layer's own were compared with what it used
                 predicted_dLE[ahead - 1, made_at + ahead, e] = used_dE[ahead - 1, e]
             used_dE[ahead - 1, e] *= factor
             tokens_dE[ahead - 1, e] *= factor
@@ -128,7 +128,7 @@ def decide_layer(
         policy: kind of the cache policy. `tick`: layers it has learned from, this one too.
         experts: (n,) distinct, ascending; `tokens` (n,) of each, `weights` (n,) what the cache policy weighs them by.
         backlog_us: until the link is done with what is on it. `memory`: changed.
-        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers behind that one; changed.
+        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers after that one; changed.
     """
     E = memory.former_LE.shape[1]
     of_experts = slots.slot_of[moe_layer * E + experts]
@@ -141,7 +141,7 @@ def decide_layer(
 
 @jit
 def count_experts(ids: IntArray, num_experts: int) -> tuple[IntArray, IntArray]:
-    """Distinct experts (n,) of a layer's choice (P,), ascending, and their tokens (n,); other ids are nobody's."""
+    """Distinct experts (n,) of a layer's choice (P,), ascending, and their tokens (n,); other ids are left out."""
     counts = np.zeros(num_experts, np.int64)
     for expert in ids:
         if 0 <= expert < num_experts:

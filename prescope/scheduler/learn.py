@@ -1,10 +1,10 @@
-"""What is learned from layer to layer: how far predictions can be trusted, and how long a choice lasts."""
+"""Learn from layer to layer how far predictions can be trusted, and how long experts stay in use."""
 
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .types import FORMER_STEPS
 
-#: Weight of the past in `learn`, per layer of a step: remembers about a hundred layers.
+#: Weight of the past in `learn_trust` and `learn_reuse`, per layer of a step: remembers about a hundred layers.
 TRUST_DECAY = 0.99
 
 
@@ -16,10 +16,10 @@ def learn_trust(
     predicted_dLE: FloatArray,
     threshold: float,
 ) -> None:
-    """Hold what was predicted for a layer against what it used.
+    """Compare what was predicted for a layer with what it used.
 
     Of each prediction the likeliest experts count, those at least half as likely as the first: they are prefetched
-    first. Over all that are a little likely even an order turned upside down is right on average, and that cost 24 %.
+    first. Over all experts even an inverted order is right on average, and that cost 24 %.
 
     Args:
         trust: (d, 2) decayed sums of the probabilities given to the likeliest experts, and of how many were used.
@@ -45,7 +45,7 @@ def learn_trust(
 def learn_reuse(
     reuse: FloatArray, former_E: IntArray, experts: IntArray, num_misses: int, num_absent: int
 ) -> None:
-    """Hold what a layer needs, experts (n,), against what it needed in the steps before.
+    """Compare what a layer needs, experts (n,), with what it needed in the steps before.
 
     Args:
         reuse: (FORMER_STEPS + 4,) decayed sums of experts: needed, missing, absent, there, and of those needed, by how
@@ -69,9 +69,10 @@ def learn_reuse(
 
 @jit
 def reuse_lasts(reuse: FloatArray) -> float:
-    """How much likelier an expert is needed that was needed a certain number of steps ago, the number that says most,
-    than one that has no slot, as an evicted one will have none, or than one that has, if those are needed less: then
-    the slots hold what nobody wants any more. In a large batch hardly. `reuse`: see `learn_reuse`.
+    """How much likelier an expert is needed again m steps after a use, for the best m, than an expert without a slot.
+
+    If experts in slots are needed less than those without (the slots hold experts of older text), it is compared with
+    those instead. Near 0 in a large batch. `reuse`: see `learn_reuse`.
     """
     absent = reuse[1] / max(1.0, reuse[2])
     there = (reuse[0] - reuse[1]) / max(1.0, reuse[3])

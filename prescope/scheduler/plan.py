@@ -1,4 +1,4 @@
-"""What is done about a layer, by any schedule: the code that engine and simulator share.
+"""Make a layer's plan by any schedule; engine and simulator call the same functions.
 
 Plain loops over arrays, compiled by numba; no clock, no bytes, no objects. Shapes: n experts needed, E experts of a
 layer, L MoE layers, S slots, d layers ahead. Keys are flat: moe_layer * E + expert.
@@ -15,19 +15,20 @@ from .types import Costs, Plan, ScheduleSettings, cpu_time
 
 ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED = range(8)
 
-#: Share of the planned time by which it may be wrong: experts that are all but certain to be used are held in
-#: prefetches for so much link time more. They are given to an idle link only, and dropped when the next router speaks.
-#: Without, costs that make plans too short by a half lose 10 to 15 %; where costs are right it loses 0.3 % (LOG.md).
+#: Share by which the planned time may be wrong: experts that are almost certain to be used are prefetched for so much
+#: more link time. They are copied only while the link is idle, and dropped when the next router has chosen.
+#: Without, costs that make plans too short by a half lose 10 to 15 %; where costs are right it loses 0.3 %
+#: (docs/log/scheduler.md).
 ERROR_MARGIN = 0.3
-#: Least probability of use of an expert that is all but certain. With 0.75 an inverted predictor cost 6 % at batch 64,
+#: Least probability of use of an expert that is almost certain. With 0.75 an inverted predictor cost 6 % at batch 64,
 #: with 0.85 it costs 2 %.
 CERTAIN = 0.85
-#: So often what the CPU computed saves its time again, by `reuse_lasts`, once it is in a slot; and what lasts less is
-#: left out. 1.5 loses up to 14 % at batch 1 of tiny-moe's own text without a predictor, 2.5 another 1 % at batch 4; a
-#: fixed bound of 0.35, as it was, lost a third at batch 1 (simulated, LOG.md).
+#: An expert that the CPU computed saves its time so many times once it is in a slot, weighed by `reuse_lasts`; below
+#: the second number it is not copied. 1.5 loses up to 14 % at batch 1 of tiny-moe's own text without a predictor, 2.5
+#: another 1 % at batch 4; a fixed bound of 0.35, as it was, lost a third at batch 1 (simulated, docs/log/scheduler.md).
 REUSES_OF_A_COPY, LEAST_LASTING = 2.0, 0.05
-#: From here on predictions of less than the first are copied behind what the CPU computed, and of less than the second
-#: not at all: what is there is likelier.
+#: From this `reuse_lasts` on, experts predicted with less than the first probability are copied after those that the
+#: CPU computed, and with less than the second not at all: the experts in slots are likelier to be used.
 LONG_LASTING = 0.35
 LIKELY, LEAST_BESIDE_REUSE = 0.5, 0.3
 
@@ -66,13 +67,13 @@ def likely(settings: ScheduleSettings, moe_layer: int, num_layers: int, used_dE:
 
 @jit
 def is_worth_copying(costs: Costs, tokens: IntArray, layer_us: float, lasting: float) -> bool:
-    """Whether experts that the CPU computes, with their tokens (n,), had better be copied too while the link is idle.
+    """Whether to copy experts that the CPU computes, with their tokens (n,), while the link is idle.
 
-    Reuse saves the CPU's time for an expert. A copy makes the CPU slower, as far as it computes meanwhile: both read
-    the same memory.
+    A copy saves the CPU's time when the expert is used again, and slows the CPU down meanwhile: both read the same
+    memory.
 
     Args:
-        layer_us: until the next router speaks. `lasting`: see `reuse_lasts`.
+        layer_us: until the next router has chosen. `lasting`: see `reuse_lasts`.
     """
     n = len(tokens)
     if n == 0 or lasting < LEAST_LASTING:
@@ -87,7 +88,7 @@ def is_worth_copying(costs: Costs, tokens: IntArray, layer_us: float, lasting: f
 
 @jit
 def worth_a_slot(keys: IntArray, most: int, slots: Slots) -> IntArray:
-    """Of experts (n,) that are not there the `most` that the cache would rather have than its least, the best first.
+    """Of experts (n,) without a slot, at most `most` that the cache rates above its lowest ones, the best first.
 
     The i-th best must be better than the i-th least of those in slots.
     """
@@ -123,11 +124,11 @@ def make_plan(
     lasting: float,
     num_load: int = -1,
 ) -> Plan:
-    """Decide about one layer, after its router has spoken.
+    """Decide about one layer, when its router has chosen.
 
     Args:
         need: of this layer. `backlog_us`: until the link is done with what is on the wire.
-        tokens_dE, used_dE: predictions for the d layers behind this one: expected number of tokens that use an expert,
+        tokens_dE, used_dE: predictions for the d layers after this one: expected number of tokens that use an expert,
             and probability that any does; rows beyond the last layer hold zeros.
         lasting: see `reuse_lasts`.
         num_load: how many misses are copied, if that is decided and only prefetches are asked for (PreSched).
@@ -155,8 +156,8 @@ def make_plan(
     candidates = nothing
     if ahead > 0:
         candidates = wanted(settings, moe_layer + 1, slots.slot_of, tokens_dE[0], used_dE[0])
-    # What was prefetched, or is there and predicted, makes no room for the next prefetch, whoever decides: in an LRU
-    # order it would be the first to go (LOG.md: the others gain 2 to 10 % by it, PreSched 0.5 %).
+    # Under any schedule, what was prefetched, or is there and predicted, makes no room for the next prefetch: in an
+    # LRU order it would be the first to go (docs/log/scheduler.md: the others gain 2 to 10 % by it, PreSched 0.5 %).
     keep = likely(settings, moe_layer, num_layers, used_dE)
     if settings.schedule == FATE or settings.schedule == MOE_INFINITY:
         return Plan(n, candidates, keep)
@@ -174,7 +175,8 @@ def make_plan(
     m = len(candidates)
     next_tokens, next_used = np.empty(m), np.empty(m)
     # The next layer serves the same tokens. A predictor that expects more of them errs by that factor, and the CPU
-    # would seem so slow that everything is prefetched: an inverted one cost 43 % at batch 64 before (LOG.md).
+    # would seem so slow that everything is prefetched: an inverted one cost 43 % at batch 64 before
+    # (docs/log/scheduler.md).
     scale = min(1.0, need.tokens.sum() / max(1e-9, tokens_dE[0].sum())) if m > 0 else 1.0
     for j in range(m):
         next_tokens[j] = scale * tokens_dE[0, candidates[j] - first]
@@ -191,7 +193,8 @@ def make_plan(
     if p < m or left <= 0:
         return Plan(k, prefetch, keep)
     # What the CPU computes would never come into the slots, however often it is used again: 7 to 44 points of hits
-    # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated, LOG.md).
+    # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated,
+    # docs/log/cache.md).
     cold = moe_layer * E + need.experts[here + k :]
     layer_us = done_us + costs.rest_us + costs.decide_us
     room = int(left / costs.link_us) if is_worth_copying(costs, missing[k:], layer_us, lasting) else 0
@@ -199,7 +202,7 @@ def make_plan(
     others = others[: max(0, int(left / costs.link_us) - len(again))]
     left -= (len(again) + len(others)) * costs.link_us
     prefetch = np.concatenate((prefetch, again, others))
-    # Link time that the next layer has no use for goes to those behind it.
+    # Link time that the next layer has no use for goes to the layers after it.
     for further in range(2, ahead + 1):
         if left <= 0:
             break

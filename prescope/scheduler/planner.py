@@ -1,4 +1,4 @@
-"""Keeps what a schedule knows from layer to layer, and asks it what to do about each.
+"""Keep what a schedule knows from layer to layer, and ask it about each layer.
 
 Shapes: n experts needed, E experts of a layer, L MoE layers, d layers ahead.
 """
@@ -16,30 +16,30 @@ from ..core.types import FloatArray, IntArray, MoEShape
 from .layer import Decision, decide_layer, reconsider
 from .types import Costs, Memory, Plan, ScheduleSettings
 
-#: Weight of the newest step, and of the newest job, in what the planner makes of its own measurements.
+#: Weight of the newest step, and of the newest job, in the planner's own measurements.
 NEWEST = 0.2
-#: The CPU is believed to be so many times faster or slower than calibrated at most: a job may be interrupted.
+#: The CPU is believed to be this many times faster or slower than calibrated at most: a job may be interrupted.
 MOST_CPU_FACTOR = 4.0
-#: Of so many steps' jobs the middle one is believed: those of a step that was interrupted say nothing.
+#: The median of this many steps' jobs is believed: those of a step that was interrupted say nothing.
 CPU_STEPS = 3
-#: A step without jobs takes what is believed of the CPU so much nearer to what was calibrated. Else a schedule that
-#: leaves an expert to the CPU or not would never try again, once the CPU seemed slow: one of the Fiddler-like's cells
-#: copied every expert, at 124 tokens/s where 219 were simulated (H200).
+#: A step without jobs moves the believed speed of the CPU this much towards the calibrated one. Otherwise a schedule
+#: that once found the CPU slow would never try it again: in one cell the Fiddler-like copied every expert, at 124
+#: tokens/s where 219 were simulated (H200).
 FORGOTTEN = 0.05
-#: The same of the link. One H100 machine's gave 13 GB/s where another's gave 55; believing 55, PreSched lost 43 % to a
-#: schedule that uses the CPU alone (LOG.md).
+#: The same for the link. One H100 machine's gave 13 GB/s where another's gave 55; believing 55, PreSched lost 43 % to a
+#: schedule that uses the CPU alone (docs/log/scheduler.md).
 MOST_LINK_FACTOR = 8.0
-#: The CPU makes the link so many times slower at most, since both read the same memory: 1.15 to 1.37 as calibrated on
-#: H200 machines, 1.8 where it computed most of eight experts a layer. What is seen beside it says no more of the link
-#: alone.
+#: The CPU makes the link this many times slower at most, since both read the same memory: 1.15 to 1.37 as calibrated on
+#: H200 machines, 1.8 where it computed most of eight experts a layer. A copy beside the CPU that takes even longer says
+#: that the link itself is slower.
 MOST_CONTENTION = 2.0
 
 
 class Planner:
-    """One engine's decisions. Costs follow what its own steps show, from the calibrated ones on.
+    """One engine's decisions. Its costs begin as calibrated and follow what its own steps show.
 
     Args:
-        knobs: the schedule and its settings.
+        settings: of the schedule.
         costs: of this machine and model.
         shape: of the model's MoE part.
         predicts: layers ahead that a predictor answers for; 0 without one.
@@ -80,7 +80,7 @@ class Planner:
         Args:
             experts: (n,) distinct, ascending; `tokens` (n,) of each, `weights` (n,) what the policy weighs them by.
             now_us: by any clock that goes on.
-            predicted: made at this layer: expected tokens and probability of use, (d, E) each, for the layers behind
+            predicted: made at this layer: expected tokens and probability of use, (d, E) each, for the layers after
                 it; rows beyond the last layer hold zeros. With a lag of 1 they are for `reconsider`, and for the next
                 layer's plan.
         """
@@ -124,8 +124,8 @@ class Planner:
         return self._calibrated.cpu_base_us, self._calibrated.cpu_us
 
     def saw_step(self, rest_us: float, decide_us: float | None, gpu_us: float) -> None:
-        """What a step's layers took besides their experts, and from the router's choice to the answer (None: no layer
-        waited for one); medians. And one expert on the GPU, all of a layer's together and its share of their launches.
+        """Learn from a step: what its layers took without their experts, and from the router's choice to the answer
+        (None: no layer waited for one), medians; and one expert on the GPU, its share of the launches included.
         """
         old = self.costs
         decide_us = old.decide_us if decide_us is None else decide_us
@@ -136,7 +136,7 @@ class Planner:
         )
 
     def saw_link(self, took_us: Sequence[float], has_cpu: bool) -> None:
-        """What copies of one expert took on the link in a step, and whether the CPU computed any in it."""
+        """Learn what copies of one expert took on the link in a step, and whether the CPU computed any meanwhile."""
         calibrated = self._calibrated
         each_us = calibrated.link_busy_us if has_cpu else calibrated.link_us
         if not took_us or each_us == 0.0:
@@ -153,7 +153,7 @@ class Planner:
         self.costs = self.costs._replace(link_us=alone_us, link_busy_us=busy_us)
 
     def saw_cpu(self, took_us: float, calibrated_us: float) -> None:
-        """What a step's submissions to the CPU took together, and should have taken as calibrated; zeros for none."""
+        """Learn what a step's submissions to the CPU took, and should have taken as calibrated; zeros for none."""
         if calibrated_us > 0.0:
             self._cpu_ratios.append(_within(took_us / calibrated_us, MOST_CPU_FACTOR))
             self.cpu_factor += NEWEST * (median(self._cpu_ratios) - self.cpu_factor)
@@ -167,7 +167,7 @@ class Planner:
         )
 
     def issued(self, num_copies: int, now_us: float) -> None:
-        """The link was given so many experts more."""
+        """Count experts that were given to the link."""
         self._link_free_us = max(self._link_free_us, now_us) + num_copies * self.costs.link_us
 
 

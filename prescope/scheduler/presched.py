@@ -1,22 +1,23 @@
-"""PreSched: the exact optimum of a two-layer window, by one scan (arXiv 2509.23638 as we re-implement it).
+"""PreSched: the exact optimum over two layers, by one scan (arXiv 2509.23638 as we re-implement it).
 
-At layer l, after its router: R experts are here, u_1 >= u_2 >= ... are missing, by token count; V are predicted for
-layer l + 1 and absent. The first k of u are copied, the rest computed on the CPU, and p of V are prefetched:
+The router of layer l has chosen its experts. R of them are in slots; u_1 >= u_2 >= ... are missing, by token count. V
+are predicted for layer l + 1 and have no slot. The first k of u are copied, the rest are computed on the CPU, and p of
+V are prefetched:
 
     F(k) = d + k * t_io                          the link is done with what it owes, d of it from before
     G(k) = F(k) + (R + k) * t_g                  GPU done (no wait for the link when nothing comes)
     C(k, p) = sum of c(u_j), j > k               CPU done: slower until the link is, at F(k) + p * t_io (`cpu_done`)
     T(k, p) = max(G(k), C(k, p))                 layer l done
-    S(k, p) = T(k, p) + A - F(k)                 link time that is free before router l + 1 has spoken; less of it where
+    S(k, p) = T(k, p) + A - F(k)                 link time that is free before router l + 1 has chosen; less of it where
                                                  copies are slower, beside the CPU
     d'   = max(0, p * t_io - S(k, p))
     N    = min over s of max(d' + copies of V_p+1..V_s + t_g, CPU time of the rest)   (t_g if bytes are waited for)
 
-and (k, p) minimises T(k, p) + FORECAST * N. Three things differ from the paper's sum: the weight of N; G, where it has
-max(R * t_g, F(k)) + t_g: the engine computes a layer's experts together, when all of them are there; and that link and
-CPU read the same memory, so that a copy slows the CPU down. Prefetches beyond S(k, p) shift work from one layer to the
-next and win nothing, so p ends with the first that finds no free time. V is weighed by the probability of its use: what
-is not prefetched costs its time by that probability, a prefetch costs its whole time.
+and (k, p) minimises T(k, p) + FORECAST * N. Three things differ from the paper. N has a weight. G was
+max(R * t_g, F(k)) + t_g, but our engine computes a layer's experts together, when all of them are there. And link and
+CPU read the same memory, so a copy slows the CPU down. Prefetches beyond S(k, p) only move work from one layer to the
+next, so p ends with the first prefetch that finds no free time. An expert of V that is not prefetched costs its time by
+the probability of its use; a prefetch costs its whole time.
 """
 
 import numpy as np
@@ -25,23 +26,23 @@ from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .types import Costs, cpu_time
 
-#: Weight of the next layer's time. When link and CPU are both busy, what is moved from the link to the CPU here makes
-#: room for as many prefetches, so T + N hardly depends on k: a plateau, on which errors of the forecast decide. With a
-#: little less weight the sooner end of the layer at hand decides. 0.6 to 0.9 are alike; 1 is 1 % slower on average, 2 %
-#: at batch 64, and up to 14 % where t_g is known less well (LOG.md).
+#: Weight of the next layer's time. When link and CPU are both busy, moving an expert from the link to the CPU makes
+#: room for one more prefetch, so T + N hardly depends on k, and errors of the forecast would decide. With a little less
+#: weight, the end of the present layer decides. 0.6 to 0.9 are alike; 1 is 1 % slower on average, 2 % at batch 64, and
+#: up to 14 % where t_g is known less well (docs/log/scheduler.md).
 FORECAST = 0.8
 
 
 @jit
 def share_alone(beside_us: float, alone_us: float) -> float:
-    """What the CPU takes by itself, of what it takes beside a busy link."""
+    """Share of the CPU's time beside a busy link that it takes while the link is idle."""
     return min(1.0, alone_us / beside_us) if beside_us > 0.0 else 1.0
 
 
 @jit
 def cpu_done(beside_us: float, share: float, link_us: float) -> float:
-    """When the CPU is done that needs `beside_us` beside a busy link, by itself that `share` of it; the link is busy
-    until then.
+    """When a CPU is done that needs `beside_us` beside a busy link and `share` of that beside an idle one; the link is
+    busy until `link_us`.
     """
     return beside_us if beside_us <= link_us else link_us + share * (beside_us - link_us)
 
@@ -141,7 +142,7 @@ def _next_layer(
         return owed_us + late_us
     if not has_cpu:
         return owed_us + link_next[m] - link_next[p] + costs.gpu_us
-    # Not only where link and CPU are done together: a CPU that is fast beside an idle link had better do all.
+    # Not only where link and CPU end together: a CPU that is fast while the link is idle had better do all.
     best = np.inf
     for s in range(p, m + 1):
         link = owed_us + link_next[s] - link_next[p]

@@ -18,13 +18,13 @@ class Schedule:
     """One way to decide about a layer's experts.
 
     Attributes:
-        name: as a user writes it. `title`: as a figure writes it. `number`: in compiled code (`decide.plan`).
+        name: as a user writes it. `title`: as a figure writes it. `number`: in compiled code (`plan.make_plan`).
         cache: cache policy it comes with. `predictor`: of `PREDICTORS`, the one it comes with.
         uses_cpu: it may compute experts on the CPU lane.
         lookahead: layers ahead it prefetches for. `width`: experts for one layer at most, None: all.
             `threshold`: least probability of use of an expert worth prefetching.
-        lag: so many layers ago the predictions were made that it decides by: with 1 no layer waits for its predictor,
-            and its own predictions, when they come, choose the prefetches alone.
+        lag: it decides a layer by predictions that were made this many layers before. With 1 no layer waits for its
+            predictor; the layer's own predictions then only choose the prefetches.
         same: what is as published. `unknown`: what is not known, or ours. `source`: where it is published.
     """
 
@@ -88,8 +88,8 @@ _ALL = (
         uses_cpu=False,
         lookahead=1,
         same="no prediction of single tokens; whole layers streamed behind compute, hot experts first",
-        unknown="its grouping of several batches into one pass is left to whoever chooses the batch; which experts it "
-        "calls hot is ours: the most frequent of a recorded trace",
+        unknown="its grouping of several batches into one pass is left to the user, who chooses the batch; which "
+        "experts it calls hot is ours: the most frequent of a recorded trace",
         source="Klotski, arXiv 2502.06888",
     ),
     Schedule(
@@ -165,7 +165,7 @@ _ALL = (
         "that are wrong, an eviction that knows the plan and a cache that knows the order of the layers, experts "
         "computed on the CPU copied for later when choices last, and trust in the predictor by what its likeliest "
         "experts were worth. Its defaults do not depend on the batch: no other was better by more than 1 %, simulated "
-        "(LOG.md)",
+        "(docs/log/scheduler.md)",
         source="PreScope, arXiv 2509.23638",
     ),
 )

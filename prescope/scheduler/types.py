@@ -1,4 +1,4 @@
-"""What a schedule is told and what it answers, in forms that numba compiles.
+"""What a schedule takes and returns, in forms that numba compiles.
 
 Times are microseconds. Shapes: n experts needed by a layer, E experts of a layer, L MoE layers, d layers ahead.
 """
@@ -12,13 +12,13 @@ from ..core.types import FloatArray, IntArray
 
 
 class Costs(NamedTuple):
-    """`cost.LayerCosts` as compiled code reads it."""
+    """`costs.LayerCosts` as compiled code reads it."""
 
     link_us: float  # one expert over the link
     link_busy_us: float  # the same while the CPU computes experts: both read the same memory
     gpu_us: float  # one expert on the GPU
     rest_us: float  # the rest of a layer
-    predict_us: float  # a prediction, beside the layer; decisions without a lag wait for it
+    predict_us: float  # a prediction, made while the layer computes; decisions without a lag wait for it
     decide_us: float  # from the router's choice to the first copy on the link
     cpu_base_us: float  # one submission to the CPU and the merging of its result
     cpu_us: FloatArray  # (N + 1,) one expert with n tokens on the CPU; empty: there is no CPU lane
@@ -33,17 +33,15 @@ class ScheduleSettings(NamedTuple):
     lookahead: int  # layers ahead whose predictions are looked at
     width: int  # experts prefetched for one layer at most
     threshold: float  # least probability of use of an expert worth prefetching
-    lag: int = (
-        0  # so many layers ago the predictions were made that a layer is decided by; prefetches go by its own
-    )
+    lag: int = 0  # a layer is decided by predictions made this many layers before; its prefetches by its own
 
 
 class Plan(NamedTuple):
-    """What is done about one layer, now that its router has spoken."""
+    """What to do about one layer whose router has chosen."""
 
-    num_load: int  # the first so many of the misses are copied on demand, the rest go to the CPU
+    num_load: int  # of the misses, how many (the first ones) are copied on demand; the rest go to the CPU
     prefetch: IntArray  # (p,) flat keys (moe_layer * E + expert), the most wanted first
-    keep: IntArray  # flat keys that are not to be evicted meanwhile, if there is any other choice
+    keep: IntArray  # flat keys that are evicted last meanwhile
 
 
 #: Steps back in which `Memory.former_LE` looks for a use: text may repeat itself every few tokens.
@@ -53,9 +51,9 @@ FORMER_STEPS = 4
 class Memory(NamedTuple):
     """What a schedule remembers from layer to layer; changed by each decision."""
 
-    trust: FloatArray  # (d, 2), see `decide.learn_trust`
+    trust: FloatArray  # (d, 2), see `learn.learn_trust`
     predicted_dLE: FloatArray  # the last probability of use
-    reuse: FloatArray  # (FORMER_STEPS + 4,), see `decide.learn_reuse`
+    reuse: FloatArray  # (FORMER_STEPS + 4,), see `learn.learn_reuse`
     former_LE: IntArray  # bit m: each layer used it m + 1 steps ago
 
     @classmethod
@@ -71,7 +69,7 @@ class Memory(NamedTuple):
 
 @jit
 def cpu_time(cpu_us: FloatArray, tokens: float) -> float:
-    """Microseconds of one expert with so many tokens on the CPU; between and beyond the points linear."""
+    """Microseconds of one expert with this many tokens on the CPU; linear between the points and beyond."""
     last = len(cpu_us) - 1
     low = min(int(tokens), last - 1)
     return cpu_us[low] + (tokens - low) * (cpu_us[low + 1] - cpu_us[low])

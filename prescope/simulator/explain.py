@@ -1,7 +1,7 @@
 """Why an expert went where it went: one layer of one step, replayed up to its decision.
 
-The layers before it run through the simulator's own loop; then nothing more is asked for, so that slots and link stay
-as the decision found them. Shapes: S steps, L MoE layers, E experts, n experts needed, d layers ahead.
+The layers before it run through the simulator's own loop; nothing is needed after them, so that slots and link stay
+as they were for the decision. Shapes: S steps, L MoE layers, E experts, n experts needed, d layers ahead.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class LayerExplanation(NamedTuple):
     """One layer of one step.
 
     Attributes:
-        experts: one row an expert, needed or prefetched: expert, tokens, was, decision, reason (`core.Reason`),
+        experts: one row an expert, needed or prefetched: expert, tokens, was, decision, reason (`core.types.Reason`),
             by_link_us, by_cpu_us, predicted.
         splits: one row for each number of misses that could have been copied: copied, on_cpu, link_us, gpu_us, cpu_us,
             layer_us, chosen. Without prefetches for the next layer, which PreSched weighs too.

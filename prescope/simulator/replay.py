@@ -1,14 +1,14 @@
-"""Decode steps on a virtual clock: the decisions are the engine's, only the time is made up of costs.
+"""Decode steps on a virtual clock: the decisions are the engine's, the times are computed from costs.
 
 Compiled. Shapes: S steps, L MoE layers, E experts, d layers ahead; slots are counted by `len(key_of)`. Keys are flat:
 moe_layer * E + expert. Times are microseconds.
 
-The machine it walks: one link that serves one copy at a time and interrupts none; the GPU; the CPU lane; and a host
-that looks at what has landed when a router's choice reaches it, or after its last decision, and has decided
-`decide_us` later; it then hands on-demand copies to the link at once and prefetches only while it is not deciding and
-fewer than `most_in_flight` copies of them are under way. A layer whose experts are all there does not wait for the
-host. The slots of a layer are safe until the next router has spoken. A layer that misses many, or does not fit, is
-served in rounds as the engine serves it (`rounds.walk`).
+The machine has one link, which makes one copy at a time and interrupts none, the GPU, the CPU lane and a host. The host
+looks at what has landed when a router's choice reaches it, or after its last decision, and has decided `decide_us`
+later. It then gives on-demand copies to the link at once, and prefetches only while it is not deciding and fewer than
+`most_in_flight` of them are under way. A layer whose experts are all in slots does not wait for the host. The slots of
+a layer are safe until the next router has chosen. A layer that misses many, or does not fit, is served in rounds, as
+the engine serves it (`rounds.walk`).
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from ..scheduler.layer import decide_layer, reconsider
 from ..scheduler.presched import cpu_done, share_alone
 from ..scheduler.types import Costs, Memory, ScheduleSettings, cpu_time
 
-#: Columns of `Log.times_us`: the layer begins (the one before is done), its router has spoken, the host has decided or
+#: Columns of `Log.times_us`: the layer begins (the one before is done), its router has chosen, the host has decided or
 #: is not waited for, all waits for bytes are over (with rounds: put before all compute), the GPU is done, the CPU is
 #: done (NaN without), the layer is done; and when the host looked at what had landed, to decide.
 BEGIN, ROUTED, DECIDED, FETCHED, GPU_DONE, CPU_DONE, DONE, LOOKED = range(8)
@@ -222,7 +222,7 @@ def _prefetch(
     state: State,
     wire: _Wire,
 ) -> None:
-    """Give what waits to the link as earlier copies land, from `wanted_us` on; what has landed is not in flight."""
+    """Give waiting prefetches to the link as earlier ones land, from `wanted_us` on; what landed is not in flight."""
     issue = wanted_us
     _land(min(wanted_us, until_us), state, wire)
     while most_in_flight > 0 and state.waiting.counts[NUM_WAITING] > 0:
@@ -273,7 +273,7 @@ def _copy(
     costs: Costs,
     wire: _Wire,
 ) -> None:
-    """One copy, behind all others; slower while the CPU reads the same memory."""
+    """One copy, after all others; slower while the CPU reads the same memory."""
     begin = max(ask_us, wire.free_us[0])
     end = begin + (costs.link_busy_us if begin < wire.cpu_us[0] else costs.link_us)
     if ends_batch:

@@ -1,4 +1,4 @@
-"""What a replay gives back: cheap numbers at once, tables and metrics when they are asked for."""
+"""What a replay returns: cheap numbers at once, tables and metrics when they are asked for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -26,8 +26,8 @@ class Counts(NamedTuple):
     late: int
     misses: int
     on_cpu: int  # of the misses, those the CPU computed
-    on_demand: int  # copies begun after the router spoke: the other misses
-    prefetches: int  # copies begun before
+    on_demand: int  # copies issued after the router's choice: the other misses
+    prefetches: int  # copies issued before it
     prefetched: int  # of hits and late ones, those first used since a prefetch brought them
 
     @property
@@ -61,7 +61,7 @@ class SimResult:
         trace: what was replayed.
         batch: tokens of a step, the most of any.
         row_bytes: of one expert.
-        notes: what a reader of the numbers should know.
+        notes: what a reader of the numbers must know.
     """
 
     log: Log

@@ -1,4 +1,4 @@
-"""What a person chooses: one setting of everything that a schedule can be told."""
+"""One setting of everything that a schedule can be told."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Scenario:
         schedule: a name in `scheduler.SCHEDULES`.
         slots: places for experts.
         cache: policy; None: the schedule's own.
-        predictor: a name the replays know, "none", "oracle" or "noisy oracle"; None: the schedule's own.
+        predictor: a name that `Scenarios` knows, "none", "oracle" or "noisy oracle"; None: the schedule's own.
         recall: of the noisy oracle, at every lookahead.
         lookahead, width, threshold: None: the schedule's own.
         cpu: the CPU lane may be used, where the schedule does and the machine's was measured.

@@ -1,4 +1,4 @@
-"""The trace, prepared once for each pair of a machine and a predictor."""
+"""Scenarios of one recorded trace: it is prepared once for each pair of a machine and a predictor."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ STAND_INS = ("llapor", "early router", "transition", "frequency")
 
 
 class Scenarios:
-    """What any choice would have done with one recorded trace.
+    """Simulate one recorded trace under any settings, on any machine.
 
     Args:
         trace: with decode steps, and with router inputs if any predictor reads them.
@@ -56,7 +56,7 @@ class Scenarios:
 
     @property
     def predictor_names(self) -> list[str]:
-        """All that a choice may name, those that know the future last."""
+        """All predictors that a scenario may name, those that know the future last."""
         known = [name for name in self.predictors if name != ORACLE]
         return [NONE, *known, NOISY, ORACLE]
 
@@ -66,7 +66,7 @@ class Scenarios:
         return self.trace.num_layers * self.trace.num_experts
 
     def machine(self, scenario: Scenario) -> Machine:
-        """The machine of a choice.
+        """The machine of a scenario.
 
         Raises:
             UnsupportedOption: there is none of this name.
@@ -81,7 +81,7 @@ class Scenarios:
         return schedule_named(scenario.schedule).uses_cpu and len(self.machine(scenario).costs.cpu_us) > 1
 
     def why_not_here(self, scenario: Scenario) -> str:
-        """Why a choice cannot be run for real; "" if it can."""
+        """Why a scenario cannot be run on the engine; "" if it can."""
         if not self.machine(scenario).is_here:
             return f"only {next(iter(self.machines))!r} can be run, {scenario.machine!r} can be simulated"
         full = self.resolved(scenario)
@@ -91,10 +91,10 @@ class Scenarios:
             return f"{full.schedule} prefetches by predictions; choose a predictor"
         return ""
 
-    # -- choices -----------------------------------------------------------------------------------------------
+    # -- settings ----------------------------------------------------------------------------------------------
 
     def resolved(self, scenario: Scenario) -> Scenario:
-        """A choice with the schedule's own values where it names none, and within what there is."""
+        """A scenario with the schedule's own values where it names none, and within what the trace has."""
         schedule = schedule_named(scenario.schedule)
         predictor = scenario.predictor or self._own_predictor(schedule.predictor)
         if predictor not in self.predictor_names:
@@ -134,7 +134,7 @@ class Scenarios:
         return Scenario(schedule=schedule, slots=scenario.slots, cpu=scenario.cpu, machine=scenario.machine)
 
     def engine_settings(self, scenario: Scenario) -> dict[str, Any]:
-        """For `Engine.configure`: the same choice, for real.
+        """The same scenario as keywords of `Engine.configure`, to run it on the engine.
 
         Raises:
             UnsupportedOption: it can only be simulated.
@@ -158,7 +158,7 @@ class Scenarios:
     # -- replays -----------------------------------------------------------------------------------------------
 
     def simulator(self, scenario: Scenario) -> Simulator:
-        """The trace prepared for a choice's machine and predictor."""
+        """The trace prepared for a scenario's machine and predictor."""
         name = self.resolved(scenario).predictor or NONE
         key = f"{NOISY} {scenario.recall:.3f}" if name == NOISY else name
         if (scenario.machine, key) not in self._simulators:
@@ -207,7 +207,7 @@ class Scenarios:
         return result
 
     def compare(self, scenario: Scenario, *, published: bool = True) -> dict[str, SimResult]:
-        """Every schedule with these slots on this machine, by name; the chosen one as chosen.
+        """Every schedule with these slots on this machine, by name; the scenario's own with all its settings.
 
         Args:
             published: the others with the cache, predictor and settings of their own; else with those chosen.
@@ -278,7 +278,7 @@ class Scenarios:
         """Where each expert of one layer of one step went, and what was weighed.
 
         Args:
-            step: number as in the trace. `result`: of this choice, if it is at hand.
+            step: number as in the trace. `result`: of this scenario, if it was simulated already.
 
         Raises:
             UnsupportedOption: there is no such decode step or layer.

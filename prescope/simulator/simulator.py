@@ -315,7 +315,7 @@ def _nothing(needs: Needs) -> Predicted:
 
 
 def _segments(trace: RoutingTrace, needs: Needs) -> list[tuple[list[int], slice]]:
-    """Prefill steps and the decode steps behind them, in order: several pairs where runs were joined."""
+    """Prefill steps and the decode steps after them, in order: several pairs where runs were joined."""
     prefills = prefill_steps(trace)
     before = np.searchsorted(prefills, needs.steps)  # prefills that come before each decode step
     firsts = np.flatnonzero(np.diff(before, prepend=-1))

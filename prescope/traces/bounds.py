@@ -24,7 +24,7 @@ def belady_misses(
 ) -> BoundCounts:
     """Fewest misses of any cache with `num_slots` slots that loads on demand.
 
-    It starts empty, or, to be held against a run on warm slots, with what the needs of the trace `before` left.
+    It starts empty, or, to compare with a run on warm slots, with what the needs of the trace `before` left.
 
     Evicts the expert whose next need is farthest away (L. A. Belady, IBM Systems Journal 5(2), 1966), which is
     optimal for experts of equal size. The experts of one layer are needed one after the other, as in rounds.

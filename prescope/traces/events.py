@@ -5,13 +5,13 @@ of clocks or devices. Times are microseconds since the start of the run.
 
 | column | dtype | meaning |
 |---|---|---|
-| lane | category | gpu, h2d, cpu, stall, host (`core.Lane`) |
+| lane | category | gpu, h2d, cpu, stall, host (`core.types.Lane`) |
 | kind | category | dense (all that is no expert), experts, transfer, host_wait, stall, cpu_wait (a stall for the CPU) |
 | step | int32 | forward pass within the run, 0 is the prefill |
 | phase | category | prefill, decode |
 | moe_layer | int16 | rank among MoE layers, -1 where none applies |
 | expert | int16 | expert of a transfer, -1 elsewhere |
-| reason | category | `core.Reason` of transfers and of experts on the CPU; "" elsewhere |
+| reason | category | `core.types.Reason` of transfers and of experts on the CPU; "" elsewhere |
 | bytes | int64 | bytes moved by a transfer, 0 elsewhere |
 | start_us, dur_us | float64 | start since the run's start, and duration |
 

@@ -307,7 +307,7 @@ def _phase_metrics(
 def _event_metrics(
     events: pd.DataFrame, all_events: pd.DataFrame, wall_ms: float, prefetched: int
 ) -> dict[str, float]:
-    """Figures that need events. A copy may end in the next phase, so it is held against all compute."""
+    """Figures that need events. A copy may end in the next phase, so its overlap is taken with the compute of both."""
     if all_events.empty:
         return dict.fromkeys(_EVENT_FIELDS, NAN)
     time_ms = (events.groupby(["lane", "kind"], observed=False)["dur_us"].sum() / 1e3).to_dict()

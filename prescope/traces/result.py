@@ -1,4 +1,4 @@
-"""What a run gives back: text, tokens, evidence, and everything needed to repeat it."""
+"""What a run returns: text, tokens, tables of what happened, and everything needed to repeat it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from .routing import RoutingTrace
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """One generation run with the evidence it left.
+    """One generation run and what was recorded of it.
 
     Attributes:
         text: generated text of each sequence, prompt excluded; empty strings without a tokenizer.

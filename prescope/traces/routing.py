@@ -5,7 +5,7 @@ The engine records it; training and simulation read it. A row is one token of on
 | array | dtype and shape | meaning |
 |---|---|---|
 | expert_ids | int16 (R, L, K) | experts used, -1 where the token used fewer than K |
-| weights | float32 (R, L, K) | router weights as the experts' outputs were scaled; 0 beside an id of -1 |
+| weights | float32 (R, L, K) | router weights as the experts' outputs were scaled; 0 where the id is -1 |
 | inputs | float16 (R, L, D), optional | router inputs, see `saturating_float16` |
 | step | int32 (R,) | forward pass, never decreasing |
 | sequence | int32 (R,) | sequence within the batch |
@@ -393,7 +393,7 @@ def _check_values(name: str, array: np.ndarray, num_experts: int) -> None:
 
 def _count_not_finite(array: np.ndarray) -> int:
     """NaN and infinities. In parts, and float16 by the bits of its exponent: router inputs are gigabytes, a mask of
-    them at once took longer to find memory for than to compute (LOG.md).
+    them at once took longer to find memory for than to compute (docs/log/predictor.md).
     """
     count = 0
     for first in range(0, len(array), CHECK_ROWS):

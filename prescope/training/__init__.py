@@ -1,7 +1,7 @@
 """Record, train, judge: `train_predictor(model, prompts)` in one call, and its parts.
 
 `record` runs prompts through an engine, `routers` takes the routers out of the model, `trainer` trains LLaPor,
-`score_card` judges any predictor, `failures` breaks it, `savings` says whether it pays.
+`score_card` judges any predictor, `failures` makes prediction fail on purpose, `savings` says whether it pays.
 """
 
 from .failures import Inverted, Shift, adversarial_trace, domain_shift, joined_stream, random_predictor

@@ -1,4 +1,4 @@
-"""Where prediction fails, on purpose: predictors that are wrong, routing that contradicts them, text that changes.
+"""Make prediction fail on purpose: wrong predictors, routing that contradicts them, text that changes.
 
 Each is a predictor or a trace, so score card, simulator and engine take them like any other.
 
@@ -46,7 +46,7 @@ class Inverted:
         ids_TK: torch.Tensor | None = None,
         weights_TK: torch.Tensor | None = None,
     ) -> list[Prediction]:
-        """The other's predictions, turned round."""
+        """The other predictor's scores, inverted."""
         predictions = self._predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)
         return [p._replace(scores_TE=1.0 - p.scores_TE) for p in predictions]
 
@@ -99,7 +99,7 @@ def joined_stream(before: RoutingTrace, after: RoutingTrace) -> RoutingTrace:
 
 
 class Shift(NamedTuple):
-    """What a change of text in mid-stream does, and how fast online tuning makes up for it.
+    """What a change of text does to recall, and how fast online tuning makes up for it.
 
     Recalls are at K, mean over layers, at one lookahead.
     """
@@ -131,7 +131,7 @@ def domain_shift(
     online: OnlineConfig | None = None,
     window: int = WINDOW,
 ) -> Shift:
-    """Stream one trace after another past a predictor, as trained and with online tuning.
+    """Score two traces one after the other as one stream, with the predictor as trained and with online tuning.
 
     Raises:
         TraceMismatch: the traces are of different models, or shorter than a window.

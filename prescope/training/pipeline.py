@@ -81,11 +81,11 @@ class TrainedPredictor(NamedTuple):
         """Milliseconds each predictor saves per token on `test`, at its own cost measured here and now.
 
         Args:
-            costs: of the machine, without a predictor. `settings`: see `predictor.worth.savings`.
+            costs: of the machine, without a predictor. `settings`: see `prescope.training.savings`.
         """
         rows = []
         for one in [self.predictor, *self.others]:
-            # The controls know or know nothing; what they cost is nobody's price.
+            # The controls are no real predictors: their cost is not counted.
             is_control = isinstance(one, Oracle | Chance)
             spent = (
                 0.0
@@ -122,12 +122,12 @@ def train_predictor(
         prompts: texts or token id lists, some dozens or more; as a dict, by domain.
         test_prompts: to judge by, of other domains for instance; held-out prompts of `prompts` when not given.
         config: form of the networks. Without one, the residual variant, or the paper's if the model's routers cannot be
-            taken out (the reason is in `predictor.tag.notes`).
+            taken out (the reason is in the notes of `Llapor.tag`).
         max_tokens: of each prompt. `new_tokens`: to sample and record after each.
         own_tokens: of text the model writes itself, to train on as well: it keeps the predictor right on text unlike
             the prompts. As many as the prompts have, at most 16384, when not given; 0 for none.
         path: where to save the predictor; an existing file is replaced when training has ended well, never before.
-        checkpoint, on_progress: see `predictor.train.train`.
+        checkpoint, on_progress: see `trainer.train`.
         device: to train on; the engine's when not given.
 
     Raises:
@@ -181,7 +181,7 @@ def baselines(
     """All baselines and controls for a model; those that count are fitted on `trace`, or on some of its rows."""
     shape, lookahead = trace.shape, like.lookahead
     rows = np.arange(len(trace)) if rows is None else rows
-    # Who counts reads no router inputs, and a copy of them would be gigabytes.
+    # Predictors that count read no router inputs, and a copy of those would be gigabytes.
     counted = rows_of(replace(trace, inputs=None), rows)
     found: list[Any] = [
         Frequency(counted, lookahead),

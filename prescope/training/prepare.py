@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..predictor.base import IdArray, TooFewPrompts
 from ..traces.routing import RoutingTrace
 
-#: Two to train on, one to stop by, one to calibrate on.
+#: Two to train on, one for early stopping, one to calibrate on.
 MIN_PROMPTS = 4
 #: Rows PCA is fitted on; more change the components by less than training does.
 PCA_ROWS = 16384
@@ -73,7 +73,7 @@ def rows_of(trace: RoutingTrace, rows: IdArray) -> RoutingTrace:
 
 
 def spread(rows: IdArray, most: int) -> IdArray:
-    """At most so many of some rows, evenly spaced."""
+    """At most `most` of the rows, evenly spaced."""
     return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]
 
 

@@ -1,4 +1,4 @@
-"""Record what a model routes: the router inputs and choices of prompts, and of text the model writes itself.
+"""Record a model's routing: router inputs and choices for prompts, and for text the model writes itself.
 
 Shapes: as `RoutingTrace`.
 """
@@ -83,12 +83,12 @@ def record_trace(
 def own_text(engine: Engine, num_tokens: int, *, length: int = OWN_TOKENS, seed: int = 0) -> RoutingTrace:
     """Routing of text that the model writes itself, each from one random token of its vocabulary.
 
-    The broadest text there is without a corpus: a model writes of everything it was trained on. A predictor that was
+    The broadest text there is without a corpus: a model writes about everything it was trained on. A predictor that was
     trained on dialogue alone lost 0.06 to 0.19 of recall against the early router on code; with as much own text
-    beside it, it won 0.02 to 0.07 (tiny-moe; LOG.md).
+    beside it, it won 0.02 to 0.07 (tiny-moe; docs/log/predictor.md).
 
     Args:
-        num_tokens: about so many in all, at least one text.
+        num_tokens: in all, about; at least one text.
     """
     settings = engine.model.config.get_text_config()
     special = set(engine.tokenizer.all_special_ids) if engine.tokenizer is not None else set()

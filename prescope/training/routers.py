@@ -1,4 +1,4 @@
-"""Take a model's routers out as tensors, and prove on a trace that they are the ones that decide.
+"""Extract a model's routers as tensors, and prove on a trace that they make the model's choices.
 
 Shapes: L MoE layers, E experts, D width.
 """

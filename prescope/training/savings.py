@@ -1,8 +1,8 @@
-"""Would a predictor pay? Milliseconds it saves per token by the cost model, its own cost counted.
+"""Does a predictor pay? Milliseconds it saves per token by the cost model, after its own cost.
 
 Answered on a recorded trace for any predictor, so also for the oracle and the early router before one is trained.
-The residents are the most frequent experts of the trace, a fixed share of each layer: what a cache does is the
-simulator's matter. A predictor that costs more than it saves shows a negative figure; "do nothing" is 0.
+The most frequent experts of the trace, a fixed share of each layer, are taken to stay in slots: caches are left to the
+simulator. A predictor that costs more than it saves gets a negative figure; predicting nothing is 0.
 
 Shapes: R rows, S steps, E experts, L MoE layers, W prefetch width.
 """

@@ -1,6 +1,6 @@
 """The score card: how good a predictor is, by layer, group, lookahead and domain, with intervals over prompts.
 
-Everything is summed per prompt first (`sums`), so any grouping is a sum, a ratio of sums, and the bootstrap
+Everything is summed per prompt first (`score_sums`), so any grouping is a sum, a ratio of sums, and the bootstrap
 resamples prompts: tokens of one text are not independent.
 
 Shapes: R rows, E experts, K top-k, L MoE layers, Q prompts, A lookaheads, B bins, G batches of tokens.

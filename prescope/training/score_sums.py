@@ -76,7 +76,7 @@ class Sums:
             "used": used.sum(1),
             "hits": found[:, : self.K].sum(1),
             "hits_double": found.sum(1),
-            # A row that used no expert (the layer did not run for it) asked for no prediction.
+            # A row without experts (the layer did not run for it) needs no prediction.
             "predicted": np.where(used.any(1), self.K, 0),
         }
         for name, per_row in values.items():

@@ -19,7 +19,7 @@ class StepTimes(NamedTuple):
 
     total_us: Times  # (S,)
     stall_us: Times  # (S,) of these: waited for copies
-    demanded: NDArray[np.int64]  # (S,) copies nobody had asked for before the router spoke
+    demanded: NDArray[np.int64]  # (S,) copies issued after the router's choice
     prefetched: NDArray[np.int64]  # (S,) copies begun on a prediction
     useful: NDArray[np.int64]  # (S,) of these: needed in the end
 
@@ -31,7 +31,7 @@ def step_times(
     wanted_SLW: NDArray[np.int64] | None = None,
     lookahead: int = 1,
 ) -> StepTimes:
-    """Time of each step when experts that are not resident are copied, after the router spoke or before.
+    """Time of each step when experts that are not in slots are copied, on demand or ahead.
 
     Every step starts with an idle link and the same residents; what was copied is not kept for the next one.
 
@@ -50,7 +50,7 @@ def step_times(
         missing = needed_SLE[:, layer] & ~resident_LE[layer]
         begun = np.isfinite(done_SLE[:, layer])
         count = (missing & ~begun).sum(1)
-        # An in-flight prefetch is not interrupted: demand waits for it, be it needed or not.
+        # A prefetch under way is not interrupted: on-demand copies wait for it, whether it is needed or not.
         link = np.where(count > 0, np.maximum(link, clock) + count * costs.link_us, link)
         arrived = np.where(missing & begun, done_SLE[:, layer], 0.0).max(1, initial=0.0)
         wait = np.maximum(np.maximum(arrived, np.where(count > 0, link, 0.0)) - clock, 0.0)

@@ -30,7 +30,7 @@ from ..traces.routing import RoutingTrace
 from .prepare import PCA_ROWS, Split, fit_pca, rows_of, split_by_prompt, spread
 
 CHECKPOINT_FORMAT = "prescope-predictor-checkpoint-1"
-#: Frequency weights of the balanced loss stay within this factor, or a dead expert would rule the loss.
+#: Frequency weights of the balanced loss stay within this factor, or an expert that is never used would dominate it.
 MAX_BALANCE = 4.0
 CLIP_NORM = 1.0
 #: Share of errors that a correction is taken to leave at least: a few hundred held-out tokens do not show fewer.
@@ -42,7 +42,7 @@ class TrainConfig:
     """How to train.
 
     Args:
-        epochs: at most so many. `patience`: stop after so many without a better held-out recall.
+        epochs: at most. `patience`: epochs without a better held-out recall after which it stops.
         batch_tokens: tokens of a step, each with all layers.
         learning_rate: AdamW's peak, with a linear warm-up over 5 % of the steps and a cosine to zero.
             `weight_decay`: AdamW's.
@@ -383,11 +383,12 @@ def _mean(recalls: torch.Tensor) -> float:
 
 
 def fit_trust(predictor: Llapor, trace: RoutingTrace, rows: IdArray) -> None:
-    """How far each layer's correction may be trusted: `config.trust` times the errors it mends over those it leaves.
+    """Find how far each layer's correction may be trusted: `LlaporConfig.trust` times the errors it corrects over those
+    it leaves.
 
-    On strange text errors are added to those left, so a correction that mends much and leaves little stays worth it
-    further out than one that mends little of a good early router. One number serves all lookaheads of a layer: the best
-    one differs more from model to model than from lookahead to lookahead (LOG.md).
+    On unfamiliar text errors are added to those left, so a correction that removes many errors and leaves few is still
+    useful further out than one that improves a good early router only a little. One number serves all lookaheads of a
+    layer: the best one differs more from model to model than from lookahead to lookahead (docs/log/predictor.md).
     """
     errors = [
         1.0 - layer_recalls(predictor.trusting(trust), trace, rows).nanmean(0)

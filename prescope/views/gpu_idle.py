@@ -1,4 +1,4 @@
-"""GPU busy and idle by schedule: what a step's time goes to while nothing computes."""
+"""GPU busy and idle time by schedule, and what the GPU waits for while it is idle."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Lanes of a few steps under a schedule, each transfer and each expert on the CPU with its reason.
 
-For results of the simulator and of the engine alike. The traces are always the same ones in the same order, so that a
-live figure only swaps their numbers. `timeline` is the view for long ranges.
+For results of the simulator and of the engine alike. The traces are always the same, in the same order, so that a live
+figure only swaps their numbers. `timeline` is the view for long ranges.
 """
 
 from typing import Any, NamedTuple
@@ -110,7 +110,7 @@ def _steps_shown(steps: pd.DataFrame, wanted: range | None) -> pd.DataFrame:
 
 
 def _window(events: pd.DataFrame, steps: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Events of the steps, and how many of the last steps had to go."""
+    """Events of the steps, and how many of the last steps were left out."""
     start, dur = events["start_us"].to_numpy(), events["dur_us"].to_numpy()
     begin, ends = steps["start_us"].iloc[0], (steps["start_us"] + steps["dur_us"]).to_numpy()
     for left_out, end in enumerate(ends[::-1]):
@@ -205,7 +205,7 @@ def _text(
 _REASONS = {
     "experts_cpu": "absent, and sooner done where they lie",
     str(Reason.ON_DEMAND): "the router named it and it was absent",
-    str(Reason.PREFETCH): "predicted for this layer before its router spoke",
+    str(Reason.PREFETCH): "predicted for this layer before its router chose",
     str(Reason.STREAM): "its whole layer is copied, whatever is predicted",
 }
 

@@ -1,4 +1,4 @@
-"""PCIe use over time, of any results: with and without a schedule that looks ahead."""
+"""PCIe use over time, a line for each result."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -85,7 +85,7 @@ def _use(name: str, result: RunResult | SimResult, bins: int) -> Use:
 
 
 def plot_link_use(info: LinkUseInfo) -> go.Figure:
-    """A line a result, stepped by bins; each ends when its last token is there."""
+    """One stepped line for each result; it ends with the result's last token."""
     fig = go.Figure()
     for i, use in enumerate(info.uses):
         color, dash = LINES[i % len(LINES)]

@@ -25,7 +25,7 @@ class SavingsInfo(NamedTuple):
 
 
 def savings(table: pd.DataFrame) -> go.Figure:
-    """From the table of `TrainedPredictor.worth`, or rows of `predictor.worth` of one setting."""
+    """From the table of `TrainedPredictor.savings`, or rows of `prescope.training.savings` of one setting."""
     return plot_savings(savings_info(table))
 
 

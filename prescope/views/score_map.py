@@ -12,7 +12,7 @@ from .theme import style
 
 #: Light to dark, one hue: recall from chance to certainty.
 RECALL_SCALE = [[0.0, "#f1f5f9"], [0.35, "#a8cfe6"], [0.7, "#3b8fc4"], [1.0, "#0b4f7d"]]
-#: Two hues that meet in near white: loses, no difference, wins.
+#: Two hues that meet in near white: worse, equal, better.
 GAIN_SCALE = [[0.0, "#b3450a"], [0.5, "#f8fafc"], [1.0, "#00715a"]]
 
 Rows = tuple[tuple[float, ...], ...]
@@ -114,9 +114,9 @@ def plot_score_map(info: ScoreMapInfo) -> go.Figure:
         )  # fmt: skip
     style(
         fig,
-        title="Which layers does it foresee, and how far ahead?"
+        title="Which layers does it predict, and how far ahead?"
         if info.row_title.startswith("lookahead")
-        else "On which text does it foresee?",
+        else "On which text does it predict?",
         subtitle=f"{info.predictor}, gain over the {info.against} · chance {info.chance:.3f}<br>{info.summary}",
         height=200 + 34 * len(info.labels) + 20 * info.summary.count("<br>"),
         top=126 + 20 * info.summary.count("<br>"),

@@ -1,4 +1,4 @@
-"""Recall along a stream whose text changes half-way, as trained and with online tuning."""
+"""Recall along a stream of text that changes half-way, as trained and with online tuning."""
 
 from typing import NamedTuple
 

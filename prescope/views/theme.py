@@ -129,7 +129,7 @@ def add_line(fig: go.Figure, color: str, **trace: Any) -> None:
 def style(
     fig: go.Figure, *, title: str, subtitle: str, height: int, top: int = 90, bottom: int = 90
 ) -> go.Figure:
-    """Give a figure the common looks; axis titles (with units) are the caller's.
+    """Give a figure the common looks; the caller sets the axis titles (with units).
 
     The subtitle is part of the title's text: plotly places its own subtitle below the title as measured, which is
     nothing in a widget that is drawn before it is shown. The legend stands below the plot and pushes the

@@ -1,4 +1,4 @@
-"""The experts' home in host memory: one contiguous, pinned row per expert, filled layer by layer."""
+"""The experts in host memory: one contiguous, pinned row per expert, filled layer by layer."""
 
 import hashlib
 import time

@@ -1,4 +1,4 @@
-"""How experts lie in memory: all tensors of one in one contiguous row of bytes, so that one copy moves it.
+"""How experts lie in memory: all tensors of an expert in one contiguous row of bytes, so that one copy moves it.
 
 Standard library and torch dtypes only; the same layout serves host rows and slots.
 """

@@ -1,7 +1,7 @@
 """Move experts from host rows into slots, with a ready and a released mark per slot.
 
-`ready` is passed once the bytes are in the slot: the compute lane waits for it. `released` is passed once the last
-use of the slot is over: the H2D lane waits for it before overwriting. The host waits for neither (on CUDA).
+The compute lane waits for the ready mark: behind it the bytes are in the slot. The H2D lane waits for the released mark
+before it overwrites a slot: behind it the last use is over. The host waits for neither (on CUDA).
 
 One queue with two levels. What a layer needs now is issued at once (`load`). Prefetches wait on the host, without a
 slot (`cache.prefetch`), and are given to the H2D lane only while few of them are on it (`pump`): a copy on the link
@@ -102,7 +102,7 @@ class Loader:
         pairs = [self._pair(moe_layer, run, nbytes) for run in runs]
         if timed or reason is not Reason.ON_DEMAND:
             start, ready = self._device.copy(pairs, list(after.values()), timed)
-        else:  # whoever needs experts waits for all of one `load`: no mark of each, two calls less per copy
+        else:  # a layer waits for all of one `load`, so copies have no marks of their own: two calls less for each
             start, ready = self._device.copy(pairs, list(after.values()), timed, each=False)
         transfers = []
         for run, mark in zip(runs, ready, strict=True):
@@ -134,7 +134,7 @@ class Loader:
         Args:
             keep: keys that prefetches evict last.
 
-        They get their slots when they are issued, so that a prefetch that comes to nothing evicts nothing. Experts
+        They get their slots when they are issued, so that a prefetch that is dropped evicts nothing. Experts
         that are in a slot or on their way are left as they are.
 
         Returns: what `pump` could issue at once.

@@ -1,4 +1,4 @@
-"""Host memory by the page: mapped for itself, huge pages where the kernel gives them, touched by several threads.
+"""Pages of host memory: mapped on their own, huge where the kernel allows it, touched by several threads.
 
 Knows nothing of experts or CUDA. What decides how fast memory can be filled and pinned is the size of its pages and
 who faults them in; `benchmarks/startup.py` measures both.
@@ -56,7 +56,7 @@ class HostPages:
         run_jobs([partial(piece.fill, 0) for piece in pieces], threads)
 
     def keep_from_children(self) -> None:
-        """Leave these pages out of a child process: `fork` would copy pinned pages one by one, all of them."""
+        """Leave these pages out of a child process: a fork would copy pinned pages one by one, all of them."""
         if self._memory is not None and hasattr(mmap, "MADV_DONTFORK"):
             self._memory.madvise(mmap.MADV_DONTFORK)
 

@@ -111,7 +111,7 @@ def weakened(recorded):
 
 
 def test_a_weak_early_router_is_fallen_back_to_later(recorded, trained):
-    """Fading to a router that is wrong cost the correction's gain on strange text (LOG.md)."""
+    """Fading to a router that is wrong cost the correction's gain on strange text (docs/log/predictor.md)."""
     weak = quick(weakened(recorded)).predictor
     distances = [predictor.tensors["trust"][:-1] for predictor in (trained, weak)]
     assert (distances[1] > 2 * distances[0]).all()

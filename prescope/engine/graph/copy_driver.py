@@ -29,7 +29,7 @@ SideTasks = deque[Callable[[], None]]
 class Orders(NamedTuple):
     """Where things lie in memory. L layers; n experts at most."""
 
-    orders: IntArray  # (L, 1 + n), as `kernels.captured.OrderMessages`
+    orders: IntArray  # (L, 1 + n), as `kernels.graph_buffers.OrderMessages`
     ack_sources: NDArray[np.int32]  # (L,)
     ack: int
     served: NDArray[np.int32]

@@ -11,7 +11,7 @@ next layer has asked. A slot is given up for a prefetch only if, after hiding it
 looked (`graph_kernels._look`).
 
 Written as the same in Python, a layer of Qwen3-30B-A3B's shape took 200 us at batch 1 and 320 us at batch 8 from the
-choice's arrival to the answer (H100 machine, LOG.md): more than a third of a token's time at batch 1.
+choice's arrival to the answer (H100 machine, docs/log/engine.md): more than a third of a token's time at batch 1.
 
 Shapes: L MoE layers, E experts, P pairs (token, choice), S slots, d layers ahead. Times are microseconds.
 """

@@ -30,7 +30,7 @@ LINK_FREE, CPU_TOOK, CPU_CALIBRATED, JOB_CALIBRATED, NUM_TIMES = range(5)
 #: Columns of the log (`recorder`): of each layer's needs, of each copy, of each job.
 NEEDED, HITS, LATE, ON_CPU, PREFETCHED, NEED_COLUMNS = range(6)
 COPY_COLUMNS, JOB_COLUMNS = 7, 4
-#: Words of the CPU lane's `ExpertBatch` (native.py).
+#: Words of the CPU lane's `ExpertBatch` (kernels/cpu/native.py).
 BATCH_WORDS = 11
 #: Events of a layer's on-demand copies at most: before and behind the first one, before and behind the rest.
 EVENTS_OF_LAYER = 4

@@ -2,7 +2,8 @@
 
 While a step runs, the host takes down what the one before said and launches the next one: in small parts, between the
 layers that it serves. Behind the last layer that kept the GPU waiting for 430 us a step, before the first up to as long
-(H100, LOG.md). `kernels.on_device._await_served` keeps the next step's messages from overwriting this one's.
+(H100, docs/log/engine.md). `kernels.graph_kernels._await_served` keeps the next step's messages from overwriting this
+one's.
 """
 
 import time

@@ -1,7 +1,7 @@
 """What a step's stamps say of this machine: compiled, since it is read while the GPU may be waiting for the host.
 
-As some forty calls of numpy it kept the layer behind it waiting for 200 us and more (H200 machine, LOG.md): between two
-layers that compiled code serves the interpreter's caches are cold.
+As some forty calls of numpy it kept the layer behind it waiting for 200 us and more (H200 machine,
+docs/log/engine.md): between two layers that compiled code serves the interpreter's caches are cold.
 """
 
 from typing import NamedTuple

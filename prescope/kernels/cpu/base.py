@@ -1,4 +1,4 @@
-"""What the CPU lane is given and what it gives back.
+"""What the CPU lane takes and returns.
 
 Shapes: E experts, D model width, F expert width, T tokens, K top-k, n experts of one call, m pairs of (token, expert)
 that fall to them.
@@ -69,10 +69,10 @@ def expert_batch_of(ids_TK: NDArray[np.integer], experts: Sequence[int] | IntArr
     """All pairs of the given experts in a layer's routing, in the order of the tokens.
 
     Args:
-        ids_TK: chosen experts; ids that are not among `experts` (sentinels too) are nobody's here.
+        ids_TK: chosen experts; ids that are not among `experts` (sentinels too) are left out.
 
     Returns:
-        A lot whose places are pairs t * K + k, the rows of `Work.out_PD`.
+        A batch whose places are pairs t * K + k, the rows of `Work.out_PD`.
     """
     wanted = np.asarray(experts, dtype=np.int64)
     flat = ids_TK.ravel()
@@ -121,9 +121,9 @@ class CpuJob(Protocol):
 
 
 class LaneAddresses(NamedTuple):
-    """Addresses of C functions of a lane, for compiled code (see `raw.call`), and the lane they are called with."""
+    """Addresses of C functions of a lane, for compiled code (see `native.call`), and the lane they are called with."""
 
-    submit: int  # (lane, layer, lot): a job, or 0 if it is refused
+    submit: int  # (lane, layer, batch): a job, or 0 if it is refused
     state: int  # (job): 0 while it runs, 1 when it is done
     span: int  # (job, where its start is written, where its end is), nanoseconds
     free: int  # (job)

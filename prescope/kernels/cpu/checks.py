@@ -1,4 +1,4 @@
-"""What a submission must be. The compiled kernel reads and writes where it says, so nothing is taken on trust."""
+"""Checks of a submission. The compiled kernel reads and writes where it says, so everything is checked."""
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ def check_tensors(
 
 
 def check_lot(layer: CpuLayer, expert_batch: ExpertBatch, x_TD: torch.Tensor, out: torch.Tensor) -> None:
-    """Raise ValueError if an index leaves its tensor. (kernel.c looks for itself, in a tenth of the time.)"""
+    """Raise ValueError if an index leaves its tensor. (kernel.c checks this itself, in a tenth of the time.)"""
     first = expert_batch.first
     if first[0] != 0 or first[-1] != len(expert_batch.tokens) or (np.diff(first) < 0).any():
         raise ValueError(f"first is {first}; {len(expert_batch.tokens)} pairs are shared from 0 on")

@@ -1,4 +1,4 @@
-"""A family's gate as two tables: act = gate[bits of g] * value[bits of u], rounded once.
+"""A model family's gate as two tables: act = gate[bits of g] * value[bits of u], rounded once.
 
 Between `up` and `down` stands code of the family's own (SiLU, clamps, scales, whatever `_apply_gate` says). For 16-bit
 floats every function of one number is a table of 65536, and the gates in use are products of a function of g and one

@@ -25,7 +25,7 @@ class CpuExperts:
         layers: by MoE layer. Rows must stay where they are until `close`.
         threads: None for all cores but two.
         implementation: "native" is compiled for this machine at the first use (some seconds, once), "torch" needs no
-            compiler; "auto" takes the first that works and says aloud if that is torch.
+            compiler; "auto" takes the first that works and warns if that is torch.
 
     Attributes:
         implementation: "native" or "torch".
@@ -59,13 +59,13 @@ class CpuExperts:
         out: torch.Tensor,
         flag: Flag | None = None,
     ) -> CpuJob:
-        """Begin to compute out[lot.places] = expert(x_TD[lot.tokens]), unweighted; returns at once.
+        """Begin to compute out[places] = expert(x_TD[tokens]) of a batch, unweighted; returns at once.
 
         Several jobs may be under way; they are computed in the order of their submission.
 
         Args:
             x_TD: (T, D) on the CPU in the experts' dtype, complete: a copy from a GPU must have arrived.
-            out: (P, D) of the same dtype; rows that are not in the lot stay as they are. What follows the experts
+            out: (P, D) of the same dtype; rows that are not in the batch stay as they are. What follows the experts
                 (`spec.post_norm`, router weights) is left to the caller: its parameters live on the GPU.
             flag: set when the job is over, also when it failed or was cancelled.
 
@@ -80,8 +80,9 @@ class CpuExperts:
     def awake(self) -> Iterator[None]:
         """While jobs may follow one another: threads do not sleep between them, if there are cores enough.
 
-        To wake the sleeping cores of a virtual machine takes nearly as long as an expert: one of 12.6 MB after 3 ms
-        without work took 342 us, threads awake 210 (14 threads, H200 machine; cpu_experts.py --parts latency).
+        Waking the sleeping cores of a virtual machine takes nearly as long as an expert: one of 12.6 MB after 3 ms
+        without work took 342 us, with threads awake 210 (14 threads, H200 machine;
+        `benchmarks/cpu_experts.py --parts latency`).
         """
         if not may_stay_awake(self.threads):
             yield
@@ -93,7 +94,7 @@ class CpuExperts:
             self._lane.stay_awake(False)
 
     def functions(self) -> LaneFunctions:
-        """How compiled code submits (`decode.serve`); what it submits is not checked."""
+        """How compiled code submits (`host_loop.serve`); what it submits is not checked."""
         return self._lane.functions()
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ def default_threads() -> int:
 
 
 def may_stay_awake(threads: int) -> bool:
-    """Whether so many threads may wait without sleeping, and take no core that others need."""
+    """Whether this many threads may wait without sleeping, without taking a core that others need."""
     return threads + SPARE_CORES <= physical_cores()
 
 

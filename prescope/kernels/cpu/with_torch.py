@@ -105,7 +105,7 @@ _int64 = ctypes.c_int64
 
 
 class _TorchFunctions(LaneFunctions):
-    """The lane behind callbacks. A lot lies in memory as the compiled lane's `_Lot` does, in words of 8 bytes."""
+    """The lane behind callbacks. A batch lies in memory as the compiled lane's does, in words of 8 bytes."""
 
     def __init__(self, lane: TorchLane, layers: Sequence[CpuLayer]) -> None:
         self._lane, self._of = lane, list(layers)

@@ -1,7 +1,7 @@
-"""Routing traces without a model: a generator with habits, fitted to a recorded trace, and traces made to hurt.
+"""Routing traces without a model: a generator that can be fitted to a recorded trace, and hostile traces.
 
 `spec` is the generator, `drawing` its draws, `fit` the search for its parameters, `habits` the numbers it is judged
-by, `adversarial` the traces made to hurt, `rows` what they all share. Pure numpy.
+by, `adversarial` the hostile traces, `rows` what they all share. Pure numpy.
 """
 
 from .adversarial import ADVERSARIAL, adversarial

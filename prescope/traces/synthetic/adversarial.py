@@ -1,4 +1,4 @@
-"""Traces made to hurt: the cache, the predictor's table, the link, or the belief that routing has any habits.
+"""Hostile traces: bad for the cache, the predictor's table, the link, or whatever relies on regular routing.
 
 Shapes: R rows, L MoE layers, E experts, K top-k.
 """
@@ -119,7 +119,7 @@ def _disjoint(case: _Case) -> IdArray:
 
 
 def _permutations(case: _Case, count: int) -> IdArray:
-    """(count, L, E): so many random orders of each layer's experts."""
+    """(count, L, E): `count` random orders of each layer's experts."""
     experts = np.broadcast_to(
         np.arange(case.num_experts, dtype=np.int16), (count, case.num_layers, case.num_experts)
     )

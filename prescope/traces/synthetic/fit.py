@@ -1,4 +1,4 @@
-"""Fit the generator's habits to a recorded trace: those whose traces overlap as the recorded one does.
+"""Fit the generator's settings to a recorded trace, so that its traces repeat experts as the recorded one does.
 
 No formula inverts the generator (memory, successors and popularity all make tokens alike), so parameters are searched
 by generating: each is bisected in turn on the number that it moves most, on the rows of the recorded trace, with the
@@ -21,7 +21,7 @@ from .spec import SyntheticSpec
 
 #: (share of the range searched around the last value, halvings of it): the parameters move each other's numbers.
 SWEEPS = ((1.0, 6), (0.25, 5), (0.125, 5))
-#: A fit reads at most so many tokens, and so many tokens x layers x experts; about 60 candidates are generated.
+#: Most tokens that a fit reads, and most tokens x layers x experts; about 60 candidates are generated.
 MOST_TOKENS, MOST_CELLS = 4096, 4_000_000
 FEWEST_TOKENS = 512
 #: Tokens read of one sequence at most: time grows with the longest.
@@ -88,13 +88,13 @@ class Fit(NamedTuple):
 
 
 def fit(trace: RoutingTrace, *, seed: int = 0, max_tokens: int | None = None) -> Fit:
-    """Habits whose traces are like a recorded one, with what they miss; print the result, or read `.spec`.
+    """Find the settings whose traces are most like a recorded one; print the result, or read its `spec`.
 
     Takes some seconds: about 60 traces are generated.
 
     Args:
         trace: of a real model, at best some dozens of sequences of 64 tokens and more.
-        max_tokens: read at most so many, of evenly spaced sequences.
+        max_tokens: to read at most, of evenly spaced sequences.
 
     Raises:
         BadTrace: no sequence of the trace has two tokens. UnsupportedOption: fewer than two may be read.

@@ -1,4 +1,4 @@
-"""What is habitual about a routing trace, in eight numbers and a curve: what a generator is fitted to and judged by.
+"""Statistics of a routing trace, eight numbers and a curve: what a generator is fitted to and judged by.
 
 Pure numpy. Padding is left out everywhere but in the hit rates, where it needs experts like any token.
 
@@ -42,7 +42,7 @@ class Habits(NamedTuple):
 
 
 def habits_of(trace: RoutingTrace) -> Habits:
-    """All habits of a trace.
+    """All these statistics of a trace.
 
     Raises:
         BadTrace: no token of it used an expert.
@@ -116,7 +116,7 @@ def transition_recall(trace: RoutingTrace, used_RLE: BoolArray) -> float:
 
 
 def _transition_scores(here_RE: BoolArray, there_RE: BoolArray, judged_RE: BoolArray) -> NDArray[np.float32]:
-    """Logit of each expert's rate, and what the experts used here add to it, as if they spoke independently."""
+    """Logit of each expert's rate, and what the experts used here add to it, as if they were independent."""
     here, there = here_RE.astype(np.float32), there_RE.astype(np.float32)
     prior = there.sum() / max(len(there), 1) / there.shape[1]
     rate = (there.sum(0) + PRIOR_TOKENS * prior) / (len(there) + PRIOR_TOKENS)

@@ -1,7 +1,7 @@
-"""A generator of routing traces: a few habits and a seed, for shapes whose weights cannot be had.
+"""A generator of routing traces from a few statistics and a seed, for shapes whose weights are not available.
 
-Router inputs are not made up, so predictors that read them cannot be judged on such a trace. What a trace of
-another shape would really look like nobody knows from it; every trace says "synthetic" in its model's name.
+It makes no router inputs, so predictors that read them cannot be judged on such a trace. Nor does such a trace show
+how a real model of that shape routes; every trace says "synthetic" in its model's name.
 
 Shapes: R rows, L MoE layers, E experts, K top-k.
 """
@@ -25,7 +25,7 @@ MOST_EXPERTS = 2**15 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyntheticSpec:
-    """The habits of a made-up model, and its shape.
+    """The routing statistics of a made-up model, and its shape.
 
     Args:
         num_layers, num_experts, top_k: L MoE layers of E experts, of which a token uses K.
@@ -36,7 +36,7 @@ class SyntheticSpec:
             popularity; popularity comes on top.
         correlation: probability that an expert calls its successor, a fixed one in the next layer, as long as the token
             has room for it after `persistence`. From layer to layer only: two layers ahead little of it is left, while
-            on tiny-moe transitions foresee two layers ahead as well as one (recall@2 0.47 against 0.31 in its fit).
+            on tiny-moe transitions predict two layers ahead as well as one (recall@2 0.47 against 0.31 in its fit).
         diversity: how far each sequence has its own favourites, 0 (all share one order) to 1 (none in common). Real
             sequences do, since a text has a topic; without it a fit to tiny-moe misses LRU's hits at 50 % of the
             slots by 0.17 instead of 0.04: a sequence comes back to its experts long after the last use.
@@ -86,10 +86,10 @@ class SyntheticSpec:
         return fingerprint_of(**asdict(self))
 
     def with_shape(self, num_layers: int, num_experts: int, top_k: int) -> Self:
-        """The same habits in another shape.
+        """The same statistics in another shape.
 
         An exponent below 1 keeps its meaning in shares: the most popular quarter of the experts is used about as much,
-        however many there are. That a real model of the shape has these habits is an assumption.
+        however many there are. That a real model of the shape routes like this is an assumption.
         """
         return replace(self, num_layers=num_layers, num_experts=num_experts, top_k=top_k)
 
