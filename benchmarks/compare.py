@@ -1,6 +1,7 @@
 """Two states of prescope against each other, or two ways to decode: A-B-B-A in one call, on one machine.
 
     python benchmarks/compare.py --other ../former --model qwen3-30b-a3b-cut16 mixtral-8x7b-v0.1-cut4  # a checkout
+    python benchmarks/compare.py --on-link 1 2 --model mixtral-8x7b-v0.1-cut4 --schedules streaming     # prefetches
     python benchmarks/compare.py --decode host-driven copy-engine --schedules on-demand                # two drivers
 
 Each side is a process of its own with the model in it; both are asked in turn for one run, the first side first and
@@ -31,7 +32,14 @@ def main() -> None:
     started = time.perf_counter()
     other = Path(args.other).resolve() if args.other else ROOT
     decodes = args.decode if len(args.decode) == 2 else args.decode * 2
-    names = ("this", "other") if args.other else tuple(decodes)
+    mosts = args.on_link if len(args.on_link) == 2 else args.on_link * 2
+    names = (
+        ("this", "other")
+        if args.other
+        else tuple(decodes)
+        if len(set(decodes)) == 2
+        else tuple(map(str, mosts))
+    )
     cells: list[dict[str, Any]] = []
     for model in args.model:
         sides = [Side(ROOT, model, args), Side(other, model, args)]
@@ -42,7 +50,10 @@ def main() -> None:
                 print(f"# out of time before {schedule}, batch {batch}, slots {slots}")
                 continue
             base = {"schedule": schedule, "batch": batch, "slots": slots, "new": new_tokens(args.new, batch)}
-            asks = [base | {"decode": decode} for decode in decodes]
+            asks = [
+                base | {"decode": decode, "on_link": most}
+                for decode, most in zip(decodes, mosts, strict=True)
+            ]
             found: list[list[dict[str, Any]]] = [[], []]
             for i in (0, 1):
                 sides[i].ask(asks[i] | {"warm": True})
@@ -147,7 +158,7 @@ def work(args: argparse.Namespace) -> None:
         if not what:
             print(json.dumps({"about": about}), flush=True)
             continue
-        setting = {key: what[key] for key in ("schedule", "slots", "decode", "batch")}
+        setting = {key: what[key] for key in ("schedule", "slots", "decode", "batch", "on_link")}
         if setting != former:
             profile = prescope.HardwareProfile.load("h200" if args.device == "cuda" else "test_machine")
             sizes = {"qwen": (2048, 768), "mixt": (4096, 14336), "olmo": (2048, 1024), "toy": (128, 96)}
@@ -158,6 +169,8 @@ def work(args: argparse.Namespace) -> None:
             engine.configure(
                 schedule=what["schedule"], slots=what["slots"], decode=what["decode"], costs=costs
             )
+            if what["on_link"]:
+                engine.runner.loader.most_on_wire = what["on_link"]
             former = setting
         generator = torch.Generator().manual_seed(7)
         ids = torch.randint(0, vocabulary, (what["batch"], args.prompt), generator=generator)
@@ -185,6 +198,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--other", help="another checkout")
     parser.add_argument("--decode", nargs="+", default=["auto"], help="one way, or one for each side")
+    parser.add_argument(
+        "--on-link", nargs="+", type=int, default=[0], help="prefetches at most, one or each side"
+    )
     parser.add_argument("--model", nargs="+", default=["qwen3-30b-a3b-cut16"])
     parser.add_argument("--schedules", nargs="+", default=["on-demand", "presched"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])

@@ -64,9 +64,7 @@ class CachePolicy(Protocol):
 
     name: str
     kind: int  # number in compiled code
-    runs_on_gpu: (
-        bool  # captured steps can run it without the host (`kernels.graph_kernels`, by the same number)
-    )
+    runs_on_gpu: bool  # captured steps can run it without the host, by the same number
     scores: FloatArray  # (L * E,), the lowest is evicted first
     tick: int  # layers learned from so far
 

@@ -66,7 +66,7 @@ class LayeredRunner:
         self.forced: ForcedRouting | None = None
         self.is_prefill = True
         self.needs = dict.fromkeys(NeedOutcome, 0)
-        self._runner = False
+        self._is_serving = False
 
     def open_slots(self, num_slots: int, policy: CachePolicy) -> None:
         """Take memory for slots; all of them are free."""
@@ -102,7 +102,7 @@ class LayeredRunner:
         """Make the lanes usable after an interrupt or a failed copy; the slots are cold afterwards."""
         self.device.recover()
         self.clear()
-        self._runner = False
+        self._is_serving = False
         self.captured = None
         if self.schedule_runner is not None:
             self.schedule_runner.recover()
@@ -122,11 +122,11 @@ class LayeredRunner:
         weights_TK = weights.reshape(ids_TK.shape)
         if self.captured is not None:
             return self._serve_captured(moe_layer, x_TD, ids_TK, weights_TK).view(x.shape)
-        if self._runner:  # an interrupt or an error ended the last call half-way
+        if self._is_serving:  # an interrupt or an error ended the last call half-way
             self.recover()
-        self._runner = True
+        self._is_serving = True
         out = self._serve_now(moe_layer, x_TD, ids_TK.to(torch.int64), weights_TK)
-        self._runner = False
+        self._is_serving = False
         return out.view(x.shape)
 
     def _serve_captured(
