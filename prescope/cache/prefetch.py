@@ -16,6 +16,10 @@ from .slots import Slots, slots_to_give
 
 #: Copies below this do not reach the link's rate: PCIe 5 gave 53 GB/s at 4 MiB, 48 at 1 MiB (benchmarks/async_io.py).
 LEAST_BYTES_ON_WIRE = 4 << 20
+#: Bytes of prefetches on the link at most, one expert at least: a miss waits for no more, 0.6 ms at 55 GB/s. Two experts
+#: of Mixtral (352 MB each) on the link lost 38 % against one under streaming at batch 1, 6 % under PreSched, 0 to 2 % at
+#: batch 8 (H200, benchmarks/results/house_h200_2026-11-29.md).
+MOST_BYTES_ON_WIRE = 32 << 20
 #: Places in `Waiting.counts`: experts that wait, and keys that are kept.
 NUM_WAITING, NUM_KEPT = range(2)
 
@@ -29,7 +33,8 @@ def most_on_wire(row_bytes: int, num_slots: int, least_bytes: int = LEAST_BYTES_
     Args:
         row_bytes: of one expert. `least_bytes`: on the link, for its full rate; 0 where copies of any size have it.
     """
-    return min(max(2, least_bytes // row_bytes), prefetch_slots(num_slots))
+    wanted = max(2, least_bytes // row_bytes)
+    return min(wanted, max(1, MOST_BYTES_ON_WIRE // row_bytes), prefetch_slots(num_slots))
 
 
 def prefetch_slots(num_slots: int) -> int:
