@@ -55,19 +55,22 @@ def main() -> None:
                 for decode, most in zip(decodes, mosts, strict=True)
             ]
             found: list[list[dict[str, Any]]] = [[], []]
-            for i in (0, 1):
-                sides[i].ask(asks[i] | {"warm": True})
+            for side, ask in zip(sides, asks, strict=True):  # both at once: compiling takes the longest
+                side.tell(ask)
+            for side in sides:
+                side.hear()
             for _ in range(args.rounds):
                 for i in (0, 1, 1, 0):
                     found[i].append(sides[i].ask(asks[i]))
             cell = base | {"model": model} | summary(names, found)
             cells.append(cell)
             print(line(cell), flush=True)
+            if args.out:
+                everything = {"arguments": vars(args), "cells": cells}
+                Path(args.out).write_text(json.dumps(everything, indent=1) + "\n")
         for side in sides:
             side.close()
     print("\n" + "\n".join([HEADER.format(*names), "|" + "---|" * 11, *map(line, cells)]))
-    if args.out:
-        Path(args.out).write_text(json.dumps({"arguments": vars(args), "cells": cells}, indent=1) + "\n")
 
 
 HEADER = (
@@ -123,9 +126,18 @@ class Side:
 
     def ask(self, what: dict[str, Any]) -> dict[str, Any]:
         """One run; raises RuntimeError if the process has ended."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        self.tell(what)
+        return self.hear()
+
+    def tell(self, what: dict[str, Any]) -> None:
+        """Begin a run."""
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        """Its result."""
+        assert self._process.stdout is not None
         for text in self._process.stdout:
             if text.startswith("{"):
                 return dict(json.loads(text))
@@ -175,8 +187,7 @@ def work(args: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(7)
         ids = torch.randint(0, vocabulary, (what["batch"], args.prompt), generator=generator)
         engine.clear_cache()
-        new = 8 if what.get("warm") else what["new"]
-        run = engine.generate(ids.tolist(), max_new_tokens=new, min_new_tokens=new)
+        run = engine.generate(ids.tolist(), max_new_tokens=what["new"], min_new_tokens=what["new"])
         decode = run.metrics.decode
         print(
             json.dumps(
