@@ -16,9 +16,9 @@ from .slots import Slots, slots_to_give
 
 #: Copies below this do not reach the link's rate: PCIe 5 gave 53 GB/s at 4 MiB, 48 at 1 MiB (benchmarks/async_io.py).
 LEAST_BYTES_ON_WIRE = 4 << 20
-#: Bytes of prefetches on the link at most, one expert at least: a miss waits for no more, 0.6 ms at 55 GB/s. With two of
-#: Mixtral's experts (352 MB) on the link instead of one, streaming lost 27 % at batch 1 and PreSched 6 %; at batch 8 both
-#: lost 0 to 2 % (H200, benchmarks/results/house_h200_2026-11-29.md).
+#: Bytes of prefetches on the link at most, one expert at least: a miss waits for no more, 0.6 ms at 55 GB/s. With two
+#: of Mixtral's experts (352 MB) on the link instead of one, streaming lost 27 % at batch 1 and PreSched 6 %; at batch 8
+#: both lost 0 to 2 % (H200, benchmarks/results/house_h200_2026-11-29.md).
 MOST_BYTES_ON_WIRE = 32 << 20
 #: Places in `Waiting.counts`: experts that wait, and keys that are kept.
 NUM_WAITING, NUM_KEPT = range(2)
