@@ -27,6 +27,11 @@ except ImportError:  # a requirement of the package, but the core has to run whe
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+if numba is not None:
+    from . import boxing
+
+    boxing.install()
+
 #: Whether decisions are compiled here; recorded in `RunResult.hardware`.
 IS_COMPILED = numba is not None and not numba.config.DISABLE_JIT
 
@@ -42,7 +47,7 @@ def cache_dir() -> str:
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         source = path.read_bytes()
-        if b"import jit" in source or path == Path(__file__):
+        if b"import jit" in source or b"import numba" in source or b"from numba" in source:
             digest.update(str(path.relative_to(package)).encode() + b"\0" + source + b"\0")
     folder = package / "__pycache__" / f"compiled-{digest.hexdigest()[:16]}"
     if not folder.exists():  # what former states of the sources left is of no use any more
