@@ -19,7 +19,7 @@ INTERRUPTS = 10_000
 @pytest.mark.skipif(not IS_COMPILED, reason="nothing is compiled here")
 def test_an_interrupt_of_a_compiled_call_is_noticed_after_it():
     """Formerly the process was gone within some tens of them: numba went on with the NULL of code that had raised."""
-    code = f"from tests.support.interrupted_calls import main; main({INTERRUPTS})"
+    code = f"from tests.support.interrupted_calls import compiled; compiled({INTERRUPTS})"
     child = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=150
     )

@@ -1,16 +1,22 @@
-"""Compiled functions called under a rain of signals whose handler raises; run in a process of its own."""
+"""Calls under a rain of signals whose handler raises; run in a process of its own."""
 
+import faulthandler
 import random
 import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+import prescope
 from prescope.cache.policies import make_policy
 from prescope.cache.residency import ResidencyTable
 from prescope.core.jit import jit
 from prescope.core.types import MoEShape
+from prescope.device import EmulatedLinkDevice
+from tests.support.forked_engine import COSTS
+from tests.support.models import plain_tokens, prompt, tiny_moe
 
 
 class Inner(NamedTuple):
@@ -70,6 +76,21 @@ def table_calls() -> Callable[[], Any]:
     return call
 
 
+def link_calls() -> Callable[[], Any]:
+    device = EmulatedLinkDevice(1000.0)
+    rows, slots = torch.arange(64, dtype=torch.uint8).view(8, 8), torch.empty((8, 8), dtype=torch.uint8)
+
+    def call() -> None:
+        device.recover()
+        slots.fill_(255)
+        _, ready = device.copy(list(zip(slots.unbind(0), rows.unbind(0), strict=True)), [], timed=False)
+        for mark in ready:
+            device.wait(mark)
+        assert torch.equal(slots, rows)
+
+    return call
+
+
 def rain(calls: list[Callable[[], Any]], interrupts: int, seed: int = 0) -> int:
     """Call them in turn until so many interrupts were raised; returns how many were."""
     rng = random.Random(seed)
@@ -87,5 +108,36 @@ def rain(calls: list[Callable[[], Any]], interrupts: int, seed: int = 0) -> int:
     return interrupts
 
 
-def main(interrupts: int) -> None:
+def compiled(interrupts: int) -> None:
+    """Of decisions."""
     print(rain([call_nested, call_refused, table_calls()], interrupts), "survived")
+
+
+def link(interrupts: int) -> None:
+    """Of copies on the emulated link, and of what recovers it."""
+    faulthandler.dump_traceback_later(100, exit=True)
+    print(rain([link_calls()], interrupts), "survived")
+
+
+def runs(interrupts: int, schedule: str) -> None:
+    """Of whole runs: each interrupted one is followed by one that must be right."""
+    faulthandler.dump_traceback_later(140, exit=True)
+    model, ids = tiny_moe(), prompt(batch=2)
+    expected = plain_tokens(model, ids)
+    rng = random.Random(0)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    with prescope.attach(
+        model, slots=5, device="cpu", link_gb_per_s=50.0, schedule=schedule, costs=COSTS, cpu_threads=1
+    ) as engine:
+        assert engine.generate(ids, max_new_tokens=12).tokens == expected
+        raised = 0
+        while raised < interrupts:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 8e-2))
+                engine.generate(ids, max_new_tokens=12)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                raised += 1
+                assert engine.generate(ids, max_new_tokens=12).tokens == expected
+                engine.check_integrity()
+    print(raised, "survived")
