@@ -560,6 +560,11 @@ class Engine:
         """Hits, late ones and misses since the engine was made."""
         return self.runner.needs
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the model has been given back, or is about to be when the run under way has ended."""
+        return self._is_closing
+
     def check_integrity(self) -> None:
         """Assert that slots and table agree and that each resident expert's bytes equal its host row's.
 
