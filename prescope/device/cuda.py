@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import chain
 from typing import Any, Literal
 
@@ -90,6 +90,10 @@ class CudaDevice:
         with torch.cuda.device(self.torch_device):
             code = torch.cuda.cudart().cudaHostRegister(row.data_ptr(), row.nbytes, 0)
         if int(code) != 0:
+            with suppress(
+                RuntimeError
+            ):  # the check of the next launch takes the error that the runtime remembers
+                torch.zeros(1, device=self.torch_device)
             raise NotEnoughMemory(
                 f"the system does not let {format_bytes(row.nbytes)} of host memory be pinned for the GPU's copies "
                 f"(cudaHostRegister: {code}). Raise the limit of locked memory (`ulimit -l unlimited`, docker's "
