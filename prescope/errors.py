@@ -36,6 +36,18 @@ class NotAttached(PrescopeError):
     """The engine has been detached (or never was attached)."""
 
 
+class ForkedProcess(NotAttached):
+    """The engine belongs to the process that this one was forked from."""
+
+
+class WaitTimedOut(PrescopeError, TimeoutError):
+    """A copy, a computation or a thread did not come to its end in many times the time that it takes."""
+
+
+class NotEnoughMemory(PrescopeError):
+    """The experts do not fit into host memory, or may not be pinned there."""
+
+
 class TraceMismatch(PrescopeError):
     """A routing trace (or what was learned from it) belongs to another model."""
 

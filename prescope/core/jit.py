@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
+from . import paths
+from .private_folders import private_folder
+
 try:
     import numba
 except ImportError:  # a requirement of the package, but the core has to run where it is missing
@@ -27,6 +30,11 @@ except ImportError:  # a requirement of the package, but the core has to run whe
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+if numba is not None:
+    from . import boxing
+
+    boxing.install()
+
 #: Whether decisions are compiled here; recorded in `RunResult.hardware`.
 IS_COMPILED = numba is not None and not numba.config.DISABLE_JIT
 
@@ -35,6 +43,9 @@ IS_COMPILED = numba is not None and not numba.config.DISABLE_JIT
 def cache_dir() -> str:
     """Where compiled code is kept: a folder for each state of all sources that are compiled.
 
+    The package's own folder, or the user's where that is read-only; inside $NUMBA_CACHE_DIR if that is set. numba
+    unpickles what lies there, so it must be this user's alone.
+
     numba itself looks at the file of the function alone, and what is compiled into it from other files would be kept
     when those change: an edit of `take_slots` did not reach `replay` (numba 0.68.1).
     """
@@ -42,12 +53,21 @@ def cache_dir() -> str:
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         source = path.read_bytes()
-        if b"import jit" in source or path == Path(__file__):
+        if b"import jit" in source or b"import numba" in source or b"from numba" in source:
             digest.update(str(path.relative_to(package)).encode() + b"\0" + source + b"\0")
-    folder = package / "__pycache__" / f"compiled-{digest.hexdigest()[:16]}"
-    if not folder.exists():  # what former states of the sources left is of no use any more
-        for stale in folder.parent.glob("compiled-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+    name = f"compiled-{digest.hexdigest()[:16]}"
+    here = hashlib.sha256(str(package).encode()).hexdigest()[
+        :8
+    ]  # several installations share the user's folder
+    given = numba.config.CACHE_DIR if numba is not None else ""
+    own = [package / "__pycache__" / name, paths.cache_dir() / f"{here}-{name}"]
+    folder = private_folder([*([Path(given) / name] if given else []), *own], "compiled code")
+    if folder in own and not any(
+        folder.iterdir()
+    ):  # what former states of the sources left is of no use any more
+        for stale in folder.parent.glob(folder.name.replace(name, "compiled-*")):
+            if stale != folder:
+                shutil.rmtree(stale, ignore_errors=True)
     return str(folder)
 
 
@@ -71,7 +91,7 @@ def jit(function: F) -> F:
     if numba is None:
         return function
     former = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = former or cache_dir()
+    numba.config.CACHE_DIR = cache_dir()
     try:
         compiled: F = numba.njit(cache=True, nogil=True)(function)
     finally:

@@ -9,11 +9,13 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 NVIDIA_SMI_SECONDS = 20
+MEMINFO = Path("/proc/meminfo")
 
 
 class Place(NamedTuple):
@@ -68,13 +70,36 @@ def gpu_links() -> dict[str, str]:
 
 
 def available_memory_bytes() -> int:
-    """Host memory that can be taken without swapping."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Host memory that can be taken without swapping, within a container's limit if there is one."""
+    _, available = _memory_bytes()
+    return min([available, *_container_bytes()])
+
+
+def _memory_bytes() -> tuple[int, int]:
+    """All of it, and what can be taken."""
+    if MEMINFO.exists():
+        sizes = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
+        total, available = sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"])
+        return int(total.split()[0]) * 1024, int(available.split()[0]) * 1024
+    memory = import_module("psutil").virtual_memory()  # not Linux; there nothing needs it
+    return int(memory.total), int(memory.available)
+
+
+def _container_bytes(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What a control group of Linux leaves to this container: its limit less what it holds besides file caches."""
+    left = []
+    for limit, used, caches in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        try:
+            most, held = (root / limit).read_text().strip(), int((root / used).read_text())
+            stats = dict(line.split() for line in (root / caches).read_text().splitlines())
+        except (OSError, ValueError):  # the other version, or no control groups
+            continue
+        if most.isdigit():
+            left.append(max(0, int(most) - held + int(stats.get("inactive_file", 0))))
+    return left
 
 
 def machine_facts() -> dict[str, Any]:
@@ -82,7 +107,7 @@ def machine_facts() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "host_memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "host_memory_gib": round(_memory_bytes()[0] / 2**30, 1),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         **{name: _version(name) for name in ("prescope", "torch", "transformers", "triton")},

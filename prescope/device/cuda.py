@@ -1,14 +1,16 @@
 """CUDA: the compute lane is the current stream, the H2D lane a stream of its own, marks are CUDA events."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
 
-from ..errors import TransferFailed, UnsupportedOption
+from ..core.units import format_bytes
+from ..errors import NotEnoughMemory, SlotPoolTooLarge, TransferFailed, UnsupportedOption, WaitTimedOut
 from .base import LinkFunctions
 from .driver import DriverEvents, DriverMark, elapsed_us, link_functions, open_memcpy
 
@@ -17,6 +19,11 @@ HEADROOM_BYTES = 1 << 30
 
 #: GPU cycles, about 0.5 ms: longer than Python takes to launch a stamp and a mark.
 BUSY_CYCLES = 1_000_000
+
+#: Longer than everything takes that can be queued on the GPU: the host reads each layer's routing.
+MOST_GPU_S = 600.0
+#: So long a wait asks again and again, and then after a tenth of that each time.
+HOT_S = 2e-3
 
 Copies = Literal["torch", "driver"]
 #: "torch" is `Tensor.copy_`; "driver" calls cuMemcpyHtoDAsync directly, which spares the host torch's dispatch: 3.7
@@ -69,7 +76,13 @@ class CudaDevice:
         return max(0, free + cached - HEADROOM_BYTES)
 
     def allocate_slots(self, num_slots: int, row_bytes: int) -> torch.Tensor:
-        return torch.empty((num_slots, row_bytes), dtype=torch.uint8, device=self.torch_device)
+        try:
+            return torch.empty((num_slots, row_bytes), dtype=torch.uint8, device=self.torch_device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise SlotPoolTooLarge(
+                f"{num_slots} slots of {format_bytes(row_bytes)} do not fit into the GPU's memory, of which "
+                f"{format_bytes(self.free_bytes())} are free; use fewer slots, or end what else holds GPU memory"
+            ) from error
 
     def pin(self, row: torch.Tensor) -> bool:
         # Registering existing pages takes a tenth of the time of pin_memory=True (0.23 s against 2.4 s for 4 GiB on
@@ -77,9 +90,15 @@ class CudaDevice:
         with torch.cuda.device(self.torch_device):
             code = torch.cuda.cudart().cudaHostRegister(row.data_ptr(), row.nbytes, 0)
         if int(code) != 0:
-            raise UnsupportedOption(
-                f"cudaHostRegister of {row.nbytes} bytes failed with {code}; the host may limit locked memory "
-                f"(ulimit -l) or be short of it"
+            with suppress(
+                RuntimeError
+            ):  # the check of the next launch takes the error that the runtime remembers
+                torch.zeros(1, device=self.torch_device)
+            raise NotEnoughMemory(
+                f"the system does not let {format_bytes(row.nbytes)} of host memory be pinned for the GPU's copies "
+                f"(cudaHostRegister: {code}). Raise the limit of locked memory (`ulimit -l unlimited`, docker's "
+                f"--ulimit memlock=-1; under WSL more memory= in .wslconfig), free memory, take a smaller model, or "
+                f"use device='cpu', which pins nothing"
             )
         return True
 
@@ -190,10 +209,27 @@ class CudaDevice:
         return bool(torch.cuda.current_stream(self.torch_device).query())
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.torch_device)
+        self._await_idle()
+        torch.cuda.synchronize(self.torch_device)  # other streams, if there are any
 
     def recover(self) -> None:
-        torch.cuda.synchronize(self.torch_device)
+        self.synchronize()
 
     def close(self) -> None:
-        torch.cuda.synchronize(self.torch_device)
+        self.synchronize()
+
+    def _await_idle(self) -> None:
+        """Both lanes, so that Ctrl-C is heard and a kernel that waits for a message nobody sends is an error."""
+        ends = [
+            self._record(stream, False)
+            for stream in (self._h2d, torch.cuda.current_stream(self.torch_device))
+        ]
+        begin = time.monotonic()
+        while not all(end.query() for end in ends):
+            waited_s = time.monotonic() - begin
+            if waited_s > MOST_GPU_S:
+                raise WaitTimedOut(
+                    f"the GPU was not done with copies and kernels within {MOST_GPU_S:.0f} s; restart this process"
+                )
+            if waited_s > HOT_S:
+                time.sleep(HOT_S / 10)

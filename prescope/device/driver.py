@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.native import address_of
+from ..core.worker import process_id
 from ..errors import TransferFailed, UnsupportedOption
 from .base import LinkFunctions
 
@@ -80,7 +81,7 @@ class DriverEvents:
     """Room for CUDA events that compiled code creates; destroyed with this object."""
 
     def __init__(self) -> None:
-        self._driver = open_driver()
+        self._driver, self._owner = open_driver(), process_id()
         self.handles = np.zeros(0, dtype=np.int64)
 
     def reserve(self, count: int) -> None:
@@ -99,7 +100,7 @@ class DriverEvents:
 
     def __del__(self) -> None:
         for handle in getattr(self, "handles", ()):
-            if handle:
+            if handle and self._owner == process_id():  # a forked process has no context
                 self._driver.cuEventDestroy_v2(int(handle))
 
 

@@ -5,17 +5,18 @@ a copy blocks. What it shows are the *relations* (what waits for what, what a mi
 times are those of an emulation and are labelled so everywhere.
 """
 
-import queue
-import threading
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
 from ..core.machine import available_memory_bytes
-from ..errors import TransferFailed
+from ..core.units import format_bytes
+from ..core.worker import Latch, Worker
+from ..errors import NotAttached, SlotPoolTooLarge, TransferFailed
 from .base import WithoutGraphs
 
 #: Emulated link when the user names none: one expert takes a millisecond, so that, as on a real machine, moving an
@@ -29,39 +30,34 @@ def emulated_link_gb_per_s(row_bytes: int) -> float:
     return float(f"{min(EMULATED_MOST_GB_PER_S, row_bytes / EMULATED_EXPERT_US / 1e3):.2g}")
 
 
-class HostMark:
+class HostMark(Latch):
     """A mark whose time is the host's clock; set by the lane that reaches it."""
 
-    __slots__ = ("_event", "error", "time_us")
+    __slots__ = ("error", "time_us")
 
-    def __init__(self, time_us: float | None = None) -> None:
-        self.time_us = time_us
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_us = 0.0
         self.error: BaseException | None = None
-        self._event = None if time_us is not None else threading.Event()
 
-    def set(self, time_us: float) -> None:
+    def reach(self, time_us: float) -> None:
         self.time_us = time_us
-        if self._event is not None:
-            self._event.set()
+        self.set()
 
     def fail(self, error: BaseException) -> None:
         self.error = error
-        self.set(_now_us())
-
-    @property
-    def done(self) -> bool:
-        return self._event is None or self._event.is_set()
-
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.wait()
+        self.reach(_now_us())
 
 
-class _Job(NamedTuple):
-    slot: torch.Tensor
-    row: torch.Tensor
-    start: HostMark | None
-    ready: HostMark
+class PassedMark(HostMark):
+    """A mark of the compute lane, which has passed when it is made: compute is synchronous here."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.time_us = _now_us()
+        self.error = None
+        self._is_set = True
 
 
 class EmulatedLinkDevice(WithoutGraphs):
@@ -78,10 +74,11 @@ class EmulatedLinkDevice(WithoutGraphs):
         self.torch_device = torch.device("cpu")
         self._bytes_per_us = gb_per_s * 1e3
         self._gb_per_s = gb_per_s
-        self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="prescope-h2d", daemon=True)
-        self._thread.start()
+        self._is_closed = False
+        self._free_at_us = 0.0  # the link's own clock, of the thread
+        self._due_us = 0.0  # when the link will have carried all that was handed to it
+        self._link = Worker("prescope-h2d")
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -95,7 +92,13 @@ class EmulatedLinkDevice(WithoutGraphs):
         return available_memory_bytes()
 
     def allocate_slots(self, num_slots: int, row_bytes: int) -> torch.Tensor:
-        return torch.empty((num_slots, row_bytes), dtype=torch.uint8)
+        try:
+            return torch.empty((num_slots, row_bytes), dtype=torch.uint8)
+        except RuntimeError as error:  # what torch's CPU allocator raises
+            raise SlotPoolTooLarge(
+                f"{num_slots} slots of {format_bytes(row_bytes)} do not fit into host memory, of which "
+                f"{format_bytes(self.free_bytes())} are free; use fewer slots"
+            ) from error
 
     def pin(self, row: torch.Tensor) -> bool:
         return False
@@ -111,54 +114,59 @@ class EmulatedLinkDevice(WithoutGraphs):
         each: bool = True,
     ) -> tuple[HostMark, list[HostMark]]:
         self._raise_failure()
-        # Marks of the compute lane have passed when they are made: compute is synchronous here.
-        assert all(mark.done for mark in after), "a compute mark of the CPU is pending"
+        assert all(mark.is_set for mark in after), "a compute mark of the CPU is pending"
         start = HostMark()
         ready = []
         for i, (slot, row) in enumerate(pairs):
-            job = _Job(slot, row, start if i == 0 else None, HostMark())
-            ready.append(job.ready)
-            self._jobs.put(job)
+            mark = HostMark()
+            ready.append(mark)
+            self._due_us = max(self._due_us, _now_us()) + row.nbytes / self._bytes_per_us
+            self._link.submit(partial(self._carry, slot, row, start if i == 0 else None, mark))
         return start, ready
 
-    def _run(self) -> None:
-        free_at_us = 0.0
-        while (job := self._jobs.get()) is not None:
-            now = _now_us()
-            # Sleeping overshoots by some 60 us, so the link keeps its own clock: a transfer that follows at once
-            # starts where the last one should have ended.
-            start_us = max(now, free_at_us) if now - free_at_us > 200.0 else free_at_us
-            if job.start is not None:
-                job.start.set(start_us)
-            try:
-                job.slot.copy_(job.row)
-            except Exception as error:  # noqa: BLE001 - handed to whoever waits for this copy, see `wait` and `copy`
-                self._failure = error
-                job.ready.fail(error)
-                continue
-            free_at_us = start_us + job.row.nbytes / self._bytes_per_us
-            if (left_us := free_at_us - _now_us()) > 0:
-                time.sleep(left_us / 1e6)
-            job.ready.set(max(free_at_us, _now_us()))
+    def _carry(self, slot: torch.Tensor, row: torch.Tensor, start: HostMark | None, ready: HostMark) -> None:
+        """In the link's thread."""
+        now = _now_us()
+        # Sleeping overshoots by some 60 us, so the link keeps its own clock: a transfer that follows at once
+        # starts where the last one should have ended.
+        start_us = max(now, self._free_at_us) if now - self._free_at_us > 200.0 else self._free_at_us
+        if start is not None:
+            start.reach(start_us)
+        try:
+            if self._is_closed:
+                raise NotAttached("the device was closed before this copy began")
+            slot.copy_(row)
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for this copy, see `wait` and `copy`
+            self._failure = error
+            ready.fail(error)
+            return
+        self._free_at_us = start_us + row.nbytes / self._bytes_per_us
+        if (left_us := self._free_at_us - _now_us()) > 0:
+            time.sleep(left_us / 1e6)
+        ready.reach(max(self._free_at_us, _now_us()))
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise TransferFailed(f"the transfer thread failed: {self._failure}") from self._failure
 
+    def _work_s(self) -> float:
+        """What the link still has to carry."""
+        return max(0.0, self._due_us - _now_us()) / 1e6
+
     def mark(self, timed: bool) -> HostMark:
-        return HostMark(_now_us())
+        return PassedMark()
 
     def wait(self, mark: HostMark) -> None:
-        mark.wait()
+        self._link.wait(mark, "the copy of an expert to its slot", self._work_s())
         self._raise_failure()
 
     def is_done(self, mark: HostMark) -> bool:
         if mark.error is not None:
             self._raise_failure()
-        return mark.done
+        return mark.is_set
 
     def elapsed_us(self, start: HostMark, end: HostMark) -> float:
-        assert start.time_us is not None and end.time_us is not None, "a mark has not passed"
+        assert start.is_set and end.is_set, "a mark has not passed"
         return end.time_us - start.time_us
 
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
@@ -173,15 +181,12 @@ class EmulatedLinkDevice(WithoutGraphs):
         self._failure = None
 
     def _drain(self) -> None:
-        # An empty copy behind all others: when it is ready, everything before it is.
-        nothing = torch.empty(0, dtype=torch.uint8)
-        last = _Job(nothing, nothing, None, HostMark())
-        self._jobs.put(last)
-        last.ready.wait()
+        self._link.drain("the end of all copies on the emulated link", self._work_s())
 
     def close(self) -> None:
-        self._jobs.put(None)
-        self._thread.join()
+        work_s = self._work_s()
+        self._is_closed = True  # copies that have not begun are dropped
+        self._link.close("the end of the emulated link", work_s)
 
 
 def _now_us() -> float:

@@ -6,7 +6,7 @@ graph, `recorder` takes down what happened.
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -21,6 +21,7 @@ from ..core.jit import IS_COMPILED
 from ..core.machine import machine_facts
 from ..core.types import ExpertSize, NeedOutcome
 from ..core.units import format_bytes
+from ..core.worker import process_id, require_process
 from ..device import Device, open_device, resolve_device
 from ..errors import BadProfile, NoProfile, NotAttached, SlotPoolTooLarge, TraceMismatch, UnsupportedOption
 from ..hf import Attachment, MoELayer, find_moe_layers, top_k_of
@@ -32,12 +33,14 @@ from ..scheduler.costs import LayerCosts
 from ..traces.metrics import compute_metrics
 from ..traces.result import RunResult
 from ..traces.routing import RoutingTrace
+from ..weights.host_pool import require_host_memory
 from .config import EngineConfig
 from .forced_routing import ForcedRouting
 from .graph import DecodeLoop, Decoder
 from .layered import LayeredRunner
 from .recorder import Recorder
 from .resolve import _cache_of, _count_slots, _shape_of
+from .run_under_way import RunUnderWay
 from .schedule import open_schedule_runner
 
 #: Settings of a schedule, as `Engine.configure` takes them.
@@ -119,12 +122,25 @@ class Engine:
         }  # fmt: skip
         self.frequencies = frequencies
         self._cancelled = False
+        self._owner = process_id()
+        self._is_closing = self._is_closed = False
+        self._run: RunUnderWay | None = None
         self._device: Device = open_device(
             kind, config.link_gb_per_s, self.shape.row_bytes, config.link_factor
         )
         self.runner = LayeredRunner(self._device, layers, self.shape, kernel.name, self._dtype)
         try:
             self._require_memory(self.num_slots, _freed_bytes(model, layers, self._device.torch_device))
+            require_host_memory(
+                sum(layer.num_experts * layer.layout.row_bytes for layer in layers),
+                taken_bytes=sum(
+                    tensor.nbytes
+                    for layer in layers
+                    for tensor in layer.tensors().values()
+                    if tensor.device.type == "cpu"
+                ),
+                ahead_bytes=max(layer.num_experts * layer.layout.row_bytes for layer in layers),
+            )
             self._attachment = Attachment(model, layers, self._device, self.runner.serve)
         except BaseException:
             self._device.close()
@@ -204,9 +220,14 @@ class Engine:
         self.reasons["cache"] = cache_reason
         if not is_new:
             return
+        former = self.runner.residency.policy
         self.runner.close_slots()
+        try:
+            self.runner.open_slots(count, policy)
+        except SlotPoolTooLarge:
+            self.runner.open_slots(self.num_slots, former)
+            raise
         self.num_slots, self.reasons["slots"] = count, reason
-        self.runner.open_slots(count, policy)
 
     def _open_schedule(
         self, config: EngineConfig, predictor: Predictor | None, costs: LayerCosts | None
@@ -352,14 +373,20 @@ class Engine:
         self.runner.recorder = Recorder(
             self._device, events=config.events, routing=config.record_routing, inputs=config.record_inputs
         )
+        self._run = RunUnderWay()
         try:
             with _frozen_heap():
                 yield self.runner.recorder
         except BaseException:
-            self.recover()
+            self.runner.recover()
             raise
         finally:
-            self.runner.recorder = None
+            run, self._run, self.runner.recorder = self._run, None, None
+            try:
+                if self._is_closing:
+                    self._give_back()
+            finally:
+                run.over.set()
 
     def _result(self, recorder: Recorder, settings: dict[str, Any], output_tokens: int) -> RunResult:
         tables = recorder.tables([layer.layout.row_bytes for layer in self.layers])
@@ -479,7 +506,13 @@ class Engine:
         self.runner.clear()
 
     def recover(self) -> None:
-        """Make the engine usable after an interrupt or a failed copy; the slots are cold afterwards."""
+        """Make the engine usable after an interrupt or a failed copy; the slots are cold afterwards.
+
+        Raises:
+            NotAttached: it is closed, or this process was forked from its own.
+            WaitTimedOut: copies that were under way do not end.
+        """
+        self._require_attached()
         self.runner.recover()
 
     def force_routing(self, trace: RoutingTrace | None, scores: np.ndarray | None = None) -> None:
@@ -527,8 +560,18 @@ class Engine:
         """Hits, late ones and misses since the engine was made."""
         return self.runner.needs
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the model has been given back, or is about to be when the run under way has ended."""
+        return self._is_closing
+
     def check_integrity(self) -> None:
-        """Assert that slots and table agree and that each resident expert's bytes equal its host row's."""
+        """Assert that slots and table agree and that each resident expert's bytes equal its host row's.
+
+        Raises:
+            NotAttached: the engine is closed, or this process was forked from its own.
+        """
+        self._require_attached()
         self.runner.residency.check_integrity()
         self._device.synchronize()
         for slot, key in enumerate(self.runner.residency.key_of.tolist()):
@@ -540,24 +583,46 @@ class Engine:
                 )
 
     def detach(self) -> None:
-        """Give the model back as it was, bit for bit; the engine cannot be used afterwards."""
-        if self._attachment.host.layers:
-            self._device.recover()
-            self._hook.remove()
-            self._decoder.forget()
-            self.runner.close_slots()
-            if self.runner.schedule_runner is not None:
-                self.runner.schedule_runner.close()
-            self._attachment.detach()
-            self._device.close()
+        """Give the model back as it was, bit for bit; the engine cannot be used afterwards. A second time does nothing.
+
+        While a run is under way, that run ends after the token it is at, and then the model is given back: at once for
+        a caller in another thread, who waits for it; behind the run for its own callbacks.
+
+        Raises:
+            ForkedProcess: the model's experts are in the process that this one was forked from.
+            WaitTimedOut: the run in another thread does not end.
+        """
+        if self._is_closed:
+            return
+        require_process(self._owner, "this engine")
+        self._is_closing = True
+        run = self._run
+        if run is None:
+            self._give_back()
+            return
+        self.cancel()
+        run.wait_from_elsewhere()
 
     close = detach
 
+    def _give_back(self) -> None:
+        with ExitStack() as steps:  # from the last to the first, and all of them also if one fails
+            steps.callback(setattr, self, "_is_closed", True)
+            steps.callback(self._device.close)
+            steps.callback(self._attachment.detach)
+            if self.runner.schedule_runner is not None:
+                steps.callback(self.runner.schedule_runner.close)
+            steps.callback(self.runner.close_slots)
+            steps.callback(self._decoder.forget)
+            steps.callback(self._hook.remove)
+            steps.callback(self._device.recover)
+
     def _require_attached(self) -> None:
-        if not self._attachment.host.layers:
+        if self._is_closing:
             raise NotAttached(
                 "this engine is detached; make a new one with prescope.attach(model) or prescope.load"
             )
+        require_process(self._owner, "this engine")
 
     def __enter__(self) -> Self:
         return self
@@ -565,10 +630,11 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
+        if self._owner == process_id():  # a process forked inside the block has nothing to give back
+            self.detach()
 
     def __repr__(self) -> str:
-        state = "" if self._attachment.host.layers else ", detached"
+        state = ", detached" if self._is_closing else ""
         return (
             f"Engine({self.name}: {self.shape.num_layers} MoE layers x {self.shape.num_experts} experts, "
             f"{self.num_slots} slots = {format_bytes(self.num_slots * self.shape.row_bytes)}, "

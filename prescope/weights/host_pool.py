@@ -6,12 +6,30 @@ import weakref
 
 import torch
 
+from ..core.machine import available_memory_bytes
+from ..core.units import format_bytes
 from ..device import Device
+from ..errors import NotEnoughMemory
 from .layout import Field, RowLayout
 from .pages import HostPages, copy_rows
 
 #: Leading bytes of each expert that enter the fingerprint. The whole of a large model would take minutes to hash.
 FINGERPRINT_BYTES_PER_EXPERT = 4096
+
+
+def require_host_memory(rows_bytes: int, taken_bytes: int, ahead_bytes: int) -> None:
+    """Raise NotEnoughMemory if the rows of all experts do not fit, before anything is moved.
+
+    Args:
+        rows_bytes: of all layers. `taken_bytes`: of experts in host memory, given up layer by layer as the rows fill.
+        ahead_bytes: of the rows that are there before what they replace is gone.
+    """
+    wanted, free = max(ahead_bytes, rows_bytes - taken_bytes + ahead_bytes), available_memory_bytes()
+    if wanted > free:
+        raise NotEnoughMemory(
+            f"the experts take {format_bytes(rows_bytes)} of host memory, {format_bytes(wanted)} of it still to be "
+            f"had, and {format_bytes(free)} are free; close other programs, or take a smaller model or dtype"
+        )
 
 
 class HostLayer:

@@ -4,14 +4,19 @@ Knows nothing of experts or CUDA. What decides how fast memory can be filled and
 who faults them in; `benchmarks/startup.py` measures both.
 """
 
+import _thread
 import mmap
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 import torch
+
+from ..core.units import format_bytes
+from ..core.worker import PATIENCE_S, SLICE_S, Latch
+from ..errors import NotEnoughMemory, WaitTimedOut
 
 HUGE_PAGE_BYTES = 2 << 20
 #: Bytes one thread copies or touches at a time: a few huge pages, and enough that handing it out costs nothing.
@@ -24,6 +29,9 @@ class HostPages:
     """`nbytes` of anonymous memory that shares no page with anything else.
 
     `cudaHostRegister` works on whole pages, and two tensors from the ordinary allocator may share one.
+
+    Raises:
+        NotEnoughMemory: the system does not give it.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -33,7 +41,13 @@ class HostPages:
         # Private: Python maps shared by default, which is shmem, for which most kernels give no huge pages whatever
         # madvise says (shmem_enabled=never). Touching it by two threads ran at 2.5 instead of 16 GB/s (2-core VM).
         flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        self._memory: mmap.mmap | None = mmap.mmap(-1, length, **flags)
+        try:
+            self._memory: mmap.mmap | None = mmap.mmap(-1, length, **flags)
+        except (OSError, ValueError) as error:
+            raise NotEnoughMemory(
+                f"the system refuses {format_bytes(length)} of host memory for experts ({error}); close other "
+                f"programs, raise a limit (ulimit -v, a container's), or take a smaller model or dtype"
+            ) from error
         if is_large and hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
@@ -90,9 +104,44 @@ def run_jobs(jobs: Sequence[Callable[[], None]], threads: int | None = None) -> 
             job()
         return
     # Our own threads, not torch's: those are set to one in tests and by users for good reasons of their own.
-    with ThreadPoolExecutor(threads, thread_name_prefix="prescope-fill") as pool:
-        for done in [pool.submit(job) for job in jobs]:
-            done.result()
+    left, errors = deque(jobs), list[BaseException]()
+    ended = [Latch() for _ in range(threads)]
+    try:
+        for latch in ended:
+            _thread.start_new_thread(_work_off, (left, errors, latch))
+        _await_all(ended, left)
+    except BaseException:
+        left.clear()  # what has begun is waited for: nobody writes into memory that is given up
+        _await_all(ended, left)
+        raise
+    if errors:
+        raise errors[0]
+
+
+def _work_off(left: deque[Callable[[], None]], errors: list[BaseException], ended: Latch) -> None:
+    try:
+        while not errors:
+            try:
+                job = left.popleft()
+            except IndexError:  # there is nothing left
+                return
+            job()
+    except BaseException as error:  # noqa: BLE001 - raised by `run_jobs`
+        errors.append(error)
+    finally:
+        ended.set()
+
+
+def _await_all(ended: Sequence[Latch], left: deque[Callable[[], None]]) -> None:
+    num_left, waited_s = len(left), 0.0
+    for latch in ended:
+        while not latch.wait(SLICE_S):
+            num_left, waited_s = len(left), 0.0 if len(left) < num_left else waited_s + SLICE_S
+            if waited_s > PATIENCE_S:
+                raise WaitTimedOut(
+                    f"{num_left} pieces of host memory are left to fill, and none was for {PATIENCE_S:.0f} s; "
+                    f"the machine may be out of memory"
+                )
 
 
 def num_threads() -> int:

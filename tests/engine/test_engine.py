@@ -12,7 +12,7 @@ import torch
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
 
 import prescope
-from prescope.cache.policies import _BY_NAME, LRU
+from prescope.cache.policies import LRU, POLICIES
 from prescope.core.types import NeedOutcome
 from prescope.device import NullDevice
 from prescope.engine.config import EngineConfig
@@ -89,7 +89,7 @@ def test_a_slot_given_away_while_in_use_is_seen_by_the_null_device(model, monkey
             self.tick -= 2.0
             super().use(moe_layer, experts, weights)
 
-    monkeypatch.setitem(_BY_NAME, "lru", MRU)
+    monkeypatch.setitem(POLICIES, "lru", MRU)
     with prescope.attach(model, slots=9, device="null", record_routing=False) as engine:
         try:
             tokens = engine.generate(ids, max_new_tokens=12).tokens

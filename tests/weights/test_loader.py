@@ -214,7 +214,7 @@ def test_a_failed_copy_surfaces_at_the_next_touch(touch):
     bench = Bench(device)
     bench.host.layers[1]._views = [torch.zeros(3, dtype=torch.uint8)] * EXPERTS  # does not fit its slot
     bench.prefetch(1, [0, 2, 4, 6])
-    bench.loader._ready[bench.table.slots_for(1, np.asarray([0]))[0]].wait()
+    bench.loader._ready[bench.table.slots_for(1, np.asarray([0]))[0]].wait(10.0)
     with pytest.raises(TransferFailed):
         if touch == "wait":
             bench.loader.wait(bench.table.slots_for(1, np.asarray([0])))

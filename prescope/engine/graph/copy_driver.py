@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from ...core.jit import jit
 from ...core.native import call, clock_address, load_int64, now_us, store_int32
 from ...core.types import IntArray
+from ...core.worker import PATIENCE_S
 from ...device import LinkFunctions
-from ...errors import TransferFailed
+from ...errors import TransferFailed, WaitTimedOut
 from ..layered import LayeredRunner
 from .host_loop import LINK_FAILED, NOBODY_ASKED, PAUSED, SERVED, WAIT_US, has_time
 
@@ -121,14 +122,17 @@ class CopyDriver:
         Raises:
             TransferFailed: the GPU stopped, or the driver refused a copy.
         """
-        self._progress[0] = 0
+        self._progress[0] = layer = 0
         number = self._captured.number(step)
         arguments = self._link, clock_address(), self._orders, self._progress, self._words, step, number
+        num_idle = 0
         while (code := follow_orders(*arguments, len(side_tasks))) != SERVED:
             if code == PAUSED:
                 side_tasks.popleft()()
-            else:
-                require_running(self._runner, code, int(self._progress[1]))
+                continue
+            num_idle = num_idle + 1 if layer == self._progress[0] else 0
+            layer = int(self._progress[0])
+            require_running(self._runner, code, int(self._progress[1]), layer, num_idle)
 
     def abandon(self, step: int) -> None:
         """Let a step that is still waiting run to its end, with whatever weights there are."""
@@ -138,11 +142,15 @@ class CopyDriver:
             self._runner.device.send([self._captured.acknowledgement(layer, step)], None)
 
 
-def require_running(runner: LayeredRunner, code: int, failure: int) -> None:
+def require_running(runner: LayeredRunner, code: int, failure: int, layer: int, num_idle: int) -> None:
     """After `serve` or `follow_orders` came back before the end.
+
+    Args:
+        layer: that is waited for. `num_idle`: how often they came back for it before.
 
     Raises:
         TransferFailed: the driver refused a copy with `failure`, or the GPU stopped.
+        WaitTimedOut: nobody asked for the layer for PATIENCE_S.
     """
     if code == LINK_FAILED:
         raise TransferFailed(
@@ -150,3 +158,5 @@ def require_running(runner: LayeredRunner, code: int, failure: int) -> None:
         )
     if runner.device.is_idle():
         raise TransferFailed("the GPU stopped without a message; the CUDA error is above, if there is one")
+    if num_idle * WAIT_US > PATIENCE_S * 1e6:
+        raise WaitTimedOut(f"the GPU did not come to MoE layer {layer} within {PATIENCE_S:.0f} s; run again")

@@ -159,6 +159,7 @@ class HostDriver:
             number,
             row,
         )
+        layer, num_idle = 0, 0
         while True:
             with said_if_compiled_first(serve, "the host's part of a decode step"):
                 code = serve(*arguments, len(side_tasks))
@@ -169,7 +170,9 @@ class HostDriver:
                 continue
             if code == at.CPU_FAILED:
                 self._lane.explain()
-            require_running(runner, code, int(counts[at.FAILURE]))
+            num_idle = num_idle + 1 if layer == counts[at.LAYER] else 0
+            layer = int(counts[at.LAYER])
+            require_running(runner, code, int(counts[at.FAILURE]), layer, num_idle)
         table.policy.tick = int(counts[at.TICK])
         needs = self._state.needs.copy()
         self._served[step] = needs, self._log()

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...errors import TransferFailed, UnsupportedOption
+from ...core.worker import PATIENCE_S
+from ...errors import TransferFailed, UnsupportedOption, WaitTimedOut
 from ...kernels import StepLog
 from ..layered import LayeredRunner
 from .copy_driver import CopyDriver, SideTasks
@@ -278,6 +279,7 @@ class DecodeLoop:
 
     def _await(self, poll: Callable[[], Any]) -> Any:
         """Poll a message of the GPU until it is there."""
+        begin = time.monotonic()
         while True:
             for _ in range(POLLS):
                 if (found := poll()) is not None:
@@ -285,6 +287,10 @@ class DecodeLoop:
             if self._runner.device.is_idle() and poll() is None:
                 raise TransferFailed(
                     "the GPU stopped without a message; the CUDA error is above, if there is one"
+                )
+            if time.monotonic() - begin > PATIENCE_S:
+                raise WaitTimedOut(
+                    f"the GPU was not done with a decode step within {PATIENCE_S:.0f} s; run again"
                 )
 
     def _abandon(self) -> None:

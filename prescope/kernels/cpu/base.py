@@ -15,6 +15,9 @@ from ...cache.residency import IntArray
 from ...weights.layout import RowLayout
 from ..base import ExpertsSpec
 
+#: Longer than any job takes that a decode step submits: all experts of a layer, read at 1 GB/s, are done sooner.
+MOST_JOB_S = 60.0
+
 
 class CpuLayer(NamedTuple):
     """One MoE layer's experts in host memory."""
@@ -104,7 +107,7 @@ class CpuJob(Protocol):
 
         Raises:
             CancelledError: it was cancelled, or the lane was closed, before it was done.
-            TimeoutError: it is not over after `timeout_s`.
+            TimeoutError: it is not over after `timeout_s`; WaitTimedOut: after far longer than any takes.
             Exception: whatever its computation raised.
         """
         ...

@@ -12,7 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
+
+from ...core import paths
+from ...core.private_folders import private_folder, why_unsafe
 
 SOURCE = Path(__file__).parent / "kernel" / "kernel.c"
 FLAGS = (
@@ -48,7 +52,10 @@ def load(source: Path = SOURCE, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
     headers = sorted(source.parent.glob("*.h"))
     text = b"".join(path.read_bytes() for path in [source, *headers])
     target = cache_dir() / f"{source.stem}_{_key(text, compiler, flags)}.so"
-    if not target.exists():
+    foreign = why_unsafe(target) if target.exists() else "not there"
+    if foreign:
+        if target.exists():
+            warnings.warn(f"a compiled kernel is not run but built anew: {foreign}", stacklevel=2)
         _compile(compiler, flags, source, target)
     try:
         return ctypes.CDLL(str(target))
@@ -71,8 +78,8 @@ def find_compiler() -> str:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prescope"
+    """Where compiled kernels are kept: they are run, so only where nobody else can write."""
+    return private_folder([paths.cache_dir() / "compiled"], "the compiled kernel of the CPU lane")
 
 
 def _key(text: bytes, compiler: str, flags: tuple[str, ...]) -> str:
@@ -92,7 +99,6 @@ def _cpu_flags() -> str:
 
 def _compile(compiler: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that the rename is atomic: another process may build the same.
         handle, unfinished = tempfile.mkstemp(suffix=".so", dir=target.parent)
     except OSError as error:
@@ -106,6 +112,7 @@ def _compile(compiler: str, flags: tuple[str, ...], source: Path, target: Path) 
             text=True,
             timeout=MOST_SECONDS,
         )
+        os.chmod(unfinished, 0o700)  # whatever the umask makes of it: others must not write it
         os.replace(unfinished, target)
     except subprocess.CalledProcessError as error:
         last = (error.stderr or "").strip().splitlines()[:1]

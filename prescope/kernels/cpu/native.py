@@ -4,7 +4,6 @@ Knows bfloat16 and float16, weights stored either way, and gates that are tables
 """
 
 import ctypes
-import os
 import threading
 import time
 import weakref
@@ -17,8 +16,10 @@ import numpy as np
 import torch
 
 from ...core.native import address_of
+from ...core.worker import process_id, require_process
+from ...errors import WaitTimedOut
 from ..base import ExpertsSpec
-from .base import CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions
+from .base import MOST_JOB_S, CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions
 from .build import CannotBuild, load
 from .checks import check_lot
 from .gates import GateTables, activation_tables, gate_tables
@@ -82,6 +83,9 @@ class NativeLane:
         self.threads = self._calls.num_threads(self._pool) if self._pool else 0
         self.has_tiles = bool(self._pool and self._calls.has_tiles(self._pool))
         self._jobs: deque[_NativeJob] = deque()  # hold what threads may still read and write
+        self._lost: list[
+            _NativeJob
+        ] = []  # submitted, and interrupted before their address was known: held to the end
         self._lock = threading.Lock()
         self._close = weakref.finalize(self, _close_pool, self._calls, self._pool)
         if self.threads < threads:
@@ -96,6 +100,7 @@ class NativeLane:
         out: torch.Tensor,
         flag: Flag | None,
     ) -> CpuJob:
+        self._calls.require_here()
         indices = np.concatenate(expert_batch)
         struct = _Lot(
             x_TD.data_ptr(), out.data_ptr(), x_TD.stride(0), out.stride(0), x_TD.shape[0], out.shape[0],
@@ -106,15 +111,18 @@ class NativeLane:
             if not self._close.alive:
                 raise CancelledError("the CPU lane is closed")
             while self._jobs and self._jobs[0].done():
-                self._jobs.popleft()
-            address = self._calls.submit(
+                job = self._jobs.popleft()
+                if not job.address:
+                    self._lost.append(job)
+            job = _NativeJob(self._calls, (x_TD, out, flag))
+            self._jobs.append(job)
+            job.address = self._calls.submit(
                 self._pool, ctypes.byref(self._structs[moe_layer]), ctypes.byref(struct)
             )
-            if not address:
+            if not job.address:
+                self._jobs.pop()
                 check_lot(self._layers[moe_layer], expert_batch, x_TD, out)
                 raise MemoryError(f"no memory for {len(expert_batch.tokens)} pairs on the CPU lane")
-            job = _NativeJob(self._calls, address, (x_TD, out, flag))
-            self._jobs.append(job)
         return job
 
     def functions(self) -> LaneFunctions:
@@ -124,56 +132,62 @@ class NativeLane:
         return _NativeFunctions(LaneAddresses(submit, state, span, free, self._pool), layers, self)
 
     def stay_awake(self, on: bool) -> None:
+        self._calls.require_here()
         with self._lock:
             if self._close.alive:
                 self._calls.stay_awake(self._pool, on)
 
     def close(self) -> None:
+        if not self._calls.is_here:
+            return
         with self._lock:
             self._close()
             self._jobs.clear()
+            self._lost.clear()
 
 
 class _NativeFunctions(LaneFunctions):
     def settle(self, job: int) -> None:
         calls = self._keep._calls
         calls.cancel(job)
-        while calls.wait(job, _WAIT_NS) == _RUNNING:
-            pass
+        calls.state_after(job, MOST_JOB_S)
 
     def explain(self) -> NoReturn:
         raise CancelledError("experts on the CPU were cancelled, or there is no memory for them")
 
 
 class _NativeJob:
-    def __init__(self, calls: "_Calls", address: int, keep: object) -> None:
-        self._calls, self._address, self._keep = calls, address, keep
+    def __init__(self, calls: "_Calls", keep: object) -> None:
+        self._calls, self._keep = calls, keep
+        self.address = 0  # until it is submitted
 
     def __del__(self) -> None:
-        if os.getpid() == self._calls.pid:  # in a forked child a thread that is not there may hold the lock
-            self._calls.free(self._address)
+        if (
+            self.address and self._calls.is_here
+        ):  # in a forked child a thread that is not there may hold the lock
+            self._calls.free(self.address)
 
     def done(self) -> bool:
-        return self._calls.state(self._address) != _RUNNING
+        return not self.address or self._calls.state(self.address) != _RUNNING
 
     def wait(self, timeout_s: float | None = None) -> None:
-        end = None if timeout_s is None else time.monotonic_ns() + int(timeout_s * 1e9)
-        while True:
-            left = _WAIT_NS if end is None else min(_WAIT_NS, max(0, end - time.monotonic_ns()))
-            state = self._calls.wait(self._address, left)
-            if state == _DONE:
-                return
-            if state != _RUNNING:
-                raise CancelledError("experts on the CPU were cancelled")
-            if end is not None and time.monotonic_ns() >= end:
-                raise TimeoutError(f"experts on the CPU are not done after {timeout_s} s")
+        state = self._calls.state_after(self.address, MOST_JOB_S if timeout_s is None else timeout_s)
+        if state == _DONE:
+            return
+        if state != _RUNNING:
+            raise CancelledError("experts on the CPU were cancelled")
+        if timeout_s is None:
+            raise WaitTimedOut(
+                f"experts computed on the CPU did not come within {MOST_JOB_S:.0f} s; run again"
+            )
+        raise TimeoutError(f"experts on the CPU are not done after {timeout_s} s")
 
     def cancel(self) -> None:
-        self._calls.cancel(self._address)
+        self._calls.cancel(self.address)
 
     def span_ns(self) -> tuple[int, int]:
         start, end = _int64(), _int64()
-        self._calls.span(self._address, ctypes.byref(start), ctypes.byref(end))
+        self._calls.span(self.address, ctypes.byref(start), ctypes.byref(end))
         return start.value, end.value
 
 
@@ -183,7 +197,7 @@ class _Calls:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.pid = os.getpid()
+        self._owner = process_id()
         brief = ctypes.PyDLL(library._name)
         self.open = _typed(library.prescope_open, _pointer, ctypes.c_int, _int64)
         self.close = _typed(library.prescope_close, None, _pointer)
@@ -197,6 +211,26 @@ class _Calls:
         self.cancel = _typed(brief.prescope_cancel, None, _pointer)
         self.span = _typed(brief.prescope_span, None, _pointer, _pointer, _pointer)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process whose threads compute, and not one forked from it."""
+        return self._owner == process_id()
+
+    def require_here(self) -> None:
+        """Before a lock is taken: in a forked process a thread that is not there may hold it."""
+        require_process(self._owner, "the CPU lane")
+
+    def state_after(self, job: int, timeout_s: float) -> int:
+        """A job's state when it is over, or after `timeout_s`, by the waits rather than the clock, as `Worker.wait`."""
+        self.require_here()
+        left_ns = int(timeout_s * 1e9)
+        while True:
+            begin_ns = time.monotonic_ns()
+            state = int(self.wait(job, min(left_ns, _WAIT_NS)))
+            if state != _RUNNING or left_ns <= 0:
+                return state
+            left_ns -= min(_WAIT_NS, time.monotonic_ns() - begin_ns)  # a signal ends a wait early
+
 
 def _typed(function, result, *arguments):  # type: ignore[no-untyped-def]
     function.restype, function.argtypes = result, arguments
@@ -204,7 +238,7 @@ def _typed(function, result, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _close_pool(calls: _Calls, pool: int) -> None:
-    if pool and os.getpid() == calls.pid:  # a forked child has the memory, but not the threads that would end
+    if pool and calls.is_here:  # a forked child has the memory, but not the threads that would end
         calls.close(pool)
 
 

@@ -8,9 +8,10 @@ import ctypes
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -18,7 +19,8 @@ import torch
 from torch.nn import functional
 
 from ...core.native import address_of
-from .base import CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions
+from ...core.worker import Latch, Worker
+from .base import MOST_JOB_S, CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions
 from .checks import check_lot
 
 
@@ -43,16 +45,17 @@ class TorchLane:
         out: torch.Tensor,
         flag: Flag | None,
     ) -> CpuJob:
+        self._leader.require_here()  # in a forked process the lock may be taken for ever
         layer = self._layers[moe_layer]
         check_lot(layer, expert_batch, x_TD, out)
+        job = _TorchJob(self._leader, flag, partial(_compute, layer, expert_batch, x_TD=x_TD, out=out))
         with self._lock:
             if self._closed:
                 raise CancelledError("the CPU lane is closed")
             while self._jobs and self._jobs[0].done():
                 self._jobs.popleft()
-            job = _TorchJob(flag)
+            self._leader.submit(partial(job.run, len(expert_batch.experts)))
             self._jobs.append(job)
-            job.future = self._leader.submit(job.run, layer, expert_batch, x_TD, out)
         return job
 
     def functions(self) -> LaneFunctions:
@@ -62,37 +65,47 @@ class TorchLane:
         """Torch's threads spin for some milliseconds of their own accord."""
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            for job in self._jobs:
-                job.cancel()
-        self._leader.shutdown(wait=True)
+        if self._leader.is_here:
+            with self._lock:
+                self._closed = True
+                for job in self._jobs:
+                    job.cancel()
+        self._leader.close("the end of what experts on the CPU were at", MOST_JOB_S)
 
 
 class _TorchJob:
-    def __init__(self, flag: Flag | None) -> None:
-        self.future: Future[None] = Future()
-        self._flag = flag
+    def __init__(self, leader: Worker, flag: Flag | None, compute: Callable[[int], None]) -> None:
+        self._leader, self._flag, self._compute = leader, flag, compute
+        self._over = Latch()
+        self._error: BaseException | None = None
         self._cancelled = False
         self._span = 0, 0
 
-    def run(self, layer: CpuLayer, expert_batch: ExpertBatch, x_TD: torch.Tensor, out: torch.Tensor) -> None:
+    def run(self, num_experts: int) -> None:
         start = time.perf_counter_ns()
         try:
-            for i in range(len(expert_batch.experts)):
+            for i in range(num_experts):
                 if self._cancelled:
                     raise CancelledError("experts on the CPU were cancelled")
-                _compute(layer, expert_batch, i, x_TD, out)
+                self._compute(i)
+        except BaseException as error:  # noqa: BLE001 - raised by `wait`
+            self._error = error
         finally:  # a GPU may wait for the flag, so it is set whatever happened
             self._span = start, time.perf_counter_ns()
             if self._flag is not None:
                 self._flag.word.fill_(self._flag.value)
+            self._over.set()
 
     def done(self) -> bool:
-        return self.future.done()
+        return self._over.is_set
 
     def wait(self, timeout_s: float | None = None) -> None:
-        self.future.result(timeout_s)
+        if timeout_s is None:
+            self._leader.wait(self._over, "an expert computed on the CPU", MOST_JOB_S)
+        elif not self._over.wait(timeout_s):
+            raise TimeoutError(f"experts on the CPU are not done after {timeout_s} s")
+        if self._error is not None:
+            raise self._error
 
     def cancel(self) -> None:
         self._cancelled = True
@@ -194,7 +207,7 @@ def _compute(
     out[torch.from_numpy(expert_batch.places[pairs])] = linear(spec.gate(h), spec.down, spec.down_bias)
 
 
-def _leader(threads: int) -> ThreadPoolExecutor:
+def _leader(threads: int) -> Worker:
     """One thread in which torch computes with `threads`, while it goes on as before in all others.
 
     `torch.set_num_threads` holds for the calling thread and for threads that are yet to come, not for others that are
@@ -206,7 +219,7 @@ def _leader(threads: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # at its first use a thread takes the number set last by anyone, over its own
         torch.set_num_threads(threads)
 
-    leader = ThreadPoolExecutor(1, thread_name_prefix="prescope-cpu", initializer=start)
-    leader.submit(int).result()
+    leader = Worker("prescope-cpu", begin=start)
+    leader.drain("the start of the CPU lane's thread")
     torch.set_num_threads(before)
     return leader

@@ -1,0 +1,63 @@
+"""Memory that the system refuses: said with what to do, and everything works afterwards."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import prescope
+from prescope.device import CudaDevice, EmulatedLinkDevice
+from prescope.errors import NotEnoughMemory
+from tests.support.models import plain_tokens, prompt, tiny_moe
+
+
+class RefusesToPin(EmulatedLinkDevice):
+    """A device whose host may lock two layers' rows and no more, by the real device's own words."""
+
+    def __init__(self) -> None:
+        super().__init__(50.0)
+        self.pinned = 0
+
+    def pin(self, row: torch.Tensor) -> bool:
+        if self.pinned == 2:
+            return CudaDevice.pin(self, row)  # type: ignore[arg-type]
+        self.pinned += 1
+        return True
+
+    def unpin(self, row: torch.Tensor) -> None:
+        self.pinned -= 1
+
+
+def test_pinning_that_is_refused_gives_the_model_back_and_says_what_to_do(monkeypatch):
+    """As ulimit -l on a laptop, or WSL: formerly "failed with cudaError.???", and the experts half moved."""
+    model, ids = tiny_moe(), prompt()
+    expected = plain_tokens(model, ids)
+    device = RefusesToPin()
+    monkeypatch.setattr("prescope.engine.engine.open_device", lambda *_: device)
+    monkeypatch.setattr("torch.cuda.device", lambda _: nullcontext())
+    monkeypatch.setattr(
+        "torch.cuda.cudart", lambda: SimpleNamespace(cudaHostRegister=lambda address, nbytes, flags: 2)
+    )
+    with pytest.raises(NotEnoughMemory, match=r"KiB of host memory be pinned.*ulimit -l.*WSL.*device='cpu'"):
+        prescope.attach(model, slots=5, device="cpu")
+    assert device.pinned == 0, "what was pinned before is unpinned"
+    monkeypatch.undo()
+    assert plain_tokens(model, ids) == expected
+    with prescope.attach(model, slots=5, device="cpu", link_gb_per_s=50.0) as engine:
+        assert engine.generate(ids, max_new_tokens=12).tokens == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_refusal_leaves_no_error_for_the_next_kernel():
+    """CUDA remembers the error of a call that failed, and torch reports it at the next launch, whoever made it."""
+    device = CudaDevice()
+    row = torch.zeros(1 << 20, dtype=torch.uint8)
+    assert device.pin(row)
+    try:
+        with pytest.raises(NotEnoughMemory):
+            device.pin(row)  # pinned already, which the runtime refuses too
+        assert int(torch.ones(8, device=device.torch_device).sum()) == 8
+    finally:
+        device.unpin(row)
