@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Self
 import pandas as pd
 
 from . import views
-from .core.paths import embedded_model
 from .core.types import Phase
 from .engine.engine import Engine
 from .engine.job import Job, NamedPrompts
@@ -56,7 +55,7 @@ class Session:
                 raise UnsupportedOption(f"the engine has its settings already; remove {', '.join(settings)}")
             self.engine = model
         else:
-            self.engine = load(embedded_model() if model is None else model, **settings)
+            self.engine = load(model, **settings)
         self.runs: list[RunResult] = []
         self._one_run = threading.Lock()
         self._panel: SlotsPanel | None = None

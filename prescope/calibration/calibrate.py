@@ -137,7 +137,7 @@ def _where(subject: Subject, device: str, link_gb_per_s: float | None) -> tuple[
     engine = subject.engine
     if engine is not None and device == "auto":
         device, link_gb_per_s = engine.config.device, link_gb_per_s or engine.config.link_gb_per_s
-        if device != "cuda" and link_gb_per_s is None:
+        if not device.startswith("cuda") and link_gb_per_s is None:
             link_gb_per_s = emulated_link_gb_per_s(engine.shape.row_bytes)
     config = EngineConfig(device=device, link_gb_per_s=link_gb_per_s)
     return resolve_device(config.device, config.link_gb_per_s, torch.device("cpu"))[0], link_gb_per_s

@@ -41,6 +41,10 @@ class CudaDevice:
             raise UnsupportedOption(
                 "device='cuda' asked for, but torch sees no CUDA GPU; use device='cpu' for an emulated link"
             )
+        if index is not None and index >= torch.cuda.device_count():
+            raise UnsupportedOption(
+                f"device='cuda:{index}' asked for, but torch sees {torch.cuda.device_count()} GPUs, counted from 0"
+            )
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self._h2d = torch.cuda.Stream(self.torch_device)
         self.memcpy = open_memcpy() if copies == "driver" else None
