@@ -37,6 +37,7 @@ from nbconvert.exporters import HTMLExporter
 from plotly.offline import get_plotlyjs
 from traitlets.config import Config
 
+from .core.files import write_text
 from .core.machine import machine_facts
 from .errors import PrescopeError
 from .traces.metrics import METRIC_DEFINITIONS
@@ -90,7 +91,7 @@ def write_report(
     provenance = _provenance(
         runs=[{"config": r.config, "hardware": r.hardware, "notes": r.notes} for r in runs]
     )
-    return _write(path, _page(title, body, provenance))
+    return write_text(path, _page(title, body, provenance))
 
 
 def _notes(run: RunResult) -> str:
@@ -119,16 +120,9 @@ def _provenance(**facts: Any) -> dict[str, Any]:
 
 
 def _json_script(facts: dict[str, Any]) -> str:
-    text = json.dumps(facts, default=str, indent=1)
-    return '<script type="application/json" id="provenance">' + text.replace("</", "<\\/") + "</script>"
-
-
-def _write(path: str | Path, text: str) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(path)
+    # "<!--" and "<script" inside a script make the browser look for another end of it; "<" stands only in texts here.
+    text = json.dumps(facts, default=str, indent=1).replace("<", "\\u003c")
+    return f'<script type="application/json" id="provenance">{text}</script>'
 
 
 _CSS = f"""
@@ -225,7 +219,7 @@ def execute_notebook(
     begin = time.monotonic()
     asyncio.run(_execute(notebook, path.resolve().parent, timeout_s, log))
     provenance = _provenance(notebook=path.name, parameters=dict(parameters or {}))
-    written = _write(out, _notebook_page(notebook, path.stem, provenance))
+    written = write_text(out, _notebook_page(notebook, path.stem, provenance))
     log(f"{written}: {written.stat().st_size / 2**20:.1f} MiB, {time.monotonic() - begin:.0f} s")
     return written
 

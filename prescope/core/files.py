@@ -256,10 +256,10 @@ def require_memory(nbytes: int, what: str, error: type[PrescopeError]) -> None:
 # -- checksums ---------------------------------------------------------------------------------------------------
 
 
-def checksum(text: str, arrays: Mapping[str, tuple[object, memoryview]] | None = None) -> str:
+def checksum(text: str, arrays: Mapping[str, tuple[str, Any]] | None = None) -> str:
     """A digest of a file's content: its metadata as text, and its arrays by name, each with its form and its bytes.
 
-    Of the content and not of the file: it stands in the file itself.
+    Of the content and not of the file: it stands in the file itself. Bytes come as anything with a contiguous buffer.
     """
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16)
     for name, (form, content) in sorted((arrays or {}).items()):

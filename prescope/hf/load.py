@@ -295,7 +295,7 @@ def _read_tokenizer(name: str | Path, source: Source) -> PreTrainedTokenizerBase
         f"pass it to prescope.attach and give token ids)"
     ):
         tokenizer = AutoTokenizer.from_pretrained(name, **source.hub, **source.code)
-        if not len(tokenizer):
+        if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
             # transformers makes one without a vocabulary where tokenizer_config.json is all there is.
             raise BadModelFolder(f"the tokenizer of {name} has no vocabulary; fetch the folder again")
         tokenizer.padding_side = "left"

@@ -26,9 +26,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..core.files import require_checksum
 from ..core.types import Lane, Reason
 from ..errors import BadTrace
+from .files import REMEDY, checksum_of, read_table, require_columns, write_table
 
+FORMAT = "prescope-events-1"
 LANES = [str(lane) for lane in Lane]
 KINDS = ["dense", "experts", "transfer", "stall", "cpu_wait", "host_wait"]
 PHASES = ["prefill", "decode"]
@@ -134,21 +137,34 @@ def _frame(rows: Iterable[tuple], dtypes: dict[str, object]) -> pd.DataFrame:
     return pd.DataFrame(list(rows), columns=list(dtypes)).astype(dtypes)
 
 
-def write_events(events: pd.DataFrame, path: str | Path) -> None:
-    """Write an event table as Parquet."""
-    events.to_parquet(path, index=False)
+def write_events(events: pd.DataFrame, path: str | Path) -> Path:
+    """Write an event table as Parquet.
+
+    Raises:
+        CannotWrite: no space, or no permission.
+    """
+    return write_table(path, events, FORMAT, {}, _columns(events))
 
 
 def read_events(path: str | Path) -> pd.DataFrame:
     """Read an event table written by `write_events`.
 
     Raises:
-        BadTrace: columns are missing: the file is no event table, or one of another version.
+        BadTrace: it is no event table, one of another version, damaged, or not as it was written.
+        FileNotFoundError: there is none.
     """
-    frame = pd.read_parquet(path)
-    missing = [column for column in COLUMNS if column not in frame.columns]
-    if missing:
-        raise BadTrace(
-            f"{path} lacks the columns {missing}; it is not an event table of this version of prescope"
-        )
-    return frame[COLUMNS].astype(DTYPES)
+    frame, stored = read_table(path, None, COLUMNS, "not an event table of this version of prescope")
+    require_columns(frame, DTYPES, path)
+    events = frame[COLUMNS].astype(DTYPES)
+    if not np.isfinite(events[["start_us", "dur_us"]].to_numpy()).all():
+        raise BadTrace(f"{path} holds times that are NaN or infinite; {REMEDY}")
+    require_checksum(stored.checksum, checksum_of(stored.text, _columns(events)), path, BadTrace, REMEDY)
+    return events
+
+
+def _columns(events: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Each column as numbers, categories by their codes."""
+    return {
+        name: (column.cat.codes if isinstance(column.dtype, pd.CategoricalDtype) else column).to_numpy()
+        for name, column in events[COLUMNS].astype(DTYPES).items()
+    }
