@@ -2,7 +2,8 @@
 
     python -m benchmarks.fuzz_files --inputs 10000
 
-Prints one line a kind, and every input that gave a foreign error, hung, took much memory, or was read as something else.
+Prints one line a kind, and every input that gave a foreign error, hung, took much memory, or was read as something
+else although it has a checksum.
 Figures are in docs/robustness.md.
 """
 
@@ -31,6 +32,7 @@ class Hung(Exception):
 
 
 def alarm(number: int, frame: FrameType | None) -> None:
+    """The handler of the clock that ends an input."""
     raise Hung
 
 

@@ -1,4 +1,4 @@
-"""Damaged files are refused with an error of prescope, or hold what was written; never a crash, a hang, another content.
+"""Damaged files are refused with an error of prescope, or hold what was written: no crash, no hang, no other content.
 
 `benchmarks/fuzz_files.py` tries 10,000 inputs in the same way; docs/robustness.md has its figures.
 """

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 STRANGE: list[Any] = [
-    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**12, 1e308, -0.5, float("nan"), float("inf"), "", "x", "\ud800", "../../x",
-    [], [1], [None], {}, {"a": 1}, [[1]],
+    None, True, -1, 0, 1, 3, 2**31, 2**63, 10**12, 1e308, -0.5, float("nan"), float("inf"), "", "x", "\ud800",
+    "../../x", [], [1], [None], {}, {"a": 1}, [[1]],
 ]  # fmt: skip
 
 
