@@ -59,7 +59,7 @@ def badge(run: RunResult) -> str:
 
 
 def write_report(
-    figures: Sequence[go.Figure],
+    figures: Sequence[go.Figure | str],
     tables: Mapping[str, pd.DataFrame],
     path: str | Path,
     *,
@@ -70,10 +70,14 @@ def write_report(
     """Write one HTML page that opens without network.
 
     Args:
-        figures: plain figures, in order; FigureWidgets need a kernel and would come out blank.
+        figures: plain figures, in order; FigureWidgets need a kernel and would come out blank. A text stands for a
+            figure that cannot be drawn and says why.
         tables: heading -> frame.
         title, verdict: heading, and the finding in one sentence.
         runs: where the figures come from: their summaries and provenance are in the page.
+
+    Raises:
+        CannotWrite: no space, or no permission.
     """
     badges = " ".join(f'<span class="badge">{text}</span>' for text in dict.fromkeys(map(badge, runs)))
     summaries = "".join(
@@ -98,7 +102,9 @@ def _notes(run: RunResult) -> str:
     return "".join(f"<p class='note'>{escape(note)}</p>" for note in run.notes)
 
 
-def _div(figure: go.Figure) -> str:
+def _div(figure: go.Figure | str) -> str:
+    if isinstance(figure, str):
+        return f"<p class='note'>{escape(figure)}</p>"
     if isinstance(figure, go.FigureWidget):
         raise TypeError(f"{type(figure).__name__} needs a kernel; pass a plain go.Figure")
     return pio.to_html(figure, full_html=False, include_plotlyjs=False, include_mathjax=False, config=CONFIG)

@@ -52,8 +52,13 @@ class CudaDevice:
 
     def describe(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.torch_device)
+        # kHz and bits; memory sends twice a clock.
+        peak = (
+            2 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0) / 8e6
+        )
         return {
             "device": properties.name,
+            **({"device_memory_gb_per_s": round(peak)} if peak else {}),
             "device_memory_gib": round(properties.total_memory / 2**30, 1),
             "link": "measured",
             "label": f"measured on {properties.name}",

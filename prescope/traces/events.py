@@ -6,7 +6,7 @@ of clocks or devices. Times are microseconds since the start of the run.
 | column | dtype | meaning |
 |---|---|---|
 | lane | category | gpu, h2d, cpu, stall, host (`core.Lane`) |
-| kind | category | dense (all that is no expert), experts, transfer, host_wait, stall, cpu_wait (a stall for the CPU) |
+| kind | category | dense (all but experts), experts, transfer, host_wait, warm_up, stall, cpu_wait (for a CPU) |
 | step | int32 | forward pass within the run, 0 is the prefill |
 | phase | category | prefill, decode |
 | moe_layer | int16 | rank among MoE layers, -1 where none applies |
@@ -16,7 +16,8 @@ of clocks or devices. Times are microseconds since the start of the run.
 | start_us, dur_us | float64 | start since the run's start, and duration |
 
 A `dense` row of layer l is the compute between the experts of layer l-1 (or the step's start) and the routing of
-layer l. The rows of lanes gpu, stall and host of one step do not overlap: together they are the compute stream's time.
+layer l. A `warm_up` is the part of a host wait in which decisions were compiled or read from the disk, once in a
+process. The rows of lanes gpu, stall and host of one step do not overlap: together they are the compute stream's time.
 """
 
 from collections.abc import Iterable
@@ -33,7 +34,7 @@ from .files import REMEDY, checksum_of, read_table, require_columns, write_table
 
 FORMAT = "prescope-events-1"
 LANES = [str(lane) for lane in Lane]
-KINDS = ["dense", "experts", "transfer", "stall", "cpu_wait", "host_wait"]
+KINDS = ["dense", "experts", "transfer", "stall", "cpu_wait", "host_wait", "warm_up"]
 PHASES = ["prefill", "decode"]
 REASONS = ["", *(str(reason) for reason in Reason)]
 
