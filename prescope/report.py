@@ -24,18 +24,24 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pandas as pd
-import plotly.graph_objects as go
-import plotly.io as pio
-from jinja2 import DictLoader
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from nbconvert.exporters import HTMLExporter
-from plotly.offline import get_plotlyjs
-from traitlets.config import Config
+
+from .core.extras import missing_extra
+
+try:
+    import nbformat
+    import plotly.graph_objects as go
+    import plotly.io as pio
+    from jinja2 import DictLoader
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from nbconvert.exporters import HTMLExporter
+    from plotly.offline import get_plotlyjs
+    from traitlets.config import Config
+except ImportError as error:
+    raise missing_extra("prescope.report", "lab", error) from error
 
 from .core.files import write_text
 from .core.machine import machine_facts

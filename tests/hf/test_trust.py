@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,16 @@ def test_an_adapter_is_not_taken_for_a_model(folder):
     (folder / "config.json").rename(folder / "adapter_config.json")
     with pytest.raises(BadModelFolder, match=r"adapter.*prescope\.attach"):
         prescope.load(folder, **SETTINGS)
+
+
+def test_nothing_in_the_package_unpickles():
+    """transformers' own reader of a pickle that was asked for is the only one, and it takes weights only."""
+    readers = re.compile(
+        r"\bpickle\b(?! )|torch\.load\(|np\.load\(|joblib|allow_pickle=True|read_pickle|weights_only=False"
+    )
+    package = Path(prescope.__file__).parent
+    found = [path for path in package.rglob("*.py") if readers.search(path.read_text(encoding="utf-8"))]
+    assert not found
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "fp8", "gptq", "awq", "bitsandbytes", "from_next_year"])
