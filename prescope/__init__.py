@@ -1,11 +1,13 @@
 """prescope: run a Mixture-of-Experts model with its experts in CPU memory, and see where the time goes.
 
-The door of the package. A name is imported when it is first used, so that `import prescope` costs
-milliseconds and reading a saved run needs neither transformers nor plotly.
+The door of the package. A name or a submodule (`prescope.simulator`) is imported when it is first used, so that
+`import prescope` costs milliseconds and reading a saved run needs neither transformers nor plotly.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from prescope.core.renamed import RENAMED, install, module_renamed
 
 if TYPE_CHECKING:
     from prescope.calibration import calibrate as calibrate
@@ -30,6 +32,12 @@ _HOME_OF = {
     "train_predictor": "prescope.training",
 }
 
+#: Modules that are there at once after `import prescope`.
+_SUBMODULES = (
+    "cache", "calibration", "core", "device", "engine", "errors", "hf", "kernels", "predictor", "profile", "report",
+    "scheduler", "session", "simulator", "traces", "training", "views", "weights", "widgets",
+)  # fmt: skip
+
 __all__ = [
     "Engine",
     "HardwareProfile",
@@ -44,11 +52,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module behind a public name when the name is first asked for."""
+    """Import a submodule, or the module behind a public name, when it is first asked for."""
+    if name in _SUBMODULES:
+        return import_module(f"prescope.{name}")
+    if name in RENAMED:
+        return module_renamed(name)
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(
-            f"module 'prescope' has no attribute {name!r}; public names: {', '.join(__all__)}"
+            f"module 'prescope' has no attribute {name!r}; public names: {', '.join(__all__)}, and the modules "
+            f"{', '.join(_SUBMODULES)}"
         )
     value = getattr(import_module(home), name)
     globals()[name] = value  # the next access does not come here
@@ -56,4 +69,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES})
+
+
+install()

@@ -56,6 +56,10 @@ class BadTrace(PrescopeError):
     """A routing trace cannot be read, or lacks what was asked of it."""
 
 
+class CannotWrite(PrescopeError, OSError):
+    """A file cannot be written: no space, no permission, or something else of that name."""
+
+
 class TransferFailed(PrescopeError):
     """Copying an expert's weights to its slot failed."""
 

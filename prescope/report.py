@@ -24,19 +24,26 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pandas as pd
-import plotly.graph_objects as go
-import plotly.io as pio
-from jinja2 import DictLoader
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from nbconvert.exporters import HTMLExporter
-from plotly.offline import get_plotlyjs
-from traitlets.config import Config
 
+from .core.extras import missing_extra
+
+try:
+    import nbformat
+    import plotly.graph_objects as go
+    import plotly.io as pio
+    from jinja2 import DictLoader
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from nbconvert.exporters import HTMLExporter
+    from plotly.offline import get_plotlyjs
+    from traitlets.config import Config
+except ImportError as error:
+    raise missing_extra("prescope.report", "lab", error) from error
+
+from .core.files import write_text
 from .core.machine import machine_facts
 from .errors import PrescopeError
 from .traces.metrics import METRIC_DEFINITIONS
@@ -58,7 +65,7 @@ def badge(run: RunResult) -> str:
 
 
 def write_report(
-    figures: Sequence[go.Figure],
+    figures: Sequence[go.Figure | str],
     tables: Mapping[str, pd.DataFrame],
     path: str | Path,
     *,
@@ -69,10 +76,14 @@ def write_report(
     """Write one HTML page that opens without network.
 
     Args:
-        figures: plain figures, in order; FigureWidgets need a kernel and would come out blank.
+        figures: plain figures, in order; FigureWidgets need a kernel and would come out blank. A text stands for a
+            figure that cannot be drawn and says why.
         tables: heading -> frame.
         title, verdict: heading, and the finding in one sentence.
         runs: where the figures come from: their summaries and provenance are in the page.
+
+    Raises:
+        CannotWrite: no space, or no permission.
     """
     badges = " ".join(f'<span class="badge">{text}</span>' for text in dict.fromkeys(map(badge, runs)))
     summaries = "".join(
@@ -90,14 +101,16 @@ def write_report(
     provenance = _provenance(
         runs=[{"config": r.config, "hardware": r.hardware, "notes": r.notes} for r in runs]
     )
-    return _write(path, _page(title, body, provenance))
+    return write_text(path, _page(title, body, provenance))
 
 
 def _notes(run: RunResult) -> str:
     return "".join(f"<p class='note'>{escape(note)}</p>" for note in run.notes)
 
 
-def _div(figure: go.Figure) -> str:
+def _div(figure: go.Figure | str) -> str:
+    if isinstance(figure, str):
+        return f"<p class='note'>{escape(figure)}</p>"
     if isinstance(figure, go.FigureWidget):
         raise TypeError(f"{type(figure).__name__} needs a kernel; pass a plain go.Figure")
     return pio.to_html(figure, full_html=False, include_plotlyjs=False, include_mathjax=False, config=CONFIG)
@@ -119,16 +132,9 @@ def _provenance(**facts: Any) -> dict[str, Any]:
 
 
 def _json_script(facts: dict[str, Any]) -> str:
-    text = json.dumps(facts, default=str, indent=1)
-    return '<script type="application/json" id="provenance">' + text.replace("</", "<\\/") + "</script>"
-
-
-def _write(path: str | Path, text: str) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(path)
+    # "<!--" and "<script" inside a script make the browser look for another end of it; "<" stands only in texts here.
+    text = json.dumps(facts, default=str, indent=1).replace("<", "\\u003c")
+    return f'<script type="application/json" id="provenance">{text}</script>'
 
 
 _CSS = f"""
@@ -225,7 +231,7 @@ def execute_notebook(
     begin = time.monotonic()
     asyncio.run(_execute(notebook, path.resolve().parent, timeout_s, log))
     provenance = _provenance(notebook=path.name, parameters=dict(parameters or {}))
-    written = _write(out, _notebook_page(notebook, path.stem, provenance))
+    written = write_text(out, _notebook_page(notebook, path.stem, provenance))
     log(f"{written}: {written.stat().st_size / 2**20:.1f} MiB, {time.monotonic() - begin:.0f} s")
     return written
 

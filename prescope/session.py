@@ -8,17 +8,17 @@ Thin: runs come from `engine`, figures from `views`, the panel from `widgets`.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import pandas as pd
 
 from . import views
-from .core.paths import embedded_model
 from .core.types import Phase
 from .engine.engine import Engine
 from .engine.job import Job, NamedPrompts
@@ -56,8 +56,11 @@ class Session:
                 raise UnsupportedOption(f"the engine has its settings already; remove {', '.join(settings)}")
             self.engine = model
         else:
-            self.engine = load(embedded_model() if model is None else model, **settings)
+            self.engine = load(model, **settings)
         self.runs: list[RunResult] = []
+        self._remembered: np.ndarray | None = (
+            None  # the newest run's frequencies, unless the engine was told others
+        )
         self._one_run = threading.Lock()
         self._panel: SlotsPanel | None = None
         self._schedule_panel: SchedulePanel | None = None
@@ -232,8 +235,9 @@ class Session:
 
     def _remember_hot(self, run: RunResult) -> None:
         """Which experts are hot, for cache="static", unless the engine was told when it was loaded."""
-        if self.engine.frequencies is None and run.trace is not None:
-            self.engine.configure(frequencies=run.trace.expert_counts())
+        if self.engine.frequencies is self._remembered and run.trace is not None:
+            self._remembered = run.trace.expert_counts()
+            self.engine.configure(frequencies=self._remembered)
 
     def schedule_panel(self, scenarios: Scenarios, prompts: NamedPrompts, **keywords: Any) -> SchedulePanel:
         """Sliders for all settings of a schedule, and a button that runs them; a panel made before is closed.
@@ -262,9 +266,14 @@ class Session:
     def report(self, path: str | Path, *, title: str = "Where does each token's time go?") -> Path:
         """Write the figures of the last run as one HTML page that opens offline."""
         run = self.last
-        figures = [views.timeline(run), views.layers(run), views.hit_rate(run), views.latency(run)]
-        if run.trace is not None:
-            figures.append(views.load(run))
+        phase: Phase = "decode" if run.metrics.decode.num_steps else "prefill"
+        figures = [
+            _drawn("timeline", lambda: views.timeline(run)),
+            _drawn("layers", lambda: views.layers(run, phase)),
+            _drawn("hit rate", lambda: views.hit_rate(run, phase)),
+            _drawn("latency", lambda: views.latency(run)),
+            _drawn("load", lambda: views.load(run)),
+        ]
         return write_report(figures, {"All figures": run.metrics.to_frame()}, path, title=title, runs=[run])
 
     def close(self) -> None:
@@ -285,6 +294,14 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<Session of {self.engine!r}, {len(self.runs)} runs>"
+
+
+def _drawn(name: str, draw: "Callable[[], go.Figure]") -> "go.Figure | str":
+    """A figure, or why it cannot be drawn: a run of one token has no decode step, one without events no timeline."""
+    try:
+        return draw()
+    except BadTrace as error:
+        return f"No figure of the {name}: {error}."
 
 
 def _unfold(prompts: NamedPrompts) -> tuple[str | list[str], list[dict[str, Any]]]:

@@ -5,11 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs
 
 from prescope import views
 from prescope.report import NotebookFailed, badge, execute_notebook, main, write_report
@@ -68,6 +72,40 @@ def test_the_report_says_where_its_figures_come_from(report, run):
     assert facts["runs"][0]["config"] == run.config
     assert facts["machine"]["python"]
     assert facts["created"]
+
+
+def test_notes_and_titles_are_text_and_never_markup(run, tmp_path):
+    noted = replace(run, notes=[f"note {HOSTILE}", "<img src=x onerror=alert(1)>"])
+    noted = replace(noted, hardware=run.hardware | {"label": f"label {HOSTILE}"})
+    path = write_report(
+        [f"why {HOSTILE}"],
+        {},
+        tmp_path / "r.html",
+        title=f"t {HOSTILE}",
+        runs=[noted],
+        verdict=f"v {HOSTILE}",
+    )
+    page = path.read_text(encoding="utf-8")
+    assert HOSTILE not in page and "<img" not in page.replace(get_plotlyjs(), "")
+    for word in ("note", "label", "t", "v", "why"):
+        assert f"{word} {escape(HOSTILE)}" in page
+    assert provenance(page)["runs"][0]["notes"] == noted.notes
+
+
+@pytest.mark.parametrize(
+    "text", ["<!--<script>", "<!-- <script> --> </script>", "]]><", "\u2028", "\ud800 half a pair"]
+)
+def test_no_text_makes_the_provenance_unreadable(run, tmp_path, text):
+    """Inside a script "<!--<script>" hides the next end tag: the rest of the page would be part of it."""
+    noted = replace(run, notes=[text])
+    cell = text.encode("utf-8", "replace").decode()  # pandas itself takes no half pairs
+    table = pd.DataFrame({cell: [cell]})
+    figure = go.Figure(go.Bar(y=[1], name=text))
+    path = write_report([figure], {text: table}, tmp_path / "r.html", title=text, runs=[noted], verdict=text)
+    page = path.read_text(encoding="utf-8")
+    block = page[page.index('id="provenance">') :]
+    assert "<" not in block[len('id="provenance">') : block.index("</script>")]
+    assert provenance(page)["runs"][0]["notes"] == [text]
 
 
 def test_a_page_that_needs_a_kernel_is_refused(run, tmp_path):

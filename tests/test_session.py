@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import CancelledError
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 
@@ -138,3 +139,26 @@ def test_an_engine_keeps_its_settings(session):
     with pytest.raises(UnsupportedOption, match="slots"):
         Session(session.engine, slots=0.25)
     assert Session(session.engine).engine is session.engine
+
+
+@pytest.mark.parametrize("last", [{"max_new_tokens": 1}, {"max_new_tokens": 4, "use_cache": False}])
+def test_a_report_of_a_run_without_decode_steps_says_what_cannot_be_drawn(session, tmp_path, last):
+    session.run("The old man", max_new_tokens=3)
+    session.run("The old man", **last)
+    page = session.report(tmp_path / "r.html").read_text(encoding="utf-8")
+    assert page.count("plotly-graph-div") >= 3
+    if not session.last.metrics.decode.num_steps:
+        assert "No figure of the latency: the run has no decode steps" in page
+
+
+def test_the_frequencies_remembered_are_the_newest_runs(session):
+    """They were the first run's for ever: a static cache after a change of subject went by what was asked before."""
+    engine = session.engine
+    for prompt in ("The old man", "def main(arguments): return 0"):
+        run = session.run(prompt, max_new_tokens=4)
+        session._remember_hot(run)
+        assert np.array_equal(engine.frequencies, run.trace.expert_counts())
+    told = np.ones_like(engine.frequencies)
+    engine.configure(frequencies=told)
+    session._remember_hot(session.run("The old man", max_new_tokens=3))
+    assert engine.frequencies is told, "what the user said stays"

@@ -1,6 +1,8 @@
 """`calibrate`: plan, measure within the time given, keep what was measured, make a profile of it."""
 
+import os
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
@@ -17,6 +19,7 @@ from ..errors import BadProfile, UnsupportedOption
 from ..hf import find_moe_layers
 from ..profile import Circumstances, HardwareProfile, Point, own_file
 from .bench import Bench
+from .doubts import busy_note, impossible
 from .experts import ExpertForm, silu_form
 from .layers import layer_points
 from .plan import Sizes, expert_plan, host_plan, sizes_of
@@ -55,6 +58,9 @@ def calibrate(
 ) -> HardwareProfile:
     """Measure link, CPU experts, device experts and host costs of this machine, alone and beside each other.
 
+    A point that no memory can give is left out, and a machine that was busy meanwhile is said: both as a warning and in
+    the profile's notes.
+
     Ctrl-C ends it at once; a saved profile stays as it was, and a call within the hour goes on where this one stopped.
 
     Args:
@@ -73,6 +79,7 @@ def calibrate(
         NotAMoE, UnsupportedExperts: the model has no experts to measure for.
     """
     deadline = time.perf_counter() + seconds
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     subject = _subject(model_or_engine)
     kind, rate = _where(subject, device, link_gb_per_s)
     with closing(open_device(kind, rate, subject.forms[0].layout.row_bytes)) as opened:
@@ -89,11 +96,12 @@ def calibrate(
         except KeyboardInterrupt:
             unfinished.keep(run.points)
             raise
+    points = _believed(run, described.get("device_memory_gb_per_s"), load)
     profile = HardwareProfile(
         place=place,
         label=described["label"],
         measured=datetime.now(UTC).date().isoformat(),
-        points=tuple(run.points),
+        points=tuple(points),
         machine={**machine_facts(), "device": described["device"], "cpu_threads": run.cpu_threads},
         cpu_backend=run.cpu_backend,
         link_gb_per_s=run.link_gb_per_s,
@@ -105,6 +113,17 @@ def calibrate(
         profile.save()
         unfinished.forget()
     return profile
+
+
+def _believed(run: "_CalibrationRun", device_gb_per_s: float | None, load: float | None) -> list[Point]:
+    """The points that can be true; what cannot, and a busy machine, is said and noted in the profile."""
+    refused = impossible(run.points, device_gb_per_s)
+    doubts = [f"not believed: {_in_words(of)}: {reason}" for of, reason in refused.items()]
+    doubts += [note] if (note := busy_note(run.points, load, os.cpu_count() or 1)) else []
+    for doubt in doubts:
+        warnings.warn(doubt, stacklevel=3)
+    run.notes += doubts
+    return [point for point in run.points if point.of not in refused]
 
 
 def _beside_older(profile: HardwareProfile) -> HardwareProfile:
@@ -137,7 +156,7 @@ def _where(subject: Subject, device: str, link_gb_per_s: float | None) -> tuple[
     engine = subject.engine
     if engine is not None and device == "auto":
         device, link_gb_per_s = engine.config.device, link_gb_per_s or engine.config.link_gb_per_s
-        if device != "cuda" and link_gb_per_s is None:
+        if not device.startswith("cuda") and link_gb_per_s is None:
             link_gb_per_s = emulated_link_gb_per_s(engine.shape.row_bytes)
     config = EngineConfig(device=device, link_gb_per_s=link_gb_per_s)
     return resolve_device(config.device, config.link_gb_per_s, torch.device("cpu"))[0], link_gb_per_s

@@ -1,11 +1,12 @@
 """Points of a calibration that was interrupted, kept so that the next one goes on where it stopped."""
 
-import json
 import time
 from pathlib import Path
 
+from ..core.files import read_object
 from ..errors import BadProfile
 from ..profile import Circumstances, Point, write_json
+from ..profile.files import MOST_BYTES
 from ..profile.points import point_of, row_of
 
 #: After so long a machine may do other things, and everything is measured anew.
@@ -26,7 +27,7 @@ class Unfinished:
     def points(self) -> dict[Circumstances, Point]:
         """What an earlier call measured; nothing if it is old, of other settings, or cannot be read."""
         try:
-            contents = json.loads(self._path.read_text(encoding="utf-8")) if self._path else {}
+            contents = read_object(self._path, BadProfile, "", MOST_BYTES) if self._path else {}
             points = [point_of(row, "unfinished") for row in contents["points"]]
             is_fresh = 0 <= time.time() - contents["at"] < MOST_AGE_S
         except (OSError, ValueError, KeyError, TypeError, BadProfile):

@@ -20,6 +20,7 @@ from .private_folders import private_folder
 
 try:
     import numba
+    from numba.core import event
 except ImportError:  # a requirement of the package, but the core has to run where it is missing
     numba = None
     warnings.warn(
@@ -37,6 +38,17 @@ if numba is not None:
 
 #: Whether decisions are compiled here; recorded in `RunResult.hardware`.
 IS_COMPILED = numba is not None and not numba.config.DISABLE_JIT
+
+
+if numba is not None:
+    # Also held while a function is read from numba's cache on disk, which takes most of a second for all of them.
+    _compiling = event.TimingListener()
+    event.register("numba:compiler_lock", _compiling)
+
+
+def compiling_us() -> float:
+    """Time that this process has spent compiling decisions, or reading them from the disk, so far, microseconds."""
+    return float(_compiling.duration) * 1e6 if numba is not None and _compiling.done else 0.0
 
 
 @cache

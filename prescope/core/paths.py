@@ -8,6 +8,8 @@ from pathlib import Path
 
 from prescope.errors import BadModelFolder
 
+#: What the embedded model is called.
+EMBEDDED_MODEL = "tiny-moe"
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -24,7 +26,7 @@ def embedded_model() -> Path:
     Raises:
         BadModelFolder: this installation does not have it.
     """
-    folder = data_dir() / "tiny-moe"
+    folder = data_dir() / EMBEDDED_MODEL
     if not (folder / "config.json").is_file():
         raise BadModelFolder(
             f"the embedded model is not at {folder} (no config.json); work in a checkout of the repository "

@@ -38,20 +38,24 @@ def resolve_device(device: str, link_gb_per_s: float | None, model_device: torch
     if link_gb_per_s is not None:
         return "cpu", "link_gb_per_s asks for an emulated link"
     if model_device.type == "cuda":
-        return "cuda", "the model is on the GPU"
+        return str(model_device), "the model is on the GPU"
     if torch.cuda.is_available():
         return "cuda", f"torch sees {torch.cuda.get_device_name()}"
     return "cpu", "torch sees no CUDA GPU; the CPU stands in for it, the link is emulated"
 
 
 def open_device(kind: str, link_gb_per_s: float | None, row_bytes: int, link_factor: int = 1) -> Device:
-    """Open a device of a resolved kind; `row_bytes`, the size of an expert, sets an emulated link's default.
+    """Open a device of a resolved kind, such as "cuda" or "cuda:1".
+
+    Args:
+        row_bytes: of an expert; an emulated link's default follows from it.
 
     Raises:
-        UnsupportedOption: `link_factor` without a real link.
+        UnsupportedOption: there is no such GPU, or `link_factor` without a real link.
     """
+    kind, _, index = kind.partition(":")
     if kind == "cuda":
-        return CudaDevice(link_factor=link_factor)
+        return CudaDevice(int(index) if index else None, link_factor=link_factor)
     if link_factor != 1:
         raise UnsupportedOption(
             f"link_factor={link_factor} makes a GPU's link slower; without one say link_gb_per_s=..."

@@ -48,6 +48,10 @@ class CudaDevice:
             raise UnsupportedOption(
                 "device='cuda' asked for, but torch sees no CUDA GPU; use device='cpu' for an emulated link"
             )
+        if index is not None and index >= torch.cuda.device_count():
+            raise UnsupportedOption(
+                f"device='cuda:{index}' asked for, but torch sees {torch.cuda.device_count()} GPUs, counted from 0"
+            )
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self._h2d = torch.cuda.Stream(self.torch_device)
         self.memcpy = open_memcpy() if copies == "driver" else None
@@ -55,8 +59,13 @@ class CudaDevice:
 
     def describe(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.torch_device)
+        # kHz and bits; memory sends twice a clock.
+        peak = (
+            2 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0) / 8e6
+        )
         return {
             "device": properties.name,
+            **({"device_memory_gb_per_s": round(peak)} if peak else {}),
             "device_memory_gib": round(properties.total_memory / 2**30, 1),
             "link": "measured",
             "label": f"measured on {properties.name}",

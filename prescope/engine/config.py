@@ -3,6 +3,7 @@
 The names to choose from are those of the registries: of devices, cache policies and schedules.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from ..device import DEVICES
 from ..errors import UnsupportedOption
 from ..scheduler import SCHEDULES
 
+#: One GPU of several, by its index.
+_ONE_GPU = re.compile(r"cuda:[0-9]{1,3}")
 KERNELS = ("auto", "torch", "triton")
 #: Ways to decode in which the GPU decides.
 DEVICE_DRIVERS = ("gpu-driven", "copy-engine")
@@ -26,8 +29,8 @@ class EngineConfig:
     Args:
         slots: places for experts on the device: an int is a count, a float in (0, 1] a share of all
             experts of the model, a text such as "8GiB" the memory they may take.
-        device: "cuda"; "cpu" with an emulated link; "null" (virtual clock, for tests); "auto" takes CUDA
-            when there is one and says so.
+        device: "cuda", or "cuda:1" for one GPU of several; "cpu" with an emulated link; "null" (virtual clock, for
+            tests); "auto" takes CUDA when there is one and says so.
         cache: which expert gives up its slot: "lru", "lfu", "static" (least frequent by `frequencies`)
             "score" (decayed router weight), "shallow" (first layers stay) or "next-use" (the one whose next use is
             expected last); "auto": the schedule's own.
@@ -71,7 +74,8 @@ class EngineConfig:
     record_inputs: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("device", self.device, ("auto", *DEVICES))
+        if not (isinstance(self.device, str) and _ONE_GPU.fullmatch(self.device)):
+            _one_of("device", self.device, ("auto", *DEVICES))
         _one_of("cache", self.cache, ("auto", *POLICIES))
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("decode", self.decode, DECODES)
@@ -107,7 +111,7 @@ class EngineConfig:
         require_slots_setting(self.slots)
         if self.link_gb_per_s is not None and not self.link_gb_per_s > 0:
             raise UnsupportedOption(f"link_gb_per_s is {self.link_gb_per_s}; a bandwidth is positive")
-        if self.link_gb_per_s is not None and self.device == "cuda":
+        if self.link_gb_per_s is not None and self.device.startswith("cuda"):
             raise UnsupportedOption(
                 "link_gb_per_s sets the emulated link of device='cpu'; CUDA's link is real"
             )

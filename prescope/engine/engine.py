@@ -115,7 +115,7 @@ class Engine:
         cache, cache_reason = _cache_of(config, frequencies)
         policy = make_policy(cache, self.shape, frequencies)
         self._dtype = layers[0].tensors()[layers[0].weight_names[0]].dtype
-        kernel, kernel_reason = make_kernel(config.kernels, kind, self._dtype)
+        kernel, kernel_reason = make_kernel(config.kernels, kind.partition(":")[0], self._dtype)
         self.config = replace(config, device=kind, kernels=kernel.name, cache=cache)
         self.reasons = {
             "slots": slots_reason, "device": device_reason, "kernels": kernel_reason, "cache": cache_reason

@@ -1,5 +1,8 @@
 """The ways in: `load` a model from a folder or the hub, `attach` to one that is already in memory."""
 
+import os
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..core.paths import EMBEDDED_MODEL, embedded_model
 from ..errors import UnsupportedOption
-from ..hf import load_model
+from ..hf import PASSED_ON, load_model, take_source
 from ..predictor import Predictor
 from ..scheduler.costs import LayerCosts
 from .config import EngineConfig
@@ -17,7 +21,7 @@ from .resolve import _check_early
 
 
 def load(
-    model: str | Path,
+    model: str | Path | None = None,
     *,
     dtype: torch.dtype | str = "auto",
     frequencies: np.ndarray | None = None,
@@ -28,29 +32,63 @@ def load(
     """Load a model folder or hub id with its experts in host memory.
 
     Args:
-        model: folder written by `save_pretrained`, or a hub id.
-        dtype: of the weights; "auto" keeps the checkpoint's.
+        model: folder written by `save_pretrained`, or a hub id; None or "tiny-moe": the model that comes with prescope.
+        dtype: of the weights, also by name ("bf16"); "auto" keeps the checkpoint's. `torch_dtype` is the same.
         frequencies: (L, E) uses per expert, for cache="static".
         predictor: for schedules that prefetch by predictions.
         costs: of a layer on this machine, for schedules that weigh them; by default as `prescope.calibrate` saved them.
-        settings: see `EngineConfig`: slots, device, cache, link_gb_per_s, kernels, events, ...
+        settings: of the engine, see `EngineConfig`: slots, device, cache, link_gb_per_s, kernels, events, ...
+            And what is passed on to transformers' `from_pretrained`: revision, token, subfolder, cache_dir,
+            local_files_only, force_download, proxies, variant, attn_implementation, quantization_config,
+            trust_remote_code, code_revision, use_safetensors. Code that comes with a checkpoint runs, and a pickle is
+            read, only if you say so here.
 
     Raises:
         BadModelFolder, NotAMoE, UnsupportedExperts: the model cannot be served.
         SlotPoolTooSmall, SlotPoolTooLarge, UnsupportedOption: the settings cannot.
     """
-    config = EngineConfig(**settings)
-    loaded = load_model(model, dtype, lambda layers, top_k: _check_early(config, layers, top_k))
-    name = Path(model).name if Path(model).is_dir() else str(model)
+    dtype = settings.pop("torch_dtype", None) or dtype
+    source = take_source(settings)
+    config = _config_of(settings)
+    place = _place_of(model)
+    loaded = load_model(place, dtype, lambda layers, top_k: _check_early(config, layers, top_k), source)
     return Engine(
         loaded.model,
         config,
         tokenizer=loaded.tokenizer,
-        name=name,
+        name=Path(place).name if Path(place).is_dir() else str(place),
         frequencies=frequencies,
         predictor=predictor,
         costs=costs,
     )
+
+
+def _place_of(model: Any) -> str | Path:
+    """Folder or hub id of what was given to `load`."""
+    is_its_name = isinstance(model, str) and model == EMBEDDED_MODEL and not Path(model).is_dir()
+    if model is None or is_its_name:
+        return embedded_model()
+    if not isinstance(model, str | os.PathLike):
+        raise UnsupportedOption(
+            f"prescope.load takes a folder or a hub id, not a {type(model).__name__}; a model in memory goes to "
+            f"prescope.attach(model, ...)"
+        )
+    name = os.fspath(model)
+    return Path(name).expanduser() if name.startswith("~") or isinstance(model, os.PathLike) else name
+
+
+def _config_of(settings: dict[str, Any]) -> EngineConfig:
+    """The settings as a config; one that does not exist is said with the one that may be meant."""
+    known = [field.name for field in fields(EngineConfig)]
+    for name in settings.keys() - known:
+        near = get_close_matches(name, [*known, *PASSED_ON], 1)
+        meant = (
+            f"; did you mean {near[0]}?"
+            if near
+            else f"; there are {', '.join(known)}, and {', '.join(PASSED_ON)}"
+        )
+        raise UnsupportedOption(f"there is no setting {name!r}{meant}")
+    return EngineConfig(**settings)
 
 
 def attach(
@@ -76,7 +114,7 @@ def attach(
     name = model.config.name_or_path or type(model).__name__
     return Engine(
         model,
-        config or EngineConfig(**settings),
+        config or _config_of(settings),
         tokenizer=tokenizer,
         name=name,
         frequencies=frequencies,

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..cache.residency import LayerNeed
+from ..core.jit import compiling_us
 from ..core.types import REASONS, Lane, Phase, Reason
 from ..device import Device, Events, Mark
 from ..kernels import StepLog
@@ -97,6 +98,9 @@ class Recorder:
         self._start = device.mark(timed=True)
         self._start_ns = time.perf_counter_ns()  # the same moment by the host's clock, on an idle device
         self._last: Mark = self._start  # end of the last thing on the compute lane
+        #: Microseconds that decisions were compiled, of the host wait of (step, layer); and compiled before by then.
+        self._warm_up: dict[tuple[int, int], float] = {}
+        self._compiled_us = compiling_us()
         self._anchor: tuple[Mark, int] | None = (
             None  # one moment by both clocks: a mark, and the GPU's own in ns
         )
@@ -213,6 +217,9 @@ class Recorder:
 
     def decided(self, moe_layer: int, mark: Mark) -> None:
         """The host has read the routing and issued what it decided."""
+        if (compiled_us := compiling_us()) != self._compiled_us:
+            self._warm_up[len(self._steps) - 1, moe_layer] = compiled_us - self._compiled_us
+            self._compiled_us = compiled_us
         self._span(Lane.HOST, "host_wait", moe_layer, self._last, mark)
         self._last = mark
 
@@ -341,6 +348,7 @@ class Recorder:
                     max(0.0, time_us(span.end, span.step) - start),
                 )
             )
+        events = [part for one in events for part in self._without_warm_up(one)]
         link_free = 0.0
         for step, t, first, end in self._batches:
             # Issued while the link was busy, a batch begins when it is free.
@@ -365,6 +373,17 @@ class Recorder:
                 )
             )
         return Tables(event_frame(events), layer_frame(self._layers), step_frame(steps))
+
+    def _without_warm_up(self, event: Event) -> list[Event]:
+        """A host wait in two parts, where decisions were compiled in it: that happens once in a process."""
+        compiled_us = self._warm_up.get((event.step, event.moe_layer), 0.0)
+        if event.kind != "host_wait" or not compiled_us:
+            return [event]
+        compiled_us = min(compiled_us, event.dur_us)
+        return [
+            event._replace(kind="warm_up", dur_us=compiled_us),
+            event._replace(start_us=event.start_us + compiled_us, dur_us=event.dur_us - compiled_us),
+        ]
 
     def _take_down(self, served: _Served, row_bytes: list[int]) -> None:
         """The rows of one served step."""

@@ -1,7 +1,6 @@
 """Kernel configurations tuned once per GPU and kept in the user's cache folder."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,13 +10,15 @@ import triton
 from tqdm.auto import tqdm
 from triton.testing import do_bench_cudagraph
 
+from ..core.files import write_text
+from ..core.paths import cache_dir
+
 _loaded: dict[str, dict[str, list[int]]] = {}  # by file
 
 
 def _file(device: torch.device) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     gpu = torch.cuda.get_device_name(device).replace(" ", "-")
-    return cache / "prescope" / f"kernels_{gpu}_triton-{triton.__version__}.json"
+    return cache_dir() / f"kernels_{gpu}_triton-{triton.__version__}.json"
 
 
 def _known(file: Path) -> dict[str, list[int]]:
@@ -49,7 +50,4 @@ def tune(
     file = _file(device)
     known = _known(file)
     known[key] = list(candidates[times.index(min(times))])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(known, indent=1))
-    unfinished.replace(file)
+    write_text(file, json.dumps(known, indent=1))

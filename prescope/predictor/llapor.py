@@ -410,16 +410,22 @@ class Llapor:
             config = LlaporConfig(**metadata["config"])
             shape = MoEShape(**metadata["shape"])
             start, stop, reason = metadata["groups"]
+            if not all(type(n) is int and n > 0 for n in shape.routing[:3]):
+                raise ValueError(f"shape {shape[:3]}")
+            if not 0 <= int(start) <= int(stop) <= shape.num_layers:
+                raise ValueError(f"groups {start} to {stop} of {shape.num_layers} layers")
             groups = LayerGroups.at(int(start), int(stop), shape.num_layers, str(reason))
             tag = ModelTag(**metadata["tag"])
+            if not all(isinstance(text, str) for text in (tag.model, tag.fingerprint, tag.created)):
+                raise TypeError(f"tag {tag}")
             expected = tensor_shapes(config, shape, int(metadata["width"]), len(groups.middle))
             error = metadata["validation_error"]
-        except (KeyError, TypeError, ValueError) as problem:
+            error = float("nan") if error is None else float(error)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
             raise BadPredictor(
                 f"{path}: its metadata is damaged: {problem!r}; train the predictor again"
             ) from problem
         check_tensors(tensors, expected, str(path))
-        error = float("nan") if error is None else float(error)
         predictor = cls(config, shape, groups, tensors, tag, validation_error=error)
         if fingerprint is not None:
             predictor.check_model(fingerprint, "this model")

@@ -3,6 +3,7 @@
 Shapes: D width, P compressed width, H hidden, B width of the block, E experts, L MoE layers, N = lookahead * E outputs.
 """
 
+import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -48,12 +49,17 @@ class LlaporConfig:
 
     def __post_init__(self) -> None:
         for name in ("lookahead", "width_outer", "width_middle", "hidden", "block"):
-            if getattr(self, name) < 1:
-                raise UnsupportedOption(f"{name} is {getattr(self, name)}; it is at least 1")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise UnsupportedOption(
+                    f"{name} is {getattr(self, name)!r}; it is a whole number, at least 1"
+                )
         if not 0.0 <= self.dropout < 1.0:
             raise UnsupportedOption(f"dropout is {self.dropout}; it lies in [0, 1)")
-        if min(self.trust, self.focal_lambda, self.focal_gamma, self.distill) < 0.0:
-            raise UnsupportedOption("trust, focal_lambda, focal_gamma and distill are not negative")
+        weights = (self.trust, self.focal_lambda, self.focal_gamma, self.distill)
+        if not all(0.0 <= weight < math.inf for weight in weights):
+            raise UnsupportedOption(
+                "trust, focal_lambda, focal_gamma and distill are finite and not negative"
+            )
 
     @classmethod
     def paper(cls, **changes: Any) -> "LlaporConfig":

@@ -6,17 +6,19 @@ A measured profile is kept in the user's cache folder, one file per place; those
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+from ..core.files import checksum, read_object, require_checksum, sorted_json, write_text
 from ..core.machine import Place
 from ..core.paths import cache_dir, shipped_profiles
 from ..errors import BadProfile
 
 FORMAT = "prescope.profile"
 VERSION = 1
+#: A profile has a few hundred points of a hundred bytes each.
+MOST_BYTES = 16 << 20
 
 
 def own_file(place: Place) -> Path:
@@ -51,14 +53,13 @@ def named_file(path: str | Path) -> Path:
 
 
 def write_json(path: Path, contents: dict[str, Any]) -> None:
-    """Write by an atomic rename: a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    try:
-        unfinished.write_text(as_text(contents))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write values with a checksum of them, whole or not at all.
+
+    Raises:
+        CannotWrite: no space, or no permission.
+    """
+    written = checksum(sorted_json(contents))
+    write_text(path, as_text({**contents, "checksum": written}))
 
 
 def as_text(contents: dict[str, Any]) -> str:
@@ -73,27 +74,28 @@ def read_json(path: Path) -> dict[str, Any]:
     """The contents of a profile's file, its format and version checked.
 
     Raises:
-        BadProfile: it cannot be read, is cut off, is no profile, or is of a later version.
+        BadProfile: it cannot be read, is cut off, is no profile, of a later version, or not as it was written.
     """
     remedy = "delete it and run prescope.calibrate()"
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except OSError as error:
+        contents = read_object(path, BadProfile, remedy, MOST_BYTES)
+    except FileNotFoundError as error:
         raise BadProfile(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadProfile(f"{path} is no whole JSON file ({error}); {remedy}") from error
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+    if contents.get("format") != FORMAT:
         raise BadProfile(f"{path} is no hardware profile: it does not say format = {FORMAT!r}")
     version = contents.get("version")
-    if not isinstance(version, int) or not 1 <= version <= VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise BadProfile(
             f"{path} is of version {version!r}, this prescope reads 1 to {VERSION}; update it, or {remedy}"
         )
+    require_checksum(
+        contents.get("checksum"),
+        checksum(sorted_json(contents, without=["checksum"])),
+        path,
+        BadProfile,
+        f'if you changed it on purpose, take out its line "checksum", else {remedy}',
+    )
     return contents
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no time")
 
 
 def _slug(text: str) -> str:

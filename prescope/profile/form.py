@@ -1,5 +1,6 @@
 """A profile as plain values for JSON, and back, with everything checked."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -52,7 +53,7 @@ def from_plain(contents: dict[str, Any], where: str) -> dict[str, Any]:
     columns = take("columns", list)
     if tuple(columns) != COLUMNS:
         raise BadProfile(f"{where}: its points have columns {columns}, this prescope reads {list(COLUMNS)}")
-    place = take("place", dict, lambda value: set(value) == set(Place._fields))
+    place = take("place", dict, lambda value: set(value) == set(Place._fields) and _are_words(value))
     rows = take("points", list)
     return {
         "place": Place(
@@ -63,7 +64,7 @@ def from_plain(contents: dict[str, Any], where: str) -> dict[str, Any]:
         "machine": take("machine", dict),
         "cpu_backend": take("cpu_backend", str),
         "link_gb_per_s": take(
-            "link_gb_per_s", (int, float, type(None)), lambda rate: rate is None or rate > 0
+            "link_gb_per_s", (int, float, type(None)), lambda rate: rate is None or 0 < rate < math.inf
         ),
         "link_factor": take("link_factor", int, lambda factor: factor >= 1),
         "origin": take("origin", str),
@@ -72,7 +73,11 @@ def from_plain(contents: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def _are_words(place: dict[str, Any]) -> bool:
+    return all(isinstance(value, str) for name, value in place.items() if name != "cores")
+
+
 def _count(value: object, where: str) -> int:
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise BadProfile(f"{where}: cores is {value!r}, which it cannot be")
     return value

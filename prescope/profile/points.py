@@ -25,6 +25,10 @@ KINDS: dict[str, str] = {
 }
 
 
+#: Of bytes, sizes, counts and microseconds.
+MOST = 1e15
+
+
 class Circumstances(NamedTuple):
     """What was measured; a profile has at most one point of each."""
 
@@ -65,12 +69,14 @@ def point_of(row: list[object], where: str) -> Point:
     if not isinstance(row, list) or len(row) != len(COLUMNS):
         raise BadProfile(f"{where}: a point has {len(COLUMNS)} values ({', '.join(COLUMNS)}), not {row!r}")
     kind, busy, *numbers = row
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise BadProfile(f"{where}: {kind!r} is not measured by this version; it knows {', '.join(KINDS)}")
     if not isinstance(busy, bool) or any(
         isinstance(n, bool) or not isinstance(n, int | float) for n in numbers
     ):
         raise BadProfile(f"{where}: {row!r} should be a word, true or false, and numbers")
+    if any(abs(n) > MOST for n in numbers if isinstance(n, int | float)):
+        raise BadProfile(f"{where}: {row!r} has a number that no measurement gives")
     values = [float(n) for n in numbers if isinstance(n, int | float)]
     *sizes, us, spread, runs = values
     if not all(map(math.isfinite, values)) or min(*sizes, spread) < 0 or us <= 0 or runs < 1:

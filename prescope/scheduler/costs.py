@@ -6,6 +6,7 @@ Pure: numbers in, numbers out; measured by others and handed in with their origi
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 
 from ..errors import BadTrace, UnsupportedOption
 from ..traces.result import RunResult
@@ -71,24 +72,37 @@ class LayerCosts:
 
 
 def costs_of_run(run: RunResult) -> LayerCosts:
-    """Mean costs of the decode steps of a run with a timeline.
+    """Costs of the decode steps of a run with a timeline: medians, since one interrupted step says nothing of the rest.
 
     Raises:
         BadTrace: it has no timeline, no decode step or copied nothing.
     """
-    decode, layers = run.metrics.decode, int(run.layers["moe_layer"].max()) + 1
-    copies = decode.on_demand_transfers + decode.prefetch_transfers
-    if not decode.num_steps or not copies or not decode.dense_gpu_ms > 0:
+    events = run.events[run.events["phase"] == "decode"]
+    copies = events.loc[events["kind"] == "transfer", "dur_us"]
+    rest = events[events["kind"] == "dense"].groupby("step")["dur_us"].sum()
+    if not len(copies) or not rest.median() > 0:
         raise BadTrace(
             "costs are read from a run's decode steps with events=True that copied experts; "
             "generate two tokens or more with fewer slots than experts"
         )
+    num_layers = int(run.layers["moe_layer"].max()) + 1
     return LayerCosts(
-        link_us=1e3 * decode.h2d_busy_ms / copies,
-        gpu_us=1e3 * decode.experts_gpu_ms / decode.needed,
-        rest_us=1e3 * decode.dense_gpu_ms / (decode.num_steps * layers),
-        source=f"means of {decode.num_steps} decode steps, {run.label}",
+        link_us=float(copies.median()),
+        gpu_us=_expert_us(run),
+        rest_us=float(rest.median()) / num_layers,
+        source=f"medians of {run.metrics.decode.num_steps} decode steps, {run.label}",
     )
+
+
+def _expert_us(run: RunResult) -> float:
+    """Median over layers and decode steps: the device's time for experts by how many it computed."""
+    keys = ["step", "moe_layer"]
+    events = run.events[(run.events["lane"] == "gpu") & (run.events["kind"] == "experts")]
+    layers = run.layers[run.layers["phase"] == "decode"].set_index(keys)
+    computed = (layers["needed"].astype("int64") - layers["on_cpu"]).rename("computed")
+    each = pd.concat([events.groupby(keys)["dur_us"].sum(), computed], axis=1, join="inner")
+    each = each[each["computed"] > 0]
+    return float((each["dur_us"] / each["computed"]).median()) if len(each) else 0.0
 
 
 def compiled_costs(costs: LayerCosts, *, cpu: bool, predicts: bool) -> Costs:

@@ -6,7 +6,7 @@ of clocks or devices. Times are microseconds since the start of the run.
 | column | dtype | meaning |
 |---|---|---|
 | lane | category | gpu, h2d, cpu, stall, host (`core.types.Lane`) |
-| kind | category | dense (all that is no expert), experts, transfer, host_wait, stall, cpu_wait (a stall for the CPU) |
+| kind | category | dense (all but experts), experts, transfer, host_wait, warm_up, stall, cpu_wait (for a CPU) |
 | step | int32 | forward pass within the run, 0 is the prefill |
 | phase | category | prefill, decode |
 | moe_layer | int16 | rank among MoE layers, -1 where none applies |
@@ -16,7 +16,8 @@ of clocks or devices. Times are microseconds since the start of the run.
 | start_us, dur_us | float64 | start since the run's start, and duration |
 
 A `dense` row of layer l is the compute between the experts of layer l-1 (or the step's start) and the routing of
-layer l. The rows of lanes gpu, stall and host of one step do not overlap: together they are the compute stream's time.
+layer l. A `warm_up` is the part of a host wait in which decisions were compiled or read from the disk, once in a
+process. The rows of lanes gpu, stall and host of one step do not overlap: together they are the compute stream's time.
 """
 
 from collections.abc import Iterable
@@ -26,11 +27,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..core.files import require_checksum
 from ..core.types import Lane, Reason
 from ..errors import BadTrace
+from .files import REMEDY, checksum_of, read_table, require_columns, write_table
 
+FORMAT = "prescope-events-1"
 LANES = [str(lane) for lane in Lane]
-KINDS = ["dense", "experts", "transfer", "stall", "cpu_wait", "host_wait"]
+KINDS = ["dense", "experts", "transfer", "stall", "cpu_wait", "host_wait", "warm_up"]
 PHASES = ["prefill", "decode"]
 REASONS = ["", *(str(reason) for reason in Reason)]
 
@@ -134,21 +138,34 @@ def _frame(rows: Iterable[tuple], dtypes: dict[str, object]) -> pd.DataFrame:
     return pd.DataFrame(list(rows), columns=list(dtypes)).astype(dtypes)
 
 
-def write_events(events: pd.DataFrame, path: str | Path) -> None:
-    """Write an event table as Parquet."""
-    events.to_parquet(path, index=False)
+def write_events(events: pd.DataFrame, path: str | Path) -> Path:
+    """Write an event table as Parquet.
+
+    Raises:
+        CannotWrite: no space, or no permission.
+    """
+    return write_table(path, events, FORMAT, {}, _columns(events))
 
 
 def read_events(path: str | Path) -> pd.DataFrame:
     """Read an event table written by `write_events`.
 
     Raises:
-        BadTrace: columns are missing: the file is no event table, or one of another version.
+        BadTrace: it is no event table, one of another version, damaged, or not as it was written.
+        FileNotFoundError: there is none.
     """
-    frame = pd.read_parquet(path)
-    missing = [column for column in COLUMNS if column not in frame.columns]
-    if missing:
-        raise BadTrace(
-            f"{path} lacks the columns {missing}; it is not an event table of this version of prescope"
-        )
-    return frame[COLUMNS].astype(DTYPES)
+    frame, stored = read_table(path, None, COLUMNS, "not an event table of this version of prescope")
+    require_columns(frame, DTYPES, path)
+    events = frame[COLUMNS].astype(DTYPES)
+    if not np.isfinite(events[["start_us", "dur_us"]].to_numpy()).all():
+        raise BadTrace(f"{path} holds times that are NaN or infinite; {REMEDY}")
+    require_checksum(stored.checksum, checksum_of(stored.text, _columns(events)), path, BadTrace, REMEDY)
+    return events
+
+
+def _columns(events: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Each column as numbers, categories by their codes."""
+    return {
+        name: (column.cat.codes if isinstance(column.dtype, pd.CategoricalDtype) else column).to_numpy()
+        for name, column in events[COLUMNS].astype(DTYPES).items()
+    }

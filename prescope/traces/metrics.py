@@ -49,6 +49,7 @@ METRIC_DEFINITIONS: dict[str, str] = {
     "cpu_wait_ms": "time the compute lane waited for experts on the CPU, ms",
     "stall_frac": "stall time / wall time of the phase",
     "host_wait_ms": "time the compute lane waited for the host to read the routing and decide, ms",
+    "warm_up_ms": "time the compute lane waited while decisions were compiled or read from disk, ms; once in a process",
     "dense_gpu_ms": "compute lane: attention, router and all that is no expert, ms",
     "experts_gpu_ms": "compute lane: experts, ms",
     "experts_cpu_ms": "experts computed on the CPU lane, ms",
@@ -119,6 +120,7 @@ class PhaseMetrics:
     stall_frac: float
     cpu_wait_ms: float
     host_wait_ms: float
+    warm_up_ms: float
     dense_gpu_ms: float
     experts_gpu_ms: float
     experts_cpu_ms: float
@@ -222,6 +224,7 @@ _ROWS = [
     ("stall share", "stall_frac"),
     ("waited for the CPU", "cpu_wait_ms"),
     ("host wait", "host_wait_ms"),
+    ("warm-up", "warm_up_ms"),
     ("experts needed", "needed"),
     ("hit rate", "hit_rate"),
     ("late rate", "late_rate"),
@@ -322,6 +325,7 @@ def _event_metrics(
         "stall_frac": _ratio(stall_ms, wall_ms),
         "cpu_wait_ms": time_ms["stall", "cpu_wait"],
         "host_wait_ms": time_ms["host", "host_wait"],
+        "warm_up_ms": time_ms["host", "warm_up"],
         "dense_gpu_ms": time_ms["gpu", "dense"],
         "experts_gpu_ms": time_ms["gpu", "experts"],
         "experts_cpu_ms": time_ms["cpu", "experts"],
@@ -343,6 +347,7 @@ _EVENT_FIELDS = [
     "stall_frac",
     "cpu_wait_ms",
     "host_wait_ms",
+    "warm_up_ms",
     "dense_gpu_ms",
     "experts_gpu_ms",
     "experts_cpu_ms",

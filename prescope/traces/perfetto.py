@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core.files import write_bytes
 from ..core.units import gb_per_s
 from ..errors import BadTrace
 
@@ -50,11 +51,12 @@ def write_perfetto(
 
     Args:
         events, layers: event and layer tables of the run.
-        path: .json or .json.gz; its folder exists.
+        path: .json or .json.gz.
         hardware, config: stored under `otherData`, so that the file says where it comes from.
 
     Raises:
         BadTrace: the event table is empty: the run was made with events=False.
+        CannotWrite: no space, or no permission.
     """
     if events.empty:
         raise BadTrace("the run has no events to write; run it with events=True")
@@ -66,10 +68,9 @@ def write_perfetto(
         "otherData": {"writer": "prescope", "hardware": hardware, "config": config},
         "traceEvents": [*trace_events(events, layers, str(hardware.get("label", "prescope run")))],
     }
+    # In ASCII: half a surrogate pair in a prompt is escaped like any other letter, and both readers take it.
     text = json.dumps(document, separators=(",", ":"), default=str).encode()
-    path = Path(path)
-    path.write_bytes(gzip.compress(text, compresslevel=6) if path.suffix == ".gz" else text)
-    return path
+    return write_bytes(path, gzip.compress(text, compresslevel=6) if Path(path).suffix == ".gz" else text)
 
 
 def trace_events(events: pd.DataFrame, layers: pd.DataFrame, process_name: str) -> list[dict[str, Any]]:

@@ -17,10 +17,7 @@ moved and computed like any other's, and a replay that left them out would not e
 Knows nothing of torch, models or clocks.
 """
 
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,16 +26,27 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from ..core.files import require_checksum
 from ..core.types import MoEShape, Phase
 from ..errors import BadTrace, TraceMismatch
 from .events import PHASES
+from .files import (
+    REMEDY,
+    Stored,
+    checksum_of,
+    read_arrays,
+    read_table,
+    require_columns,
+    write_arrays,
+    write_table,
+)
 
 FORMAT = "prescope-routing-1"
 #: Rows checked at once for NaN: with router inputs, a few MB.
 CHECK_ROWS = 64
+#: Ids are int16.
+MOST_EXPERTS = 2**15
 _ARRAYS: dict[str, tuple[str, str]] = {
     "expert_ids": ("int16", "RLK"),
     "weights": ("float32", "RLK"),
@@ -134,6 +142,7 @@ class RoutingTrace:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
+        self._check_metadata()
         sizes = {"L": len(self.decoder_layers), "K": self.top_k}
         for name, (dtype, letters) in _ARRAYS.items():
             array = getattr(self, name)
@@ -145,6 +154,22 @@ class RoutingTrace:
             object.__setattr__(self, name, np.ascontiguousarray(cast))
         if (np.diff(self.step) < 0).any():
             raise BadTrace("steps of a routing trace never decrease; sort its rows by step")
+
+    def _check_metadata(self) -> None:
+        whole = [("num_experts", self.num_experts, MOST_EXPERTS), ("top_k", self.top_k, MOST_EXPERTS)]
+        whole += [
+            ("decoder_layers", layer, 2**31) for layer in _listed("decoder_layers", self.decoder_layers)
+        ]
+        for name, value, most in whole:
+            if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value <= most:
+                raise BadTrace(f"{name} is {value!r}, which is no number up to {most:,}")
+        for name in ("model", "fingerprint", "created"):
+            if not isinstance(getattr(self, name), str):
+                raise BadTrace(f"{name} is {getattr(self, name)!r}, which is no text")
+        if not all(isinstance(prompt, dict) for prompt in _listed("prompts", self.prompts)):
+            raise BadTrace("prompts hold something that is no dict")
+        if not isinstance(self.versions, dict):
+            raise BadTrace(f"versions are {self.versions!r}, which is no dict")
 
     def __len__(self) -> int:
         return len(self.step)
@@ -256,9 +281,12 @@ class RoutingTrace:
         return replace(head, **arrays, prompts=[prompt for trace in traces for prompt in trace.prompts])
 
     def save(self, path: str | Path) -> Path:
-        """Write arrays and metadata as safetensors; a reader sees the old file or the whole new one."""
-        metadata = {"format": FORMAT, "prescope": json.dumps(self._metadata())}
-        return _write_by_rename(Path(path), lambda temporary: save_file(self._arrays(), temporary, metadata))
+        """Write arrays and metadata as safetensors; a reader sees the old file or the whole new one.
+
+        Raises:
+            CannotWrite: no space, or no permission.
+        """
+        return write_arrays(path, self._arrays(), FORMAT, self._metadata())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -268,18 +296,8 @@ class RoutingTrace:
             BadTrace: the file is truncated, corrupt, no routing trace, or its arrays do not fit together.
             FileNotFoundError: there is none.
         """
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-        except SafetensorError as error:
-            raise BadTrace(
-                f"{path} cannot be read as safetensors, it is truncated or another file: {error}"
-            ) from error
-        if metadata.get("format") != FORMAT:
-            found = metadata.get("format", "none")
-            raise BadTrace(f"{path} is no routing trace: its format is {found!r}, expected {FORMAT!r}")
-        return cls._assemble(path, arrays, metadata.get("prescope", ""))
+        arrays, stored = read_arrays(path, FORMAT, "routing trace")
+        return cls._assemble(path, arrays, stored)
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each expert a token used: row, step, phase, sequence, position, moe_layer, rank,
@@ -293,30 +311,23 @@ class RoutingTrace:
 
         Metadata, the fingerprint among it, stands in the Parquet schema metadata (key PANDAS_ATTRS).
         """
-        frame = self._full_frame()
-        frame.attrs = {"format": FORMAT, "prescope": json.dumps(self._metadata())}
-        return _write_by_rename(Path(path), lambda temporary: frame.to_parquet(temporary, index=False))
+        without_inputs = {name: array for name, array in self._arrays().items() if name != "inputs"}
+        return write_table(path, self._full_frame(), FORMAT, self._metadata(), without_inputs)
 
     @classmethod
     def load_parquet(cls, path: str | Path) -> Self:
         """Read a trace written by `save_parquet`; `inputs` is None.
 
         Raises:
-            BadTrace: the file is no Parquet, no routing trace, or its columns do not fit together.
+            BadTrace: the file is no Parquet, no routing trace, a row is missing or doubled, or it is not as written.
             FileNotFoundError: there is none.
         """
-        try:
-            frame = pd.read_parquet(path)
-        except (ValueError, OSError) as error:  # pyarrow's errors are subclasses of these
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise BadTrace(f"{path} cannot be read as Parquet: {error}") from error
-        missing = [column for column in _FRAME_DTYPES if column not in frame.columns]
-        if frame.attrs.get("format") != FORMAT or missing:
-            raise BadTrace(
-                f"{path} is no routing trace of format {FORMAT!r}; missing columns: {missing or 'none'}"
-            )
-        return cls._assemble(path, _arrays_of_frame(frame, path), frame.attrs.get("prescope", ""))
+        frame, stored = read_table(path, FORMAT, list(_FRAME_DTYPES), "routing trace")
+        require_columns(frame, _FRAME_DTYPES, path)
+        arrays = _arrays_of_frame(frame, path)
+        trace = cls._assemble(path, arrays, stored)
+        require_checksum(stored.checksum, checksum_of(stored.text, trace._arrays()), path, BadTrace, REMEDY)
+        return trace
 
     def _arrays(self) -> dict[str, np.ndarray]:
         present = {name: getattr(self, name) for name in _ARRAYS}
@@ -326,16 +337,15 @@ class RoutingTrace:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ARRAYS}
 
     @classmethod
-    def _assemble(cls, path: str | Path, arrays: dict[str, np.ndarray], metadata: str) -> Self:
+    def _assemble(cls, path: str | Path, arrays: dict[str, np.ndarray], stored: Stored) -> Self:
         known = {f.name for f in fields(cls)}
         missing = sorted(_ARRAYS.keys() - arrays.keys() - {"inputs"})
         if missing:
             raise BadTrace(f"{path} lacks the arrays {', '.join(missing)}")
         try:
-            values = json.loads(metadata)
-            return cls(**{k: v for k, v in (values | arrays).items() if k in known})
-        except (TypeError, json.JSONDecodeError) as error:
-            raise BadTrace(f"{path}: its metadata is damaged: {error}") from error
+            return cls(**{k: v for k, v in (stored.metadata | arrays).items() if k in known})
+        except TypeError as error:
+            raise BadTrace(f"{path}: its metadata is damaged: {error}; {REMEDY}") from error
         except BadTrace as error:
             raise BadTrace(f"{path}: {error}") from error
 
@@ -354,6 +364,12 @@ class RoutingTrace:
             "weight": self.weights.ravel(),
         }
         return pd.DataFrame(columns).astype(_FRAME_DTYPES)
+
+
+def _listed(name: str, value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise BadTrace(f"{name} is {value!r}, which is no list")
+    return value
 
 
 def _counts(ids_TLK: np.ndarray, num_experts: int) -> np.ndarray:
@@ -409,27 +425,23 @@ def _arrays_of_frame(frame: pd.DataFrame, path: str | Path) -> dict[str, np.ndar
     """The dense arrays of a full long frame, whatever order its rows are in."""
     if frame.empty:
         raise BadTrace(f"{path} holds no rows")
-    frame = frame.sort_values(["row", "moe_layer", "rank"], ignore_index=True)
-    shape = tuple(int(frame[axis].max()) + 1 for axis in ("row", "moe_layer", "rank"))
+    axes, of_row = ["row", "moe_layer", "rank"], ["step", "phase", "sequence", "position"]
+    frame = frame.sort_values(axes, ignore_index=True)
+    shape = tuple(int(frame[axis].max()) + 1 for axis in axes)
+    expected = f"expected rows x layers x ranks = {shape}, each once"
     if len(frame) != shape[0] * shape[1] * shape[2]:
-        raise BadTrace(f"{path} holds {len(frame)} entries, expected rows x layers x ranks = {shape}")
-    first = frame.iloc[:: shape[1] * shape[2]]
-    phase = first["phase"].astype(pd.CategoricalDtype(PHASES)).cat.codes
+        raise BadTrace(f"{path} holds {len(frame)} entries, {expected}")
+    for axis, index in zip(axes, np.indices(shape), strict=True):
+        if not np.array_equal(frame[axis].to_numpy(), index.ravel()):
+            raise BadTrace(f"{path}: an entry is missing and another there twice; {expected}")
+    columns = {name: frame[name] for name in of_row}
+    columns["phase"] = frame["phase"].astype(pd.CategoricalDtype(PHASES)).cat.codes
+    token = {name: column.to_numpy().reshape(shape[0], -1) for name, column in columns.items()}
+    for name, values in token.items():
+        if (values != values[:, :1]).any():
+            raise BadTrace(f"{path}: column {name} differs among the entries of one row; {REMEDY}")
     return {
         "expert_ids": frame["expert"].to_numpy().reshape(shape),
         "weights": frame["weight"].to_numpy().reshape(shape),
-        "phase": phase.to_numpy(),
-        **{name: first[name].to_numpy() for name in ("step", "sequence", "position")},
+        **{name: np.ascontiguousarray(values[:, 0]) for name, values in token.items()},
     }
-
-
-def _write_by_rename(path: Path, write: Callable[[str], None]) -> Path:
-    """Write beside the target, then rename: a crash leaves no half-written target."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(descriptor)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path

@@ -3,6 +3,13 @@
 The info is a NamedTuple of plain numbers, so tests compare it by `==` and never look at pixels.
 """
 
+from ..core.extras import missing_extra
+
+try:
+    import plotly  # noqa: F401 - asked for here, so that its absence is said once for all figures
+except ImportError as error:
+    raise missing_extra("prescope.views", "lab", error) from error
+
 from .gpu_idle import gpu_idle
 from .hit_rate import hit_rate
 from .lanes import lanes

@@ -13,7 +13,7 @@ from prescope.traces.result import RunResult
 from .theme import COLORS, NAMES, source_of, style, told_of
 
 BUSY = ("dense", "experts")
-IDLE = ("stall", "cpu_wait", "host_wait", "other")
+IDLE = ("stall", "cpu_wait", "host_wait", "warm_up", "other")
 
 
 class GpuIdleInfo(NamedTuple):
@@ -69,6 +69,7 @@ def _row(name: str, result: RunResult | SimResult) -> tuple[str, float, dict[str
         "stall": decode.stall_ms,
         "cpu_wait": decode.cpu_wait_ms,
         "host_wait": decode.host_wait_ms,
+        "warm_up": decode.warm_up_ms,
     }
     each = {cause: value / decode.num_steps for cause, value in ms.items()}
     return name, step, each | {"other": max(0.0, step - sum(each.values()))}

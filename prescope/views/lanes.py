@@ -26,10 +26,11 @@ MAX_BARS = 2000
 ROWS = ("MoE layer", "GPU", "PCIe", "CPU", "waits")
 MEANINGS = (
     "dense", "experts", "experts_cpu", "on_demand", "prefetch", "stream", "stall", "cpu_wait", "host_wait",
+    "warm_up",
 )  # fmt: skip
 _ROW_OF = {
     "dense": "GPU", "experts": "GPU", "experts_cpu": "CPU", "on_demand": "PCIe", "prefetch": "PCIe", "stream": "PCIe",
-    "stall": "waits", "cpu_wait": "waits", "host_wait": "waits",
+    "stall": "waits", "cpu_wait": "waits", "host_wait": "waits", "warm_up": "waits",
 }  # fmt: skip
 _COMPUTE = [LANES.index(lane) for lane in (Lane.GPU, Lane.STALL, Lane.HOST)]
 

@@ -10,7 +10,7 @@ from prescope.traces.result import RunResult
 
 from .theme import COLORS, NAMES, TEXT, origin, style
 
-_CAUSES = ["dense", "experts", "stall", "cpu_wait", "host_wait", "other"]
+_CAUSES = ["dense", "experts", "stall", "cpu_wait", "host_wait", "warm_up", "other"]
 
 
 class LatencyInfo(NamedTuple):

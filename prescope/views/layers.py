@@ -12,7 +12,7 @@ from prescope.traces.result import RunResult
 
 from .theme import COLORS, NAMES, add_line, origin, style
 
-_KINDS = ["dense", "experts", "stall", "cpu_wait", "host_wait"]
+_KINDS = ["dense", "experts", "stall", "cpu_wait", "host_wait", "warm_up"]
 _COMPUTE_LANES = ["gpu", "stall", "host"]
 
 
@@ -22,7 +22,7 @@ class LayersInfo(NamedTuple):
     phase: Phase
     num_steps: int
     labels: tuple[str, ...]  # "0", "1", ..., "head"
-    kind_us: dict[str, tuple[float, ...]]  # dense, experts, stall, cpu_wait, host_wait
+    kind_us: dict[str, tuple[float, ...]]  # dense, experts, stall, cpu_wait, host_wait, warm_up
     link_us: tuple[float, ...]  # the link was busy for this layer's experts
     step_us: float  # mean wall time of a step
     origin: str
@@ -96,7 +96,9 @@ def plot_layers(info: LayersInfo) -> go.Figure:
             hovertemplate="%{y:,.0f} µs",
         )
     shares = [
-        f"{NAMES[k].split(' (')[0]} {100 * sum(v) / info.step_us:.0f} %" for k, v in info.kind_us.items()
+        f"{NAMES[k].split(' (')[0]} {100 * sum(v) / info.step_us:.0f} %"
+        for k, v in info.kind_us.items()
+        if k != "warm_up" or any(v)
     ]
     mean = f"mean of {info.num_steps} {info.phase} step{'s' if info.num_steps > 1 else ''}: "
     shares.append(f"other {100 * max(0.0, info.other_us) / info.step_us:.0f} %")

@@ -23,6 +23,7 @@ ROWS = ["MoE layer", "GPU", "PCIe", "CPU", "waits"]
 _ROW_OF_LANE = {"gpu": "GPU", "h2d": "PCIe", "cpu": "CPU", "stall": "waits", "host": "waits"}
 _ORDER = [
     "dense", "experts", "experts_cpu", "on_demand", "prefetch", "stream", "stall", "cpu_wait", "host_wait",
+    "warm_up",
 ]  # fmt: skip
 
 

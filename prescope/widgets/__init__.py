@@ -1,5 +1,14 @@
 """Live panels for a notebook. Without a browser (PRESCOPE_HEADLESS=1) they show plain figures instead."""
 
+from ..core.extras import missing_extra
+
+try:
+    import anywidget  # noqa: F401 - asked for here, so that its absence is said once for all panels
+    import ipywidgets  # noqa: F401
+    import plotly  # noqa: F401
+except ImportError as error:
+    raise missing_extra("prescope.widgets", "lab", error) from error
+
 from .figures import SlimFigureWidget, is_headless
 from .pair_panel import PairPanel
 from .schedule_panel import SchedulePanel

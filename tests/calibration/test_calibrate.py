@@ -25,6 +25,9 @@ from prescope.profile import Circumstances, HardwareProfile, own_file
 from prescope.profile.points import KINDS
 from tests.support.models import tiny_moe
 
+# The machine that runs the tests may well be busy, and is told so.
+pytestmark = pytest.mark.filterwarnings("ignore:the machine was busy")
+
 SMALL = (64, 32)  # D, F
 LINK_GB_PER_S = 10.0
 NULL = {"device": "null", "link_gb_per_s": LINK_GB_PER_S, "cpu": "torch", "seconds": 0.1}

@@ -160,3 +160,25 @@ def test_recorded_inputs_saturate_and_an_infinity_is_refused():
     assert recorded(-1e9).inputs.tolist() == [[[-65504.0, 1.5]]]
     with pytest.raises(BadTrace, match="NaN or infinite"):
         recorded(float("inf"))
+
+
+def test_compiling_decisions_is_warm_up_and_no_host_wait(monkeypatch):
+    """Seconds on the first call of a process; they were shown as a host that waits."""
+    compiled_us = [5.0]
+    monkeypatch.setattr("prescope.engine.recorder.compiling_us", lambda: compiled_us[0])
+    device = NullDevice()
+    recorder = Recorder(device, events=True, routing=False, inputs=False)
+    recorder.begin_step(1, 4, None)
+    for layer, us in enumerate((0.0, 700.0, 0.0)):
+        recorder.routed(layer, device.mark(True))
+        device.now_us += 950.0  # and a mark takes 50
+        compiled_us[0] += us
+        recorder.decided(layer, device.mark(True))
+    events = recorder.tables([1, 1, 1]).events
+    waits = events[events["lane"] == "host"]
+    waited = {(row.moe_layer, row.kind): row.dur_us for row in waits.itertuples()}
+    assert waited == {
+        (0, "host_wait"): 1000.0, (1, "warm_up"): 700.0, (1, "host_wait"): 300.0, (2, "host_wait"): 1000.0
+    }  # fmt: skip
+    both = waits[waits["moe_layer"] == 1]
+    assert both["start_us"].iloc[0] + both["dur_us"].iloc[0] == both["start_us"].iloc[1]

@@ -214,3 +214,17 @@ def test_the_table_lists_the_registry():
     ]
     listed = {row.strip("`") for row in rows}
     assert listed == {*FAMILIES, *families.missing(), *UNSUPPORTED}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_saved_model_is_loaded_as_what_it_is(name, tmp_path):
+    """Vision-language and other models are no AutoModelForCausalLM: the class stands in config.json."""
+    model = families.build(name)
+    model.save_pretrained(tmp_path)
+    settings = {"slots": 1.0, "device": "cpu", "link_gb_per_s": 50.0, "events": False}
+    with prescope.load(tmp_path, **settings) as engine:
+        assert type(engine.model) is type(model)
+        logits = families.logits(engine.model, name, families.prompts(1))
+    # Not `plain_logits`: transformers itself does not give zaya its balancing biases back.
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert distance(logits, families.logits(again, name, families.prompts(1))) < TOLERANCE

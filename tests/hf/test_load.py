@@ -70,7 +70,7 @@ def test_before_the_hub_is_asked_for_what_looks_like_a_folder_the_one_meant_is_n
     (tmp_path / "data" / "tiny-moe").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
 
-    def refuse(name):
+    def refuse(name, **keywords):
         raise OSError("no network")
 
     monkeypatch.setattr("prescope.hf.load.AutoConfig.from_pretrained", refuse)
@@ -133,17 +133,13 @@ def test_a_dense_model_is_refused_before_its_weights_are_read(tmp_path, monkeypa
             vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
         )
     ).save_pretrained(tmp_path)
-    monkeypatch.setattr(
-        "prescope.hf.load.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("read")
-    )
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("read"))
     with pytest.raises(NotAMoE):
         prescope.load(tmp_path, **SETTINGS)
 
 
 def test_too_few_slots_are_refused_before_the_weights_are_read(folder, monkeypatch):
-    monkeypatch.setattr(
-        "prescope.hf.load.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("read")
-    )
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("read"))
     with pytest.raises(SlotPoolTooSmall):
         prescope.load(folder, slots=1)
 

@@ -71,10 +71,21 @@ def test_a_predictor_costs_its_time_in_every_layer():
 def test_costs_are_read_from_a_run():
     run = small_run(steps=8)
     decode, costs = run.metrics.decode, costs_of_run(run)
-    copies = decode.on_demand_transfers + decode.prefetch_transfers
-    assert costs.link_us == pytest.approx(1e3 * decode.h2d_busy_ms / copies)
-    assert costs.gpu_us * decode.needed == pytest.approx(1e3 * decode.experts_gpu_ms)
+    assert costs.link_us == run.events.query("kind == 'transfer' and phase == 'decode'")["dur_us"].median()
+    # The other two vary by a few per cent in this run, so median and mean are near one another.
+    assert costs.gpu_us * decode.needed == pytest.approx(1e3 * decode.experts_gpu_ms, rel=0.25)
+    assert costs.rest_us * decode.num_steps * 4 == pytest.approx(1e3 * decode.dense_gpu_ms, rel=0.25)
     assert run.label in costs.source
+
+
+def test_one_interrupted_step_does_not_change_the_costs():
+    """Means would: a step of two seconds, in which the machine did something else, made a layer much dearer."""
+    run = small_run(steps=8)
+    slow = run.events["step"] == 3
+    events = run.events.assign(dur_us=run.events["dur_us"].where(~slow, run.events["dur_us"] * 1000))
+    disturbed, costs = costs_of_run(replace(run, events=events)), costs_of_run(run)
+    for name in ("link_us", "gpu_us", "rest_us"):
+        assert getattr(disturbed, name) == pytest.approx(getattr(costs, name), rel=0.25), name
 
 
 def test_a_run_without_copies_tells_no_cost():

@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from pyarrow import parquet
 from safetensors.numpy import load_file, save_file
 
 from prescope.errors import BadTrace, TraceMismatch
-from prescope.traces.routing import RoutingTrace, saturating_float16
-from tests.support.small_run import NUM_EXPERTS, NUM_LAYERS, TOP_K, small_trace
+from prescope.traces.events import read_events, write_events
+from prescope.traces.routing import _FRAME_DTYPES, RoutingTrace, saturating_float16
+from tests.support.small_run import NUM_EXPERTS, NUM_LAYERS, TOP_K, small_run, small_trace
 
 ARRAYS = ["expert_ids", "weights", "inputs", "step", "sequence", "position", "phase"]
 
@@ -46,7 +48,7 @@ def test_parquet_keeps_everything_but_the_inputs(trace, tmp_path):
 
 def test_parquet_keeps_the_fingerprint_in_its_schema(trace, tmp_path):
     """Other tools read it without prescope, so it stands in the file's schema and not in a column."""
-    attrs = parquet.read_schema(trace.save_parquet(tmp_path / "t.parquet")).metadata[b"PANDAS_ATTRS"]
+    attrs = pq.read_schema(trace.save_parquet(tmp_path / "t.parquet")).metadata[b"PANDAS_ATTRS"]
     assert json.loads(json.loads(attrs)["prescope"])["fingerprint"] == trace.fingerprint
 
 
@@ -90,6 +92,98 @@ def test_no_truncated_parquet_is_taken_for_a_trace(trace, tmp_path):
         path.write_bytes(whole[:keep])
         with pytest.raises(BadTrace, match=r"t\.parquet"):
             RoutingTrace.load_parquet(path)
+
+
+def rewritten(path, change):
+    """A Parquet trace with another table inside, its metadata kept but for the checksum, as older versions wrote it."""
+    table = pq.read_table(path)
+    attrs = json.loads(table.schema.metadata[b"PANDAS_ATTRS"])
+    del attrs["checksum"]
+    frame = change(table.to_pandas(ignore_metadata=True))
+    schema = {**table.schema.metadata, b"PANDAS_ATTRS": json.dumps(attrs).encode()}
+    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(schema), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda f: f.drop(index=5).pipe(lambda g: pd.concat([g, g.iloc[[7]]])),
+            "missing and another there twice",
+        ),
+        (lambda f: f.drop(index=5), "expected rows x layers x ranks"),
+        (lambda f: pd.concat([f, f.iloc[[7]]]), "expected rows x layers x ranks"),
+        (lambda f: f.assign(step=f["step"].where(f.index != 3, 1)), "step differs"),
+        (lambda f: f.assign(expert=f["expert"].astype(float).where(f.index != 3)), "gaps"),
+        (lambda f: f.assign(row=f["row"].astype(str)), "row is"),
+        (lambda f: f.assign(expert=f["expert"].astype(np.int64) + 2**20), "no int16"),
+        (lambda f: f.assign(phase="postfill"), "postfill"),
+    ],
+)
+def test_a_parquet_trace_whose_rows_are_not_each_there_once_is_refused(change, says, trace, tmp_path):
+    """Twice and missing make the right number of rows, and the trace would be another one without a word."""
+    path = rewritten(trace.save_parquet(tmp_path / "t.parquet"), change)
+    with pytest.raises(BadTrace, match=says):
+        RoutingTrace.load_parquet(path)
+
+
+def test_rows_in_another_order_are_the_same_trace(trace, tmp_path):
+    path = trace.save_parquet(tmp_path / "t.parquet")
+    shuffled = RoutingTrace.load_parquet(rewritten(path, lambda f: f.sample(frac=1.0, random_state=0)))
+    assert np.array_equal(shuffled.expert_ids, trace.expert_ids)
+    assert np.array_equal(shuffled.position, trace.position)
+
+
+def test_any_flipped_bit_of_the_arrays_is_found(trace, tmp_path):
+    """A router weight that is off by a bit is a plausible number: only the checksum tells."""
+    path = trace.save(tmp_path / "t.safetensors")
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for at in np.linspace(start, len(whole) - 1, 40).astype(int).tolist():
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(BadTrace):
+            RoutingTrace.load(path)
+
+
+def test_a_parquet_file_that_says_billions_of_rows_is_refused_before_they_are_made(tmp_path):
+    """Run lengths make a few bytes of them."""
+    rows = 5_000_000
+    pq.write_table(
+        pa.table({name: np.zeros(rows, np.int8) for name in _FRAME_DTYPES}), tmp_path / "t.parquet"
+    )
+    assert (tmp_path / "t.parquet").stat().st_size < 200_000
+    with pytest.raises(BadTrace, match=r"says it holds 5,000,000 rows"):
+        RoutingTrace.load_parquet(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_experts": 2**40}, "num_experts"),
+        ({"num_experts": 8.0}, "num_experts"),
+        ({"top_k": True}, "top_k"),
+        ({"decoder_layers": None}, "decoder_layers"),
+        ({"decoder_layers": ["a"] * 4}, "decoder_layers"),
+        ({"prompts": [1]}, "prompts"),
+        ({"model": 3}, "model"),
+        ({"versions": []}, "versions"),
+    ],
+)
+def test_metadata_of_the_wrong_kind_is_named(change, says, trace):
+    with pytest.raises(BadTrace, match=says):
+        replace(trace, **change)
+
+
+def test_an_event_table_comes_back_and_another_file_is_refused(tmp_path):
+    events = small_run().events
+    path = write_events(events, tmp_path / "e.parquet")
+    pd.testing.assert_frame_equal(read_events(path), events)
+    with pytest.raises(BadTrace, match="lacks the columns"):
+        read_events(small_trace().save_parquet(tmp_path / "t.parquet"))
+    (tmp_path / "text").write_text("no parquet")
+    with pytest.raises(BadTrace, match="cannot be read as Parquet"):
+        read_events(tmp_path / "text")
 
 
 def test_a_missing_file_is_reported_as_missing(tmp_path):
