@@ -65,7 +65,7 @@ class Decoder:
         if reason:
             if config.decode not in ("auto", "layered"):
                 warnings.warn(
-                    f"decode={config.decode!r}: decode steps run layer by layer: {reason}", stacklevel=4
+                    f"decode={config.decode!r}: decode steps run layer by layer: {reason}", stacklevel=5
                 )
             return f"layered: {reason}"
         if self._table is None:
