@@ -5,7 +5,15 @@ from .foreign import model_in, require_whole
 from .host_parameter import HostParameter
 from .load import LoadedModel, load_model
 from .moe_layers import MoELayer, find_moe_layers, top_k_of
-from .static_cache import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
+from .static_cache import (
+    addresses_of,
+    cache_length,
+    cached_tokens,
+    compiled_layers,
+    counts_in_python,
+    has_hooks,
+    static_cache,
+)
 
 __all__ = [
     "Attachment",
@@ -13,11 +21,13 @@ __all__ = [
     "LoadedModel",
     "MoELayer",
     "ServeFunction",
+    "addresses_of",
     "cache_length",
     "cached_tokens",
     "compiled_layers",
     "counts_in_python",
     "find_moe_layers",
+    "has_hooks",
     "load_model",
     "model_in",
     "owner_of",

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +29,12 @@ LAYERS_AHEAD = 2
 
 #: (moe_layer, hidden_states (T, D), expert ids (T, K), weights (T, K)) -> (T, D)
 ServeFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _set_data(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> None:
+    """Give a weight other data, made in the mode in which it was made: torch can use no mixture of the two."""
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.data = make()
 
 
 class Binding:
@@ -187,7 +194,7 @@ class Attachment:
             originals[name] = parameter, stand_in
             for module in (layer.module, *layer.twins):
                 module._parameters[name] = stand_in
-            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            _set_data(parameter, partial(torch.empty, 0, dtype=parameter.dtype, device=parameter.device))
             parameter.__class__ = HostParameter
 
     def _move_rest(self) -> None:
@@ -195,7 +202,7 @@ class Attachment:
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             if tensor.device != target and not isinstance(tensor, HostParameter):
                 self._moved.append((tensor, tensor.device))
-                tensor.data = tensor.data.to(target)
+                _set_data(tensor, partial(tensor.data.to, target))
 
     def _route(self, serve: ServeFunction, owner: Any) -> None:
         # A copy of the configuration: other models may have been made from the same object.
@@ -219,7 +226,7 @@ class Attachment:
             for module in (layer.module, *layer.twins):
                 module.__dict__.pop("_prescope", None)
         for tensor, device in self._moved:
-            tensor.data = tensor.data.to(device)
+            _set_data(tensor, partial(tensor.data.to, device))
         self._restore_experts()
         self.host.close()
         self._guards, self._configs, self._moved = None, [], []
@@ -231,7 +238,7 @@ class Attachment:
                 break  # attaching failed here: this layer and those after it still have their own weights
             for name, (parameter, stand_in) in self._originals[0].items():
                 parameter.__class__ = nn.Parameter
-                parameter.data = rows.restore(name, self._experts_devices[0])
+                _set_data(parameter, partial(rows.restore, name, self._experts_devices[0]))
                 parameter.requires_grad_(stand_in.requires_grad)
                 for module in (layer.module, *layer.twins):
                     if module._parameters.get(name) is stand_in:  # else replaced meanwhile, and that stays
