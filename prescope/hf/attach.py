@@ -239,7 +239,8 @@ class Attachment:
             for name, (parameter, stand_in) in self._originals[0].items():
                 parameter.__class__ = nn.Parameter
                 _set_data(parameter, partial(rows.restore, name, self._experts_devices[0]))
-                parameter.requires_grad_(stand_in.requires_grad)
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.requires_grad_(stand_in.requires_grad)
                 for module in (layer.module, *layer.twins):
                     if module._parameters.get(name) is stand_in:  # else replaced meanwhile, and that stays
                         module._parameters[name] = parameter
