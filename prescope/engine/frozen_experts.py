@@ -35,7 +35,7 @@ class FrozenExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x_TD, weights_TK, ids_TK)
         ctx.layer, ctx.host = layer, host
-        return serve(layer.moe_layer, x_TD, ids_TK, weights_TK)
+        return serve(layer.moe_layer, x_TD.detach(), ids_TK, weights_TK.detach())
 
     @staticmethod
     @once_differentiable

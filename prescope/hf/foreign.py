@@ -54,7 +54,7 @@ def require_whole(model: PreTrainedModel, layers: list[MoELayer]) -> None:
 
 
 def _require_unadapted(model: nn.Module, layer: MoELayer) -> None:
-    # An adapter takes the experts' place and name, and has them as a child: `experts.base_layer`.
+    # An adapter takes the experts' place and name, and has them as a child (experts.base_layer).
     inside = re.match(r"(.*?\bexperts)\.", layer.name)
     if inside is None:
         return

@@ -67,7 +67,7 @@ def _apply(
     fn: Callable[[torch.Tensor], torch.Tensor],
     recurse: bool = True,
 ) -> nn.Module:
-    """`Module._apply` for the other weights, if it leaves tensors like the experts' as they are."""
+    """What torch does in its stead, for the other weights, if it leaves tensors like the experts' as they are."""
     if any(fn(probe) is not probe for probe in probes):
         refuse("casting or moving an attached model")
     whole = module._parameters

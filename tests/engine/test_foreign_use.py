@@ -145,8 +145,8 @@ def gradients(model, ids):
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True])
-@pytest.mark.parametrize("slots", [3, 24])
-def test_gradients_go_through_frozen_experts(slots, checkpointing, model):
+@pytest.mark.parametrize("slots, cache", [(3, "score"), (24, "lru")])
+def test_gradients_go_through_frozen_experts(slots, cache, checkpointing, model):
     """To attention, norms, routers and embeddings, as in the plain model; also when a layer runs again in backward."""
     freeze_experts(model)
     want = gradients(model, prompt(2))
@@ -155,7 +155,7 @@ def test_gradients_go_through_frozen_experts(slots, checkpointing, model):
             gradient_checkpointing_func=partial(checkpoint, use_reentrant=checkpointing)
         )
         model.train()
-    with attach(model, slots) as engine:
+    with attach(model, slots, cache=cache) as engine:
         got = gradients(model, prompt(2))
         assert got.keys() == want.keys() and any("gate.weight" in name for name in got)
         for name in want:
