@@ -29,6 +29,7 @@ import prescope
 from prescope.core.machine import machine_facts
 from prescope.device import CudaDevice, Device, NullDevice
 from prescope.engine.engine import Engine
+from prescope.hf import HostParameter
 from prescope.weights.pages import HostPages, copy_rows, num_threads, run_jobs
 
 GIB = 1 << 30
@@ -199,7 +200,7 @@ def start_up(where: str, open_engine: Callable[[], Engine], copies_taken: int) -
     host = engine.runner.host
     nbytes, parts = host.nbytes, host.seconds
     layer = max(rows.rows.nbytes for rows in host.layers)
-    rest = sum(p.nbytes for p in engine.model.parameters() if not p.is_meta)
+    rest = sum(p.nbytes for p in engine.model.parameters() if not isinstance(p, HostParameter))
     slots = engine.num_slots * engine.shape.row_bytes if engine.describe()["device"] == "cpu" else 0
     allowed = layer + slots + (nbytes if copies_taken else 0) + (rest if copies_taken == 2 else 0)
     tokens = torch.arange(16)[None]

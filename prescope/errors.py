@@ -13,7 +13,7 @@ class NotAMoE(PrescopeError):
 
 
 class UnsupportedExperts(PrescopeError):
-    """The model has experts, but in a form whose weights prescope cannot move one by one."""
+    """The experts' weights are in a form that prescope cannot move one by one, or are asked for while it has them."""
 
 
 class SlotPoolTooSmall(PrescopeError):
@@ -24,12 +24,16 @@ class SlotPoolTooLarge(PrescopeError):
     """The slots do not fit into the memory of the device."""
 
 
+class OutOfDeviceMemory(PrescopeError):
+    """The device had no memory left in the middle of a run; the engine works again."""
+
+
 class BadModelFolder(PrescopeError):
     """A model folder is missing, incomplete, truncated or corrupt."""
 
 
 class AlreadyAttached(PrescopeError):
-    """The model already runs through an engine."""
+    """The model runs through another engine that is in use."""
 
 
 class NotAttached(PrescopeError):

@@ -53,7 +53,8 @@ def learn(
             # Integer part: uses. Fraction: the last use, squeezed below 1, so that it only breaks ties.
             scores[key] = np.floor(scores[key]) + 1.0 + last / (last + 1e9)
         elif kind == SCORE_KIND:
-            scores[key] += weights[i]
+            if np.isfinite(weights[i]):  # a router's NaN would stay for good
+                scores[key] += weights[i]
         elif kind == SHALLOW_KIND:
             # Layers before recency: the deepest layer's experts go first. Ticks stay below 1e9.
             scores[key] = last / 1e9 - moe_layer

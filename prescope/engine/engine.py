@@ -8,23 +8,33 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from traceback import clear_frames
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from ..cache.policies import make_policy
+from ..cache.policies import CachePolicy, make_policy
 from ..core.jit import IS_COMPILED
 from ..core.machine import machine_facts
 from ..core.types import ExpertSize, NeedOutcome
 from ..core.units import format_bytes
 from ..core.worker import process_id, require_process
 from ..device import Device, open_device, resolve_device
-from ..errors import BadProfile, NoProfile, NotAttached, SlotPoolTooLarge, TraceMismatch, UnsupportedOption
-from ..hf import Attachment, MoELayer, find_moe_layers, top_k_of
+from ..errors import (
+    AlreadyAttached,
+    BadProfile,
+    NoProfile,
+    NotAttached,
+    OutOfDeviceMemory,
+    SlotPoolTooLarge,
+    TraceMismatch,
+    UnsupportedOption,
+)
+from ..hf import Attachment, MoELayer, find_moe_layers, owner_of, require_whole, top_k_of
 from ..kernels import make_kernel
 from ..predictor import Predictor
 from ..profile import HardwareProfile
@@ -93,6 +103,8 @@ class Engine:
         fingerprint: identity of the model, written into traces.
     """
 
+    # Of what is made here nothing may be an inference tensor, which could not be written outside that mode.
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: PreTrainedModel,
@@ -121,10 +133,14 @@ class Engine:
             "slots": slots_reason, "device": device_reason, "kernels": kernel_reason, "cache": cache_reason
         }  # fmt: skip
         self.frequencies = frequencies
-        self._cancelled = False
+        self._cancelled = self._is_entered = False
         self._owner = process_id()
         self._is_closing = self._is_closed = False
         self._run: RunUnderWay | None = None
+        former: Engine | None = owner_of(layers)
+        if former is not None:
+            former._give_way()
+        require_whole(model, layers)
         self._device: Device = open_device(
             kind, config.link_gb_per_s, self.shape.row_bytes, config.link_factor
         )
@@ -141,7 +157,7 @@ class Engine:
                 ),
                 ahead_bytes=max(layer.num_experts * layer.layout.row_bytes for layer in layers),
             )
-            self._attachment = Attachment(model, layers, self._device, self.runner.serve)
+            self._attachment = Attachment(model, layers, self._device, self.runner.serve, self)
         except BaseException:
             self._device.close()
             raise
@@ -150,7 +166,7 @@ class Engine:
         self.runner.host = self._attachment.host
         self._predictor, self._costs = predictor, costs
         try:
-            self.runner.open_slots(self.num_slots, policy)
+            self._open_slots(self.num_slots, policy)
             self._open_schedule(config, predictor, costs)
         except BaseException:
             self._attachment.detach()
@@ -166,6 +182,7 @@ class Engine:
         """Bytes and sizes of its largest experts."""
         return max(self.layers, key=lambda layer: layer.layout.row_bytes).expert_size
 
+    @torch.inference_mode(False)
     def configure(
         self,
         *,
@@ -220,12 +237,12 @@ class Engine:
         self.reasons["cache"] = cache_reason
         if not is_new:
             return
-        former = self.runner.residency.policy
+        former = self.num_slots, self.runner.residency.policy
         self.runner.close_slots()
         try:
-            self.runner.open_slots(count, policy)
+            self._open_slots(count, policy)
         except SlotPoolTooLarge:
-            self.runner.open_slots(self.num_slots, former)
+            self._open_slots(*former)
             raise
         self.num_slots, self.reasons["slots"] = count, reason
 
@@ -278,8 +295,19 @@ class Engine:
                 f"use slots={free // self.shape.row_bytes} or fewer"
             )
 
+    def _open_slots(self, num_slots: int, policy: CachePolicy) -> None:
+        """As `LayeredRunner.open_slots`; a device that has no such piece of memory after all is a user's error."""
+        try:
+            self.runner.open_slots(num_slots, policy)
+        except torch.OutOfMemoryError as error:
+            raise SlotPoolTooLarge(
+                f"{num_slots} slots take {format_bytes(num_slots * self.shape.row_bytes)}, and the device does not "
+                f"have that in one piece; use fewer slots"
+            ) from error
+
     # -- runs --------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def generate(
         self,
         prompts: Prompts,
@@ -296,7 +324,8 @@ class Engine:
 
         Raises:
             UnsupportedOption: text without a tokenizer, or no prompt.
-            TransferFailed: a copy failed; the engine works again afterwards, with cold slots.
+            TransferFailed, OutOfDeviceMemory: a copy failed, or memory ran out; the engine works again afterwards, with
+                cold slots.
         """
         self._require_attached()
         inputs = self._tokenize(prompts)
@@ -377,8 +406,13 @@ class Engine:
         try:
             with _frozen_heap():
                 yield self.runner.recorder
-        except BaseException:
+        except BaseException as error:
+            is_full = is_out_of_memory(error)
+            if is_full:  # activations are held by the frames that failed; without them the next run has room
+                clear_frames(error.__traceback__)
             self.runner.recover()
+            if is_full:
+                raise self._out_of_memory(error) from error
             raise
         finally:
             run, self._run, self.runner.recorder = self._run, None, None
@@ -387,6 +421,15 @@ class Engine:
                     self._give_back()
             finally:
                 run.over.set()
+
+    def _out_of_memory(self, error: BaseException) -> OutOfDeviceMemory:
+        slots = format_bytes(self.num_slots * self.shape.row_bytes)
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        return OutOfDeviceMemory(
+            f"memory ran out in the middle of a run ({said}). {self.num_slots} slots take {slots}: use fewer "
+            f"(engine.configure(slots=...)), a shorter prompt, fewer prompts at once or fewer new tokens; the engine "
+            f"works again"
+        )
 
     def _result(self, recorder: Recorder, settings: dict[str, Any], output_tokens: int) -> RunResult:
         tables = recorder.tables([layer.layout.row_bytes for layer in self.layers])
@@ -409,6 +452,7 @@ class Engine:
             trace=trace,
             config={**self.describe(), "generate": {name: repr(value) for name, value in settings.items()}},
             hardware=hardware,
+            notes=recorder.notes(),
         )
 
     def _tokenize(self, prompts: Prompts) -> dict[str, torch.Tensor]:
@@ -582,6 +626,7 @@ class Engine:
                     f"slot {slot} does not hold the bytes of expert {expert} of MoE layer {moe_layer}"
                 )
 
+    @torch.inference_mode(False)
     def detach(self) -> None:
         """Give the model back as it was, bit for bit; the engine cannot be used afterwards. A second time does nothing.
 
@@ -617,19 +662,37 @@ class Engine:
             steps.callback(self._hook.remove)
             steps.callback(self._device.recover)
 
+    def _give_way(self) -> None:
+        """Detach for a new engine of the same model: a cell that attaches was run twice."""
+        if self._is_entered or self.runner.recorder is not None:
+            what = "inside its 'with' block" if self._is_entered else "in the middle of a run"
+            raise AlreadyAttached(
+                f"this model already runs through an engine that is {what}; call detach() on that one first"
+            )
+        self.detach()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedOption(
+            "an engine, and a model while it is attached, cannot be copied or pickled: its slots are this device's. "
+            "Call detach() and copy the model, or save it with model.save_pretrained(...)"
+        )
+
     def _require_attached(self) -> None:
         if self._is_closing:
             raise NotAttached(
-                "this engine is detached; make a new one with prescope.attach(model) or prescope.load"
+                "this engine is detached (by detach(), or since its model was attached again); make a new one with "
+                "prescope.attach(model) or prescope.load"
             )
         require_process(self._owner, "this engine")
 
     def __enter__(self) -> Self:
+        self._is_entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_entered = False
         if self._owner == process_id():  # a process forked inside the block has nothing to give back
             self.detach()
 
@@ -644,6 +707,12 @@ class Engine:
 
 def _ignore(tokens: int) -> None:
     """Nobody asked to be told."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, or the CPU that stands in for it, could not give memory."""
+    # On the CPU torch raises a plain RuntimeError, known by the allocator it names.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class _Progress(StoppingCriteria):

@@ -23,6 +23,7 @@ from ..scheduler.types import Plan
 from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .forced_routing import ForcedRouting
+from .frozen_experts import FrozenExperts
 from .recorder import Recorder
 from .schedule import Predicted, ScheduleRunner
 
@@ -58,7 +59,7 @@ class LayeredRunner:
         self, device: Device, layers: list[MoELayer], shape: MoEShape, kernels: str, dtype: torch.dtype
     ) -> None:
         self.device, self.layers, self.shape = device, layers, shape
-        self._kernels, self._dtype = kernels, dtype
+        self._kernels, self._dtype, self._device_type = kernels, dtype, device.torch_device.type
         self.weights: list[LayerWeights] = []
         self.recorder: Recorder | None = None
         self.captured: GraphBuffers | None = None
@@ -117,17 +118,41 @@ class LayeredRunner:
             return torch.zeros_like(x)
         x_TD = x.reshape(-1, x.shape[-1])
         ids_TK = ids.reshape(x_TD.shape[0], -1)
+        weights_TK = weights.reshape(x_TD.shape[0], -1)
+        if (
+            x.dtype is not self._dtype
+        ):  # under autocast, say: experts compute in their own, as in transformers
+            x_TD = x_TD.to(self._dtype)
+        if torch.is_grad_enabled():
+            layer = self.layers[moe_layer]
+            trained = [p for p in layer.module.parameters() if p.requires_grad]
+            out = FrozenExperts.apply(x_TD, weights_TK, ids_TK, self.serve_values, layer, self.host, *trained)
+        else:
+            out = self.serve_values(moe_layer, x_TD, ids_TK, weights_TK)
+        return out.view(x.shape) if out.dtype is x.dtype else out.view(x.shape).to(x.dtype)
+
+    def serve_values(
+        self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """A layer's output (T, D) without a graph for gradients, whatever modes of torch the caller is in."""
+        if torch.is_inference_mode_enabled():
+            # What is made here may live longer than the caller's mode, and must be writable outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.serve_values(moe_layer, x_TD, ids_TK, weights_TK)
+        if torch.is_autocast_enabled(self._device_type):
+            with torch.autocast(self._device_type, enabled=False):
+                return self.serve_values(moe_layer, x_TD, ids_TK, weights_TK)
         if self.forced is not None and (self.captured is not None or not self.is_prefill):
             ids_TK = self.forced.ids_LTK[moe_layer]
-        weights_TK = weights.reshape(ids_TK.shape)
+            weights_TK = weights_TK.reshape(ids_TK.shape)
         if self.captured is not None:
-            return self._serve_captured(moe_layer, x_TD, ids_TK, weights_TK).view(x.shape)
+            return self._serve_captured(moe_layer, x_TD, ids_TK, weights_TK)
         if self._is_serving:  # an interrupt or an error ended the last call half-way
             self.recover()
         self._is_serving = True
         out = self._serve_now(moe_layer, x_TD, ids_TK.to(torch.int64), weights_TK)
         self._is_serving = False
-        return out.view(x.shape)
+        return out
 
     def _serve_captured(
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..core.paths import EMBEDDED_MODEL, embedded_model
 from ..errors import UnsupportedOption
-from ..hf import PASSED_ON, load_model, take_source
+from ..hf import PASSED_ON, load_model, model_in, take_source
 from ..predictor import Predictor
 from ..scheduler.costs import LayerCosts
 from .config import EngineConfig
@@ -20,6 +21,7 @@ from .engine import Engine
 from .resolve import _check_early
 
 
+@torch.inference_mode(False)  # weights that are loaded inside such a block can be used and trained outside it
 def load(
     model: str | Path | None = None,
     *,
@@ -92,7 +94,7 @@ def _config_of(settings: dict[str, Any]) -> EngineConfig:
 
 
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     config: EngineConfig | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -104,16 +106,23 @@ def attach(
     """Move the experts of a model that is already in memory to host rows; `detach` brings them back.
 
     Args:
-        model: any transformers 5 MoE (docs/families.md).
+        model: any transformers 5 MoE (docs/families.md), or a wrapper of one without weights of its own, such as
+            `torch.compile(model)` or a PeftModel. One that is attached already is taken over: the former engine is
+            detached first, unless it is in the middle of a run or inside its `with` block (AlreadyAttached). So a cell
+            can be run twice, and `attach(model).detach()` gives back a model whose engine was lost.
         config: settings as one object, or give them as keywords (see `EngineConfig`).
+
+    While attached, weights of experts can be neither read nor changed: whatever tries gets an UnsupportedExperts. All
+    others can, adapters may be put on them and trained.
 
     Raises: as `load`; the model is left as it was.
     """
     if config is not None and settings:
         raise UnsupportedOption(f"give either config or keywords, not both (keywords: {', '.join(settings)})")
-    name = model.config.name_or_path or type(model).__name__
+    inner = model_in(model)
+    name = inner.config.name_or_path or type(inner).__name__
     return Engine(
-        model,
+        inner,
         config or _config_of(settings),
         tokenizer=tokenizer,
         name=name,

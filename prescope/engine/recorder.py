@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..cache.residency import LayerNeed
 from ..core.jit import compiling_us
-from ..core.types import REASONS, Lane, Phase, Reason
+from ..core.types import REASONS, IntArray, Lane, Phase, Reason
 from ..device import Device, Events, Mark
 from ..kernels import StepLog
 from ..traces.events import PHASES, Event, LayerRow, StepRow, event_frame, layer_frame, step_frame
@@ -101,6 +101,7 @@ class Recorder:
         #: Microseconds that decisions were compiled, of the host wait of (step, layer); and compiled before by then.
         self._warm_up: dict[tuple[int, int], float] = {}
         self._compiled_us = compiling_us()
+        self._not_finite: dict[str, IntArray] = {}  # (L,) tokens, by what of theirs is NaN or infinite
         self._anchor: tuple[Mark, int] | None = (
             None  # one moment by both clocks: a mark, and the GPU's own in ns
         )
@@ -430,7 +431,8 @@ class Recorder:
     def trace(self, *, num_experts: int, decoder_layers: list[int], **metadata: Any) -> RoutingTrace | None:
         """The routing of every token, or None if none was kept.
 
-        A layer that a step did not run (or ran with other tokens, as a vision tower does) has ids of -1.
+        A layer that a step did not run (or ran with other tokens, as a vision tower does) has ids of -1. What is NaN or
+        infinite is 0 in it, and said by `notes`.
         """
         for step in self._steps if self._routing else []:
             if step.log is not None:
@@ -442,6 +444,7 @@ class Recorder:
         top_k = max(routing.ids_TK.shape[1] for routing in layers)
         parts = [self._step_rows(i, num_layers, num_experts, top_k) for i in range(len(self._steps))]
         joined: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        self._not_finite["router weights"] = _take_out_not_finite(joined["weights"])
         past = self._positions()
         inputs = self._all_inputs(num_layers) if self._inputs else None
         return RoutingTrace(
@@ -453,6 +456,15 @@ class Recorder:
             decoder_layers=decoder_layers,
             **metadata,
         )
+
+    def notes(self) -> list[str]:
+        """What a reader of the trace must know; call it after `trace`."""
+        return [
+            f"{what} of {count} tokens are not finite in MoE layer {layer} (NaN or infinite); the trace has 0 for them"
+            for what, of_layer in self._not_finite.items()
+            for layer, count in enumerate(of_layer.tolist())
+            if count
+        ]
 
     def _step_rows(self, index: int, num_layers: int, num_experts: int, top_k: int) -> dict[str, np.ndarray]:
         step = self._steps[index]
@@ -498,6 +510,7 @@ class Recorder:
         most = torch.finfo(torch.float16).max
         total = sum(step.batch * step.length for step in self._steps)
         inputs = np.zeros((total, num_layers, width), dtype=np.float16)
+        self._not_finite["router inputs"] = not_finite = np.zeros(num_layers, dtype=np.int64)
         first = 0
         for step in self._steps:
             rows = inputs[first : first + step.batch * step.length]
@@ -505,10 +518,18 @@ class Recorder:
             for layer, routing in step.routing.items():
                 if routing.inputs_TD is not None and len(routing.inputs_TD) == len(rows):
                     x_TD = routing.inputs_TD.float()
-                    # An infinity stays one: the trace refuses it, as it does NaN.
-                    half_TD = x_TD.clamp(-most, most).where(x_TD.isfinite(), x_TD).half()
+                    is_finite_TD = x_TD.isfinite()
+                    not_finite[layer] += int((~is_finite_TD).any(1).sum())
+                    half_TD = x_TD.clamp(-most, most).where(is_finite_TD, 0.0).half()
                     rows[:, layer, : x_TD.shape[1]] = half_TD.cpu().numpy()
         return inputs
+
+
+def _take_out_not_finite(values_RLK: NDArray[np.floating]) -> IntArray:
+    """Put 0 in the place of NaN and infinities; returns how many tokens (L,) had any."""
+    is_finite = np.isfinite(values_RLK)
+    values_RLK[~is_finite] = 0.0
+    return (~is_finite).any(axis=2).sum(axis=0)
 
 
 def _logged_routing(log: StepLog) -> dict[int, _Routing]:

@@ -1,23 +1,40 @@
 """The door to transformers: finding MoE layers, attaching to a model, loading one from a folder or the hub."""
 
 from .arguments import PASSED_ON, Source, take_source
-from .attach import Attachment
+from .attach import Attachment, ServeFunction, owner_of
+from .foreign import model_in, require_whole
+from .host_parameter import HostParameter
 from .load import LoadedModel, load_model
 from .moe_layers import MoELayer, find_moe_layers, top_k_of
-from .static_cache import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
+from .static_cache import (
+    addresses_of,
+    cache_length,
+    cached_tokens,
+    compiled_layers,
+    counts_in_python,
+    has_hooks,
+    static_cache,
+)
 
 __all__ = [
     "PASSED_ON",
     "Attachment",
+    "HostParameter",
     "LoadedModel",
     "MoELayer",
+    "ServeFunction",
     "Source",
+    "addresses_of",
     "cache_length",
     "cached_tokens",
     "compiled_layers",
     "counts_in_python",
     "find_moe_layers",
+    "has_hooks",
     "load_model",
+    "model_in",
+    "owner_of",
+    "require_whole",
     "static_cache",
     "take_source",
     "top_k_of",

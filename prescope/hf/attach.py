@@ -3,7 +3,9 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from copy import copy
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from ..device import Device
 from ..errors import AlreadyAttached, UnsupportedExperts
 from ..weights.host_pool import HostLayer, HostPool, is_on_host
+from .guards import Guards
+from .host_parameter import HostParameter, refuse
 from .moe_layers import MoELayer
 
 IMPLEMENTATION = "prescope"
@@ -25,6 +29,39 @@ LAYERS_AHEAD = 2
 
 #: (moe_layer, hidden_states (T, D), expert ids (T, K), weights (T, K)) -> (T, D)
 ServeFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _set_data(tensor: torch.Tensor, make: Callable[[], torch.Tensor]) -> None:
+    """Give a weight other data, made in the mode in which it was made: torch can use no mixture of the two."""
+    with torch.inference_mode(tensor.is_inference()):
+        tensor.data = make()
+
+
+class Binding:
+    """What an attached experts module knows of its engine. Cannot be copied: a copy would share the slots.
+
+    Attributes:
+        serve: stands in for its forward.
+        moe_layer: its rank.
+        weight_names: of its stand-ins, which must still be there.
+        owner: the engine.
+    """
+
+    __slots__ = ("moe_layer", "owner", "serve", "weight_names")
+
+    def __init__(
+        self, serve: ServeFunction, moe_layer: int, weight_names: tuple[str, ...], owner: Any
+    ) -> None:
+        self.serve, self.moe_layer, self.weight_names, self.owner = serve, moe_layer, weight_names, owner
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse("copying or pickling an attached model")
+
+
+def owner_of(layers: list[MoELayer]) -> Any:
+    """The engine that serves these layers now, or None."""
+    bindings = [layer.module.__dict__.get("_prescope") for layer in layers]
+    return next((binding.owner for binding in bindings if binding is not None), None)
 
 
 @torch.compiler.disable
@@ -45,8 +82,10 @@ def _experts_forward(
         raise UnsupportedExperts(
             "this experts module was set to 'prescope' by hand; use prescope.attach(model)"
         )
-    serve, moe_layer = binding
-    return serve(moe_layer, hidden_states, ids, weights)
+    for name in binding.weight_names:
+        if type(module._parameters.get(name)) is not HostParameter:
+            refuse(f"{name} of MoE layer {binding.moe_layer} was replaced, or is changed by an adapter")
+    return binding.serve(binding.moe_layer, hidden_states, ids, weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
@@ -56,7 +95,13 @@ class Attachment:
     """A model whose experts live in host rows. `detach` gives back the model as it was, bit for bit.
 
     The model's Parameter objects stay the same objects, so references to them (optimizers, hooks, ties) survive;
-    while attached they are empty and a placeholder on `meta` stands in their module.
+    while attached they are empty and a stand-in of their shape is in their module. Neither can be read or written.
+
+    Args:
+        layers: of the model.
+        device: where it will compute.
+        serve: stands in for the experts' forward.
+        owner: the engine, for `owner_of`.
 
     Attributes:
         host: the rows.
@@ -64,7 +109,12 @@ class Attachment:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: list[MoELayer], device: Device, serve: ServeFunction
+        self,
+        model: PreTrainedModel,
+        layers: list[MoELayer],
+        device: Device,
+        serve: ServeFunction,
+        owner: Any = None,
     ) -> None:
         if any("_prescope" in layer.module.__dict__ for layer in layers):
             raise AlreadyAttached(
@@ -73,17 +123,18 @@ class Attachment:
         self.model = model
         self.layers = layers
         self._device = device
-        self._parameters: list[dict[str, nn.Parameter]] = []
+        self._originals: list[dict[str, tuple[nn.Parameter, HostParameter]]] = []
         self._experts_devices: list[torch.device] = []
         self._moved: list[tuple[torch.Tensor, torch.device]] = []
-        self._implementations: list[tuple[Any, str | None]] = []
-        self._guards: list[torch.utils.hooks.RemovableHandle] = []
+        self._configs: list[tuple[nn.Module, Any]] = []
+        self._guards: Guards | None = None
         self.host = HostPool([])
         self.fill_seconds = 0.0
         try:
             self._take_experts()
             self._move_rest()
-            self._route(serve)
+            self._route(serve, owner)
+            self._guards = Guards(model, device.torch_device)
         except BaseException:
             self.detach()
             raise
@@ -133,65 +184,65 @@ class Attachment:
         return self.host.layers[rank]
 
     def _give_up_originals(self, layer: MoELayer) -> None:
-        originals: dict[str, nn.Parameter] = {}
+        originals: dict[str, tuple[nn.Parameter, HostParameter]] = {}
         self._experts_devices.append(layer.tensors()[layer.weight_names[0]].device)
-        self._parameters.append(originals)
+        self._originals.append(originals)
         for name in layer.weight_names:
             parameter = layer.module._parameters[name]
             assert parameter is not None
-            originals[name] = parameter
-            placeholder = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+            stand_in = HostParameter.standing_for(parameter, self._device.torch_device)
+            originals[name] = parameter, stand_in
             for module in (layer.module, *layer.twins):
-                module._parameters[name] = placeholder
-            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+                module._parameters[name] = stand_in
+            _set_data(parameter, partial(torch.empty, 0, dtype=parameter.dtype, device=parameter.device))
+            parameter.__class__ = HostParameter
 
     def _move_rest(self) -> None:
         target = self._device.torch_device
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            if not tensor.is_meta and tensor.device != target:
+            if tensor.device != target and not isinstance(tensor, HostParameter):
                 self._moved.append((tensor, tensor.device))
-                tensor.data = tensor.data.to(target)
+                _set_data(tensor, partial(tensor.data.to, target))
 
-    def _route(self, serve: ServeFunction) -> None:
+    def _route(self, serve: ServeFunction, owner: Any) -> None:
+        # A copy of the configuration: other models may have been made from the same object.
+        copies: dict[int, Any] = {}
         for layer in self.layers:
             for module in (layer.module, *layer.twins):
                 config: Any = module.config
-                if all(config is not known for known, _ in self._implementations):
-                    self._implementations.append((config, config._experts_implementation_internal))
-                    config._experts_implementation_internal = IMPLEMENTATION
-                module.__dict__["_prescope"] = (serve, layer.moe_layer)
-                self._guards.append(module.register_state_dict_pre_hook(_refuse_state_dict))
+                routed = copies.setdefault(id(config), copy(config))
+                routed._experts_implementation_internal = IMPLEMENTATION
+                self._configs.append((module, config))
+                module.config = routed
+                module.__dict__["_prescope"] = Binding(serve, layer.moe_layer, layer.weight_names, owner)
 
     def detach(self) -> None:
         """Undo everything; does nothing the second time."""
-        for guard in self._guards:
-            guard.remove()
-        for config, implementation in self._implementations:
-            config._experts_implementation_internal = implementation
+        if self._guards is not None:
+            self._guards.remove()
+        for module, config in self._configs:
+            module.config = config
         for layer in self.layers:
             for module in (layer.module, *layer.twins):
                 module.__dict__.pop("_prescope", None)
         for tensor, device in self._moved:
-            tensor.data = tensor.data.to(device)
+            _set_data(tensor, partial(tensor.data.to, device))
         self._restore_experts()
         self.host.close()
-        self._guards, self._implementations, self._moved = [], [], []
+        self._guards, self._configs, self._moved = None, [], []
 
     def _restore_experts(self) -> None:
         # Layer by layer again: each layer's rows are closed before the next one's originals take memory.
         for layer, rows in zip(self.layers, self.host.layers, strict=False):
-            if not self._parameters:
+            if not self._originals:
                 break  # attaching failed here: this layer and those after it still have their own weights
-            for name, parameter in self._parameters[0].items():
-                parameter.data = rows.restore(name, self._experts_devices[0])
+            for name, (parameter, stand_in) in self._originals[0].items():
+                parameter.__class__ = nn.Parameter
+                _set_data(parameter, partial(rows.restore, name, self._experts_devices[0]))
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.requires_grad_(stand_in.requires_grad)
                 for module in (layer.module, *layer.twins):
-                    module._parameters[name] = parameter
-            del self._parameters[0], self._experts_devices[0]
+                    if module._parameters.get(name) is stand_in:  # else replaced meanwhile, and that stays
+                        module._parameters[name] = parameter
+            del self._originals[0], self._experts_devices[0]
             rows.close()
-
-
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    raise UnsupportedExperts(
-        f"{prefix.rstrip('.') or 'the experts'}: the experts of this model are in prescope's host rows; "
-        f"call detach() before saving it or reading its state_dict"
-    )

@@ -17,6 +17,7 @@ from ..core.types import ExpertSize
 from ..errors import NotAMoE, UnsupportedExperts
 from ..kernels import ExpertsSpec
 from ..weights.layout import RowLayout, row_layout
+from .host_parameter import HostParameter
 
 #: What `use_experts_implementation` sets on every experts module.
 _MARKS = ("has_gate", "has_bias", "is_transposed")
@@ -104,7 +105,8 @@ def _moe_layer(rank: int, name: str, module: Any, twins: tuple[nn.Module, ...]) 
     tensors: dict[str, torch.Tensor] = {}
     for weight in names:
         tensor = getattr(module, weight, None)
-        if not isinstance(tensor, nn.Parameter) or tensor.shape[0] != module.num_experts:
+        is_plain = type(tensor) in (nn.Parameter, HostParameter)
+        if not isinstance(tensor, nn.Parameter) or not is_plain or tensor.shape[0] != module.num_experts:
             what = (
                 "missing" if tensor is None else f"a {type(tensor).__name__} of shape {tuple(tensor.shape)}"
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -55,6 +56,26 @@ def _keeps_all_tokens(layer: CacheLayerMixin, length: int) -> bool:
     if _slides(layer):
         return layer.max_cache_len >= length
     return type(layer) is StaticLayer
+
+
+def addresses_of(model: nn.Module) -> int:
+    """Another number when a module or weight was replaced (an adapter, `load_state_dict(assign=True)`), which a
+    captured step would not notice; the same one when weights were changed in place, which it does.
+    """
+    modules = map(id, model.modules())
+    return hash((*modules, *(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))))
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether somebody has registered hooks on parts of the model, which a captured step would not call.
+
+    Those of transformers stay for good once outputs were asked for, and do nothing in other runs.
+    """
+    parts = (module for module in model.modules() if module is not model)
+    hooks = (
+        hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    )
+    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
 
 def cache_length(cache: StaticCache) -> int:

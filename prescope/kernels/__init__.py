@@ -8,7 +8,7 @@ import torch
 from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 from .base import ExpertKernel, ExpertsSpec, LayerWeights, StepLog, Work
-from .reference import TorchKernel, combine
+from .reference import TorchKernel, combine, expert_output
 
 if TYPE_CHECKING:
     from .graph_buffers import DeviceTable, HostOptions
@@ -22,6 +22,7 @@ __all__ = [
     "TorchKernel",
     "Work",
     "combine",
+    "expert_output",
     "make_device_table",
     "make_foresight",
     "make_kernel",

@@ -30,9 +30,14 @@ class TorchKernel:
         for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
             pairs = self._order[self._first[expert] : self._first[expert + 1]]
             x = work.x_TD[pairs // top_k]
-            h = _linear(x, weights.up[slot], _at(weights.up_bias, slot), spec.is_transposed)
-            y = _linear(spec.gate(h), weights.down[slot], _at(weights.down_bias, slot), spec.is_transposed)
-            work.out_PD[pairs] = y if spec.post_norm is None else spec.post_norm(y)
+            work.out_PD[pairs] = expert_output(x, spec, weights, slot)
+
+
+def expert_output(x: torch.Tensor, spec: ExpertsSpec, weights: LayerWeights, slot: int) -> torch.Tensor:
+    """What the expert in a slot makes of its tokens (n, D)."""
+    h = _linear(x, weights.up[slot], _at(weights.up_bias, slot), spec.is_transposed)
+    y = _linear(spec.gate(h), weights.down[slot], _at(weights.down_bias, slot), spec.is_transposed)
+    return y if spec.post_norm is None else spec.post_norm(y)
 
 
 def _at(bias: torch.Tensor | None, slot: int) -> torch.Tensor | None:

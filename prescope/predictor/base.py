@@ -124,10 +124,15 @@ def targets_of(moe_layer: int, shape: MoEShape, lookahead: int) -> Iterator[tupl
 
 
 def used_mask_torch(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(..., E) float32 0/1 from ids (..., K); as `used_mask`, on the ids' device."""
-    ids = ids_TK.to(torch.int64)
-    mask = torch.zeros((*ids.shape[:-1], num_experts + 1), device=ids.device)
-    return mask.scatter_(-1, torch.where(ids < 0, num_experts, ids), 1.0)[..., :num_experts]
+    """(..., E) float32 0/1 from ids (..., K); as `used_mask`, on the ids' device. Ids outside [0, E) mark none."""
+    places = places_of(ids_TK, num_experts)
+    mask = torch.zeros((*places.shape[:-1], num_experts + 2), device=places.device)
+    return mask.scatter_(-1, places, 1.0)[..., 1:-1]
+
+
+def places_of(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Columns of a table of E + 2, int64: those of experts are 1 to E, other ids have the first and the last."""
+    return ids.to(torch.int64).clamp(-1, num_experts) + 1
 
 
 def require_inputs(trace: RoutingTrace, name: str) -> NDArray[np.float16]:

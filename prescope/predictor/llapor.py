@@ -35,6 +35,7 @@ from .base import (
     FastPath,
     Prediction,
     ScoreArray,
+    places_of,
     require_inputs,
     require_shape,
     targets_of,
@@ -454,10 +455,10 @@ class Llapor:
 
 
 def choice_of(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """(..., E) float32: each chosen expert's router weight at its place; ids of -1 leave nothing."""
-    ids = ids.to(torch.int64)
-    out = torch.zeros((*ids.shape[:-1], num_experts + 1), device=ids.device)
-    return out.scatter_(-1, torch.where(ids < 0, num_experts, ids), weights.float())[..., :num_experts]
+    """(..., E) float32: each chosen expert's router weight at its place; ids outside [0, E) leave nothing."""
+    places = places_of(ids, num_experts)
+    out = torch.zeros((*places.shape[:-1], num_experts + 2), device=places.device)
+    return out.scatter_(-1, places, weights.float())[..., 1:-1]
 
 
 def _identity_platt(config: LlaporConfig, shape: MoEShape) -> torch.Tensor:

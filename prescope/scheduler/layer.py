@@ -92,6 +92,9 @@ def take_down(memory: Memory, moe_layer: int, lag: int, tokens_dE: FloatArray, u
         is_layer = made_at >= 0 and made_at + ahead < num_layers
         factor = discount(memory.trust, ahead) if is_layer else 0.0
         for e in range(E):
+            # Predictions from hidden states that are not finite say nothing, and would spoil trust for good.
+            if not (np.isfinite(used_dE[ahead - 1, e]) and np.isfinite(tokens_dE[ahead - 1, e])):
+                used_dE[ahead - 1, e] = tokens_dE[ahead - 1, e] = 0.0
             if is_layer and ahead > lag:  # this layer's own were compared with what it used
                 predicted_dLE[ahead - 1, made_at + ahead, e] = used_dE[ahead - 1, e]
             used_dE[ahead - 1, e] *= factor

@@ -187,5 +187,5 @@ def opened(model: Any) -> Iterator[Engine]:
 
 
 def device_of(engine: Engine) -> torch.device:
-    """Where the model's dense part is: experts are on `meta` while an engine serves them."""
-    return next(p.device for p in engine.model.parameters() if not p.is_meta)
+    """Where the model computes."""
+    return engine.model.device

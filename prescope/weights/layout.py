@@ -3,6 +3,7 @@
 Standard library and torch dtypes only; the same layout serves host rows and slots.
 """
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def row_layout(tensors: dict[str, torch.Tensor]) -> RowLayout:
     fields, offset = [], 0
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape[1:])
-        nbytes = tensor[0].numel() * tensor.element_size()
+        nbytes = prod(shape) * tensor.element_size()
         fields.append(Field(name, shape, tensor.dtype, offset, nbytes))
         offset += -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
     return RowLayout(tuple(fields), offset)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...cache.policies import POLICIES
 from ...errors import UnsupportedOption
+from ...hf import addresses_of, has_hooks
 from ...kernels import MOST_PAIRS, make_device_table
 from ..config import EngineConfig
 from ..layered import LayeredRunner
@@ -37,6 +38,7 @@ class Decoder:
     def __init__(self, model: "PreTrainedModel", runner: LayeredRunner) -> None:
         self._model, self._runner = model, runner
         self._steps: dict[int, GraphStep] = {}  # by batch
+        self._addresses = 0  # of the model they were captured from
         self._table: DeviceTable | None = None
 
     def loop(
@@ -65,7 +67,7 @@ class Decoder:
         if reason:
             if config.decode not in ("auto", "layered"):
                 warnings.warn(
-                    f"decode={config.decode!r}: decode steps run layer by layer: {reason}", stacklevel=4
+                    f"decode={config.decode!r}: decode steps run layer by layer: {reason}", stacklevel=5
                 )
             return f"layered: {reason}"
         if self._table is None:
@@ -78,6 +80,9 @@ class Decoder:
 
     def _step(self, config: EngineConfig, batch: int, length: int, drivers: list[str]) -> GraphStep:
         """The step for this batch, made anew if the one there is too short or of other settings."""
+        if (addresses := addresses_of(self._model)) != self._addresses:
+            self._steps.clear()
+            self._addresses = addresses
         step = self._steps.get(batch)
         if step is not None and step.length >= length and step.timed == config.events:
             return step
@@ -127,6 +132,7 @@ class Decoder:
             (not self._runner.device.captures_steps, "graphs need CUDA"),
             (config.kernels != "triton", f"kernels={config.kernels!r} cannot be captured"),
             (config.record_inputs, "router inputs are recorded"),
+            (has_hooks(self._model), "hooks are registered on modules, and graphs do not call them"),
             (
                 config.decode in (GPU, COPY) and not POLICIES[config.cache].runs_on_gpu,
                 f"cache={config.cache!r} needs the host",

@@ -1,0 +1,95 @@
+"""Gradients through experts that are not trained themselves: to the layers before them, and to their router.
+
+Forward from slots, as always; backward expert by expert from the host rows, so that neither keeps a slot nor more
+than one expert on the device. Shapes: T tokens, K top-k, D model width, n tokens of an expert.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..errors import NotAttached, UnsupportedOption
+from ..hf import MoELayer, ServeFunction
+from ..kernels import ExpertsSpec, LayerWeights, expert_output
+from ..weights.host_pool import HostLayer, HostPool
+
+
+class FrozenExperts(torch.autograd.Function):
+    """A layer's experts as a function of x (T, D) and router weights (T, K).
+
+    Those of its weights that require gradients are inputs too, so that a backward pass to them is refused.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        serve: ServeFunction,
+        layer: MoELayer,
+        host: HostPool,
+        *trained: torch.nn.Parameter,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_TD, weights_TK, ids_TK)
+        ctx.layer, ctx.host = layer, host
+        return serve(layer.moe_layer, x_TD.detach(), ids_TK, weights_TK.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        layer: MoELayer = ctx.layer
+        if not ctx.host.layers:
+            raise NotAttached("the engine was detached between forward and backward; run the forward again")
+        if any(ctx.needs_input_grad[6:]):
+            raise UnsupportedOption(
+                f"{layer.name} has weights that require gradients, and experts in host rows are not trained; freeze "
+                f"them (model.{layer.name}.requires_grad_(False)), or call detach() before training"
+            )
+        x_TD, weights_TK, ids_TK = ctx.saved_tensors
+        rows: HostLayer = ctx.host.layers[layer.moe_layer]
+        found = gradients(layer, rows, x_TD, ids_TK, weights_TK, grads[0])
+        needed = zip(found, ctx.needs_input_grad, strict=False)
+        wanted = [grad if is_needed else None for grad, is_needed in needed]
+        return (*wanted, *(None for _ in ctx.needs_input_grad[len(wanted) :]))
+
+
+def gradients(
+    layer: MoELayer,
+    rows: HostLayer,
+    x_TD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    grad_TD: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of x (T, D) and of the router weights (T, K), from that of the layer's output (T, D)."""
+    grad_x_TD, grad_weights_TK = torch.zeros_like(x_TD), torch.zeros_like(weights_TK)
+    for expert in np.unique(ids_TK.cpu().numpy()).tolist():
+        if not 0 <= expert < layer.num_experts:
+            continue
+        token, rank = torch.where(ids_TK == expert)
+        one = _weights_of(expert, layer.spec, rows, x_TD.device)
+        with torch.enable_grad():
+            x = x_TD[token].detach().requires_grad_()
+            y = expert_output(x, layer.spec, one, 0)
+        grad = grad_TD[token]
+        grad_weights_TK[token, rank] = (grad * y.detach()).sum(-1).to(grad_weights_TK.dtype)
+        of_output = (grad * weights_TK[token, rank, None]).to(y.dtype)
+        grad_x_TD.index_add_(0, token, torch.autograd.grad(y, x, of_output)[0])
+    return grad_x_TD, grad_weights_TK
+
+
+def _weights_of(expert: int, spec: ExpertsSpec, rows: HostLayer, device: torch.device) -> LayerWeights:
+    """One expert's weights (1, ...) where its tokens are."""
+
+    def field(name: str) -> torch.Tensor:
+        return rows.tensor(name)[expert : expert + 1].to(device)
+
+    return LayerWeights(
+        up=field(spec.up),
+        down=field(spec.down),
+        up_bias=field(spec.up_bias) if spec.up_bias else None,
+        down_bias=field(spec.down_bias) if spec.down_bias else None,
+    )

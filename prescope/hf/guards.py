@@ -1,0 +1,78 @@
+"""What may not be done to an attached model as a whole: load, save, cast or move its experts.
+
+A write to one weight is refused by the weight itself (`host_parameter`). These calls would come to the experts only
+after they have changed other weights, so they are refused before the first one.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .host_parameter import HostParameter, refuse
+
+
+class Guards:
+    """Refuses such calls on a model, and on any part of it that has experts, until `remove`.
+
+    Args:
+        model: its expert weights are stand-ins already.
+        device: where it computes.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._modules: list[nn.Module] = []
+        dtypes = {p.dtype for p in model.parameters() if isinstance(p, HostParameter)}
+        probes = [torch.empty(0, dtype=dtype, device=device) for dtype in dtypes]
+        for module in model.modules():
+            named = module.named_parameters(remove_duplicate=False)
+            names = [name for name, parameter in named if isinstance(parameter, HostParameter)]
+            if names:
+                self._guard(module, names, probes)
+
+    def _guard(self, module: nn.Module, names: list[str], probes: list[torch.Tensor]) -> None:
+        load = module.register_load_state_dict_pre_hook(partial(_refuse_load, names))
+        self._handles += [load, module.register_state_dict_pre_hook(_refuse_state_dict)]
+        # All of to(), half(), cuda() and their like go through it, from the outermost module to the innermost.
+        module.__dict__["_apply"] = partial(_apply, module, probes)
+        self._modules.append(module)
+
+    def remove(self) -> None:
+        """Allow everything again."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            module.__dict__.pop("_apply", None)
+        self._handles, self._modules = [], []
+
+
+def _refuse_load(
+    names: list[str], module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any
+) -> None:
+    # A state of other weights alone (an adapter's, say) may be loaded.
+    if found := next((prefix + name for name in names if prefix + name in state_dict), None):
+        refuse(f"load_state_dict() with {found}")
+
+
+def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    refuse(f"saving {prefix.rstrip('.') or type(module).__name__} or reading its state_dict")
+
+
+def _apply(
+    module: nn.Module,
+    probes: list[torch.Tensor],
+    fn: Callable[[torch.Tensor], torch.Tensor],
+    recurse: bool = True,
+) -> nn.Module:
+    """What torch does in its stead, for the other weights, if it leaves tensors like the experts' as they are."""
+    if any(fn(probe) is not probe for probe in probes):
+        refuse("casting or moving an attached model")
+    whole = module._parameters
+    module._parameters = {n: p for n, p in whole.items() if not isinstance(p, HostParameter)}
+    try:
+        return type(module)._apply(module, fn, recurse)
+    finally:
+        module._parameters = {name: module._parameters.get(name, whole[name]) for name in whole}
