@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from prescope.core.renamed import RENAMED, install, module_renamed
 
 if TYPE_CHECKING:
+    from prescope.advice import MachineSpec as MachineSpec
+    from prescope.advice import advise as advise
     from prescope.calibration import calibrate as calibrate
     from prescope.engine import Engine as Engine
     from prescope.engine import attach as attach
@@ -24,8 +26,10 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "Engine": "prescope.engine",
     "HardwareProfile": "prescope.profile",
+    "MachineSpec": "prescope.advice",
     "RoutingTrace": "prescope.traces.routing",
     "RunResult": "prescope.traces.result",
+    "advise": "prescope.advice",
     "attach": "prescope.engine",
     "calibrate": "prescope.calibration",
     "load": "prescope.engine",
@@ -41,9 +45,11 @@ _SUBMODULES = (
 __all__ = [
     "Engine",
     "HardwareProfile",
+    "MachineSpec",
     "RoutingTrace",
     "RunResult",
     "__version__",
+    "advise",
     "attach",
     "calibrate",
     "load",

@@ -13,12 +13,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from . import views
+from .core.paths import data_dir
 from .core.types import Phase
 from .engine.engine import Engine
 from .engine.job import Job, NamedPrompts
@@ -28,14 +29,32 @@ from .predictor import Oracle, Predictor
 from .predictor.base import measure_us
 from .profile import HardwareProfile
 from .report import write_report
-from .simulator import Machine, Scenario, Scenarios, machine_of_run, machine_with_link, shipped_machines
+from .simulator import (
+    Machine,
+    Recording,
+    Scenario,
+    Scenarios,
+    machine_of_run,
+    machine_with_link,
+    shipped_machines,
+    shipped_recordings,
+)
 from .traces.metrics import METRIC_DEFINITIONS
 from .traces.result import RunResult
 from .training.record import device_of
-from .widgets import PairPanel, SchedulePanel, SlotsPanel
+from .widgets import CapacityPanel, Dashboard, PairPanel, SchedulePanel, SlotsPanel, show_in_both_forms
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+
+#: Of a dashboard's real runs, unless others are given.
+PROMPTS = {
+    "story": "The old man looked at the sea",
+    "code": "import json\n\ndef load(path):",
+    "maths": "Question: Tom has 12 apples and buys 30 more. How many apples does he have now?\nSolution:",
+}
+P = TypeVar("P", SlotsPanel, SchedulePanel, PairPanel, CapacityPanel, Dashboard)
 
 
 class Session:
@@ -57,14 +76,13 @@ class Session:
             self.engine = model
         else:
             self.engine = load(model, **settings)
+        show_in_both_forms()
         self.runs: list[RunResult] = []
         self._remembered: np.ndarray | None = (
             None  # the newest run's frequencies, unless the engine was told others
         )
         self._one_run = threading.Lock()
-        self._panel: SlotsPanel | None = None
-        self._schedule_panel: SchedulePanel | None = None
-        self._pair_panel: PairPanel | None = None
+        self._panels: dict[str, SlotsPanel | SchedulePanel | PairPanel | CapacityPanel | Dashboard] = {}
 
     def run(
         self,
@@ -184,10 +202,7 @@ class Session:
 
         Args: as `run`; `keywords` are those of every run of the panel.
         """
-        if self._panel is not None:
-            self._panel.close()
-        self._panel = SlotsPanel(self, prompts, keywords)
-        return self._panel
+        return self._keep(SlotsPanel(self, prompts, keywords))
 
     def scenarios(
         self,
@@ -245,10 +260,7 @@ class Session:
         Args:
             scenarios: of a run of these prompts. `keywords`: of every run on the engine, as of the recorded one.
         """
-        if self._schedule_panel is not None:
-            self._schedule_panel.close()
-        self._schedule_panel = SchedulePanel(self, scenarios, prompts, keywords)
-        return self._schedule_panel
+        return self._keep(SchedulePanel(self, scenarios, prompts, keywords))
 
     def pair_panel(
         self, scenarios: Scenarios, scenario: Scenario, upper: str = "presched", lower: str = "on-demand"
@@ -258,10 +270,76 @@ class Session:
         Args:
             scenario: slots, machine and CPU lane of both, and the settings of its own schedule.
         """
-        if self._pair_panel is not None:
-            self._pair_panel.close()
-        self._pair_panel = PairPanel(scenarios, scenario, upper, lower)
-        return self._pair_panel
+        return self._keep(PairPanel(scenarios, scenario, upper, lower))
+
+    def capacity_panel(self, machine: str | None = None) -> CapacityPanel:
+        """What GPU memory buys, for this model or a published one, on any machine; a panel made before is closed."""
+        trace = next((run.trace for run in reversed(self.runs) if _is_recorded(run)), None)
+        return self._keep(
+            CapacityPanel({self.engine.name or "this model": self.engine, **_shapes()}, machine, trace)
+        )
+
+    def dashboard(
+        self,
+        prompts: NamedPrompts | None = None,
+        *,
+        scenarios: Scenarios | None = None,
+        predictors: Sequence[Predictor] = (),
+        profile: HardwareProfile | None = None,
+        recording: str | Path | None = None,
+        **keywords: Any,
+    ) -> Dashboard:
+        """Everything in one place; one made before is closed.
+
+        Opens with a recording that comes with prescope, where prediction pays, if there is one; otherwise with the
+        session's latest run, or one that is made now.
+
+        Args:
+            prompts: of real runs; three short ones when not given.
+            scenarios: to open with instead.
+            predictors, profile: of the session's own runs, as in `scenarios`.
+            recording: name or path of one to offer first.
+            keywords: of every real run: max_new_tokens, ...
+        """
+        prompts = PROMPTS if prompts is None else prompts
+        keywords = {"max_new_tokens": 24, **keywords}
+
+        def own() -> Scenarios:
+            recorded = [run for run in self.runs if _is_recorded(run)]
+            run = recorded[-1] if recorded else self._record(prompts, keywords)
+            return self.scenarios(run, predictors=predictors, profile=profile)
+
+        def fresh() -> Scenarios:
+            return self.scenarios(self._record(prompts, keywords), predictors=predictors, profile=profile)
+
+        sources: dict[str, Callable[[], Scenarios]] = {}
+        if scenarios is not None:
+            sources[f"this session: {scenarios.label}"] = lambda: scenarios
+        for name in [recording, *shipped_recordings()]:
+            if name is not None:
+                sources.setdefault(_title_of(name), partial(_scenarios_of, name))
+        if scenarios is None and (not sources or any(map(_is_recorded, self.runs))):
+            sources[f"this session: {self.engine.name}"] = own
+        return self._keep(Dashboard(self, prompts, keywords, sources, fresh, self._report_here))
+
+    def _record(self, prompts: NamedPrompts, keywords: Mapping[str, Any]) -> RunResult:
+        """A run on demand that can be simulated: with fewer slots than experts, so that it copies some."""
+        slots = self.engine.num_slots
+        if slots >= self.engine.shape.total_experts:
+            slots = max(self.engine.shape.top_k, self.engine.shape.total_experts // 2)
+        settings = {"schedule": "on-demand", "slots": slots}
+        return self.run(prompts, configure=settings, **keywords)
+
+    def _report_here(self) -> Path:
+        return self.report(Path("prescope_report.html").resolve())
+
+    def _keep(self, panel: P) -> P:
+        """Remember a panel; the former one of its kind is taken off the page."""
+        kind = type(panel).__name__
+        if kind in self._panels:
+            self._panels[kind].close()
+        self._panels[kind] = panel
+        return panel
 
     def report(self, path: str | Path, *, title: str = "Where does each token's time go?") -> Path:
         """Write the figures of the last run as one HTML page that opens offline."""
@@ -278,9 +356,9 @@ class Session:
 
     def close(self) -> None:
         """Close panels and engine; runs and figures stay."""
-        for panel in (self._panel, self._schedule_panel, self._pair_panel):
-            if panel is not None:
-                panel.close()
+        for panel in self._panels.values():
+            panel.close()
+        self._panels.clear()
         with self._one_run:
             self.engine.close()
 
@@ -302,6 +380,31 @@ def _drawn(name: str, draw: "Callable[[], go.Figure]") -> "go.Figure | str":
         return draw()
     except BadTrace as error:
         return f"No figure of the {name}: {error}."
+
+
+def _is_recorded(run: RunResult) -> bool:
+    """Whether a run can be simulated: on demand, with routing and events of decode steps that copied something."""
+    return (
+        run.trace is not None
+        and not run.events.empty
+        and run.config.get("schedule", "on-demand") == "on-demand"
+        and run.metrics.decode.num_steps > 1
+        and run.metrics.decode.on_demand_transfers > 0
+    )
+
+
+def _title_of(recording: str | Path) -> str:
+    found = Recording.load(recording)
+    return str(found.about.get("label", found.trace.model)) + f", batch {found.about.get('batch', '?')}"
+
+
+def _scenarios_of(recording: str | Path) -> Scenarios:
+    return Recording.load(recording).scenarios()
+
+
+def _shapes() -> dict[str, str]:
+    """Published shapes by name."""
+    return {path.stem: path.stem for path in sorted((data_dir() / "configs").glob("*.json"))}
 
 
 def _unfold(prompts: NamedPrompts) -> tuple[str | list[str], list[dict[str, Any]]]:

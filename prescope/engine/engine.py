@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from ..cache.policies import CachePolicy, make_policy
+from ..core.html import facts_html
 from ..core.jit import IS_COMPILED
 from ..core.machine import machine_facts
 from ..core.types import ExpertSize, NeedOutcome
@@ -695,6 +696,24 @@ class Engine:
         self._is_entered = False
         if self._owner == process_id():  # a process forked inside the block has nothing to give back
             self.detach()
+
+    def _repr_html_(self) -> str:
+        shape, size = self.shape, self.shape.row_bytes
+        state = "" if self._attachment.host.layers else " (detached)"
+        facts = [
+            (
+                "experts",
+                f"{shape.num_layers} MoE layers x {shape.num_experts} of {format_bytes(size)}, top-{shape.top_k}",
+            ),
+            (
+                "slots",
+                f"{self.num_slots} = {100 * self.num_slots / shape.total_experts:.0f} % = "
+                f"{format_bytes(self.num_slots * size)}",
+            ),
+            ("schedule", f"{self.config.schedule}, cache {self.config.cache}"),
+            ("device", str(self._device.describe()["label"])),
+        ]
+        return facts_html(f"{self.name}{state}", facts)
 
     def __repr__(self) -> str:
         state = ", detached" if self._is_closing else ""

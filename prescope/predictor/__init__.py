@@ -1,7 +1,8 @@
 """Predictors: which experts the coming MoE layers will use, under one protocol (`base.Predictor`).
 
 `llapor` is the trained one (`llapor_config` its settings and tensors), `online` tunes it while it runs; `baselines`
-need no training, `controls` must score everything and chance; `noisy_oracle` is an oracle that errs; `layer_groups`
+need no training, `controls` must score everything and chance; `noisy_oracle` is an oracle that errs;
+`recorded` repeats what was said of one trace; `layer_groups`
 finds the layer groups. Trained and judged in `prescope.training`.
 
 Imports no model code: routers come in as tensors, states as a `RoutingTrace`.
@@ -15,6 +16,7 @@ from .llapor import Llapor
 from .llapor_config import LlaporConfig, ModelTag
 from .noisy_oracle import NoisyOracle
 from .online import OnlineConfig, OnlineTuner
+from .recorded import RecordedPredictor
 
 __all__ = [
     "BadPredictor",
@@ -35,6 +37,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "PreviousToken",
+    "RecordedPredictor",
     "Routers",
     "TooFewPrompts",
     "Transition",

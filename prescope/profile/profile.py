@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.html import facts_html
 from ..core.machine import Place, this_place
 from ..core.types import ExpertSize, MoEShape
 from ..errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
@@ -233,6 +234,20 @@ class HardwareProfile(Measurements):
     def describe(self) -> pd.DataFrame:
         """The profile in a few dozen rows: what, value, unit, fit error; `attrs["label"]` says where it is from."""
         return description(self)
+
+    def _repr_html_(self) -> str:
+        lanes = self.lanes
+        sizes = sorted({str(expert) for curves in lanes.measured.values() for expert in curves})
+        facts = [
+            ("machine", str(self.place)),
+            (
+                "link",
+                f"{lanes.link.rate_gb_per_s:.3g} GB/s, {lanes.link_beside_cpu.rate_gb_per_s:.3g} beside CPU experts",
+            ),
+            ("experts measured", ", ".join(sizes) or "none"),
+            ("origin", f"{self.origin}, {self.measured}, {len(self.points)} points"),
+        ]
+        return facts_html(self.label, facts, self.notes)
 
     def table(self) -> pd.DataFrame:
         """All points, one a row."""

@@ -3,16 +3,19 @@
 `replay` is the compiled loop over decode steps, `prepare` brings trace and predictions into its form, `prefill` its
 slots into the state that a prompt leaves, `tables` its log into events; `simulator` is the door. `scenarios` replays
 one recorded run under any settings on any of the `machines`, and `explain` says of each expert why it went where it
-went.
+went. A `recording` is such a run with its predictions and its machine, from elsewhere; `verdict` says whether
+prediction pays.
 """
 
 from .explain import WHERE, LayerExplanation, explain_layer
 from .machines import HERE, Machine, machine_of_profile, machine_of_run, machine_with_link, shipped_machines
 from .prepare import as_decode
+from .recording import Recording, shipped_recordings
 from .result import Bounds, Counts, SimResult
 from .scenario import NOISY, NONE, ORACLE, Scenario
 from .scenarios import Scenarios
 from .simulator import Simulator
+from .verdict import Verdict, link_frac, predicts, verdict
 
 __all__ = [
     "HERE",
@@ -24,14 +27,20 @@ __all__ = [
     "Counts",
     "LayerExplanation",
     "Machine",
+    "Recording",
     "Scenario",
     "Scenarios",
     "SimResult",
     "Simulator",
+    "Verdict",
     "as_decode",
     "explain_layer",
+    "link_frac",
     "machine_of_profile",
     "machine_of_run",
     "machine_with_link",
+    "predicts",
     "shipped_machines",
+    "shipped_recordings",
+    "verdict",
 ]

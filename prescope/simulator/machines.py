@@ -25,6 +25,8 @@ class Machine(NamedTuple):
         step_us: of a step besides its MoE layers.
         least_bytes: on the link, for its full rate (`prefetch.most_on_wire`).
         is_here: the engine at hand runs on it, so that what was simulated can be run.
+        on_demand: costs where nothing is decided ahead, if they differ: on CUDA the device then decides by itself, and
+            no layer waits for the host. None: as `costs`.
     """
 
     name: str
@@ -33,6 +35,11 @@ class Machine(NamedTuple):
     step_us: float
     least_bytes: int
     is_here: bool = False
+    on_demand: LayerCosts | None = None
+
+    def costs_of(self, schedule: str) -> LayerCosts:
+        """What a layer costs under a schedule."""
+        return self.on_demand if schedule == "on-demand" and self.on_demand is not None else self.costs
 
     def costs_with(self, cpu: bool) -> LayerCosts:
         """Costs for an engine's decisions, with the CPU lane or without."""
@@ -126,16 +133,20 @@ def machine_of_profile(
 
 def machine_with_link(machine: Machine, factor: float) -> Machine:
     """A machine with its link so many times as fast, all else the same."""
-    costs = replace(
-        machine.costs,
-        link_us=machine.costs.link_us / factor,
-        link_busy_us=None if machine.costs.link_busy_us is None else machine.costs.link_busy_us / factor,
-        source=f"link emulated {factor:g} times as fast, {machine.costs.source}",
-    )
     return machine._replace(
         name=f"{machine.name}, link {factor:g} times as fast",
-        costs=costs,
+        costs=_with_link(machine.costs, factor),
+        on_demand=None if machine.on_demand is None else _with_link(machine.on_demand, factor),
         is_here=False,
+    )
+
+
+def _with_link(costs: LayerCosts, factor: float) -> LayerCosts:
+    return replace(
+        costs,
+        link_us=costs.link_us / factor,
+        link_busy_us=None if costs.link_busy_us is None else costs.link_busy_us / factor,
+        source=f"link emulated {factor:g} times as fast, {costs.source}",
     )
 
 

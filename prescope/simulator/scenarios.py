@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from ..errors import UnsupportedOption
-from ..predictor import NoisyOracle, Oracle, Predictor
+from ..predictor import NoisyOracle, Oracle, Predictor, RecordedPredictor
 from ..scheduler import SCHEDULES, schedule_named
 from ..traces.routing import RoutingTrace
 from .explain import LayerExplanation, explain_layer
@@ -17,6 +17,8 @@ from .result import SimResult
 from .scenario import NOISY, NONE, ORACLE, Scenario
 from .simulator import Simulator
 
+#: Results that are remembered.
+MOST_RESULTS = 48
 #: Instead of a predictor that a schedule comes with and that is not there, the best first.
 STAND_INS = ("llapor", "early router", "transition", "frequency")
 
@@ -28,7 +30,7 @@ class Scenarios:
         trace: with decode steps, and with router inputs if any predictor reads them.
         machines: to replay on; the first is the default.
         predictors: by their names. "none", "oracle" and "noisy oracle" are there anyway.
-        predict_us: what one prediction costs on the machine at hand, by name; elsewhere it is not known and left out.
+        predict_us: what one prediction costs on the first machine, by name; elsewhere it is not known and left out.
         label: of the trace, for titles.
     """
 
@@ -48,7 +50,8 @@ class Scenarios:
         self.predictors.setdefault(ORACLE, Oracle(trace.shape, lookahead))
         self._predict_us = dict(predict_us or {})
         self._lookahead = lookahead
-        self._simulators: dict[tuple[str, str], Simulator] = {}
+        self._simulators: dict[tuple[str, str, bool], Simulator] = {}
+        self._results: dict[Scenario, SimResult] = {}
         for name in (NONE, *self.predictors):
             self.simulator(Scenario(slots=1, predictor=name, machine=next(iter(self.machines))))
 
@@ -83,10 +86,15 @@ class Scenarios:
     def why_not_here(self, scenario: Scenario) -> str:
         """Why a scenario cannot be run on the engine; "" if it can."""
         if not self.machine(scenario).is_here:
-            return f"only {next(iter(self.machines))!r} can be run, {scenario.machine!r} can be simulated"
+            here = [name for name, machine in self.machines.items() if machine.is_here]
+            if not here:
+                return "recorded on another machine, so it can only be simulated: record a run here first"
+            return f"only {here[0]!r} can be run, {scenario.machine!r} can be simulated"
         full = self.resolved(scenario)
         if full.predictor in (ORACLE, NOISY):
             return "an oracle knows the recorded future; live there is none"
+        if isinstance(self.predictors.get(full.predictor or NONE), RecordedPredictor):
+            return f"the predictions of {full.predictor} were recorded; train a predictor to run it"
         if schedule_named(full.schedule).needs_predictor and (full.predictor or NONE) == NONE:
             return f"{full.schedule} prefetches by predictions; choose a predictor"
         return ""
@@ -160,13 +168,17 @@ class Scenarios:
     def simulator(self, scenario: Scenario) -> Simulator:
         """The trace prepared for a scenario's machine and predictor."""
         name = self.resolved(scenario).predictor or NONE
-        key = f"{NOISY} {scenario.recall:.3f}" if name == NOISY else name
-        if (scenario.machine, key) not in self._simulators:
-            machine = self.machine(scenario)
-            costs = machine.costs
-            if machine.is_here:
+        machine = self.machine(scenario)
+        costs = machine.costs_of(scenario.schedule)
+        key = (
+            scenario.machine,
+            f"{NOISY} {scenario.recall:.3f}" if name == NOISY else name,
+            costs is machine.costs,
+        )
+        if key not in self._simulators:
+            if scenario.machine == next(iter(self.machines)):
                 costs = costs.with_predictor(self._predict_us.get(name, 0.0))
-            self._simulators[scenario.machine, key] = Simulator(
+            self._simulators[key] = Simulator(
                 self.trace,
                 costs,
                 row_bytes=machine.row_bytes,
@@ -175,7 +187,7 @@ class Scenarios:
                 step_us=machine.step_us,
                 label=self.label,
             )
-        return self._simulators[scenario.machine, key]
+        return self._simulators[key]
 
     def _predictor(self, name: str, recall: float) -> Predictor | None:
         if name == NONE:
@@ -187,11 +199,21 @@ class Scenarios:
         return NoisyOracle(self.trace, {1: kept, self._lookahead: kept})
 
     def run(self, scenario: Scenario) -> SimResult:
-        """Replay the trace.
+        """Replay the trace; the last results are remembered, for who compares asks for the same ones again.
 
         Raises: as `Simulator.run`.
         """
-        full, simulator = self.resolved(scenario), self.simulator(scenario)
+        full = self.resolved(scenario)
+        if full.predictor != NOISY:
+            full = replace(full, recall=Scenario.recall)
+        if full not in self._results:
+            self._results[full] = self._run(full)
+            if len(self._results) > MOST_RESULTS:
+                del self._results[next(iter(self._results))]
+        return self._results[full]
+
+    def _run(self, full: Scenario) -> SimResult:
+        simulator = self.simulator(full)
         result = simulator.run(
             full.schedule,
             slots=full.slots,
@@ -200,7 +222,7 @@ class Scenarios:
             width=full.width,
             threshold=full.threshold,
             cpu=full.cpu,
-            least_bytes=self.machine(scenario).least_bytes,
+            least_bytes=self.machine(full).least_bytes,
         )
         if full.lookahead and not simulator.costs.predict_us:
             result.notes.append(f"what a prediction of {full.predictor} costs here is not known; it is free")

@@ -6,12 +6,16 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.html import facts_html
 from .metrics import Metrics
 from .perfetto import write_perfetto
 from .routing import RoutingTrace
 
+#: Characters of text that stand for a run.
+MOST_TEXT = 160
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RunResult:
     """One generation run and what was recorded of it.
 
@@ -46,3 +50,29 @@ class RunResult:
     def label(self) -> str:
         """Where these figures come from, in one line for titles: "measured on <GPU>" or "emulated link ..."."""
         return str(self.hardware["label"])
+
+    def __repr__(self) -> str:
+        speed = f"{self.metrics.tokens_per_s:.1f} tokens/s, hit rate {self.metrics.decode.hit_rate:.3f}"
+        longest = max(map(len, self.tokens), default=0)
+        return f"<RunResult of {len(self.tokens)} x {longest} tokens: {speed}, {self.label}>"
+
+    def _repr_html_(self) -> str:
+        metrics, decode, config = self.metrics, self.metrics.decode, self.config
+        shown = self.text[0] if self.text else ""
+        rates = f"{100 * decode.hit_rate:.1f} % hits, {100 * decode.late_rate:.1f} % late, {decode.misses:,} misses"
+        moved = f"{decode.h2d_bytes / 1e6:,.3g} MB in {decode.num_steps} decode steps"
+        schedule = (
+            f"{config.get('schedule', 'on-demand')}, {config.get('num_slots')} slots, {config.get('cache')}"
+        )
+        facts = [
+            ("speed", f"{metrics.tokens_per_s:,.3g} tokens/s, first token after {metrics.ttft_ms:,.3g} ms"),
+            (
+                "per token",
+                f"{decode.step_p50_ms:.3g} ms median, {decode.step_p95_ms:.3g} ms in 95 of 100 steps",
+            ),
+            ("experts", rates),
+            ("link", f"{moved}, layers stalled {100 * decode.stall_frac:.0f} % of the time"),
+            ("settings", f"{schedule}, batch {metrics.batch}"),
+            ("text", shown if len(shown) <= MOST_TEXT else shown[:MOST_TEXT] + " …"),
+        ]
+        return facts_html(self.label, facts, self.notes)

@@ -28,6 +28,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..core.files import require_checksum
+from ..core.html import facts_html
 from ..core.types import MoEShape, Phase
 from ..errors import BadTrace, TraceMismatch
 from .events import PHASES
@@ -194,6 +195,16 @@ class RoutingTrace:
             f"<RoutingTrace {self.model}: {len(self)} tokens in {len(self.steps)} steps, "
             f"{self.num_layers} MoE layers, top-{self.top_k} of {self.num_experts}{inputs}>"
         )
+
+    def _repr_html_(self) -> str:
+        decode = int((self.phase == PHASES.index("decode")).sum())
+        facts = [
+            ("tokens", f"{len(self):,} in {len(self.steps):,} steps, {decode:,} of them decoded"),
+            ("model", f"{self.num_layers} MoE layers, top-{self.top_k} of {self.num_experts} experts"),
+            ("router inputs", "none" if self.inputs is None else f"width {self.inputs.shape[2]}"),
+            ("recorded", f"{self.created}, {len(self.prompts)} prompts"),
+        ]
+        return facts_html(f"Routing of {self.model}", facts)
 
     def needed(self, step: int) -> Iterator[LayerUse]:
         """Distinct experts each MoE layer needs in a step, with the tokens that use them; layers in order."""

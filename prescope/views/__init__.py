@@ -10,9 +10,10 @@ try:
 except ImportError as error:
     raise missing_extra("prescope.views", "lab", error) from error
 
+from .capacity import capacity
 from .gpu_idle import gpu_idle
 from .hit_rate import hit_rate
-from .lanes import lanes
+from .lanes import lanes, lanes_info
 from .latency import latency
 from .layer_groups import layer_groups
 from .layers import layers
@@ -25,13 +26,18 @@ from .score_map import domain_map, score_map
 from .slots_curve import slots_curve
 from .step_times import step_times
 from .text_shift import text_shift
-from .timeline import timeline, timeline_info
+from .threshold import threshold
+
+#: The lanes by the name that notebooks know them by.
+timeline = lanes
 
 __all__ = [
+    "capacity",
     "domain_map",
     "gpu_idle",
     "hit_rate",
     "lanes",
+    "lanes_info",
     "latency",
     "layer_groups",
     "layers",
@@ -44,6 +50,6 @@ __all__ = [
     "slots_curve",
     "step_times",
     "text_shift",
+    "threshold",
     "timeline",
-    "timeline_info",
 ]

@@ -1,7 +1,8 @@
-"""Lanes of a few steps under a schedule, each transfer and each expert on the CPU with its reason.
+"""The timeline: lanes of GPU, PCIe, CPU and waits for some steps, the MoE layers above them, each bar with its reason.
 
-For results of the simulator and of the engine alike. The traces are always the same, in the same order, so that a live
-figure only swaps their numbers. `timeline` is the view for long ranges.
+For results of the simulator and of the engine alike. The traces are always the same ones in the same order, so that a
+live figure only swaps their numbers. A browser draws some 2000 bars well: where there are more, neighbours shorter than
+a pixel become one bar that says how many it holds; what is longer stays as it is, so no long stall can be hidden.
 """
 
 from typing import Any, NamedTuple
@@ -20,8 +21,9 @@ from prescope.traces.routing import RoutingTrace
 
 from .theme import COLORS, GRID, NAMES, TEXT, settings_of, source_of, style, titled, told_of
 
-#: More bars than this draw too slowly; fewer steps are shown then.
+#: More bars than this draw too slowly; neighbours are merged then.
 MAX_BARS = 2000
+WIDTH_PX = 1100
 #: From top to bottom.
 ROWS = ("MoE layer", "GPU", "PCIe", "CPU", "waits")
 MEANINGS = (
@@ -39,8 +41,11 @@ class Bars(NamedTuple):
     """Bars of one meaning; milliseconds since the first step shown began."""
 
     start_ms: tuple[float, ...]
-    dur_ms: tuple[float, ...]
+    dur_ms: tuple[float, ...]  # first start to last end
     texts: tuple[str, ...]  # what it is, and why
+    busy_ms: tuple[float, ...]  # sum of the events' durations
+    num_events: tuple[int, ...]  # 1, or how many neighbours too short to be seen apart
+    nbytes: tuple[int, ...]
 
 
 class Span(NamedTuple):
@@ -59,67 +64,92 @@ class LanesInfo(NamedTuple):
     layers: tuple[Span, ...]
     steps: tuple[Span, ...]
     end_ms: float
-    left_out: int  # steps that were asked for and did not fit
+    phase: str  # of the first step
+    num_events: int
     source: str  # "simulated", "measured", ...
     settings: str
     told: str  # source and machine
 
+    @property
+    def num_bars(self) -> int:
+        return sum(len(bars.dur_ms) for bars in self.bars.values())
 
-def lanes(result: RunResult | SimResult, steps: range | None = None) -> go.Figure:
-    """Lanes of some decode steps, the first two unless told.
+    @property
+    def link_ms(self) -> float:
+        """What the copies shown took together: no link is done with them sooner."""
+        return sum(sum(self.bars[name].busy_ms) for name in MEANINGS if _ROW_OF[name] == "PCIe")
+
+
+def lanes(
+    result: RunResult | SimResult, steps: int | range | None = None, *, max_bars: int = MAX_BARS
+) -> go.Figure:
+    """Lanes of some steps.
+
+    Args:
+        steps: one step, or a range of them; None takes two decode steps, the first of median length (the prefill if
+            there is nothing else).
+        max_bars: neighbours are merged until no more bars than this are left.
 
     Raises:
         BadTrace: the result has no events, or no such step.
     """
-    return plot_lanes(lanes_info(result, steps))
+    return plot_lanes(lanes_info(result, steps, max_bars=max_bars))
 
 
-def lanes_info(result: RunResult | SimResult, steps: range | None = None) -> LanesInfo:
+def lanes_info(
+    result: RunResult | SimResult, steps: int | range | None = None, *, max_bars: int = MAX_BARS
+) -> LanesInfo:
     """Bars and spans; arguments and errors as `lanes`."""
     if result.events.empty:
         raise BadTrace("the run has no events; run it with events=True")
     shown = _steps_shown(result.steps, steps)
-    events, left_out = _window(result.events, shown)
     first_us = float(shown["start_us"].iloc[0])
-    shown = shown.iloc[: len(shown) - left_out]
+    end_us = float((shown["start_us"] + shown["dur_us"]).iloc[-1])
+    events = _window(result.events, first_us, end_us)
     spans = tuple(
         Span(int(step), -1, (start - first_us) / 1e3, dur / 1e3)
         for step, start, dur in zip(shown["step"], shown["start_us"], shown["dur_us"], strict=True)
     )
+    uses = _Uses(_tokens(result.trace, spans), _on_cpu(result.layers, spans))
     return LanesInfo(
-        _bars(events, first_us, _Uses(_tokens(result.trace, spans), _on_cpu(result.layers, spans))),
+        _bars(events, first_us, end_us, max_bars, uses),
         _layer_spans(events, {span.step for span in spans}, first_us),
         spans,
-        spans[-1].start_ms + spans[-1].dur_ms,
-        left_out,
+        (end_us - first_us) / 1e3,
+        str(shown["phase"].iloc[0]),
+        len(events),
         source_of(result),
         settings_of(result),
         told_of(result),
     )
 
 
-def _steps_shown(steps: pd.DataFrame, wanted: range | None) -> pd.DataFrame:
-    decode = steps[steps["phase"] == "decode"]
-    first = int(decode["step"].iloc[0]) if len(decode) else 0
-    wanted = range(first, first + 2) if wanted is None else wanted
-    shown = steps[steps["step"].isin(list(wanted))]
+def _steps_shown(steps: pd.DataFrame, wanted: int | range | None) -> pd.DataFrame:
+    chosen = _chosen(steps, wanted)
+    shown = steps[steps["step"].isin(list(chosen))]
     if shown.empty:
-        raise BadTrace(
-            f"there is no step of {wanted}; there are {steps['step'].min()} to {steps['step'].max()}"
-        )
+        asked = f"step {chosen[0]}" if len(chosen) == 1 else f"step of {chosen}"
+        raise BadTrace(f"there is no {asked}; there are {steps['step'].min()} to {steps['step'].max()}")
     return shown
 
 
-def _window(events: pd.DataFrame, steps: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Events of the steps, and how many of the last steps were left out."""
+def _chosen(steps: pd.DataFrame, wanted: int | range | None) -> range:
+    if isinstance(wanted, range):
+        return wanted
+    if wanted is not None:
+        return range(wanted, wanted + 1)
+    decode = steps[steps["phase"] == "decode"]
+    if decode.empty:
+        return range(int(steps["step"].iloc[0]), int(steps["step"].iloc[0]) + 1)
+    nearest = int((decode["dur_us"] - decode["dur_us"].median()).abs().to_numpy().argmin())
+    first = int(decode["step"].iloc[min(nearest, max(0, len(decode) - 2))])
+    return range(first, first + 2)
+
+
+def _window(events: pd.DataFrame, begin_us: float, end_us: float) -> pd.DataFrame:
+    """Events that any part of the time sees."""
     start, dur = events["start_us"].to_numpy(), events["dur_us"].to_numpy()
-    begin, ends = steps["start_us"].iloc[0], (steps["start_us"] + steps["dur_us"]).to_numpy()
-    for left_out, end in enumerate(ends[::-1]):
-        rows = np.flatnonzero((start < end) & (start + dur > begin))
-        if len(rows) <= MAX_BARS:
-            return events.iloc[rows], left_out
-    longest = rows[np.argsort(-dur[rows], kind="stable")[:MAX_BARS]]
-    return events.iloc[np.sort(longest)], len(ends) - 1
+    return events.iloc[np.flatnonzero((start < end_us) & (start + dur > begin_us))]
 
 
 def _meanings(events: pd.DataFrame) -> np.ndarray:
@@ -136,22 +166,62 @@ def _meanings(events: pd.DataFrame) -> np.ndarray:
     return np.where(on_cpu, MEANINGS.index("experts_cpu"), found)
 
 
-def _bars(events: pd.DataFrame, first_us: float, uses: "_Uses") -> dict[str, Bars]:
+def _bars(
+    events: pd.DataFrame, first_us: float, end_us: float, max_bars: int, uses: "_Uses"
+) -> dict[str, Bars]:
     meanings = _meanings(events)
-    columns = [
-        events[name].to_numpy() for name in ("step", "moe_layer", "expert", "bytes", "start_us", "dur_us")
-    ]
+    order = np.lexsort((events["start_us"].to_numpy(), meanings))
+    columns = {
+        name: events[name].to_numpy()[order]
+        for name in ("step", "moe_layer", "expert", "bytes", "start_us", "dur_us")
+    }
+    meanings = meanings[order]
+    group = _groups(meanings, columns["start_us"], columns["dur_us"], end_us - first_us, max_bars)
+    first = np.flatnonzero(np.diff(group, prepend=-1))
+    count = np.diff(np.append(first, len(group)))
+    ends = np.maximum.reduceat(columns["start_us"] + columns["dur_us"], first) if len(first) else np.zeros(0)
+    busy, nbytes = (
+        np.add.reduceat(columns[name], first) if len(first) else np.zeros(0) for name in ("dur_us", "bytes")
+    )
     bars = {}
     for i, meaning in enumerate(MEANINGS):
-        rows = np.flatnonzero(meanings == i)
-        step, layer, expert, nbytes, start, dur = (column[rows].tolist() for column in columns)
+        rows = np.flatnonzero(meanings[first] == i)
+        at = first[rows]
+        step, layer, expert = (columns[name][at].tolist() for name in ("step", "moe_layer", "expert"))
+        begin = columns["start_us"][at]
+        many, spent, moved = count[rows].tolist(), busy[rows].tolist(), nbytes[rows].tolist()
         texts = tuple(
-            _text(meaning, *where, uses) for where in zip(step, layer, expert, nbytes, dur, strict=True)
+            _text(meaning, at_step, at_layer, one, size, us, number, uses)
+            for at_step, at_layer, one, size, us, number in zip(
+                step, layer, expert, moved, spent, many, strict=True
+            )
         )
         bars[meaning] = Bars(
-            tuple((at - first_us) / 1e3 for at in start), tuple(us / 1e3 for us in dur), texts
+            tuple(((begin - first_us) / 1e3).tolist()),
+            tuple(((ends[rows] - begin) / 1e3).tolist()),
+            texts,
+            tuple(us / 1e3 for us in spent),
+            tuple(many),
+            tuple(map(int, moved)),
         )
     return bars
+
+
+def _groups(
+    meanings: np.ndarray, start: np.ndarray, dur: np.ndarray, whole_us: float, max_bars: int
+) -> np.ndarray:
+    """Number of the bar that each event goes to, by meaning and start: its own unless there would be too many."""
+    if len(start) <= max_bars:
+        return np.arange(len(start))
+    pixel_us = whole_us / WIDTH_PX
+    while True:
+        is_long = dur >= pixel_us
+        gap = start[1:] - (start + dur)[:-1] >= pixel_us
+        new = gap | is_long[1:] | is_long[:-1] | (meanings[1:] != meanings[:-1])
+        group = np.concatenate(([0], np.cumsum(new)))
+        if group[-1] < max_bars or pixel_us >= whole_us:
+            return group
+        pixel_us *= 2
 
 
 def _tokens(trace: RoutingTrace | None, steps: tuple[Span, ...]) -> dict[tuple[int, int, int], int]:
@@ -185,13 +255,18 @@ def _text(
     expert: int,
     nbytes: int,
     us: float,
+    many: int,
     uses: _Uses,
 ) -> str:
     where = f"step {step}, MoE layer {layer}" if layer >= 0 else f"step {step}, after the last MoE layer"
     who = f", expert {expert}" if expert >= 0 else ""
+    if many > 1:
+        where, who, expert = f"from {where}: {many} events, each shorter than a pixel", "", -1
     text = f"<b>{NAMES[meaning]}</b><br>{where}{who}<br>{us:,.1f} us"
     if nbytes and us:
         text += f", {nbytes / 1e6:.3g} MB, {gb_per_s(nbytes, us):.3g} GB/s"
+    if many > 1:
+        return text
     if meaning in _REASONS:
         text += f"<br>{_REASONS[meaning]}"
     if meaning == "experts_cpu" and (step, layer) in uses.on_cpu:
@@ -246,50 +321,78 @@ def lanes_traces(info: LanesInfo) -> list[dict[str, Any]]:
 
 def _bar_trace(meaning: str, bars: Bars) -> dict[str, Any]:
     return {
-        "type": "bar", "orientation": "h", "width": 0.72, "name": NAMES[meaning], "hoverinfo": "text",
+        "type": "bar", "orientation": "h", "width": 0.64, "name": NAMES[meaning], "hoverinfo": "text",
         "base": list(bars.start_ms),
         "x": list(bars.dur_ms),
         "y": [_y(_ROW_OF[meaning])] * len(bars.start_ms),
-        "marker": {"color": COLORS[meaning], "line": {"width": 0}},
+        "marker": {"color": COLORS[meaning], "line": OUTLINES.get(meaning, {"width": 0})},
         "hovertext": list(bars.texts),
         "showlegend": bool(bars.start_ms),
     }  # fmt: skip
+
+
+#: So that the darkest is seen on a dark page too.
+OUTLINES = {"cpu_wait": {"width": 0.8, "color": "rgba(150,150,180,.9)"}}
 
 
 def _y(row: str) -> int:
     return len(ROWS) - 1 - ROWS.index(row)
 
 
-def lanes_layout(info: LanesInfo) -> dict[str, Any]:
-    """What of the layout depends on the numbers."""
-    fewer = f", {info.left_out} more would be too many bars" if info.left_out else ""
+def lanes_layout(info: LanesInfo, end_ms: float | None = None, *, brief: bool = False) -> dict[str, Any]:
+    """What of the layout depends on the numbers.
+
+    Args:
+        end_ms: of the time axis; by default where the steps end.
+        brief: beside controls that say the settings already.
+    """
+    merged = info.num_events - info.num_bars
+    note = f", {merged:,} shorter than a pixel merged into neighbours" if merged else ""
     many = "s" if len(info.steps) > 1 else ""
-    subtitle = f"{len(info.steps)} decode step{many}{fewer} · {info.settings}<br>{info.told}"
-    title = "Where does each expert come from?"
+    what = f"{len(info.steps)} {info.phase} step{many}{note}"
+    subtitle = f"<b>{info.source}</b> · {what}" if brief else f"{what} · {info.settings}<br>{info.told}"
+    shapes = [_upright(span.start_ms, 0, 1, "paper", TEXT, "dot") for span in info.steps]
+    annotations = [
+        {
+            "x": span.start_ms, "y": 1, "xref": "x", "yref": "paper", "yanchor": "bottom", "xanchor": "left",
+            "showarrow": False, "text": f"{_name_of(span, info)}: {span.dur_ms:.3g} ms", "font": {"size": 12},
+        }
+        for span in info.steps[:12]  # more would lie on top of one another
+    ]  # fmt: skip
+    if info.link_ms:
+        row = _y("PCIe")
+        shapes.append(_upright(info.link_ms, row - 0.46, row + 0.46, "y", COLORS["bound"], "solid", 3))
+        annotations.append(
+            {
+                "x": info.link_ms, "y": row + 0.5, "xref": "x", "yref": "y", "yanchor": "middle",
+                "xanchor": "right" if info.link_ms > 0.7 * info.end_ms else "left", "showarrow": False,
+                "text": f"bound of the link: {info.link_ms:.3g} ms of copies", "font": {"size": 11.5},
+            }
+        )  # fmt: skip
     return {
-        "title": {"text": titled(title, subtitle)},
-        "xaxis": {"range": [0, info.end_ms]},
-        "shapes": [
-            {
-                "type": "line", "xref": "x", "yref": "paper", "x0": span.start_ms, "x1": span.start_ms, "y0": 0,
-                "y1": 1, "line": {"color": TEXT, "width": 1, "dash": "dot"},
-            }
-            for span in info.steps
-        ],
-        "annotations": [
-            {
-                "x": span.start_ms, "y": 1, "xref": "x", "yref": "paper", "yanchor": "bottom", "xanchor": "left",
-                "showarrow": False, "text": f"step {span.step}: {span.dur_ms:.3g} ms", "font": {"size": 12},
-            }
-            for span in info.steps
-        ],
-    }  # fmt: skip
+        "title": {"text": titled("Where does each token's time go?", subtitle)},
+        "xaxis": {"range": [0, info.end_ms if end_ms is None else end_ms]},
+        "shapes": shapes,
+        "annotations": annotations,
+        **({"margin": {"t": 92}, "height": 182 + 50 * len(ROWS)} if brief else {}),
+    }
+
+
+def _name_of(span: Span, info: LanesInfo) -> str:
+    return "prefill" if info.phase == "prefill" and span is info.steps[0] else f"step {span.step}"
+
+
+def _upright(
+    x: float, low: float, high: float, yref: str, color: str, dash: str, width: float = 1
+) -> dict[str, Any]:
+    line = {"color": color, "width": width, "dash": dash}
+    return {"type": "line", "xref": "x", "yref": yref, "x0": x, "x1": x, "y0": low, "y1": high, "line": line}
 
 
 def plot_lanes(info: LanesInfo) -> go.Figure:
     """Horizontal bars by lane; the legend turns meanings on and off."""
     fig = go.Figure(lanes_traces(info))
-    style(fig, title="", subtitle="", height=202 + 50 * len(ROWS), top=112)
+    style(fig, title="", subtitle="", height=222 + 50 * len(ROWS), top=132)
     fig.update_layout(lanes_layout(info))
     fig.update_layout(barmode="overlay", hovermode="closest", barcornerradius=0, uirevision=None)
     fig.update_xaxes(title_text="ms since the first step shown began")

@@ -118,14 +118,15 @@ def _trace(
     }  # fmt: skip
 
 
-def outcomes_layout(info: OutcomesInfo) -> dict[str, Any]:
-    """What of the layout depends on the numbers."""
+def outcomes_layout(info: OutcomesInfo, *, brief: bool = False) -> dict[str, Any]:
+    """What of the layout depends on the numbers; `brief`: beside controls that say the settings already."""
     lines = [f"<b>{info.source}</b>: {_shares(info.counts)}"]
     if info.measured is not None:
         lines.append(f"<b>{info.measured_source}</b> (hatched): {_shares(info.measured)}")
-    else:
+    elif not brief:
         lines.append(info.told)
-    lines.append(info.settings)
+    if not brief:
+        lines.append(info.settings)
     title = "Are the experts there when a layer needs them?"
     return {
         "title": {"text": titled(title, "<br>".join(lines))},
@@ -133,6 +134,7 @@ def outcomes_layout(info: OutcomesInfo) -> dict[str, Any]:
             "dtick": 1 if len(info.counts.hit) <= 32 else None,
             "range": [-0.6, len(info.counts.hit) - 0.4],
         },
+        **({"margin": {"t": 84}, "height": 350} if brief else {}),
     }
 
 
@@ -143,7 +145,7 @@ def _shares(counts: OutcomeCounts) -> str:
 def plot_outcomes(info: OutcomesInfo) -> go.Figure:
     """Stacked bars by layer."""
     fig = go.Figure(outcomes_traces(info))
-    style(fig, title="", subtitle="", height=400, top=108)
+    style(fig, title="", subtitle="", height=410, top=118)
     fig.update_layout(outcomes_layout(info))
     fig.update_layout(barmode="stack", hovermode="closest", uirevision=None)
     fig.update_xaxes(title_text="MoE layer", showgrid=False)

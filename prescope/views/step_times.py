@@ -1,15 +1,20 @@
-"""Latency of every token: simulated as bars, and as measured over them where a run is given."""
+"""Latency of every token: bars by cause, as measured over them where a run is given, and the bound as a line."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
+from prescope.core.types import Lane
 from prescope.errors import BadTrace
 from prescope.simulator import SimResult
+from prescope.traces.events import KINDS, LANES
 from prescope.traces.result import RunResult
 
-from .theme import COLORS, settings_of, source_of, style, titled, told_of
+from .lanes import OUTLINES
+from .theme import COLORS, NAMES, settings_of, source_of, style, titled, told_of
+
+CAUSES = ("dense", "experts", "stall", "cpu_wait", "host_wait", "warm_up", "other")
 
 
 class Times(NamedTuple):
@@ -19,6 +24,7 @@ class Times(NamedTuple):
     step_ms: tuple[float, ...]
     tokens_per_s: float
     source: str
+    cause_ms: dict[str, tuple[float, ...]]  # all of CAUSES, sums to step_ms; empty without events
 
     @property
     def p50_ms(self) -> float:
@@ -32,6 +38,7 @@ class StepTimesInfo(NamedTuple):
     settings: str
     told: str
     measured: Times | None = None
+    bound_ms: float = float("nan")  # no mean step is shorter; of a simulation
 
     @property
     def error_pct(self) -> float:
@@ -50,10 +57,17 @@ def step_times(result: RunResult | SimResult, measured: RunResult | None = None)
     return plot_step_times(step_times_info(result, measured))
 
 
-def step_times_info(result: RunResult | SimResult, measured: RunResult | None = None) -> StepTimesInfo:
-    """As numbers."""
+def step_times_info(
+    result: RunResult | SimResult, measured: RunResult | None = None, *, with_bound: bool = True
+) -> StepTimesInfo:
+    """As numbers; `with_bound`: of a simulation, which takes some 100 ms for slots that nobody asked about before."""
+    bound_ms = result.bounds.step_ms if with_bound and isinstance(result, SimResult) else float("nan")
     return StepTimesInfo(
-        _times(result), settings_of(result), told_of(result), None if measured is None else _times(measured)
+        _times(result),
+        settings_of(result),
+        told_of(result),
+        None if measured is None else _times(measured),
+        bound_ms,
     )
 
 
@@ -65,35 +79,74 @@ def _times(result: RunResult | SimResult) -> Times:
         )
     us = decode["dur_us"].to_numpy()
     rate = 1e6 * float(decode["tokens"].sum()) / float(us.sum())
-    return Times(tuple(decode["step"].tolist()), tuple((us / 1e3).tolist()), rate, source_of(result))
+    steps = decode["step"].to_numpy()
+    causes = _causes(result, steps, us / 1e3)
+    return Times(tuple(steps.tolist()), tuple((us / 1e3).tolist()), rate, source_of(result), causes)
+
+
+def _causes(
+    result: RunResult | SimResult, steps: np.ndarray, step_ms: np.ndarray
+) -> dict[str, tuple[float, ...]]:
+    """Compute-lane time of each step by cause; "other" is what no event explains."""
+    events = result.events
+    if events.empty:
+        return {}
+    lane, kind = events["lane"].cat.codes.to_numpy(), events["kind"].cat.codes.to_numpy()
+    compute = np.isin(lane, [LANES.index(name) for name in (Lane.GPU, Lane.STALL, Lane.HOST)])
+    place, us = events["step"].to_numpy() - steps[0], events["dur_us"].to_numpy()
+    compute &= (place >= 0) & (place <= steps[-1] - steps[0])
+    found, rest = {}, step_ms
+    for cause in CAUSES[:-1]:
+        mine = compute & (kind == KINDS.index(cause))
+        by_step = (
+            np.bincount(place[mine], us[mine], minlength=steps[-1] - steps[0] + 1)[steps - steps[0]] / 1e3
+        )
+        found[cause], rest = tuple(by_step.tolist()), rest - by_step
+    return {**found, "other": tuple(np.maximum(rest, 0.0).tolist())}
 
 
 def step_times_traces(info: StepTimesInfo) -> list[dict[str, Any]]:
-    """Always two: bars, and a line (empty without a run)."""
-    measured = info.measured or Times((), (), 0.0, "measured")
+    """Always as many: a bar of each cause ("other" is all where causes are not known), the measured line, the bound."""
+    measured = info.measured or Times((), (), 0.0, "measured", {})
     line = {"color": COLORS["measured"], "width": 2}
-    return [
+    steps, source = list(info.times.steps), info.times.source
+    causes = info.times.cause_ms or {**dict.fromkeys(CAUSES, ()), "other": info.times.step_ms}
+    bars = [
         {
-            "type": "bar", "x": list(info.times.steps), "y": list(info.times.step_ms), "name": info.times.source,
-            "marker": {"color": COLORS["simulated"], "line": {"width": 0}},
-            "hovertemplate": f"%{{y:.3f}} ms, {info.times.source}<extra></extra>",
-        },
+            "type": "bar", "x": steps, "y": list(causes[cause]), "name": NAMES[cause],
+            "marker": {"color": COLORS[cause], "line": OUTLINES.get(cause, {"width": 0})},
+            "hovertemplate": f"%{{y:.3f}} ms {NAMES[cause]}, {source}<extra></extra>",
+            "showlegend": any(causes[cause]),
+        }
+        for cause in CAUSES
+    ]  # fmt: skip
+    has_bound = info.bound_ms == info.bound_ms
+    return [
+        *bars,
         {
             "type": "scatter", "x": list(measured.steps), "y": list(measured.step_ms), "name": measured.source,
             "mode": "lines+markers", "line": line, "marker": {"size": 6, "color": COLORS["measured"]},
             "hovertemplate": f"%{{y:.3f}} ms, {measured.source}<extra></extra>",
             "showlegend": info.measured is not None,
         },
+        {
+            "type": "scatter", "x": [steps[0] - 0.5, steps[-1] + 0.5] if has_bound else [],
+            "y": [info.bound_ms] * 2 if has_bound else [], "name": "bound of the mean step", "mode": "lines",
+            "line": {"color": COLORS["bound"], "width": 2, "dash": "dash"}, "showlegend": has_bound,
+            "hovertemplate": "%{y:.3f} ms: no mean step is shorter<extra></extra>",
+        },
     ]  # fmt: skip
 
 
-def step_times_layout(info: StepTimesInfo) -> dict[str, Any]:
-    """What of the layout depends on the numbers."""
+def step_times_layout(info: StepTimesInfo, *, brief: bool = False) -> dict[str, Any]:
+    """What of the layout depends on the numbers; `brief`: beside controls that say the settings already."""
     lines = [_rate(info.times), info.told, info.settings]
     if info.measured is not None:
         lines[1] = f"{_rate(info.measured)} · the simulator says {info.error_pct:+.1f} % of its tokens/s"
-    title = "How long does each token take?"
-    return {"title": {"text": titled(title, "<br>".join(lines))}}
+    if brief:
+        lines = lines[: 1 + (info.measured is not None)]
+    looks = {"margin": {"t": 84}, "height": 320} if brief else {}
+    return {"title": {"text": titled("How long does each token take?", "<br>".join(lines))}, **looks}
 
 
 def _rate(times: Times) -> str:
@@ -101,11 +154,11 @@ def _rate(times: Times) -> str:
 
 
 def plot_step_times(info: StepTimesInfo) -> go.Figure:
-    """Bars simulated, line measured."""
+    """Bars by cause, lines for what was measured and for the bound."""
     fig = go.Figure(step_times_traces(info))
-    style(fig, title="", subtitle="", height=350, top=108)
+    style(fig, title="", subtitle="", height=380, top=126)
     fig.update_layout(step_times_layout(info))
-    fig.update_layout(bargap=0.15, barcornerradius=0, hovermode="x unified", uirevision=None)
+    fig.update_layout(barmode="stack", bargap=0.12, barcornerradius=0, hovermode="x unified", uirevision=None)
     fig.update_xaxes(title_text="decode step (one token of each sequence)", showgrid=False)
     fig.update_yaxes(title_text="ms per step", rangemode="tozero")
     return fig

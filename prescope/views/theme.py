@@ -1,9 +1,11 @@
 """What all figures share: colours with a fixed meaning, fonts, grid, title with the run's origin.
 
-Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart with any colour vision.
-Backgrounds are transparent and text is a mid grey, so that a figure reads on a light and on a dark page.
+Colours start from those of Okabe and Ito (https://jfly.uni-koeln.de/color/), moved apart until any two that meet in one
+row, stack or bar differ by 20 (CIEDE2000) for normal, protan and deutan eyes: tests/views/test_theme.py measures it.
+Backgrounds are transparent and text is a grey that reads on white; panels and pages set it to their theme's own colour.
 """
 
+import re
 from typing import Any
 
 import plotly.graph_objects as go
@@ -14,24 +16,25 @@ from prescope.traces.result import RunResult
 
 #: meaning -> colour, in every figure the same.
 COLORS: dict[str, str] = {
-    "dense": "#94a3b8",
-    "experts": "#0072b2",
+    "dense": "#929697",
+    "experts": "#0176bc",
     "experts_cpu": "#56b4e9",
-    "on_demand": "#e69f00",
-    "prefetch": "#009e73",
-    "stream": "#d4c72f",
+    "on_demand": "#ba8100",
+    "prefetch": "#00735c",
+    "stream": "#ebdc48",
     "stall": "#d55e00",
-    "cpu_wait": "#4d6fa8",
-    "host_wait": "#cc79a7",
+    "cpu_wait": "#352764",
+    "host_wait": "#f2a7f6",
     "warm_up": "#8c6d5a",
-    "hit": "#009e73",
-    "late": "#e69f00",
-    "miss": "#d55e00",
+    "hit": "#007666",
+    "late": "#f0c35a",
+    "miss": "#b23b00",
     "on_cpu": "#56b4e9",
     "simulated": "#8da0cb",
     "measured": "#b15928",
-    "other": "#cbd5e1",
+    "other": "#eeedea",
     "line": "#7c6fb0",
+    "bound": "#c2185b",
 }
 #: meaning -> words of the legend.
 NAMES: dict[str, str] = {
@@ -53,7 +56,7 @@ NAMES: dict[str, str] = {
     "measured": "measured",
     "other": "other",
 }
-TEXT = "#7a828e"
+TEXT = "#6b7280"
 GRID = "rgba(128,128,128,.18)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 #: For `fig.show(config=...)` and the report: no logo, no buttons that do nothing here.
@@ -113,9 +116,27 @@ def settings_of(result: RunResult | SimResult) -> str:
     return " · ".join(parts)
 
 
+#: Characters of a subtitle's line that a cell of 850 px has room for.
+LINE = 112
+_TAG = re.compile(r"<[^>]*>")
+
+
 def titled(title: str, subtitle: str) -> str:
-    """A title with its subtitle below; the subtitle says where the numbers come from."""
-    return f"<b>{title}</b><br><span style='font-size:12.5px'>{subtitle}</span>"
+    """A title and, below, in lines that a narrow cell does not cut, a subtitle: where the numbers come from."""
+    lines = [line for part in subtitle.split("<br>") for line in _wrapped(part)]
+    return f"<b>{title}</b><br><span style='font-size:12.5px'>{'<br>'.join(lines)}</span>"
+
+
+def _wrapped(text: str) -> list[str]:
+    lines, length = [""], 0
+    for word in text.split(" "):
+        width = len(_TAG.sub("", word))
+        if length and length + 1 + width > LINE:
+            lines, length = [*lines, word], width
+        else:
+            lines[-1] += f" {word}" if length else word
+            length += width + bool(length)
+    return lines
 
 
 def add_line(fig: go.Figure, color: str, **trace: Any) -> None:

@@ -9,9 +9,23 @@ try:
 except ImportError as error:
     raise missing_extra("prescope.widgets", "lab", error) from error
 
+from .capacity_panel import CapacityPanel
+from .dashboard import Dashboard
 from .figures import SlimFigureWidget, is_headless
 from .pair_panel import PairPanel
+from .runs_panel import RunsPanel
 from .schedule_panel import SchedulePanel
+from .showing import show_in_both_forms
 from .slots_panel import SlotsPanel
 
-__all__ = ["PairPanel", "SchedulePanel", "SlimFigureWidget", "SlotsPanel", "is_headless"]
+__all__ = [
+    "CapacityPanel",
+    "Dashboard",
+    "PairPanel",
+    "RunsPanel",
+    "SchedulePanel",
+    "SlimFigureWidget",
+    "SlotsPanel",
+    "is_headless",
+    "show_in_both_forms",
+]

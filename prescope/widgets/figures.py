@@ -1,8 +1,9 @@
 """The figure of all live panels.
 
-`SlimFigureWidget` sends plotly.js to the page once per kernel instead of once per figure, and answers a page
-reload with the figure's present state (plotly's own class answers with the first). It leans on privates of
-plotly 7 (`_data`, `_layout_obj._props`, widgetbundle.js): `tests/widgets/test_widgets.py` holds on to them.
+`SlimFigureWidget` sends plotly.js to the page once per kernel instead of once per figure, answers a page reload with
+the figure's present state (plotly's own class answers with the first), and keeps the axes where a person has put them.
+It leans on privates of plotly 7 (`_data`, `_layout_obj._props`, widgetbundle.js): `tests/widgets/test_widgets.py` holds
+on to them.
 """
 
 import os
@@ -86,6 +87,42 @@ class SlimFigureWidget(go.FigureWidget):
         super().__init__(*arguments, **keywords)
         self._config = dict(CONFIG)
         self._parts: list[dict[str, Any]] = []
+        self._fitting: dict[str, list[float]] = {}
+        self._zoomed: set[str] = set()
+
+    @property
+    def zoomed(self) -> frozenset[str]:
+        """Axes whose range a person has chosen; `show_parts` leaves those alone."""
+        return frozenset(self._zoomed)
+
+    @traitlets.observe("_js2py_traceDeltas", "_js2py_layoutDelta")
+    def _forget_deltas(self, change: Any) -> None:
+        """The page reports what plotly.js has filled in. Plotly's class takes a property that is reported out of the
+        figure, here and in the page: after a move the bars' `y` was gone, and a reload drew a diagonal.
+        """
+        if change["new"]:
+            self._trace_edit_in_process = self._layout_edit_in_process = False
+            setattr(self, change["name"], None)
+
+    def _handler_js2py_traceDeltas(self, change: Any) -> None:
+        """Not plotly's: see `_forget_deltas`."""
+
+    def _handler_js2py_layoutDelta(self, change: Any) -> None:
+        """Not plotly's: see `_forget_deltas`."""
+
+    @traitlets.observe("_js2py_relayout")
+    def _handler_js2py_relayout(self, change: Any) -> None:
+        """Plotly's, and note which axes a person moves; a double click gives an axis back."""
+        moved = dict((change["new"] or {}).get("relayout_data") or {})
+        super()._handler_js2py_relayout(change)
+        for name, value in moved.items():
+            axis, _, part = name.partition(".")
+            if part.startswith("range"):
+                self._zoomed.add(axis)
+            elif part == "autorange" and value:
+                self._zoomed.discard(axis)
+                if axis in self._fitting:
+                    self.layout[axis].update(range=self._fitting[axis], autorange=False)
 
     @traitlets.default("_bundle_ref")
     def _default_bundle_ref(self) -> str:  # a default: set after __init__ it would come too late for the page
@@ -126,5 +163,19 @@ class SlimFigureWidget(go.FigureWidget):
                     if name != "type" and (name not in old or old[name] != value):
                         mine[name] = value
             for name, value in layout.items():
-                self.layout[name] = value if isinstance(value, list) else self.layout[name].update(value)
+                if not isinstance(value, dict):
+                    self.layout[name] = value
+                    continue
+                if "range" in value:
+                    self._fitting[name] = value["range"]
+                    if name in self._zoomed:
+                        value = {key: one for key, one in value.items() if key != "range"}
+                self.layout[name].update(value)
         self._parts = [dict(trace) for trace in traces]
+
+    def fit(self) -> None:
+        """Show the whole of each axis again."""
+        self._zoomed.clear()
+        with self.batch_update():
+            for name, limits in self._fitting.items():
+                self.layout[name].update(range=limits, autorange=False)

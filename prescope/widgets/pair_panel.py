@@ -16,7 +16,11 @@ from ..views.schedule_pair import (
     schedule_pair_layout,
     schedule_pair_traces,
 )
+from .field import Field
 from .figures import SlimFigureWidget, is_headless
+from .showing import show_panel
+from .style import boxed, panel
+from .tables import frame_html
 
 
 class PairPanel:
@@ -27,25 +31,28 @@ class PairPanel:
     """
 
     def __init__(self, scenarios: Scenarios, scenario: Scenario, upper: str, lower: str) -> None:
-        self._replays, self._choice = scenarios, scenario
+        self._scenarios, self._scenario = scenarios, scenario
         options = [(schedule.title, name) for name, schedule in SCHEDULES.items()]
-        slim = {"width": "300px"}
-        self.upper = ipw.Dropdown(options=options, value=upper, description="above", layout=slim)
-        self.lower = ipw.Dropdown(options=options, value=lower, description="below", layout=slim)
+        self.upper, self.lower = (ipw.Dropdown(options=options, value=name) for name in (upper, lower))
         steps = scenarios.simulator(scenario).needs.steps
         self.step = ipw.IntSlider(
-            value=int(steps[min(2, len(steps) - 1)]), min=int(steps[0]), max=int(steps[-1]), description="step",
-            continuous_update=False, layout={"width": "400px"},
-        )  # fmt: skip
-        self.layer = ipw.IntSlider(
-            value=min(3, scenarios.trace.num_layers - 1), max=scenarios.trace.num_layers - 1, description="MoE layer",
-            continuous_update=False, layout={"width": "400px"},
-        )  # fmt: skip
+            value=int(steps[min(2, len(steps) - 1)]),
+            min=int(steps[0]),
+            max=int(steps[-1]),
+            continuous_update=False,
+        )
+        layers = scenarios.trace.num_layers
+        self.layer = ipw.IntSlider(value=min(3, layers - 1), max=layers - 1, continuous_update=False)
         self.figure = SlimFigureWidget(plot_schedule_pair(self._info()))
         self.tables = ipw.HTML()
-        self.view = ipw.VBox(
-            [ipw.HBox([self.upper, self.lower]), ipw.HBox([self.step, self.layer]), self.figure, self.tables]
-        )
+        fields = [
+            Field("above", self.upper, "Schedule of the upper lanes."),
+            Field("below", self.lower, "Schedule of the lower lanes."),
+            Field("step", self.step, "Decode step that is drawn."),
+            Field("MoE layer", self.layer, "Layer whose experts are explained below the lanes."),
+        ]
+        controls = boxed(ipw.Box([field.view for field in fields]), "ps-controls")
+        self.view = panel(controls, boxed(ipw.VBox([self.figure]), "ps-figures"), self.tables)
         for control in (self.upper, self.lower, self.step, self.layer):
             control.observe(lambda _: self.redraw(), "value")
         self._tell()
@@ -68,7 +75,7 @@ class PairPanel:
     def explained(self) -> tuple[LayerExplanation, LayerExplanation]:
         """The chosen layer and step under both schedules."""
         upper, lower = (
-            self._replays.explain(self._choice_of(name), self.step.value, self.layer.value)
+            self._scenarios.explain(self._scenario_of(name), self.step.value, self.layer.value)
             for name in (self.upper.value, self.lower.value)
         )
         return upper, lower
@@ -78,15 +85,17 @@ class PairPanel:
         for widget in (self.figure, self.view):
             widget.close()
 
-    def _choice_of(self, name: str) -> Scenario:
+    def _scenario_of(self, name: str) -> Scenario:
         """The choice it was made with, for its own schedule; another schedule is as published."""
         return (
-            self._choice if name == self._choice.schedule else self._replays.as_published(self._choice, name)
+            self._scenario
+            if name == self._scenario.schedule
+            else self._scenarios.as_published(self._scenario, name)
         )
 
     def _info(self) -> SchedulePairInfo:
         upper, lower = (
-            self._replays.run(self._choice_of(name)) for name in (self.upper.value, self.lower.value)
+            self._scenarios.run(self._scenario_of(name)) for name in (self.upper.value, self.lower.value)
         )
         return schedule_pair_info(upper, lower, range(self.step.value, self.step.value + 1))
 
@@ -98,7 +107,7 @@ class PairPanel:
 
     def _ipython_display_(self) -> None:
         if not is_headless():
-            display(self.view)
+            show_panel(self.view, self.tables.value, [self._plain()])
             return
         display(self._plain())
         display(HTML(self.tables.value))
@@ -123,15 +132,10 @@ def why_html(why: LayerExplanation) -> str:
         }
     )
     splits["chosen"] = ["yes" if chosen else "" for chosen in splits["chosen"]]
-    tables = "".join(
-        frame.to_html(index=False, border=0, float_format=_number, na_rep="") for frame in (experts, splits)
-    )
+    by_number = (frame.set_index(frame.columns[0]) for frame in (experts, splits))
+    tables = "".join(map(frame_html, by_number))
     backlog = f"The link still owes {why.backlog_us:,.0f} us. " if why.backlog_us else ""
     return (
         f"<p><b>step {why.step}, MoE layer {why.moe_layer}</b>: {escape(why.words)}. {backlog}"
-        f"({escape(why.label)})</p><div style='display:flex;gap:2em;flex-wrap:wrap'>{tables}</div>"
+        f"({escape(why.label)})</p><div class='ps-row'>{tables}</div>"
     )
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.2f}"

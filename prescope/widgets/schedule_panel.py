@@ -2,10 +2,9 @@
 
 import asyncio
 import gc
-import math
 import threading
 import time
-from concurrent.futures import CancelledError
+from collections.abc import Callable
 from html import escape
 from typing import Any, NamedTuple
 
@@ -13,23 +12,34 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 from IPython.display import HTML, display
 
-from ..cache.policies import POLICIES
-from ..core.units import format_bytes
 from ..engine.job import Job, NamedPrompts
 from ..errors import PrescopeError
-from ..scheduler import SCHEDULES
-from ..simulator import NOISY, Scenario, Scenarios, SimResult
+from ..simulator import Scenario, Scenarios, SimResult, verdict
 from ..traces.result import RunResult
 from ..views.lanes import lanes_info, lanes_layout, lanes_traces, plot_lanes
+from ..views.numbers import NO_BOUND, Numbers, bound_numbers, formatted, numbers, spread_frac
 from ..views.outcomes import outcomes_info, outcomes_layout, outcomes_traces, plot_outcomes
+from ..views.schedule_pair import (
+    plot_schedule_pair,
+    schedule_pair_info,
+    schedule_pair_layout,
+    schedule_pair_traces,
+)
 from ..views.step_times import plot_step_times, step_times_info, step_times_layout, step_times_traces
-from .figures import UPDATE_S, SlimFigureWidget, is_headless
+from .field import Field
+from .figures import SlimFigureWidget, is_headless
+from .numbers_table import NumbersTable
+from .real_run import RealRun
 from .runner import Runner
+from .settings import Settings
+from .showing import show_panel
+from .style import boxed, panel, row
 
 #: Between two redraws while a slider is dragged; the last position is always drawn.
 REDRAW_S = 0.15
+#: A slider at rest for so long is asked whether prediction pays there: that takes several simulations.
+REST_S = 0.25
 STEPS_SHOWN = 2
-_OWN = "the schedule's own"
 
 
 class Drawn(NamedTuple):
@@ -45,125 +55,110 @@ class SchedulePanel:
     Moving anything simulates and redraws at once. "Run it for real" runs the prompts with the same settings on the
     engine, in the background, and lays what was measured over what was simulated; it stays as long as the settings do.
 
+    Args:
+        runner: of real runs; None: what is shown was recorded elsewhere, and can only be simulated.
+        slots: where the slider starts; the engine's slots by default.
+
     Attributes:
-        choice: the settings as they stand. `result`: simulated with them.
-        measured: the run of these very settings, or None.
+        settings: the controls. scenario: what they say. result: simulated with them.
+        measured: the latest run of these very settings, or None.
         figures: name -> SlimFigureWidget: lanes, outcomes, step_times.
+        real: the part that runs, or None. numbers: the table.
         drawn: how long the last move took.
-        job: the latest real run, or None.
+        parts: the same widgets one by one, for who lays them out otherwise: numbers, live, real. view: all of them.
     """
 
     def __init__(
-        self, runner: Runner, scenarios: Scenarios, prompts: NamedPrompts, keywords: dict[str, Any]
+        self,
+        runner: Runner | None,
+        scenarios: Scenarios,
+        prompts: NamedPrompts,
+        keywords: dict[str, Any],
+        *,
+        slots: int | None = None,
     ) -> None:
-        self._runner, self._replays = runner, scenarios
-        self._prompts, self._keywords = prompts, keywords
-        self._lock = threading.Lock()
-        self._is_quiet = False  # several controls change together
-        self._updated = self._redrawn = 0.0
+        self._runner, self._scenarios = runner, scenarios
+        self._lock = threading.RLock()  # a redraw without a loop advises at once
+        self._redrawn = 0.0
+        self._is_advised = False
         self._later: asyncio.TimerHandle | None = None
-        self._runs: dict[Scenario, RunResult] = {}
-        self.job: Job | None = None
-        self._make_controls()
-        self._adopt(SCHEDULES[self.schedule.value])
+        self._resting: threading.Timer | None = None
+        self._runs: dict[Scenario, list[RunResult]] = {}
+        self._pinned: tuple[str, Numbers] | None = None
         self._running: Scenario | None = None
+        self._watchers: list[Callable[[], None]] = []
+        start = slots or (runner.engine.num_slots if runner is not None else scenarios.num_experts // 2)
+        self.settings = Settings(scenarios, start, self._soon)
         self.result: SimResult = scenarios.run(self.scenario)
-        self.step.min, self.step.max = self._step_bounds()
-        self.step.value = min(self.step.max, self.step.min + 1)
-        self.figures = {name: SlimFigureWidget(figure) for name, figure in self._plain().items()}
         self.drawn = Drawn(0.0, 0.0)
-        self.view = ipw.VBox(
-            [
-                ipw.HBox([self.schedule, self.predictor, self.recall]),
-                ipw.HBox([self.machine, self.cache, self.cpu]),
-                ipw.HBox([self.slots, self.slots_label]),
-                ipw.HBox([self.lookahead, self.width, self.threshold]),
-                self.numbers,
-                ipw.HBox([self.run_button, self.cancel_button, self.bar, self.status]),
-                self.step,
-                *self.figures.values(),
-            ]
+        self.numbers = NumbersTable()
+        self.told = ipw.HTML()
+        self.step = ipw.IntSlider()
+        self._bound_steps()
+        self.step.value = min(self.step.max, self.step.min + 1)
+        self._axis_ms = 0.0
+        self.figures = {name: SlimFigureWidget(figure) for name, figure in self._plain().items()}
+        self.real = (
+            None if runner is None else RealRun(runner, prompts, keywords, self._for_engine, self._finished)
         )
-        for control in self._controls:
-            control.observe(self._on_control, "value")
-        self.schedule.observe(self._on_schedule, "value")
-        self.step.observe(lambda _: self._soon(), "value")
-        self.run_button.on_click(lambda _: self.start())
-        self.cancel_button.on_click(lambda _: self.cancel())
+        self.pin_button = ipw.Button(
+            description="Pin as baseline", icon="thumb-tack", tooltip="Show changes against it"
+        )
+        self.fit_button = ipw.Button(
+            description="Fit", icon="arrows-h", tooltip="Show the whole of the steps again"
+        )
+        self.parts = self._laid_out()
+        self.view = panel(*self.parts.values())
+        self.step.observe(self._on_step, "value")
+        self.pin_button.on_click(lambda _: self.pin())
+        self.fit_button.on_click(lambda _: self.fit())
         self.redraw()
         # With torch and transformers imported a full collection takes 300 ms (2-core machine): a slider would hang.
         gc.collect()
         gc.freeze()
 
-    def _make_controls(self) -> None:
-        scenarios, shape = self._replays, self._runner.engine.shape
-        wide, slim = {"width": "400px"}, {"width": "300px"}
-        self.schedule = ipw.Dropdown(
-            options=[(schedule.title, name) for name, schedule in SCHEDULES.items()], value="presched",
-            description="schedule", layout=slim,
-        )  # fmt: skip
-        self.predictor = ipw.Dropdown(options=scenarios.predictor_names, description="predictor", layout=slim)
-        self.recall = ipw.FloatSlider(
-            value=0.8, min=math.ceil(20 * shape.top_k / shape.num_experts) / 20, max=1.0, step=0.05,
-            description="its recall", layout=slim, disabled=True,
-        )  # fmt: skip
-        self.machine = ipw.Dropdown(options=list(scenarios.machines), description="machine", layout=wide)
-        self.cache = ipw.Dropdown(options=[_OWN, *POLICIES], description="cache", layout=slim)
-        self.cpu = ipw.Checkbox(value=True, description="CPU lane", indent=False, layout={"width": "110px"})
-        self.slots = ipw.IntSlider(
-            value=self._runner.engine.num_slots, min=max(1, shape.top_k), max=scenarios.num_experts,
-            description="slots", readout=False, layout=wide,
-        )  # fmt: skip
-        self.slots_label = ipw.HTML()
-        self.lookahead = ipw.IntSlider(value=1, min=1, max=4, description="lookahead", layout=slim)
-        self.width = ipw.IntSlider(value=1, min=0, max=shape.num_experts, description="width", layout=slim)
-        self.threshold = ipw.FloatSlider(
-            value=0.0, min=0.0, max=1.0, step=0.01, description="threshold", layout=slim
+    def _laid_out(self) -> dict[str, ipw.Widget]:
+        for button in (self.pin_button, self.fit_button):
+            button.layout.width = "auto"
+        step = Field("first step", self.step, "First of the decode steps whose lanes are drawn.")
+        tools = row(step.view, self.fit_button, self.pin_button, self.told)
+        step.view.layout.width = "min(420px, 100%)"
+        shown = boxed(
+            ipw.VBox([tools, *(self.figures[name] for name in ("lanes", "step_times", "outcomes"))]),
+            "ps-figures",
         )
-        self.step = ipw.IntSlider(description="first step", layout=wide)
-        self.numbers, self.status = ipw.HTML(), ipw.HTML()
-        self.run_button = ipw.Button(description="Run it for real", icon="play", button_style="primary")
-        self.cancel_button = ipw.Button(description="Cancel", icon="stop", disabled=True)
-        self.bar = ipw.FloatProgress(min=0, max=1, layout={"width": "220px"})
-        self._controls = (
-            self.predictor, self.recall, self.machine, self.cache, self.cpu, self.slots, self.lookahead, self.width,
-            self.threshold,
-        )  # fmt: skip
+        live = boxed(ipw.Box([self.settings.view, shown]), "ps-side")
+        parts: dict[str, ipw.Widget] = {"numbers": self.numbers.view, "live": live}
+        if self.real is not None:
+            self.beside = SlimFigureWidget()
+            parts["real"] = ipw.VBox([self.real.view, boxed(ipw.VBox([self.beside]), "ps-figures")])
+        return parts
 
     # -- what is chosen ----------------------------------------------------------------------------------------
 
     @property
     def scenario(self) -> Scenario:
         """The settings as the controls stand."""
-        return Scenario(
-            schedule=self.schedule.value,
-            slots=self.slots.value,
-            cache=None if self.cache.value == _OWN else self.cache.value,
-            predictor=self.predictor.value,
-            recall=round(self.recall.value, 3),
-            lookahead=self.lookahead.value,
-            width=self.width.value,
-            threshold=round(self.threshold.value, 3),
-            cpu=self.cpu.value,
-            machine=self.machine.value,
-        )
+        return self.settings.scenario
+
+    @property
+    def scenarios(self) -> Scenarios:
+        """What is simulated."""
+        return self._scenarios
 
     def choose(self, scenario: Scenario) -> None:
         """Put all controls where a choice has them, and redraw once."""
-        full = self._replays.resolved(scenario)
-        self._is_quiet = True
-        try:
-            self.schedule.value, self.predictor.value = full.schedule, full.predictor
-            self.cache.value = scenario.cache or _OWN
-            self.machine.value, self.cpu.value, self.slots.value = (
-                scenario.machine,
-                scenario.cpu,
-                scenario.slots,
-            )
-            self.recall.value, self.threshold.value = scenario.recall, full.threshold
-            self.lookahead.value, self.width.value = max(1, full.lookahead or 0), full.width
-        finally:
-            self._is_quiet = False
+        self.settings.choose(scenario)
+        self.redraw()
+
+    def use(self, scenarios: Scenarios, slots: int) -> None:
+        """Simulate another trace from now on; its measured runs are others too."""
+        with self._lock:
+            self._scenarios = scenarios
+            self._runs, self._axis_ms = {}, 0.0
+            self.settings.use(scenarios, slots)
+            self.result = scenarios.run(self.scenario)
+            self._bound_steps()
         self.redraw()
 
     def state(self) -> dict[str, Any]:
@@ -171,25 +166,42 @@ class SchedulePanel:
         return {
             **vars_of(self.scenario),
             "first_step": self.step.value,
-            "running": self.job is not None and not self.job.is_done,
+            "running": self.real is not None and self.real.controls.is_running,
             "tokens_per_s": self.result.tokens_per_s,
             "measured_tokens_per_s": None if self.measured is None else self.measured.metrics.tokens_per_s,
-            "status": self.status.value,
+            "status": "" if self.real is None else self.real.controls.status.value,
         }
 
     @property
     def measured(self) -> RunResult | None:
-        """The run of these very settings, if there was one."""
-        return self._runs.get(self._replays.resolved(self.scenario))
+        """The latest run of these very settings, if there was one."""
+        runs = self._runs.get(self._scenarios.resolved(self.scenario))
+        return runs[-1] if runs else None
 
-    def _adopt(self, schedule: Any) -> None:
-        """Controls take the schedule's own values."""
-        own = self._replays.resolved(Scenario(schedule=schedule.name, slots=self.slots.value))
-        self.cache.value, self.predictor.value = _OWN, own.predictor
-        self.lookahead.value, self.width.value = max(1, own.lookahead or 0), own.width
-        self.threshold.value = own.threshold
+    def pin(self) -> None:
+        """From now on numbers are shown against those of this setting: as measured, or as simulated before a run."""
+        kept = self.measured
+        name = f"{self.result.config['schedule']}, {self.result.config['num_slots']} slots"
+        self._pinned = name, numbers(self.result if kept is None else kept)
+        self._say()
+
+    def fit(self) -> None:
+        """Show the whole of the steps again: the time axis stays as it was at every move until this."""
+        self._axis_ms = 0.0
+        for figure in self.figures.values():
+            figure.fit()
+        self.redraw()
+
+    def on_drawn(self, watcher: Callable[[], None]) -> None:
+        """Call `watcher()` after each redraw."""
+        self._watchers.append(watcher)
 
     # -- real runs ---------------------------------------------------------------------------------------------
+
+    @property
+    def job(self) -> Job | None:
+        """The latest real run, or None."""
+        return None if self.real is None else self.real.job
 
     def start(self) -> Job:
         """Run the prompts with these settings on the engine, in the background.
@@ -197,77 +209,45 @@ class SchedulePanel:
         Raises:
             UnsupportedOption: they can only be simulated.
         """
-        self.cancel()
-        scenario = self._replays.resolved(self.scenario)
-        settings = self._replays.engine_settings(scenario)
-        self._busy(True)
-        self.status.value = "waiting for the former run" if self._runner.is_running else "running"
-        self._running = scenario
-        self.job = self._runner.prepare(self._prompts, configure=settings, **self._keywords)
-        self.job.on_step(self._on_token)
-        self.job.on_done(self._on_done)
-        return self.job.start()
+        if self.real is None:
+            raise PrescopeError(
+                "what this panel shows was recorded elsewhere; make one with session.schedule_panel"
+            )
+        return self.real.start()
 
     def cancel(self) -> None:
         """End the real run after the token it is at."""
-        if self.job is not None:
-            self.job.cancel()
+        if self.real is not None:
+            self.real.controls.cancel()
 
     def close(self) -> None:
         """Stop the run and take the panel off the page; its results stay."""
-        self.cancel()
-        self.job = None
-        if self._later is not None:
-            self._later.cancel()
+        if self.real is not None:
+            self.real.close()
+            self.beside.close()
+        for timer in (self._later, self._resting):
+            if timer is not None:
+                timer.cancel()
         for widget in (*self.figures.values(), self.view):
             widget.close()
         gc.unfreeze()
 
-    def _busy(self, busy: bool) -> None:
-        self.cancel_button.disabled = not busy
-        self.bar.value = 0.0 if busy else 1.0
-        self.bar.bar_style = "info" if busy else "success"
+    def _for_engine(self) -> dict[str, Any]:
+        scenario = self._scenarios.resolved(self.scenario)
+        settings = self._scenarios.engine_settings(scenario)
+        self._running = scenario
+        return settings
 
-    def _on_token(self, job: Job) -> None:
-        if job is self.job and time.monotonic() - self._updated > UPDATE_S:
-            self._updated = time.monotonic()
-            self.bar.value = job.progress
-            self.status.value = f"{job.num_tokens} tokens"
-
-    def _on_done(self, job: Job) -> None:
-        """Runs in the job's thread; a job that a newer one has replaced shows nothing."""
-        if job is not self.job:
-            return
-        self._busy(False)
-        error = job.error
-        if error is None:
-            run = job.result()
-            if self._running is not None and (run.steps["phase"] == "decode").any():
-                self._runs[self._running] = run
-            self.bar.bar_style = "warning" if job.is_cancelled else "success"
-            self.status.value = "; ".join(["done", *map(escape, run.notes)])
-            self.redraw()
-        elif isinstance(error, CancelledError):
-            self.status.value = "cancelled before the first token"
-        else:
-            self.bar.bar_style = "danger"
-            self.status.value = f"<b>{escape(type(error).__name__)}</b>: {escape(str(error))}"
+    def _finished(self, run: RunResult) -> None:
+        if self._running is not None:
+            self._runs.setdefault(self._running, []).append(run)
+        self.redraw()
 
     # -- drawing -----------------------------------------------------------------------------------------------
 
-    def _on_schedule(self, _change: Any) -> None:
-        if self._is_quiet:
-            return
-        self._is_quiet = True
-        try:
-            self._adopt(SCHEDULES[self.schedule.value])
-        finally:
-            self._is_quiet = False
+    def _on_step(self, _change: Any) -> None:
+        self._axis_ms = 0.0
         self._soon()
-
-    def _on_control(self, _change: Any) -> None:
-        if not self._is_quiet:
-            self._soon()
 
     def _soon(self) -> None:
         """Redraw now, or, while a slider is dragged, when the last redraw is long enough ago."""
@@ -287,9 +267,11 @@ class SchedulePanel:
         with self._lock:
             begin = time.perf_counter()
             try:
-                self.result = self._replays.run(self.scenario)
+                self.settings.explain()
+                self.result = self._scenarios.run(self.scenario)
             except PrescopeError as error:
-                self.numbers.value = f"<b>{escape(type(error).__name__)}</b>: {escape(str(error))}"
+                text = f"<b>{escape(type(error).__name__)}</b>: {escape(str(error))}"
+                self.numbers.say(f"<span class='ps-error'>{text} What is shown is the former setting.</span>")
                 return
             middle = time.perf_counter()
             for name, (traces, layout) in self._parts().items():
@@ -297,25 +279,35 @@ class SchedulePanel:
             self.drawn = Drawn(1e3 * (middle - begin), 1e3 * (time.perf_counter() - middle))
             self._say()
             self._redrawn = time.monotonic()
+        for watcher in self._watchers:
+            watcher()
 
     def _steps(self) -> range:
         return range(self.step.value, self.step.value + STEPS_SHOWN)
 
-    def _step_bounds(self) -> tuple[int, int]:
+    def _bound_steps(self) -> None:
         steps = self.result.needs.steps
-        return int(steps[0]), max(int(steps[0]), int(steps[-1]) - STEPS_SHOWN + 1)
+        first, last = int(steps[0]), max(int(steps[0]), int(steps[-1]) - STEPS_SHOWN + 1)
+        self.step.min, self.step.max = min(first, self.step.min), max(last, self.step.max)
+        self.step.value = min(max(self.step.value, first), last)
+        self.step.min, self.step.max = first, last
 
     def _parts(self) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
         shown, beside, times = (
             lanes_info(self.result, self._steps()),
             outcomes_info(self.result, self.measured),
-            step_times_info(self.result, self.measured),
+            step_times_info(self.result, self.measured, with_bound=self._knows_bounds()),
         )
+        self._axis_ms = self._axis_ms or shown.end_ms
         return {
-            "lanes": (lanes_traces(shown), lanes_layout(shown)),
-            "outcomes": (outcomes_traces(beside), outcomes_layout(beside)),
-            "step_times": (step_times_traces(times), step_times_layout(times)),
+            "lanes": (lanes_traces(shown), lanes_layout(shown, self._axis_ms, brief=True)),
+            "outcomes": (outcomes_traces(beside), outcomes_layout(beside, brief=True)),
+            "step_times": (step_times_traces(times), step_times_layout(times, brief=True)),
         }
+
+    def plain(self) -> list[go.Figure]:
+        """The figures without widgets."""
+        return list(self._plain().values())
 
     def _plain(self) -> dict[str, go.Figure]:
         """The figures without widgets."""
@@ -326,27 +318,105 @@ class SchedulePanel:
         }
 
     def _say(self) -> None:
-        scenario, total, count = self.scenario, self._replays.num_experts, self.slots.value
-        full, machine = self._replays.resolved(scenario), self._replays.machine(scenario)
-        self.recall.disabled = full.predictor != NOISY
-        self.cpu.disabled = not self._replays.has_cpu(scenario)
-        size = format_bytes(count * machine.row_bytes)
-        self.slots_label.value = f"<b>{100 * count / total:.0f} %</b> = {count} of {total} experts = {size}"
-        notes = "".join(f"<br>{escape(note)}" for note in self.result.notes)
-        self.numbers.value = (
-            f"<b>simulated</b>: {self.result.tokens_per_s:,.3g} tokens/s; simulated in {self.drawn.simulated_ms:.0f} "
-            f"ms, drawn in {self.drawn.drawn_ms:.0f} ms{notes}"
+        self._say_numbers()
+        kept = self._runs.get(self._scenarios.resolved(self.scenario), [])
+        beyond = " · the steps end beyond the time axis: Fit" if self._ends_beyond() else ""
+        self.told.value = (
+            f"<span class='ps-soft'>simulated in {self.drawn.simulated_ms:.0f} ms, drawn in "
+            f"{self.drawn.drawn_ms:.0f} ms{beyond}</span>"
         )
-        reason = self._replays.why_not_here(scenario)
-        self.run_button.disabled, self.run_button.tooltip = bool(reason), reason
+        if self.real is not None:
+            self.real.controls.allow(self._scenarios.why_not_here(self.scenario))
+            if not self.real.controls.is_running and not kept:
+                self.real.controls.forget("not run with these settings yet" if self._runs else "")
+            self._show_beside(kept[-1] if kept else None)
+        self._rest()
+
+    def _say_numbers(self) -> None:
+        kept = self._runs.get(self._scenarios.resolved(self.scenario), [])
+        now = numbers(self.result)
+        name, pinned = self._pinned or ("", None)
+        bound = bound_numbers(self.result) if self._knows_bounds() else NO_BOUND
+        measured = numbers(kept[-1]) if kept else None
+        self.numbers.show(now, measured, pinned, bound, pinned_name=name, note=_beside(now, kept))
+
+    def _knows_bounds(self) -> bool:
+        """Bounds of slots that nobody asked about take longer than the simulation: a slider does not wait for them."""
+        return "bounds" in self.result.__dict__ or is_headless() or _running_loop() is None
+
+    def _ends_beyond(self) -> bool:
+        steps = self.result.steps
+        shown = steps[steps["step"].isin(list(self._steps()))]
+        return bool(shown["dur_us"].sum() / 1e3 > 1.02 * self._axis_ms)
+
+    def _show_beside(self, run: RunResult | None) -> None:
+        """The measured lanes under the simulated ones; the former pair goes when the settings do."""
+        if run is None or run.events.empty:
+            return
+        there = run.steps[run.steps["phase"] == "decode"]["step"]
+        first = min(
+            self.step.value, int(there.max())
+        )  # a cancelled run has fewer steps than the simulated one
+        info = schedule_pair_info(
+            self.result, run, range(first, min(first + STEPS_SHOWN, int(there.max()) + 1))
+        )
+        if self.beside.data:
+            self.beside.show_parts(schedule_pair_traces(info), schedule_pair_layout(info))
+        else:
+            self.beside.show_figure(plot_schedule_pair(info))
+
+    # -- the line of advice ------------------------------------------------------------------------------------
+
+    def _rest(self) -> None:
+        """Ask whether prediction pays once the slider rests: replays release the kernel's lock, so it goes on."""
+        if self._resting is not None:
+            self._resting.cancel()
+        self._is_advised = self._knows_bounds()
+        if is_headless() or _running_loop() is None:
+            self._advise()
+            return
+        self._resting = threading.Timer(REST_S, self._advise)
+        self._resting.daemon = True
+        self._resting.start()
+
+    def _advise(self) -> None:
+        scenario, scenarios = self.scenario, self._scenarios
+        found = verdict(scenarios, scenario)
+        assert self.result.bounds  # found here, in the background
+        if scenario != self.scenario or scenarios is not self._scenarios:
+            return  # moved meanwhile: the next rest asks again
+        with self._lock:
+            if not self._is_advised:
+                self._is_advised = True
+                times = step_times_info(self.result, self.measured)
+                self.figures["step_times"].show_parts(
+                    step_times_traces(times), step_times_layout(times, brief=True)
+                )
+                self._say_numbers()
+        mood = {True: "ps-good", False: "ps-bad", None: ""}[found.pays]
+        head, colon, rest = found.words.partition(" here")
+        notes = "".join(f"<br><span class='ps-soft'>{escape(note)}</span>" for note in self.result.notes)
+        self.numbers.say(f"<span class='{mood}'>{escape(head)}</span>{colon}{escape(rest)}.{notes}")
 
     def _ipython_display_(self) -> None:
         if not is_headless():
-            display(self.view)
+            show_panel(self.view, self.numbers.text, self.plain())
             return
-        display(HTML(f"<p>{self.slots_label.value}<br>{self.numbers.value}</p>"))
-        for figure in self._plain().values():
+        display(HTML(self.numbers.text))
+        for figure in self.plain():
             display(figure)
+
+
+def _beside(simulated: Numbers, runs: list[RunResult]) -> str:
+    """How far simulation and measurement are apart, and how far the runs themselves."""
+    if not runs:
+        return ""
+    off = 100 * (simulated.tokens_per_s / runs[-1].metrics.tokens_per_s - 1)
+    spread = spread_frac(runs)
+    text = f"simulated {off:+.0f} %"
+    if spread == spread:
+        text += f"; {len(runs)} runs spread {formatted(100 * spread)} %"
+    return f" <span class='ps-badge' title='simulated tokens/s against measured'>{text}</span>"
 
 
 def vars_of(scenario: Scenario) -> dict[str, Any]:

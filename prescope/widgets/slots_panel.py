@@ -1,7 +1,5 @@
 """A slider of slots that runs the model again."""
 
-import time
-from concurrent.futures import CancelledError
 from html import escape
 from typing import Any
 
@@ -13,21 +11,24 @@ from .. import views
 from ..core.units import GIB, format_bytes
 from ..engine.job import Job, NamedPrompts
 from ..traces.result import RunResult
-from .figures import UPDATE_S, SlimFigureWidget, is_headless
+from .field import Field
+from .figures import SlimFigureWidget, is_headless
+from .job_controls import JobControls
 from .runner import Runner
+from .showing import show_panel
+from .style import boxed, panel, row
 
 
 class SlotsPanel:
     """A slider of slots that re-runs the prompts and updates timeline, hit rate and latency in place.
 
-    Releasing the slider starts a run in the background; a run under way is cancelled first. A run that fails
-    leaves the figures as they are and shows the error.
+    Releasing the slider starts a run in the background; a run under way is cancelled first. A run that fails, or that
+    is cancelled before its second token, leaves the figures as they are.
 
     Attributes:
-        slots, step: sliders. run_button, cancel_button, bar, status: the other controls.
+        slots, step: sliders. controls: button, bar, status.
         figures: name -> SlimFigureWidget.
         result: the run that is shown, or None.
-        job: the latest job, or None.
     """
 
     def __init__(self, runner: Runner, prompts: NamedPrompts, keywords: dict[str, Any]) -> None:
@@ -36,38 +37,31 @@ class SlotsPanel:
         total, self._row_bytes = engine.shape.total_experts, engine.shape.row_bytes
         self._total = total
         self.result: RunResult | None = None
-        self.job: Job | None = None
-        self._updated = 0.0
         self.slots = ipw.IntSlider(
-            value=engine.num_slots, min=max(1, engine.shape.top_k), max=total, continuous_update=False,
-            description="slots", readout=False, layout={"width": "420px"},
-        )  # fmt: skip
-        self.label = ipw.HTML()
-        self.run_button = ipw.Button(description="Run", icon="play", button_style="primary")
-        self.cancel_button = ipw.Button(description="Cancel", icon="stop", disabled=True)
-        self.bar = ipw.FloatProgress(min=0, max=1, layout={"width": "220px"})
-        self.status = ipw.HTML()
-        self.step = ipw.IntSlider(
-            min=0, max=0, description="first step", continuous_update=False, layout={"width": "420px"}
+            value=engine.num_slots, min=max(1, engine.shape.top_k), max=total, continuous_update=False
         )
+        self.step = ipw.IntSlider(min=0, max=0, continuous_update=False)
+        self._slots_field = Field(
+            "slots", self.slots, "Places for experts on the device; releasing the slider runs again."
+        )
+        self._step_field = Field("first step", self.step, "First of the steps whose lanes are drawn.")
+        self.controls = JobControls("Run", self.start, self._shown)
         # Made here and not when the first run ends: that is in another thread.
         self.figures = {name: SlimFigureWidget() for name in ("timeline", "hit_rate", "latency")}
-        self._figure_box = ipw.VBox()
-        self.view = ipw.VBox(
-            [
-                ipw.HBox([self.slots, self.label]),
-                ipw.HBox([self.run_button, self.cancel_button, self.bar, self.status]),
-                self.step,
-                self._figure_box,
-            ]
-        )
+        self._figure_box = boxed(ipw.VBox(), "ps-figures")
+        fields = boxed(ipw.Box([self._slots_field.view, self._step_field.view]), "ps-controls")
+        self.view = panel(fields, row(self.controls.view), self._figure_box)
         self._label_slots()
         self.slots.observe(self._on_slots, "value")
         self.step.observe(self._on_step_slider, "value")
-        self.run_button.on_click(lambda _: self.start())
-        self.cancel_button.on_click(lambda _: self.cancel())
-        if runner.runs:
-            self._show(runner.runs[-1])
+        with_decode = [run for run in runner.runs if _has_decode(run)]
+        if with_decode:
+            self._show(with_decode[-1])
+
+    @property
+    def job(self) -> Job | None:
+        """The latest job, or None."""
+        return self.controls.job
 
     def state(self) -> dict[str, Any]:
         """Values of all controls, and what the panel shows."""
@@ -76,44 +70,33 @@ class SlotsPanel:
             "slots_frac": self.slots.value / self._total,
             "slots_gib": self.slots.value * self._row_bytes / GIB,
             "first_step": self.step.value,
-            "running": self.job is not None and not self.job.is_done,
+            "running": self.controls.is_running,
             "shown_slots": None if self.result is None else self.result.config["num_slots"],
-            "status": self.status.value,
+            "status": self.controls.status.value,
         }
 
     def start(self) -> Job:
         """Run the prompts with the slots of the slider, in the background."""
-        self.cancel()
-        self._busy(True)
-        self.status.value = "waiting for the former run" if self._runner.is_running else "running"
-        self.job = self._runner.prepare(self._prompts, slots=self.slots.value, **self._keywords)
-        self.job.on_step(self._on_token)
-        self.job.on_done(self._on_done)
-        return self.job.start()
+        self.controls.cancel()
+        job = self._runner.prepare(self._prompts, slots=self.slots.value, **self._keywords)
+        return self.controls.watch(job, self._runner.is_running)
 
     def cancel(self) -> None:
         """End the run after the token it is at; the figures then show what there is."""
-        if self.job is not None:
-            self.job.cancel()
+        self.controls.cancel()
 
     def close(self) -> None:
         """Stop the run and take the panel off the page; the former result stays in the runner."""
-        self.cancel()
-        self.job = None
+        self.controls.close()
         for widget in (*self.figures.values(), self.view):
             widget.close()
 
     def _label_slots(self) -> None:
         count = self.slots.value
-        self.label.value = (
-            f"<b>{100 * count / self._total:.0f} %</b> = {count} of {self._total} experts = "
-            f"{count * self._row_bytes / GIB:.3g} GiB ({format_bytes(count * self._row_bytes)})"
+        size = format_bytes(count * self._row_bytes)
+        self._slots_field.say(
+            f"<b>{100 * count / self._total:.0f} %</b> = {count} of {self._total} experts = {size}"
         )
-
-    def _busy(self, busy: bool) -> None:
-        self.cancel_button.disabled = not busy
-        self.bar.value = 0.0 if busy else 1.0
-        self.bar.bar_style = "info" if busy else "success"
 
     def _on_slots(self, _change: Any) -> None:
         self._label_slots()
@@ -126,34 +109,19 @@ class SlotsPanel:
     def _steps(self) -> range:
         return range(self.step.value, self.step.value + 2)
 
-    def _on_token(self, job: Job) -> None:
-        if job is self.job and time.monotonic() - self._updated > UPDATE_S:
-            self._updated = time.monotonic()
-            self.bar.value = job.progress
-            self.status.value = f"{job.num_tokens} tokens"
-
-    def _on_done(self, job: Job) -> None:
-        """Runs in the job's thread; a job that a newer one has replaced shows nothing."""
-        if job is not self.job:
-            return
-        self._busy(False)
-        error = job.error
-        if error is None:
-            self._show(job.result())
-            self.bar.bar_style = "warning" if job.is_cancelled else "success"
-            self.status.value = "; ".join(["done", *map(escape, job.result().notes)])
-        elif isinstance(error, CancelledError):
-            self.status.value = "cancelled before the first token; the figures show the former run"
-        else:
-            self.bar.bar_style = "danger"
-            text = f"<b>{escape(type(error).__name__)}</b>: {escape(str(error))}"
-            self.status.value = f"{text} The figures show the former run."
+    def _shown(self, job: Job) -> None:
+        run = job.result()
+        if _has_decode(run):
+            self._show(run)
+        elif self.result is not None:
+            run.notes.append("cancelled before the second token; the figures show the former run")
 
     def _show(self, run: RunResult) -> None:
         is_first, self.result = self.result is None, run
         self.step.max = max(0, len(run.steps) - 2)
+        self._step_field.allow("" if self.step.max else "there is one step only")
         if is_first and not run.events.empty:
-            self.step.value = views.timeline_info(run).steps[0].step
+            self.step.value = views.lanes_info(run).steps[0].step
         figures = _figures(run, self._steps())
         for name, figure in figures.items():
             self.figures[name].show_figure(figure)
@@ -161,17 +129,22 @@ class SlotsPanel:
 
     def _ipython_display_(self) -> None:
         if not is_headless():
-            display(self.view)
+            shown = () if self.result is None else _figures(self.result, self._steps()).values()
+            show_panel(self.view, f"<p>Slots: {self._slots_field.note}</p>", list(shown))
             return
-        display(HTML(f"<p>Slots: {self.label.value}</p>"))
-        for figure in _figures(self.result, self._steps()).values() if self.result is not None else ():
+        display(HTML(f"<p>Slots: {self._slots_field.note}</p>"))
+        if self.result is None:
+            display(HTML(f"<p>{escape('no run yet: session.run(prompts, max_new_tokens=32)')}</p>"))
+            return
+        for figure in _figures(self.result, self._steps()).values():
             display(figure)
+
+
+def _has_decode(run: RunResult) -> bool:
+    return bool((run.steps["phase"] == "decode").any())
 
 
 def _figures(run: RunResult, steps: range) -> dict[str, go.Figure]:
     """The panel's figures that this run has the evidence for."""
-    has_decode = (run.steps["phase"] == "decode").any()
     figures = {} if run.events.empty else {"timeline": views.timeline(run, steps)}
-    if has_decode:
-        figures |= {"hit_rate": views.hit_rate(run), "latency": views.latency(run)}
-    return figures
+    return figures | {"hit_rate": views.hit_rate(run), "latency": views.latency(run)}

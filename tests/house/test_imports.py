@@ -29,7 +29,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("profile", "kernels"),
     ("hf", "simulator"),
     ("engine",),
-    ("calibration", "training"),
+    ("advice", "calibration", "training"),
     ("views",),
     ("widgets", "report"),
     ("session",),

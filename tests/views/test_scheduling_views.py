@@ -1,6 +1,5 @@
-"""The figures of the scheduling notebook, and its panels without a browser, on the embedded model."""
+"""The figures of the scheduling notebook."""
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -8,28 +7,28 @@ import plotly.graph_objects as go
 import pytest
 
 from prescope import views
-from prescope.core.machine import this_place
-from prescope.errors import BadTrace, TransferFailed
+from prescope.errors import BadTrace, UnsupportedOption
 from prescope.predictor import Frequency
-from prescope.profile import HardwareProfile
 from prescope.scheduler import SCHEDULES
-from prescope.session import Session
-from prescope.simulator import Scenario, Scenarios
+from prescope.scheduler.costs import LayerCosts
+from prescope.simulator import Machine, Scenario, Scenarios, verdict
 from prescope.traces.events import event_frame
 from prescope.views.gpu_idle import gpu_idle_info
-from prescope.views.lanes import MAX_BARS, MEANINGS, lanes_info, lanes_traces
+from prescope.views.lanes import MAX_BARS, MEANINGS, lanes_info, lanes_layout, lanes_traces
 from prescope.views.link_use import link_use_info
+from prescope.views.numbers import bound_numbers, change, formatted, numbers, numbers_frame
 from prescope.views.outcomes import outcomes_info, outcomes_traces
 from prescope.views.schedule_pair import schedule_pair_info, schedule_pair_traces
 from prescope.views.step_times import step_times_info, step_times_traces
-from prescope.widgets import SlimFigureWidget, pair_panel, schedule_panel
-from tests.simulator.test_scenarios import MACHINE, small_trace
-from tests.support.browser import chromium, jupyterlab, run_all
-from tests.support.small_run import small_run
+from prescope.views.threshold import threshold_info
+from prescope.widgets import SlimFigureWidget
+from tests.support.small_run import small_run, small_trace
 
-PROMPTS = ["Once upon a time", "def add(a, b):"]
-#: What a move of a slider may take here, all in Python: the limit for a person is 150 ms.
-REDRAW_MS = 150.0
+COSTS = LayerCosts(
+    link_us=60.0, gpu_us=12.0, rest_us=25.0, decide_us=6.0, cpu_us=(0.0, 40.0, 45.0, 50.0, 55.0), cpu_base_us=5.0,
+    source="made for this test",
+)  # fmt: skip
+MACHINE = Machine("test", COSTS, 1_500_000, 30.0, 2)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def scenarios():
 
 @pytest.fixture(scope="module")
 def results(scenarios):
-    return scenarios.compare(Scenario(slots=12))
+    return scenarios.compare(Scenario(slots=12, machine="test"))
 
 
 def test_every_figure_has_a_title_its_origin_and_units(results):
@@ -67,9 +66,10 @@ def test_every_figure_has_a_title_its_origin_and_units(results):
 def test_what_was_measured_is_never_called_simulated(results):
     run = small_run(steps=9)
     for figure in (views.outcomes(results["presched"], run), views.step_times(results["presched"], run)):
-        names = {trace.name for trace in figure.data if len(trace.y or ())}
-        assert any("(simulated)" in name or name == "simulated" for name in names)
-        assert any("measured, link emulated" in name for name in names)
+        texts = {trace.hovertemplate for trace in figure.data if len(trace.y or ())}
+        assert any("simulated" in text for text in texts)
+        assert any("measured, link emulated" in text for text in texts)
+        assert not any("simulated" in text and "measured" in text for text in texts)
     assert "<b>measured, link emulated</b>" in views.lanes(run).layout.title.text
     assert (
         "others measured" in views.gpu_idle({"presched": results["presched"], "run": run}).layout.title.text
@@ -97,12 +97,89 @@ def test_lanes_show_every_event_of_their_steps_once(results):
         lanes_info(result, range(40, 42))
 
 
-def test_too_many_bars_show_fewer_steps_and_say_so():
+def test_too_many_bars_are_merged_and_the_figure_says_so():
     run = small_run(steps=400)
     info = lanes_info(run, range(1, 300))
-    assert sum(len(bars.dur_ms) for bars in info.bars.values()) <= MAX_BARS
-    assert info.left_out == 299 - len(info.steps) > 0
-    assert f"{info.left_out} more" in views.lanes(run, range(1, 300)).layout.title.text
+    assert info.num_bars <= MAX_BARS
+    assert len(info.steps) == 299
+    assert "merged into neighbours" in views.lanes(run, range(1, 300)).layout.title.text
+
+
+def test_the_links_bound_stands_in_its_lane(results):
+    info = lanes_info(results["on-demand"], range(2, 4))
+    assert info.link_ms == pytest.approx(sum(info.bars["on_demand"].dur_ms))
+    line = lanes_layout(info)["shapes"][-1]
+    assert (line["x0"], line["yref"]) == (info.link_ms, "y")
+
+
+def test_a_steps_causes_add_up_to_it(results):
+    for result in (results["presched"], small_run(steps=9)):
+        times = step_times_info(result).times
+        np.testing.assert_allclose(np.sum(list(times.cause_ms.values()), axis=0), times.step_ms, rtol=1e-6)
+
+
+def test_no_simulated_mean_is_below_its_bound(results):
+    for result in results.values():
+        info = step_times_info(result)
+        assert np.mean(info.times.step_ms) >= 0.999 * info.bound_ms
+        assert step_times_info(result, with_bound=False).bound_ms != info.bound_ms
+
+
+def test_the_table_of_numbers_is_that_of_the_results(results):
+    result, run = results["presched"], small_run(steps=9)
+    simulated, measured, bound = numbers(result), numbers(run), bound_numbers(result)
+    assert (simulated.row, measured.row, bound.row) == ("simulated", "measured, link emulated", "bound")
+    assert simulated.tokens_per_s == result.tokens_per_s <= bound.tokens_per_s * 1.001
+    assert simulated.hit_pct == pytest.approx(100 * result.metrics.decode.hit_rate)
+    assert simulated.link_pct == pytest.approx(100 * result.metrics.decode.link_use_frac)
+    assert simulated.mb_per_token == pytest.approx(result.metrics.decode.h2d_bytes / result.num_tokens / 1e6)
+    assert measured.p50_ms == pytest.approx(run.metrics.decode.step_p50_ms)
+    assert measured.ttft_ms == pytest.approx(run.metrics.ttft_ms)
+    assert change(simulated, simulated).tokens_per_s == 0
+    frame = numbers_frame([simulated, measured])
+    assert list(frame.index) == ["simulated", "measured, link emulated"]
+    assert frame.loc["simulated", "tokens/s"] == pytest.approx(result.tokens_per_s)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (float("nan"), "-"),
+        (0.0, "0.00"),
+        (1234.5, "1,234"),
+        (12.345, "12.3"),
+        (1.2345, "1.23"),
+        (0.00732, "0.0073"),
+    ],
+)
+def test_numbers_are_written_as_people_read_them(value, text):
+    assert formatted(value) == text
+
+
+def test_small_memory_is_not_written_in_gib():
+    assert formatted(0.00366, field="slots_gib") == "3.75 MiB"
+
+
+def test_a_threshold_trades_recall_for_precision_as_scores_say(scenarios):
+    info = threshold_info(scenarios, Scenario(slots=12, machine="test"), thresholds=(0.0, 0.2, 0.4, 0.8))
+    assert list(info.recall_pct) == sorted(info.recall_pct, reverse=True)
+    copied = [a + b for a, b in zip(info.useful_mb, info.wasted_mb, strict=True)]
+    assert copied[0] >= copied[-1]
+    assert all(0 <= value <= 100 for value in (*info.precision_pct, *info.recall_pct, *info.covered_pct))
+    with pytest.raises(UnsupportedOption, match="nothing is predicted"):
+        threshold_info(scenarios, Scenario(schedule="on-demand", slots=12, machine="test"))
+
+
+@pytest.mark.parametrize("schedule", ["presched", "on-demand", "fiddler"])
+def test_a_verdict_follows_its_numbers(scenarios, schedule):
+    found = verdict(scenarios, Scenario(schedule=schedule, slots=12, machine="test"))
+    assert found.perfect_gain >= found.gain
+    assert found.with_it is not None
+    assert found.gain == pytest.approx(found.with_it.tokens_per_s / found.without.tokens_per_s - 1)
+    assert found.without.config["predictor"] == "none"
+    word = {True: "pay", False: "does not pay", None: "nothing"}[found.pays]
+    assert word in found.words
+    assert f"{100 * found.gain:+.0f} %" in found.words
 
 
 def test_outcomes_and_times_are_those_of_the_tables(results):
@@ -166,207 +243,3 @@ def test_a_pair_has_each_meaning_once_in_the_legend(results):
     shown = [trace["name"] for trace in schedule_pair_traces(info) if trace.get("showlegend")]
     assert len(shown) == len(set(shown))
     assert info.end_ms == max(info.upper.end_ms, info.lower.end_ms)
-
-
-# -- panels --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def session():
-    with Session(slots=32, device="cpu", link_gb_per_s=2.0, record_inputs=True) as session:
-        session.run(PROMPTS, max_new_tokens=2)
-        session.run(PROMPTS, max_new_tokens=8)
-        yield session
-
-
-@pytest.fixture(scope="module")
-def recorded(session):
-    run = session.runs[1]
-    profile = HardwareProfile.load("test_machine")
-    # The CPU lane's times are another machine's, and good enough to choose by.
-    profile = replace(profile, place=this_place(run.hardware))
-    return session.scenarios(run, predictors=[Frequency(run.trace, 4)], profile=profile)
-
-
-@pytest.fixture
-def panel(session, recorded):
-    panel = session.schedule_panel(recorded, PROMPTS, max_new_tokens=8)
-    yield panel
-    panel.close()
-
-
-def test_a_move_is_answered_within_150_ms(panel):
-    """Simulated, and all three figures drawn; the best of three tries each, for the machine is shared."""
-    moves = [
-        ("slots", (40, 64, 24)),
-        ("lookahead", (3, 4, 1)),
-        ("width", (2, 5, 1)),
-        ("threshold", (0.5, 0.1, 0.9)),
-        ("schedule", ("fate", "klotski", "presched")),
-        ("cache", ("lfu", "score", "shallow")),
-        ("cpu", (False, True, False)),
-        ("recall", (0.5, 0.6, 0.7)),
-        ("machine", (*panel.machine.options[:2], panel.machine.options[0])),
-    ]
-    panel.predictor.value = "noisy oracle"
-    slowest = {}
-    for name, values in moves:
-        took = []
-        for value in values:
-            begin = time.perf_counter()
-            getattr(panel, name).value = value
-            took.append(1e3 * (time.perf_counter() - begin))
-        slowest[name] = min(took)
-    assert max(slowest.values()) < REDRAW_MS, slowest
-
-
-def test_every_control_reaches_the_simulator_and_the_figures_in_place(panel):
-    figures = dict(panel.figures)
-    panel.slots.value, panel.cache.value, panel.width.value = 48, "lfu", 2
-    config = panel.result.config
-    assert (config["num_slots"], config["cache"], config["width"]) == (48, "lfu", 2)
-    assert panel.figures == figures, "the same widgets"
-    assert all("48 slots" in figure.layout.title.text for figure in panel.figures.values())
-    assert "<b>38 %</b> = 48 of 128 experts" in panel.slots_label.value
-    panel.schedule.value = "fiddler"
-    own = SCHEDULES["fiddler"]
-    assert panel.result.config["cache"] == own.cache, "a schedule comes with its own settings"
-    assert panel.predictor.value == "none"
-    panel.choose(Scenario(schedule="presched", slots=30, predictor="frequency", lookahead=2, cache="score"))
-    assert panel.state()["slots"] == 30 and panel.result.config["predictor"] == "frequency"
-    panel.step.value = 4
-    assert panel.figures["lanes"].layout.annotations[0].text.startswith("step 4")
-
-
-def test_run_for_real_lays_measured_over_simulated_while_the_settings_stay(panel, session):
-    panel.choose(Scenario(schedule="presched", slots=40, predictor="frequency"))
-    run = panel.start().result(60)
-    state = panel.state()
-    assert state["status"].startswith("done"), state["status"]
-    assert run.tokens == session.runs[1].tokens, "a schedule changes no token"
-    assert run.config["schedule"] == "presched" and run.config["num_slots"] == 40
-    assert state["measured_tokens_per_s"] == pytest.approx(run.metrics.tokens_per_s)
-    assert len(panel.figures["step_times"].data[1].y) == 7
-    assert "measured, link emulated" in panel.figures["outcomes"].layout.title.text
-    panel.slots.value = 41
-    assert panel.measured is None
-    assert "measured" not in panel.figures["outcomes"].layout.title.text
-    panel.slots.value = 40
-    assert panel.measured is run, "it is shown again where it belongs"
-
-
-def test_without_prefetches_the_replay_counts_what_the_engine_counted(panel):
-    panel.choose(Scenario(schedule="on-demand", slots=64))
-    run = panel.start().result(60)
-    counts, decode = panel.result.counts, run.metrics.decode
-    assert (counts.hits, counts.misses, counts.needed) == (decode.hits, decode.misses, decode.needed)
-
-
-def test_what_cannot_be_run_here_switches_the_button_off(panel):
-    panel.predictor.value = "oracle"
-    assert panel.run_button.disabled and "oracle" in panel.run_button.tooltip
-    panel.predictor.value = "frequency"
-    assert not panel.run_button.disabled
-    panel.machine.value = panel.machine.options[1]
-    assert panel.run_button.disabled and "simulated" in panel.run_button.tooltip
-
-
-def test_cancel_and_a_failed_run_leave_the_simulation(panel, session, monkeypatch):
-    job = panel.start()
-    job.on_step(lambda job: panel.cancel_button.click() if job.num_tokens == 2 else None)
-    job.result(60)
-    assert "cancelled" in panel.state()["status"]
-
-    def fail(*_args: object, **_keywords: object) -> None:
-        raise TransferFailed("the cable <is> out")
-
-    monkeypatch.setattr(session.engine, "generate", fail)
-    panel.run_button.click()
-    with pytest.raises(TransferFailed):
-        panel.job.result(60)
-    assert "the cable &lt;is&gt; out" in panel.status.value
-    assert not panel.state()["running"] and panel.figures["lanes"].data
-
-
-def test_a_pair_says_why_for_both(session, recorded):
-    pair = session.pair_panel(recorded, Scenario(slots=32), "presched", "on-demand")
-    upper = pair.explained()[0]
-    assert (upper.step, upper.moe_layer) == (pair.step.value, pair.layer.value)
-    assert "PreSched" in pair.tables.value and "On demand" in pair.tables.value
-    former, pair.layer.value = pair.tables.value, 5
-    assert pair.tables.value != former and "MoE layer 5" in pair.tables.value
-    pair.lower.value = "fate"
-    assert "Fate-like" in pair.tables.value
-    assert any("Fate-like" in note.text for note in pair.figure.layout.annotations)
-    second = session.pair_panel(recorded, Scenario(slots=32))
-    assert pair.view.comm is None
-    second.close()
-
-
-def test_without_a_browser_the_panels_show_plain_figures(session, recorded, panel, monkeypatch):
-    shown: list[object] = []
-    monkeypatch.setattr(schedule_panel, "display", shown.append)
-    monkeypatch.setattr(pair_panel, "display", shown.append)
-    monkeypatch.setenv("PRESCOPE_HEADLESS", "1")
-    panel._ipython_display_()
-    assert [type(item) for item in shown[1:]] == [go.Figure] * 3
-    shown.clear()
-    session.pair_panel(recorded, Scenario(slots=32))._ipython_display_()
-    assert type(shown[0]) is go.Figure
-    monkeypatch.delenv("PRESCOPE_HEADLESS")
-    panel._ipython_display_()
-    assert shown[-1] is panel.view
-
-
-LAB_CELLS = [
-    "from prescope.workbench import Session\n"
-    "session = Session(slots=32, device='cpu', link_gb_per_s=2.0)\n"
-    "run = session.run(['Once upon a time'], max_new_tokens=24)",
-    "panel = session.schedule_panel(session.replays(), ['Once upon a time'], max_new_tokens=24)\npanel",
-]
-#: Notes when a key went down and when the last of three titles followed.
-WATCH = """
-() => {
-  const titles = () => [...document.querySelectorAll('.gtitle')].map(t => t.textContent).join('|');
-  window.moves = [];
-  window.addEventListener('keydown', (event) => {
-    const begin = performance.now(), former = titles().match(/(\\d+) slots/)[1];
-    const look = () => {
-      const now = [...titles().matchAll(/(\\d+) slots/g)].map(m => m[1]);
-      if (now.length >= 3 && now.every(n => n !== former)) window.moves.push(performance.now() - begin);
-      else requestAnimationFrame(look);
-    };
-    requestAnimationFrame(look);
-  }, true);
-}
-"""
-
-
-@pytest.mark.browser
-@pytest.mark.slow
-def test_in_jupyterlab_a_move_of_the_slider_is_seen_at_once(tmp_path):
-    """From the key to the last of three figures drawn, with everything between: kernel, messages, browser."""
-    with jupyterlab(tmp_path, LAB_CELLS) as lab, chromium(lab) as (page, requests, errors):
-        run_all(page, lab)
-        page.wait_for_function(
-            "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 9", timeout=120_000
-        )
-        page.evaluate(WATCH)
-        handle = page.locator(".widget-hslider", has_text="slots").locator(".noUi-handle")
-        handle.focus()
-        for i in range(6):
-            page.keyboard.press("ArrowRight")
-            page.wait_for_function(f"window.moves.length > {i}", timeout=30_000)
-            page.wait_for_timeout(300)
-        moves = sorted(page.evaluate("window.moves"))
-        print("key to drawn, ms:", [round(ms) for ms in moves])
-        # Twice the aim: Lab, browser and kernel share what cores there are; 149 ms on two idle ones, 202 on busy ones.
-        assert moves[len(moves) // 2] < 2 * REDRAW_MS, moves
-        for _ in range(10):
-            page.keyboard.press("ArrowRight")
-        title = "[...document.querySelectorAll('.gtitle')].map(t => t.textContent).join('|')"
-        page.wait_for_function(
-            f"({title}).split('48 slots').length === 4", timeout=30_000
-        )  # the last one wins
-        assert requests == []
-        assert [error for error in errors if "prescope" in error.lower() or "plotly" in error.lower()] == []

@@ -8,12 +8,12 @@ from prescope import views
 from prescope.errors import BadTrace
 from prescope.traces.events import Event, event_frame
 from prescope.views.hit_rate import HitRateInfo, hit_rate_info
+from prescope.views.lanes import lanes_info
 from prescope.views.latency import latency_info
 from prescope.views.layers import layers_info
 from prescope.views.load import load_info
 from prescope.views.slots_curve import slots_curve_info
 from prescope.views.theme import COLORS, NAMES
-from prescope.views.timeline import Bar, timeline_info
 from tests.support.small_run import (
     LABEL,
     NUM_EXPERTS,
@@ -52,7 +52,7 @@ def test_every_figure_has_a_title_its_origin_and_units(view, run):
 
 
 def test_a_meaning_has_one_colour_and_one_name():
-    assert set(COLORS) - set(NAMES) == {"line"}
+    assert set(COLORS) - set(NAMES) == {"line", "bound"}
     shown = [COLORS[kind] for kind in ("dense", "experts", "on_demand", "prefetch", "stall", "host_wait")]
     assert len(set(shown)) == len(shown)
 
@@ -87,17 +87,22 @@ def test_ten_events_give_exactly_these_latencies(ten):
 
 
 def test_ten_events_give_exactly_these_bars(ten):
-    info = timeline_info(ten, 0)
-    assert info.bars == (
-        Bar("GPU", "dense", 0.0, 100.0, 100.0, 1, 0, 0, -1, 0),
-        Bar("GPU", "experts", 600.0, 400.0, 400.0, 1, 0, 0, -1, 0),
-        Bar("PCIe", "on_demand", 0.0, 600.0, 600.0, 1, 0, 0, 3, 6_000_000),
-        Bar("waits", "host_wait", 100.0, 20.0, 20.0, 1, 0, 0, -1, 0),
-        Bar("waits", "stall", 120.0, 480.0, 480.0, 1, 0, 0, -1, 0),
-    )
-    assert (info.start_us, info.end_us, info.num_events) == (0.0, 1000.0, 5)
+    info = lanes_info(ten, 0)
+    found = {
+        meaning: list(zip(bars.start_ms, bars.dur_ms, bars.nbytes, strict=True))
+        for meaning, bars in info.bars.items()
+        if bars.dur_ms
+    }
+    assert found == {
+        "dense": [(0.0, 0.1, 0)],
+        "experts": [(0.6, 0.4, 0)],
+        "on_demand": [(0.0, 0.6, 6_000_000)],
+        "host_wait": [(0.1, 0.02, 0)],
+        "stall": [(0.12, 0.48, 0)],
+    }
+    assert (info.end_ms, info.num_events, info.phase, info.link_ms) == (1.0, 5, "prefill", 0.6)
     assert [span.moe_layer for span in info.layers] == [0]
-    assert timeline_info(ten).steps[0].step == 1, "without a choice: decode steps"
+    assert lanes_info(ten).steps[0].step == 1, "without a choice: decode steps"
 
 
 def test_causes_of_a_step_add_up_to_it(run):
@@ -114,13 +119,14 @@ def test_layers_and_other_add_up_to_the_mean_step(run):
 
 def test_no_bar_is_lost_when_neighbours_are_merged(run):
     """Merging changes how many bars there are, never how long a lane was busy or how many bytes moved."""
-    whole = timeline_info(run, range(8))
-    few = timeline_info(run, range(8), max_bars=30)
-    assert len(few.bars) <= 30 < len(whole.bars)
+    whole = lanes_info(run, range(8))
+    few = lanes_info(run, range(8), max_bars=30)
+    assert few.num_bars <= 30 < whole.num_bars
     for info in (whole, few):
-        assert sum(bar.num_events for bar in info.bars) == len(run.events)
-        assert sum(bar.busy_us for bar in info.bars) == pytest.approx(run.events["dur_us"].sum())
-        assert sum(bar.nbytes for bar in info.bars) == run.metrics.h2d_bytes
+        bars = info.bars.values()
+        assert sum(sum(one.num_events) for one in bars) == len(run.events)
+        assert sum(sum(one.busy_ms) for one in bars) == pytest.approx(run.events["dur_us"].sum() / 1e3)
+        assert sum(sum(one.nbytes) for one in bars) == run.metrics.h2d_bytes
 
 
 def test_a_long_stall_among_thousands_of_short_events_stays_visible():
@@ -129,14 +135,16 @@ def test_a_long_stall_among_thousands_of_short_events_stays_visible():
     rows[7_777] = Event("stall", "stall", 0, "prefill", 0, -1, "", 0, 2.0 * 7_777, 900.0)
     run = ten_events_run()
     steps = run.steps.iloc[:1].assign(dur_us=40_000.0)
-    info = timeline_info(replace(run, events=event_frame(rows), steps=steps), 0)
-    assert len(info.bars) < 3_000
-    assert [bar.dur_us for bar in info.bars if bar.kind == "stall"] == [900.0]
-    assert sum(bar.num_events for bar in info.bars) == 20_000
+    info = lanes_info(replace(run, events=event_frame(rows), steps=steps), 0)
+    assert info.num_bars <= 2_000
+    assert info.bars["stall"].dur_ms == (0.9,)
+    assert sum(sum(one.num_events) for one in info.bars.values()) == 20_000
 
 
 def test_a_timeline_of_many_steps_stays_drawable():
-    assert len(timeline_info(small_run(steps=400), range(400)).bars) <= 3_000
+    info = lanes_info(small_run(steps=400), range(400))
+    assert info.num_bars <= 2_000
+    assert len(info.steps) == 400, "no step is left out"
 
 
 def test_load_counts_every_use_once():
@@ -182,7 +190,7 @@ def test_a_run_of_one_token_is_refused_with_the_remedy(view):
 
 
 def test_what_is_not_there_is_named(run):
-    with pytest.raises(BadTrace, match="steps are 0 to 7"):
+    with pytest.raises(BadTrace, match="there are 0 to 7"):
         views.timeline(run, 99)
     with pytest.raises(BadTrace, match="record_routing=True"):
         views.load(replace(run, trace=None))

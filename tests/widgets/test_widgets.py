@@ -1,5 +1,6 @@
 import json
 import re
+import time
 
 import plotly.graph_objects as go
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from prescope import views
 from prescope.errors import TransferFailed
 from prescope.session import Session
-from prescope.widgets import SlimFigureWidget, figures, slots_panel
+from prescope.widgets import SlimFigureWidget, figures, showing, slots_panel
+from prescope.widgets.job_controls import JobControls
 from tests.support.browser import chromium, jupyterlab, run_all
 from tests.support.small_run import small_run
 
@@ -78,14 +80,13 @@ def test_a_new_panel_shows_the_last_run(panel, session):
     assert state["slots"] == session.engine.num_slots
     assert state["shown_slots"] == session.last.config["num_slots"]
     assert not state["running"]
-    assert len(panel.view.children[-1].children) == 3
+    assert len(panel._figure_box.children) == 3
     assert all(figure.data for figure in panel.figures.values())
 
 
 def test_slots_are_shown_as_share_count_and_memory(panel):
     panel.slots.value = 64
-    assert "<b>50 %</b> = 64 of 128 experts = " in panel.label.value
-    assert "GiB" in panel.label.value
+    assert panel._slots_field.note == "<b>50 %</b> = 64 of 128 experts = 7.5 MiB"
     state = settled(panel)
     assert state["slots_frac"] == 0.5
     assert state["slots_gib"] == 64 * 122_880 / 2**30
@@ -100,9 +101,9 @@ def test_moving_the_slider_runs_again_and_updates_the_figures_in_place(panel):
     assert settled(panel)["shown_slots"] == 96
     assert panel.figures == figures, "the same widgets"
     assert all("96 slots" in f.layout.title.text for f in panel.figures.values())
-    assert panel.bar.value == 1.0
-    assert panel.status.value.startswith("done")
-    assert panel.cancel_button.disabled
+    assert panel.controls.bar.value == 1.0
+    assert panel.controls.status.value.startswith("done")
+    assert panel.controls.cancel_button.disabled
 
 
 def test_the_latest_setting_wins(panel):
@@ -115,11 +116,40 @@ def test_the_latest_setting_wins(panel):
 def test_cancel_keeps_what_there_is(session):
     panel = session.panel(PROMPTS, max_new_tokens=400)
     job = panel.start()
-    job.on_step(lambda job: panel.cancel_button.click() if job.num_tokens == 2 else None)
+    job.on_step(lambda job: panel.controls.cancel_button.click() if job.num_tokens == 2 else None)
     settled(panel)
     assert len(panel.result.steps) < 50
-    assert "cancelled" in panel.status.value
+    assert "cancelled" in panel.controls.status.value
     panel.close()
+
+
+def test_a_run_cancelled_at_its_first_token_leaves_the_figures(session):
+    """They vanished, and the slider of steps could not be moved any more."""
+    panel = session.panel(PROMPTS, max_new_tokens=400)
+    former, last_step = panel.result, panel.step.max
+    job = panel.start()
+    job.on_step(lambda job: panel.cancel() if job.num_tokens == 1 else None)
+    settled(panel)
+    if len(job.result().steps) == 1:
+        assert panel.result is former
+        assert panel.step.max == last_step
+    assert len(panel._figure_box.children) == 3
+    assert "cancelled" in panel.controls.status.value
+    panel.step.value = panel.step.max
+    assert panel.figures["timeline"].data
+    panel.close()
+
+
+def test_remaining_time_is_shown_and_one_token_is_one_token():
+    class Job:
+        num_tokens, progress, is_done = 1, 0.25, False
+
+    shown = JobControls("Run", lambda: None, lambda job: None)
+    shown.job = job = Job()
+    shown._started = time.monotonic() - 1.0
+    shown._step(job)
+    assert shown.status.value.startswith("1 token, ")
+    assert float(shown.status.value.split(", ")[1].split()[0]) == pytest.approx(3.0, abs=0.3)
 
 
 def test_a_failed_run_shows_its_error_and_loses_nothing(panel, session, monkeypatch):
@@ -129,15 +159,15 @@ def test_a_failed_run_shows_its_error_and_loses_nothing(panel, session, monkeypa
         raise TransferFailed("the cable <is> out")
 
     monkeypatch.setattr(session.engine, "generate", fail)
-    panel.run_button.click()
+    panel.controls.run_button.click()
     with pytest.raises(TransferFailed):
         panel.job.result(60)
     assert panel.result is former
-    assert "TransferFailed" in panel.status.value
-    assert "the cable &lt;is&gt; out" in panel.status.value
+    assert "TransferFailed" in panel.controls.status.value
+    assert "the cable &lt;is&gt; out" in panel.controls.status.value
     assert not panel.state()["running"]
     monkeypatch.undo()
-    panel.run_button.click()
+    panel.controls.run_button.click()
     assert settled(panel)["status"].startswith("done")
 
 
@@ -164,12 +194,15 @@ def test_without_a_browser_a_panel_shows_plain_figures(panel, monkeypatch):
     panel._ipython_display_()
     assert [type(item) for item in shown[1:]] == [go.Figure] * 3
     monkeypatch.delenv("PRESCOPE_HEADLESS")
+    live: list[dict[str, object]] = []
+    monkeypatch.setattr(showing, "display", lambda data, raw: live.append(data))
     panel._ipython_display_()
-    assert shown[-1] is panel.view
+    assert live[0]["application/vnd.jupyter.widget-view+json"]["model_id"] == panel.view.model_id
+    assert "Plotly.newPlot(" in live[0]["text/html"]
 
 
 LAB_CELLS = [
-    "from prescope.workbench import Session\n"
+    "from prescope.session import Session\n"
     "session = Session(slots=32, device='cpu', link_gb_per_s=50.0)\n"
     "run = session.run(['Once upon a time'], max_new_tokens=6)",
     "panel = session.panel(['Once upon a time'], max_new_tokens=6)\npanel",

@@ -1,0 +1,12 @@
+"""Will this model run here, how fast, and with which settings? From a `config.json` and a few numbers of the machine.
+
+`model_size` reads what memory a model needs, `machine_spec` what a machine can do, measured or typed in; `capacity`
+simulates made-up routing between the two, and `advice` is what comes back.
+"""
+
+from .advice import Advice, CapacityPoint
+from .capacity import advise
+from .machine_spec import MachineSpec
+from .model_size import ModelSize
+
+__all__ = ["Advice", "CapacityPoint", "MachineSpec", "ModelSize", "advise"]

@@ -1,0 +1,278 @@
+"""`advise`: sizes and a machine in, made-up routing in between, advice out. Pure but for reading the config."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..cache.prefetch import LEAST_BYTES_ON_WIRE
+from ..core.units import GIB
+from ..engine import Engine
+from ..errors import UnsupportedOption
+from ..predictor import NoisyOracle
+from ..profile import HardwareProfile
+from ..scheduler import SCHEDULES
+from ..simulator import NONE, ORACLE, Machine, Scenario, Scenarios, SimResult
+from ..simulator.verdict import limit_of, name_of
+from ..traces.routing import RoutingTrace
+from ..traces.synthetic import SyntheticSpec
+from .advice import Advice, CapacityPoint, Kind
+from .machine_spec import MachineSpec
+from .model_size import ModelSize
+
+#: Fitted to tiny-moe's routing, where tests hold them: the habits of a trained model.
+HABITS: dict[str, Any] = {"zipf": 1.05, "persistence": 0.07, "correlation": 0.29, "diversity": 1.0}
+#: Recall of LLaPor by lookahead, on the medium trained model (benchmarks/results/predictor_medium_h200_2026-11-28.md).
+RECALL = {1: 0.88, 2: 0.85, 4: 0.81}
+#: One prediction at Qwen3-30B-A3B's shape on an H200, in a captured step, us a layer.
+PREDICT_US = 19.0
+#: CUDA's context, work space and the largest logits.
+RESERVE_GIB = 1.5
+#: Share of host memory that experts may take.
+HOST_SHARE = 0.9
+#: Least gain for which another part in the machine (a predictor, a schedule) is advised.
+WORTH_IT = 0.05
+#: Layer-steps that are simulated: some 50 us each.
+LAYER_STEPS = 1200
+#: Tokens of the made-up prompt: it leaves in the slots what a run finds there after some seconds.
+PROMPT_TOKENS = 192
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
+
+
+class _Ways(NamedTuple):
+    """Replays of one number of slots."""
+
+    on_demand: SimResult
+    split: SimResult  # a static split: what is not resident is the CPU's
+    ahead: SimResult  # PreSched with a predictor
+    perfect: SimResult
+
+    @property
+    def without(self) -> SimResult:
+        return max(self.on_demand, self.split, key=lambda one: one.tokens_per_s)
+
+    @property
+    def best(self) -> SimResult:
+        return max(self.without, self.ahead, key=lambda one: one.tokens_per_s)
+
+
+def advise(
+    model: str | Path | dict[str, Any] | Engine | ModelSize,
+    machine: MachineSpec | HardwareProfile | str | None = None,
+    *,
+    batch: int = 1,
+    context: int = 4096,
+    gpu_gib: float | None = None,
+    trace: RoutingTrace | None = None,
+    shares: Sequence[float] = SHARES,
+) -> Advice:
+    """Whether and how a model runs on a machine, before anything of it is downloaded.
+
+    Args:
+        model: a folder with a config.json, a hub id that was downloaded before, the name of a shape in `data/configs`,
+            a config as a dict, or an engine.
+        machine: numbers typed in (`MachineSpec`), a profile, or the name of one that comes with prescope; None: the
+            profile of this machine if it has been calibrated, else the H200's.
+        batch: sequences side by side. context: tokens of each, for keys and values.
+        gpu_gib: GPU memory that may be used; all of it when not given.
+        trace: of this model's routing. Without one it is made up, with the habits of a small trained model, and the
+            advice says so.
+        shares: of all experts that have a slot, for the curve.
+
+    Raises:
+        BadModelFolder, NotAMoE: there is no config, or no experts in it.
+        UnsupportedOption: a number that cannot be.
+    """
+    if batch < 1 or context < 1 or (gpu_gib is not None and not gpu_gib > 0):
+        raise UnsupportedOption("batch, context and gpu_gib are positive")
+    size = _size_of(model)
+    spec, where = _machine_of(machine)
+    budget = spec.gpu_gib if gpu_gib is None else min(gpu_gib, spec.gpu_gib)
+    fixed = size.dense_bytes + batch * context * size.kv_token_bytes + RESERVE_GIB * GIB
+    assumptions = [*where, *size.notes, *_assumed(spec, trace)]
+    scenarios = _scenarios(size, spec, batch, trace)
+    fitting = int((budget * GIB - fixed) // size.shape.row_bytes)
+    needed = _needs_of_a_step(scenarios)
+    least = min(size.shape.total_experts, max(size.shape.top_k, int(needed / size.shape.num_layers) + 1))
+    counts = {max(least, round(share * size.shape.total_experts)) for share in shares}
+    if least <= fitting < size.shape.total_experts:
+        counts.add(fitting)
+    ways = {slots: _replays(scenarios, slots) for slots in sorted(counts)}
+    points = tuple(_point(slots, one, size, spec, fixed) for slots, one in ways.items())
+    usable = [slots for slots in ways if slots <= fitting]
+    slots = usable[-1] if usable else None
+    kind, words = _choice(size, spec, budget, fixed, None if slots is None else ways[slots], slots)
+    best = next((p for p in points if p.slots == slots), None) if kind != "not with this machine" else None
+    return Advice(
+        model=size, machine=spec, batch=batch, context=context, budget_gib=budget, points=points, best=best, kind=kind,
+        words=words, cliff_gib=(fixed + needed * size.shape.row_bytes) / GIB,
+        settings={} if best is None or slots is None else _settings(kind, ways[slots], slots),
+        assumptions=tuple(assumptions),
+    )  # fmt: skip
+
+
+def _size_of(model: str | Path | dict[str, Any] | Engine | ModelSize) -> ModelSize:
+    if isinstance(model, ModelSize):
+        return model
+    if isinstance(model, Engine):
+        config = model.model.config.to_dict()
+        found = ModelSize.of_config(config | {"dtype": model.hardware()["dtype"]}, model.name)
+        shape = found.shape._replace(row_bytes=model.shape.row_bytes)  # with biases and padding
+        return ModelSize(
+            name=model.name, shape=shape, expert=model.expert_size, dense_bytes=found.dense_bytes,
+            kv_token_bytes=found.kv_token_bytes, layer_bytes=found.layer_bytes, notes=found.notes,
+        )  # fmt: skip
+    return ModelSize.of(model)
+
+
+def _machine_of(given: MachineSpec | HardwareProfile | str | None) -> tuple[MachineSpec, list[str]]:
+    if isinstance(given, MachineSpec):
+        return given, []
+    if isinstance(given, HardwareProfile):
+        return MachineSpec.of_profile(given), []
+    name = "h200" if given is None else given
+    told = ["no machine was named: a shipped profile, the H200's, is used"] if given is None else []
+    profile = HardwareProfile.load(name)
+    return MachineSpec.of_profile(profile), told
+
+
+def _assumed(spec: MachineSpec, trace: RoutingTrace | None) -> list[str]:
+    told = []
+    if trace is None:
+        told.append(
+            "guessed routing: the habits of a small trained model (Zipf 1.05, persistence 0.07, correlation 0.29); "
+            "record a trace of yours and pass trace=..."
+        )
+    told.append(
+        f"a predictor of recall {' / '.join(map(str, RECALL.values()))} at {' / '.join(map(str, RECALL))} layers "
+        f"ahead, {PREDICT_US:.0f} us a layer, as LLaPor has on a trained model of 1.7 G parameters"
+    )
+    told.append(f"{RESERVE_GIB} GiB of GPU memory for CUDA's context and work space")
+    if spec.origin == "assumed":
+        told.append(
+            f"the machine's numbers are typed in; a layer's launches take {spec.launches_us:.0f} us, a decision "
+            f"reaches the link after 21 us, as on an H200"
+        )
+    else:
+        told.append(
+            "GPU memory and its rate are its maker's figures; sizes that were not measured are scaled by bytes"
+        )
+    return told
+
+
+def _scenarios(size: ModelSize, spec: MachineSpec, batch: int, trace: RoutingTrace | None) -> Scenarios:
+    shape = size.shape
+    if trace is None:
+        steps = int(np.clip(LAYER_STEPS // shape.num_layers, 16, 64))
+        made = SyntheticSpec(
+            num_layers=shape.num_layers, num_experts=shape.num_experts, top_k=shape.top_k, **HABITS
+        )
+        trace = made.generate(prompt_tokens=PROMPT_TOKENS, new_tokens=steps, batch=batch, seed=1)
+    depth = min(4, shape.num_layers - 1)
+    recall = {ahead: value for ahead, value in RECALL.items() if ahead <= depth} or {1: RECALL[1]}
+    predictor = NoisyOracle(trace, recall)
+    predictor.name = "llapor"  # stands in for it: a schedule asks for it by this name
+    costs = spec.costs(shape, size.expert, size.layer_bytes, batch)
+    machine = Machine(spec.name, costs, shape.row_bytes, _head_us(size, spec), LEAST_BYTES_ON_WIRE)
+    return Scenarios(trace, [machine], [predictor], predict_us={"llapor": PREDICT_US}, label=size.name)
+
+
+def _head_us(size: ModelSize, spec: MachineSpec) -> float:
+    """A step besides its layers: the logits."""
+    head = max(0, size.dense_bytes - size.shape.num_layers * size.layer_bytes) / 2
+    return 60.0 + head / (0.6 * spec.gpu_gb_per_s) / 1e3
+
+
+def _needs_of_a_step(scenarios: Scenarios) -> float:
+    """Mean of distinct experts that a decode step needs, all layers."""
+    tokens = scenarios.simulator(Scenario(slots=1, machine=next(iter(scenarios.machines)))).needs.tokens_SLE
+    return float((tokens > 0).sum() / len(tokens))
+
+
+def _replays(scenarios: Scenarios, slots: int) -> _Ways:
+    machine = next(iter(scenarios.machines))
+    plain = Scenario(schedule="on-demand", slots=slots, machine=machine)
+    on_demand = scenarios.run(plain)
+    has_cpu = len(scenarios.machine(plain).costs.cpu_us) > 1
+    split = Scenario(schedule="fiddler", slots=slots, machine=machine, predictor=NONE)
+    ahead = Scenario(schedule="presched", slots=slots, machine=machine)
+    perfect = Scenario(schedule="presched", slots=slots, machine=machine, predictor=ORACLE)
+    return _Ways(
+        on_demand,
+        scenarios.run(split) if has_cpu else on_demand,
+        scenarios.run(ahead),
+        scenarios.run(perfect),
+    )
+
+
+def _point(slots: int, ways: _Ways, size: ModelSize, spec: MachineSpec, fixed: float) -> CapacityPoint:
+    best = ways.best
+    limit, share = _ruler(best, spec)
+    perfect = max(ways.perfect.tokens_per_s, best.tokens_per_s)
+    return CapacityPoint(
+        slots, slots / size.shape.total_experts, (fixed + slots * size.shape.row_bytes) / GIB, best.counts.hit_rate,
+        best.tokens_per_s, name_of(best), ways.on_demand.tokens_per_s, ways.without.tokens_per_s, perfect, limit, share,
+    )  # fmt: skip
+
+
+def _ruler(result: SimResult, spec: MachineSpec) -> tuple[str, float]:
+    """What is busy longest; of a GPU that mostly starts kernels, the launches."""
+    limit, share = limit_of(result)
+    launches = spec.launches_us * result.trace.num_layers / (1e3 * result.step_ms)
+    return ("launches", launches) if limit == "GPU" and launches > 0.5 * share else (limit, share)
+
+
+def _choice(
+    size: ModelSize, spec: MachineSpec, budget: float, fixed: float, ways: _Ways | None, slots: int | None
+) -> tuple[Kind, str]:
+    """Which of the four, and why."""
+    total = size.shape.total_experts
+    if slots == total and ways is not None:
+        need = (fixed + size.experts_bytes) / GIB
+        return "all on the GPU", (
+            f"All {total:,} experts fit: {need:.3g} of {budget:.3g} GiB, {ways.best.tokens_per_s:,.3g} tokens/s. There "
+            f"is nothing to offload."
+        )
+    if ways is None or slots is None:
+        return "not with this machine", (
+            f"Before the first expert {fixed / GIB:.3g} GiB of {budget:.3g} GiB GPU memory are taken; what is left "
+            f"does not hold the experts of one layer of a step. A smaller context, batch or format would help."
+        )
+    if size.experts_bytes > HOST_SHARE * spec.host_gib * GIB:
+        return "not with this machine", (
+            f"The experts take {size.experts_bytes / GIB:,.3g} GiB and host memory is {spec.host_gib:,.0f} GiB: they "
+            f"have to lie there. {size.experts_bytes / HOST_SHARE / GIB:,.0f} GiB, or experts of fewer bits, would do."
+        )
+    limit, share = _ruler(ways.best, spec)
+    at = (
+        f"{slots:,} of {total:,} experts in slots ({100 * slots / total:.0f} %, "
+        f"{slots * size.shape.row_bytes / GIB:.3g} GiB)"
+    )
+    rules = {"waiting": "layers mostly wait", "launches": "kernel launches rule"}.get(
+        limit, f"the {limit} rules"
+    )
+    gain = ways.ahead.tokens_per_s / ways.without.tokens_per_s - 1
+    most = max(ways.perfect.tokens_per_s / ways.without.tokens_per_s - 1, gain, 0.0)
+    if ways.without is ways.split and gain < WORTH_IT:
+        return "static split", (
+            f"With {at} about {ways.split.tokens_per_s:,.3g} tokens/s: the most used experts on the GPU, the others "
+            f"computed where they lie. Prediction would add {100 * gain:+.0f} %, a perfect one {100 * most:.0f} % at "
+            f"most; {rules}, {100 * share:.0f} % of the time."
+        )
+    who = "PreSched with a trained predictor" if gain >= WORTH_IT else SCHEDULES["on-demand"].title
+    rate = ways.ahead.tokens_per_s if gain >= WORTH_IT else ways.without.tokens_per_s
+    return "offload", (
+        f"With {at} and {who} about {rate:,.3g} tokens/s, {100 * gain:+.0f} % by prediction and {100 * most:.0f} % at "
+        f"most by a perfect one; {rules}, {100 * share:.0f} % of the time. On demand it is "
+        f"{ways.on_demand.tokens_per_s:,.3g}."
+    )
+
+
+def _settings(kind: Kind, ways: _Ways, slots: int) -> dict[str, Any]:
+    if kind == "all on the GPU":
+        return {"slots": 1.0}
+    if kind == "static split":
+        return {"slots": slots, "schedule": "fiddler"}
+    pays = ways.ahead.tokens_per_s >= (1 + WORTH_IT) * ways.without.tokens_per_s
+    return {"slots": slots, "schedule": "presched" if pays else "on-demand"}

@@ -1,0 +1,196 @@
+"""What a model needs: bytes of its experts, of everything else, and of a token's keys and values.
+
+From a `config.json` alone: arithmetic on its numbers, no weights, no model code. Families differ in the names of their
+fields and in which layers are dense; where a config says nothing of a part, that is left out and `notes` says so.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from ..core.paths import data_dir
+from ..core.types import ExpertSize, MoEShape
+from ..errors import BadModelFolder, NotAMoE
+
+#: Names of one number in different families, the first one there counts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
+EXPERT_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8_e4m3fn": 8.0}
+#: Bits of an expert's weight in formats that a config names, their scales included.
+QUANT_BITS = {
+    "mxfp4": 4.25,
+    "fp8": 8.0,
+    "finegrained_fp8": 8.0,
+    "gptq": 4.15,
+    "awq": 4.15,
+    "bitsandbytes": 4.5,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """A model's sizes.
+
+    Attributes:
+        shape: MoE layers, experts, top-k and bytes of one expert.
+        expert: the same expert's bytes with its widths.
+        dense_bytes: everything that is no routed expert: embeddings, attention, routers, shared experts, dense layers.
+        kv_token_bytes: keys and values of one token of one sequence, all layers.
+        layer_bytes: of `dense_bytes`, what one MoE layer reads in a step.
+        notes: what was left out or assumed.
+    """
+
+    name: str
+    shape: MoEShape
+    expert: ExpertSize
+    dense_bytes: int
+    kv_token_bytes: int
+    layer_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def experts_bytes(self) -> int:
+        """All routed experts."""
+        return self.shape.total_experts * self.shape.row_bytes
+
+    @classmethod
+    def of(cls, model: str | Path | Mapping[str, Any]) -> "ModelSize":
+        """Sizes of a folder, a file, a hub id that was downloaded before, a shape in `data/configs`, or a dict.
+
+        Raises:
+            BadModelFolder: there is no such config here.
+            NotAMoE: it has no routed experts.
+        """
+        if isinstance(model, Mapping):
+            return cls.of_config(dict(model), str(model.get("_name_or_path") or "config"))
+        path = config_file(model)
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BadModelFolder(f"{path} is no readable config ({error})") from error
+        if not isinstance(facts, dict):
+            raise BadModelFolder(f"{path} holds no JSON object")
+        return cls.of_config(facts, str(facts.get("model") or facts.get("_name_or_path") or model))
+
+    @classmethod
+    def of_config(cls, facts: Mapping[str, Any], name: str) -> "ModelSize":
+        """Sizes by the numbers of a config; raises as `of`."""
+        facts = {**facts, **(facts.get("text_config") or {})}
+        experts, top_k = _first(facts, EXPERTS), _first(facts, TOP_K)
+        if not experts or not top_k:
+            raise NotAMoE(
+                f"{name}: its config names no routed experts ({', '.join(EXPERTS)}, {', '.join(TOP_K)})"
+            )
+        width, inner = int(facts["hidden_size"]), int(_first(facts, EXPERT_WIDTH) or 0)
+        layers = int(facts["num_hidden_layers"])
+        moe = _moe_layers(facts, layers)
+        notes: list[str] = []
+        bits, expert_bits = _bits(facts, notes)
+        nbytes = int(3 * width * inner * expert_bits / 8)
+        attention, kv = _attention(facts, width, notes)
+        shared = _shared_width(facts)
+        embeddings = (1 if facts.get("tie_word_embeddings") else 2) * int(facts["vocab_size"]) * width
+        layer = attention + experts * width + 3 * width * shared
+        dense_inner = int(facts.get("dense_intermediate_size") or facts.get("intermediate_size") or 0)
+        dense = embeddings + moe * layer + (layers - moe) * (attention + 3 * width * dense_inner)
+        return cls(
+            name=name,
+            shape=MoEShape(moe, int(experts), int(top_k), nbytes),
+            expert=ExpertSize(nbytes, width, inner),
+            dense_bytes=int(dense * bits / 8),
+            kv_token_bytes=int(layers * kv * 2),
+            layer_bytes=int(layer * bits / 8),
+            notes=tuple(notes),
+        )
+
+
+def config_file(model: str | Path) -> Path:
+    """Where a model's config lies.
+
+    Raises:
+        BadModelFolder: nowhere here.
+    """
+    given = Path(model)
+    for path in (given / "config.json", given, data_dir() / "configs" / f"{model}.json"):
+        if path.is_file():
+            return path
+    try:
+        cached = try_to_load_from_cache(str(model), "config.json")
+    except HFValidationError:  # no name a hub could have
+        cached = None
+    if isinstance(cached, str):
+        return Path(cached)
+    shapes = ", ".join(sorted(path.stem for path in (data_dir() / "configs").glob("*.json")))
+    raise BadModelFolder(
+        f"there is no config of {str(model)!r} here: give a folder with a config.json, a hub id that was downloaded "
+        f"before, or one of {shapes}"
+    )
+
+
+def _first(facts: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    return next((int(facts[name]) for name in names if facts.get(name)), None)
+
+
+def _moe_layers(facts: Mapping[str, Any], layers: int) -> int:
+    if "moe_layers" in facts:
+        return int(facts["moe_layers"])
+    first = int(facts.get("first_k_dense_replace") or 0)
+    step = int(facts.get("decoder_sparse_step") or facts.get("moe_layer_freq") or 1)
+    dense = set(facts.get("mlp_only_layers") or ())
+    return sum(i >= first and (i + 1) % step == 0 and i not in dense for i in range(layers)) or layers
+
+
+def _bits(facts: Mapping[str, Any], notes: list[str]) -> tuple[float, float]:
+    """Bits of a dense weight and of an expert's."""
+    native = (facts.get("derived") or {}).get("native_bits_per_weight")
+    dtype = str(facts.get("dtype") or facts.get("torch_dtype") or "")
+    if dtype not in BITS and native is None:
+        notes.append("the config names no dtype: bfloat16 is assumed")
+    bits = BITS.get(dtype, 16.0)
+    quant = facts.get("quantization_config") or {}
+    method = str(quant.get("quant_method", ""))
+    if native is not None:
+        return bits, float(native)
+    if method in QUANT_BITS:
+        notes.append(f"experts in {method}: {QUANT_BITS[method]:g} bits a weight with their scales, assumed")
+        return bits, QUANT_BITS[method]
+    return bits, bits
+
+
+def _attention(facts: Mapping[str, Any], width: int, notes: list[str]) -> tuple[int, int]:
+    """Weights of one layer's attention, and numbers of keys and values for one token."""
+    heads = int(facts["num_attention_heads"])
+    if facts.get("kv_lora_rank"):
+        rank, rope = int(facts["kv_lora_rank"]), int(facts.get("qk_rope_head_dim") or 64)
+        nope, value = int(facts.get("qk_nope_head_dim") or 128), int(facts.get("v_head_dim") or 128)
+        query = int(facts.get("q_lora_rank") or 0)
+        q = query * (width + heads * (nope + rope)) if query else width * heads * (nope + rope)
+        weights = q + width * (rank + rope) + rank * heads * (nope + value) + heads * value * width
+        # transformers keeps keys and values as they are, not the compressed ones.
+        return weights, heads * (nope + rope + value)
+    head = int(facts.get("head_dim") or width // heads)
+    kv_heads = int(facts.get("num_key_value_heads") or heads)
+    weights = 2 * width * heads * head + 2 * width * kv_heads * head
+    kv = 2 * kv_heads * head
+    every = facts.get("full_attention_interval")
+    if every:
+        notes.append(
+            f"only every {every}th layer keeps keys and values; the states of the others are left out"
+        )
+        kv = kv // int(every)
+    return weights, kv
+
+
+def _shared_width(facts: Mapping[str, Any]) -> int:
+    if facts.get("shared_intermediate_size"):
+        return int(facts["shared_intermediate_size"])
+    if facts.get("shared_expert_intermediate_size"):
+        return int(facts["shared_expert_intermediate_size"])
+    inner = int(facts.get("moe_intermediate_size") or 0)
+    return int(facts.get("n_shared_experts") or facts.get("num_shared_experts") or 0) * inner

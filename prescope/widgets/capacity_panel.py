@@ -1,0 +1,189 @@
+"""Will this model run on this machine? A config and seven numbers in, a curve and plain advice out."""
+
+import threading
+from html import escape
+from typing import Any
+
+import ipywidgets as ipw
+import plotly.graph_objects as go
+from IPython.display import HTML, display
+
+from ..advice import Advice, MachineSpec, ModelSize, advise
+from ..engine import Engine
+from ..errors import PrescopeError
+from ..profile import HardwareProfile
+from ..profile.files import shipped_files
+from ..traces.routing import RoutingTrace
+from ..views.capacity import capacity
+from .field import Field
+from .figures import SlimFigureWidget, is_headless
+from .showing import show_panel
+from .style import boxed, panel
+from .tables import frame_html
+
+TYPED = "typed in"
+#: Field of `MachineSpec` -> name, help, step.
+NUMBERS = {
+    "link_gb_per_s": ("link, GB/s", "Copies from pinned host memory to the GPU: PCIe 4 x16 gives 25, PCIe 5 55.", 1.0),
+    "host_gib": ("host, GiB", "Host memory: all experts have to lie there.", 8.0),
+    "host_gb_per_s": ("host, GB/s", "Rate at which all cores together read host memory.", 5.0),
+    "gpu_gib": ("GPU, GiB", "Memory of the GPU.", 1.0),
+    "gpu_gb_per_s": ("GPU, GB/s", "Rate of the GPU's memory.", 50.0),
+    "cores": ("cores", "That compute experts; 0 switches the CPU lane off.", 1),
+}  # fmt: skip
+
+
+class CapacityPanel:
+    """Model and machine, the curve of what GPU memory buys, and the advice.
+
+    Args:
+        models: by name: engines, sizes, or what `advise` takes. machine: name of a profile to begin with.
+        trace: a recorded one of the first model, instead of guessed routing.
+
+    Attributes:
+        model, machine, batch, context, budget: controls. advice: the latest. figure: the curve. view: all of it.
+    """
+
+    def __init__(
+        self,
+        models: dict[str, Engine | ModelSize | str],
+        machine: str | None = None,
+        trace: RoutingTrace | None = None,
+    ) -> None:
+        self._models, self._trace = models, trace
+        self._first = next(iter(models))
+        self._lock = threading.Lock()
+        self._asked = 0
+        self.advice: Advice | None = None
+        self._specs: dict[str, MachineSpec] = {}
+        for file in shipped_files():
+            try:
+                self._specs[file.stem] = MachineSpec.of_profile(HardwareProfile.load(file), file.stem)
+            except PrescopeError:  # a GPU whose memory nobody knows, such as the CPU that stands in for one
+                continue
+        names = [*self._specs, TYPED]
+        self.model = ipw.Dropdown(options=list(models))
+        self.machine = ipw.Dropdown(options=names, value=machine if machine in names else names[0])
+        self.batch = ipw.BoundedIntText(value=1, min=1, max=256)
+        self.context = ipw.BoundedIntText(value=4096, min=1, max=10**7)
+        self.budget = ipw.BoundedFloatText(value=0.0, min=0.0, max=10**5)
+        self.numbers = {
+            name: ipw.BoundedFloatText(min=0.0, max=10**7, step=step)
+            for name, (_, _, step) in NUMBERS.items()
+        }
+        fields = [
+            Field("model", self.model, "A folder, a hub id or a published shape: only its config is read."),
+            Field("machine", self.machine, "A measured profile, or numbers of your own."),
+            Field("batch", self.batch, "Sequences side by side."),
+            Field("context", self.context, "Tokens of each sequence, for keys and values."),
+            Field("budget, GiB", self.budget, "GPU memory that may be used; 0 for all of it."),
+            *(Field(NUMBERS[name][0], widget, NUMBERS[name][1]) for name, widget in self.numbers.items()),
+        ]
+        self.words, self.table = ipw.HTML(), ipw.HTML()
+        self.figure = SlimFigureWidget()
+        controls = boxed(ipw.Box([field.view for field in fields]), "ps-controls")
+        shown = boxed(ipw.VBox([self.words, self.figure, self.table]), "ps-figures")
+        self.part = boxed(ipw.Box([controls, shown]), "ps-side")
+        self.view = panel(self.part)
+        self._is_quiet = False
+        self._fill()
+        for widget in (self.model, self.machine, self.batch, self.context, self.budget):
+            widget.observe(self._on_move, "value")
+        for widget in self.numbers.values():
+            widget.observe(self._on_number, "value")
+
+    def spec(self) -> MachineSpec:
+        """The machine as the controls say: measured, or with the numbers typed in."""
+        known = self._specs.get(self.machine.value)
+        numbers = {name: widget.value for name, widget in self.numbers.items()}
+        return known if known is not None else MachineSpec(**{**numbers, "cores": int(numbers["cores"])})
+
+    def redraw(self) -> Advice | None:
+        """Simulate what the controls say, and draw it; an error is told in words."""
+        with self._lock:
+            self._asked += 1
+            asked = self._asked
+        name = self.model.value
+        model = self._models[name]
+        try:
+            advice = advise(
+                model, self.spec(), batch=self.batch.value, context=self.context.value,
+                gpu_gib=self.budget.value or None, trace=self._trace if name == self._first else None,
+            )  # fmt: skip
+        except PrescopeError as error:
+            self.words.value = f"<p class='ps-error'><b>{type(error).__name__}</b>: {escape(str(error))}</p>"
+            return None
+        with self._lock:
+            if asked != self._asked:  # something was moved meanwhile
+                return None
+            self.advice = advice
+            self.words.value = advice_html(advice)
+            self.figure.show_figure(capacity(advice))
+            self.table.value = frame_html(advice.table())
+        return advice
+
+    def soon(self) -> None:
+        """Redraw in the background: thousands of layers are simulated, which takes a second or some."""
+        self.words.value = "<p class='ps-soft'>simulating …</p>" + self.words.value
+        threading.Thread(target=self.redraw, name="prescope-advice", daemon=True).start()
+
+    def close(self) -> None:
+        """Take the panel off the page."""
+        self.figure.close()
+        self.view.close()
+
+    def _fill(self) -> None:
+        """The numbers of the chosen machine."""
+        known = self._specs.get(self.machine.value)
+        if known is None:
+            return
+        former, self._is_quiet = self._is_quiet, True
+        for name, widget in self.numbers.items():
+            widget.value = round(float(getattr(known, name)), 1)
+        self._is_quiet = former
+
+    def _on_move(self, change: Any) -> None:
+        if self._is_quiet:
+            return
+        if change["owner"] is self.machine:
+            self._fill()
+        self.soon()
+
+    def _on_number(self, _change: Any) -> None:
+        if self._is_quiet:
+            return
+        self._is_quiet = True
+        self.machine.value = TYPED
+        self._is_quiet = False
+        self.soon()
+
+    def plain(self) -> list[go.Figure]:
+        """The figure without widgets."""
+        return [] if self.advice is None else [capacity(self.advice)]
+
+    def _ipython_display_(self) -> None:
+        if self.advice is None:
+            self.redraw()
+        if not is_headless():
+            show_panel(self.view, self.words.value, self.plain())
+            return
+        display(HTML(self.words.value))
+        for figure in self.plain():
+            display(figure)
+
+
+def advice_html(advice: Advice) -> str:
+    """The advice in words, then what it goes by."""
+    facts = "".join(
+        f"<tr><td class='ps-words ps-soft'>{escape(what)}</td>"
+        f"<td class='ps-words ps-long'>{escape(value)}</td></tr>"
+        for what, value in advice.facts()
+    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in advice.assumptions)
+    mood = "ps-bad" if advice.kind == "not with this machine" else "ps-good"
+    kind = f"<span class='{mood}'>{escape(advice.kind[0].upper() + advice.kind[1:])}.</span>"
+    return (
+        f"<div class='ps-advice'><p class='ps-verdict'>{kind} {escape(advice.words)}</p>"
+        f"<table class='ps-table'><tbody>{facts}</tbody></table><details><summary>{len(advice.assumptions)} assumptions"
+        f"</summary><ul>{notes}</ul></details></div>"
+    )

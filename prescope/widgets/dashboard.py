@@ -1,0 +1,227 @@
+"""One place for all of it: numbers on top, always in sight, and below them what they come from, tab by tab."""
+
+import threading
+from collections.abc import Callable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as ipw
+import plotly.graph_objects as go
+from IPython.display import HTML, display
+
+from ..core.paths import data_dir
+from ..core.units import format_bytes
+from ..engine.job import NamedPrompts
+from ..errors import PrescopeError
+from ..simulator import Scenarios
+from ..views.threshold import plot_threshold, threshold_info
+from .capacity_panel import CapacityPanel
+from .figures import SlimFigureWidget, is_headless
+from .pair_panel import PairPanel
+from .runner import Runner
+from .runs_panel import RunsPanel
+from .schedule_panel import SchedulePanel
+from .showing import show_panel
+from .style import boxed, panel, row
+from .tables import frame_html
+
+TABS = ("Machine and model", "Live tuning", "Run it for real", "Predictor", "Schedules", "Runs")
+LIVE = TABS.index("Live tuning")
+#: Columns of the table of all schedules that are shown.
+SCHEDULE_COLUMNS = [
+    "tokens/s", "hit %", "late %", "miss %", "on CPU %", "misses avoided %", "MB per step", "link in use %",
+    "GPU idle %", "bound, tokens/s",
+]  # fmt: skip
+
+
+class Dashboard:
+    """The dashboard of a session.
+
+    Args:
+        runner: the session. prompts, keywords: of its real runs.
+        sources: name -> what makes its scenarios; the first is shown. A name may stand for a recording of another
+            machine, or for the session's own latest run.
+        record: makes scenarios of this session by running the prompts once; called in a thread.
+        report: writes the page of what is shown; None: there is no button.
+
+    Attributes:
+        live: the panel of settings and figures. capacity, runs: panels. tabs, view: widgets.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        prompts: NamedPrompts,
+        keywords: dict[str, Any],
+        sources: Mapping[str, Callable[[], Scenarios]],
+        record: Callable[[], Scenarios],
+        report: Callable[[], Path] | None = None,
+    ) -> None:
+        self._runner, self._record, self._report = runner, record, report
+        self._sources = dict(sources)
+        first = next(iter(self._sources))
+        scenarios = self._sources[first]()
+        self.live = SchedulePanel(runner, scenarios, prompts, keywords, slots=scenarios.num_experts // 2)
+        self.capacity = CapacityPanel(
+            {runner.engine.name or "the model": runner.engine, **{name: name for name in _shapes()}}
+        )
+        self.runs = RunsPanel(runner)
+        self.source = ipw.Dropdown(options=list(self._sources), value=first, layout={"width": "auto"})
+        self.record_button = ipw.Button(
+            description="Record a run here", icon="circle", layout={"width": "auto"},
+            tooltip="Run the prompts once on demand with the session's engine, and simulate that",
+        )  # fmt: skip
+        self.report_button = ipw.Button(description="Report", icon="file", layout={"width": "auto"})
+        self.told, self._head = ipw.HTML(), ipw.HTML()
+        self.predictor_figure, self.predictor_told = SlimFigureWidget(), ipw.HTML()
+        self.schedules_table = ipw.HTML()
+        self.pair: PairPanel | None = None
+        self._pair_box = ipw.VBox()
+        self._drawn: dict[int, object] = {}  # tab -> the scenario it shows
+        self.tabs = ipw.Tab(children=self._tab_children(), titles=TABS, selected_index=LIVE)
+        tools = row(
+            ipw.HTML("what is simulated"), self.source, self.record_button, *self._report_tools(), self.told
+        )
+        self.view = panel(self._head, tools, self.live.parts["numbers"], self.tabs)
+        self._say_head()
+        self.source.observe(self._on_source, "value")
+        self.tabs.observe(lambda _: self.refresh(), "selected_index")
+        self.record_button.on_click(lambda _: self._in_background(self.record))
+        self.report_button.on_click(lambda _: self._in_background(self._write_report))
+        self.live.on_drawn(self.refresh)
+
+    def _tab_children(self) -> list[ipw.Widget]:
+        predictor = boxed(ipw.VBox([self.predictor_told, self.predictor_figure]), "ps-figures")
+        schedules = boxed(ipw.VBox([self.schedules_table, self._pair_box]), "ps-figures")
+        return [
+            self.capacity.part, self.live.parts["live"], self.live.parts["real"], predictor, schedules, self.runs.part,
+        ]  # fmt: skip
+
+    def _report_tools(self) -> list[ipw.Widget]:
+        return [] if self._report is None else [self.report_button]
+
+    # -- what is shown -----------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Bring the tab that is open up to the settings; the others follow when they are opened."""
+        index = self.tabs.selected_index
+        if index is None or TABS[index] in ("Live tuning", "Run it for real"):
+            return
+        if TABS[index] == "Runs":
+            self.runs.refresh()
+            return
+        state = (self.live.scenario, self.live.scenarios) if TABS[index] != "Machine and model" else "once"
+        if self._drawn.get(index) == state:
+            return
+        self._drawn[index] = state
+        {"Machine and model": self.capacity.soon, "Predictor": self._show_predictor, "Schedules": self._show_schedules}[
+            TABS[index]
+        ]()  # fmt: skip
+
+    def _show_predictor(self) -> None:
+        try:
+            info = threshold_info(self.live.scenarios, self.live.scenario)
+        except PrescopeError as error:
+            self.predictor_told.value = f"<p class='ps-soft'>{escape(str(error))}</p>"
+            self.predictor_figure.add_class("ps-stale")
+            return
+        self.predictor_told.value = ""
+        self.predictor_figure.remove_class("ps-stale")
+        self.predictor_figure.show_figure(plot_threshold(info))
+
+    def _show_schedules(self) -> None:
+        scenarios, scenario = self.live.scenarios, self.live.scenario
+        table = scenarios.table(scenarios.compare(scenario)).sort_values("tokens/s", ascending=False)
+        shown = frame_html(table[SCHEDULE_COLUMNS], mark=str(self.live.settings.schedule.label))
+        self.schedules_table.value = (
+            "<p class='ps-soft'>Each with its own cache and predictor, the chosen one as chosen; the same slots, "
+            f"tokens and machine. Simulated.</p>{shown}"
+        )
+        if self.pair is not None:
+            self.pair.close()
+        other = "on-demand" if scenario.schedule != "on-demand" else "presched"
+        self.pair = PairPanel(scenarios, scenario, scenario.schedule, other)
+        self._pair_box.children = (self.pair.view,)
+
+    def use(self, name: str, scenarios: Scenarios) -> None:
+        """Simulate another trace from now on."""
+        self._sources[name] = lambda: scenarios
+        if name not in self.source.options:
+            self.source.options = [*self.source.options, name]
+        self.source.value = name
+
+    def record(self) -> None:
+        """Run the prompts once on demand, and simulate that run from now on."""
+        self.told.value = "recording a run on demand …"
+        scenarios = self._record()
+        self.told.value = ""
+        name = f"this session: {scenarios.label}"
+        self._sources.pop(name, None)
+        if self.source.value == name:
+            self._sources[name] = lambda: scenarios
+            self.live.use(scenarios, self._runner.engine.num_slots)
+        else:
+            self.use(name, scenarios)
+
+    def close(self) -> None:
+        """Take the dashboard off the page; runs stay."""
+        self.live.close()
+        self.capacity.close()
+        self.runs.close()
+        if self.pair is not None:
+            self.pair.close()
+        self.predictor_figure.close()
+        self.view.close()
+
+    def _on_source(self, _change: Any) -> None:
+        scenarios = self._sources[self.source.value]()
+        half = scenarios.num_experts // 2
+        is_here = next(iter(scenarios.machines.values())).is_here
+        self.live.use(scenarios, self._runner.engine.num_slots if is_here else half)
+        self._say_head()
+
+    def _say_head(self) -> None:
+        scenarios = self.live.scenarios
+        trace, machine = scenarios.trace, next(iter(scenarios.machines.values()))
+        experts = (
+            f"{trace.num_layers} MoE layers x {trace.num_experts} experts of {machine.row_bytes / 1e6:.3g} MB = "
+            f"{format_bytes(scenarios.num_experts * machine.row_bytes)}, top-{trace.top_k}"
+        )
+        where = "this machine" if machine.is_here else machine.name
+        self._head.value = (
+            f"<div class='ps-head'><span><b>{escape(scenarios.label)}</b> · {escape(experts)}</span>"
+            f"<span class='ps-badge'>{escape(where)}: {escape(machine.costs.source)}</span></div>"
+        )
+
+    def _in_background(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except PrescopeError as error:
+                self.told.value = (
+                    f"<span class='ps-error'><b>{type(error).__name__}</b>: {escape(str(error))}</span>"
+                )
+
+        threading.Thread(target=run, name="prescope-dashboard", daemon=True).start()
+
+    def _write_report(self) -> None:
+        assert self._report is not None, "there is no button without it"
+        self.told.value = "writing the report …"
+        self.told.value = f"written: <code>{escape(str(self._report()))}</code>"
+
+    def plain(self) -> list[go.Figure]:
+        """The figures of the live tab without widgets."""
+        return self.live.plain()
+
+    def _ipython_display_(self) -> None:
+        if not is_headless():
+            show_panel(self.view, f"{self._head.value}{self.live.numbers.text}", self.plain())
+            return
+        display(HTML(f"{self._head.value}{self.live.numbers.text}"))
+        for figure in self.plain():
+            display(figure)
+
+
+def _shapes() -> list[str]:
+    return sorted(path.stem for path in (data_dir() / "configs").glob("*.json"))

@@ -1,0 +1,159 @@
+"""Run the settings for real: prompts, length, the run as it goes, its text, and its lanes under the simulated ones."""
+
+import time
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+import ipywidgets as ipw
+import plotly.graph_objects as go
+
+from ..engine.job import Job, NamedPrompts
+from ..traces.result import RunResult
+from ..views.theme import COLORS, style
+from .busy import IS_BUSY, OthersWork
+from .figures import SlimFigureWidget
+from .job_controls import JobControls
+from .runner import Runner
+from .style import boxed, row
+
+#: Characters of text that are shown of each sequence.
+MOST_TEXT = 1200
+
+
+class RealRun:
+    """Starts runs of the settings that it is told, and shows them while they go on.
+
+    Args:
+        settings: called at the start: keywords for `Engine.configure`.
+        finished: told of a run with decode steps, in the job's thread.
+
+    Attributes:
+        view: everything below one another. controls: button, bar, status. prompts, tokens: what is run.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        prompts: NamedPrompts,
+        keywords: dict[str, Any],
+        settings: Callable[[], dict[str, Any]],
+        finished: Callable[[RunResult], None],
+    ) -> None:
+        self._runner, self._settings, self._finished = runner, settings, finished
+        self._given, self._keywords = prompts, keywords
+        self._times: list[float] = []
+        self._others = OthersWork()
+        self.prompts = ipw.Textarea(
+            value="\n---\n".join(_listed(prompts)),
+            rows=4,
+            layout={"width": "100%"},
+            placeholder="prompts, with --- between them",
+        )
+        self.tokens = ipw.BoundedIntText(
+            value=int(keywords.get("max_new_tokens", 32)), min=2, max=4096, layout={"width": "90px"}
+        )
+        self.controls = JobControls("Run it for real", self.start, self._shown)
+        self.live = ipw.HTML()
+        self.text = ipw.HTML()
+        self.figure = SlimFigureWidget(_live_figure())
+        words = ipw.HTML(
+            "<span title='One prompt, or several with a line of --- between them'>prompts</span>"
+        )
+        length = row(ipw.HTML("new tokens"), self.tokens)
+        self.view = ipw.VBox(
+            [
+                words,
+                self.prompts,
+                row(length, self.controls.view),
+                self.live,
+                self.text,
+                boxed(ipw.VBox([self.figure]), "ps-figures"),
+            ]
+        )
+
+    @property
+    def job(self) -> Job | None:
+        """The latest run, or None."""
+        return self.controls.job
+
+    def start(self) -> Job:
+        """Run with the settings as they stand, in the background.
+
+        Raises:
+            UnsupportedOption: they can only be simulated.
+        """
+        settings = self._settings()
+        keywords = {**self._keywords, "max_new_tokens": int(self.tokens.value)}
+        self.controls.cancel()
+        self._times, self._others = [time.monotonic()], OthersWork()
+        job = self._runner.prepare(self._what(), configure=settings, **keywords)
+        job.on_step(self._note_time)
+        return self.controls.watch(job, self._runner.is_running, self._show_live)
+
+    def close(self) -> None:
+        """Stop, and take the figure off the page."""
+        self.controls.close()
+        self.figure.close()
+
+    def _what(self) -> NamedPrompts:
+        """The prompts of the text field; their names too, while nobody has changed them."""
+        texts = [text.strip("\n") for text in self.prompts.value.split("\n---\n") if text.strip()]
+        return (
+            self._given if texts == [one.strip("\n") for one in _listed(self._given)] or not texts else texts
+        )
+
+    def _note_time(self, job: Job) -> None:
+        self._times.append(time.monotonic())
+
+    def _show_live(self, job: Job) -> None:
+        gaps = [1e3 * (b - a) for a, b in zip(self._times[1:-1], self._times[2:], strict=True)]
+        if not gaps:
+            return
+        batch = len(_listed(self._what()))
+        recent = sorted(gaps[-16:])[len(gaps[-16:]) // 2]
+        self.live.value = (
+            f"<b>running</b>: {recent:.3g} ms per token, {1e3 * batch / recent:,.3g} tokens/s (median of the last "
+            f"{len(gaps[-16:])}, between two tokens on the host's clock)"
+        )
+        self.figure.show_parts(_live_traces(gaps), {})
+
+    def _shown(self, job: Job) -> None:
+        run = job.result()
+        self.text.value = _text_html(run)
+        self.live.value = f"<span class='ps-soft'>{escape(run.label)}{_busy(self._others.frac())}</span>"
+        if (run.steps["phase"] == "decode").any():
+            steps = run.steps[run.steps["phase"] == "decode"]["dur_us"].to_numpy() / 1e3
+            self.figure.show_parts(_live_traces(steps.tolist()), {})
+            self._finished(run)
+
+
+def _listed(prompts: NamedPrompts) -> list[str]:
+    if isinstance(prompts, str):
+        return [prompts]
+    return list(prompts.values()) if isinstance(prompts, dict) else list(prompts)
+
+
+def _text_html(run: RunResult) -> str:
+    parts = "\n".join(f"… {text[:MOST_TEXT]}" for text in run.text)
+    return f"<div class='ps-text'>{escape(parts)}</div>"
+
+
+def _busy(share: float | None) -> str:
+    if share is None or share < IS_BUSY:
+        return ""
+    return f"; <b class='ps-bad'>machine busy</b>: other work took {100 * share:.0f} % of its cores, so times scatter"
+
+
+def _live_traces(ms: list[float]) -> list[dict[str, Any]]:
+    return [{"type": "bar", "x": list(range(1, len(ms) + 1)), "y": ms}]
+
+
+def _live_figure() -> go.Figure:
+    fig = go.Figure(_live_traces([]))
+    style(fig, title="", subtitle="", height=210, top=12, bottom=44)
+    fig.update_layout(title=None, bargap=0.12, barcornerradius=0)
+    fig.update_traces(marker={"color": COLORS["measured"], "line": {"width": 0}})
+    fig.update_xaxes(title_text="token", showgrid=False)
+    fig.update_yaxes(title_text="ms per token", rangemode="tozero")
+    return fig

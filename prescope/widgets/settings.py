@@ -1,0 +1,176 @@
+"""The controls for everything that a schedule can be told, on one grid; what does nothing now says why."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import ipywidgets as ipw
+
+from ..cache.policies import POLICIES
+from ..core.units import format_bytes
+from ..scheduler import SCHEDULES
+from ..simulator import NOISY, Scenario, Scenarios
+from .field import Field
+from .style import boxed
+
+_OWN = "the schedule's own"
+HELP = {
+    "schedule": "Who decides, after each router has spoken, what is copied, what the CPU computes, what is prefetched.",
+    "predictor": "What foresees the experts of coming layers: LLaPor is trained; an oracle knows the recorded future.",
+    "recall": "Share of the used experts that the noisy oracle names.",
+    "slots": "Places for experts in GPU memory. An expert without one has to be copied before it is used.",
+    "cache": "Which expert gives up its slot when another one needs it.",
+    "lookahead": "How many layers before its use an expert is predicted.",
+    "width": "Experts that are prefetched for one layer at most.",
+    "threshold": "Least probability of use at which an expert is prefetched.",
+    "cpu": "Experts that are missing may be computed on the CPU, where they lie.",
+    "machine": "Whose link, GPU and CPU times the simulation goes by.",
+}  # fmt: skip
+
+
+class Settings:
+    """Controls of one `Scenario`.
+
+    Args:
+        scenarios: what there is to choose. `slots`: where the slider starts. `changed`: called after each move.
+
+    Attributes:
+        schedule, predictor, recall, slots, cache, lookahead, width, threshold, cpu, machine: widgets.
+        fields: the same with their labels. view: the grid.
+    """
+
+    def __init__(self, scenarios: Scenarios, slots: int, changed: Callable[[], None]) -> None:
+        self._changed, self._is_quiet = changed, True
+        self._scenarios = scenarios
+        titles = [(schedule.title, name) for name, schedule in SCHEDULES.items()]
+        self.schedule = ipw.Dropdown(options=titles, value="presched")
+        self.predictor, self.machine = ipw.Dropdown(), ipw.Dropdown()
+        self.cache = ipw.Dropdown(options=[_OWN, *POLICIES])
+        self.recall = ipw.FloatSlider(value=0.8, min=0.0, max=1.0, step=0.05)
+        self.slots = ipw.IntSlider(value=1, min=1, max=10**6)
+        self.lookahead = ipw.IntSlider(value=1, min=1, max=4)
+        self.width = ipw.IntSlider(value=1, min=0, max=10**4)
+        self.threshold = ipw.FloatSlider(value=0.0, min=0.0, max=1.0, step=0.01)
+        self.cpu = ipw.Checkbox(value=True, indent=False, description="may compute experts")
+        widgets = {
+            "schedule": self.schedule, "slots": self.slots, "predictor": self.predictor, "recall": self.recall,
+            "lookahead": self.lookahead, "width": self.width, "threshold": self.threshold, "cache": self.cache,
+            "cpu": self.cpu, "machine": self.machine,
+        }  # fmt: skip
+        names = {"cpu": "CPU lane"}
+        self.fields = {
+            name: Field(names.get(name, name), widget, HELP[name]) for name, widget in widgets.items()
+        }
+        self.view = boxed(ipw.Box([field.view for field in self.fields.values()]), "ps-controls")
+        self.use(scenarios, slots)
+        for name, widget in widgets.items():
+            widget.observe(self._on_schedule if name == "schedule" else self._on_move, "value")
+        self._is_quiet = False
+
+    # -- what is chosen ----------------------------------------------------------------------------------------
+
+    @property
+    def scenario(self) -> Scenario:
+        """The settings as the controls stand."""
+        return Scenario(
+            schedule=self.schedule.value,
+            slots=self.slots.value,
+            cache=None if self.cache.value == _OWN else self.cache.value,
+            predictor=self.predictor.value,
+            recall=round(self.recall.value, 3),
+            lookahead=self.lookahead.value,
+            width=self.width.value,
+            threshold=round(self.threshold.value, 3),
+            cpu=self.cpu.value,
+            machine=self.machine.value,
+        )
+
+    def choose(self, scenario: Scenario) -> None:
+        """Put all controls where a choice has them; `changed` is called once."""
+        full = self._scenarios.resolved(scenario)
+        former, self._is_quiet = self._is_quiet, True
+        try:
+            self.schedule.value, self.predictor.value = full.schedule, full.predictor
+            self.cache.value = scenario.cache or _OWN
+            self.machine.value, self.cpu.value = scenario.machine, scenario.cpu
+            self.slots.value, self.recall.value = scenario.slots, scenario.recall
+            self.lookahead.value, self.width.value = max(1, full.lookahead or 0), full.width
+            self.threshold.value = full.threshold
+        finally:
+            self._is_quiet = former
+        if not former:
+            self._changed()
+
+    def use(self, scenarios: Scenarios, slots: int) -> None:
+        """Offer what another trace and its machines have; all settings are the schedule's own then."""
+        former, self._is_quiet = self._is_quiet, True
+        try:
+            self._scenarios = scenarios
+            trace = scenarios.trace
+            self.predictor.options, self.machine.options = (
+                scenarios.predictor_names,
+                list(scenarios.machines),
+            )
+            self.machine.value = next(iter(scenarios.machines))
+            # No moment at which a bound lies beyond the value: the widget would refuse it.
+            self.slots.min, self.slots.max = 1, max(scenarios.num_experts, self.slots.max)
+            self.slots.value = min(max(slots, trace.top_k), scenarios.num_experts)
+            self.slots.min, self.slots.max = max(1, trace.top_k), scenarios.num_experts
+            self.width.value = 0
+            self.width.max = trace.num_experts
+            self.recall.min = math.ceil(20 * trace.top_k / trace.num_experts) / 20
+            self._adopt()
+        finally:
+            self._is_quiet = former
+
+    def _adopt(self) -> None:
+        """Controls take the schedule's own values."""
+        own = self._scenarios.resolved(
+            Scenario(schedule=self.schedule.value, slots=self.slots.value, machine=self.machine.value)
+        )
+        self.cache.value, self.predictor.value = _OWN, own.predictor
+        self.lookahead.value, self.width.value = max(1, own.lookahead or 0), own.width
+        self.threshold.value = own.threshold
+
+    def _on_schedule(self, _change: Any) -> None:
+        if self._is_quiet:
+            return
+        self._is_quiet = True
+        try:
+            self._adopt()
+        finally:
+            self._is_quiet = False
+        self._changed()
+
+    def _on_move(self, _change: Any) -> None:
+        if not self._is_quiet:
+            self._changed()
+
+    # -- what does nothing, and why ----------------------------------------------------------------------------
+
+    def explain(self) -> None:
+        """Say of each control what it means now, or why it does nothing."""
+        scenarios, full = self._scenarios, self._scenarios.resolved(self.scenario)
+        way = SCHEDULES[full.schedule]
+        ignores = f"{way.title} looks at no predictions" if way.predictor == "none" else ""
+        nobody = ignores or ("nothing is predicted: choose a predictor" if full.predictor == "none" else "")
+        streams = f"{way.title} copies whole layers" if way.streams else ""
+        self.fields["predictor"].allow(ignores)
+        self.fields["recall"].allow("" if full.predictor == NOISY and not ignores else "of the noisy oracle")
+        self.fields["lookahead"].allow(nobody)
+        for name in ("width", "threshold"):
+            self.fields[name].allow(nobody or streams)
+        has_lane = len(scenarios.machine(full).costs.cpu_us) > 1
+        self.fields["cpu"].allow(
+            f"{way.title} never uses the CPU" if not way.uses_cpu
+            else "" if has_lane else "no CPU times of this machine: calibrate it"
+        )  # fmt: skip
+        self.fields["cache"].allow(note="" if self.cache.value != _OWN else f"{way.title}: {way.cache}")
+        count, total = self.slots.value, scenarios.num_experts
+        size = format_bytes(count * scenarios.machine(full).row_bytes)
+        self.fields["slots"].say(f"<b>{100 * count / total:.0f} %</b> = {count} of {total} experts = {size}")
+
+    def published(self, schedule: str) -> Scenario:
+        """Another schedule with these slots on this machine, all else its own."""
+        return self._scenarios.as_published(replace(self.scenario, schedule=schedule), schedule)

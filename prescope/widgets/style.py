@@ -1,0 +1,106 @@
+"""The looks of all panels: one grid for controls, one table of numbers, colours of the page's own theme.
+
+Lab, VS Code and Voila name their colours by the same variables; where there are none, those behind the commas hold.
+A panel's root carries the class `prescope`; ipywidgets marks it as disconnected when the kernel has gone.
+"""
+
+import ipywidgets as ipw
+
+from ..views.theme import FONT
+
+#: Below this width of a cell controls stand above the figures, from it on beside them; px.
+WIDE_PX = 1100
+
+CSS = f"""
+.prescope {{ --ps-text: var(--jp-ui-font-color1, #222); --ps-soft: var(--jp-ui-font-color2, #555);
+  --ps-ground: var(--jp-layout-color1, #fff); --ps-line: var(--jp-border-color2, #ddd); --ps-good: #00694c;
+  --ps-bad: #a33e00; font: 13px/1.45 {FONT}; color: var(--ps-text); container: prescope / inline-size;
+  overflow: visible; }}
+[data-jp-theme-light="false"] .prescope {{ --ps-good: #3ecf9f; --ps-bad: #ff9a57; }}
+.prescope .widget-html, .prescope .widget-html-content, .prescope .jupyter-widgets {{ color: var(--ps-text);
+  font-size: 13px; line-height: 1.45; }}
+.prescope .widget-html-content {{ overflow: visible; }}
+.prescope .js-plotly-plot .main-svg text {{ fill: var(--ps-text) !important; }}
+.prescope .js-plotly-plot .hoverlayer text {{ fill: revert-layer !important; }}
+.prescope.jupyter-widgets-disconnected::before {{ content: "The session is gone: run the notebook's first cells again.";
+  display: block; padding: 8px 12px; border: 1px solid var(--ps-bad); border-radius: 4px; color: var(--ps-bad);
+  font-weight: 600; }}
+.prescope.jupyter-widgets-disconnected > * {{ opacity: .55; pointer-events: none; }}
+.prescope.jupyter-widgets-disconnected .ps-job {{ display: none; }}
+.ps-row {{ display: flex; flex-flow: row wrap; align-items: center; gap: 6px 12px; overflow: visible; }}
+.ps-side {{ display: grid !important; grid-template-columns: minmax(0, 1fr); gap: 8px 20px; overflow: visible; }}
+.ps-controls {{ display: grid !important; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr));
+  gap: 6px 20px; align-content: start; overflow: visible; }}
+@container prescope (min-width: {WIDE_PX}px) {{
+  .ps-side {{ grid-template-columns: 300px minmax(0, 1fr); }} .ps-side .ps-controls {{ grid-template-columns: 1fr; }} }}
+.ps-field {{ display: grid !important; grid-template-columns: 92px minmax(0, 1fr); align-items: center;
+  gap: 0 10px; overflow: visible; min-height: 30px; }}
+.ps-field > .ps-label {{ text-align: right; margin: 0; }}
+.ps-field > .ps-label span {{ border-bottom: 1px dotted var(--ps-soft); cursor: help; }}
+.ps-field > .widget-inline-hbox, .ps-field > .jupyter-widgets {{ margin: 0; width: 100%; min-width: 0; }}
+.ps-field > .ps-note {{ grid-column: 2; color: var(--ps-soft); font-size: 12.5px; min-height: 0; }}
+.ps-field > .ps-note:empty, .ps-field > .ps-empty {{ display: none; }}
+.ps-field .widget-readout {{ font-variant-numeric: tabular-nums; min-width: 44px; color: var(--ps-text); }}
+.ps-field .widget-slider .noUi-target {{ margin-left: 6px; }}
+.ps-off .ps-label, .ps-off .widget-readout {{ color: var(--ps-soft); }}
+.ps-off .noUi-target, .ps-off select {{ opacity: .5; }}
+.ps-figures {{ min-width: 0; overflow: visible; }}
+.ps-figures > * {{ min-width: 0; }}
+.prescope table.ps-numbers, .prescope table.ps-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums;
+  font-size: 13px; margin: 0; width: auto; }}
+.prescope table.ps-numbers {{ width: 100%; }}
+.prescope .ps-numbers th, .prescope .ps-numbers td, .prescope .ps-table th, .prescope .ps-table td {{
+  padding: 3px 14px 3px 0; text-align: right; border: 0; white-space: nowrap; color: var(--ps-text);
+  background: none; vertical-align: baseline; }}
+.prescope .ps-numbers thead th {{ font-weight: 500; color: var(--ps-soft); font-size: 12.5px; white-space: normal; }}
+.prescope .ps-numbers th:first-child, .prescope .ps-numbers td:first-child, .prescope .ps-table td:first-child,
+.prescope .ps-table th:first-child, .prescope .ps-table td.ps-words {{
+  text-align: left; }}
+.prescope .ps-table td.ps-long {{ white-space: normal; min-width: 240px; max-width: 520px; }}
+.prescope .ps-table .ps-first td {{ font-weight: 600; }}
+.prescope .ps-table tbody tr {{ border-top: 1px solid var(--ps-line); background: none; }}
+.prescope .ps-table thead th {{ vertical-align: bottom; white-space: normal; font-weight: 500; color: var(--ps-soft); }}
+.prescope .ps-numbers tbody tr {{ border-top: 1px solid var(--ps-line); background: none; }}
+.prescope .ps-numbers .ps-first td {{ font-weight: 600; }}
+.prescope .ps-numbers td:nth-child(2) {{ font-size: 15px; }}
+.ps-soft {{ color: var(--ps-soft); }} .ps-good {{ color: var(--ps-good); font-weight: 600; }}
+.ps-bad {{ color: var(--ps-bad); font-weight: 600; }}
+.ps-verdict {{ padding: 6px 0 2px; font-size: 14px; }}
+.ps-badge {{ border: 1px solid var(--ps-line); border-radius: 9px; padding: 0 8px; font-size: 12px;
+  white-space: nowrap; }}
+.ps-error {{ border-left: 3px solid var(--ps-bad); padding: 2px 10px; }}
+.ps-stale {{ opacity: .45; }}
+.ps-text {{ white-space: pre-wrap; max-height: 11em; overflow: auto; border: 1px solid var(--ps-line);
+  border-radius: 4px; padding: 6px 10px; font-size: 13px; }}
+.ps-head {{ display: flex; flex-wrap: wrap; gap: 4px 14px; justify-content: space-between; }}
+.ps-scroll {{ overflow-x: auto; }}
+.prescope .lm-TabBar-tab {{ font-size: 13px; flex: 0 1 auto !important; min-width: 60px !important; }}
+.prescope .widget-tab > .widget-tab-contents, .prescope .jupyter-widget-tab > .widget-tab-contents {{
+  padding: 10px 0; border: 0; border-top: 1px solid var(--ps-line); overflow: visible; }}
+.ps-advice {{ max-width: 900px; }} .ps-advice h4 {{ margin: 4px 0; font-size: 15px; }}
+@media print {{ .prescope, .prescope * {{ overflow: visible !important; }} .ps-side {{ display: block !important; }} }}
+"""
+
+
+def looks() -> ipw.HTML:
+    """The style sheet, as the first child of a panel's root."""
+    return ipw.HTML(f"<style>{CSS}</style>", layout={"display": "none"})
+
+
+def panel(*children: ipw.Widget) -> ipw.VBox:
+    """A panel's root with its looks."""
+    root = ipw.VBox([looks(), *children])
+    root.add_class("prescope")
+    return root
+
+
+def boxed(box: ipw.Box, *classes: str) -> ipw.Box:
+    """The same box with these classes."""
+    for name in classes:
+        box.add_class(name)
+    return box
+
+
+def row(*children: ipw.Widget) -> ipw.Box:
+    """Children side by side, wrapped where the page is narrow."""
+    return boxed(ipw.Box(list(children)), "ps-row")

@@ -1,0 +1,40 @@
+"""Frames as tables that people read: heads with units, three digits, nothing where nothing is known."""
+
+from html import escape
+
+import pandas as pd
+
+from ..views.numbers import formatted
+
+#: Characters of a text from which on its cell is wrapped.
+LONG = 44
+
+
+def frame_html(frame: pd.DataFrame, *, mark: str = "") -> str:
+    """A frame with its index as first column.
+
+    Args:
+        mark: the index value of a row that stands out.
+    """
+    heads = "".join(f"<th>{escape(str(name))}</th>" for name in frame.columns)
+    rows = "".join(
+        f"<tr{' class=ps-first' if str(index) == mark else ''}><td class='ps-words'>{escape(str(index))}</td>"
+        f"{''.join(map(_cell, values))}</tr>"
+        for index, values in zip(frame.index, frame.to_numpy(dtype=object), strict=True)
+    )
+    first = escape(str(frame.index.name or ""))
+    return (
+        f"<div class='ps-scroll'><table class='ps-table'><thead><tr><th>{first}</th>{heads}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return f"<td>{'yes' if value else ''}</td>"
+    if isinstance(value, int):
+        return f"<td>{value:,}</td>"
+    if isinstance(value, float):
+        return f"<td>{'' if value != value else formatted(value)}</td>"
+    text = str(value)
+    return f"<td class='ps-words{' ps-long' if len(text) > LONG else ''}'>{escape(text)}</td>"

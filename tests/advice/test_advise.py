@@ -1,0 +1,161 @@
+"""Advice from a config alone: sizes are the published ones, the curve obeys its laws, words follow numbers."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import prescope
+from prescope.advice import MachineSpec, ModelSize, advise
+from prescope.core.paths import data_dir, embedded_model
+from prescope.engine.config import EngineConfig
+from prescope.errors import BadModelFolder, NotAMoE, UnsupportedOption
+from prescope.traces.synthetic import SyntheticSpec
+
+#: Published sizes, parameters in 10^9: all, and without the routed experts.
+PUBLISHED = {
+    "qwen3-30b-a3b": 30.53,
+    "mixtral-8x7b-v0.1": 46.70,
+    "olmoe-1b-7b": 6.92,
+    "deepseek-v2-lite": 15.71,
+}
+SMALL = {
+    "hidden_size": 64, "num_hidden_layers": 4, "num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000, "dtype": "bfloat16",
+    "tie_word_embeddings": True,
+}  # fmt: skip
+BIG_EXPERTS = SMALL | {"hidden_size": 2048, "moe_intermediate_size": 1024}
+DESKTOP = {"link_gb_per_s": 25, "host_gib": 64, "host_gb_per_s": 60, "gpu_gib": 24, "gpu_gb_per_s": 1000}
+
+
+def desktop(**changes: float) -> MachineSpec:
+    return MachineSpec(**{**DESKTOP, **changes})
+
+
+@pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
+def test_sizes_are_the_published_ones(name, billions):
+    size = ModelSize.of(name)
+    assert (size.experts_bytes + size.dense_bytes) / 2e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_sizes_of_the_embedded_model_are_those_of_its_file():
+    """To a percent: norms are left out."""
+    index = json.loads((embedded_model() / "model.safetensors.index.json").read_text())
+    size = ModelSize.of(embedded_model())
+    assert size.experts_bytes + size.dense_bytes == pytest.approx(index["metadata"]["total_size"], rel=0.01)
+    assert size.expert == (122_880, 256, 80)
+
+
+@pytest.mark.parametrize("path", sorted((data_dir() / "configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_shape_that_comes_with_prescope_can_be_advised_on(path):
+    size = ModelSize.of(path.stem)
+    facts = json.loads(path.read_text())
+    assert size.shape.num_layers == facts["moe_layers"]
+    assert size.expert.nbytes == facts["derived"]["bytes_per_expert_native"]
+
+
+@pytest.fixture(scope="module")
+def offload():
+    return advise(BIG_EXPERTS, desktop(gpu_gib=2.0), context=64, gpu_gib=2.0)
+
+
+def test_the_curve_obeys_its_laws(offload):
+    points = offload.points
+    assert [p.slots for p in points] == sorted({p.slots for p in points})
+    for p in points:
+        assert p.perfect >= p.tokens_per_s >= p.without * 0.999
+        assert p.without >= p.on_demand
+        assert 0 <= p.hit_rate <= 1
+    rates = [p.tokens_per_s for p in points]
+    assert all(later >= 0.97 * former for former, later in pairwise(rates)), "more slots, slower"
+    assert points[0].gpu_gib < offload.budget_gib < points[-1].gpu_gib
+    assert points[0].gpu_gib <= offload.cliff_gib <= points[-1].gpu_gib
+
+
+def test_what_is_advised_is_on_the_curve_and_fits(offload):
+    assert offload.kind == "offload"
+    assert offload.best in offload.points
+    assert offload.best.gpu_gib <= offload.budget_gib
+    assert not any(offload.best.gpu_gib < p.gpu_gib <= offload.budget_gib for p in offload.points), (
+        "the most that fit"
+    )
+    EngineConfig(**offload.settings)
+    assert offload.settings["slots"] == offload.best.slots
+    assert offload.perfect_gain >= 0
+
+
+def test_each_kind_of_advice_has_its_machine():
+    assert advise(BIG_EXPERTS, desktop(), context=64).kind == "all on the GPU"
+    assert advise(BIG_EXPERTS, desktop(), context=64).settings == {"slots": 1.0}
+    none = advise(BIG_EXPERTS, desktop(gpu_gib=1.5), context=64)
+    assert (none.kind, none.best, none.settings) == ("not with this machine", None, {})
+    no_host = advise(BIG_EXPERTS, desktop(gpu_gib=2.0, host_gib=0.5), context=64)
+    assert no_host.kind == "not with this machine"
+    assert "host memory" in no_host.words
+    slow_link = advise(BIG_EXPERTS, desktop(gpu_gib=2.0, link_gb_per_s=2.0, host_gb_per_s=300.0), context=64)
+    assert slow_link.kind == "static split", slow_link.words
+    assert slow_link.settings["schedule"] == "fiddler"
+
+
+def test_a_faster_link_is_never_slower_and_prediction_is_worth_less_without_one():
+    slow, fast = (
+        advise(BIG_EXPERTS, desktop(gpu_gib=2.0, link_gb_per_s=r, cores=0), context=64) for r in (6, 48)
+    )
+    assert fast.best.tokens_per_s > slow.best.tokens_per_s
+    assert fast.best.limit != "link" or fast.best.limit_frac <= slow.best.limit_frac
+
+
+def test_what_is_assumed_is_said(offload):
+    told = " ".join(offload.assumptions)
+    assert "guessed routing" in told
+    assert "typed in" in told
+    assert offload.machine.origin == "assumed"
+    assert "guessed" in offload._repr_html_()
+    trace = SyntheticSpec(num_layers=4, num_experts=16, top_k=2).generate(prompt_tokens=16, new_tokens=12)
+    known = advise(BIG_EXPERTS, desktop(gpu_gib=2.0), context=64, trace=trace)
+    assert "guessed" not in " ".join(known.assumptions)
+
+
+def test_a_shipped_profile_is_measured_and_a_changed_one_assumed():
+    spec = advise("olmoe-1b-7b", "h200", shares=(0.5,)).machine
+    assert spec.origin.startswith("measured on NVIDIA H200")
+    assert spec.link_gb_per_s == pytest.approx(55, abs=2)
+    changed = spec.changed(link_gb_per_s=26.0)
+    assert (changed.origin, changed.profile) == ("assumed", None)
+
+
+def test_the_table_has_units_and_one_row_for_each_point(offload):
+    table = offload.table()
+    assert list(table.index) == [p.slots for p in offload.points]
+    assert table["GPU memory, GiB"].is_monotonic_increasing
+    assert table["fits"].any()
+    assert not table["fits"].all()
+
+
+def test_an_engine_is_advised_on_by_its_own_sizes():
+    with prescope.load(embedded_model(), slots=0.5, device="null") as engine:
+        advice = advise(engine, desktop(), context=64, shares=(0.5, 1.0))
+    assert advice.model.shape.row_bytes == engine.shape.row_bytes
+    assert advice.kind == "all on the GPU"
+
+
+@pytest.mark.parametrize(
+    ("model", "error"),
+    [("no/such-model", BadModelFolder), ({"hidden_size": 8, "num_hidden_layers": 2}, NotAMoE)],
+)
+def test_what_is_no_moe_is_told(model, error):
+    with pytest.raises(error):
+        advise(model, desktop())
+
+
+def test_a_config_that_is_no_json_is_told(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BadModelFolder, match="readable"):
+        advise(tmp_path, desktop())
+
+
+@pytest.mark.parametrize("change", [{"link_gb_per_s": 0}, {"gpu_gib": -1}, {"cores": -1}])
+def test_a_machine_that_cannot_be_is_refused(change):
+    with pytest.raises(UnsupportedOption):
+        desktop(**change)

@@ -1,0 +1,346 @@
+"""The panel of schedules, the pair, runs and the dashboard without a browser, on the embedded model."""
+
+import time
+from dataclasses import replace
+
+import plotly.graph_objects as go
+import pytest
+
+from prescope.core.machine import this_place
+from prescope.errors import TransferFailed
+from prescope.predictor import Frequency
+from prescope.profile import HardwareProfile
+from prescope.scheduler import SCHEDULES
+from prescope.session import Session
+from prescope.simulator import Scenario
+from prescope.views.lanes import lanes_info, lanes_traces
+from prescope.widgets import pair_panel, schedule_panel, showing
+from prescope.widgets.dashboard import TABS
+
+PROMPTS = ["Once upon a time", "def add(a, b):"]
+#: What a move of a slider may take here, all in Python: the limit for a person is 150 ms.
+REDRAW_MS = 150.0
+
+
+@pytest.fixture(scope="module")
+def session():
+    with Session(slots=32, device="cpu", link_gb_per_s=2.0, record_inputs=True) as session:
+        session.run(PROMPTS, max_new_tokens=2)
+        session.run(PROMPTS, max_new_tokens=8)
+        yield session
+
+
+@pytest.fixture(scope="module")
+def recorded(session):
+    run = session.runs[1]
+    profile = HardwareProfile.load("test_machine")
+    # The CPU lane's times are another machine's, and good enough to choose by.
+    profile = replace(profile, place=this_place(run.hardware))
+    return session.scenarios(run, predictors=[Frequency(run.trace, 4)], profile=profile)
+
+
+@pytest.fixture
+def panel(session, recorded):
+    panel = session.schedule_panel(recorded, PROMPTS, max_new_tokens=8)
+    yield panel
+    panel.close()
+
+
+def test_a_move_is_simulated_and_drawn_within_150_ms(panel):
+    """The best of three tries each, for the machine is shared; the line of advice comes when the slider rests."""
+    settings = panel.settings
+    moves = [
+        ("slots", (40, 64, 24)),
+        ("lookahead", (3, 4, 1)),
+        ("width", (2, 5, 1)),
+        ("threshold", (0.5, 0.1, 0.9)),
+        ("schedule", ("fate", "klotski", "presched")),
+        ("cache", ("lfu", "score", "shallow")),
+        ("recall", (0.5, 0.6, 0.7)),
+        ("machine", (*settings.machine.options[:2], settings.machine.options[0])),
+    ]
+    settings.predictor.value = "noisy oracle"
+    slowest = {}
+    for name, values in moves:
+        took = []
+        for value in values:
+            getattr(settings, name).value = value
+            took.append(sum(panel.drawn))
+        slowest[name] = min(took)
+    assert max(slowest.values()) < REDRAW_MS, slowest
+
+
+def test_every_control_reaches_the_simulator_and_the_figures_in_place(panel):
+    figures, settings = dict(panel.figures), panel.settings
+    settings.slots.value, settings.cache.value, settings.width.value = 48, "lfu", 2
+    config = panel.result.config
+    assert (config["num_slots"], config["cache"], config["width"]) == (48, "lfu", 2)
+    assert panel.figures == figures, "the same widgets"
+    assert "<b>38 %</b> = 48 of 128 experts" in settings.fields["slots"].note
+    settings.schedule.value = "fiddler"
+    assert panel.result.config["cache"] == SCHEDULES["fiddler"].cache, (
+        "a schedule comes with its own settings"
+    )
+    assert settings.predictor.value == "none"
+    panel.choose(Scenario(schedule="presched", slots=30, predictor="frequency", lookahead=2, cache="score"))
+    assert panel.state()["slots"] == 30
+    assert panel.result.config["predictor"] == "frequency"
+    panel.step.value = 4
+    assert panel.figures["lanes"].layout.annotations[0].text.startswith("step 4")
+
+
+def test_controls_that_do_nothing_are_off_and_say_why(panel):
+    panel.settings.schedule.value = "on-demand"
+    for name in ("predictor", "lookahead", "width", "threshold", "cpu"):
+        field = panel.settings.fields[name]
+        assert field.control.disabled, name
+        assert "On demand" in field.note, name
+    panel.settings.schedule.value = "presched"
+    panel.settings.predictor.value = "frequency"
+    for name in ("predictor", "lookahead", "width", "threshold"):
+        field = panel.settings.fields[name]
+        assert not field.control.disabled, name
+        assert not field.note, name
+    assert panel.settings.recall.disabled
+    assert all(field.control.tooltip for field in panel.settings.fields.values())
+
+
+def test_the_page_is_told_exactly_what_the_builders_say(panel):
+    """After a move a page's reload drew dense bars as a diagonal: the traces had lost their `y`."""
+    lanes = panel.figures["lanes"]
+    for step in (3, 2, 4):
+        panel.step.value = step
+        echo = [{"uid": trace.uid, "y": list(trace.y), "x": list(trace.x)} for trace in lanes.data]
+        lanes.set_state(
+            {"_js2py_traceDeltas": {"trace_deltas": echo, "trace_edit_id": lanes._last_trace_edit_id}}
+        )
+    expected = lanes_traces(lanes_info(panel.result, range(4, 6)))
+    found = lanes.get_state()["_widget_data"]
+    for mine, wanted in zip(found, expected, strict=True):
+        assert {key: list(mine[key]) for key in ("x", "y", "base")} == {
+            key: wanted[key] for key in ("x", "y", "base")
+        }
+
+
+def test_zoom_and_time_axis_outlive_every_move(panel):
+    lanes = panel.figures["lanes"]
+    axis = tuple(lanes.layout.xaxis.range)
+    panel.settings.slots.value = 100
+    assert tuple(lanes.layout.xaxis.range) == axis, "bars of two settings are compared on one axis"
+    lanes.set_state(
+        {
+            "_js2py_relayout": {
+                "relayout_data": {"xaxis.range[0]": 0.5, "xaxis.range[1]": 0.75},
+                "source_view_id": "v",
+            }
+        }
+    )
+    panel.settings.slots.value = 20
+    assert tuple(lanes.layout.xaxis.range) == (0.5, 0.75)
+    panel.fit()
+    assert tuple(lanes.layout.xaxis.range) == (
+        0,
+        pytest.approx(lanes_info(panel.result, panel._steps()).end_ms),
+    )
+    assert not lanes.zoomed
+
+
+def test_numbers_are_always_there_and_say_whether_prediction_pays(panel):
+    text = panel.numbers.text
+    for row in ("simulated", "measured", "bound", "pinned"):
+        assert row in text
+    assert "Prediction" in text
+    panel.pin()
+    panel.settings.slots.value = 100
+    assert "simulated against pinned" in panel.numbers.text
+    assert "nan" not in panel.numbers.text.lower()
+
+
+def test_run_for_real_lays_measured_over_simulated_while_the_settings_stay(panel, session):
+    panel.choose(Scenario(schedule="presched", slots=40, predictor="frequency"))
+    run = panel.start().result(60)
+    state = panel.state()
+    assert state["status"].startswith("done"), state["status"]
+    assert run.tokens == session.runs[1].tokens, "a schedule changes no token"
+    assert (run.config["schedule"], run.config["num_slots"]) == ("presched", 40)
+    assert state["measured_tokens_per_s"] == pytest.approx(run.metrics.tokens_per_s)
+    assert len(panel.figures["step_times"].data[-2].y) == 7
+    assert "measured, link emulated" in panel.figures["outcomes"].layout.title.text
+    assert panel.beside.data, "measured lanes under the simulated ones"
+    assert "measured, link emulated" in panel.numbers.text
+    panel.settings.slots.value = 41
+    assert panel.measured is None
+    assert "measured" not in panel.figures["outcomes"].layout.title.text
+    assert not panel.state()["status"].startswith("done"), "a run of other settings is not this one's"
+    panel.settings.slots.value = 40
+    assert panel.measured is run, "it is shown again where it belongs"
+
+
+def test_without_prefetches_the_replay_counts_what_the_engine_counted(panel):
+    panel.choose(Scenario(schedule="on-demand", slots=64))
+    run = panel.start().result(60)
+    counts, decode = panel.result.counts, run.metrics.decode
+    assert (counts.hits, counts.misses, counts.needed) == (decode.hits, decode.misses, decode.needed)
+
+
+def test_what_cannot_be_run_here_switches_the_button_off_and_says_why_in_place(panel):
+    controls = panel.real.controls
+    panel.settings.predictor.value = "oracle"
+    assert controls.run_button.disabled
+    assert "oracle" in controls.reason.value
+    panel.settings.predictor.value = "frequency"
+    assert not controls.run_button.disabled
+    assert not controls.reason.value
+    panel.settings.machine.value = panel.settings.machine.options[1]
+    assert controls.run_button.disabled
+    assert "simulated" in controls.reason.value
+
+
+def test_cancel_and_a_failed_run_leave_what_is_shown(panel, session, monkeypatch):
+    job = panel.start()
+    job.on_step(lambda job: panel.cancel() if job.num_tokens == 1 else None)
+    job.result(60)
+    assert "cancelled" in panel.state()["status"]
+    assert panel.step.max > panel.step.min, "the first step can still be chosen"
+    panel.step.value = 5
+
+    def fail(*_args: object, **_keywords: object) -> None:
+        raise TransferFailed("the cable <is> out")
+
+    monkeypatch.setattr(session.engine, "generate", fail)
+    panel.start()
+    with pytest.raises(TransferFailed):
+        panel.job.result(60)
+    assert "the cable &lt;is&gt; out" in panel.state()["status"]
+    assert not panel.state()["running"]
+    assert panel.figures["lanes"].data
+
+
+def test_a_pair_says_why_for_both(session, recorded):
+    pair = session.pair_panel(recorded, Scenario(slots=32), "presched", "on-demand")
+    upper = pair.explained()[0]
+    assert (upper.step, upper.moe_layer) == (pair.step.value, pair.layer.value)
+    assert "PreSched" in pair.tables.value
+    assert "On demand" in pair.tables.value
+    assert "NaN" not in pair.tables.value
+    former, pair.layer.value = pair.tables.value, 5
+    assert pair.tables.value != former
+    assert "MoE layer 5" in pair.tables.value
+    pair.lower.value = "fate"
+    assert "Fate-like" in pair.tables.value
+    second = session.pair_panel(recorded, Scenario(slots=32))
+    assert pair.view.comm is None
+    second.close()
+
+
+def test_without_a_browser_the_panels_show_plain_figures(session, recorded, panel, monkeypatch):
+    shown: list[object] = []
+    for module in (schedule_panel, pair_panel):
+        monkeypatch.setattr(module, "display", shown.append)
+    monkeypatch.setenv("PRESCOPE_HEADLESS", "1")
+    panel._ipython_display_()
+    assert [type(item) for item in shown[1:]] == [go.Figure] * 3
+    shown.clear()
+    session.pair_panel(recorded, Scenario(slots=32))._ipython_display_()
+    assert type(shown[0]) is go.Figure
+
+
+def test_a_panels_output_holds_the_live_form_and_one_for_pages_without_a_kernel(panel, monkeypatch):
+    """Stock nbconvert has no widget state: with the live form alone it shows nothing."""
+    shown: list[dict[str, object]] = []
+    monkeypatch.setattr(showing, "display", lambda data, raw: shown.append(data))
+    panel._ipython_display_()
+    assert shown[0]["application/vnd.jupyter.widget-view+json"]["model_id"] == panel.view.model_id
+    html = shown[0]["text/html"]
+    assert html.count("Plotly.newPlot(") == 3
+    assert html.count("cdn.plot.ly") == 1
+    assert "tokens/s" in html
+
+
+# -- the dashboard -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def board(session, recorded):
+    board = session.dashboard(PROMPTS, scenarios=recorded, max_new_tokens=8)
+    yield board
+    board.close()
+
+
+def wait_for(condition, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
+
+
+def test_the_dashboard_opens_where_the_knobs_are(board, recorded):
+    assert board.tabs.titles == TABS
+    assert TABS[board.tabs.selected_index] == "Live tuning"
+    assert board.live.scenarios is recorded
+    assert "tokens/s" in board.live.numbers.text
+
+
+@pytest.mark.parametrize("tab", ["Predictor", "Schedules"])
+def test_a_tab_shows_the_settings_when_it_is_opened_and_follows_them(board, tab):
+    board.live.choose(Scenario(schedule="presched", slots=30, predictor="frequency"))
+    board.tabs.selected_index = TABS.index(tab)
+    if tab == "Predictor":
+        former = board.predictor_figure.layout.title.text
+        assert "30 slots" in former
+        board.live.settings.slots.value = 40
+        assert "40 slots" in board.predictor_figure.layout.title.text
+        board.live.settings.schedule.value = "on-demand"
+        assert "nothing is predicted" in board.predictor_told.value
+    else:
+        for schedule in SCHEDULES.values():
+            assert schedule.title in board.schedules_table.value
+        assert "nan" not in board.schedules_table.value.lower()
+        assert board.pair is not None
+
+
+def test_runs_are_kept_and_any_two_compared(board, session):
+    board.live.choose(Scenario(schedule="on-demand", slots=48))
+    board.live.start().result(60)
+    board.tabs.selected_index = TABS.index("Runs")
+    runs = board.runs
+    assert len(runs.first.options) == sum(1 for run in session.runs if len(run.steps) > 1)
+    assert "tokens/s" in runs.differences.value
+    assert runs.figure.data
+    runs.first.value = runs.second.value
+    assert "+0.00 %" in runs.differences.value, "a run beside itself differs in nothing"
+
+
+def test_a_run_recorded_here_becomes_what_is_simulated(board, session):
+    before = len(session.runs)
+    board.record()
+    assert len(session.runs) == before + 1
+    assert session.last.config["schedule"] == "on-demand"
+    assert board.live.scenarios.trace is session.last.trace
+    assert next(iter(board.live.scenarios.machines.values())).is_here
+    assert not board.live.real.controls.run_button.disabled
+
+
+def test_the_model_tab_answers_from_the_engine_and_from_published_shapes(board):
+    capacity = board.capacity
+    advice = capacity.redraw()
+    assert advice is not None
+    assert advice.kind == "all on the GPU"
+    assert "All on the GPU" in capacity.words.value
+    assert capacity.figure.data
+    capacity._is_quiet = True
+    capacity.model.value, capacity.budget.value = "olmoe-1b-7b", 6.0
+    capacity._is_quiet = False
+    advice = capacity.redraw()
+    assert advice.kind == "offload"
+    assert advice.best.gpu_gib <= 6.0
+    assert "budget" in capacity.figure.layout.annotations[-1].text
+
+
+def test_a_number_typed_in_makes_the_machine_an_assumed_one(board):
+    capacity = board.capacity
+    assert capacity.spec().origin.startswith("measured")
+    capacity.numbers["link_gb_per_s"].value = 12.0
+    assert capacity.machine.value == "typed in"
+    assert (capacity.spec().origin, capacity.spec().link_gb_per_s) == ("assumed", 12.0)
+    wait_for(lambda: "typed in" in capacity.words.value and "simulating" not in capacity.words.value)
