@@ -224,7 +224,7 @@ def _check_packing(name: str | Path, config: PreTrainedConfig, source: Source) -
 
 
 def _model_class(name: str | Path, config: PreTrainedConfig, source: Source) -> Any:
-    """The class that `config.architectures` names; where it names none, the family's causal language model."""
+    """The class that a configuration names in `architectures`; else the family's causal language model."""
     if source.trust_remote_code and hasattr(config, "auto_map"):
         return AutoModelForCausalLM
     for architecture in config.architectures or ():

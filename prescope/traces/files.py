@@ -21,7 +21,7 @@ from ..errors import BadTrace
 REMEDY = "record it again, or fetch it again"
 #: Rows that a byte of a Parquet file may stand for: run lengths can say that a few bytes are billions of equal rows.
 MOST_ROWS_PER_BYTE, FREE_ROWS = 16, 1 << 20
-#: Where pandas keeps `DataFrame.attrs`.
+#: Where pandas keeps what is attached to a DataFrame.
 _ATTRS = b"PANDAS_ATTRS"
 
 
