@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from ..core.files import checksum, read_object, require_checksum, sorted_json, write_text
 from ..core.paths import data_dir
 from ..errors import BadTrace
 from ..predictor import RecordedPredictor
@@ -21,6 +22,9 @@ from .scenarios import Scenarios
 
 FORMAT = "prescope.recording"
 VERSION = 1
+#: Of its JSON file; routing and predictions are not in it.
+MOST_BYTES = 16 << 20
+REMEDY = "record it again, or fetch it again"
 #: Folder of the recordings that come with prescope, below `data/`.
 SHIPPED = "traces"
 
@@ -66,8 +70,8 @@ class Recording:
             "machine": _machine_to_plain(self.machine),
             "measured": [dict(row) for row in self.measured],
         }
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+        written = {**contents, "checksum": checksum(sorted_json(contents))}
+        path = write_text(folder / f"{name}.json", json.dumps(written, indent=1) + "\n")
         return [path, *files]
 
     @classmethod
@@ -79,10 +83,12 @@ class Recording:
             BadPredictor: its predictions are.
         """
         path = _file_of(name)
+        contents = read_object(path, BadTrace, REMEDY, MOST_BYTES)
+        if (contents.get("format"), contents.get("version")) != (FORMAT, VERSION):
+            raise BadTrace(f"{path} is no recording of version {VERSION}; {REMEDY}")
+        found = checksum(sorted_json(contents, without=["checksum"]))
+        require_checksum(contents.get("checksum"), found, path, BadTrace, REMEDY)
         try:
-            contents = json.loads(path.read_text(encoding="utf-8"))
-            if (contents["format"], contents["version"]) != (FORMAT, VERSION):
-                raise BadTrace(f"{path} is no recording of version {VERSION}; record it again")
             return cls(
                 trace=RoutingTrace.load(path.with_suffix(".trace.safetensors")),
                 predictors=[
@@ -90,12 +96,12 @@ class Recording:
                     for one in contents["predictors"]
                 ],
                 machine=_machine_of_plain(contents["machine"]),
-                predict_us=contents["predict_us"],
-                measured=contents["measured"],
-                about=contents["about"],
+                predict_us={str(one): float(us) for one, us in contents["predict_us"].items()},
+                measured=[dict(row) for row in contents["measured"]],
+                about=dict(contents["about"]),
             )
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise BadTrace(f"{path} is no whole recording ({error!r}); record it again") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
+            raise BadTrace(f"{path} is no whole recording ({error!r}); {REMEDY}") from error
 
 
 def shipped_recordings() -> list[str]:

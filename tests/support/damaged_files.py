@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
@@ -18,9 +19,11 @@ from transformers import PreTrainedTokenizerFast
 import prescope
 from prescope.core.types import MoEShape
 from prescope.errors import PrescopeError
-from prescope.predictor import LayerGroups, Llapor, LlaporConfig, ModelTag
+from prescope.predictor import LayerGroups, Llapor, LlaporConfig, ModelTag, RecordedPredictor
 from prescope.predictor.llapor_config import tensor_shapes
 from prescope.profile import HardwareProfile
+from prescope.scheduler.costs import LayerCosts
+from prescope.simulator import Machine, Recording
 from prescope.traces.events import read_events, write_events
 from prescope.traces.routing import RoutingTrace
 from tests.support.damage import damage
@@ -79,6 +82,26 @@ def _profile_values(path: Path) -> str:
     return repr({name: value for name, value in vars(profile).items() if name != "lanes"})
 
 
+def _make_recording(folder: Path) -> None:
+    trace = small_run(steps=4).trace
+    rows, rng = int((trace.phase == 1).sum()), np.random.default_rng(0)
+    scores = [rng.random((rows, trace.num_layers - 1, trace.num_experts)).astype(np.float32)]
+    costs = LayerCosts(link_us=60.0, gpu_us=12.0, rest_us=25.0, cpu_us=(0.0, 40.0), source="made up")
+    Recording(
+        trace=trace,
+        predictors=[RecordedPredictor.of_scores(trace, scores, name="llapor", is_calibrated=True)],
+        machine=Machine("elsewhere", costs, 1_500_000, 30.0, 2, on_demand=costs),
+        predict_us={"llapor": 3.0},
+        measured=[{"schedule": "presched", "tokens_per_s": 10.0}],
+        about={"label": "made up"},
+    ).save(folder, "r")
+
+
+def _recording_values(one: Recording) -> str:
+    predictors = [(vars(p).keys(), p.name, p.replay(one.trace, 1).tobytes()) for p in one.predictors]
+    return repr((_trace_arrays(one.trace), predictors, one.machine, one.predict_us, one.measured, one.about))
+
+
 def make_model(folder: Path) -> None:
     """A tiny MoE in two shards with a tokenizer."""
     tiny_moe().save_pretrained(folder, max_shard_size="60KB")
@@ -95,28 +118,33 @@ def _load_model(folder: Path) -> str:
         return f"{engine.fingerprint} {engine.tokenizer is not None}"
 
 
+def _strip(path: Path) -> None:
+    """Take the checksum out of a file."""
+    if path.suffix == ".json":
+        contents = json.loads(path.read_text())
+        del contents["checksum"]
+        path.write_text(json.dumps(contents))
+    elif path.suffix == ".parquet":
+        table = pq.read_table(path)
+        attrs = json.loads(table.schema.metadata[b"PANDAS_ATTRS"])
+        del attrs["checksum"]
+        metadata = table.schema.metadata | {b"PANDAS_ATTRS": json.dumps(attrs).encode()}
+        pq.write_table(table.replace_schema_metadata(metadata), path)
+    else:
+        with safe_open(path, "pt") as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        del header["checksum"]
+        save_file(tensors, path, header)
+
+
 def _without_checksum(kind: Kind) -> Kind:
     """The same as a version without checksums wrote it: all that stands between its reader and harm is validation."""
 
     def make(folder: Path) -> None:
         kind.make(folder)
-        (path,) = folder.iterdir()
-        if path.suffix == ".json":
-            contents = json.loads(path.read_text())
-            del contents["checksum"]
-            path.write_text(json.dumps(contents))
-        elif path.suffix == ".parquet":
-            table = pq.read_table(path)
-            attrs = json.loads(table.schema.metadata[b"PANDAS_ATTRS"])
-            del attrs["checksum"]
-            metadata = table.schema.metadata | {b"PANDAS_ATTRS": json.dumps(attrs).encode()}
-            pq.write_table(table.replace_schema_metadata(metadata), path)
-        else:
-            with safe_open(path, "pt") as file:
-                header = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            del header["checksum"]
-            save_file(tensors, path, header)
+        for path in folder.iterdir():
+            _strip(path)
 
     return Kind(make, kind.read, may_differ=True)
 
@@ -139,6 +167,7 @@ KINDS: dict[str, Kind] = {
         lambda folder: _predictor_values(folder / "p.safetensors"),
     ),
     "profile": Kind(_copy_profile, lambda folder: _profile_values(folder / "p.json")),
+    "recording": Kind(_make_recording, lambda folder: _recording_values(Recording.load(folder / "r.json"))),
     "model": Kind(make_model, _load_model, may_differ=True),
 }
 KINDS |= {f"{name}, old": _without_checksum(KINDS[name]) for name in KINDS if name != "model"}
