@@ -123,18 +123,24 @@ class Encoder:
             return self._padded(self._chats([items]))
         if all(_is_id(item) for item in items):
             return self._padded([self._row(items, 0)])
+        if _is_id(items[0]):
+            i, item = next((i, item) for i, item in enumerate(items) if not _is_id(item))
+            raise UnsupportedOption(f"a list of token ids has a {type(item).__name__} at {i}: {item!r:.60}")
         return self._padded([self._item(item, i) for i, item in enumerate(items)])
 
     def _item(self, item: Any, position: int) -> list[int]:
         """One prompt of several that are neither all texts nor all messages."""
         if isinstance(item, torch.Tensor | np.ndarray) and item.ndim == 1:
-            return self._row(self._tensor(torch.as_tensor(item))[0].tolist(), position)
+            ids = self._tensor(torch.as_tensor(item))[0].tolist() if len(item) else []
+            return self._row(ids, position)
         if isinstance(item, Sequence) and not isinstance(item, str | bytes):
             if item and all(isinstance(message, Mapping) for message in item):
                 return self._chats([item])[0]
             if all(_is_id(token) for token in item):
                 return self._row(item, position)
-        raise UnsupportedOption(f"prompt {position} is a {type(item).__name__}: {item!r:.60}; pass {FORMS}")
+        raise UnsupportedOption(
+            f"prompt {position} is of type {type(item).__name__}: {item!r:.60}; pass {FORMS}"
+        )
 
     def _texts(self, texts: Sequence[str]) -> list[list[int]]:
         rows: list[list[int]] = self._need_tokenizer("text")(list(texts), return_attention_mask=False)[
@@ -150,8 +156,10 @@ class Encoder:
             )
         rows = []
         for chat in chats:
-            if not all("role" in message for message in chat):
-                raise UnsupportedOption('a message has no "role"; messages have "role" and "content"')
+            if not all("role" in message and message.keys() & {"content", "tool_calls"} for message in chat):
+                raise UnsupportedOption(
+                    'a message lacks "role" or "content"; a chat is a list of such messages'
+                )
             is_begun = chat[-1]["role"] == "assistant"  # the model goes on with the answer that stands there
             try:
                 text = tokenizer.apply_chat_template(
@@ -191,9 +199,9 @@ class Encoder:
             raise UnsupportedOption(
                 f"token ids are integers of shape (T,) or (B, T), these are {ids.dtype} {tuple(ids.shape)}{hint}"
             )
-        ids = ids.long().reshape(-1, ids.shape[-1])
         if not ids.numel():
             raise UnsupportedOption("prompt 0 is empty; every prompt needs at least one token")
+        ids = ids.long().reshape(-1, ids.shape[-1])
         lowest, highest = ids.aminmax()
         if int(lowest) < 0 or int(highest) >= self._vocabulary:
             for position, row in enumerate(ids.tolist()):
