@@ -6,11 +6,13 @@ import threading
 import time
 import warnings
 from concurrent.futures import CancelledError
+from contextlib import nullcontext
 
 import pytest
 
 from prescope.engine import turn as turn_module
 from prescope.engine.turn import Turn
+from prescope.errors import WaitTimedOut
 
 
 @pytest.fixture
@@ -77,6 +79,23 @@ def test_one_thread_is_inside_at_a_time_and_all_get_in(turn):
         thread.join(30)
     assert most == 1
     assert sorted(done) == sorted([*range(4)] * 4)
+
+
+def test_who_comes_back_at_once_does_not_keep_others_out(turn):
+    """A thread that runs one thing after another was awake when the turn came back, and took it every time."""
+    turns, ends = [0, 0], time.monotonic() + 1.0
+
+    def work(i):
+        while time.monotonic() < ends:
+            turn.run("work", time.sleep, (0.005,))
+            turns[i] += 1
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert min(turns) > max(turns) / 4, turns
 
 
 def test_who_has_the_turn_may_take_it_again_and_keeps_it_until_the_first_ends(turn):
@@ -212,6 +231,32 @@ def test_cancel_tells_who_runs_and_leaves_the_patient_waiting(turn):
     running.join(5)
     closing.join(5)
     assert order == ["run", "close"]
+
+
+def test_a_wait_with_a_limit_ends_with_whom_it_was_for(turn, held):
+    with pytest.raises(WaitTimedOut, match=r"close waited 0 s for a long run in thread 'the-other'"):
+        turn.run("close", lambda: pytest.fail("it ran"), is_patient=True, most_s=0.2)
+    held.end()
+    assert is_free(turn)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_what_comes_afterwards_comes_before_anybody_elses_turn(turn, error):
+    order = []
+
+    def work():
+        turn.afterwards(lambda: order.append("after"))
+        turn.run("inner", order.append, ("inner",))
+        thread.start()
+        time.sleep(0.1)
+        if error is not None:
+            raise error
+
+    thread = threading.Thread(target=turn.run, args=("other", order.append, ("other",)))
+    with pytest.raises(error) if error else nullcontext():
+        turn.run("mine", work)
+    thread.join(5)
+    assert order == ["inner", "after", "other"]
 
 
 def test_cancel_without_a_run_is_no_threat_to_the_next(turn):
