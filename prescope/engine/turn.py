@@ -23,8 +23,8 @@ R = TypeVar("R")
 PATIENCE_S = 2.0
 #: How often a wait looks whether it was cancelled.
 POLL_S = 0.05
-#: Who comes while others wait lets them go first: a lock that is given back wakes a thread, and whoever is awake already
-#: would take it before that one runs.
+#: Who comes while others wait lets them go first: a lock that is given back wakes a thread, and whoever is awake
+#: already would take it before that one runs.
 YIELD_S = 1e-3
 
 
