@@ -84,7 +84,7 @@ class Engine:
         num_slots: places for experts on the device.
         frequencies: (L, E) uses per expert that cache="static" goes by, or None.
         fingerprint: identity of the model, written into traces.
-        turn: whose it is to run; `turn.run` lets a job of several calls keep it.
+        turn: whose it is to run; a job of several calls keeps it over all of them.
     """
 
     # Of what is made here nothing may be an inference tensor, which could not be written outside that mode.

@@ -172,7 +172,7 @@ def test_compiling_decisions_is_warm_up_and_no_host_wait(monkeypatch):
     monkeypatch.setattr("prescope.engine.recorder.compiling_us", lambda: compiled_us[0])
     device = NullDevice()
     recorder = Recorder(device, events=True, routing=False, inputs=False)
-    recorder.begin_step(1, 4, None)
+    recorder.begin_step(Forward(1, 4, 0, "prefill", object()))
     for layer, us in enumerate((0.0, 700.0, 0.0)):
         recorder.routed(layer, device.mark(True))
         device.now_us += 950.0  # and a mark takes 50
