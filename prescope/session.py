@@ -7,7 +7,6 @@
 Thin: runs come from `engine`, figures from `views`, the panel from `widgets`.
 """
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from .core.types import Phase
 from .engine.engine import Engine
 from .engine.job import Job, NamedPrompts
 from .engine.load import load
+from .engine.prompts import Prompts
 from .errors import BadTrace, UnsupportedOption
 from .predictor import Oracle, Predictor
 from .predictor.base import measure_us
@@ -81,12 +81,11 @@ class Session:
         self._remembered: np.ndarray | None = (
             None  # the newest run's frequencies, unless the engine was told others
         )
-        self._one_run = threading.Lock()
         self._panels: dict[str, SlotsPanel | SchedulePanel | PairPanel | CapacityPanel | Dashboard] = {}
 
     def run(
         self,
-        prompts: NamedPrompts,
+        prompts: NamedPrompts | Prompts,
         *,
         slots: int | float | str | None = None,
         cache: str | None = None,
@@ -96,30 +95,31 @@ class Session:
         """Generate, and keep the result in `runs`; a job that is under way is waited for.
 
         Args:
-            prompts: a text, texts, or {name: text}; the names stand in the trace as `domain`.
+            prompts: as `Engine.generate` takes them, or {name: text}; the names stand in the trace as `domain`.
             slots, cache: changed before the run (the slots are cold then); None leaves them.
             configure: for `Engine.configure`, instead of those two: a schedule and its settings. Two tokens warm the
                 code up, then the run starts with cold slots.
             keywords: for `Engine.generate`: max_new_tokens, do_sample, ...
         """
-        with self._one_run:
-            return self._run(prompts, slots=slots, cache=cache, configure=configure, **keywords)
+        settings = {"slots": slots, "cache": cache, "configure": configure, **keywords}
+        result: RunResult = self.engine.turn.run("a run", self._run, (prompts,), settings)
+        return result
 
-    def job(self, prompts: NamedPrompts, **keywords: Any) -> Job:
+    def job(self, prompts: NamedPrompts | Prompts, **keywords: Any) -> Job:
         """As `run`, in a thread of its own."""
         return self.prepare(prompts, **keywords).start()
 
-    def prepare(self, prompts: NamedPrompts, **keywords: Any) -> Job:
+    def prepare(self, prompts: NamedPrompts | Prompts, **keywords: Any) -> Job:
         """A job that has not begun, so that it can be watched from its first token; `start` it."""
-        return Job(partial(self._run, prompts), self.engine.cancel, self._one_run, keywords)
+        return Job(partial(self._run, prompts), self.engine.turn, keywords)
 
     @property
     def is_running(self) -> bool:
-        return self._one_run.locked()
+        return self.engine.turn.holder is not None
 
     def _run(
         self,
-        prompts: NamedPrompts,
+        prompts: NamedPrompts | Prompts,
         *,
         slots: int | float | str | None = None,
         cache: str | None = None,
@@ -359,8 +359,7 @@ class Session:
         for panel in self._panels.values():
             panel.close()
         self._panels.clear()
-        with self._one_run:
-            self.engine.close()
+        self.engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -407,10 +406,12 @@ def _shapes() -> dict[str, str]:
     return {path.stem: path.stem for path in sorted((data_dir() / "configs").glob("*.json"))}
 
 
-def _unfold(prompts: NamedPrompts) -> tuple[str | list[str], list[dict[str, Any]]]:
-    """Texts as the engine takes them, and one dict for each sequence of the trace."""
+def _unfold(prompts: NamedPrompts | Prompts) -> tuple[Any, list[dict[str, Any]]]:
+    """Prompts as the engine takes them, and one dict for each sequence of the trace whose text is known."""
     if isinstance(prompts, str):
         return prompts, [{"text": prompts}]
-    if isinstance(prompts, Mapping):
+    if isinstance(prompts, Mapping) and prompts and all(isinstance(text, str) for text in prompts.values()):
         return list(prompts.values()), [{"domain": name, "text": text} for name, text in prompts.items()]
-    return list(prompts), [{"text": text} for text in prompts]
+    if isinstance(prompts, list | tuple) and all(isinstance(text, str) for text in prompts):
+        return list(prompts), [{"text": text} for text in prompts]
+    return prompts, []

@@ -16,6 +16,15 @@ from transformers import (
 )
 
 MIB = 2**20
+#: A chat as plain text, in the words of the stories the models are trained on: they know no other marks.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- message['role'] | capitalize + ': ' + message['content'] | trim + '\\n\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'Assistant:' }}
+{%- endif %}
+"""
 
 
 def write_folder(
@@ -27,7 +36,7 @@ def write_folder(
     pad_token: str,
     shards_mib: int,
 ) -> None:
-    """Weights in shards of at most ``shards_mib`` MiB, both configs and the tokenizer.
+    """Weights in shards of at most ``shards_mib`` MiB, both configs and the tokenizer with a chat template.
 
     A tensor larger than a shard gets a shard of its own.
     """
@@ -41,6 +50,7 @@ def write_folder(
         tokenizer_object=tokenizer, bos_token=end_token, eos_token=end_token, pad_token=pad_token,
         model_max_length=model.config.max_position_embeddings, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+    wrapped.chat_template = CHAT_TEMPLATE
     wrapped.save_pretrained(out)
     # transformers 5 writes its internal class name here; this one every version since 4 can load, and it
     # keeps AutoTokenizer from taking the class of the model type, which would pre-tokenise differently.

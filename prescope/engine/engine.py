@@ -4,18 +4,16 @@ The engine owns the pieces and their lifetimes; `runner` serves its MoE layers, 
 graph, `recorder` takes down what happened.
 """
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from traceback import clear_frames
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache.policies import CachePolicy, make_policy
 from ..core.html import facts_html
@@ -30,7 +28,6 @@ from ..errors import (
     BadProfile,
     NoProfile,
     NotAttached,
-    OutOfDeviceMemory,
     SlotPoolTooLarge,
     TraceMismatch,
     UnsupportedOption,
@@ -39,42 +36,27 @@ from ..hf import Attachment, MoELayer, find_moe_layers, owner_of, require_whole,
 from ..kernels import make_kernel
 from ..predictor import Predictor
 from ..profile import HardwareProfile
-from ..scheduler import schedule_named
 from ..scheduler.costs import LayerCosts
-from ..traces.metrics import compute_metrics
 from ..traces.result import RunResult
 from ..traces.routing import RoutingTrace
 from ..weights.host_pool import require_host_memory
 from .config import EngineConfig
 from .forced_routing import ForcedRouting
-from .graph import DecodeLoop, Decoder
+from .forwards import Forwards
+from .generate import generate
+from .graph import Decoder
 from .layered import LayeredRunner
+from .prompts import Prompts
 from .recorder import Recorder
+from .recording import recording, result_of
 from .resolve import _cache_of, _count_slots, _shape_of
-from .run_under_way import RunUnderWay
 from .schedule import open_schedule_runner
+from .turn import in_turn
 
+#: Until a run's next token, for which `close` waits: a long prompt on a slow link takes minutes.
+MOST_TOKEN_S = 600.0
 #: Settings of a schedule, as `Engine.configure` takes them.
 SCHEDULE_SETTINGS = {"schedule", "lookahead", "width", "threshold", "cpu_threads"}
-
-Prompts = str | Sequence[str] | Sequence[Sequence[int]] | torch.Tensor
-
-
-@contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Keep the garbage collector from walking the whole heap meanwhile.
-
-    A recording makes many small objects, which sets off full collections; with torch and transformers imported one
-    takes 180 ms (2-core machine, Python 3.11), as long as ten tokens. Frozen objects are left out of them.
-    """
-    if gc.get_freeze_count():  # somebody else's: `unfreeze` would undo it
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _freed_bytes(model: PreTrainedModel, layers: list[MoELayer], device: torch.device) -> int:
@@ -102,6 +84,7 @@ class Engine:
         num_slots: places for experts on the device.
         frequencies: (L, E) uses per expert that cache="static" goes by, or None.
         fingerprint: identity of the model, written into traces.
+        turn: whose it is to run; a job of several calls keeps it over all of them.
     """
 
     # Of what is made here nothing may be an inference tensor, which could not be written outside that mode.
@@ -124,7 +107,7 @@ class Engine:
         self.shape = _shape_of(layers, top_k_of(model))
         self.num_slots, slots_reason = _count_slots(config, self.shape, layers)
         kind, device_reason = resolve_device(config.device, config.link_gb_per_s, model.device)
-        self._chosen_cache = config.cache
+        self.chosen_cache = config.cache
         cache, cache_reason = _cache_of(config, frequencies)
         policy = make_policy(cache, self.shape, frequencies)
         self._dtype = layers[0].tensors()[layers[0].weight_names[0]].dtype
@@ -134,10 +117,9 @@ class Engine:
             "slots": slots_reason, "device": device_reason, "kernels": kernel_reason, "cache": cache_reason
         }  # fmt: skip
         self.frequencies = frequencies
-        self._cancelled = self._is_entered = False
+        self._is_entered = False
         self._owner = process_id()
         self._is_closing = self._is_closed = False
-        self._run: RunUnderWay | None = None
         former: Engine | None = owner_of(layers)
         if former is not None:
             former._give_way()
@@ -163,7 +145,7 @@ class Engine:
             self._device.close()
             raise
         self.layers = layers
-        self._decoder = Decoder(model, self.runner)
+        self.decoder = Decoder(model, self.runner)
         self.runner.host = self._attachment.host
         self._predictor, self._costs = predictor, costs
         try:
@@ -173,7 +155,8 @@ class Engine:
             self._attachment.detach()
             self._device.close()
             raise
-        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self.turn = self.runner.turn
+        self.forwards = Forwards(model, layers, self.runner)
         self.fingerprint = self._attachment.host.fingerprint(
             repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
         )
@@ -183,6 +166,7 @@ class Engine:
         """Bytes and sizes of its largest experts."""
         return max(self.layers, key=lambda layer: layer.layout.row_bytes).expert_size
 
+    @in_turn("a change of settings")
     @torch.inference_mode(False)
     def configure(
         self,
@@ -207,7 +191,7 @@ class Engine:
         Raises: as `load`; the engine then goes on with its former settings.
         """
         self._require_attached()
-        if self.runner.recorder is not None:
+        if self.forwards.recorders:
             raise UnsupportedOption("a run is under way; change settings after it, or cancel() it first")
         unknown = schedule.keys() - SCHEDULE_SETTINGS
         if unknown:
@@ -217,7 +201,7 @@ class Engine:
             )
         given: dict[str, Any] = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
         given = {name: value for name, value in given.items() if value is not None}
-        config = replace(self.config, **({"cache": self._chosen_cache} | given), **schedule)
+        config = replace(self.config, **({"cache": self.chosen_cache} | given), **schedule)
         hot = self.frequencies if frequencies is None else frequencies
         chosen = config.cache
         cache, cache_reason = _cache_of(config, hot)
@@ -227,14 +211,14 @@ class Engine:
         if slots is not None:
             self._require_memory(count, self.num_slots * self.shape.row_bytes)
         self._device.synchronize()
-        self._decoder.forget()
+        self.decoder.forget()
         if schedule or predictor is not None or costs is not None:
             kept = self._predictor if predictor is None else None if predictor == "none" else predictor
             self._open_schedule(config, kept, costs or self._costs)
         is_new = (
             slots is not None or frequencies is not None or "cache" in given or cache != self.config.cache
         )
-        self.config, self.frequencies, self._chosen_cache = config, hot, chosen
+        self.config, self.frequencies, self.chosen_cache = config, hot, chosen
         self.reasons["cache"] = cache_reason
         if not is_new:
             return
@@ -308,70 +292,42 @@ class Engine:
 
     # -- runs --------------------------------------------------------------------------------------------------
 
+    @in_turn("a run", is_patient=False)
     @torch.inference_mode(False)
     def generate(
         self,
-        prompts: Prompts,
+        prompts: Prompts | None = None,
         *,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
         on_step: Callable[[int], None] | None = None,
         **keywords: Any,
     ) -> RunResult:
         """Generate greedily (or as `keywords` say) and return the text with all evidence.
 
+        One run at a time: another thread's is waited for, until `cancel` or Ctrl-C ends the wait.
+
         Args:
-            prompts: a text, texts, token id lists, or a tensor (B, T) of ids.
+            prompts: a text or texts; token ids as a list, lists, or an array or tensor (T,) or (B, T); a chat (messages
+                with "role" and "content") or chats, by the tokenizer's template; or what a tokenizer returns. Texts
+                and lists are padded on the left; a tensor's padding is told by its mask, or as `model.generate` does.
+            attention_mask: (B, T), 0 where a token of `prompts` is padding.
+            inputs_embeds: (B, T, D) embeddings, instead of ids or beside them.
             on_step: called with the number of tokens so far after each one.
-            keywords: for `model.generate`: max_new_tokens, do_sample, ...
+            keywords: for `model.generate`: max_new_tokens, do_sample, generation_config, stop_strings, ...
 
         Raises:
-            UnsupportedOption: text without a tokenizer, or no prompt.
+            UnsupportedOption: the prompts have none of these forms, one is empty, or text comes without a tokenizer.
+            CancelledError: `cancel` came while another run was waited for.
             TransferFailed, OutOfDeviceMemory: a copy failed, or memory ran out; the engine works again afterwards, with
                 cold slots.
         """
         self._require_attached()
-        inputs = self._tokenize(prompts)
-        self._cancelled = False
-        stop = _Progress(self, on_step, inputs["input_ids"].shape[1])
-        criteria = keywords.pop("stopping_criteria", [])
-        settings = {"do_sample": False, **keywords}
-        if self.model.generation_config.pad_token_id is None and self.tokenizer is not None:
-            settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
-        batch, length = inputs["input_ids"].shape
-        if self.runner.forced is not None:
-            self.runner.forced.restart()
-        loop = self._decoder.loop(
-            self.config, batch, length, settings, bool(criteria), on_step or _ignore, lambda: self._cancelled
-        )
-        with self._recording() as recorder:
-            if isinstance(loop, DecodeLoop):
-                settings |= {"custom_generate": loop, "past_key_values": loop.cache}
-            else:
-                settings["stopping_criteria"] = StoppingCriteriaList([*criteria, stop])
-            output = self.model.generate(**inputs, **settings)
-            self.reasons["decode"] = loop.reason if isinstance(loop, DecodeLoop) else loop
-            sequences = output if isinstance(output, torch.Tensor) else output.sequences
-            tokens = self._new_tokens(sequences, inputs["input_ids"].shape[1])
-            result = self._result(recorder, keywords, sum(map(len, tokens)))
-        text = (
-            self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            if self.tokenizer
-            else [""] * len(tokens)
-        )
-        if self._device.captures_steps and self.config.decode == "auto" and isinstance(loop, str):
-            result.notes.append(f"decode steps ran layer by layer: {loop.removeprefix('layered: ')}")
-        if self._chosen_cache == "auto" and self.config.cache != schedule_named(self.config.schedule).cache:
-            result.notes.append(self.reasons["cache"])
-        if self.runner.forced is not None:
-            result.notes.append(
-                "decode steps were routed by a trace, not by the model: the tokens mean nothing"
-            )
-        if self._cancelled:
-            result.notes.append(f"cancelled after {recorder.num_steps} steps")
-        return replace(result, text=text, tokens=tokens)
+        return generate(self, prompts, attention_mask, inputs_embeds, on_step, keywords)
 
     @contextmanager
     def record(self) -> Iterator[list[RunResult]]:
-        """Record whatever the model does meanwhile; the list holds the `RunResult` (without text) on exit.
+        """Record what this thread does with the model meanwhile; the list holds the `RunResult` (without text) on exit.
 
         For a model that is driven by its own `generate` or forward:
 
@@ -381,9 +337,16 @@ class Engine:
         """
         self._require_attached()
         results: list[RunResult] = []
-        with self._recording() as recorder:
-            yield results
-            results.append(self._result(recorder, {}, recorder.batch * recorder.num_steps))
+        with recording(self) as recorder:
+            try:
+                yield results
+            except BaseException:
+                if (
+                    self.turn.holder is None or self.turn.is_mine
+                ):  # else the next forward puts right what this one left
+                    self.runner.recover()
+                raise
+            results.append(self.turn.run("the end of a recording", _recorded, (self, recorder)))
 
     @contextmanager
     def without_events(self, off: bool = True) -> Iterator[None]:
@@ -394,128 +357,6 @@ class Engine:
             yield
         finally:
             self.config = former
-
-    @contextmanager
-    def _recording(self) -> Iterator[Recorder]:
-        if self.runner.recorder is not None:
-            raise UnsupportedOption("a recording is under way already; one engine records one run at a time")
-        config = self.config
-        self.runner.recorder = Recorder(
-            self._device, events=config.events, routing=config.record_routing, inputs=config.record_inputs
-        )
-        self._run = RunUnderWay()
-        try:
-            with _frozen_heap():
-                yield self.runner.recorder
-        except BaseException as error:
-            is_full = is_out_of_memory(error)
-            if is_full:  # activations are held by the frames that failed; without them the next run has room
-                clear_frames(error.__traceback__)
-            self.runner.recover()
-            if is_full:
-                raise self._out_of_memory(error) from error
-            raise
-        finally:
-            run, self._run, self.runner.recorder = self._run, None, None
-            try:
-                if self._is_closing:
-                    self._give_back()
-            finally:
-                run.over.set()
-
-    def _out_of_memory(self, error: BaseException) -> OutOfDeviceMemory:
-        slots = format_bytes(self.num_slots * self.shape.row_bytes)
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        return OutOfDeviceMemory(
-            f"memory ran out in the middle of a run ({said}). {self.num_slots} slots take {slots}: use fewer "
-            f"(engine.configure(slots=...)), a shorter prompt, fewer prompts at once or fewer new tokens; the engine "
-            f"works again"
-        )
-
-    def _result(self, recorder: Recorder, settings: dict[str, Any], output_tokens: int) -> RunResult:
-        tables = recorder.tables([layer.layout.row_bytes for layer in self.layers])
-        hardware = self.hardware()
-        metrics = compute_metrics(*tables, batch=recorder.batch, output_tokens=output_tokens)
-        trace = recorder.trace(
-            num_experts=self.shape.num_experts,
-            decoder_layers=[layer.decoder_layer for layer in self.layers],
-            model=self.name,
-            fingerprint=self.fingerprint,
-            versions={name: str(hardware[name]) for name in ("prescope", "torch", "transformers")},
-        )
-        return RunResult(
-            text=[],
-            tokens=[],
-            metrics=metrics,
-            events=tables.events,
-            layers=tables.layers,
-            steps=tables.steps,
-            trace=trace,
-            config={**self.describe(), "generate": {name: repr(value) for name, value in settings.items()}},
-            hardware=hardware,
-            notes=recorder.notes(),
-        )
-
-    def _tokenize(self, prompts: Prompts) -> dict[str, torch.Tensor]:
-        device = self._device.torch_device
-        if isinstance(prompts, torch.Tensor):
-            return {
-                "input_ids": prompts.to(device),
-                "attention_mask": torch.ones_like(prompts, device=device),
-            }
-        items = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not items:
-            raise UnsupportedOption("no prompt given; pass a text, a list of texts or lists of token ids")
-        if isinstance(items[0], str):
-            if self.tokenizer is None:
-                raise UnsupportedOption(
-                    f"{self.name} has no tokenizer; pass lists of token ids instead of text"
-                )
-            return dict(
-                self.tokenizer(items, return_tensors="pt", padding=True, return_token_type_ids=False).to(
-                    device
-                )
-            )
-        longest = max(len(item) for item in items)
-        if min(len(item) for item in items) == 0:
-            raise UnsupportedOption("a prompt is empty; every prompt needs at least one token")
-        ids = torch.tensor([[0] * (longest - len(item)) + list(item) for item in items])
-        mask = torch.tensor([[0] * (longest - len(item)) + [1] * len(item) for item in items])
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-    def _new_tokens(self, sequences: torch.Tensor, prompt_length: int) -> list[list[int]]:
-        eos = self.model.generation_config.eos_token_id
-        ends = {eos} if isinstance(eos, int) else set(eos or ())
-        tokens = []
-        for row in sequences[:, prompt_length:].tolist():
-            end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-            tokens.append(row[:end])
-        return tokens
-
-    @torch.compiler.disable
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.runner.captured is not None:
-            return
-        given = kwargs.get("input_ids", args[0] if args else None)
-        tokens = given if given is not None else kwargs.get("inputs_embeds")
-        if tokens is None:
-            return
-        batch, length = tokens.shape[:2]
-        self.runner.is_prefill = length > 1
-        if length == 1 and self.runner.forced is not None:
-            self.runner.forced.advance()
-        if self.runner.recorder is None:
-            return
-        mask = kwargs.get("attention_mask")
-        padding = None
-        if (
-            length > 1
-            and isinstance(mask, torch.Tensor)
-            and mask.shape[:2] == (batch, length)
-            and mask.dim() == 2
-        ):
-            padding = self._device.read(mask) == 0
-        self.runner.recorder.begin_step(batch, length, padding)
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -544,12 +385,14 @@ class Engine:
             "dtype": str(self._dtype).removeprefix("torch."),
         }
 
+    @in_turn("clear_cache")
     def clear_cache(self) -> None:
         """Empty all slots and forget what the cache policy learned: the next run starts cold."""
         self._require_attached()
         self._device.synchronize()
         self.runner.clear()
 
+    @in_turn("recover")
     def recover(self) -> None:
         """Make the engine usable after an interrupt or a failed copy; the slots are cold afterwards.
 
@@ -560,6 +403,7 @@ class Engine:
         self._require_attached()
         self.runner.recover()
 
+    @in_turn("force_routing")
     def force_routing(self, trace: RoutingTrace | None, scores: np.ndarray | None = None) -> None:
         """Route decode steps as a trace does instead of by the model's routers; None ends it.
 
@@ -574,7 +418,7 @@ class Engine:
             TraceMismatch: the trace is of another shape.
         """
         self._require_attached()
-        self._decoder.forget()
+        self.decoder.forget()
         if trace is None:
             self.runner.forced = None
             if self.runner.schedule_runner is not None:
@@ -593,12 +437,15 @@ class Engine:
             self.runner.schedule_runner.forced = forced
 
     def cancel(self) -> None:
-        """End the running `generate` after the token it is at; what there is by then is returned."""
-        self._cancelled = True
+        """End the running `generate` after the token it is at, which then returns what there is, and give up all waits
+        for the engine (they raise CancelledError).
+        """
+        self.turn.cancel()
 
     @property
     def is_cancelled(self) -> bool:
-        return self._cancelled
+        """Whether the run under way was told to end."""
+        return self.turn.holder is not None and self.turn.holder.is_cancelled
 
     @property
     def needs(self) -> dict[NeedOutcome, int]:
@@ -610,6 +457,7 @@ class Engine:
         """Whether the model has been given back, or is about to be when the run under way has ended."""
         return self._is_closing
 
+    @in_turn("check_integrity")
     def check_integrity(self) -> None:
         """Assert that slots and table agree and that each resident expert's bytes equal its host row's.
 
@@ -642,16 +490,20 @@ class Engine:
             return
         require_process(self._owner, "this engine")
         self._is_closing = True
-        run = self._run
-        if run is None:
-            self._give_back()
-            return
-        self.cancel()
-        run.wait_from_elsewhere()
+        self.turn.tell()
+        if threading.get_ident() in self.forwards.recorders:
+            return  # the end of the recording gives back
+        if self.turn.is_mine:
+            self.turn.afterwards(self.finish_closing)
+        else:
+            self.turn.run("close", self.finish_closing, is_patient=True, most_s=MOST_TOKEN_S)
 
     close = detach
 
-    def _give_back(self) -> None:
+    def finish_closing(self) -> None:
+        """Give the model back if `close` was called and could not yet; call it when nobody runs."""
+        if not self._is_closing or self._is_closed:
+            return
         with ExitStack() as steps:  # from the last to the first, and all of them also if one fails
             steps.callback(setattr, self, "_is_closed", True)
             steps.callback(self._device.close)
@@ -659,13 +511,13 @@ class Engine:
             if self.runner.schedule_runner is not None:
                 steps.callback(self.runner.schedule_runner.close)
             steps.callback(self.runner.close_slots)
-            steps.callback(self._decoder.forget)
-            steps.callback(self._hook.remove)
+            steps.callback(self.decoder.forget)
+            steps.callback(self.forwards.close)
             steps.callback(self._device.recover)
 
     def _give_way(self) -> None:
         """Detach for a new engine of the same model: a cell that attaches was run twice."""
-        if self._is_entered or self.runner.recorder is not None:
+        if self._is_entered or self.forwards.recorders or self.turn.holder is not None:
             what = "inside its 'with' block" if self._is_entered else "in the middle of a run"
             raise AlreadyAttached(
                 f"this model already runs through an engine that is {what}; call detach() on that one first"
@@ -724,27 +576,16 @@ class Engine:
         )
 
 
-def _ignore(tokens: int) -> None:
-    """Nobody asked to be told."""
+def _recorded(engine: Engine, recorder: Recorder) -> RunResult:
+    """What was recorded of forward passes that nobody told the tokens of.
 
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or the CPU that stands in for it, could not give memory."""
-    # On the CPU torch raises a plain RuntimeError, known by the allocator it names.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-class _Progress(StoppingCriteria):
-    """Reports each token and ends generation when the engine was told to cancel."""
-
-    def __init__(self, engine: Engine, on_step: Callable[[int], None] | None, prompt_length: int) -> None:
-        self._engine = engine
-        self._on_step = on_step
-        self._prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **keywords: Any) -> torch.Tensor:
-        if self._on_step is not None:
-            self._on_step(input_ids.shape[1] - self._prompt_length)
-        return torch.full(
-            (input_ids.shape[0],), self._engine.is_cancelled, device=input_ids.device, dtype=torch.bool
+    Raises:
+        NotAttached: another thread has closed the engine meanwhile.
+    """
+    if engine.forwards.is_closed:
+        raise NotAttached(
+            "the engine was closed by another thread while it recorded; what was recorded is lost"
         )
+    return result_of(
+        engine, recorder, {}, batch=recorder.batch, output_tokens=recorder.batch * recorder.num_steps
+    )

@@ -2,10 +2,11 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from typing import Any, Self
 
 from ..traces.result import RunResult
+from .turn import Turn
 
 #: One text, several, or a name (a domain, say) for each: the names go into the trace.
 NamedPrompts = str | Sequence[str] | Mapping[str, str]
@@ -16,20 +17,19 @@ class Job:
     """A run in a thread: watch `progress`, `cancel` it at the next token, or wait for its `result`.
 
     Args:
-        run: makes the result; takes `on_step` and `settings`. `cancel_run`: ends it after the token it is at.
-        one_run: held while it runs.
+        run: makes the result; takes `on_step` and `settings`.
+        turn: held while it runs.
     """
 
     def __init__(
         self,
         run: Callable[..., RunResult],
-        cancel_run: Callable[[], None],
-        one_run: threading.Lock,
+        turn: Turn,
         settings: dict[str, Any],
     ) -> None:
         self._future: Future[RunResult] = Future()
         self._cancel = threading.Event()
-        self._run, self._cancel_run, self._one_run, self._settings = run, cancel_run, one_run, settings
+        self._run, self._turn, self._settings = run, turn, settings
         self._tokens = 0
         self._watchers: list[Watcher] = []
         self._thread = threading.Thread(target=self._work, name="prescope-run", daemon=True)
@@ -66,7 +66,7 @@ class Job:
         return self._future.exception() if self.is_done else None
 
     def cancel(self) -> None:
-        """End after the token the run is at; `result` then returns what there is by then."""
+        """End after the token the run is at; `result` then returns what there is by then. A job that waits gives up."""
         self._cancel.set()
 
     def result(self, timeout_s: float | None = None) -> RunResult:
@@ -91,10 +91,8 @@ class Job:
 
     def _work(self) -> None:
         try:
-            with self._one_run:
-                if self.is_cancelled:
-                    raise CancelledError("cancelled before the first token")
-                result = self._run(on_step=self._step, **self._settings)
+            settings = {"on_step": self._step, **self._settings}
+            result = self._turn.run("a job", self._run, (), settings, was_told=self._cancel.is_set)
         except BaseException as error:  # noqa: BLE001 - nothing is lost: result() raises it in the caller's thread
             self._future.set_exception(error)
         else:
@@ -102,7 +100,5 @@ class Job:
 
     def _step(self, num_tokens: int) -> None:
         self._tokens = num_tokens
-        if self.is_cancelled:
-            self._cancel_run()
         for watcher in self._watchers:
             watcher(self)

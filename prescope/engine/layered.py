@@ -6,6 +6,7 @@ experts than there are slots, it is served in rounds; a token's output is summed
 decode step is captured, the layer's launches go into the graph instead (`kernels.graph_buffers`).
 """
 
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,7 @@ from .forced_routing import ForcedRouting
 from .frozen_experts import FrozenExperts
 from .recorder import Recorder
 from .schedule import Predicted, ScheduleRunner
+from .turn import Turn
 
 if TYPE_CHECKING:
     from ..kernels.graph_buffers import GraphBuffers
@@ -44,7 +46,9 @@ class LayeredRunner:
     Attributes:
         host: rows of all experts; set by whoever fills them, before the first `open_slots`.
         recorder: takes down what happens, if there is one.
-        captured: where launches go while a decode step is captured.
+        turn: whose it is to run.
+        captured: where launches go while a decode step is captured, by `capturing_thread` (its ident).
+        is_in_graph: while decode steps run from a graph, whose table of slots is then the true one.
         scheduling: decides in decode steps; without, everything that is missing is copied on demand.
         forced: routing from a trace, in decode steps.
         is_prefill: whether the forward pass under way reads a prompt.
@@ -62,7 +66,10 @@ class LayeredRunner:
         self._kernels, self._dtype, self._device_type = kernels, dtype, device.torch_device.type
         self.weights: list[LayerWeights] = []
         self.recorder: Recorder | None = None
+        self.turn = Turn()
         self.captured: GraphBuffers | None = None
+        self.capturing_thread = 0
+        self.is_in_graph = False
         self.schedule_runner: ScheduleRunner | None = None
         self.forced: ForcedRouting | None = None
         self.is_prefill = True
@@ -108,12 +115,20 @@ class LayeredRunner:
         if self.schedule_runner is not None:
             self.schedule_runner.recover()
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether the calling thread captures a decode step."""
+        return self.captured is not None and self.capturing_thread == threading.get_ident()
+
     # -- one MoE layer -----------------------------------------------------------------------------------------
 
     def serve(
         self, moe_layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """What stands in for the experts' forward of every MoE layer: x (..., D), ids and weights (T, K)."""
+        # A module that was called alone, or computed again for a backward pass, has no forward of the model around it.
+        if self.turn.owner != threading.get_ident() and not self.is_capturing:
+            return self.turn.run("a MoE layer", self._serve_alone, (moe_layer, x, ids, weights))
         if x.numel() == 0:  # image tokens only, in a family with experts of its own for them
             return torch.zeros_like(x)
         x_TD = x.reshape(-1, x.shape[-1])
@@ -153,6 +168,13 @@ class LayeredRunner:
         out = self._serve_now(moe_layer, x_TD, ids_TK.to(torch.int64), weights_TK)
         self._is_serving = False
         return out
+
+    def _serve_alone(
+        self, moe_layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Serve a layer outside any forward pass of the model: on demand, and in nobody's recording."""
+        self.is_prefill = True
+        return self.serve(moe_layer, x, ids, weights)
 
     def _serve_captured(
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor

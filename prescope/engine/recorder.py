@@ -3,6 +3,7 @@
 While the model runs only references are kept; times are computed, and tensors brought to the host, at the end.
 """
 
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from ..kernels import StepLog
 from ..traces.events import PHASES, Event, LayerRow, StepRow, event_frame, layer_frame, step_frame
 from ..traces.routing import RoutingTrace
 from ..weights.loader import Transfer
+from .positions import Forward, Positions, TextKey
 from .schedule import CpuWork
 
 
@@ -49,7 +51,9 @@ class _Step:
     phase: Phase
     batch: int
     length: int  # tokens per sequence
-    padding: NDArray[np.bool_] | None  # (batch, length), True where a token is padding
+    text: TextKey
+    past: int | None  # tokens cached before; None for all of the text so far
+    real: NDArray[np.bool_] | None  # as `Forward.real`
     start: Mark | None  # None for a step from a graph: its log says
     log: StepLog | None = None
     is_counted: bool = False  # the log's needs were taken down as the host served them
@@ -82,6 +86,10 @@ class Recorder:
         device: gives marks their times.
         events: record the timeline.
         routing: keep expert ids and router weights; `inputs`: and router inputs.
+
+    Attributes:
+        thread: ident of the one whose forward passes it records.
+        num_foreign: forward passes of other threads meanwhile, which are not in it.
     """
 
     def __init__(self, device: Device, *, events: bool, routing: bool, inputs: bool) -> None:
@@ -95,6 +103,8 @@ class Recorder:
         self._served: list[_Served] = []
         self._layers: list[LayerRow] = []
         self._steps: list[_Step] = []
+        self.num_foreign = 0
+        self.thread = threading.get_ident()
         self._start = device.mark(timed=True)
         self._start_ns = time.perf_counter_ns()  # the same moment by the host's clock, on an idle device
         self._last: Mark = self._start  # end of the last thing on the compute lane
@@ -114,12 +124,16 @@ class Recorder:
     def batch(self) -> int:
         return max((step.batch for step in self._steps), default=0)
 
-    def begin_step(self, batch: int, length: int, padding: NDArray[np.bool_] | None) -> None:
-        """A forward pass over `batch` x `length` tokens starts."""
+    def begin_step(self, forward: Forward) -> None:
+        """A forward pass starts."""
+        # A GPU's mask is read only where it can say something new: tokens that follow a known text are real.
+        is_known = forward.length == 1 and any(step.text == forward.text for step in self._steps[-1:])
+        real = None if is_known else forward.real()
         mark = self._device.mark(timed=True)
         self._close_step(mark)
-        phase: Phase = "prefill" if length > 1 or not self._steps else "decode"
-        self._steps.append(_Step(phase, batch, length, padding, mark))
+        self._steps.append(
+            _Step(forward.phase, forward.batch, forward.length, forward.text, forward.past, real, mark)
+        )
         self._last = mark
 
     # -- steps from a graph ------------------------------------------------------------------------------------
@@ -131,7 +145,7 @@ class Recorder:
 
     def begin_logged_step(self, batch: int) -> int:
         """A decode step from a graph is launched; `log` follows when it is over. Returns its number."""
-        self._steps.append(_Step("decode", batch, 1, None, None))
+        self._steps.append(_Step("decode", batch, 1, self._steps[-1].text, None, None, None))
         return len(self._steps) - 1
 
     def drop_step(self) -> None:
@@ -445,11 +459,10 @@ class Recorder:
         parts = [self._step_rows(i, num_layers, num_experts, top_k) for i in range(len(self._steps))]
         joined: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         self._not_finite["router weights"] = _take_out_not_finite(joined["weights"])
-        past = self._positions()
         inputs = self._all_inputs(num_layers) if self._inputs else None
         return RoutingTrace(
             **joined,
-            position=past,
+            position=self._positions(),
             inputs=inputs,
             num_experts=num_experts,
             top_k=top_k,
@@ -487,17 +500,13 @@ class Recorder:
         }
 
     def _positions(self) -> np.ndarray:
-        """Position of each row's token in its sequence, padding not counted; -1 for padding."""
-        parts = []
-        seen = np.zeros(self.batch, dtype=np.int64)
-        for step in self._steps:
-            real = np.ones((step.batch, step.length), dtype=bool)
-            if step.padding is not None:
-                real = ~step.padding
-            count = np.cumsum(real, axis=1)
-            parts.append(np.where(real, seen[: step.batch, None] + count - 1, -1).ravel())
-            seen[: step.batch] += count[:, -1]
-        return np.concatenate(parts).astype(np.int32)
+        """Position of each row's token in its text, padding not counted; -1 for padding."""
+        positions = Positions()
+        parts = [
+            positions.of(step.text, step.past, (step.batch, step.length), step.real).ravel()
+            for step in self._steps
+        ]
+        return np.concatenate(parts)
 
     def _all_inputs(self, num_layers: int) -> np.ndarray:
         """(R, L, D) float16, as `saturating_float16` but on the device, into the one array that is kept: in float32,

@@ -67,13 +67,14 @@ def addresses_of(model: nn.Module) -> int:
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether somebody has registered hooks on parts of the model, which a captured step would not call.
+    """Whether somebody has registered hooks on the model or its parts, which a captured step would not call.
 
     Those of transformers stay for good once outputs were asked for, and do nothing in other runs.
     """
-    parts = (module for module in model.modules() if module is not model)
     hooks = (
-        hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        hook
+        for part in model.modules()
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     )
     return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 

@@ -22,7 +22,7 @@ NAN = float("nan")
 METRIC_DEFINITIONS: dict[str, str] = {
     "ttft_ms": "time to first token: run start to end of the last prefill step, ms",
     "tpot_ms": "time per output token: (end-to-end - TTFT) / (output tokens of the longest sequence - 1), "
-    "ms; the divisor is the number of decode steps. NaN without decode steps",
+    "ms; where nobody counted tokens, a decode step stands for one. NaN without decode steps",
     "tokens_per_s": "tokens of all sequences produced in the decode phase / wall time of that phase, 1/s; "
     "the first token of each sequence comes from the prefill and is not counted",
     "end_to_end_s": "run start to end of the last step, s",
@@ -241,7 +241,12 @@ _ROWS = [
 
 
 def compute_metrics(
-    events: pd.DataFrame, layers: pd.DataFrame, steps: pd.DataFrame, batch: int, output_tokens: int
+    events: pd.DataFrame,
+    layers: pd.DataFrame,
+    steps: pd.DataFrame,
+    batch: int,
+    output_tokens: int,
+    longest: int | None = None,
 ) -> Metrics:
     """Summarise a run from its event, layer and step tables.
 
@@ -250,6 +255,7 @@ def compute_metrics(
         layers, steps: layer and step tables; may be empty too.
         batch: sequences generated together.
         output_tokens: tokens generated, summed over the sequences, first tokens included.
+        longest: tokens of the longest sequence; by default one for each decode step, and the first.
     """
     ends = (steps["start_us"] + steps["dur_us"]).to_numpy()
     is_prefill = (steps["phase"] == "prefill").to_numpy()
@@ -265,10 +271,11 @@ def compute_metrics(
         for phase in ("prefill", "decode")
     )
     total = _phase_metrics(events, layers, steps, events)
+    after_first = decode.num_steps if longest is None else longest - 1
     return Metrics(
         **total.to_dict(),  # type: ignore[arg-type]  # ints stay ints
         ttft_ms=float(ttft_us / 1e3),
-        tpot_ms=float((end_us - ttft_us) / 1e3 / decode.num_steps) if decode.num_steps else NAN,
+        tpot_ms=float((end_us - ttft_us) / 1e3 / after_first) if decode.num_steps and after_first else NAN,
         tokens_per_s=_ratio(output_tokens - batch, decode.wall_ms / 1e3) if decode.num_steps else NAN,
         end_to_end_s=float(end_us / 1e6),
         batch=batch,

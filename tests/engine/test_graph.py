@@ -9,13 +9,13 @@ from importlib import import_module
 
 import pytest
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 import prescope
 from prescope.core.native import address_of
 from prescope.core.types import NeedOutcome
 from prescope.engine.graph import DecodeLoop
-from prescope.errors import TransferFailed
+from prescope.errors import TransferFailed, UnsupportedOption
 from tests.support.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
@@ -101,7 +101,7 @@ def test_the_faster_driver_is_kept_and_the_result_says_so(model, gpu):
 @pytest.mark.parametrize("driver", ["gpu-driven", "host-driven"])
 def test_generation_ends_with_the_text_and_the_step_launched_too_early_is_not_counted(gpu, driver):
     model = tiny_moe()
-    ids = prompt(batch=2, seed=3)
+    ids = prompt(batch=2, seed=3).clamp(min=1)  # no pad token in it
     free = plain_tokens(model, ids, new=7)
     end = free[0][3]
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, 0
@@ -117,6 +117,50 @@ def test_generation_ends_with_the_text_and_the_step_launched_too_early_is_not_co
     assert len(captured.steps) == len(layered.steps)
     for row, expected in zip(both.tokens, free, strict=True):
         assert row == expected[: expected.index(end) + 1 if end in expected else None]
+
+
+@pytest.mark.parametrize("driver", ["gpu-driven", "host-driven"])
+def test_settings_hold_in_captured_steps_whoever_gives_them(gpu, driver):
+    """An end of the call, in a config object or the model's own; padding has no position in the static cache either."""
+    model, ids, mask = (
+        tiny_moe(pad_token_id=0),
+        prompt(batch=2, seed=3).clamp(min=1),
+        torch.ones(2, 9, dtype=torch.long),
+    )
+    mask[0, :3] = 0
+    call = {"attention_mask": mask, "max_new_tokens": 7}
+
+    def plain(**settings):
+        return model.generate(ids, **call, do_sample=False, **settings)[:, 9:].tolist()
+
+    full = plain()
+    model.generation_config.eos_token_id = full[1][4]
+    with prescope.attach(model, slots=10, decode=driver, **gpu) as engine:
+        for ends, given in [
+            ([full[1][4]], call),
+            ([full[0][2], full[1][3]], call | {"eos_token_id": [full[0][2], full[1][3]]}),
+            ([], call | {"eos_token_id": None}),
+            ([full[0][3]], {"attention_mask": mask, "generation_config": GenerationConfig(
+                max_new_tokens=7, eos_token_id=full[0][3])}),
+            ([full[0][1]], {"attention_mask": mask, "max_length": 16, "eos_token_id": full[0][1]}),
+        ]:  # fmt: skip
+            run = engine.generate(ids, **given)
+            assert run.config["reasons"]["decode"].startswith(driver), run.config["reasons"]["decode"]
+            cut = [next((i + 1 for i, token in enumerate(row) if token in ends), 7) for row in full]
+            assert run.tokens == [row[:end] for row, end in zip(full, cut, strict=True)]
+            assert run.metrics.output_tokens == sum(cut)
+            steps = max(cut) - 1
+            position = [run.trace.position[run.trace.sequence == i].tolist() for i in (0, 1)]
+            assert position == [[-1] * 3 + [*range(6 + steps)], [*range(9 + steps)]]
+            assert run.steps["phase"].tolist() == ["prefill"] + ["decode"] * steps
+
+
+def test_calling_the_model_from_a_captured_run_is_refused_and_the_engine_works_on(model, gpu):
+    ids = prompt()
+    with prescope.attach(model, slots=8, decode="gpu-driven", **gpu) as engine:
+        with pytest.raises(UnsupportedOption, match="decode='layered'"):
+            engine.generate(ids, max_new_tokens=8, on_step=lambda n: model(ids) if n == 4 else None)
+        assert engine.generate(ids, max_new_tokens=6).tokens == plain_tokens(model, ids, new=6)
 
 
 def test_sampling_and_processors_choose_on_the_host(model, gpu):

@@ -9,6 +9,7 @@ import torch
 from prescope import views
 from prescope.core.types import Reason
 from prescope.device import NullDevice
+from prescope.engine.positions import Forward
 from prescope.engine.recorder import Recorder
 from prescope.kernels import StepLog
 from prescope.traces.events import PHASES
@@ -49,7 +50,7 @@ def recording():
     """A prefill by marks, then two graph steps by stamps; the GPU's clock is 1,000,000 us ahead of the run's."""
     device = NullDevice()
     recorder = Recorder(device, events=True, routing=True, inputs=False)
-    recorder.begin_step(1, 4, None)
+    recorder.begin_step(Forward(1, 4, 0, "prefill", object()))
     recorder.routed(0, device.mark(True))
     recorder.computed(0, device.mark(True))
     recorder.anchor(device.mark(True), 1_000_000_000)
@@ -154,7 +155,7 @@ def test_recorded_inputs_saturate_and_what_is_not_finite_is_said():
 
     def recorded(value):
         recorder = Recorder(NullDevice(), events=False, routing=True, inputs=True)
-        recorder.begin_step(1, 1, None)
+        recorder.begin_step(Forward(1, 1, 0, "prefill", object()))
         recorder.routing(0, np.array([[0]]), torch.ones(1, 1), torch.tensor([[value, 1.5]]))
         trace = recorder.trace(num_experts=2, decoder_layers=[0], model="m", fingerprint="f")
         return trace.inputs.tolist(), recorder.notes()
@@ -171,7 +172,7 @@ def test_compiling_decisions_is_warm_up_and_no_host_wait(monkeypatch):
     monkeypatch.setattr("prescope.engine.recorder.compiling_us", lambda: compiled_us[0])
     device = NullDevice()
     recorder = Recorder(device, events=True, routing=False, inputs=False)
-    recorder.begin_step(1, 4, None)
+    recorder.begin_step(Forward(1, 4, 0, "prefill", object()))
     for layer, us in enumerate((0.0, 700.0, 0.0)):
         recorder.routed(layer, device.mark(True))
         device.now_us += 950.0  # and a mark takes 50

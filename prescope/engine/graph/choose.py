@@ -1,8 +1,8 @@
 """Which way a run's decode steps go, and why; keeps the captured steps of an engine."""
 
 import warnings
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from ...cache.policies import POLICIES
 from ...errors import UnsupportedOption
@@ -10,6 +10,7 @@ from ...hf import addresses_of, has_hooks
 from ...kernels import MOST_PAIRS, make_device_table
 from ..config import EngineConfig
 from ..layered import LayeredRunner
+from ..stopping import Progress
 from .loop import DecodeLoop
 from .step import COPY, GPU, HOST, GraphStep
 
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 #: Captured steps that are kept, of different batch sizes.
 MOST_STEPS = 4
-#: Keywords of `generate` that captured steps understand; with others transformers' own loop runs.
+#: Settings of `generate` that captured steps understand; with others transformers' own loop runs.
 KEYWORDS = {
-    "do_sample", "max_new_tokens", "min_new_tokens", "pad_token_id", "eos_token_id", "temperature", "top_k", "top_p",
-    "min_p", "repetition_penalty",
+    "do_sample", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "bos_token_id", "pad_token_id",
+    "eos_token_id", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
 }  # fmt: skip
 
 
@@ -45,29 +46,29 @@ class Decoder:
         self,
         config: EngineConfig,
         batch: int,
-        prompt_length: int,
-        keywords: dict[str, Any],
-        has_criteria: bool,
-        on_step: Callable[[int], None],
-        is_cancelled: Callable[[], bool],
+        length: int | None,
+        names: Collection[str],
+        progress: Progress,
     ) -> DecodeLoop | str:
         """A loop that runs captured steps, or the reason why transformers' own loop runs, layer by layer.
 
         Args:
-            keywords: for `model.generate`; `has_criteria`: the user gave stopping criteria too.
+            length: most tokens of a sequence, prompt included; None if the call does not say.
+            names: of all settings of `model.generate` that are not its defaults, and of its other arguments.
         """
-        reason = self._why_layered(config, batch, keywords, has_criteria)
+        reason = self._why_layered(config, batch, length, names)
         if not reason:
+            assert length is not None
             drivers, only = self._drivers(config)
             try:
-                step = self._step(config, batch, prompt_length + keywords["max_new_tokens"], drivers)
+                step = self._step(config, batch, length, drivers)
                 reason = step.problem
             except UnsupportedOption as error:
                 reason = str(error)
         if reason:
             if config.decode not in ("auto", "layered"):
                 warnings.warn(
-                    f"decode={config.decode!r}: decode steps run layer by layer: {reason}", stacklevel=5
+                    f"decode={config.decode!r}: decode steps run layer by layer: {reason}", stacklevel=8
                 )
             return f"layered: {reason}"
         if self._table is None:
@@ -76,7 +77,7 @@ class Decoder:
                 runner.shape, runner.residency.num_slots, runner.device.torch_device
             )
         step.cache.reset()
-        return DecodeLoop(step, self._runner, self._table, only, on_step, is_cancelled)
+        return DecodeLoop(step, self._runner, self._table, only, progress)
 
     def _step(self, config: EngineConfig, batch: int, length: int, drivers: list[str]) -> GraphStep:
         """The step for this batch, made anew if the one there is too short or of other settings."""
@@ -115,12 +116,12 @@ class Decoder:
         return [GPU, COPY], ""
 
     def _why_layered(
-        self, config: EngineConfig, batch: int, keywords: dict[str, Any], has_criteria: bool
+        self, config: EngineConfig, batch: int, length: int | None, names: Collection[str]
     ) -> str:
         """Why decode steps cannot run from a graph in this run; "" if they can."""
         shape, num_slots = self._runner.shape, self._runner.residency.num_slots
         needed = min(shape.num_experts, batch * shape.top_k)
-        other = sorted(set(keywords) - KEYWORDS) + ["stopping_criteria"] * has_criteria
+        other = sorted(set(names) - KEYWORDS)
         schedule_runner = self._runner.schedule_runner
         has_norms = any(layer.spec.post_norm is not None for layer in self._runner.layers)
         checks = [
@@ -139,9 +140,8 @@ class Decoder:
             ),
             (needed > num_slots, f"a layer may need {needed} experts at once, there are {num_slots} slots"),
             (batch * shape.top_k > MOST_PAIRS, f"more than {MOST_PAIRS} pairs of token and expert"),
-            ("max_new_tokens" not in keywords, "max_new_tokens is not given"),
+            (length is None, "max_new_tokens is not given"),
             (bool(other), f"generate has {', '.join(other)}"),
-            (self._model.generation_config.num_beams not in (None, 1), "beam search"),
         ]
         return next((reason for holds, reason in checks if holds), "")
 

@@ -22,6 +22,7 @@ from ...core.worker import PATIENCE_S
 from ...errors import TransferFailed, UnsupportedOption, WaitTimedOut
 from ...kernels import StepLog
 from ..layered import LayeredRunner
+from ..stopping import Progress
 from .copy_driver import CopyDriver, SideTasks
 from .host_driver import HostDriver
 from .sampler import Sampler
@@ -51,8 +52,7 @@ class DecodeLoop:
         step: for this batch.
         table: the residency table on the GPU.
         only: why a single driver is captured, if it is.
-        on_step: told the number of new tokens after each.
-        is_cancelled: asked after each.
+        progress: told of each token.
 
     Attributes:
         reason: which driver ran, and why.
@@ -64,11 +64,10 @@ class DecodeLoop:
         runner: LayeredRunner,
         table: "DeviceTable",
         only: str,
-        on_step: Callable[[int], None],
-        is_cancelled: Callable[[], bool],
+        progress: Progress,
     ) -> None:
         self._step, self._runner, self._table, self._only = step, runner, table, only
-        self._on_step, self._is_cancelled = on_step, is_cancelled
+        self._progress = progress
         self._driver = ""  # whose turn it was last: its table is the true one
         self.reason = self._driver_reason() or "layered: the run ended before a step was captured"
         self.cache = step.cache
@@ -86,10 +85,16 @@ class DecodeLoop:
         synced_gpus: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
-        config = generation_config
+        sample = Sampler(logits_processor, generation_config, stopping_criteria, input_ids)
+        sequences = self._generate(model, input_ids, sample, generation_config, kwargs)
+        self._progress.lengths = sample.lengths.tolist()
+        return sequences
+
+    def _generate(
+        self, model: Any, input_ids: torch.Tensor, sample: Sampler, config: Any, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         outputs = model._prefill(input_ids, config, kwargs)
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
-        sample = Sampler(logits_processor, config, stopping_criteria, input_ids)
         sample.choose(outputs.logits[:, -1])
         del outputs
         if sample.is_done() or self._told(1):
@@ -115,8 +120,7 @@ class DecodeLoop:
         return f"{self._step.driver}: {self._step.why}" if self._step.driver else ""
 
     def _told(self, tokens: int) -> bool:
-        self._on_step(tokens)
-        return self._is_cancelled()
+        return self._progress.step(tokens)
 
     def _capture(self) -> None:
         try:
@@ -156,11 +160,13 @@ class DecodeLoop:
         try:
             # Only here: beside layers that the CPU computes, or launches, threads that wait would be in the way.
             with schedule_runner.awake() if schedule_runner is not None else nullcontext():
+                self._runner.is_in_graph = True
                 self._run_steps(sample, first, num_steps)
         except BaseException:
             self._abandon()
             raise
         finally:
+            self._runner.is_in_graph = False
             self._scheduled_step.end()
             self._give_table()
 

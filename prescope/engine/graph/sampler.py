@@ -11,6 +11,9 @@ class Sampler:
 
     Greedily, without processors and criteria of the user's own, the graph has chosen already (`greedy`), and the host
     only keeps what it is told.
+
+    Attributes:
+        lengths: (B,) new tokens of each sequence up to its end.
     """
 
     def __init__(self, processors: Any, config: Any, criteria: Any, input_ids: torch.Tensor) -> None:
@@ -22,6 +25,7 @@ class Sampler:
         self._prompt = input_ids
         self._rows: list[torch.Tensor] = []  # (B,) each, on the host
         self._unfinished = np.ones(input_ids.shape[0], dtype=bool)
+        self.lengths = np.zeros(input_ids.shape[0], dtype=np.int64)
         own = {"MaxLengthCriteria", "EosTokenCriteria"}
         self.greedy = (
             not self._sampled and not len(processors) and {type(c).__name__ for c in criteria} <= own
@@ -43,6 +47,7 @@ class Sampler:
     def take(self, tokens: np.ndarray) -> torch.Tensor:
         """Keep one token per sequence (B,); sequences that have ended get padding."""
         kept = np.where(self._unfinished, tokens, self._pad)
+        self.lengths += self._unfinished
         self._rows.append(torch.from_numpy(kept))
         self._unfinished &= ~np.isin(kept, list(self._ends)) if self._ends else True
         return self._rows[-1]

@@ -1,5 +1,6 @@
 """One decode step of a fixed batch over its own static cache, captured once for each driver."""
 
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -145,7 +146,7 @@ class GraphStep:
         )
 
     def _whole(self, step: "GraphBuffers") -> torch.Tensor:
-        self._runner.captured = step
+        self._runner.captured, self._runner.capturing_thread = step, threading.get_ident()
         try:
             step.begin()
             if self._runner.forced is not None:

@@ -1,0 +1,218 @@
+"""How a run is made: prompts in, settings settled, tokens and evidence out."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GenerationConfig
+
+from ..errors import UnsupportedOption
+from ..scheduler import schedule_named
+from ..traces.result import RunResult
+from .graph import DecodeLoop
+from .prompts import Encoder
+from .recorder import Recorder
+from .recording import put_right, recorded, result_of
+from .served import Served
+from .stopping import Progress, watched_criteria
+
+#: Settings that need the tokenizer while tokens are chosen.
+NEED_TOKENIZER = ("stop_strings", "token_healing")
+
+
+class Settings(NamedTuple):
+    """Settings of one `model.generate`."""
+
+    given: dict[str, Any]  # its arguments, but for the prompts
+    in_force: GenerationConfig  # they, over the model's own, over the library's
+    names: set[str]  # those that are not the library's, and arguments that are no settings
+
+    @property
+    def eos(self) -> list[int]:
+        """Ids that end a sequence."""
+        eos = self.in_force.eos_token_id
+        return [] if eos is None else [eos] if isinstance(eos, int) else [int(token) for token in eos]
+
+    def length(self, prompt_length: int) -> int | None:
+        """Most tokens of a sequence, prompt included; None if neither call nor model says."""
+        if self.in_force.max_new_tokens is not None:
+            return prompt_length + int(self.in_force.max_new_tokens)
+        return int(self.in_force.max_length) if "max_length" in self.names else None
+
+
+def generate(
+    engine: Served,
+    prompts: Any,
+    attention_mask: Any,
+    inputs_embeds: Any,
+    on_step: Callable[[int], None] | None,
+    keywords: Mapping[str, Any],
+) -> RunResult:
+    """`Engine.generate`; call it in a turn."""
+    prompts, keywords = _only_once(prompts, keywords)
+    settings = settle(engine, keywords)
+    encoder = encoder_of(engine, settings)
+    encoded = encoder.encode(
+        prompts, attention_mask, inputs_embeds, goes_on=keywords.get("past_key_values") is not None
+    )
+    claim = engine.turn.holder
+    assert claim is not None
+    progress = Progress(
+        encoded.num_echoed,
+        settings.eos,
+        settings.in_force.pad_token_id,
+        on_step or _ignore,
+        lambda: claim.is_cancelled,
+    )
+    loop = engine.decoder.loop(
+        engine.config,
+        encoded.batch,
+        settings.length(encoded.length),
+        settings.names | (encoded.inputs.keys() - {"input_ids", "attention_mask"}),
+        progress,
+    )
+    if engine.runner.forced is not None:
+        engine.runner.forced.restart()
+    arguments = encoded.inputs | _with_pad(engine, settings, is_masked="attention_mask" in encoded.inputs)
+    said = {name: value for name, value in keywords.items() if not isinstance(value, torch.Tensor)}
+
+    def run(recorder: Recorder) -> RunResult:
+        tokens = progress.tokens(_sequences(engine, arguments, progress, loop, recorder))
+        result = result_of(
+            engine,
+            recorder,
+            said,
+            batch=len(tokens),
+            output_tokens=sum(map(len, tokens)),
+            longest=max(map(len, tokens)),
+        )
+        return replace(result, tokens=tokens)
+
+    result = recorded(engine, run)
+    result.notes.extend(_notes(engine, loop))
+    if claim.is_cancelled:
+        result.notes.append(f"cancelled after {len(result.steps)} steps")
+    tokenizer, tokens = engine.tokenizer, result.tokens
+    text = tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokenizer else [""] * len(tokens)
+    return replace(result, text=text)
+
+
+def _sequences(
+    engine: Served,
+    arguments: dict[str, Any],
+    progress: Progress,
+    loop: DecodeLoop | str,
+    recorder: Recorder,
+) -> torch.Tensor:
+    """(B, T) what `model.generate` returns."""
+    model, runner, forwards = engine.model, engine.runner, engine.forwards
+    patched, former = model.__dict__, runner.recorder
+    try:
+        runner.recorder, forwards.progress = recorder, progress
+        if isinstance(loop, DecodeLoop):
+            output = model.generate(**arguments, custom_generate=loop, past_key_values=loop.cache)
+        else:
+            patched["_get_stopping_criteria"] = watched_criteria(model, progress)
+            output = model.generate(**arguments)
+        engine.reasons["decode"] = loop.reason if isinstance(loop, DecodeLoop) else loop
+    except BaseException as error:
+        put_right(engine, error)
+        raise
+    finally:
+        runner.recorder, forwards.progress = former, None
+        patched.pop("_get_stopping_criteria", None)
+    sequences: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
+    return sequences
+
+
+def _notes(engine: Served, loop: DecodeLoop | str) -> list[str]:
+    notes = []
+    if engine.runner.device.captures_steps and engine.config.decode == "auto" and isinstance(loop, str):
+        notes.append(f"decode steps ran layer by layer: {loop.removeprefix('layered: ')}")
+    if engine.chosen_cache == "auto" and engine.config.cache != schedule_named(engine.config.schedule).cache:
+        notes.append(engine.reasons["cache"])
+    if engine.runner.forced is not None:
+        notes.append("decode steps were routed by a trace, not by the model: the tokens mean nothing")
+    return notes
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def _only_once(prompts: Any, keywords: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Prompts by whatever name, as `model.generate` takes them too, and the other arguments."""
+    others = dict(keywords)
+    found = [others.pop(name, None) for name in ("input_ids", "inputs")]
+    given = [value for value in (prompts, *found) if value is not None]
+    if len(given) > 1:
+        raise UnsupportedOption("prompts are given twice; pass them once, as the first argument")
+    return (given[0] if given else None), others
+
+
+def settle(engine: Served, keywords: Mapping[str, Any]) -> Settings:
+    """The settings of a run: greedy, unless the call or its `generation_config` says otherwise.
+
+    Raises:
+        UnsupportedOption: one needs a tokenizer and there is none.
+    """
+    model, given = engine.model, dict(keywords)
+    config = given.pop("generation_config", None)
+    if config is None:
+        given.setdefault("do_sample", False)
+    else:
+        config = deepcopy(config)
+        if config.do_sample is None:
+            config.do_sample = False
+    in_force, others = model._prepare_generation_config(config, **given)
+    standard = GenerationConfig()
+    standard.update(**standard._get_default_generation_params(), defaults_only=True)
+    defaults = standard.to_dict()
+    names = {
+        name
+        for name, value in defaults.items()
+        if not name.startswith("_") and (getattr(in_force, name) or None) != (value or None)  # False is None
+    }
+    if config is not None:
+        given["generation_config"] = config
+    for name in NEED_TOKENIZER:
+        if getattr(in_force, name):
+            if given.setdefault("tokenizer", engine.tokenizer) is None:
+                raise UnsupportedOption(f"{name} needs a tokenizer; give it as tokenizer=... with the call")
+            names.add(name)
+    return Settings(given, in_force, names | {name for name, value in others.items() if value is not None})
+
+
+def _with_pad(engine: Served, settings: Settings, is_masked: bool) -> dict[str, Any]:
+    """The arguments, with the tokenizer's pad token where neither call nor model has one.
+
+    Without a mask `generate` infers one from its pad token, so it must find no other than the plain model's.
+    """
+    pad = None if engine.tokenizer is None else engine.tokenizer.pad_token_id
+    if not is_masked or pad is None or settings.in_force.pad_token_id is not None:
+        return settings.given
+    config = settings.given.get("generation_config")
+    if config is None:
+        return settings.given | {"pad_token_id": pad}
+    config.pad_token_id = pad  # the copy that `settle` made
+    return settings.given
+
+
+def encoder_of(engine: Served, settings: Settings) -> Encoder:
+    """Encodes prompts for an engine's model."""
+    tokenizer, model = engine.tokenizer, engine.model
+    pads = (None if tokenizer is None else tokenizer.pad_token_id, settings.in_force.pad_token_id, 0)
+    return Encoder(
+        tokenizer,
+        engine.name,
+        engine.runner.device.torch_device,
+        vocabulary=len(model.get_input_embeddings().weight),
+        pad=next(int(pad) for pad in pads if pad is not None),
+        unwanted={"token_type_ids"} - inspect.signature(model.forward).parameters.keys(),
+    )
+
+
+def _ignore(tokens: int) -> None:
+    """Nobody asked to be told."""

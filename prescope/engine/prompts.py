@@ -1,0 +1,301 @@
+"""What `model.generate` is to go on with, from every form in which people have prompts.
+
+Texts, token ids, chats and what tokenizers return, as lists, arrays or tensors. What is padded here is padded on the
+left, whatever the tokenizer would do: the next token follows the last one of the prompt.
+
+Shapes: B prompts, T tokens of the longest, D model width.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UnsupportedOption
+
+#: One prompt, or several: text, token ids, a chat (messages with "role" and "content"), what a tokenizer returns.
+Prompts = (
+    str
+    | Sequence[str]
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | Sequence[Mapping[str, Any]]
+    | Sequence[Sequence[Mapping[str, Any]]]
+    | Mapping[str, Any]
+    | torch.Tensor
+    | np.ndarray
+)
+FORMS = (
+    "a text, a list of texts, token ids (a list, a list of lists, an array or tensor (T,) or (B, T)), a chat (a list "
+    'of messages with "role" and "content", or a list of chats), or what a tokenizer returns'
+)
+
+
+class Encoded(NamedTuple):
+    """Prompts as `model.generate` takes them."""
+
+    inputs: dict[str, Any]  # input_ids (B, T) and what goes with them
+    batch: int
+    length: int  # T
+    num_echoed: int  # tokens of a prompt that `generate` puts before the new ones: T, or 0 behind embeddings
+
+
+class Encoder:
+    """Turns prompts of any form into inputs.
+
+    Args:
+        tokenizer: for texts and chats, or None.
+        name: of the model, for messages.
+        device: where the inputs are wanted.
+        vocabulary: number of token ids the model has embeddings for.
+        pad: id put where a prompt is shorter than the longest.
+        unwanted: fields of a tokenizer's output that the model does not take.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        name: str,
+        device: torch.device,
+        vocabulary: int,
+        pad: int,
+        unwanted: Collection[str] = (),
+    ) -> None:
+        self._tokenizer, self._name, self._device = tokenizer, name, device
+        self._vocabulary, self._pad, self._unwanted = vocabulary, pad, unwanted
+
+    def encode(
+        self, prompts: Any, attention_mask: Any = None, embeds: Any = None, *, goes_on: bool = False
+    ) -> Encoded:
+        """Inputs for prompts of any form.
+
+        Args:
+            attention_mask: 0 where a token of `prompts` is padding; of the same shape.
+            embeds: (B, T, D) inputs_embeds, beside ids or instead of them.
+            goes_on: a cache holds what comes before; the mask covers that too.
+
+        Raises:
+            UnsupportedOption: they have no such form, one is empty, an id is none of the model's, or a tokenizer or its
+                chat template is missing.
+        """
+        inputs: dict[str, Any] = {}
+        if isinstance(prompts, Mapping):
+            prompts, attention_mask, embeds, inputs = self._unpacked(prompts, attention_mask, embeds)
+        if prompts is None and embeds is None:
+            raise UnsupportedOption(f"no prompt is given; pass {FORMS}")
+        if attention_mask is not None and _is_written(prompts):
+            raise UnsupportedOption(
+                "texts are padded here; leave attention_mask out, or pass token ids with it"
+            )
+        ids, mask = (None, None) if prompts is None else self._ids(prompts)
+        if embeds is not None:
+            embeds = inputs["inputs_embeds"] = self._embeds(embeds, ids)
+        if attention_mask is not None:
+            mask = _mask(attention_mask, embeds if ids is None else ids, mask, goes_on)
+        if ids is not None:
+            inputs["input_ids"] = ids.to(self._device)
+        if mask is not None:
+            inputs["attention_mask"] = mask.to(self._device)
+        batch, length = (embeds if ids is None else ids).shape[:2]
+        return Encoded(inputs, batch, length, 0 if ids is None else length)
+
+    # -- forms -------------------------------------------------------------------------------------------------
+
+    def _ids(self, prompts: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Ids (B, T) and, where padding is known or put in here, a mask."""
+        if isinstance(prompts, np.ndarray):
+            prompts = prompts.tolist() if prompts.dtype.kind in "OUS" else torch.from_numpy(np.array(prompts))
+        if isinstance(prompts, torch.Tensor):
+            return self._tensor(prompts), None
+        if isinstance(prompts, str):
+            return self._padded(self._texts([prompts]))
+        if isinstance(prompts, bytes | Set) or not isinstance(prompts, Iterable):
+            raise UnsupportedOption(f"prompts are a {type(prompts).__name__}; pass {FORMS}")
+        items = list(prompts)
+        if not items:
+            raise UnsupportedOption(f"no prompt is given; pass {FORMS}")
+        if all(isinstance(item, str) for item in items):
+            return self._padded(self._texts(items))
+        if all(isinstance(item, Mapping) for item in items):
+            return self._padded(self._chats([items]))
+        if all(_is_id(item) for item in items):
+            return self._padded([self._row(items, 0)])
+        if _is_id(items[0]):
+            i, item = next((i, item) for i, item in enumerate(items) if not _is_id(item))
+            raise UnsupportedOption(f"a list of token ids has a {type(item).__name__} at {i}: {item!r:.60}")
+        return self._padded([self._item(item, i) for i, item in enumerate(items)])
+
+    def _item(self, item: Any, position: int) -> list[int]:
+        """One prompt of several that are neither all texts nor all messages."""
+        if isinstance(item, torch.Tensor | np.ndarray) and item.ndim == 1:
+            ids = self._tensor(torch.as_tensor(item))[0].tolist() if len(item) else []
+            return self._row(ids, position)
+        if isinstance(item, Sequence) and not isinstance(item, str | bytes):
+            if item and all(isinstance(message, Mapping) for message in item):
+                return self._chats([item])[0]
+            if all(_is_id(token) for token in item):
+                return self._row(item, position)
+        raise UnsupportedOption(
+            f"prompt {position} is of type {type(item).__name__}: {item!r:.60}; pass {FORMS}"
+        )
+
+    def _texts(self, texts: Sequence[str]) -> list[list[int]]:
+        rows: list[list[int]] = self._need_tokenizer("text")(list(texts), return_attention_mask=False)[
+            "input_ids"
+        ]
+        return rows
+
+    def _chats(self, chats: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+        tokenizer = self._need_tokenizer("a chat")
+        if tokenizer.chat_template is None:
+            raise UnsupportedOption(
+                f"the tokenizer of {self._name} has no chat template; set tokenizer.chat_template, or pass the text"
+            )
+        rows = []
+        for chat in chats:
+            if not all("role" in message and message.keys() & {"content", "tool_calls"} for message in chat):
+                raise UnsupportedOption(
+                    'a message lacks "role" or "content"; a chat is a list of such messages'
+                )
+            is_begun = chat[-1]["role"] == "assistant"  # the model goes on with the answer that stands there
+            try:
+                text = tokenizer.apply_chat_template(
+                    [dict(message) for message in chat],
+                    tokenize=False,
+                    add_generation_prompt=not is_begun,
+                    continue_final_message=is_begun,
+                )
+            except (TemplateError, ValueError) as error:
+                raise UnsupportedOption(
+                    f"the chat template of {self._name} refuses this chat: {error}"
+                ) from error
+            rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return rows
+
+    def _need_tokenizer(self, form: str) -> PreTrainedTokenizerBase:
+        if self._tokenizer is None:
+            raise UnsupportedOption(
+                f"{self._name} has no tokenizer, which {form} needs; give attach(tokenizer=...), or pass token ids"
+            )
+        return self._tokenizer
+
+    # -- numbers -----------------------------------------------------------------------------------------------
+
+    def _row(self, ids: Sequence[Any], position: int) -> list[int]:
+        row = [int(token) for token in ids]
+        wrong = next((token for token in row if not 0 <= token < self._vocabulary), None)
+        if wrong is not None:
+            raise UnsupportedOption(
+                f"prompt {position} has the token id {wrong}; {self._name} has ids 0 to {self._vocabulary - 1}"
+            )
+        return row
+
+    def _tensor(self, ids: torch.Tensor) -> torch.Tensor:
+        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex() or ids.dim() not in (1, 2):
+            hint = "; embeddings go into inputs_embeds=..." if ids.is_floating_point() else ""
+            raise UnsupportedOption(
+                f"token ids are integers of shape (T,) or (B, T), these are {ids.dtype} {tuple(ids.shape)}{hint}"
+            )
+        if not ids.numel():
+            raise UnsupportedOption("prompt 0 is empty; every prompt needs at least one token")
+        ids = ids.long().reshape(-1, ids.shape[-1])
+        lowest, highest = ids.aminmax()
+        if int(lowest) < 0 or int(highest) >= self._vocabulary:
+            for position, row in enumerate(ids.tolist()):
+                self._row(row, position)
+        return ids
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        for position, row in enumerate(rows):
+            if not row:
+                raise UnsupportedOption(f"prompt {position} is empty; every prompt needs at least one token")
+        longest = max(map(len, rows))
+        ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return ids, mask
+
+    def _embeds(self, given: Any, ids: torch.Tensor | None) -> torch.Tensor:
+        embeds = torch.as_tensor(given)
+        if embeds.dim() != 3 or not embeds.is_floating_point() or not embeds.numel():
+            raise UnsupportedOption(
+                f"inputs_embeds are floats of shape (B, T, D), these are {embeds.dtype} {tuple(embeds.shape)}"
+            )
+        if ids is not None and len(ids) != len(embeds):
+            raise UnsupportedOption(f"there are {len(ids)} prompts and inputs_embeds for {len(embeds)}")
+        return embeds.to(self._device)
+
+    def _unpacked(
+        self, given: Mapping[str, Any], attention_mask: Any, embeds: Any
+    ) -> tuple[Any, Any, Any, dict[str, Any]]:
+        """Ids, mask, embeddings and all else of what a tokenizer or processor returned."""
+        fields = {name: value for name, value in given.items() if name not in self._unwanted}
+        ids, inner_embeds = fields.pop("input_ids", None), fields.pop("inputs_embeds", None)
+        mask = fields.pop("attention_mask", None)
+        if ids is None and inner_embeds is None:
+            raise UnsupportedOption(
+                f"a dict of {', '.join(map(repr, given))} lacks 'input_ids'; pass {FORMS}"
+            )
+        if (mask is not None and attention_mask is not None) or (
+            inner_embeds is not None and embeds is not None
+        ):
+            raise UnsupportedOption(
+                "attention_mask or inputs_embeds is given twice, in the prompts and beside them"
+            )
+        inputs = {
+            name: value.to(self._device) if isinstance(value, torch.Tensor) else value
+            for name, value in fields.items()
+        }
+        return (
+            ids,
+            attention_mask if mask is None else mask,
+            embeds if inner_embeds is None else inner_embeds,
+            inputs,
+        )
+
+
+def _is_id(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() == 0 and not (value.is_floating_point() or value.dtype == torch.bool)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_written(prompts: Any) -> bool:
+    """Whether they are text or chats, which become ids here."""
+    if isinstance(prompts, str):
+        return True
+    first = prompts[0] if isinstance(prompts, list | tuple) and prompts else None
+    return isinstance(first, str | Mapping) or (
+        first is not None and first is not prompts and _is_written(first)
+    )
+
+
+def _mask(given: Any, tokens: torch.Tensor, own: torch.Tensor | None, goes_on: bool) -> torch.Tensor:
+    """A given mask of the prompts' shape (B, T), or of a longer text if they go on with one.
+
+    tokens: (B, T) ids or (B, T, D) embeddings. own: what was padded here.
+    """
+    if isinstance(given, list | tuple) and all(isinstance(row, list | tuple) for row in given):
+        given = [[0] * (tokens.shape[1] - len(row)) + list(row) for row in given]
+    try:
+        mask = torch.as_tensor(given)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedOption(f"attention_mask is no (B, T) of zeros and ones: {error}") from error
+    mask = mask.reshape(1, -1) if mask.dim() == 1 else mask
+    fits = mask.dim() == 2 and mask.shape[0] == tokens.shape[0]
+    if not fits or (mask.shape[1] < tokens.shape[1] if goes_on else mask.shape[1] != tokens.shape[1]):
+        raise UnsupportedOption(
+            f"attention_mask is {tuple(mask.shape)}, the prompts are {tuple(tokens.shape[:2])}; it says of each of "
+            f"their tokens whether it is real (1) or padding (0)"
+        )
+    mask = mask.long()
+    if own is not None and own.shape == mask.shape:
+        mask = mask * own.to(mask.device)
+    empty = (mask == 0).all(dim=1).nonzero()
+    if len(empty):
+        raise UnsupportedOption(
+            f"prompt {int(empty[0])} is empty: its attention_mask has no 1; every prompt needs at least one token"
+        )
+    return mask

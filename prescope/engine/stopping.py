@@ -1,0 +1,109 @@
+"""When each sequence of a run ended, taken from the stopping criteria that `model.generate` itself goes by.
+
+They come from the call, its `generation_config` and the model's; only `generate` knows what is in force.
+"""
+
+import threading
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, StoppingCriteriaList
+
+
+class Progress:
+    """How far a run is, and where each of its sequences ends.
+
+    Args:
+        prompt_length: tokens of the output that come from the prompt.
+        eos, pad: ids that end a sequence, and the one that fills it up, as far as there are such.
+        on_step: told the number of new tokens of the longest sequence after each.
+        is_cancelled: asked then.
+
+    Attributes:
+        num_tokens: new tokens of the longest sequence so far.
+        lengths: new tokens of each sequence, if whoever chooses them counts.
+    """
+
+    def __init__(
+        self,
+        prompt_length: int,
+        eos: Collection[int],
+        pad: int | None,
+        on_step: Callable[[int], None],
+        is_cancelled: Callable[[], bool],
+    ) -> None:
+        self.prompt_length = prompt_length
+        self._eos, self._filling = set(eos), {-1, pad} - set(eos)
+        self._on_step, self._is_cancelled = on_step, is_cancelled
+        self.num_tokens = 0
+        self.lengths: list[int] | None = None
+        self._told: list[int] = []
+        self._done: list[torch.Tensor] = []  # (B,) bool each; read at the end, for that waits for the GPU
+
+    def told(self, length: int, done: torch.Tensor) -> bool:
+        """All sequences have `length` tokens, prompt included; those of `done` (B,) end there. As `step`."""
+        self._told.append(length)
+        self._done.append(done)
+        return self.step(length - self.prompt_length)
+
+    def step(self, num_tokens: int) -> bool:
+        """So many new tokens are there; returns whether the run is to end."""
+        self.num_tokens = num_tokens
+        self._on_step(num_tokens)
+        return self._is_cancelled()
+
+    def tokens(self, sequences: torch.Tensor) -> list[list[int]]:
+        """The new tokens of each sequence, up to its end; sequences (B, T) with their prompts."""
+        rows = sequences[:, self.prompt_length :].tolist()
+        if self.lengths is not None:
+            ends = self.lengths
+        elif self._done and len(self._done[0]) == len(rows):
+            ends = self._ends()
+        else:  # beams: the criteria saw more of them than were returned, in another order
+            ends = [self._end(row) for row in rows]
+        return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+    def _ends(self) -> list[int]:
+        done_NB = torch.stack(self._done).cpu().numpy()
+        first_B = np.where(done_NB.any(axis=0), done_NB.argmax(axis=0), len(done_NB) - 1)
+        ends: list[int] = (np.array(self._told)[first_B] - self.prompt_length).tolist()
+        return ends
+
+    def _end(self, row: list[int]) -> int:
+        """Where a sequence ends by its own tokens."""
+        end = next((i + 1 for i, token in enumerate(row) if token in self._eos), len(row))
+        while end and row[end - 1] in self._filling:
+            end -= 1
+        return end
+
+
+class _Watched(StoppingCriteriaList):
+    """The criteria of one `generate`, which tell of each token."""
+
+    progress: Progress
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **keywords: Any) -> torch.Tensor:
+        done = super().__call__(input_ids, scores, **keywords)
+        return torch.ones_like(done) if self.progress.told(input_ids.shape[1], done) else done
+
+
+def watched_criteria(model: PreTrainedModel, progress: Progress) -> Callable[..., StoppingCriteriaList]:
+    """To stand in for the model's `_get_stopping_criteria`: the next `generate` of this thread tells `progress`."""
+    thread, own = threading.get_ident(), type(model)._get_stopping_criteria
+    is_taken = False
+
+    def criteria(*args: Any, **keywords: Any) -> StoppingCriteriaList:
+        nonlocal is_taken
+        made = own(model, *args, **keywords)
+        if (
+            is_taken or threading.get_ident() != thread
+        ):  # a draft by the model's own first layers; another thread's
+            return made
+        is_taken = True
+        found = _Watched(made)
+        found.progress = progress
+        return found
+
+    return criteria
