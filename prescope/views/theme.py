@@ -25,7 +25,7 @@ COLORS: dict[str, str] = {
     "stall": "#d55e00",
     "cpu_wait": "#352764",
     "host_wait": "#f2a7f6",
-    "warm_up": "#8c6d5a",
+    "warm_up": "#882233",
     "hit": "#007666",
     "late": "#f0c35a",
     "miss": "#b23b00",

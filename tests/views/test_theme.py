@@ -7,9 +7,9 @@ from tests.support.colors import closest, contrast, difference
 TOGETHER = {
     "GPU lane": ["dense", "experts"],
     "PCIe lane": ["on_demand", "prefetch", "stream"],
-    "waits": ["stall", "cpu_wait", "host_wait"],
+    "waits": ["stall", "cpu_wait", "host_wait", "warm_up"],
     "outcomes": ["hit", "late", "miss", "on_cpu"],
-    "where a step's time goes": ["dense", "experts", "stall", "cpu_wait", "host_wait", "other"],
+    "where a step's time goes": ["dense", "experts", "stall", "cpu_wait", "host_wait", "warm_up", "other"],
     "sources": ["simulated", "measured"],
 }
 
