@@ -4,7 +4,7 @@
     python benchmarks/record_demo.py --model medium --corpus corpus --out demo     # a folder that was trained before
     python benchmarks/record_demo.py --model data/tiny-moe --out demo --small      # to try the script, on any machine
 
-The corpus is a folder with train/<domain>.txt and tokenizers/, as `recipes.train_moe` takes it; without one LLaPor is
+The corpus is a folder with train/<domain>.txt and tokenizers/, as recipes/train_moe.py takes it; without one LLaPor is
 trained on the prompts that come with prescope. The model goes on with those prompts (CC0, never trained on), sampled at
 temperature 1, in captured steps with all experts resident: that is the trace. LLaPor and the early router score it from
 router inputs that are read again in one pass. Then the same prompts run under schedules behind fewer slots, with the

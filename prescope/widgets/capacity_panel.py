@@ -17,7 +17,7 @@ from ..traces.routing import RoutingTrace
 from ..views.capacity import capacity
 from .field import Field
 from .figures import SlimFigureWidget, is_headless
-from .showing import show_panel
+from .showing import page_html, show_panel
 from .style import boxed, panel
 from .tables import frame_html
 
@@ -167,7 +167,7 @@ class CapacityPanel:
         if not is_headless():
             show_panel(self.view, self.words.value, self.plain())
             return
-        display(HTML(self.words.value))
+        display(HTML(page_html(self.words.value)))
         for figure in self.plain():
             display(figure)
 

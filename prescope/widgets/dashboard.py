@@ -22,7 +22,7 @@ from .pair_panel import PairPanel
 from .runner import Runner
 from .runs_panel import RunsPanel
 from .schedule_panel import SchedulePanel
-from .showing import show_panel
+from .showing import page_html, show_panel
 from .style import boxed, panel, row
 from .tables import frame_html
 
@@ -218,7 +218,7 @@ class Dashboard:
         if not is_headless():
             show_panel(self.view, f"{self._head.value}{self.live.numbers.text}", self.plain())
             return
-        display(HTML(f"{self._head.value}{self.live.numbers.text}"))
+        display(HTML(page_html(f"{self._head.value}{self.live.numbers.text}")))
         for figure in self.plain():
             display(figure)
 

@@ -18,7 +18,7 @@ from ..views.schedule_pair import (
 )
 from .field import Field
 from .figures import SlimFigureWidget, is_headless
-from .showing import show_panel
+from .showing import page_html, show_panel
 from .style import boxed, panel
 from .tables import frame_html
 
@@ -110,7 +110,7 @@ class PairPanel:
             show_panel(self.view, self.tables.value, [self._plain()])
             return
         display(self._plain())
-        display(HTML(self.tables.value))
+        display(HTML(page_html(self.tables.value)))
 
 
 def why_html(why: LayerExplanation) -> str:

@@ -32,7 +32,7 @@ from .numbers_table import NumbersTable
 from .real_run import RealRun
 from .runner import Runner
 from .settings import Settings
-from .showing import show_panel
+from .showing import page_html, show_panel
 from .style import boxed, panel, row
 
 #: Between two redraws while a slider is dragged; the last position is always drawn.
@@ -402,7 +402,7 @@ class SchedulePanel:
         if not is_headless():
             show_panel(self.view, self.numbers.text, self.plain())
             return
-        display(HTML(self.numbers.text))
+        display(HTML(page_html(self.numbers.text)))
         for figure in self.plain():
             display(figure)
 

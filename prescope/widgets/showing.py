@@ -16,6 +16,7 @@ from IPython.display import display
 from plotly.io.base_renderers import MimetypeRenderer
 
 from ..views.theme import CONFIG
+from .style import CSS
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 #: Name of the renderer that gives figures both forms.
@@ -48,8 +49,10 @@ def show_in_both_forms() -> None:
 def show_panel(view: ipw.Widget, words: str, figures: Sequence[go.Figure]) -> None:
     """Display a live panel, and beside it, for pages without a kernel, what it opened with."""
     live = view._repr_mimebundle_() or {}
-    html = (
-        f"<div class='prescope'>{words}<p><i>As the panel opened; it is live in a notebook with a kernel.</i></p>"
-        f"{figures_html(figures)}</div>"
-    )
-    display({**live, "text/html": html}, raw=True)
+    told = "<p class='ps-soft'>As the panel opened; it is live in a notebook with a kernel.</p>"
+    display({**live, "text/html": page_html(f"{words}{told}{figures_html(figures)}")}, raw=True)
+
+
+def page_html(words: str) -> str:
+    """What a panel says, with its looks, for pages without widgets."""
+    return f"<style>{CSS}</style><div class='prescope'>{words}</div>"
