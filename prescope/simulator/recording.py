@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from ..cache.prefetch import LEAST_BYTES_ON_WIRE
 from ..core.files import checksum, read_object, require_checksum, sorted_json, write_text
 from ..core.paths import data_dir
 from ..errors import BadTrace
@@ -136,9 +137,11 @@ def _machine_to_plain(machine: Machine) -> dict[str, Any]:
 
 def _machine_of_plain(plain: Mapping[str, Any]) -> Machine:
     alone = plain["on_demand"]
+    # The first recordings, all made on GPUs, do not say it.
+    least_bytes = int(plain.get("least_bytes", LEAST_BYTES_ON_WIRE))
     return Machine(
         str(plain["name"]), _costs_of_plain(plain["costs"]), int(plain["row_bytes"]), float(plain["step_us"]),
-        int(plain["least_bytes"]), on_demand=None if alone is None else _costs_of_plain(alone),
+        least_bytes, on_demand=None if alone is None else _costs_of_plain(alone),
     )  # fmt: skip
 
 

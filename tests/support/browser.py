@@ -130,7 +130,11 @@ def jupyterlab(folder: Path, cells: list[str]) -> Iterator[str]:
         yield url
     finally:
         os.killpg(process.pid, signal.SIGTERM)  # its own session: Lab and its kernels, nobody else
-        process.wait(30)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:  # a kernel that is just restarting keeps Lab waiting
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
         log.close()
 
 
