@@ -137,7 +137,20 @@ def _json_script(facts: dict[str, Any]) -> str:
     return f'<script type="application/json" id="provenance">{text}</script>'
 
 
-_CSS = f"""
+#: On paper figures are drawn anew for its width: as wide as the screen's they lost their last layers and tokens.
+PAPER_PX = 640
+_PRINT_JS = f"""<script>
+const figures = () => [...document.querySelectorAll(".js-plotly-plot")];
+addEventListener("beforeprint", () => figures().forEach((f) => Plotly.relayout(f, {{ width: {PAPER_PX} }})));
+addEventListener("afterprint", () => figures().forEach((f) => Plotly.relayout(f, {{ width: null, autosize: true }})));
+</script>"""
+_SHARED_CSS = """
+.js-plotly-plot .main-svg text { fill: CanvasText !important; }
+.js-plotly-plot .hoverlayer text { fill: revert-layer !important; }
+@media print { figure, .plotly-figure, table { break-inside: avoid; } body { max-width: none; margin: 0; }
+  .table, .ps-scroll, .jp-OutputArea-output { overflow: visible !important; } }
+"""
+_CSS = f"""{_SHARED_CSS}
 :root {{ color-scheme: light dark; }}
 body {{ font: 15px/1.5 {FONT}; max-width: 1080px; margin: 2em auto; padding: 0 1em; }}
 h1 {{ font-size: 1.7em; margin-bottom: .2em; }} h2 {{ font-size: 1.15em; margin: 1.6em 0 .4em; }}
@@ -155,7 +168,7 @@ def _page(title: str, body: str, provenance: dict[str, Any]) -> str:
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style>'
         f'<link rel="icon" href="data:,"><script>{get_plotlyjs()}</script></head><body>{body}'
-        f"<details><summary>Provenance</summary><pre>{shown}</pre></details>{_json_script(provenance)}"
+        f"<details><summary>Provenance</summary><pre>{shown}</pre></details>{_json_script(provenance)}{_PRINT_JS}"
         f"</body></html>"
     )
 
@@ -183,9 +196,9 @@ Plotly.newPlot("{{ id }}", figure.data, figure.layout, config).then(
 })();</script>
 {%- endif -%}
 {%- endblock -%}
-{%- block body_footer -%}{{ resources.provenance }}{{ super() }}{%- endblock -%}
+{%- block body_footer -%}{{ resources.provenance }}{{ resources.print_js }}{{ super() }}{%- endblock -%}
 """
-_NOTEBOOK_CSS = f"""
+_NOTEBOOK_CSS = f"""{_SHARED_CSS}
 body.jp-Notebook {{ max-width: 1080px; margin: 0 auto; padding: 1em; --jp-content-font-family: {FONT}; }}
 .plotly-figure {{ width: 100%; }} .jp-OutputArea-child > .jp-OutputArea-output {{ width: 100%; }}
 """
@@ -355,6 +368,7 @@ def _notebook_page(notebook: nbformat.NotebookNode, name: str, provenance: dict[
         "plotly_mime": _PLOTLY_MIME,
         "plotly_config": json.dumps(CONFIG),
         "prescope_css": _NOTEBOOK_CSS,
+        "print_js": _PRINT_JS,
         "provenance": _json_script(provenance),
     }
     page, _ = exporter.from_notebook_node(notebook, resources=resources)

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from prescope import RoutingTrace
-from prescope.report import execute_notebook
+from prescope.report import PAPER_PX, execute_notebook
 from tests.support.browser import count_plots, offline_page
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -56,6 +56,23 @@ def test_the_quickstart_page_opens_offline(executed):
     with offline_page(executed[0]) as (page, requests, errors):
         assert count_plots(page, NUM_FIGURES) == NUM_FIGURES
         assert (requests, errors) == ([], [])
+
+
+@pytest.mark.browser
+def test_on_paper_every_figure_is_drawn_for_its_width(executed):
+    """A4 cut layers from 5 and tokens from 15: figures kept the screen's width."""
+    with offline_page(executed[0]) as (page, _, _):
+        count_plots(page, NUM_FIGURES)
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        page.wait_for_timeout(1_500)
+        widths = page.evaluate(
+            "[...document.querySelectorAll('.js-plotly-plot .main-svg')].map(s => s.clientWidth)"
+        )
+        assert max(widths) <= PAPER_PX
+        layers = page.evaluate(
+            "[...document.querySelectorAll('.js-plotly-plot')].map(p => p._fullLayout.xaxis.range)"
+        )
+        assert all(low < high for low, high in layers)
 
 
 @pytest.mark.slow

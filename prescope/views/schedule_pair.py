@@ -102,17 +102,29 @@ def schedule_pair_layout(info: SchedulePairInfo) -> dict[str, Any]:
     if info.lower.source != info.upper.source:
         subtitle += f" · lower: <b>{info.lower.source}</b>"
     return {
-        "title": {"text": titled("What do two schedules do with the same steps?", subtitle)},
+        "title": {"text": titled(_title(info), subtitle)},
         "xaxis": {"range": [0, info.end_ms * 1.01]},
         "shapes": shapes,
         "annotations": annotations,
     }
 
 
+def _title(info: SchedulePairInfo) -> str:
+    """What the two are to each other."""
+    if (info.upper.settings, info.upper.source) != (info.lower.settings, info.lower.source):
+        same = info.upper.settings == info.lower.settings
+        return (
+            "Does the engine do what was simulated?"
+            if same
+            else "What do two schedules do with the same steps?"
+        )
+    return "What do two runs do with the same steps?"
+
+
 def plot_schedule_pair(info: SchedulePairInfo) -> go.Figure:
     """Two blocks of lanes."""
     fig = go.Figure(schedule_pair_traces(info))
-    style(fig, title="", subtitle="", height=620, top=84)
+    style(fig, title="", subtitle="", height=640, top=106)
     fig.update_layout(schedule_pair_layout(info))
     fig.update_layout(barmode="overlay", hovermode="closest", barcornerradius=0, uirevision=None)
     up = len(ROWS) + _GAP

@@ -73,7 +73,7 @@ CSS = f"""
 .ps-text {{ white-space: pre-wrap; max-height: 11em; overflow: auto; border: 1px solid var(--ps-line);
   border-radius: 4px; padding: 6px 10px; font-size: 13px; }}
 .ps-head {{ display: flex; flex-wrap: wrap; gap: 4px 14px; justify-content: space-between; }}
-.ps-scroll {{ overflow-x: auto; }}
+.ps-scroll {{ overflow-x: auto; }} .prescope textarea {{ box-sizing: border-box; }}
 .prescope .lm-TabBar-tab {{ font-size: 13px; flex: 0 1 auto !important; min-width: 60px !important; }}
 .prescope .widget-tab > .widget-tab-contents, .prescope .jupyter-widget-tab > .widget-tab-contents {{
   padding: 10px 0; border: 0; border-top: 1px solid var(--ps-line); overflow: visible; }}
