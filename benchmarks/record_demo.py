@@ -384,7 +384,7 @@ def arguments() -> argparse.Namespace:
     add("--small", action="store_true", help="as little as there can be, to try the script")
     args = parser.parse_args()
     if args.small:
-        args.batch, args.groups, args.new, args.prompts, args.tokens = [1, 2], 2, 6, 4, 16
+        args.groups, args.new, args.prompts, args.tokens = 2, 6, 4, 16
         args.own_tokens, args.epochs, args.calibrate_seconds, args.rounds = 128, 1, 2.0, 1
     if not (args.model or args.corpus):
         parser.error("give --corpus to train a model, or --model")

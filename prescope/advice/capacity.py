@@ -18,7 +18,7 @@ from ..simulator.verdict import limit_of, name_of
 from ..traces.routing import RoutingTrace
 from ..traces.synthetic import SyntheticSpec
 from .advice import Advice, CapacityPoint, Kind
-from .machine_spec import MachineSpec
+from .machine_spec import KNOWN, MachineSpec
 from .model_size import ModelSize
 
 #: Fitted to tiny-moe's routing, where tests hold them: the habits of a trained model.
@@ -132,6 +132,8 @@ def _machine_of(given: MachineSpec | HardwareProfile | str | None) -> tuple[Mach
     if isinstance(given, HardwareProfile):
         return MachineSpec.of_profile(given), []
     name = "h200" if given is None else given
+    if name in KNOWN:
+        return KNOWN[name], []
     told = ["no machine was named: a shipped profile, the H200's, is used"] if given is None else []
     profile = HardwareProfile.load(name)
     return MachineSpec.of_profile(profile), told

@@ -137,3 +137,14 @@ class MachineSpec:
     def gpu_bytes(self) -> float:
         """GPU memory."""
         return self.gpu_gib * GIB
+
+
+#: Machines of which rates were measured but no whole profile: link, host memory alone and cores of
+#: benchmarks/results/cpu_experts_h100_2026-11-24.md; GPU memory by its maker, the rest assumed.
+KNOWN = {
+    "h100": MachineSpec(
+        name="NVIDIA H100 80GB HBM3", link_gb_per_s=54.3, host_gib=125.9, host_gb_per_s=127.0, gpu_gib=79.6,
+        gpu_gb_per_s=3350.0, cores=14,
+        origin="link and host memory measured on an H100, 2026-11-24; launches and kernels assumed",
+    )
+}  # fmt: skip

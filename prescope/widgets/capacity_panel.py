@@ -8,7 +8,7 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 from IPython.display import HTML, display
 
-from ..advice import Advice, MachineSpec, ModelSize, advise
+from ..advice import KNOWN, Advice, MachineSpec, ModelSize, advise
 from ..engine import Engine
 from ..errors import PrescopeError
 from ..profile import HardwareProfile
@@ -61,6 +61,7 @@ class CapacityPanel:
                 self._specs[file.stem] = MachineSpec.of_profile(HardwareProfile.load(file), file.stem)
             except PrescopeError:  # a GPU whose memory nobody knows, such as the CPU that stands in for one
                 continue
+        self._specs |= KNOWN
         names = [*self._specs, TYPED]
         self.model = ipw.Dropdown(options=list(models))
         self.machine = ipw.Dropdown(options=names, value=machine if machine in names else names[0])

@@ -125,6 +125,13 @@ def test_a_shipped_profile_is_measured_and_a_changed_one_assumed():
     assert (changed.origin, changed.profile) == ("assumed", None)
 
 
+def test_the_h100_says_what_of_it_was_measured():
+    advice = advise("olmoe-1b-7b", "h100", shares=(0.5,), gpu_gib=8)
+    assert "measured on an H100" in advice.machine.origin
+    assert "assumed" in advice.machine.origin
+    assert advice.best is not None
+
+
 def test_the_table_has_units_and_one_row_for_each_point(offload):
     table = offload.table()
     assert list(table.index) == [p.slots for p in offload.points]
