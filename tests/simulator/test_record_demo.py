@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_a_recording_made_by_the_script_replays_its_own_run(tmp_path):
     command = [
-        sys.executable, "benchmarks/record_demo.py", "--model", str(embedded_model()), "--out", str(tmp_path), "--small",
+        sys.executable, "benchmarks/record_demo.py", "--model", str(embedded_model()), "--out", str(tmp_path),
+        "--small",
         "--batch", "1", "--slots", "0.5",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
