@@ -1,7 +1,7 @@
 """How compiled functions hand arrays and NamedTuples to Python: by C functions alone, so that no signal comes between.
 
 numba unpickles the class of each array and NamedTuple it returns, and calls the latter: Python code, and whatever comes
-back is used unseen (numba 0.68.1, `boxing.box_namedtuple`, `pythonapi.nrt_adapt_ndarray_to_python`). Python runs a
+back is used unseen (numba 0.68.1: box_namedtuple in its boxing, nrt_adapt_ndarray_to_python). Python runs a
 signal's handler where Python code begins. One that raises there, as Ctrl-C's does, leaves NULL where a class should be,
 and the process is gone: once in some ten interrupts of such a call (tests/core/test_jit.py). Here classes come out of
 the function's environment and `tuple.__new__` takes the fields; the signal is noticed when the caller goes on. It is

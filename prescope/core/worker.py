@@ -1,7 +1,7 @@
 """A thread that works through jobs in order, and waits that end whatever happens.
 
-Ctrl-C may come between any two lines of Python in the main thread. `threading.Condition`, and what is built on it
-(Event, queue.Queue, Future, ThreadPoolExecutor), is Python: interrupted in `Condition.__enter__` it stays locked, and
+Ctrl-C may come between any two lines of Python in the main thread. A Condition of threading, and what is built on it
+(Event, queue.Queue, Future, ThreadPoolExecutor), is Python: interrupted while it is entered, it stays locked, and
 whoever wants it next waits for ever. Here are primitive locks and SimpleQueue only, each step of them one call of C.
 """
 
