@@ -490,7 +490,6 @@ class Engine:
 
     close = detach
 
-    @torch.inference_mode(False)
     def finish_closing(self) -> None:
         """Give the model back if `close` was called and could not yet; call it when nobody runs."""
         if not self._is_closing or self._is_closed:
