@@ -24,10 +24,6 @@ class SlotPoolTooLarge(PrescopeError):
     """The slots do not fit into the memory of the device."""
 
 
-class OutOfDeviceMemory(PrescopeError):
-    """The device had no memory left in the middle of a run; the engine works again."""
-
-
 class BadModelFolder(PrescopeError):
     """A model folder is missing, incomplete, truncated or corrupt."""
 
@@ -49,7 +45,7 @@ class WaitTimedOut(PrescopeError, TimeoutError):
 
 
 class NotEnoughMemory(PrescopeError):
-    """The experts do not fit into host memory, or may not be pinned there."""
+    """The experts do not fit into host memory or may not be pinned there, or memory ran out in the middle of a run."""
 
 
 class TraceMismatch(PrescopeError):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache.policies import CachePolicy, make_policy
+from ..cache.policies import make_policy
 from ..core.html import facts_html
 from ..core.jit import IS_COMPILED
 from ..core.machine import machine_facts
@@ -149,7 +149,7 @@ class Engine:
         self.runner.host = self._attachment.host
         self._predictor, self._costs = predictor, costs
         try:
-            self._open_slots(self.num_slots, policy)
+            self.runner.open_slots(self.num_slots, policy)
             self._open_schedule(config, predictor, costs)
         except BaseException:
             self._attachment.detach()
@@ -225,9 +225,9 @@ class Engine:
         former = self.num_slots, self.runner.residency.policy
         self.runner.close_slots()
         try:
-            self._open_slots(count, policy)
+            self.runner.open_slots(count, policy)
         except SlotPoolTooLarge:
-            self._open_slots(*former)
+            self.runner.open_slots(*former)
             raise
         self.num_slots, self.reasons["slots"] = count, reason
 
@@ -280,16 +280,6 @@ class Engine:
                 f"use slots={free // self.shape.row_bytes} or fewer"
             )
 
-    def _open_slots(self, num_slots: int, policy: CachePolicy) -> None:
-        """As `LayeredRunner.open_slots`; a device that has no such piece of memory after all is a user's error."""
-        try:
-            self.runner.open_slots(num_slots, policy)
-        except torch.OutOfMemoryError as error:
-            raise SlotPoolTooLarge(
-                f"{num_slots} slots take {format_bytes(num_slots * self.shape.row_bytes)}, and the device does not "
-                f"have that in one piece; use fewer slots"
-            ) from error
-
     # -- runs --------------------------------------------------------------------------------------------------
 
     @in_turn("a run", is_patient=False)
@@ -319,7 +309,7 @@ class Engine:
         Raises:
             UnsupportedOption: the prompts have none of these forms, one is empty, or text comes without a tokenizer.
             CancelledError: `cancel` came while another run was waited for.
-            TransferFailed, OutOfDeviceMemory: a copy failed, or memory ran out; the engine works again afterwards, with
+            TransferFailed, NotEnoughMemory: a copy failed, or memory ran out; the engine works again afterwards, with
                 cold slots.
         """
         self._require_attached()

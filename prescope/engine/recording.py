@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..core.units import format_bytes
-from ..errors import OutOfDeviceMemory, UnsupportedOption
+from ..errors import NotEnoughMemory, UnsupportedOption
 from ..traces.metrics import compute_metrics
 from ..traces.result import RunResult
 from .recorder import Recorder
@@ -91,7 +91,7 @@ def put_right(engine: Served, error: BaseException) -> None:
     """Make the engine usable after a run that ended in an error; call it in a turn, or when nobody has one.
 
     Raises:
-        OutOfDeviceMemory: that was the error.
+        NotEnoughMemory: that was the error.
     """
     if not is_out_of_memory(error):
         engine.runner.recover()
@@ -103,7 +103,7 @@ def put_right(engine: Served, error: BaseException) -> None:
         format_bytes(num_slots * engine.shape.row_bytes),
         next(iter(str(error).splitlines()), type(error).__name__),
     )
-    raise OutOfDeviceMemory(
+    raise NotEnoughMemory(
         f"memory ran out in the middle of a run ({said}). {num_slots} slots take {slots}: use fewer "
         f"(engine.configure(slots=...)), a shorter prompt, fewer prompts at once or fewer new tokens; the engine works "
         f"again"

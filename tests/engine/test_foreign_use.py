@@ -19,9 +19,8 @@ import prescope
 from prescope.errors import (
     AlreadyAttached,
     NotAttached,
-    OutOfDeviceMemory,
+    NotEnoughMemory,
     PrescopeError,
-    SlotPoolTooLarge,
     UnsupportedExperts,
     UnsupportedOption,
 )
@@ -77,6 +76,15 @@ def test_inference_mode_around_a_part_or_all_changes_nothing(inside, model, expe
 COSTS = LayerCosts(
     link_us=100.0, gpu_us=5.0, rest_us=200.0, cpu_us=(0.0, 80.0, 120.0), source="made up for a test"
 )
+
+
+def test_an_engine_closed_in_its_recording_in_inference_mode_gives_back_weights_that_train(model):
+    engine = attach(model)
+    with torch.inference_mode(), engine.record():
+        plain_tokens(model, prompt())
+        engine.close()
+    assert engine.is_closed
+    model(input_ids=prompt(), labels=prompt()).loss.backward()
 
 
 def test_a_model_made_in_inference_mode_is_served_and_given_back(expected):
@@ -417,25 +425,9 @@ def test_memory_that_runs_out_in_a_run_is_said_with_what_to_do(error, at_call, m
             run(*args)
 
         monkeypatch.setattr(engine.runner._kernel, "run", full)
-        with pytest.raises(OutOfDeviceMemory, match=r"6 slots take .*configure\(slots") as caught:
+        with pytest.raises(NotEnoughMemory, match=r"6 slots take .*configure\(slots") as caught:
             engine.generate(prompt(), max_new_tokens=12)
         assert held, "what the failed run held is free although its error is kept"
         assert caught.value.__cause__ is error
         assert engine.generate(prompt(), max_new_tokens=12).tokens == expected
         engine.check_integrity()
-
-
-def test_slots_that_the_device_has_not_in_one_piece_leave_the_former_ones(model, expected, monkeypatch):
-    with attach(model) as engine:
-        allocate = engine._device.allocate_slots
-
-        def scattered(num_slots, row_bytes):
-            if num_slots > 6:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return allocate(num_slots, row_bytes)
-
-        monkeypatch.setattr(engine._device, "allocate_slots", scattered)
-        with pytest.raises(SlotPoolTooLarge, match="20 slots take"):
-            engine.configure(slots=20)
-        assert engine.num_slots == 6
-        assert engine.generate(prompt(), max_new_tokens=12).tokens == expected
