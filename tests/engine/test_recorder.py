@@ -106,12 +106,13 @@ def test_counts_routing_metrics_and_pictures_are_as_of_any_run(recording, tmp_pa
     assert trace.expert_ids[trace.phase == PHASES.index("decode")][:, 0].tolist() == [[3, 4], [3, 4]]
     run = RunResult(
         text=[""], tokens=[[7]], metrics=metrics, events=tables.events, layers=tables.layers, steps=tables.steps,
-        trace=trace, config={}, hardware={"label": "virtual clock", "link": "virtual"},
+        trace=trace, config={"num_slots": 8, "slots_frac": 0.5, "cache": "lru"},
+        hardware={"label": "virtual clock", "link": "virtual"},
     )  # fmt: skip
     assert run.save_perfetto(tmp_path / "timeline.json").stat().st_size > 0
-    info = views.timeline_info(run, range(1, 3))
+    info = views.lanes_info(run, range(1, 3))
     assert len(info.layers) == 2 * LAYERS
-    assert info.end_us - info.start_us == pytest.approx(100 + 2 * 16 + 3 * 20 + 10)
+    assert info.end_ms == pytest.approx((100 + 2 * 16 + 3 * 20 + 10) / 1e3)
 
 
 def test_a_step_launched_after_the_end_leaves_nothing(recording):
