@@ -24,6 +24,9 @@ from ..weights.loader import Transfer
 from .positions import Forward, Positions, TextKey
 from .schedule import CpuWork
 
+#: In a run's note of router inputs or weights that a trace cannot hold; whoever learns from the trace looks for it.
+NOT_FINITE = "are not finite"
+
 
 class _Span(NamedTuple):
     lane: Lane
@@ -473,7 +476,7 @@ class Recorder:
     def notes(self) -> list[str]:
         """What a reader of the trace must know; call it after `trace`."""
         return [
-            f"{what} of {count} tokens are not finite in MoE layer {layer} (NaN or infinite); the trace has 0 for them"
+            f"{what} of {count} tokens {NOT_FINITE} in MoE layer {layer} (NaN or infinite); the trace has 0 for them"
             for what, of_layer in self._not_finite.items()
             for layer, count in enumerate(of_layer.tolist())
             if count

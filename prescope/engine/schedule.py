@@ -229,7 +229,9 @@ def open_schedule_runner(
         num_experts=shape.num_experts,
         depth=0 if predictor is None else min(predictor.lookahead, shape.num_layers - 1),
         predictor="" if predictor is None else predictor.name,
-        lookahead=config.lookahead,
+        lookahead=None
+        if predictor is None
+        else config.lookahead,  # one set earlier waits for the next predictor
         width=config.width,
         threshold=config.threshold,
         cpu=False if config.cpu_threads == 0 else None,

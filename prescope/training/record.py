@@ -16,7 +16,8 @@ import torch
 from ..core.paths import embedded_prompts
 from ..engine.engine import Engine
 from ..engine.load import attach, load
-from ..errors import UnsupportedOption
+from ..engine.recorder import NOT_FINITE
+from ..errors import BadTrace, UnsupportedOption
 from ..predictor.base import TooFewPrompts
 from ..traces.routing import RoutingTrace
 
@@ -149,6 +150,9 @@ def _sampled(engine: Engine, batch: list[list[int]], new_tokens: int) -> Routing
 
 
 def _trace_of(result: Any) -> RoutingTrace:
+    spoilt = [note for note in result.notes if NOT_FINITE in note]
+    if spoilt:
+        raise BadTrace(f"nothing can be learned from this run: {spoilt[0]}")
     trace = result.trace
     assert isinstance(trace, RoutingTrace), "record_routing was switched on"
     return trace
