@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_recording_made_by_the_script_replays_its_own_run(tmp_path):
     command = [
         sys.executable, "benchmarks/record_demo.py", "--model", str(embedded_model()), "--out", str(tmp_path),

@@ -25,6 +25,7 @@ GONE = """
 
 @pytest.mark.browser
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_run_all_move_save_reload_and_restart(tmp_path):
     with jupyterlab(tmp_path, CELLS) as lab, chromium(lab) as (page, requests, errors):
         page.set_viewport_size({"width": 1280, "height": 2600})
