@@ -49,7 +49,7 @@ class LayeredRunner:
         turn: whose it is to run.
         captured: where launches go while a decode step is captured, by `capturing_thread` (its ident).
         is_in_graph: while decode steps run from a graph, whose table of slots is then the true one.
-        scheduling: decides in decode steps; without, everything that is missing is copied on demand.
+        schedule_runner: decides in decode steps; without, everything that is missing is copied on demand.
         forced: routing from a trace, in decode steps.
         is_prefill: whether the forward pass under way reads a prompt.
         needs: hits, late ones and misses so far, by `NeedOutcome`.
