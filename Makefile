@@ -67,7 +67,7 @@ $(STAMP): pyproject.toml constraints.txt $(if $(filter-out $(CURDIR),$(shell cat
 		echo "Setting up $(VENV) with $$($$python --version); the first time this downloads PyTorch and takes minutes."; \
 		$$python -m venv --clear $(VENV); \
 	fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,sweep,dev]"
 	@mkdir -p $(VENV)/share/jupyter/lab/settings
 	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' \
 		> $(VENV)/share/jupyter/lab/settings/overrides.json

@@ -112,7 +112,7 @@ def test_environment_yml_leaves_the_versions_to_the_other_two(project):
     environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
     python, pip, by_pip = environment["dependencies"]
     assert pip == "pip"
-    assert by_pip == {"pip": ["-c constraints.txt", "-e .[lab,dev]"]}
+    assert by_pip == {"pip": ["-c constraints.txt", "-e .[lab,sweep,dev]"]}
     assert {"lab", "dev"} <= set(project["optional-dependencies"])
     name, version = python.split("=")
     assert name == "python"
