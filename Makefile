@@ -13,14 +13,16 @@ REPORT = reports/$(lastword $(subst _, ,$(basename $(notdir $(NOTEBOOK))))).html
 WORKERS ?= 4
 # More tests after tests/: every notebook is run from top to bottom.
 NOTEBOOKS := $(if $(wildcard notebooks/*.ipynb),--nbmake notebooks)
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
+	-n logical --maxprocesses $(WORKERS) --dist loadfile
 # Jupyter refuses to run as root unless told.
 LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab report test check format clean setup
+.PHONY: help lab report test test-all check format clean setup
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 lab: $(STAMP)  ## Open JupyterLab on the quickstart notebook
 	$(BIN)/python -m jupyter lab $(LAB_AS_ROOT) --LabApp.extension_manager=readonly $(NOTEBOOK)
@@ -29,8 +31,10 @@ report: $(STAMP)  ## Run the quickstart (or NOTEBOOK=...) and write it as one HT
 	$(BIN)/python -m prescope.report $(NOTEBOOK) --out $(REPORT)
 
 test: $(STAMP)  ## Run the tests and the notebooks (no GPU needed; GPU tests skip themselves)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
-		-n logical --maxprocesses $(WORKERS) --dist loadfile tests $(NOTEBOOKS)
+	$(PYTEST) -m "not slow" tests $(NOTEBOOKS)
+
+test-all: $(STAMP)  ## The same with the tests that take long, those in a real browser among them
+	$(PYTEST) tests $(NOTEBOOKS)
 
 check: $(STAMP)  ## Lint, format, types, import direction, house rules
 	$(BIN)/python -m ruff check .

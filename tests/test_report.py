@@ -178,6 +178,7 @@ def test_an_unknown_parameter_is_refused_with_the_known_ones(tmp_path, capsys):
     assert main([str(tmp_path / "none.ipynb"), "--out", str(tmp_path / "n.html")]) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_kernel_and_says_so(tmp_path):
     """A kernel left behind would keep the GPU's memory."""
     notebook = write_notebook(

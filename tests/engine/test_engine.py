@@ -219,6 +219,7 @@ def test_the_emulated_link_is_no_faster_than_it_says(model):
     assert 0 < run.metrics.link_gb_per_s <= 0.05 * 1.001
 
 
+@pytest.mark.slow
 def test_attaching_a_hundred_times_leaves_the_model_bit_identical_without_growth():
     model = tiny_moe(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -175,7 +175,7 @@ def test_the_cache_that_knows_the_layers_order_serves_a_schedule(model, early, f
         engine.check_integrity()
 
 
-@pytest.mark.parametrize("decode", ["layered", "auto"])
+@pytest.mark.parametrize("decode", ["layered", pytest.param("auto", marks=pytest.mark.slow)])
 def test_what_the_cpu_computes_comes_into_a_slot_where_choices_last(model, gpu, decode):
     """Nothing is predicted, and the CPU is so fast that nothing is loaded on demand: hits come from such copies."""
     spec = SyntheticSpec(
@@ -364,6 +364,7 @@ def test_what_goes_wrong_on_the_cpu_lane_of_a_graph_step_is_raised(
         engine.check_integrity()
 
 
+@pytest.mark.slow
 def test_plain_python_serves_a_step_alike():
     """Where numba is not installed the same functions run uncompiled, over ctypes."""
     test = "test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule[1-7-hybrimoe]"

@@ -107,7 +107,15 @@ class World:
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "static"])
-@pytest.mark.parametrize(("tokens", "top_k", "num_slots"), [(1, 2, 5), (3, 3, 11), (9, 2, 14), (16, 4, 36)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "num_slots"),
+    [
+        (1, 2, 5),
+        (3, 3, 11),
+        pytest.param(9, 2, 14, marks=pytest.mark.slow),
+        pytest.param(16, 4, 36, marks=pytest.mark.slow),
+    ],
+)
 def test_the_gpu_keeps_the_same_experts_as_the_host_and_computes_the_same_sums(
     policy, tokens, top_k, num_slots
 ):

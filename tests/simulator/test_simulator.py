@@ -581,10 +581,10 @@ def test_a_predictor_is_summed_over_the_tokens_of_a_step():
 # -- speed -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 16])
-def test_a_slider_feels_live(batch):
-    """128 tokens x 16 layers x 64 experts in at most 100 ms, every schedule: 5 to 50 ms on one idle core of 2.x GHz.
-    The best of five, since other work shares the machine.
+@pytest.mark.parametrize(("batch", "most_ms"), [(1, 60.0), (16, 150.0)])
+def test_a_slider_feels_live(batch, most_ms):
+    """128 tokens x 16 layers x 64 experts, every schedule: 6 to 25 ms at batch 1, 13 to 71 ms at batch 16 on one idle
+    core of 2.x GHz. The best of five by the thread's own time, since other work shares the machine.
     """
     spec = SyntheticSpec(num_layers=16, num_experts=64, top_k=8, zipf=0.7, persistence=0.3, diversity=0.3)
     trace = spec.generate(prompt_tokens=16, new_tokens=129, batch=batch)
@@ -592,11 +592,11 @@ def test_a_slider_feels_live(batch):
     for schedule in SCHEDULES:
         taken_ms = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.thread_time()
             sim.run(schedule, slots=0.25)
-            taken_ms.append(1e3 * (time.perf_counter() - start))
+            taken_ms.append(1e3 * (time.thread_time() - start))
         print(f"batch {batch}, {schedule}: {min(taken_ms):.1f} ms")
-        assert min(taken_ms) <= 100.0, f"{schedule}: {taken_ms}"
+        assert min(taken_ms) <= most_ms, f"{schedule}: {taken_ms}"
 
 
 def test_a_prefetch_begins_only_after_a_plan(simulators):
