@@ -48,7 +48,7 @@ from .core.machine import machine_facts
 from .errors import PrescopeError
 from .traces.metrics import METRIC_DEFINITIONS
 from .traces.result import RunResult
-from .views.theme import CONFIG, FONT
+from .views.theme import CONFIG, FONT, figures_css
 
 _BADGES = {"measured": "measured", "emulated": "emulated link", "virtual": "simulated"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -144,12 +144,13 @@ const figures = () => [...document.querySelectorAll(".js-plotly-plot")];
 addEventListener("beforeprint", () => figures().forEach((f) => Plotly.relayout(f, {{ width: {PAPER_PX} }})));
 addEventListener("afterprint", () => figures().forEach((f) => Plotly.relayout(f, {{ width: null, autosize: true }})));
 </script>"""
-_SHARED_CSS = """
-.js-plotly-plot .main-svg text { fill: CanvasText !important; }
-.js-plotly-plot .hoverlayer text { fill: revert-layer !important; }
+_SHARED_CSS = (
+    figures_css("", "CanvasText")
+    + """
 @media print { figure, .plotly-figure, table { break-inside: avoid; } body { max-width: none; margin: 0; }
   .table, .ps-scroll, .jp-OutputArea-output { overflow: visible !important; } }
 """
+)
 _CSS = f"""{_SHARED_CSS}
 :root {{ color-scheme: light dark; }}
 body {{ font: 15px/1.5 {FONT}; max-width: 1080px; margin: 2em auto; padding: 0 1em; }}

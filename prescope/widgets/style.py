@@ -6,7 +6,7 @@ A panel's root carries the class `prescope`; ipywidgets marks it as disconnected
 
 import ipywidgets as ipw
 
-from ..views.theme import FONT
+from ..views.theme import FONT, figures_css
 
 #: Below this width of a cell controls stand above the figures, from it on beside them; px.
 WIDE_PX = 1100
@@ -20,8 +20,7 @@ CSS = f"""
 .prescope .widget-html, .prescope .widget-html-content, .prescope .jupyter-widgets {{ color: var(--ps-text);
   font-size: 13px; line-height: 1.45; }}
 .prescope .widget-html-content {{ overflow: visible; }}
-.prescope .js-plotly-plot .main-svg text {{ fill: var(--ps-text) !important; }}
-.prescope .js-plotly-plot .hoverlayer text {{ fill: revert-layer !important; }}
+{figures_css(".prescope", "var(--ps-text)")}
 .prescope.jupyter-widgets-disconnected::before {{ content: "The session is gone: run the notebook's first cells again.";
   display: block; padding: 8px 12px; border: 1px solid var(--ps-bad); border-radius: 4px; color: var(--ps-bad);
   font-weight: 600; }}
