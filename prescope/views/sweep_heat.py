@@ -140,6 +140,4 @@ def _words_of(cell: Cell, info: SweepHeatInfo) -> str:
     where = f"{info.x_label}: {info.x_names[cell.x]}<br>{info.y_label}: {info.y_names[cell.y]}"
     if cell.best is None:
         return f"{where}<br>{cell.reason}"
-    return (
-        f"{where}<br>{formatted(cell.best)} {info.objective}: the best of {cell.num_points}, point {cell.number}"
-    )
+    return f"{where}<br>{formatted(cell.best)} {info.objective}: the best of {cell.num_points}, point {cell.number}"
