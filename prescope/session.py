@@ -111,7 +111,7 @@ class Session:
 
     def prepare(self, prompts: NamedPrompts | Prompts, **keywords: Any) -> Job:
         """A job that has not begun, so that it can be watched from its first token; `start` it."""
-        return Job(partial(self._run, prompts), self.engine.turn, keywords)
+        return Job(partial(self._run, prompts), self.engine.turn, keywords, self.engine.tokens_so_far)
 
     @property
     def is_running(self) -> bool:

@@ -1,6 +1,7 @@
 """The session on the embedded model, over an emulated link so fast that it hardly waits."""
 
 import threading
+import time
 from concurrent.futures import CancelledError
 
 import numpy as np
@@ -8,6 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 from prescope.engine.config import EngineConfig
+from prescope.engine.job import Job
 from prescope.errors import BadTrace, TransferFailed, UnsupportedOption
 from prescope.session import Session
 
@@ -118,6 +120,37 @@ def test_a_failed_job_hands_its_error_to_who_asks(session, monkeypatch):
         job.result(60)
     assert isinstance(job.error, TransferFailed)
     assert not session.is_running
+
+
+def test_a_run_is_shown_while_it_goes_on_and_never_after_its_end(session):
+    """What a viewer shows comes from another thread: late, it would overwrite the result."""
+    seen: list[tuple[float, bool, str, list[list[int]]]] = []
+    job = session.prepare(PROMPTS, max_new_tokens=24)
+
+    def view(job: Job) -> None:
+        name = threading.current_thread().name
+        seen.append((time.monotonic(), job.is_done, name, [list(row) for row in job.tokens]))
+        time.sleep(0.15)  # slower than the tokens come
+
+    job.on_progress(view)
+    ended: list[int] = []
+    job.on_done(lambda job: ended.append(len(seen)))
+    run = job.start().result(60)
+    assert 1 <= len(seen) < 24
+    assert ended == [len(seen)]
+    assert {name for _, _, name, _ in seen} == {"prescope-progress"}
+    assert not any(is_done for _, is_done, _, _ in seen)
+    for _, _, _, rows in seen:
+        assert rows == [tokens[: len(row)] for tokens, row in zip(run.tokens, rows, strict=True)]
+    assert len(job.token_times_s) == 24
+
+
+def test_remaining_time_goes_by_the_tokens_not_by_what_came_before_them(session):
+    job = session.prepare("Once", max_new_tokens=10)
+    job.token_times_s = [7.0, 7.5]
+    assert job.left_s == pytest.approx(4.0)
+    job.token_times_s = [7.0]
+    assert job.left_s is None
 
 
 def test_watchers_have_run_when_result_returns(session):

@@ -426,6 +426,14 @@ class Engine:
         if self.runner.schedule_runner is not None:
             self.runner.schedule_runner.forced = forced
 
+    def tokens_so_far(self) -> list[list[int]]:
+        """New tokens of each sequence of the `generate` under way, for its `on_step`; none when there is none.
+
+        In steps that run layer by layer it waits until the GPU has chosen them.
+        """
+        progress = self.forwards.progress
+        return [] if progress is None else progress.tokens_so_far()
+
     def cancel(self) -> None:
         """End the running `generate` after the token it is at, which then returns what there is, and give up all waits
         for the engine (they raise CancelledError).

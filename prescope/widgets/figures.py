@@ -21,7 +21,6 @@ import traitlets
 from ..views.theme import CONFIG
 
 _BUNDLE = Path(plotly.__file__).parent / "package_data" / "widgetbundle.js"
-UPDATE_S = 0.1  # progress is sent at most ten times a second
 
 _STUB = """
 async function plotly(model) {

@@ -238,10 +238,13 @@ class SchedulePanel:
         self._running = scenario
         return settings
 
-    def _finished(self, run: RunResult) -> None:
-        if self._running is not None:
-            self._runs.setdefault(self._running, []).append(run)
+    def _finished(self, run: RunResult) -> str:
+        assert self._running is not None, "a run begins with `_for_engine`"
+        self._runs.setdefault(self._running, []).append(run)
         self.redraw()
+        return (
+            "" if self.measured is run else "the controls were moved meanwhile: this was the setting before"
+        )
 
     # -- drawing -----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from html import unescape
 
 import plotly.graph_objects as go
 import pytest
@@ -174,6 +175,37 @@ def test_run_for_real_lays_measured_over_simulated_while_the_settings_stay(panel
     assert not panel.state()["status"].startswith("done"), "a run of other settings is not this one's"
     panel.settings.slots.value = 40
     assert panel.measured is run, "it is shown again where it belongs"
+
+
+def test_text_rates_and_remaining_time_are_shown_while_a_run_goes_on(panel, session):
+    panel.choose(Scenario(schedule="on-demand", slots=20))
+    panel.real.tokens.value = 40
+    shown: list[tuple[str, str, str]] = []
+    told = panel.real._show_live
+
+    def note(job: object) -> None:
+        told(job)
+        shown.append((panel.real.text.value, panel.real.live.value, panel.real.controls.status.value))
+
+    panel.real._show_live = note
+    run = panel.start().result(60)
+    texts = [text for text, _, _ in shown if "▍" in text]
+    assert texts, "nothing was shown before the end"
+    assert any("hit rate so far" in live and "ms per token" in live for _, live, _ in shown)
+    assert any("s left" in status for _, _, status in shown)
+    for text in run.text:
+        assert text[:200] in unescape(panel.real.text.value)
+    first = unescape(texts[0]).split("… ")[1].split("▍")[0]
+    assert run.text[0].startswith(first)
+
+
+def test_controls_moved_during_a_run_are_not_called_done(panel):
+    panel.choose(Scenario(schedule="on-demand", slots=24))
+    job = panel.start()
+    panel.settings.slots.value = 26
+    job.result(60)
+    assert "moved meanwhile" in panel.state()["status"]
+    assert panel.measured is None
 
 
 def test_without_prefetches_the_replay_counts_what_the_engine_counted(panel):
