@@ -1,4 +1,4 @@
-"""A saved run is the run: every table, the routing, what was said of it; and a folder holds one run, never two halves."""
+"""A saved run is the run: every table, the routing, what was said of it; a folder holds one run, never two halves."""
 
 import json
 from dataclasses import fields, replace
