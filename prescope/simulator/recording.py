@@ -54,7 +54,7 @@ class Recording:
         """What any setting would have done with it, there or on other machines."""
         return Scenarios(
             self.trace, [self.machine, *machines], self.predictors, predict_us=self.predict_us,
-            label=str(self.about.get("label", self.trace.model)),
+            label=str(self.about.get("label", self.trace.model)), measured=self.measured,
         )  # fmt: skip
 
     def save(self, folder: str | Path, name: str) -> list[Path]:

@@ -1,7 +1,7 @@
 """The numbers that answer "is it better now?": one row for each of simulated, measured, pinned and bound."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -69,6 +69,19 @@ def _of_run(run: RunResult) -> Numbers:
     )  # fmt: skip
 
 
+def numbers_there(row: Mapping[str, Any], row_bytes: int) -> Numbers:
+    """A run that was measured where a trace was recorded, as `Recording.measured` keeps it.
+
+    Args:
+        row_bytes: of one expert there.
+    """
+    return Numbers(
+        "measured there", row["tokens_per_s"], row["p50_ms"], row["p95_ms"], row.get("ttft_ms", NAN),
+        100 * row["hit_rate"], 100 * row["link_use_frac"], row["bytes_per_token"] / 1e6,
+        row["num_slots"] * row_bytes / GIB,
+    )  # fmt: skip
+
+
 def _percentiles(ms: np.ndarray) -> tuple[float, float]:
     return (float(np.percentile(ms, 50)), float(np.percentile(ms, 95))) if len(ms) else (NAN, NAN)
 
@@ -112,9 +125,8 @@ MORE_IS_BETTER = {
 }  # fmt: skip
 
 
-def spread_frac(runs: Sequence[RunResult]) -> float:
-    """How far repeated runs lie apart: (most - least) / median of tokens/s; NaN of fewer than two."""
-    rates = [run.metrics.tokens_per_s for run in runs]
+def spread_frac(rates: Sequence[float]) -> float:
+    """How far the tokens/s of repeated runs lie apart: (most - least) / median; NaN of fewer than two."""
     return (max(rates) - min(rates)) / float(np.median(rates)) if len(rates) > 1 else NAN
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as ipw
+import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML, display
 
@@ -14,7 +15,9 @@ from ..core.paths import data_dir
 from ..core.units import format_bytes
 from ..engine.job import NamedPrompts
 from ..errors import PrescopeError
+from ..scheduler import SCHEDULES
 from ..simulator import Scenarios
+from ..views.numbers import NAN
 from ..views.threshold import plot_threshold, threshold_info
 from .capacity_panel import CapacityPanel
 from .figures import SlimFigureWidget, is_headless
@@ -133,7 +136,13 @@ class Dashboard:
     def _show_schedules(self) -> None:
         scenarios, scenario = self.live.scenarios, self.live.scenario
         table = scenarios.table(scenarios.compare(scenario)).sort_values("tokens/s", ascending=False)
-        shown = frame_html(table[SCHEDULE_COLUMNS], mark=str(self.live.settings.schedule.label))
+        rates = {way.title: self._rate_there(name) for name, way in SCHEDULES.items()}
+        known = pd.Series(rates, dtype=float).dropna()
+        columns = SCHEDULE_COLUMNS
+        if len(known):
+            table["measured there, tokens/s"] = known
+            columns = ["tokens/s", "measured there, tokens/s", *SCHEDULE_COLUMNS[1:]]
+        shown = frame_html(table[columns], mark=str(self.live.settings.schedule.label))
         self.schedules_table.value = (
             "<p class='ps-soft'>Each with its own cache and predictor, the chosen one as chosen; the same slots, "
             f"tokens and machine. Simulated.</p>{shown}"
@@ -143,6 +152,13 @@ class Dashboard:
         other = "on-demand" if scenario.schedule != "on-demand" else "presched"
         self.pair = PairPanel(scenarios, scenario, scenario.schedule, other)
         self._pair_box.children = (self.pair.view,)
+
+    def _rate_there(self, schedule: str) -> float:
+        """Tokens/s measured where the trace was recorded, under the settings that the table has of a schedule."""
+        scenarios, scenario = self.live.scenarios, self.live.scenario
+        chosen = scenario if schedule == scenario.schedule else scenarios.as_published(scenario, schedule)
+        row = scenarios.measured_there(chosen)
+        return NAN if row is None else float(row["tokens_per_s"])
 
     def use(self, name: str, scenarios: Scenarios) -> None:
         """Simulate another trace from now on."""

@@ -35,7 +35,7 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
             "document.querySelectorAll('.ps-numbers tbody tr').length === 4", timeout=30_000
         )
         assert "Prediction" in page.locator(".ps-verdict").first.inner_text(timeout=30_000)
-        for label in ("slots", "first step"):
+        for label in ("slots", "steps"):
             page.locator(".ps-field", has_text=label).locator(".noUi-handle").first.focus()
             page.keyboard.press("ArrowRight")
             page.wait_for_timeout(1_500)
