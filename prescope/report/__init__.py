@@ -15,6 +15,17 @@ except ImportError as error:
 
 from .notebook import NotebookFailed, execute_notebook
 from .page import PAPER_PX
-from .runs import badge, write_report
+from .runs import badge, write_report, write_story
+from .story import Story, story_of_run, story_of_setting
 
-__all__ = ["PAPER_PX", "NotebookFailed", "badge", "execute_notebook", "write_report"]
+__all__ = [
+    "PAPER_PX",
+    "NotebookFailed",
+    "Story",
+    "badge",
+    "execute_notebook",
+    "story_of_run",
+    "story_of_setting",
+    "write_report",
+    "write_story",
+]

@@ -31,6 +31,8 @@ from ..errors import PrescopeError
 from ..views.theme import CONFIG, FONT
 from .page import PRINT_JS, SHARED_CSS, json_script, provenance
 
+#: Of the line that says what the numbers mean, as panels write it.
+VERDICT_CLASS = "class='ps-verdict'"
 _PLOTLY_MIME = "application/vnd.plotly.v1+json"
 
 
@@ -47,6 +49,12 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block jupyter_widgets -%}{%- endblock -%}
 {%- block html_head_css -%}<style>{{ resources.prescope_css }}</style>{%- endblock -%}
+{%- block body_header -%}{{ super() }}
+{%- if resources.in_short -%}<section class="in-short">{{ resources.in_short }}</section>{%- endif -%}
+{%- endblock -%}
+{%- block input_group -%}
+<details class="code"><summary>Code</summary>{{ super() }}</details>
+{%- endblock -%}
 {%- block data_other scoped -%}
 {%- if resources.plotly_mime in output.data -%}
 {%- set id = uuid4() -%}
@@ -63,6 +71,9 @@ Plotly.newPlot("{{ id }}", figure.data, figure.layout, config).then(
 """
 _NOTEBOOK_CSS = f"""{SHARED_CSS}
 body.jp-Notebook {{ max-width: 1080px; margin: 0 auto; padding: 1em; --jp-content-font-family: {FONT}; }}
+details.code > summary {{ cursor: pointer; opacity: .6; font-size: 12.5px; padding: 2px 0 2px 8px; }}
+.in-short {{ border: 1px solid #8886; border-radius: 6px; padding: 10px 16px; margin: 0 0 1.2em; }}
+.in-short .ps-verdict {{ font-size: 16px; font-weight: 600; }}
 .plotly-figure {{ width: 100%; }} .jp-OutputArea-child > .jp-OutputArea-output {{ width: 100%; }}
 """
 
@@ -233,6 +244,18 @@ def _notebook_page(notebook: nbformat.NotebookNode, name: str, facts: dict[str, 
         "prescope_css": _NOTEBOOK_CSS,
         "print_js": PRINT_JS,
         "provenance": json_script(facts),
+        "in_short": _in_short(notebook),
     }
     page, _ = exporter.from_notebook_node(notebook, resources=resources)
     return page
+
+
+def _in_short(notebook: nbformat.NotebookNode) -> str:
+    """Numbers and the line of advice of the first panel, to stand before everything else; "" without one."""
+    shown = (
+        str(output.data["text/html"])
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "text/html" in output.get("data", {})
+    )
+    return next((html for html in shown if VERDICT_CLASS in html), "")

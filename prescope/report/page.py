@@ -50,19 +50,25 @@ addEventListener("afterprint", () => figures().forEach((f) => Plotly.relayout(f,
 SHARED_CSS = (
     figures_css("", "CanvasText")
     + """
+@page { margin: 12mm; }
 @media print { figure, .plotly-figure, table { break-inside: avoid; } body { max-width: none; margin: 0; }
-  .table, .ps-scroll, .jp-OutputArea-output { overflow: visible !important; } }
+  .table, .ps-scroll, .jp-OutputArea-output { overflow: visible !important; }
+  table { font-size: 8.5px !important; } th, td { white-space: normal !important; overflow-wrap: anywhere; }
+  .dataframe th, .dataframe td { padding: 2px 4px !important; } }
 """
 )
 _CSS = f"""{SHARED_CSS}
 :root {{ color-scheme: light dark; }}
 body {{ font: 15px/1.5 {FONT}; max-width: 1080px; margin: 2em auto; padding: 0 1em; }}
 h1 {{ font-size: 1.7em; margin-bottom: .2em; }} h2 {{ font-size: 1.15em; margin: 1.6em 0 .4em; }}
-figure {{ margin: 1.6em 0; }} .verdict {{ font-size: 1.15em; }} .note {{ opacity: .75; }}
+figure {{ margin: 1.6em 0; }} .verdict {{ font-size: 1.3em; font-weight: 600; line-height: 1.35; }}
+.numbers table {{ width: 100%; font-variant-numeric: tabular-nums; }} .numbers td {{ border-top: 1px solid #8884; }}
+.note {{ opacity: .75; }}
 .badge {{ border: 1px solid currentColor; border-radius: 1em; padding: .1em .7em; font-size: .85em; }}
 .table {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .92em; }}
 td, th {{ padding: .2em .8em .2em 0; text-align: left; vertical-align: top; }}
-details {{ margin: 1.5em 0; }} summary {{ cursor: pointer; }} pre {{ overflow-x: auto; font-size: .85em; }}
+details {{ margin: 1.5em 0; }} summary {{ cursor: pointer; }}
+pre {{ font-size: .85em; white-space: pre-wrap; overflow-wrap: anywhere; }}
 """
 
 

@@ -8,6 +8,7 @@ prediction pays.
 """
 
 from .best import best_found
+from .code import code_of
 from .explain import WHERE, LayerExplanation, explain_layer
 from .machines import HERE, Machine, machine_of_profile, machine_of_run, machine_with_link, shipped_machines
 from .prepare import as_decode
@@ -36,6 +37,7 @@ __all__ = [
     "Verdict",
     "as_decode",
     "best_found",
+    "code_of",
     "explain_layer",
     "link_frac",
     "machine_of_profile",

@@ -38,6 +38,7 @@ class Scenarios:
         predict_us: what one prediction costs on the first machine, by name; elsewhere it is not known and left out.
         label: of the trace, for titles.
         measured: runs of the first machine, as `Recording` keeps them.
+        commands: what to type to record the trace again.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Scenarios:
         predict_us: Mapping[str, float] | None = None,
         label: str = "",
         measured: Sequence[Mapping[str, Any]] = (),
+        commands: Sequence[str] = (),
     ) -> None:
-        self._measured = measured
+        self._measured, self.commands = measured, tuple(commands)
         self.trace, self.label = trace, label or trace.model
         self.machines = {machine.name: machine for machine in machines}
         lookahead = min(LOOKAHEAD, max(1, trace.num_layers - 1))

@@ -66,7 +66,7 @@ def plot_capacity(info: CapacityInfo) -> go.Figure:
     best = np.array(info.rates["tokens_per_s"])
     fig.add_scatter(
         x=[*info.gpu_gib, *info.gpu_gib[::-1]], y=[*(best * (1 + INTERVAL)), *(best * (1 - INTERVAL))[::-1]],
-        fill="toself", fillcolor="rgba(1,118,188,.10)", line={"width": 0}, hoverinfo="skip", row=1, col=1,
+        mode="lines", fill="toself", fillcolor="rgba(1,118,188,.10)", line={"width": 0}, hoverinfo="skip", row=1, col=1,
         name=f"good to {100 * INTERVAL:.0f} %",
     )  # fmt: skip
     for name, (words, color, dash) in LINES.items():

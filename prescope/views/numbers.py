@@ -113,6 +113,28 @@ def numbers_frame(rows: Iterable[Numbers]) -> pd.DataFrame:
     return frame.set_index(pd.Index([row.row for row in listed], name=""))
 
 
+def numbers_text(rows: Iterable[Numbers]) -> pd.DataFrame:
+    """The same as a person reads it: three digits, "-" where nothing is known."""
+    listed = list(rows)
+    texts = [[formatted(getattr(row, field), field=field) for field in COLUMNS] for row in listed]
+    heads = [head for head, _ in COLUMNS.values()]
+    return pd.DataFrame(texts, columns=heads, index=pd.Index([row.row for row in listed], name=""))
+
+
+def run_in_words(run: RunResult) -> str:
+    """What a run was like, in one sentence."""
+    metrics, decode = run.metrics, run.metrics.decode
+    if not decode.num_steps:
+        return f"The first token came after {formatted(metrics.ttft_ms)} ms; nothing was decoded."
+    text = (
+        f"Measured: {formatted(metrics.tokens_per_s)} tokens/s, {formatted(metrics.tpot_ms)} ms per token; "
+    )
+    text += f"{100 * decode.hit_rate:.0f} % of the experts needed were in their slots"
+    if decode.stall_frac == decode.stall_frac:
+        text += f", layers waited for copies {100 * decode.stall_frac:.0f} % of the time"
+    return f"{text}."
+
+
 def change(new: Numbers, old: Numbers) -> Numbers:
     """By how much each number differs: tokens/s in percent, the others in their own unit."""
     values = [a - b for a, b in zip(new[2:], old[2:], strict=True)]

@@ -46,7 +46,7 @@ class Dashboard:
         sources: name -> what makes its scenarios; the first is shown. A name may stand for a recording of another
             machine, or for the session's own latest run.
         record: makes scenarios of this session by running the prompts once; called in a thread.
-        report: writes the page of what is shown; None: there is no button.
+        report: writes a page of what the live panel shows; None: there is no button.
 
     Attributes:
         live: the panel of settings and figures. capacity, runs: panels. tabs, view: widgets.
@@ -59,7 +59,7 @@ class Dashboard:
         keywords: dict[str, Any],
         sources: Mapping[str, Callable[[], Scenarios]],
         record: Callable[[], Scenarios],
-        report: Callable[[], Path] | None = None,
+        report: Callable[[SchedulePanel], Path] | None = None,
     ) -> None:
         self._runner, self._record, self._report = runner, record, report
         self._sources = dict(sources)
@@ -224,7 +224,7 @@ class Dashboard:
     def _write_report(self) -> None:
         assert self._report is not None, "there is no button without it"
         self.told.value = "writing the report …"
-        self.told.value = f"written: <code>{escape(str(self._report()))}</code>"
+        self.told.value = f"written: <code>{escape(str(self._report(self.live)))}</code>"
 
     def plain(self) -> list[go.Figure]:
         """The figures of the live tab without widgets."""

@@ -1,11 +1,10 @@
 """Settings that a person comes back to, one button each, and the setting shown as Python."""
 
 from collections.abc import Callable
-from dataclasses import MISSING, fields
 
 import ipywidgets as ipw
 
-from ..simulator import Scenario, Scenarios, best_found
+from ..simulator import Scenario, Scenarios, best_found, code_of
 from .copy_button import CopyButton
 from .style import row
 
@@ -73,24 +72,3 @@ class Presets:
     def _back(self) -> Scenario:
         assert self._pinned is not None, "the button is off before"
         return self._pinned
-
-
-def code_of(scenarios: Scenarios, scenario: Scenario) -> str:
-    """Python that simulates a setting, and runs it where it can be run."""
-    given = {
-        field.name: getattr(scenario, field.name)
-        for field in fields(Scenario)
-        if field.default is MISSING or getattr(scenario, field.name) != field.default
-    }
-    settings = ", ".join(f"{name}={value!r}" for name, value in given.items())
-    lines = [
-        "from prescope.simulator import Scenario",
-        "",
-        "# scenarios: session.scenarios(), or `live.scenarios` of the dashboard",
-        f"scenario = Scenario({settings})",
-        "result = scenarios.run(scenario)",
-    ]
-    if not scenarios.why_not_here(scenario):
-        settings = "configure=scenarios.engine_settings(scenario), max_new_tokens=64"
-        lines.append(f"run = session.run(prompts, {settings})")
-    return "\n".join(lines)

@@ -183,8 +183,23 @@ class SchedulePanel:
     @property
     def measured(self) -> RunResult | None:
         """The latest run of these very settings, if there was one."""
-        runs = self._runs.get(self._scenarios.resolved(self.scenario))
-        return runs[-1] if runs else None
+        return self.measured_runs[-1] if self.measured_runs else None
+
+    @property
+    def measured_runs(self) -> list[RunResult]:
+        """All runs of these very settings."""
+        return self._runs.get(self._scenarios.resolved(self.scenario), [])
+
+    @property
+    def pinned(self) -> Numbers | None:
+        """The baseline's numbers, if one was pinned."""
+        return None if self._pinned is None else self._pinned[1]
+
+    @property
+    def shown_steps(self) -> range:
+        """Steps whose lanes are drawn."""
+        first, last = self.steps.value
+        return range(first, last + 1)
 
     def pin(self) -> None:
         """From now on numbers are shown against those of this setting: as measured, or as simulated before a run."""
@@ -302,10 +317,6 @@ class SchedulePanel:
         for watcher in self._watchers:
             watcher()
 
-    def _steps(self) -> range:
-        first, last = self.steps.value
-        return range(first, last + 1)
-
     def _layers(self) -> range | None:
         first, last = self.layers.value
         is_all = (first, last) == (self.layers.min, self.layers.max)
@@ -325,7 +336,7 @@ class SchedulePanel:
 
     def _parts(self) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
         shown, beside, times = (
-            lanes_info(self.result, self._steps(), layers=self._layers()),
+            lanes_info(self.result, self.shown_steps, layers=self._layers()),
             outcomes_info(self.result, self.measured),
             step_times_info(self.result, self.measured, with_bound=self._knows_bounds()),
         )
@@ -334,7 +345,7 @@ class SchedulePanel:
             "lanes": (lanes_traces(shown), lanes_layout(shown, self._axis_ms, brief=True)),
             "outcomes": (outcomes_traces(beside), outcomes_layout(beside, brief=True)),
             "step_times": (
-                step_times_traces(times), step_times_layout(times, brief=True, chosen=self._steps()),
+                step_times_traces(times), step_times_layout(times, brief=True, chosen=self.shown_steps),
             ),
         }  # fmt: skip
 
@@ -345,7 +356,7 @@ class SchedulePanel:
     def _plain(self) -> dict[str, go.Figure]:
         """The figures without widgets."""
         return {
-            "lanes": plot_lanes(lanes_info(self.result, self._steps(), layers=self._layers())),
+            "lanes": plot_lanes(lanes_info(self.result, self.shown_steps, layers=self._layers())),
             "outcomes": plot_outcomes(outcomes_info(self.result, self.measured)),
             "step_times": plot_step_times(step_times_info(self.result, self.measured)),
         }
@@ -353,7 +364,7 @@ class SchedulePanel:
     def _say(self) -> None:
         self._say_numbers()
         self.presets.show()
-        kept = self._runs.get(self._scenarios.resolved(self.scenario), [])
+        kept = self.measured_runs
         beyond = " · the steps end beyond the time axis: Fit" if self._ends_beyond() else ""
         self.told.value = (
             f"<span class='ps-soft'>simulated in {self.drawn.simulated_ms:.0f} ms, drawn in "
@@ -367,7 +378,7 @@ class SchedulePanel:
         self._rest()
 
     def _say_numbers(self) -> None:
-        kept = self._runs.get(self._scenarios.resolved(self.scenario), [])
+        kept = self.measured_runs
         now = numbers(self.result)
         name, pinned = self._pinned or ("", None)
         bound = bound_numbers(self.result) if self._knows_bounds() else NO_BOUND
@@ -386,7 +397,7 @@ class SchedulePanel:
 
     def _ends_beyond(self) -> bool:
         steps = self.result.steps
-        shown = steps[steps["step"].isin(list(self._steps()))]
+        shown = steps[steps["step"].isin(list(self.shown_steps))]
         return bool(shown["dur_us"].sum() / 1e3 > 1.02 * self._axis_ms)
 
     def _show_beside(self, run: RunResult | None) -> None:
@@ -427,7 +438,7 @@ class SchedulePanel:
                 self._is_advised = True
                 times = step_times_info(self.result, self.measured)
                 self.figures["step_times"].show_parts(
-                    step_times_traces(times), step_times_layout(times, brief=True, chosen=self._steps())
+                    step_times_traces(times), step_times_layout(times, brief=True, chosen=self.shown_steps)
                 )
                 self._say_numbers()
         mood = {True: "ps-good", False: "ps-bad", None: ""}[found.pays]

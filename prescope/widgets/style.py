@@ -46,7 +46,7 @@ CSS = f"""
 .ps-figures {{ min-width: 0; overflow: visible; }}
 .ps-figures > * {{ min-width: 0; }}
 .prescope table.ps-numbers, .prescope table.ps-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums;
-  font-size: 13px; margin: 0; width: auto; }}
+  font-size: 13px; margin: 0; width: auto; table-layout: auto; }}
 .prescope table.ps-numbers {{ width: 100%; }}
 .prescope .ps-numbers th, .prescope .ps-numbers td, .prescope .ps-table th, .prescope .ps-table td {{
   padding: 3px 14px 3px 0; text-align: right; border: 0; white-space: nowrap; color: var(--ps-text);
