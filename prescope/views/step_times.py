@@ -152,8 +152,9 @@ def step_times_layout(
         lines[1] = f"{_rate(info.measured)} · the simulator says {info.error_pct:+.1f} % of its tokens/s"
     if brief:
         lines = lines[: 1 + (info.measured is not None)]
-    looks: dict[str, Any] = {"margin": {"t": 84}, "height": 290} if brief else {}
+    looks: dict[str, Any] = {"margin": {"t": 70}, "height": 280} if brief else {}
     looks["shapes"] = [] if chosen is None else [_band(chosen)]
+    looks["xaxis"] = {"range": [info.times.steps[0] - 0.5, info.times.steps[-1] + 0.5]}
     return {"title": {"text": titled("How long does each token take?", "<br>".join(lines))}, **looks}
 
 

@@ -78,7 +78,7 @@ class CapacityPanel:
         self.words, self.table = ipw.HTML(), ipw.HTML()
         self.figure = SlimFigureWidget()
         controls = boxed(ipw.Box([field.view for field in fields]), "ps-controls")
-        shown = boxed(ipw.VBox([self.words, self.figure, self.table]), "ps-figures")
+        self._shown = shown = boxed(ipw.VBox([self.words, self.table]), "ps-figures")
         self.part = boxed(ipw.Box([controls, shown]), "ps-side")
         self.view = panel(self.part)
         self._is_quiet = False
@@ -115,6 +115,7 @@ class CapacityPanel:
             self.advice = advice
             self.words.value = advice_html(advice)
             self.figure.show_figure(capacity(advice))
+            self._shown.children = (self.words, self.figure, self.table)
             self.table.value = frame_html(advice.table())
         return advice
 

@@ -95,7 +95,8 @@ class Dashboard:
         self.live.on_drawn(self.refresh)
 
     def _tab_children(self) -> list[ipw.Widget]:
-        predictor = boxed(ipw.VBox([self.predictor_told, self.predictor_figure]), "ps-figures")
+        self._predictor_box = boxed(ipw.VBox([self.predictor_told]), "ps-figures")
+        predictor = self._predictor_box
         schedules = boxed(ipw.VBox([self.schedules_table, self._pair_box]), "ps-figures")
         return [
             self.capacity.part, self.live.parts["live"], self.live.parts["real"], predictor, schedules, self.runs.part,
@@ -132,6 +133,7 @@ class Dashboard:
         self.predictor_told.value = ""
         self.predictor_figure.remove_class("ps-stale")
         self.predictor_figure.show_figure(plot_threshold(info))
+        self._predictor_box.children = (self.predictor_told, self.predictor_figure)
 
     def _show_schedules(self) -> None:
         scenarios, scenario = self.live.scenarios, self.live.scenario

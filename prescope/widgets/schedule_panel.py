@@ -114,7 +114,7 @@ class SchedulePanel:
         self.view = panel(*self.parts.values())
         for one in (self.steps, self.layers):
             one.observe(self._on_range, "value")
-        self.figures["step_times"].data[0].on_selection(self._on_dragged)
+        self.figures["step_times"].on_zoom("xaxis", self._on_dragged)
         self.pin_button.on_click(lambda _: self.pin())
         self.fit_button.on_click(lambda _: self.fit())
         self.redraw()
@@ -137,7 +137,8 @@ class SchedulePanel:
         parts: dict[str, ipw.Widget] = {"numbers": self.numbers.view, "live": live}
         if self.real is not None:
             self.beside = SlimFigureWidget()
-            parts["real"] = ipw.VBox([self.real.view, boxed(ipw.VBox([self.beside]), "ps-figures")])
+            self._beside_box = boxed(ipw.VBox(), "ps-figures")  # empty before the first run
+            parts["real"] = ipw.VBox([self.real.view, self._beside_box])
         return parts
 
     # -- what is chosen ----------------------------------------------------------------------------------------
@@ -277,12 +278,11 @@ class SchedulePanel:
             self._axis_ms = 0.0
             self._soon()
 
-    def _on_dragged(self, _trace: Any, _points: Any, selector: Any) -> None:
-        """Steps were marked in the overview."""
-        if selector is not None and getattr(selector, "xrange", None):
-            low, high = sorted(selector.xrange)
-            first, last = (min(max(round(x), self.steps.min), self.steps.max) for x in (low, high))
-            self.steps.value = first, last
+    def _on_dragged(self, low: float, high: float) -> None:
+        """Steps were marked in the overview, which itself goes on showing all of them."""
+        first, last = (min(max(round(x), self.steps.min), self.steps.max) for x in (low, high))
+        self.figures["step_times"].fit()
+        self.steps.value = first, last
 
     def _soon(self) -> None:
         """Redraw now, or, while a slider is dragged, when the last redraw is long enough ago."""
@@ -412,6 +412,7 @@ class SchedulePanel:
             self.beside.show_parts(schedule_pair_traces(info), schedule_pair_layout(info))
         else:
             self.beside.show_figure(plot_schedule_pair(info))
+            self._beside_box.children = (self.beside,)
 
     # -- the line of advice ------------------------------------------------------------------------------------
 

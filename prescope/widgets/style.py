@@ -29,7 +29,8 @@ CSS = f"""
 .ps-row {{ display: flex; flex-flow: row wrap; align-items: center; gap: 6px 12px; overflow: visible; }}
 .ps-side {{ display: grid !important; grid-template-columns: minmax(0, 1fr); gap: 8px 20px; overflow: visible; }}
 .ps-controls {{ display: grid !important; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr));
-  gap: 6px 20px; align-content: start; overflow: visible; }}
+  gap: 6px 20px; align-content: start; align-items: start; overflow: visible; }}
+.ps-copy.widget-button {{ width: auto; }}
 @container prescope (min-width: {WIDE_PX}px) {{
   .ps-side {{ grid-template-columns: 300px minmax(0, 1fr); }} .ps-side .ps-controls {{ grid-template-columns: 1fr; }} }}
 .ps-field {{ display: grid !important; grid-template-columns: 92px minmax(0, 1fr); align-items: center;

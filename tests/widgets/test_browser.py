@@ -11,9 +11,10 @@ CELLS = [
     "board = session.dashboard(['Once upon a time'], scenarios=session.scenarios(run), max_new_tokens=12)\nboard",
     "run",
 ]
-#: Lanes of the first figure: of each bar trace with bars, how many x, how many y, and the distinct y.
+#: The lanes: of each bar trace with bars, how many x, how many y, and the distinct y.
 LANES = """
-() => [...document.querySelectorAll('.js-plotly-plot')][0].data.filter(t => t.type === 'bar' && t.x.length)
+() => [...document.querySelectorAll('.js-plotly-plot')]
+  .find(p => p.layout?.title?.text.includes('Where does each')).data.filter(t => t.type === 'bar' && t.x.length)
   .map(t => [t.name ?? '', t.x.length, (t.y ?? []).length, [...new Set(t.y ?? [])].join()].join(':'))
 """
 PLOTS = "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 9"

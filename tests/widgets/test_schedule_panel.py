@@ -142,16 +142,15 @@ def test_steps_and_layers_of_the_lanes_are_chosen(panel):
 
 
 def test_dragging_over_the_overview_chooses_the_steps(panel):
-    """As the page tells it: a box over the bars."""
+    """As the page tells it: a zoom, that the overview itself does not keep."""
     overview = panel.figures["step_times"]
-    points = {"trace_indexes": [0], "point_indexes": [1], "xs": [3], "ys": [1.0]}
-    box = {"type": "box", "selector_state": {"xrange": [2.6, 5.4], "yrange": [0, 1]}}
-    overview.set_state({
-        "_js2py_pointsCallback": {
-            "event_type": "plotly_selected", "points": points, "device_state": None, "selector": box,
-        }
-    })  # fmt: skip
+    moved = {"xaxis.range[0]": 2.6, "xaxis.range[1]": 5.4}
+    overview.set_state({"_js2py_relayout": {"relayout_data": moved, "source_view_id": "v"}})
     assert panel.steps.value == (3, 5)
+    assert tuple(overview.layout.xaxis.range) == (panel.steps.min - 0.5, panel.steps.max + 0.5), (
+        "it shows all of them"
+    )
+    assert not overview.zoomed
 
 
 def test_presets_put_the_controls_where_they_belong_and_pinned_comes_back(panel, recorded):
@@ -201,7 +200,7 @@ def test_zoom_and_time_axis_outlive_every_move(panel):
     panel.fit()
     assert tuple(lanes.layout.xaxis.range) == (
         0,
-        pytest.approx(lanes_info(panel.result, panel._steps()).end_ms),
+        pytest.approx(lanes_info(panel.result, panel.shown_steps).end_ms),
     )
     assert not lanes.zoomed
 
