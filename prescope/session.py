@@ -28,7 +28,7 @@ from .errors import BadTrace, UnsupportedOption
 from .predictor import Oracle, Predictor
 from .predictor.base import measure_us
 from .profile import HardwareProfile
-from .report import write_report
+from .report import story_of_run, story_of_setting, write_story
 from .simulator import (
     Machine,
     Recording,
@@ -111,7 +111,7 @@ class Session:
 
     def prepare(self, prompts: NamedPrompts | Prompts, **keywords: Any) -> Job:
         """A job that has not begun, so that it can be watched from its first token; `start` it."""
-        return Job(partial(self._run, prompts), self.engine.turn, keywords)
+        return Job(partial(self._run, prompts), self.engine.turn, keywords, self.engine.tokens_so_far)
 
     @property
     def is_running(self) -> bool:
@@ -330,8 +330,8 @@ class Session:
         settings = {"schedule": "on-demand", "slots": slots}
         return self.run(prompts, configure=settings, **keywords)
 
-    def _report_here(self) -> Path:
-        return self.report(Path("prescope_report.html").resolve())
+    def _report_here(self, panel: SchedulePanel) -> Path:
+        return self.report(Path("prescope_report.html").resolve(), of=panel)
 
     def _keep(self, panel: P) -> P:
         """Remember a panel; the former one of its kind is taken off the page."""
@@ -341,18 +341,37 @@ class Session:
         self._panels[kind] = panel
         return panel
 
-    def report(self, path: str | Path, *, title: str = "Where does each token's time go?") -> Path:
-        """Write the figures of the last run as one HTML page that opens offline."""
-        run = self.last
-        phase: Phase = "decode" if run.metrics.decode.num_steps else "prefill"
-        figures = [
-            _drawn("timeline", lambda: views.timeline(run)),
-            _drawn("layers", lambda: views.layers(run, phase)),
-            _drawn("hit rate", lambda: views.hit_rate(run, phase)),
-            _drawn("latency", lambda: views.latency(run)),
-            _drawn("load", lambda: views.load(run)),
-        ]
-        return write_report(figures, {"All figures": run.metrics.to_frame()}, path, title=title, runs=[run])
+    def report(
+        self,
+        path: str | Path,
+        *,
+        of: SchedulePanel | Dashboard | RunResult | None = None,
+        title: str = "Where does each token's time go?",
+    ) -> Path:
+        """Write one HTML page that opens offline: the answer in one line, numbers and bound, figures, how to get them.
+
+        Args:
+            of: a run, or a panel as it stands: its setting, its simulation, and what was measured of it. None: the last
+                run.
+
+        Raises:
+            CannotWrite: no space, or no permission.
+        """
+        panel = of.live if isinstance(of, Dashboard) else of
+        if isinstance(panel, SchedulePanel):
+            story = story_of_setting(
+                panel.scenarios, panel.scenario, panel.measured_runs, panel.pinned, panel.shown_steps
+            )
+        else:
+            run = panel or self.last
+            is_ours = run.config["fingerprint"] == self.engine.fingerprint and _is_recorded(run)
+            story = story_of_run(run, self._own_scenarios(run) if is_ours else None)
+        return write_story(story, path, title=title)
+
+    def _own_scenarios(self, run: RunResult) -> Scenarios:
+        """A recorded run's, with nothing else to choose: changes nothing of the engine."""
+        assert run.trace is not None, "it is recorded"
+        return Scenarios(run.trace, [machine_of_run(run, self.engine.shape, self.engine.expert_size)])
 
     def close(self) -> None:
         """Close panels and engine; runs and figures stay."""
@@ -371,14 +390,6 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<Session of {self.engine!r}, {len(self.runs)} runs>"
-
-
-def _drawn(name: str, draw: "Callable[[], go.Figure]") -> "go.Figure | str":
-    """A figure, or why it cannot be drawn: a run of one token has no decode step, one without events no timeline."""
-    try:
-        return draw()
-    except BadTrace as error:
-        return f"No figure of the {name}: {error}."
 
 
 def _is_recorded(run: RunResult) -> bool:

@@ -16,7 +16,8 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from prescope import views
-from prescope.report import NotebookFailed, badge, execute_notebook, main, write_report
+from prescope.report import NotebookFailed, badge, execute_notebook, write_report
+from prescope.report.__main__ import main
 from tests.support.browser import count_plots, offline_page
 from tests.support.small_run import LABEL, small_run
 

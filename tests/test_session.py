@@ -1,15 +1,24 @@
 """The session on the embedded model, over an emulated link so fast that it hardly waits."""
 
+import base64
+import re
 import threading
+import time
+import warnings
 from concurrent.futures import CancelledError
+from html import unescape
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
 
 from prescope.engine.config import EngineConfig
+from prescope.engine.job import Job
 from prescope.errors import BadTrace, TransferFailed, UnsupportedOption
+from prescope.report import runs
 from prescope.session import Session
+from prescope.simulator import Scenario
+from prescope.traces.routing import RoutingTrace
 
 PROMPTS = {"story": "Once upon a time", "code": "def add(a, b):"}
 
@@ -120,6 +129,37 @@ def test_a_failed_job_hands_its_error_to_who_asks(session, monkeypatch):
     assert not session.is_running
 
 
+def test_a_run_is_shown_while_it_goes_on_and_never_after_its_end(session):
+    """What a viewer shows comes from another thread: late, it would overwrite the result."""
+    seen: list[tuple[float, bool, str, list[list[int]]]] = []
+    job = session.prepare(PROMPTS, max_new_tokens=24)
+
+    def view(job: Job) -> None:
+        name = threading.current_thread().name
+        seen.append((time.monotonic(), job.is_done, name, [list(row) for row in job.tokens]))
+        time.sleep(0.15)  # slower than the tokens come
+
+    job.on_progress(view)
+    ended: list[int] = []
+    job.on_done(lambda job: ended.append(len(seen)))
+    run = job.start().result(60)
+    assert 1 <= len(seen) < 24
+    assert ended == [len(seen)]
+    assert {name for _, _, name, _ in seen} == {"prescope-progress"}
+    assert not any(is_done for _, is_done, _, _ in seen)
+    for _, _, _, rows in seen:
+        assert rows == [tokens[: len(row)] for tokens, row in zip(run.tokens, rows, strict=True)]
+    assert len(job.token_times_s) == 24
+
+
+def test_remaining_time_goes_by_the_tokens_not_by_what_came_before_them(session):
+    job = session.prepare("Once", max_new_tokens=10)
+    job.token_times_s = [7.0, 7.5]
+    assert job.left_s == pytest.approx(4.0)
+    job.token_times_s = [7.0]
+    assert job.left_s is None
+
+
 def test_watchers_have_run_when_result_returns(session):
     seen: list[str] = []
     job = session.prepare("Once", max_new_tokens=2)
@@ -139,6 +179,69 @@ def test_an_engine_keeps_its_settings(session):
     with pytest.raises(UnsupportedOption, match="slots"):
         Session(session.engine, slots=0.25)
     assert Session(session.engine).engine is session.engine
+
+
+def test_a_report_answers_first_and_says_how_to_get_it_again(session, tmp_path):
+    session.run(PROMPTS, slots=0.25, max_new_tokens=6)
+    page = session.report(tmp_path / "r.html").read_text()
+    body = page[page.index("<body>") :]
+    order = [
+        body.index(part)
+        for part in ("class='verdict'>Prediction", "class='table numbers'", "<figure>", "How to")
+    ]
+    assert order == sorted(order)
+    for row in ("simulated", "measured, link emulated", "bound"):
+        assert f"<th>{row}</th>" in body
+    for what in ("machine", "model", "settings"):
+        assert f"<th>{what}</th>" in body
+    assert "prescope.load(&#x27;tiny-moe&#x27;, slots=0.25" in body
+    shown = re.sub(r"<script.*?</script>", "", body, flags=re.DOTALL)
+    assert ">NaN<" not in shown and "e+02" not in shown
+    assert len(page) < 10_000_000
+
+
+def test_the_trace_in_a_page_is_the_runs_and_a_large_one_is_left_out(session, tmp_path, monkeypatch):
+    run = session.run(PROMPTS, max_new_tokens=3)
+    page = session.report(tmp_path / "r.html").read_text()
+    content = base64.b64decode(re.search(r"octet-stream;base64,([^']+)'", page)[1])
+    (tmp_path / "t.safetensors").write_bytes(content)
+    assert RoutingTrace.load(tmp_path / "t.safetensors").digest() == run.trace.digest()
+    monkeypatch.setattr(runs, "MOST_TRACE_BYTES", 100)
+    assert "octet-stream;base64," not in session.report(tmp_path / "r.html").read_text()
+
+
+def test_the_code_in_a_page_makes_the_run_again(session, tmp_path):
+    run = session.run(PROMPTS, slots=40, cache="lfu", max_new_tokens=3)
+    code = session_code(session.report(tmp_path / "r.html").read_text())
+    names: dict[str, object] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(code, names)
+    assert names["run"].tokens == run.tokens
+    assert names["run"].config["num_slots"] == 40
+    assert names["run"].metrics.decode.hits == run.metrics.decode.hits
+    names["engine"].close()
+
+
+def session_code(page: str) -> str:
+    return unescape(page.split("<summary>Code</summary><pre>")[1].split("</pre>")[0])
+
+
+def test_a_report_of_a_panel_is_of_its_setting(session, tmp_path):
+    run = session.run(PROMPTS, slots=0.25, max_new_tokens=6)
+    board = session.dashboard(PROMPTS, scenarios=session.scenarios(run), max_new_tokens=6)
+    board.live.choose(Scenario(schedule="on-demand", slots=50))
+    for of in (board, board.live):
+        page = session.report(tmp_path / "r.html", of=of).read_text()
+        assert "On demand · 50 slots" in page
+        assert "<th>measured, link emulated</th>" not in page
+    board.live.start().result(60)
+    board.live.pin()
+    page = session.report(tmp_path / "r.html", of=board).read_text()
+    for row in ("simulated", "measured, link emulated", "pinned", "bound"):
+        assert f"<th>{row}</th>" in page
+    assert "Scenario(schedule=&#x27;on-demand&#x27;, slots=50" in page
+    board.close()
 
 
 @pytest.mark.parametrize("last", [{"max_new_tokens": 1}, {"max_new_tokens": 4, "use_cache": False}])

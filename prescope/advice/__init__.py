@@ -5,8 +5,8 @@ simulates made-up routing between the two, and `advice` is what comes back.
 """
 
 from .advice import Advice, CapacityPoint
-from .capacity import advise
+from .capacity import INTERVAL, advise
 from .machine_spec import KNOWN, MachineSpec
 from .model_size import ModelSize
 
-__all__ = ["KNOWN", "Advice", "CapacityPoint", "MachineSpec", "ModelSize", "advise"]
+__all__ = ["INTERVAL", "KNOWN", "Advice", "CapacityPoint", "MachineSpec", "ModelSize", "advise"]

@@ -23,6 +23,7 @@ class CapacityPoint(NamedTuple):
     tokens_per_s: float  # of the best schedule
     schedule: str  # that one
     on_demand: float  # tokens/s without prediction and CPU lane
+    on_demand_hit_rate: float
     without: float  # tokens/s of the best without prediction
     perfect: float  # tokens/s with a predictor that knows the future and costs nothing
     limit: str  # "link", "GPU", "launches", "CPU" or "waiting"
@@ -66,7 +67,7 @@ class Advice:
             {
                 "slots": p.slots, "share, %": 100 * p.share, "GPU memory, GiB": p.gpu_gib,
                 "hit rate, %": 100 * p.hit_rate, "tokens/s": p.tokens_per_s, "by": p.schedule,
-                "on demand, tokens/s": p.on_demand,
+                "on demand, tokens/s": p.on_demand, "on demand, hit rate %": 100 * p.on_demand_hit_rate,
                 "without prediction, tokens/s": p.without, "perfect prediction, tokens/s": p.perfect,
                 "limit": f"{p.limit} {100 * p.limit_frac:.0f} %", "fits": p.gpu_gib <= self.budget_gib,
             }

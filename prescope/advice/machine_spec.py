@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from ..core.machine import CPU_DEVICE
 from ..core.types import ExpertSize, MoEShape
 from ..core.units import GIB
 from ..errors import BadProfile, UnsupportedOption
@@ -64,20 +65,25 @@ class MachineSpec:
     def of_profile(
         cls, profile: HardwareProfile, name: str = "", *, gpu_gib: float | None = None
     ) -> "MachineSpec":
-        """The numbers of a measured profile; GPU memory by its maker's data sheet unless given.
+        """The numbers of a measured profile; GPU memory by its maker's data sheet unless given. Where the CPU stands in
+        for a GPU its memory is the host's.
 
         Raises:
             UnsupportedOption: the GPU's memory is not known.
         """
         device = str(profile.machine.get("device") or profile.place.device)
-        known = GPUS.get(device, (gpu_gib or 0.0, profile.dram_gb_per_s()))
+        host_gib, host_gb_per_s = (
+            float(profile.machine.get("host_memory_gib") or 64.0),
+            profile.dram_gb_per_s(),
+        )
+        is_stand_in = device == CPU_DEVICE
+        known = GPUS.get(device, (host_gib if is_stand_in else gpu_gib or 0.0, host_gb_per_s))
         if not (gpu_gib or known[0]):
             raise UnsupportedOption(f"the memory of {device} is not known; give gpu_gib=...")
-        host_gb_per_s = profile.dram_gb_per_s()
         return cls(
             name=name or device,
             link_gb_per_s=profile.lanes.link.rate_gb_per_s,
-            host_gib=float(profile.machine.get("host_memory_gib") or 64.0),
+            host_gib=host_gib,
             host_gb_per_s=host_gb_per_s if host_gb_per_s == host_gb_per_s else 50.0,
             gpu_gib=gpu_gib or known[0],
             gpu_gb_per_s=known[1] if known[1] == known[1] else 50.0,

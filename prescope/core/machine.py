@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NVIDIA_SMI_SECONDS = 20
+GIT_SECONDS = 10
 MEMINFO = Path("/proc/meminfo")
 
 
@@ -103,15 +104,38 @@ def _container_bytes(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
 
 
 def machine_facts() -> dict[str, Any]:
-    """CPU, cores, memory, operating system and the versions that decide speed."""
+    """CPU, cores, memory, operating system, and the versions and the commit that decide speed."""
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "host_memory_gib": round(_memory_bytes()[0] / 2**30, 1),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
+        "commit": commit(),
         **{name: _version(name) for name in ("prescope", "torch", "transformers", "triton")},
     }
+
+
+@cache
+def commit() -> str:
+    """The commit of the checkout that this code runs from, with "+changed" if files differ from it; "" outside one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "pyproject.toml").is_file() or not (root / ".git").exists():
+        return ""
+    git = ["git", "-c", f"safe.directory={root}", "-C", str(root)]
+    try:
+        asked = [
+            subprocess.run(
+                [*git, *words], capture_output=True, text=True, timeout=GIT_SECONDS, check=True
+            ).stdout
+            for words in (
+                ("rev-parse", "--short=12", "HEAD"),
+                ("status", "--porcelain", "--untracked-files=no"),
+            )
+        ]
+    except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
+        return ""
+    return asked[0].strip() + ("+changed" if asked[1].strip() else "")
 
 
 def _cpu_name() -> str:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
@@ -178,6 +179,7 @@ class Engine:
         frequencies: np.ndarray | None = None,
         predictor: Predictor | Literal["none"] | None = None,
         costs: LayerCosts | None = None,
+        profile: HardwareProfile | str | Path | None = None,
         **schedule: Any,
     ) -> None:
         """Change settings between two runs (see `EngineConfig`); after new slots or another cache, slots are cold.
@@ -186,9 +188,12 @@ class Engine:
         Args:
             frequencies, predictor, costs: as `load` takes them; those there are stay if none are given. "none" takes
                 the predictor away.
+            profile: of this machine, its file, or the name of one that comes with prescope: the costs by it, instead
+                of those that `prescope.calibrate` saved.
             schedule: schedule, lookahead, width, threshold, cpu_threads; None for the schedule's own.
 
-        Raises: as `load`; the engine then goes on with its former settings.
+        Raises: as `load`, and BadProfile or ForeignProfile (it is another machine's); the engine then goes on with its
+            former settings.
         """
         self._require_attached()
         if self.forwards.recorders:
@@ -197,8 +202,14 @@ class Engine:
         if unknown:
             raise UnsupportedOption(
                 f"there is no setting {sorted(unknown)[0]!r} to configure; there are slots, cache, decode, compiled, "
-                f"frequencies, predictor, costs, {', '.join(sorted(SCHEDULE_SETTINGS))}"
+                f"frequencies, predictor, costs, profile, {', '.join(sorted(SCHEDULE_SETTINGS))}"
             )
+        if profile is not None:
+            if costs is not None:
+                raise UnsupportedOption(
+                    "costs and profile both say what a layer costs here; give one of them"
+                )
+            costs = self._costs_by(profile)
         given: dict[str, Any] = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
         given = {name: value for name, value in given.items() if value is not None}
         config = replace(self.config, **({"cache": self.chosen_cache} | given), **schedule)
@@ -261,15 +272,19 @@ class Engine:
 
     def _costs_here(self, schedule: str) -> LayerCosts:
         """What a layer costs by this machine's profile, at batch 1; from there the planner follows its steps."""
-        _, width, expert_width = self.expert_size
         try:
-            profile = HardwareProfile.of_this_machine(self._device.describe())
-            return profile.costs(self.shape, width=width, expert_width=expert_width)
+            return self._costs_by(HardwareProfile.of_this_machine(self._device.describe()))
         except (NoProfile, BadProfile) as error:
             raise UnsupportedOption(
                 f"schedule={schedule!r} weighs what copying and computing cost here: {error}. Run "
                 f"prescope.calibrate(engine) once, give costs=..., or use schedule='on-demand'"
             ) from error
+
+    def _costs_by(self, profile: HardwareProfile | str | Path) -> LayerCosts:
+        """What a layer costs by a profile of this machine."""
+        found = profile if isinstance(profile, HardwareProfile) else HardwareProfile.load(profile)
+        _, width, expert_width = self.expert_size
+        return found.behind(self._device.describe()).costs(self.shape, width=width, expert_width=expert_width)
 
     def _require_memory(self, num_slots: int, freed_bytes: int) -> None:
         """Raise SlotPoolTooLarge unless the slots fit, given what will be freed (or taken, if negative) before."""
@@ -425,6 +440,14 @@ class Engine:
         self.runner.forced = forced = ForcedRouting.of_trace(trace, batch, self._device.torch_device, scores)
         if self.runner.schedule_runner is not None:
             self.runner.schedule_runner.forced = forced
+
+    def tokens_so_far(self) -> list[list[int]]:
+        """New tokens of each sequence of the `generate` under way, for its `on_step`; none when there is none.
+
+        In steps that run layer by layer it waits until the GPU has chosen them.
+        """
+        progress = self.forwards.progress
+        return [] if progress is None else progress.tokens_so_far()
 
     def cancel(self) -> None:
         """End the running `generate` after the token it is at, which then returns what there is, and give up all waits

@@ -1,6 +1,7 @@
 """A run in a thread of its own, so that whoever started it can watch it and go on."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
@@ -11,6 +12,10 @@ from .turn import Turn
 #: One text, several, or a name (a domain, say) for each: the names go into the trace.
 NamedPrompts = str | Sequence[str] | Mapping[str, str]
 Watcher = Callable[["Job"], None]
+#: Least time between two calls of who shows a run; a person reads no faster, and the run is not kept from its work.
+SHOW_S = 0.1
+#: Tokens whose times say how fast the others will come.
+RECENT = 32
 
 
 class Job:
@@ -19,6 +24,11 @@ class Job:
     Args:
         run: makes the result; takes `on_step` and `settings`.
         turn: held while it runs.
+        so_far: the new tokens of each sequence, asked from the run's thread; None: they come with the result.
+
+    Attributes:
+        token_times_s: when each token came, by `time.monotonic`.
+        tokens: new tokens of each sequence as of the last `on_progress`.
     """
 
     def __init__(
@@ -26,12 +36,19 @@ class Job:
         run: Callable[..., RunResult],
         turn: Turn,
         settings: dict[str, Any],
+        so_far: Callable[[], list[list[int]]] | None = None,
     ) -> None:
         self._future: Future[RunResult] = Future()
         self._cancel = threading.Event()
         self._run, self._turn, self._settings = run, turn, settings
-        self._tokens = 0
+        self._so_far = so_far
+        self.token_times_s: list[float] = []
+        self.tokens: list[list[int]] = []
         self._watchers: list[Watcher] = []
+        self._viewers: list[Watcher] = []
+        self._viewed_s = 0.0
+        self._view, self._is_over = threading.Event(), False
+        self._viewing = threading.Thread(target=self._show, name="prescope-progress", daemon=True)
         self._thread = threading.Thread(target=self._work, name="prescope-run", daemon=True)
 
     def start(self) -> Self:
@@ -45,12 +62,20 @@ class Job:
         if self.is_done:
             return 1.0
         wanted = self._settings.get("max_new_tokens")
-        return min(1.0, self._tokens / wanted) if wanted else 0.0
+        return min(1.0, self.num_tokens / wanted) if wanted else 0.0
 
     @property
     def num_tokens(self) -> int:
         """New tokens of each sequence so far."""
-        return self._tokens
+        return len(self.token_times_s)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the last token, as fast as the recent ones came; None before the second one."""
+        recent, wanted = self.token_times_s[-RECENT:], self._settings.get("max_new_tokens")
+        if len(recent) < 2 or not wanted:
+            return None
+        return (wanted - self.num_tokens) * (recent[-1] - recent[0]) / (len(recent) - 1)
 
     @property
     def is_done(self) -> bool:
@@ -85,20 +110,55 @@ class Job:
         """Call `watcher(job)` from the run's thread after each token."""
         self._watchers.append(watcher)
 
+    def on_progress(self, viewer: Watcher) -> None:
+        """Call `viewer(job)` ten times a second at most while tokens come, and not any more once `on_done` is told.
+
+        From a thread of its own, so that what it shows keeps no step waiting; before `start`. It must not wait for the
+        result.
+        """
+        self._viewers.append(viewer)
+
     def on_done(self, watcher: Watcher) -> None:
         """Call `watcher(job)` once the run has ended in whatever way."""
         self._future.add_done_callback(lambda _: watcher(self))
 
     def _work(self) -> None:
+        if self._viewers:
+            self._viewing.start()
         try:
             settings = {"on_step": self._step, **self._settings}
             result = self._turn.run("a job", self._run, (), settings, was_told=self._cancel.is_set)
         except BaseException as error:  # noqa: BLE001 - nothing is lost: result() raises it in the caller's thread
+            self._end_view()
             self._future.set_exception(error)
         else:
+            self._end_view()
             self._future.set_result(result)
 
     def _step(self, num_tokens: int) -> None:
-        self._tokens = num_tokens
+        now = time.monotonic()
+        # A draft's tokens come several at a time.
+        self.token_times_s.extend([now] * (num_tokens - len(self.token_times_s)))
         for watcher in self._watchers:
             watcher(self)
+        if self._viewers and now - self._viewed_s >= SHOW_S:
+            self._viewed_s = now
+            if self._so_far is not None:
+                self.tokens = self._so_far()
+            self._view.set()
+
+    def _show(self) -> None:
+        while True:
+            self._view.wait()
+            self._view.clear()
+            if self._is_over:
+                return
+            for viewer in self._viewers:
+                viewer(self)
+
+    def _end_view(self) -> None:
+        """Let the viewers come to their end, so that nothing they show comes after the result."""
+        self._is_over = True
+        self._view.set()
+        if self._viewers:
+            self._viewing.join()

@@ -39,14 +39,26 @@ class Progress:
         self._on_step, self._is_cancelled = on_step, is_cancelled
         self.num_tokens = 0
         self.lengths: list[int] | None = None
+        #: (B, T) new tokens so far, by whoever chooses them.
+        self._so_far: Callable[[], list[list[int]]] = list
         self._told: list[int] = []
         self._done: list[torch.Tensor] = []  # (B,) bool each; read at the end, for that waits for the GPU
 
-    def told(self, length: int, done: torch.Tensor) -> bool:
-        """All sequences have `length` tokens, prompt included; those of `done` (B,) end there. As `step`."""
-        self._told.append(length)
+    def told(self, sequences: torch.Tensor, done: torch.Tensor) -> bool:
+        """The sequences (B, T) so far, prompts included; those of `done` (B,) end there. As `step`."""
+        self._told.append(sequences.shape[1])
         self._done.append(done)
-        return self.step(length - self.prompt_length)
+        # A reference only: to read it waits for the GPU.
+        self.chosen_by(lambda: sequences[:, self.prompt_length :].tolist())
+        return self.step(sequences.shape[1] - self.prompt_length)
+
+    def chosen_by(self, so_far: Callable[[], list[list[int]]]) -> None:
+        """Take the new tokens so far from there when somebody asks."""
+        self._so_far = so_far
+
+    def tokens_so_far(self) -> list[list[int]]:
+        """The new tokens of each sequence up to its end, or up to now; for the run's own thread, in `on_step`."""
+        return [row[: self._end(row)] for row in self._so_far()]
 
     def step(self, num_tokens: int) -> bool:
         """So many new tokens are there; returns whether the run is to end."""
@@ -86,7 +98,7 @@ class _Watched(StoppingCriteriaList):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **keywords: Any) -> torch.Tensor:
         done = super().__call__(input_ids, scores, **keywords)
-        return torch.ones_like(done) if self.progress.told(input_ids.shape[1], done) else done
+        return torch.ones_like(done) if self.progress.told(input_ids, done) else done
 
 
 def watched_criteria(model: PreTrainedModel, progress: Progress) -> Callable[..., StoppingCriteriaList]:

@@ -151,16 +151,28 @@ class HardwareProfile(Measurements):
             NoProfile: there is none, with the remedy.
             BadProfile: the saved one cannot be read.
         """
-        place, rate = this_place(described), (described or {}).get("link_gb_per_s")
+        place = this_place(described)
         profile = cls._found(place)
         if profile is None:
             raise NoProfile(
                 f"{place} has not been calibrated; run prescope.calibrate(), which takes a minute"
             )
-        factor = (described or {}).get("link_factor", 1)
-        if factor > 1:
-            return profile.emulated(factor, SLOWER_LINKS.get(factor, f"1/{factor} of the link"))
-        return profile if rate is None or profile.link_gb_per_s is None else profile.with_link(rate)
+        return profile.behind(described)
+
+    def behind(self, described: Mapping[str, Any] | None = None) -> "HardwareProfile":
+        """This profile of the machine at hand, behind the link that is used here.
+
+        Args:
+            described: as in `of_this_machine`.
+
+        Raises:
+            ForeignProfile: it is of another machine.
+        """
+        factor, rate = (described or {}).get("link_factor", 1), (described or {}).get("link_gb_per_s")
+        if self.place == this_place(described) and self.link_factor == 1 < factor:
+            return self.emulated(factor, SLOWER_LINKS.get(factor, f"1/{factor} of the link"))
+        self.require_this_machine(described)
+        return self if rate is None or self.link_gb_per_s is None else self.with_link(rate)
 
     @classmethod
     def _found(cls, place: Place) -> "HardwareProfile | None":

@@ -7,6 +7,8 @@ went. A `recording` is such a run with its predictions and its machine, from els
 prediction pays.
 """
 
+from .best import best_found
+from .code import code_of
 from .explain import WHERE, LayerExplanation, explain_layer
 from .machines import HERE, Machine, machine_of_profile, machine_of_run, machine_with_link, shipped_machines
 from .prepare import as_decode
@@ -34,6 +36,8 @@ __all__ = [
     "Simulator",
     "Verdict",
     "as_decode",
+    "best_found",
+    "code_of",
     "explain_layer",
     "link_frac",
     "machine_of_profile",

@@ -54,7 +54,8 @@ class Recording:
         """What any setting would have done with it, there or on other machines."""
         return Scenarios(
             self.trace, [self.machine, *machines], self.predictors, predict_us=self.predict_us,
-            label=str(self.about.get("label", self.trace.model)),
+            label=str(self.about.get("label", self.trace.model)), measured=self.measured,
+            commands=[str(self.about["command"])] if "command" in self.about else [],
         )  # fmt: skip
 
     def save(self, folder: str | Path, name: str) -> list[Path]:

@@ -19,6 +19,11 @@ from .simulator import Simulator
 
 #: Results that are remembered.
 MOST_RESULTS = 48
+#: What tells the setting of a measured run, and what it gave.
+MEASURED = {
+    "schedule", "num_slots", "cache", "cpu", "tokens_per_s", "tokens_per_s_runs", "p50_ms", "p95_ms", "hit_rate",
+    "link_use_frac", "bytes_per_token",
+}  # fmt: skip
 #: Instead of a predictor that a schedule comes with and that is not there, the best first.
 STAND_INS = ("llapor", "early router", "transition", "frequency")
 
@@ -32,6 +37,8 @@ class Scenarios:
         predictors: by their names. "none", "oracle" and "noisy oracle" are there anyway.
         predict_us: what one prediction costs on the first machine, by name; elsewhere it is not known and left out.
         label: of the trace, for titles.
+        measured: runs of the first machine, as `Recording` keeps them.
+        commands: what to type to record the trace again.
     """
 
     def __init__(
@@ -42,7 +49,10 @@ class Scenarios:
         *,
         predict_us: Mapping[str, float] | None = None,
         label: str = "",
+        measured: Sequence[Mapping[str, Any]] = (),
+        commands: Sequence[str] = (),
     ) -> None:
+        self._measured, self.commands = measured, tuple(commands)
         self.trace, self.label = trace, label or trace.model
         self.machines = {machine.name: machine for machine in machines}
         lookahead = min(LOOKAHEAD, max(1, trace.num_layers - 1))
@@ -162,6 +172,23 @@ class Scenarios:
             "predictor": NONE if name == NONE else self.predictors[name],
             "costs": machine.costs_with(full.cpu),
         }
+
+    def measured_there(self, scenario: Scenario) -> Mapping[str, Any] | None:
+        """What was measured under this very setting where the trace was recorded; None if nothing was."""
+        first, full = next(iter(self.machines)), self.resolved(scenario)
+        for row in self._measured:
+            if not row.keys() >= MEASURED:
+                continue
+            known = Scenario(
+                schedule=row["schedule"],
+                slots=row["num_slots"],
+                cache=row["cache"],
+                cpu=row["cpu"],
+                machine=first,
+            )
+            if replace(self.resolved(known), recall=full.recall) == full:
+                return row
+        return None
 
     # -- replays -----------------------------------------------------------------------------------------------
 

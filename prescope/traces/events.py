@@ -138,13 +138,22 @@ def _frame(rows: Iterable[tuple], dtypes: dict[str, object]) -> pd.DataFrame:
     return pd.DataFrame(list(rows), columns=list(dtypes)).astype(dtypes)
 
 
+#: Table of a run -> format of its file, and its columns.
+TABLES: dict[str, tuple[str, dict[str, object]]] = {
+    "events": (FORMAT, DTYPES),
+    "layers": ("prescope-layers-1", LAYER_DTYPES),
+    "steps": ("prescope-steps-1", STEP_DTYPES),
+}
+_TIMES = ["start_us", "dur_us"]
+
+
 def write_events(events: pd.DataFrame, path: str | Path) -> Path:
     """Write an event table as Parquet.
 
     Raises:
         CannotWrite: no space, or no permission.
     """
-    return write_table(path, events, FORMAT, {}, _columns(events))
+    return write_named_table("events", events, path)
 
 
 def read_events(path: str | Path) -> pd.DataFrame:
@@ -154,18 +163,37 @@ def read_events(path: str | Path) -> pd.DataFrame:
         BadTrace: it is no event table, one of another version, damaged, or not as it was written.
         FileNotFoundError: there is none.
     """
-    frame, stored = read_table(path, None, COLUMNS, "not an event table of this version of prescope")
-    require_columns(frame, DTYPES, path)
-    events = frame[COLUMNS].astype(DTYPES)
-    if not np.isfinite(events[["start_us", "dur_us"]].to_numpy()).all():
+    return read_named_table("events", path)
+
+
+def write_named_table(name: str, table: pd.DataFrame, path: str | Path) -> Path:
+    """Write one of `TABLES` as Parquet; raises as `write_events`."""
+    return write_table(path, table, TABLES[name][0], {}, _columns(name, table))
+
+
+def read_named_table(name: str, path: str | Path) -> pd.DataFrame:
+    """Read one of `TABLES`; raises as `read_events`."""
+    dtypes = TABLES[name][1]
+    one = {"events": "an event", "layers": "a layer", "steps": "a step"}[name]
+    frame, stored = read_table(path, None, list(dtypes), f"not {one} table of this version of prescope")
+    require_columns(frame, dtypes, path)
+    table = frame[list(dtypes)].astype(dtypes)
+    times = [column for column in _TIMES if column in dtypes]
+    if not np.isfinite(table[times].to_numpy()).all():
         raise BadTrace(f"{path} holds times that are NaN or infinite; {REMEDY}")
-    require_checksum(stored.checksum, checksum_of(stored.text, _columns(events)), path, BadTrace, REMEDY)
-    return events
+    require_checksum(stored.checksum, checksum_of(stored.text, _columns(name, table)), path, BadTrace, REMEDY)
+    return table
 
 
-def _columns(events: pd.DataFrame) -> dict[str, np.ndarray]:
+def digest_of_table(name: str, table: pd.DataFrame) -> str:
+    """A checksum of what one of `TABLES` holds."""
+    return checksum_of(name, _columns(name, table))
+
+
+def _columns(name: str, table: pd.DataFrame) -> dict[str, np.ndarray]:
     """Each column as numbers, categories by their codes."""
+    dtypes = TABLES[name][1]
     return {
         name: (column.cat.codes if isinstance(column.dtype, pd.CategoricalDtype) else column).to_numpy()
-        for name, column in events[COLUMNS].astype(DTYPES).items()
+        for name, column in table[list(dtypes)].astype(dtypes).items()
     }

@@ -2,17 +2,23 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
 from ..core.html import facts_html
-from .metrics import Metrics
+from ..errors import BadTrace
+from .events import TABLES
+from .files import REMEDY
+from .metrics import Metrics, compute_metrics
 from .perfetto import write_perfetto
 from .routing import RoutingTrace
+from .run_files import read_run, write_run
 
 #: Characters of text that stand for a run.
 MOST_TEXT = 160
+#: What `RunResult.save` writes as JSON, and what each is.
+FACTS: dict[str, type] = {"text": list, "tokens": list, "config": dict, "hardware": dict, "notes": list}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -46,6 +52,40 @@ class RunResult:
         """Write the timeline as Chrome-trace JSON; open it at ui.perfetto.dev or in chrome://tracing."""
         return write_perfetto(self.events, self.layers, path, hardware=self.hardware, config=self.config)
 
+    def save(self, folder: str | Path) -> Path:
+        """Write the run with all its evidence as a folder: tables as Parquet, routing as safetensors, the rest as JSON.
+
+        Returns:
+            the folder. `load` reads it, here or elsewhere, without the model.
+
+        Raises:
+            CannotWrite: no space, no permission, or `folder` is a file. A run saved there before is unchanged.
+        """
+        facts = {name: getattr(self, name) for name in FACTS}
+        counts = {"batch": self.metrics.batch, "output_tokens": self.metrics.output_tokens}
+        return write_run(folder, {name: getattr(self, name) for name in TABLES}, self.trace, facts | counts)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a run written by `save`; its metrics are computed from its tables again.
+
+        Raises:
+            BadTrace: it is no saved run, or a part of it is damaged, missing or another run's.
+            FileNotFoundError: there is none.
+        """
+        stored = read_run(folder)
+        facts = stored.facts
+        _check_facts(facts, folder)
+        layers = stored.tables["layers"]
+        if (layers[["hits", "late", "misses"]].sum(axis=1) != layers["needed"]).any():
+            raise BadTrace(f"{folder}: hits, late ones and misses are not what was needed; {REMEDY}")
+        longest = max(map(len, facts["tokens"]), default=None)
+        metrics = compute_metrics(
+            **stored.tables, batch=facts["batch"], output_tokens=facts["output_tokens"], longest=longest
+        )
+        known = {name: facts[name] for name in FACTS}
+        return cls(metrics=metrics, trace=stored.trace, **stored.tables, **known)
+
     @property
     def label(self) -> str:
         """Where these figures come from, in one line for titles: "measured on <GPU>" or "emulated link ..."."""
@@ -76,3 +116,12 @@ class RunResult:
             ("text", shown if len(shown) <= MOST_TEXT else shown[:MOST_TEXT] + " …"),
         ]
         return facts_html(self.label, facts, self.notes)
+
+
+def _check_facts(facts: dict[str, Any], folder: str | Path) -> None:
+    kinds: dict[str, type] = {**FACTS, "batch": int, "output_tokens": int}
+    wrong = [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]
+    if not wrong and not all(isinstance(row, list) for row in facts["tokens"]):
+        wrong = ["tokens"]
+    if wrong:
+        raise BadTrace(f"{folder}: {', '.join(wrong)} of the saved run cannot be read; {REMEDY}")

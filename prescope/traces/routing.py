@@ -17,6 +17,7 @@ moved and computed like any other's, and a replay that left them out would not e
 Knows nothing of torch, models or clocks.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -290,6 +291,10 @@ class RoutingTrace:
         if any(trace.inputs is None for trace in traces):
             arrays["inputs"] = None
         return replace(head, **arrays, prompts=[prompt for trace in traces for prompt in trace.prompts])
+
+    def digest(self) -> str:
+        """A checksum of arrays and metadata."""
+        return checksum_of(json.dumps(self._metadata()), self._arrays())
 
     def save(self, path: str | Path) -> Path:
         """Write arrays and metadata as safetensors; a reader sees the old file or the whole new one.

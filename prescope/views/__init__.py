@@ -25,6 +25,11 @@ from .schedule_pair import schedule_pair
 from .score_map import domain_map, score_map
 from .slots_curve import slots_curve
 from .step_times import step_times
+from .sweep_front import sweep_front
+from .sweep_heat import sweep_heat
+from .sweep_history import sweep_history
+from .sweep_importances import sweep_importances
+from .sweep_parallel import sweep_parallel
 from .text_shift import text_shift
 from .threshold import threshold
 
@@ -49,6 +54,11 @@ __all__ = [
     "score_map",
     "slots_curve",
     "step_times",
+    "sweep_front",
+    "sweep_heat",
+    "sweep_history",
+    "sweep_importances",
+    "sweep_parallel",
     "text_shift",
     "threshold",
     "timeline",

@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from prescope.advice import Advice
+from prescope.advice import INTERVAL, Advice
 
 from .theme import COLORS, TEXT, style
 
@@ -62,6 +63,12 @@ def capacity_info(advice: Advice) -> CapacityInfo:
 def plot_capacity(info: CapacityInfo) -> go.Figure:
     """Two rows over one axis of memory."""
     fig = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.64, 0.36])
+    best = np.array(info.rates["tokens_per_s"])
+    fig.add_scatter(
+        x=[*info.gpu_gib, *info.gpu_gib[::-1]], y=[*(best * (1 + INTERVAL)), *(best * (1 - INTERVAL))[::-1]],
+        mode="lines", fill="toself", fillcolor="rgba(1,118,188,.10)", line={"width": 0}, hoverinfo="skip", row=1, col=1,
+        name=f"good to {100 * INTERVAL:.0f} %",
+    )  # fmt: skip
     for name, (words, color, dash) in LINES.items():
         fig.add_scatter(
             x=info.gpu_gib, y=info.rates[name], name=words, mode="lines+markers", text=info.texts,

@@ -24,6 +24,8 @@ from .theme import COLORS, GRID, NAMES, TEXT, settings_of, source_of, style, tit
 #: More bars than this draw too slowly; neighbours are merged then.
 MAX_BARS = 2000
 WIDTH_PX = 1100
+#: Steps whose names have room above the lanes.
+MOST_NAMED = 6
 #: From top to bottom.
 ROWS = ("MoE layer", "GPU", "PCIe", "CPU", "waits")
 MEANINGS = (
@@ -69,6 +71,7 @@ class LanesInfo(NamedTuple):
     source: str  # "simulated", "measured", ...
     settings: str
     told: str  # source and machine
+    only: str = ""  # which layers, if not all
 
     @property
     def num_bars(self) -> int:
@@ -97,15 +100,25 @@ def lanes(
 
 
 def lanes_info(
-    result: RunResult | SimResult, steps: int | range | None = None, *, max_bars: int = MAX_BARS
+    result: RunResult | SimResult,
+    steps: int | range | None = None,
+    *,
+    max_bars: int = MAX_BARS,
+    layers: range | None = None,
 ) -> LanesInfo:
-    """Bars and spans; arguments and errors as `lanes`."""
+    """Bars and spans; arguments and errors as `lanes`.
+
+    Args:
+        layers: MoE layers whose bars are shown; None: all, and what belongs to none.
+    """
     if result.events.empty:
         raise BadTrace("the run has no events; run it with events=True")
     shown = _steps_shown(result.steps, steps)
     first_us = float(shown["start_us"].iloc[0])
     end_us = float((shown["start_us"] + shown["dur_us"]).iloc[-1])
     events = _window(result.events, first_us, end_us)
+    if layers is not None:
+        events = events[events["moe_layer"].isin(layers)]
     spans = tuple(
         Span(int(step), -1, (start - first_us) / 1e3, dur / 1e3)
         for step, start, dur in zip(shown["step"], shown["start_us"], shown["dur_us"], strict=True)
@@ -121,6 +134,7 @@ def lanes_info(
         source_of(result),
         settings_of(result),
         told_of(result),
+        "" if layers is None else f"MoE layers {layers[0]} to {layers[-1]}",
     )
 
 
@@ -349,7 +363,7 @@ def lanes_layout(info: LanesInfo, end_ms: float | None = None, *, brief: bool = 
     merged = info.num_events - info.num_bars
     note = f", {merged:,} shorter than a pixel merged into neighbours" if merged else ""
     many = "s" if len(info.steps) > 1 else ""
-    what = f"{len(info.steps)} {info.phase} step{many}{note}"
+    what = f"{len(info.steps)} {info.phase} step{many}{', ' * bool(info.only)}{info.only}{note}"
     subtitle = f"<b>{info.source}</b> · {what}" if brief else f"{what} · {info.settings}<br>{info.told}"
     shapes = [_upright(span.start_ms, 0, 1, "paper", TEXT, "dot") for span in info.steps]
     annotations = [
@@ -357,9 +371,9 @@ def lanes_layout(info: LanesInfo, end_ms: float | None = None, *, brief: bool = 
             "x": span.start_ms, "y": 1, "xref": "x", "yref": "paper", "yanchor": "bottom", "xanchor": "left",
             "showarrow": False, "text": f"{_name_of(span, info)}: {span.dur_ms:.3g} ms", "font": {"size": 12},
         }
-        for span in info.steps[:12]  # more would lie on top of one another
+        for span in info.steps[:: -(-len(info.steps) // MOST_NAMED)]  # more would lie on top of one another
     ]  # fmt: skip
-    if info.link_ms:
+    if info.link_ms and not info.only:  # of all copies, or it is no bound
         row = _y("PCIe")
         shapes.append(_upright(info.link_ms, row - 0.46, row + 0.46, "y", COLORS["bound"], "solid", 3))
         annotations.append(

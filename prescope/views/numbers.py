@@ -1,7 +1,7 @@
 """The numbers that answer "is it better now?": one row for each of simulated, measured, pinned and bound."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -69,6 +69,19 @@ def _of_run(run: RunResult) -> Numbers:
     )  # fmt: skip
 
 
+def numbers_there(row: Mapping[str, Any], row_bytes: int) -> Numbers:
+    """A run that was measured where a trace was recorded, as `Recording.measured` keeps it.
+
+    Args:
+        row_bytes: of one expert there.
+    """
+    return Numbers(
+        "measured there", row["tokens_per_s"], row["p50_ms"], row["p95_ms"], row.get("ttft_ms", NAN),
+        100 * row["hit_rate"], 100 * row["link_use_frac"], row["bytes_per_token"] / 1e6,
+        row["num_slots"] * row_bytes / GIB,
+    )  # fmt: skip
+
+
 def _percentiles(ms: np.ndarray) -> tuple[float, float]:
     return (float(np.percentile(ms, 50)), float(np.percentile(ms, 95))) if len(ms) else (NAN, NAN)
 
@@ -100,6 +113,28 @@ def numbers_frame(rows: Iterable[Numbers]) -> pd.DataFrame:
     return frame.set_index(pd.Index([row.row for row in listed], name=""))
 
 
+def numbers_text(rows: Iterable[Numbers]) -> pd.DataFrame:
+    """The same as a person reads it: three digits, "-" where nothing is known."""
+    listed = list(rows)
+    texts = [[formatted(getattr(row, field), field=field) for field in COLUMNS] for row in listed]
+    heads = [head for head, _ in COLUMNS.values()]
+    return pd.DataFrame(texts, columns=heads, index=pd.Index([row.row for row in listed], name=""))
+
+
+def run_in_words(run: RunResult) -> str:
+    """What a run was like, in one sentence."""
+    metrics, decode = run.metrics, run.metrics.decode
+    if not decode.num_steps:
+        return f"The first token came after {formatted(metrics.ttft_ms)} ms; nothing was decoded."
+    text = (
+        f"Measured: {formatted(metrics.tokens_per_s)} tokens/s, {formatted(metrics.tpot_ms)} ms per token; "
+    )
+    text += f"{100 * decode.hit_rate:.0f} % of the experts needed were in their slots"
+    if decode.stall_frac == decode.stall_frac:
+        text += f", layers waited for copies {100 * decode.stall_frac:.0f} % of the time"
+    return f"{text}."
+
+
 def change(new: Numbers, old: Numbers) -> Numbers:
     """By how much each number differs: tokens/s in percent, the others in their own unit."""
     values = [a - b for a, b in zip(new[2:], old[2:], strict=True)]
@@ -112,9 +147,8 @@ MORE_IS_BETTER = {
 }  # fmt: skip
 
 
-def spread_frac(runs: Sequence[RunResult]) -> float:
-    """How far repeated runs lie apart: (most - least) / median of tokens/s; NaN of fewer than two."""
-    rates = [run.metrics.tokens_per_s for run in runs]
+def spread_frac(rates: Sequence[float]) -> float:
+    """How far the tokens/s of repeated runs lie apart: (most - least) / median; NaN of fewer than two."""
     return (max(rates) - min(rates)) / float(np.median(rates)) if len(rates) > 1 else NAN
 
 

@@ -138,15 +138,32 @@ def step_times_traces(info: StepTimesInfo) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def step_times_layout(info: StepTimesInfo, *, brief: bool = False) -> dict[str, Any]:
-    """What of the layout depends on the numbers; `brief`: beside controls that say the settings already."""
+def step_times_layout(
+    info: StepTimesInfo, *, brief: bool = False, chosen: range | None = None
+) -> dict[str, Any]:
+    """What of the layout depends on the numbers.
+
+    Args:
+        brief: beside controls that say the settings already.
+        chosen: steps that are marked.
+    """
     lines = [_rate(info.times), info.told, info.settings]
     if info.measured is not None:
         lines[1] = f"{_rate(info.measured)} · the simulator says {info.error_pct:+.1f} % of its tokens/s"
     if brief:
         lines = lines[: 1 + (info.measured is not None)]
-    looks = {"margin": {"t": 84}, "height": 320} if brief else {}
+    looks: dict[str, Any] = {"margin": {"t": 70}, "height": 280} if brief else {}
+    looks["shapes"] = [] if chosen is None else [_band(chosen)]
+    looks["xaxis"] = {"range": [info.times.steps[0] - 0.5, info.times.steps[-1] + 0.5]}
     return {"title": {"text": titled("How long does each token take?", "<br>".join(lines))}, **looks}
+
+
+def _band(chosen: range) -> dict[str, Any]:
+    """Behind the bars of the steps that are chosen."""
+    return {
+        "type": "rect", "xref": "x", "yref": "paper", "x0": chosen[0] - 0.5, "x1": chosen[-1] + 0.5, "y0": 0, "y1": 1,
+        "fillcolor": "rgba(128,128,128,.20)", "line": {"width": 0}, "layer": "below",
+    }  # fmt: skip
 
 
 def _rate(times: Times) -> str:

@@ -67,6 +67,23 @@ CONFIG: dict[str, Any] = {
 }
 
 
+#: Text on a colour of the figure's own, whose contrast plotly sees to.
+_ON_COLOUR = ".hoverlayer *, .heatmap-label *, .bartext-inside"
+
+
+def figures_css(scope: str, text: str) -> str:
+    """Rules that give figures the page's own text colour, light or dark.
+
+    Args:
+        scope: selector of what holds the figures; "" for the whole page. text: a CSS colour.
+    """
+    svg = f"{scope} .js-plotly-plot .main-svg".strip()
+    return (
+        f"{svg} text:not({_ON_COLOUR}) {{ fill: {text} !important; }}\n"
+        f"{svg} .parcoords .domain, {svg} .parcoords .tick line {{ stroke: {text} !important; }}\n"
+    )
+
+
 def origin(run: RunResult) -> str:
     """Where a run's figures come from, in one line: machine or emulation, slots, cache, batch."""
     parts = [run.label]
@@ -181,8 +198,9 @@ def style(
             "orientation": "h",
             "x": 0,
             "xanchor": "left",
-            "y": -52 / (height - top - bottom),
-            "yanchor": "top",
+            "y": 0,
+            "yref": "container",
+            "yanchor": "bottom",
             "traceorder": "normal",
             "font": {"size": 12.5},
             "bgcolor": "rgba(0,0,0,0)",

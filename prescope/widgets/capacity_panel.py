@@ -10,9 +10,10 @@ from IPython.display import HTML, display
 
 from ..advice import KNOWN, Advice, MachineSpec, ModelSize, advise
 from ..engine import Engine
-from ..errors import PrescopeError
+from ..errors import NoProfile, PrescopeError
 from ..profile import HardwareProfile
 from ..profile.files import shipped_files
+from ..simulator import HERE
 from ..traces.routing import RoutingTrace
 from ..views.capacity import capacity
 from .field import Field
@@ -55,13 +56,7 @@ class CapacityPanel:
         self._lock = threading.Lock()
         self._asked = 0
         self.advice: Advice | None = None
-        self._specs: dict[str, MachineSpec] = {}
-        for file in shipped_files():
-            try:
-                self._specs[file.stem] = MachineSpec.of_profile(HardwareProfile.load(file), file.stem)
-            except PrescopeError:  # a GPU whose memory nobody knows, such as the CPU that stands in for one
-                continue
-        self._specs |= KNOWN
+        self._specs = _known_machines(models[self._first])
         names = [*self._specs, TYPED]
         self.model = ipw.Dropdown(options=list(models))
         self.machine = ipw.Dropdown(options=names, value=machine if machine in names else names[0])
@@ -83,7 +78,7 @@ class CapacityPanel:
         self.words, self.table = ipw.HTML(), ipw.HTML()
         self.figure = SlimFigureWidget()
         controls = boxed(ipw.Box([field.view for field in fields]), "ps-controls")
-        shown = boxed(ipw.VBox([self.words, self.figure, self.table]), "ps-figures")
+        self._shown = shown = boxed(ipw.VBox([self.words, self.table]), "ps-figures")
         self.part = boxed(ipw.Box([controls, shown]), "ps-side")
         self.view = panel(self.part)
         self._is_quiet = False
@@ -120,6 +115,7 @@ class CapacityPanel:
             self.advice = advice
             self.words.value = advice_html(advice)
             self.figure.show_figure(capacity(advice))
+            self._shown.children = (self.words, self.figure, self.table)
             self.table.value = frame_html(advice.table())
         return advice
 
@@ -171,6 +167,20 @@ class CapacityPanel:
         display(HTML(page_html(self.words.value)))
         for figure in self.plain():
             display(figure)
+
+
+def _known_machines(first: Engine | ModelSize | str) -> dict[str, MachineSpec]:
+    """This machine if it has been calibrated, and those that come with prescope."""
+    described = first.hardware() if isinstance(first, Engine) else None
+    try:
+        known = {HERE: MachineSpec.of_profile(HardwareProfile.of_this_machine(described), HERE)}
+    except NoProfile:
+        known = {}
+    for file in shipped_files():
+        profile = HardwareProfile.load(file)
+        if profile.link_gb_per_s is None:  # an emulated link is nobody's machine
+            known[file.stem] = MachineSpec.of_profile(profile, file.stem)
+    return known | KNOWN
 
 
 def advice_html(advice: Advice) -> str:

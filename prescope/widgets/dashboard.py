@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as ipw
+import pandas as pd
 import plotly.graph_objects as go
 from IPython.display import HTML, display
 
@@ -14,7 +15,9 @@ from ..core.paths import data_dir
 from ..core.units import format_bytes
 from ..engine.job import NamedPrompts
 from ..errors import PrescopeError
+from ..scheduler import SCHEDULES
 from ..simulator import Scenarios
+from ..views.numbers import NAN
 from ..views.threshold import plot_threshold, threshold_info
 from .capacity_panel import CapacityPanel
 from .figures import SlimFigureWidget, is_headless
@@ -43,7 +46,7 @@ class Dashboard:
         sources: name -> what makes its scenarios; the first is shown. A name may stand for a recording of another
             machine, or for the session's own latest run.
         record: makes scenarios of this session by running the prompts once; called in a thread.
-        report: writes the page of what is shown; None: there is no button.
+        report: writes a page of what the live panel shows; None: there is no button.
 
     Attributes:
         live: the panel of settings and figures. capacity, runs: panels. tabs, view: widgets.
@@ -56,7 +59,7 @@ class Dashboard:
         keywords: dict[str, Any],
         sources: Mapping[str, Callable[[], Scenarios]],
         record: Callable[[], Scenarios],
-        report: Callable[[], Path] | None = None,
+        report: Callable[[SchedulePanel], Path] | None = None,
     ) -> None:
         self._runner, self._record, self._report = runner, record, report
         self._sources = dict(sources)
@@ -92,7 +95,8 @@ class Dashboard:
         self.live.on_drawn(self.refresh)
 
     def _tab_children(self) -> list[ipw.Widget]:
-        predictor = boxed(ipw.VBox([self.predictor_told, self.predictor_figure]), "ps-figures")
+        self._predictor_box = boxed(ipw.VBox([self.predictor_told]), "ps-figures")
+        predictor = self._predictor_box
         schedules = boxed(ipw.VBox([self.schedules_table, self._pair_box]), "ps-figures")
         return [
             self.capacity.part, self.live.parts["live"], self.live.parts["real"], predictor, schedules, self.runs.part,
@@ -129,11 +133,18 @@ class Dashboard:
         self.predictor_told.value = ""
         self.predictor_figure.remove_class("ps-stale")
         self.predictor_figure.show_figure(plot_threshold(info))
+        self._predictor_box.children = (self.predictor_told, self.predictor_figure)
 
     def _show_schedules(self) -> None:
         scenarios, scenario = self.live.scenarios, self.live.scenario
         table = scenarios.table(scenarios.compare(scenario)).sort_values("tokens/s", ascending=False)
-        shown = frame_html(table[SCHEDULE_COLUMNS], mark=str(self.live.settings.schedule.label))
+        rates = {way.title: self._rate_there(name) for name, way in SCHEDULES.items()}
+        known = pd.Series(rates, dtype=float).dropna()
+        columns = SCHEDULE_COLUMNS
+        if len(known):
+            table["measured there, tokens/s"] = known
+            columns = ["tokens/s", "measured there, tokens/s", *SCHEDULE_COLUMNS[1:]]
+        shown = frame_html(table[columns], mark=str(self.live.settings.schedule.label))
         self.schedules_table.value = (
             "<p class='ps-soft'>Each with its own cache and predictor, the chosen one as chosen; the same slots, "
             f"tokens and machine. Simulated.</p>{shown}"
@@ -143,6 +154,13 @@ class Dashboard:
         other = "on-demand" if scenario.schedule != "on-demand" else "presched"
         self.pair = PairPanel(scenarios, scenario, scenario.schedule, other)
         self._pair_box.children = (self.pair.view,)
+
+    def _rate_there(self, schedule: str) -> float:
+        """Tokens/s measured where the trace was recorded, under the settings that the table has of a schedule."""
+        scenarios, scenario = self.live.scenarios, self.live.scenario
+        chosen = scenario if schedule == scenario.schedule else scenarios.as_published(scenario, schedule)
+        row = scenarios.measured_there(chosen)
+        return NAN if row is None else float(row["tokens_per_s"])
 
     def use(self, name: str, scenarios: Scenarios) -> None:
         """Simulate another trace from now on."""
@@ -208,7 +226,7 @@ class Dashboard:
     def _write_report(self) -> None:
         assert self._report is not None, "there is no button without it"
         self.told.value = "writing the report …"
-        self.told.value = f"written: <code>{escape(str(self._report()))}</code>"
+        self.told.value = f"written: <code>{escape(str(self._report(self.live)))}</code>"
 
     def plain(self) -> list[go.Figure]:
         """The figures of the live tab without widgets."""

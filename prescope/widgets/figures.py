@@ -7,7 +7,7 @@ on to them.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,6 @@ import traitlets
 from ..views.theme import CONFIG
 
 _BUNDLE = Path(plotly.__file__).parent / "package_data" / "widgetbundle.js"
-UPDATE_S = 0.1  # progress is sent at most ten times a second
 
 _STUB = """
 async function plotly(model) {
@@ -89,6 +88,11 @@ class SlimFigureWidget(go.FigureWidget):
         self._parts: list[dict[str, Any]] = []
         self._fitting: dict[str, list[float]] = {}
         self._zoomed: set[str] = set()
+        self._on_zoom: dict[str, Callable[[float, float], None]] = {}
+
+    def on_zoom(self, axis: str, watcher: Callable[[float, float], None]) -> None:
+        """Call `watcher(low, high)` when a person chooses the range of an axis, "xaxis" say, on the page."""
+        self._on_zoom[axis] = watcher
 
     @property
     def zoomed(self) -> frozenset[str]:
@@ -123,6 +127,10 @@ class SlimFigureWidget(go.FigureWidget):
                 self._zoomed.discard(axis)
                 if axis in self._fitting:
                     self.layout[axis].update(range=self._fitting[axis], autorange=False)
+        for axis, watcher in self._on_zoom.items():
+            low, high = (moved.get(f"{axis}.range[{i}]") for i in (0, 1))
+            if low is not None and high is not None:
+                watcher(min(low, high), max(low, high))
 
     @traitlets.default("_bundle_ref")
     def _default_bundle_ref(self) -> str:  # a default: set after __init__ it would come too late for the page

@@ -1,6 +1,5 @@
 """Run, Cancel, a bar, what is left and how it ended: the same for every panel that runs something."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from html import escape
@@ -8,7 +7,6 @@ from html import escape
 import ipywidgets as ipw
 
 from ..engine.job import Job
-from .figures import UPDATE_S
 from .style import boxed, row
 
 
@@ -18,16 +16,16 @@ class JobControls:
     Args:
         label: of the button. `start`: begins a job with what the panel says; called by the button.
         shown: told of the job's end when its result is there, before the status says so; runs in the job's thread.
+            Returns what a person must know about it, or "".
 
     Attributes:
         view: the row. job: the latest, or None.
     """
 
-    def __init__(self, label: str, start: Callable[[], object], shown: Callable[[Job], None]) -> None:
+    def __init__(self, label: str, start: Callable[[], object], shown: Callable[[Job], str]) -> None:
         self._shown = shown
         self._on_token: Callable[[Job], None] | None = None
         self.job: Job | None = None
-        self._started = self._updated = 0.0
         self.run_button = ipw.Button(description=label, icon="play", button_style="primary")
         self.run_button.layout.width = "auto"
         self.cancel_button = ipw.Button(description="Cancel", icon="stop", disabled=True)
@@ -55,16 +53,14 @@ class JobControls:
 
         Args:
             waits: another run is under way, which this one waits for.
-            on_token: called from the job's thread, ten times a second at most.
+            on_token: called while tokens come, ten times a second at most, from another thread.
         """
         self.cancel()
         self.job, self._on_token = job, on_token
-        self._started = time.monotonic()
-        self._updated = 0.0
         self.cancel_button.disabled = False
         self.bar.value, self.bar.bar_style = 0.0, "info"
         self.status.value = "waiting for the former run" if waits else "running"
-        job.on_step(self._step)
+        job.on_progress(self._progress)
         job.on_done(self._done)
         return job.start()
 
@@ -83,14 +79,12 @@ class JobControls:
         if not self.is_running:
             self.bar.value, self.bar.bar_style, self.status.value = 0.0, "", text
 
-    def _step(self, job: Job) -> None:
-        now = time.monotonic()
-        if job is not self.job or now - self._updated < UPDATE_S:
+    def _progress(self, job: Job) -> None:
+        if job is not self.job:
             return
-        self._updated = now
         self.bar.value = job.progress
         count = f"{job.num_tokens} token{'s' if job.num_tokens != 1 else ''}"
-        left_s = (now - self._started) * (1 / job.progress - 1) if job.progress else None
+        left_s = job.left_s
         self.status.value = count if left_s is None else f"{count}, {left_s:.1f} s left"
         if self._on_token is not None:
             self._on_token(job)
@@ -100,9 +94,10 @@ class JobControls:
             return
         error = job.error
         if error is None:
-            self._shown(job)
-            notes = [escape(note) for note in job.result().notes]
-            word, look = ("cancelled", "warning") if job.is_cancelled else ("done", "success")
+            told = self._shown(job)
+            notes = [escape(note) for note in (told, *job.result().notes) if note]
+            word = "cancelled" if job.is_cancelled else "done"
+            look = "warning" if job.is_cancelled or told else "success"
             self.status.value = "; ".join([word, *notes])
         elif isinstance(error, CancelledError):
             look = "warning"

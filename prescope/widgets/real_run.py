@@ -1,14 +1,15 @@
 """Run the settings for real: prompts, length, the run as it goes, its text, and its lanes under the simulated ones."""
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 import ipywidgets as ipw
 import plotly.graph_objects as go
 
-from ..engine.job import Job, NamedPrompts
+from ..core.types import NeedOutcome
+from ..engine.job import RECENT, Job, NamedPrompts
 from ..traces.result import RunResult
 from ..views.theme import COLORS, style
 from .busy import IS_BUSY, OthersWork
@@ -18,7 +19,11 @@ from .runner import Runner
 from .style import boxed, row
 
 #: Characters of text that are shown of each sequence.
-MOST_TEXT = 1200
+MOST_TEXT = 4000
+#: What a tokenizer writes for bytes that are no whole character yet.
+HALF = "\ufffd"
+#: Tokens that are drawn while a run goes on: all of a long one would be sent ten times a second.
+MOST_BARS = 500
 
 
 class RealRun:
@@ -26,7 +31,7 @@ class RealRun:
 
     Args:
         settings: called at the start: keywords for `Engine.configure`.
-        finished: told of a run with decode steps, in the job's thread.
+        finished: told of a run with decode steps, in the job's thread; returns what a person must know about it, or "".
 
     Attributes:
         view: everything below one another. controls: button, bar, status. prompts, tokens: what is run.
@@ -38,11 +43,11 @@ class RealRun:
         prompts: NamedPrompts,
         keywords: dict[str, Any],
         settings: Callable[[], dict[str, Any]],
-        finished: Callable[[RunResult], None],
+        finished: Callable[[RunResult], str],
     ) -> None:
         self._runner, self._settings, self._finished = runner, settings, finished
         self._given, self._keywords = prompts, keywords
-        self._times: list[float] = []
+        self._needs: dict[NeedOutcome, int] = {}
         self._others = OthersWork()
         self.prompts = ipw.Textarea(
             value="\n---\n".join(_listed(prompts)),
@@ -86,9 +91,12 @@ class RealRun:
         settings = self._settings()
         keywords = {**self._keywords, "max_new_tokens": int(self.tokens.value)}
         self.controls.cancel()
-        self._times, self._others = [time.monotonic()], OthersWork()
+        self._others = OthersWork()
         job = self._runner.prepare(self._what(), configure=settings, **keywords)
-        job.on_step(self._note_time)
+        job.on_step(self._note_begin)
+        self.live.value = (
+            "<span class='ps-soft'>two tokens to warm up, then the run from empty slots …</span>"
+        )
         return self.controls.watch(job, self._runner.is_running, self._show_live)
 
     def close(self) -> None:
@@ -103,29 +111,42 @@ class RealRun:
             self._given if texts == [one.strip("\n") for one in _listed(self._given)] or not texts else texts
         )
 
-    def _note_time(self, job: Job) -> None:
-        self._times.append(time.monotonic())
+    def _note_begin(self, job: Job) -> None:
+        if job.num_tokens == 1:  # what the prompt needed is not counted
+            self._needs = dict(self._runner.engine.needs)
 
     def _show_live(self, job: Job) -> None:
-        gaps = [1e3 * (b - a) for a, b in zip(self._times[1:-1], self._times[2:], strict=True)]
+        """Text, rate and hit rate so far."""
+        if job is not self.job:
+            return
+        engine, times = self._runner.engine, job.token_times_s[:]
+        texts = (
+            []
+            if engine.tokenizer is None
+            else engine.tokenizer.batch_decode(job.tokens, skip_special_tokens=True)
+        )
+        if texts:
+            self.text.value = _text_html(texts, is_running=True)
+        gaps = [1e3 * (b - a) for a, b in pairwise(times)]
         if not gaps:
             return
-        batch = len(_listed(self._what()))
-        recent = sorted(gaps[-16:])[len(gaps[-16:]) // 2]
+        last = gaps[-RECENT:]
+        recent = sorted(last)[len(last) // 2]
         self.live.value = (
-            f"<b>running</b>: {recent:.3g} ms per token, {1e3 * batch / recent:,.3g} tokens/s (median of the last "
-            f"{len(gaps[-16:])}, between two tokens on the host's clock)"
+            f"<b>running</b>: {recent:.3g} ms per token, {1e3 * len(job.tokens) / recent:,.3g} tokens/s (median of the "
+            f"last {len(last)}, between two tokens on the host's clock){_hits(self._needs, engine.needs)}"
         )
-        self.figure.show_parts(_live_traces(gaps), {})
+        self.figure.show_parts(_live_traces(gaps[-MOST_BARS:], max(0, len(gaps) - MOST_BARS)), {})
 
-    def _shown(self, job: Job) -> None:
+    def _shown(self, job: Job) -> str:
         run = job.result()
-        self.text.value = _text_html(run)
+        self.text.value = _text_html(run.text)
         self.live.value = f"<span class='ps-soft'>{escape(run.label)}{_busy(self._others.frac())}</span>"
-        if (run.steps["phase"] == "decode").any():
-            steps = run.steps[run.steps["phase"] == "decode"]["dur_us"].to_numpy() / 1e3
-            self.figure.show_parts(_live_traces(steps.tolist()), {})
-            self._finished(run)
+        if not (run.steps["phase"] == "decode").any():
+            return "before the second token; the figures show the former run"
+        steps = run.steps[run.steps["phase"] == "decode"]["dur_us"].to_numpy() / 1e3
+        self.figure.show_parts(_live_traces(steps.tolist()), {})
+        return self._finished(run)
 
 
 def _listed(prompts: NamedPrompts) -> list[str]:
@@ -134,9 +155,18 @@ def _listed(prompts: NamedPrompts) -> list[str]:
     return list(prompts.values()) if isinstance(prompts, dict) else list(prompts)
 
 
-def _text_html(run: RunResult) -> str:
-    parts = "\n".join(f"… {text[:MOST_TEXT]}" for text in run.text)
+def _text_html(texts: Sequence[str], is_running: bool = False) -> str:
+    # Half of a character ends in a mark that the next token takes away.
+    shown = [f"{text.rstrip(HALF)}▍" if is_running else text for text in texts]
+    parts = "\n".join(f"… {text[-MOST_TEXT:]}" for text in shown)
     return f"<div class='ps-text'>{escape(parts)}</div>"
+
+
+def _hits(before: Mapping[NeedOutcome, int], now: Mapping[NeedOutcome, int]) -> str:
+    """Share of the experts that decode steps have needed so far and found in their slots."""
+    since = {outcome: now[outcome] - before.get(outcome, 0) for outcome in now}
+    needed = sum(since.values())
+    return f"; hit rate so far {100 * since[NeedOutcome.HIT] / needed:.0f} %" if needed else ""
 
 
 def _busy(share: float | None) -> str:
@@ -145,8 +175,8 @@ def _busy(share: float | None) -> str:
     return f"; <b class='ps-bad'>machine busy</b>: other work took {100 * share:.0f} % of its cores, so times scatter"
 
 
-def _live_traces(ms: list[float]) -> list[dict[str, Any]]:
-    return [{"type": "bar", "x": list(range(1, len(ms) + 1)), "y": ms}]
+def _live_traces(ms: list[float], first: int = 0) -> list[dict[str, Any]]:
+    return [{"type": "bar", "x": list(range(first + 1, first + len(ms) + 1)), "y": ms}]
 
 
 def _live_figure() -> go.Figure:

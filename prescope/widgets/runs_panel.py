@@ -1,5 +1,6 @@
 """Every real run by its settings, and any two beside each other."""
 
+from collections.abc import Callable
 from html import escape
 from typing import Any
 
@@ -7,6 +8,7 @@ import ipywidgets as ipw
 import numpy as np
 import pandas as pd
 
+from ..errors import BadTrace, PrescopeError
 from ..scheduler import SCHEDULES
 from ..traces.result import RunResult
 from ..views.numbers import COLUMNS, NAN, change, formatted, numbers
@@ -14,24 +16,37 @@ from ..views.schedule_pair import plot_schedule_pair, schedule_pair_info
 from .field import Field
 from .figures import SlimFigureWidget
 from .runner import Runner
-from .style import boxed, panel
+from .style import boxed, panel, row
 from .tables import frame_html
 
 #: Layers that are named where two runs differ most.
 MOST_LAYERS = 5
+#: Settings that only say another one again.
+DERIVED = {"slots", "slots_gib", "slots_frac"}
 
 
 class RunsPanel:
-    """The runner's runs, and two of them compared.
+    """The runner's runs and those opened from a folder, by their settings; two of them compared.
 
     Attributes:
-        first, second: which two. step: of their lanes. view: all of it.
+        first, second: which two. step: of their lanes.
+        folder, save_button, open_button: to keep the first one, and to take up a saved one. told: what came of it.
+        opened: runs that were opened. view: all of it.
     """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._shown: list[RunResult] = []
+        self.opened: list[RunResult] = []
         self.list = ipw.HTML()
+        self.folder = ipw.Text(
+            value="runs/run", placeholder="folder of a saved run", layout={"width": "260px"}
+        )
+        self.save_button = ipw.Button(description="Save run", icon="save", layout={"width": "auto"})
+        self.open_button = ipw.Button(description="Open", icon="folder-open", layout={"width": "auto"})
+        self.save_button.tooltip = "Write the run chosen above with all its evidence into the folder"
+        self.open_button.tooltip = "Take up a run that was saved there, of this model or another"
+        self.told = ipw.HTML()
         self.first, self.second = ipw.Dropdown(), ipw.Dropdown()
         self.step = ipw.IntSlider(continuous_update=False)
         self.differences = ipw.HTML()
@@ -42,42 +57,73 @@ class RunsPanel:
             Field("step", self.step, "Decode step whose lanes are drawn."),
         ]
         controls = boxed(ipw.Box([field.view for field in fields]), "ps-controls")
-        self._pair = ipw.VBox([controls, self.differences, boxed(ipw.VBox([self.figure]), "ps-figures")])
-        self.part = ipw.VBox([self.list, self._pair])
+        files = row(ipw.HTML("folder"), self.folder, self.save_button, self.open_button, self.told)
+        self._pair = ipw.VBox([self.differences, boxed(ipw.VBox([self.figure]), "ps-figures")])
+        self.part = ipw.VBox([self.list, controls, files, self._pair])
         self.view = panel(self.part)
         self._is_quiet = False
         for widget in (self.first, self.second, self.step):
             widget.observe(self._on_move, "value")
+        self.save_button.on_click(lambda _: self._try(self.save))
+        self.open_button.on_click(lambda _: self._try(self.open))
         self.refresh()
+
+    def save(self) -> str:
+        """Write the first of the two runs into the folder; returns what to say of it."""
+        run = self._shown[self.first.value]
+        return f"{name_of_run(run, self.first.value)}: written to {run.save(self.folder.value)}"
+
+    def open(self) -> str:
+        """Take up the run in the folder, as the second of the two; returns what to say of it."""
+        run = RunResult.load(self.folder.value)
+        if not _has_decode(run):
+            raise BadTrace(
+                f"{self.folder.value} holds a run without a decode step; there is nothing to compare"
+            )
+        self.opened.append(run)
+        self.refresh()
+        return f"opened: {run.label}"
+
+    def _try(self, what: Callable[[], str]) -> None:
+        try:
+            self.told.value = escape(what())
+        except (PrescopeError, FileNotFoundError) as error:
+            name = type(error).__name__
+            self.told.value = f"<span class='ps-error'><b>{name}</b>: {escape(str(error))}</span>"
 
     def refresh(self) -> None:
         """Take up runs that were made since."""
-        runs = [run for run in self._runner.runs if (run.steps["phase"] == "decode").any()]
+        runs = [run for run in (*self._runner.runs, *self.opened) if _has_decode(run)]
         if list(map(id, runs)) == list(map(id, self._shown)) and self.list.value:
             return
         self._shown = runs
         names = [(name_of_run(run, i), i) for i, run in enumerate(runs)]
         self.list.value = frame_html(runs_frame(runs)) if runs else "<p class='ps-soft'>No run yet.</p>"
         self._pair.layout.display = "" if len(runs) > 1 else "none"
-        if len(runs) < 2:
-            return
+        self.save_button.disabled = not runs
         self._is_quiet = True
         self.first.options = self.second.options = names
-        self.first.value, self.second.value = len(runs) - 2, len(runs) - 1
+        if runs:
+            self.first.value, self.second.value = max(0, len(runs) - 2), len(runs) - 1
         self._is_quiet = False
-        self.redraw()
+        if len(runs) > 1:
+            self.redraw()
 
     def redraw(self) -> None:
         """Compare the two that are chosen."""
+        if len(self._shown) < 2:
+            return
         one, other = self._shown[self.first.value], self._shown[self.second.value]
         steps = sorted(_decode_steps(one) & _decode_steps(other))
+        self.differences.value = _differences(one, other)
+        has_lanes = bool(steps) and not one.events.empty and not other.events.empty
+        (self.figure.remove_class if has_lanes else self.figure.add_class)("ps-stale")
+        if not has_lanes:
+            return
         self._is_quiet = True
         self.step.max, self.step.min = max(steps[-1], self.step.min), steps[0]
         self.step.max = steps[-1]
         self._is_quiet = False
-        self.differences.value = _differences(one, other)
-        if one.events.empty or other.events.empty:
-            return
         info = schedule_pair_info(one, other, range(self.step.value, self.step.value + 1))
         self.figure.show_figure(plot_schedule_pair(info))
 
@@ -122,6 +168,10 @@ def runs_frame(runs: list[RunResult]) -> pd.DataFrame:
     return pd.DataFrame(rows, index=pd.Index(names, name="run"))
 
 
+def _has_decode(run: RunResult) -> bool:
+    return bool((run.steps["phase"] == "decode").any())
+
+
 def _decode_steps(run: RunResult) -> set[int]:
     return set(run.steps[run.steps["phase"] == "decode"]["step"].tolist())
 
@@ -140,6 +190,8 @@ def _differences(one: RunResult, other: RunResult) -> str:
         for field, (head, _) in COLUMNS.items()
     }
     table = frame_html(pd.DataFrame.from_dict(rows, orient="index"))
+    settings = _settings_apart(one, other)
+    apart = frame_html(settings) if len(settings) else "<p class='ps-soft'>Their settings are the same.</p>"
     layers = _layers_apart(one, other)
     text = "; ".join(
         f"layer {layer}: {ms:+.3f} ms per token, {misses:+.2f} misses" for layer, ms, misses in layers
@@ -151,7 +203,31 @@ def _differences(one: RunResult, other: RunResult) -> str:
         if same
         else "<p class='ps-soft'>The two runs wrote different text, so they needed different experts.</p>"
     )
-    return f"<div class='ps-row'>{table}</div>{where}{note}"
+    return f"<div class='ps-row'>{table}{apart}</div>{where}{note}"
+
+
+def _settings_apart(one: RunResult, other: RunResult) -> pd.DataFrame:
+    """Settings, model and machine that the two do not share."""
+    rows = {}
+    kinds = [("", "config"), ("generate: ", "generate"), ("", "hardware")]
+    for prefix, kind in kinds:
+        before, after = (
+            run.hardware
+            if kind == "hardware"
+            else run.config.get("generate", {})
+            if kind == "generate"
+            else run.config
+            for run in (one, other)
+        )
+        for name in [*before, *(name for name in after if name not in before)]:
+            first, second = before.get(name, ""), after.get(name, "")
+            if first != second and not isinstance(first, dict) and name not in DERIVED:
+                rows[prefix + name] = {"first": _said(first), "second": _said(second)}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["first", "second"])
+
+
+def _said(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _layers_apart(one: RunResult, other: RunResult) -> list[tuple[int, float, float]]:

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from ..errors import PrescopeError
 from ..simulator import Scenario, Scenarios, SimResult, verdict
 from ..traces.result import RunResult
 from ..views.lanes import lanes_info, lanes_layout, lanes_traces, plot_lanes
-from ..views.numbers import NO_BOUND, Numbers, bound_numbers, formatted, numbers, spread_frac
+from ..views.numbers import NO_BOUND, Numbers, bound_numbers, formatted, numbers, numbers_there, spread_frac
 from ..views.outcomes import outcomes_info, outcomes_layout, outcomes_traces, plot_outcomes
 from ..views.schedule_pair import (
     plot_schedule_pair,
@@ -29,6 +29,7 @@ from ..views.step_times import plot_step_times, step_times_info, step_times_layo
 from .field import Field
 from .figures import SlimFigureWidget, is_headless
 from .numbers_table import NumbersTable
+from .presets import Presets
 from .real_run import RealRun
 from .runner import Runner
 from .settings import Settings
@@ -64,6 +65,7 @@ class SchedulePanel:
         measured: the latest run of these very settings, or None.
         figures: name -> SlimFigureWidget: lanes, outcomes, step_times.
         real: the part that runs, or None. numbers: the table.
+        steps, layers: which of them the lanes show; dragging over the overview chooses steps too.
         drawn: how long the last move took.
         parts: the same widgets one by one, for who lays them out otherwise: numbers, live, real. view: all of them.
     """
@@ -85,6 +87,7 @@ class SchedulePanel:
         self._resting: threading.Timer | None = None
         self._runs: dict[Scenario, list[RunResult]] = {}
         self._pinned: tuple[str, Numbers] | None = None
+        self.presets = Presets(lambda: self._scenarios, lambda: self.scenario, self.choose)
         self._running: Scenario | None = None
         self._watchers: list[Callable[[], None]] = []
         start = slots or (runner.engine.num_slots if runner is not None else scenarios.num_experts // 2)
@@ -93,9 +96,9 @@ class SchedulePanel:
         self.drawn = Drawn(0.0, 0.0)
         self.numbers = NumbersTable()
         self.told = ipw.HTML()
-        self.step = ipw.IntSlider()
-        self._bound_steps()
-        self.step.value = min(self.step.max, self.step.min + 1)
+        self.steps, self.layers = ipw.IntRangeSlider(), ipw.IntRangeSlider()
+        self._is_bounding = False
+        self._bound_ranges()
         self._axis_ms = 0.0
         self.figures = {name: SlimFigureWidget(figure) for name, figure in self._plain().items()}
         self.real = (
@@ -109,7 +112,9 @@ class SchedulePanel:
         )
         self.parts = self._laid_out()
         self.view = panel(*self.parts.values())
-        self.step.observe(self._on_step, "value")
+        for one in (self.steps, self.layers):
+            one.observe(self._on_range, "value")
+        self.figures["step_times"].on_zoom("xaxis", self._on_dragged)
         self.pin_button.on_click(lambda _: self.pin())
         self.fit_button.on_click(lambda _: self.fit())
         self.redraw()
@@ -120,18 +125,20 @@ class SchedulePanel:
     def _laid_out(self) -> dict[str, ipw.Widget]:
         for button in (self.pin_button, self.fit_button):
             button.layout.width = "auto"
-        step = Field("first step", self.step, "First of the decode steps whose lanes are drawn.")
-        tools = row(step.view, self.fit_button, self.pin_button, self.told)
-        step.view.layout.width = "min(420px, 100%)"
+        steps = Field("steps", self.steps, "Decode steps whose lanes are drawn; or drag over the overview.")
+        layers = Field("layers", self.layers, "MoE layers whose lanes are drawn.")
+        ranges = boxed(ipw.Box([steps.view, layers.view]), "ps-controls")
+        tools = row(self.fit_button, self.pin_button, self.presets.view, self.told)
         shown = boxed(
-            ipw.VBox([tools, *(self.figures[name] for name in ("lanes", "step_times", "outcomes"))]),
+            ipw.VBox([tools, ranges, *(self.figures[name] for name in ("step_times", "lanes", "outcomes"))]),
             "ps-figures",
         )
         live = boxed(ipw.Box([self.settings.view, shown]), "ps-side")
         parts: dict[str, ipw.Widget] = {"numbers": self.numbers.view, "live": live}
         if self.real is not None:
             self.beside = SlimFigureWidget()
-            parts["real"] = ipw.VBox([self.real.view, boxed(ipw.VBox([self.beside]), "ps-figures")])
+            self._beside_box = boxed(ipw.VBox(), "ps-figures")  # empty before the first run
+            parts["real"] = ipw.VBox([self.real.view, self._beside_box])
         return parts
 
     # -- what is chosen ----------------------------------------------------------------------------------------
@@ -156,16 +163,18 @@ class SchedulePanel:
         with self._lock:
             self._scenarios = scenarios
             self._runs, self._axis_ms = {}, 0.0
+            self.presets.forget()
             self.settings.use(scenarios, slots)
             self.result = scenarios.run(self.scenario)
-            self._bound_steps()
+            self._bound_ranges()
         self.redraw()
 
     def state(self) -> dict[str, Any]:
         """Values of all controls, and what the panel shows."""
         return {
             **vars_of(self.scenario),
-            "first_step": self.step.value,
+            "steps": tuple(self.steps.value),
+            "layers": tuple(self.layers.value),
             "running": self.real is not None and self.real.controls.is_running,
             "tokens_per_s": self.result.tokens_per_s,
             "measured_tokens_per_s": None if self.measured is None else self.measured.metrics.tokens_per_s,
@@ -175,14 +184,30 @@ class SchedulePanel:
     @property
     def measured(self) -> RunResult | None:
         """The latest run of these very settings, if there was one."""
-        runs = self._runs.get(self._scenarios.resolved(self.scenario))
-        return runs[-1] if runs else None
+        return self.measured_runs[-1] if self.measured_runs else None
+
+    @property
+    def measured_runs(self) -> list[RunResult]:
+        """All runs of these very settings."""
+        return self._runs.get(self._scenarios.resolved(self.scenario), [])
+
+    @property
+    def pinned(self) -> Numbers | None:
+        """The baseline's numbers, if one was pinned."""
+        return None if self._pinned is None else self._pinned[1]
+
+    @property
+    def shown_steps(self) -> range:
+        """Steps whose lanes are drawn."""
+        first, last = self.steps.value
+        return range(first, last + 1)
 
     def pin(self) -> None:
         """From now on numbers are shown against those of this setting: as measured, or as simulated before a run."""
         kept = self.measured
         name = f"{self.result.config['schedule']}, {self.result.config['num_slots']} slots"
         self._pinned = name, numbers(self.result if kept is None else kept)
+        self.presets.pin(self.scenario)
         self._say()
 
     def fit(self) -> None:
@@ -228,7 +253,7 @@ class SchedulePanel:
         for timer in (self._later, self._resting):
             if timer is not None:
                 timer.cancel()
-        for widget in (*self.figures.values(), self.view):
+        for widget in (*self.figures.values(), self.presets.copy, self.view):
             widget.close()
         gc.unfreeze()
 
@@ -238,16 +263,26 @@ class SchedulePanel:
         self._running = scenario
         return settings
 
-    def _finished(self, run: RunResult) -> None:
-        if self._running is not None:
-            self._runs.setdefault(self._running, []).append(run)
+    def _finished(self, run: RunResult) -> str:
+        assert self._running is not None, "a run begins with `_for_engine`"
+        self._runs.setdefault(self._running, []).append(run)
         self.redraw()
+        return (
+            "" if self.measured is run else "the controls were moved meanwhile: this was the setting before"
+        )
 
     # -- drawing -----------------------------------------------------------------------------------------------
 
-    def _on_step(self, _change: Any) -> None:
-        self._axis_ms = 0.0
-        self._soon()
+    def _on_range(self, _change: Any) -> None:
+        if not self._is_bounding:
+            self._axis_ms = 0.0
+            self._soon()
+
+    def _on_dragged(self, low: float, high: float) -> None:
+        """Steps were marked in the overview, which itself goes on showing all of them."""
+        first, last = (min(max(round(x), self.steps.min), self.steps.max) for x in (low, high))
+        self.figures["step_times"].fit()
+        self.steps.value = first, last
 
     def _soon(self) -> None:
         """Redraw now, or, while a slider is dragged, when the last redraw is long enough ago."""
@@ -282,19 +317,26 @@ class SchedulePanel:
         for watcher in self._watchers:
             watcher()
 
-    def _steps(self) -> range:
-        return range(self.step.value, self.step.value + STEPS_SHOWN)
+    def _layers(self) -> range | None:
+        first, last = self.layers.value
+        is_all = (first, last) == (self.layers.min, self.layers.max)
+        return None if is_all else range(first, last + 1)
 
-    def _bound_steps(self) -> None:
-        steps = self.result.needs.steps
-        first, last = int(steps[0]), max(int(steps[0]), int(steps[-1]) - STEPS_SHOWN + 1)
-        self.step.min, self.step.max = min(first, self.step.min), max(last, self.step.max)
-        self.step.value = min(max(self.step.value, first), last)
-        self.step.min, self.step.max = first, last
+    def _bound_ranges(self) -> None:
+        """Offer the steps and layers that there are; the two steps behind the first one are shown."""
+        there = self.result.needs.steps
+        first, last = int(there[0]), int(there[-1])
+        begin = min(first + 1, max(first, last - STEPS_SHOWN + 1))
+        self._is_bounding = True
+        try:
+            _bound(self.steps, first, last, (begin, min(begin + STEPS_SHOWN - 1, last)))
+            _bound(self.layers, 0, self._scenarios.trace.num_layers - 1, None)
+        finally:
+            self._is_bounding = False
 
     def _parts(self) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
         shown, beside, times = (
-            lanes_info(self.result, self._steps()),
+            lanes_info(self.result, self.shown_steps, layers=self._layers()),
             outcomes_info(self.result, self.measured),
             step_times_info(self.result, self.measured, with_bound=self._knows_bounds()),
         )
@@ -302,8 +344,10 @@ class SchedulePanel:
         return {
             "lanes": (lanes_traces(shown), lanes_layout(shown, self._axis_ms, brief=True)),
             "outcomes": (outcomes_traces(beside), outcomes_layout(beside, brief=True)),
-            "step_times": (step_times_traces(times), step_times_layout(times, brief=True)),
-        }
+            "step_times": (
+                step_times_traces(times), step_times_layout(times, brief=True, chosen=self.shown_steps),
+            ),
+        }  # fmt: skip
 
     def plain(self) -> list[go.Figure]:
         """The figures without widgets."""
@@ -312,14 +356,15 @@ class SchedulePanel:
     def _plain(self) -> dict[str, go.Figure]:
         """The figures without widgets."""
         return {
-            "lanes": plot_lanes(lanes_info(self.result, self._steps())),
+            "lanes": plot_lanes(lanes_info(self.result, self.shown_steps, layers=self._layers())),
             "outcomes": plot_outcomes(outcomes_info(self.result, self.measured)),
             "step_times": plot_step_times(step_times_info(self.result, self.measured)),
         }
 
     def _say(self) -> None:
         self._say_numbers()
-        kept = self._runs.get(self._scenarios.resolved(self.scenario), [])
+        self.presets.show()
+        kept = self.measured_runs
         beyond = " · the steps end beyond the time axis: Fit" if self._ends_beyond() else ""
         self.told.value = (
             f"<span class='ps-soft'>simulated in {self.drawn.simulated_ms:.0f} ms, drawn in "
@@ -333,12 +378,18 @@ class SchedulePanel:
         self._rest()
 
     def _say_numbers(self) -> None:
-        kept = self._runs.get(self._scenarios.resolved(self.scenario), [])
+        kept = self.measured_runs
         now = numbers(self.result)
         name, pinned = self._pinned or ("", None)
         bound = bound_numbers(self.result) if self._knows_bounds() else NO_BOUND
-        measured = numbers(kept[-1]) if kept else None
-        self.numbers.show(now, measured, pinned, bound, pinned_name=name, note=_beside(now, kept))
+        there = self._scenarios.measured_there(self.scenario)
+        measured, rates = None, [run.metrics.tokens_per_s for run in kept]
+        if kept:
+            measured = numbers(kept[-1])
+        elif there is not None:
+            measured = numbers_there(there, self._scenarios.machine(self.scenario).row_bytes)
+            rates = there["tokens_per_s_runs"]
+        self.numbers.show(now, measured, pinned, bound, pinned_name=name, note=_beside(now, measured, rates))
 
     def _knows_bounds(self) -> bool:
         """Bounds of slots that nobody asked about take longer than the simulation: a slider does not wait for them."""
@@ -346,7 +397,7 @@ class SchedulePanel:
 
     def _ends_beyond(self) -> bool:
         steps = self.result.steps
-        shown = steps[steps["step"].isin(list(self._steps()))]
+        shown = steps[steps["step"].isin(list(self.shown_steps))]
         return bool(shown["dur_us"].sum() / 1e3 > 1.02 * self._axis_ms)
 
     def _show_beside(self, run: RunResult | None) -> None:
@@ -354,16 +405,14 @@ class SchedulePanel:
         if run is None or run.events.empty:
             return
         there = run.steps[run.steps["phase"] == "decode"]["step"]
-        first = min(
-            self.step.value, int(there.max())
-        )  # a cancelled run has fewer steps than the simulated one
-        info = schedule_pair_info(
-            self.result, run, range(first, min(first + STEPS_SHOWN, int(there.max()) + 1))
-        )
+        # A cancelled run has fewer steps than the simulated one.
+        first, last = (min(step, int(there.max())) for step in self.steps.value)
+        info = schedule_pair_info(self.result, run, range(first, last + 1))
         if self.beside.data:
             self.beside.show_parts(schedule_pair_traces(info), schedule_pair_layout(info))
         else:
             self.beside.show_figure(plot_schedule_pair(info))
+            self._beside_box.children = (self.beside,)
 
     # -- the line of advice ------------------------------------------------------------------------------------
 
@@ -390,7 +439,7 @@ class SchedulePanel:
                 self._is_advised = True
                 times = step_times_info(self.result, self.measured)
                 self.figures["step_times"].show_parts(
-                    step_times_traces(times), step_times_layout(times, brief=True)
+                    step_times_traces(times), step_times_layout(times, brief=True, chosen=self.shown_steps)
                 )
                 self._say_numbers()
         mood = {True: "ps-good", False: "ps-bad", None: ""}[found.pays]
@@ -407,16 +456,24 @@ class SchedulePanel:
             display(figure)
 
 
-def _beside(simulated: Numbers, runs: list[RunResult]) -> str:
-    """How far simulation and measurement are apart, and how far the runs themselves."""
-    if not runs:
+def _beside(simulated: Numbers, measured: Numbers | None, rates: Sequence[float]) -> str:
+    """How far simulation and measurement are apart, and how far the runs of this setting themselves."""
+    if measured is None:
         return ""
-    off = 100 * (simulated.tokens_per_s / runs[-1].metrics.tokens_per_s - 1)
-    spread = spread_frac(runs)
+    off = 100 * (simulated.tokens_per_s / measured.tokens_per_s - 1)
+    spread = spread_frac(rates)
     text = f"simulated {off:+.0f} %"
     if spread == spread:
-        text += f"; {len(runs)} runs spread {formatted(100 * spread)} %"
+        text += f"; {len(rates)} runs spread {formatted(100 * spread)} %"
     return f" <span class='ps-badge' title='simulated tokens/s against measured'>{text}</span>"
+
+
+def _bound(slider: ipw.IntRangeSlider, low: int, high: int, value: tuple[int, int] | None) -> None:
+    """Give a slider other ends, and a value between them: all of them unless one is given."""
+    # No moment at which an end lies beyond the value: the widget would refuse it.
+    slider.min, slider.max = min(low, slider.min), max(high, slider.max)
+    slider.value = value or (low, high)
+    slider.min, slider.max = low, high
 
 
 def vars_of(scenario: Scenario) -> dict[str, Any]:

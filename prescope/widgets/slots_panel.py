@@ -109,12 +109,12 @@ class SlotsPanel:
     def _steps(self) -> range:
         return range(self.step.value, self.step.value + 2)
 
-    def _shown(self, job: Job) -> None:
+    def _shown(self, job: Job) -> str:
         run = job.result()
         if _has_decode(run):
             self._show(run)
-        elif self.result is not None:
-            run.notes.append("cancelled before the second token; the figures show the former run")
+            return ""
+        return "" if self.result is None else "before the second token; the figures show the former run"
 
     def _show(self, run: RunResult) -> None:
         is_first, self.result = self.result is None, run

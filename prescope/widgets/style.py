@@ -6,7 +6,7 @@ A panel's root carries the class `prescope`; ipywidgets marks it as disconnected
 
 import ipywidgets as ipw
 
-from ..views.theme import FONT
+from ..views.theme import FONT, figures_css
 
 #: Below this width of a cell controls stand above the figures, from it on beside them; px.
 WIDE_PX = 1100
@@ -20,8 +20,7 @@ CSS = f"""
 .prescope .widget-html, .prescope .widget-html-content, .prescope .jupyter-widgets {{ color: var(--ps-text);
   font-size: 13px; line-height: 1.45; }}
 .prescope .widget-html-content {{ overflow: visible; }}
-.prescope .js-plotly-plot .main-svg text {{ fill: var(--ps-text) !important; }}
-.prescope .js-plotly-plot .hoverlayer text {{ fill: revert-layer !important; }}
+{figures_css(".prescope", "var(--ps-text)")}
 .prescope.jupyter-widgets-disconnected::before {{ content: "The session is gone: run the notebook's first cells again.";
   display: block; padding: 8px 12px; border: 1px solid var(--ps-bad); border-radius: 4px; color: var(--ps-bad);
   font-weight: 600; }}
@@ -30,7 +29,8 @@ CSS = f"""
 .ps-row {{ display: flex; flex-flow: row wrap; align-items: center; gap: 6px 12px; overflow: visible; }}
 .ps-side {{ display: grid !important; grid-template-columns: minmax(0, 1fr); gap: 8px 20px; overflow: visible; }}
 .ps-controls {{ display: grid !important; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr));
-  gap: 6px 20px; align-content: start; overflow: visible; }}
+  gap: 6px 20px; align-content: start; align-items: start; overflow: visible; }}
+.ps-copy.widget-button {{ width: auto; }}
 @container prescope (min-width: {WIDE_PX}px) {{
   .ps-side {{ grid-template-columns: 300px minmax(0, 1fr); }} .ps-side .ps-controls {{ grid-template-columns: 1fr; }} }}
 .ps-field {{ display: grid !important; grid-template-columns: 92px minmax(0, 1fr); align-items: center;
@@ -47,7 +47,7 @@ CSS = f"""
 .ps-figures {{ min-width: 0; overflow: visible; }}
 .ps-figures > * {{ min-width: 0; }}
 .prescope table.ps-numbers, .prescope table.ps-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums;
-  font-size: 13px; margin: 0; width: auto; }}
+  font-size: 13px; margin: 0; width: auto; table-layout: auto; }}
 .prescope table.ps-numbers {{ width: 100%; }}
 .prescope .ps-numbers th, .prescope .ps-numbers td, .prescope .ps-table th, .prescope .ps-table td {{
   padding: 3px 14px 3px 0; text-align: right; border: 0; white-space: nowrap; color: var(--ps-text);

@@ -1,16 +1,19 @@
 """Advice from a config alone: sizes are the published ones, the curve obeys its laws, words follow numbers."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import prescope
-from prescope.advice import MachineSpec, ModelSize, advise
+from prescope.advice import INTERVAL, MachineSpec, ModelSize, advise
+from prescope.core.machine import this_place
 from prescope.core.paths import data_dir, embedded_model
 from prescope.engine.config import EngineConfig
-from prescope.errors import BadModelFolder, NotAMoE, UnsupportedOption
+from prescope.errors import BadModelFolder, BadProfile, NotAMoE, UnsupportedOption
+from prescope.profile import HardwareProfile, own_file
 from prescope.traces.synthetic import SyntheticSpec
 
 #: Published sizes, parameters in 10^9: all, and without the routed experts.
@@ -166,3 +169,56 @@ def test_a_config_that_is_no_json_is_told(tmp_path: Path):
 def test_a_machine_that_cannot_be_is_refused(change):
     with pytest.raises(UnsupportedOption):
         desktop(**change)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder: no profile of this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "prescope").mkdir()
+    return tmp_path
+
+
+def test_this_machines_own_profile_is_taken_before_a_shipped_one(cache):
+    """As `calibrate` saves it; without one the advice begins with whose numbers these are."""
+    advice = advise(BIG_EXPERTS, context=64, shares=(0.5,))
+    if HardwareProfile.load("test_machine").place != this_place():
+        assert advice.words.startswith("Not of this machine, which has not been calibrated")
+        assert "H200" in advice.words
+    shipped = HardwareProfile.load("test_machine")
+    replace(shipped, place=this_place(), label="calibrated here").save()
+    own = advise(BIG_EXPERTS, context=64, shares=(0.5,))
+    assert own.machine.name == "this machine"
+    assert own.machine.origin.startswith("calibrated here")
+    assert not own.words.startswith("Not of this machine")
+    assert advise(BIG_EXPERTS, "h200", context=64, shares=(0.5,)).machine.name != "this machine"
+
+
+def test_a_saved_profile_that_cannot_be_read_is_told_and_not_passed_over(cache):
+    own_file(this_place()).write_text("{")
+    with pytest.raises(BadProfile):
+        advise(BIG_EXPERTS, context=64)
+
+
+@pytest.mark.slow
+def test_what_the_advice_promises_the_engine_keeps():
+    """Hit rates to the expert, tokens/s within the interval that the advice states."""
+    prompt = "The old man looked at the sea"
+    with prescope.load(embedded_model(), slots=0.5, device="cpu", link_gb_per_s=0.03) as engine:
+        engine.generate(prompt, max_new_tokens=4)
+        engine.clear_cache()
+        recorded = engine.generate(prompt, max_new_tokens=24)
+        profile = prescope.calibrate(engine, seconds=4, save=False, on_progress=lambda what, share: None)
+        advice = advise(engine, profile, context=64, trace=recorded.trace, shares=(0.25, 0.5, 0.75))
+        assert any(f"{100 * INTERVAL:.0f} %" in note for note in advice.assumptions)
+        for point in advice.points:
+            engine.configure(slots=point.slots)
+            rates = []
+            for _ in range(3):
+                engine.clear_cache()
+                run = engine.generate(prompt, max_new_tokens=24)
+                rates.append(run.metrics.tokens_per_s)
+            found = run.metrics.decode.hit_rate + run.metrics.decode.late_rate
+            assert found == pytest.approx(point.on_demand_hit_rate, abs=0.01)
+            nearest = min(rates, key=lambda rate: abs(rate - point.on_demand))
+            assert nearest == pytest.approx(point.on_demand, rel=INTERVAL), (point, rates)

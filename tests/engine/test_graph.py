@@ -244,6 +244,22 @@ def test_a_slower_link_copies_each_expert_more_often(model, gpu, monkeypatch, dr
     assert found[3] == 3 * found[1] > 0
 
 
+@pytest.mark.parametrize("decode", ["layered", "gpu-driven", "host-driven"])
+def test_tokens_can_be_read_while_they_come(model, gpu, decode):
+    """What is told must be there to be read, and stay: a reader shows it to a person."""
+    ids, seen = prompt(batch=2), []
+    with prescope.attach(model, slots=6, decode=decode, **gpu) as engine:
+
+        def read(number: int) -> None:
+            seen.append((number, [list(row) for row in engine.tokens_so_far()]))
+
+        run = engine.generate(ids, max_new_tokens=6, on_step=read)
+        assert engine.tokens_so_far() == []
+    assert [number for number, _ in seen] == [1, 2, 3, 4, 5, 6]
+    for number, rows in seen:
+        assert rows == [tokens[:number] for tokens in run.tokens]
+
+
 def test_cancelling_returns_what_there_is(model, gpu):
     ids = prompt()
     with prescope.attach(model, slots=TOTAL, decode="gpu-driven", **gpu) as engine:

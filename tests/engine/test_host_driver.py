@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import prescope
+from prescope.core.machine import this_place
 from prescope.core.native import address_of
 from prescope.core.types import MoEShape, NeedOutcome
 from prescope.engine.graph.loop import DecodeLoop
 from prescope.engine.schedule import ScheduleRunner
-from prescope.errors import TransferFailed, UnsupportedOption
+from prescope.errors import BadProfile, ForeignProfile, TransferFailed, UnsupportedOption
 from prescope.predictor import Chance, EarlyRouter, NoisyOracle, Routers
+from prescope.profile import HardwareProfile
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator.prepare import predictions_of
@@ -260,6 +262,28 @@ def test_a_schedule_is_changed_between_runs_and_refused_without_what_it_needs(mo
         assert engine.generate(ids, max_new_tokens=4).config["predictor"] == "none"
         engine.configure(schedule="on-demand")
         assert engine.generate(ids, max_new_tokens=4).tokens == expected
+
+
+def test_a_profile_of_this_machine_gives_the_costs_and_another_ones_is_refused(tmp_path):
+    shipped = HardwareProfile.load("test_machine")
+    with prescope.load(slots=0.5, device="cpu", link_gb_per_s=9.0, cpu_threads=0) as engine:
+        here = replace(shipped, place=this_place(engine.hardware()), label="made here")
+        expected = engine.generate("Once", max_new_tokens=3).tokens
+        for error, given, words in [
+            (ForeignProfile, {"profile": "h200"}, "calibrate"),
+            (UnsupportedOption, {"profile": here, "costs": COSTS}, "one of them"),
+            (BadProfile, {"profile": tmp_path / "none.json"}, "no profile at"),
+        ]:
+            with pytest.raises(error, match=words):
+                engine.configure(schedule="presched", **given)
+            assert engine.config.schedule == "on-demand", "a refused setting changes nothing"
+        _, width, expert_width = engine.expert_size
+        wanted = here.with_link(9.0).costs(engine.shape, width=width, expert_width=expert_width)
+        for given in (here, here.save(tmp_path / "p.json"), str(tmp_path / "p.json")):
+            engine.configure(schedule="presched", profile=given)
+            assert engine._costs == wanted
+            assert "made here" in engine.describe()["reasons"]["schedule"]
+        assert engine.generate("Once", max_new_tokens=3).tokens == expected
 
 
 def test_an_exception_on_the_cpu_lane_surfaces_and_the_engine_works_again(

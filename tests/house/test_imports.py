@@ -50,7 +50,7 @@ DOORS: dict[str, set[str]] = {
 }
 
 #: Modules of the package's root besides `__init__` and `__main__`.
-ROOT_MODULES = {"errors", "session", "report"}
+ROOT_MODULES = {"errors", "session"}
 
 # (file, imported module) -> why it cannot stand at the top of the file.
 LATE_IMPORTS: dict[tuple[str, str], str] = {

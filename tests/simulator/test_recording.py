@@ -9,7 +9,7 @@ import pytest
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
 from prescope.predictor import BadPredictor, Oracle, RecordedPredictor
 from prescope.scheduler.costs import LayerCosts
-from prescope.simulator import Machine, Recording, Scenario
+from prescope.simulator import Machine, Recording, Scenario, Scenarios
 from tests.support.small_run import small_trace
 
 COSTS = LayerCosts(
@@ -109,3 +109,25 @@ def test_scores_outside_probability_are_refused():
 def test_an_unknown_name_lists_what_there_is():
     with pytest.raises(BadTrace, match="come with prescope"):
         Recording.load("no such recording")
+
+
+def test_a_measured_run_is_found_by_its_very_setting_and_by_no_other():
+    scenarios = Recording.load("medium.b1").scenarios()
+    here = next(iter(scenarios.machines))
+    other = Scenario(slots=128, machine=here)
+    assert scenarios.measured_there(other)["way"] == "presched, CPU lane"
+    assert scenarios.measured_there(replace(other, cpu=False))["way"] == "presched"
+    assert scenarios.measured_there(replace(other, schedule="on-demand"))["way"] == "on-demand"
+    assert scenarios.measured_there(replace(other, recall=0.3))["way"] == "presched, CPU lane", (
+        "of another predictor"
+    )
+    for change in (
+        {"slots": 127},
+        {"lookahead": 1},
+        {"predictor": "oracle"},
+        {"cache": "lfu"},
+        {"schedule": "fate"},
+    ):
+        assert scenarios.measured_there(replace(other, **change)) is None, change
+    without = Scenarios(scenarios.trace, list(scenarios.machines.values()), scenarios.predictors.values())
+    assert without.measured_there(Scenario(slots=128, machine=here)) is None

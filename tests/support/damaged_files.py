@@ -25,6 +25,7 @@ from prescope.profile import HardwareProfile
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Machine, Recording
 from prescope.traces.events import read_events, write_events
+from prescope.traces.result import RunResult
 from prescope.traces.routing import RoutingTrace
 from tests.support.damage import damage
 from tests.support.models import tiny_moe
@@ -102,6 +103,12 @@ def _recording_values(one: Recording) -> str:
     return repr((_trace_arrays(one.trace), predictors, one.machine, one.predict_us, one.measured, one.about))
 
 
+def _run_values(run: RunResult) -> str:
+    tables = [table.to_csv() for table in (run.events, run.layers, run.steps)]
+    said = (run.text, run.tokens, run.config, run.hardware, run.notes, run.metrics)
+    return repr((tables, said, _trace_arrays(run.trace)))
+
+
 def make_model(folder: Path) -> None:
     """A tiny MoE in two shards with a tokenizer."""
     tiny_moe().save_pretrained(folder, max_shard_size="60KB")
@@ -168,9 +175,13 @@ KINDS: dict[str, Kind] = {
     ),
     "profile": Kind(_copy_profile, lambda folder: _profile_values(folder / "p.json")),
     "recording": Kind(_make_recording, lambda folder: _recording_values(Recording.load(folder / "r.json"))),
+    "run": Kind(
+        lambda folder: small_run(steps=4).save(folder),
+        lambda folder: _run_values(RunResult.load(folder)),
+    ),
     "model": Kind(make_model, _load_model, may_differ=True),
 }
-KINDS |= {f"{name}, old": _without_checksum(KINDS[name]) for name in KINDS if name != "model"}
+KINDS |= {f"{name}, old": _without_checksum(KINDS[name]) for name in KINDS if name not in ("model", "run")}
 
 
 class Whole:

@@ -11,9 +11,10 @@ CELLS = [
     "board = session.dashboard(['Once upon a time'], scenarios=session.scenarios(run), max_new_tokens=12)\nboard",
     "run",
 ]
-#: Lanes of the first figure: of each bar trace with bars, how many x, how many y, and the distinct y.
+#: The lanes: of each bar trace with bars, how many x, how many y, and the distinct y.
 LANES = """
-() => [...document.querySelectorAll('.js-plotly-plot')][0].data.filter(t => t.type === 'bar' && t.x.length)
+() => [...document.querySelectorAll('.js-plotly-plot')]
+  .find(p => p.layout?.title?.text.includes('Where does each')).data.filter(t => t.type === 'bar' && t.x.length)
   .map(t => [t.name ?? '', t.x.length, (t.y ?? []).length, [...new Set(t.y ?? [])].join()].join(':'))
 """
 PLOTS = "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 9"
@@ -35,7 +36,7 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
             "document.querySelectorAll('.ps-numbers tbody tr').length === 4", timeout=30_000
         )
         assert "Prediction" in page.locator(".ps-verdict").first.inner_text(timeout=30_000)
-        for label in ("slots", "first step"):
+        for label in ("slots", "steps"):
             page.locator(".ps-field", has_text=label).locator(".noUi-handle").first.focus()
             page.keyboard.press("ArrowRight")
             page.wait_for_timeout(1_500)

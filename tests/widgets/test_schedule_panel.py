@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from html import unescape
 
 import plotly.graph_objects as go
 import pytest
@@ -12,7 +13,7 @@ from prescope.predictor import Frequency
 from prescope.profile import HardwareProfile
 from prescope.scheduler import SCHEDULES
 from prescope.session import Session
-from prescope.simulator import Scenario
+from prescope.simulator import Recording, Scenario
 from prescope.views.lanes import lanes_info, lanes_traces
 from prescope.widgets import pair_panel, schedule_panel, showing
 from prescope.widgets.dashboard import TABS
@@ -85,7 +86,7 @@ def test_every_control_reaches_the_simulator_and_the_figures_in_place(panel):
     panel.choose(Scenario(schedule="presched", slots=30, predictor="frequency", lookahead=2, cache="score"))
     assert panel.state()["slots"] == 30
     assert panel.result.config["predictor"] == "frequency"
-    panel.step.value = 4
+    panel.steps.value = 4, 5
     assert panel.figures["lanes"].layout.annotations[0].text.startswith("step 4")
 
 
@@ -109,7 +110,7 @@ def test_the_page_is_told_exactly_what_the_builders_say(panel):
     """After a move a page's reload drew dense bars as a diagonal: the traces had lost their `y`."""
     lanes = panel.figures["lanes"]
     for step in (3, 2, 4):
-        panel.step.value = step
+        panel.steps.value = step, step + 1
         echo = [{"uid": trace.uid, "y": list(trace.y), "x": list(trace.x)} for trace in lanes.data]
         lanes.set_state(
             {"_js2py_traceDeltas": {"trace_deltas": echo, "trace_edit_id": lanes._last_trace_edit_id}}
@@ -120,6 +121,65 @@ def test_the_page_is_told_exactly_what_the_builders_say(panel):
         assert {key: list(mine[key]) for key in ("x", "y", "base")} == {
             key: wanted[key] for key in ("x", "y", "base")
         }
+
+
+def test_steps_and_layers_of_the_lanes_are_chosen(panel):
+    lanes = panel.figures["lanes"]
+    panel.steps.value = 2, 6
+    assert lanes.layout.title.text.count("5 decode steps")
+    assert tuple(lanes.layout.xaxis.range) == (0, pytest.approx(lanes_info(panel.result, range(2, 7)).end_ms))
+    shape = panel.figures["step_times"].layout.shapes[0]
+    assert (shape.x0, shape.x1) == (1.5, 6.5), "the overview marks them"
+    panel.layers.value = 3, 4
+    wanted = lanes_info(panel.result, range(2, 7), layers=range(3, 5))
+    assert len(lanes.data[0].x) == len(wanted.layers) == 5 * 2
+    assert "MoE layers 3 to 4" in lanes.layout.title.text
+    assert not any("bound" in (note.text or "") for note in lanes.layout.annotations), (
+        "of two layers' copies it is none"
+    )
+    panel.layers.value = panel.layers.min, panel.layers.max
+    assert any("bound" in note.text for note in lanes.layout.annotations)
+
+
+def test_dragging_over_the_overview_chooses_the_steps(panel):
+    """As the page tells it: a zoom, that the overview itself does not keep."""
+    overview = panel.figures["step_times"]
+    moved = {"xaxis.range[0]": 2.6, "xaxis.range[1]": 5.4}
+    overview.set_state({"_js2py_relayout": {"relayout_data": moved, "source_view_id": "v"}})
+    assert panel.steps.value == (3, 5)
+    assert tuple(overview.layout.xaxis.range) == (panel.steps.min - 0.5, panel.steps.max + 0.5), (
+        "it shows all of them"
+    )
+    assert not overview.zoomed
+
+
+def test_presets_put_the_controls_where_they_belong_and_pinned_comes_back(panel, recorded):
+    buttons = panel.presets.buttons
+    assert buttons["Pinned"].disabled
+    panel.choose(Scenario(schedule="fate", slots=30, predictor="frequency", lookahead=2))
+    pinned = panel.scenario
+    panel.pin()
+    for name, schedule in (("On demand", "on-demand"), ("Default", "presched")):
+        buttons[name].click()
+        assert panel.settings.schedule.value == schedule
+        assert panel.settings.slots.value == 30
+    default = panel.result.tokens_per_s
+    buttons["Best found"].click()
+    assert panel.result.tokens_per_s >= default
+    rates = [result.tokens_per_s for result in recorded.compare(panel.scenario).values()]
+    assert panel.result.tokens_per_s >= 0.999 * max(rates)
+    buttons["Pinned"].click()
+    assert panel.scenario == pinned
+
+
+def test_the_code_that_is_copied_gives_what_is_shown(panel, recorded, session):
+    panel.choose(Scenario(schedule="presched", slots=30, predictor="frequency", threshold=0.3))
+    names = {"scenarios": recorded, "session": session, "prompts": PROMPTS}
+    exec(panel.presets.copy.text, names)
+    assert names["result"].step_us.tolist() == panel.result.step_us.tolist()
+    assert names["run"].config["schedule"] == "presched"
+    panel.settings.predictor.value = "oracle"
+    assert "session.run" not in panel.presets.copy.text, "it can only be simulated"
 
 
 def test_zoom_and_time_axis_outlive_every_move(panel):
@@ -140,7 +200,7 @@ def test_zoom_and_time_axis_outlive_every_move(panel):
     panel.fit()
     assert tuple(lanes.layout.xaxis.range) == (
         0,
-        pytest.approx(lanes_info(panel.result, panel._steps()).end_ms),
+        pytest.approx(lanes_info(panel.result, panel.shown_steps).end_ms),
     )
     assert not lanes.zoomed
 
@@ -176,6 +236,37 @@ def test_run_for_real_lays_measured_over_simulated_while_the_settings_stay(panel
     assert panel.measured is run, "it is shown again where it belongs"
 
 
+def test_text_rates_and_remaining_time_are_shown_while_a_run_goes_on(panel, session):
+    panel.choose(Scenario(schedule="on-demand", slots=20))
+    panel.real.tokens.value = 40
+    shown: list[tuple[str, str, str]] = []
+    told = panel.real._show_live
+
+    def note(job: object) -> None:
+        told(job)
+        shown.append((panel.real.text.value, panel.real.live.value, panel.real.controls.status.value))
+
+    panel.real._show_live = note
+    run = panel.start().result(60)
+    texts = [text for text, _, _ in shown if "▍" in text]
+    assert texts, "nothing was shown before the end"
+    assert any("hit rate so far" in live and "ms per token" in live for _, live, _ in shown)
+    assert any("s left" in status for _, _, status in shown)
+    for text in run.text:
+        assert text[:200] in unescape(panel.real.text.value)
+    first = unescape(texts[0]).split("… ")[1].split("▍")[0]
+    assert run.text[0].startswith(first)
+
+
+def test_controls_moved_during_a_run_are_not_called_done(panel):
+    panel.choose(Scenario(schedule="on-demand", slots=24))
+    job = panel.start()
+    panel.settings.slots.value = 26
+    job.result(60)
+    assert "moved meanwhile" in panel.state()["status"]
+    assert panel.measured is None
+
+
 def test_without_prefetches_the_replay_counts_what_the_engine_counted(panel):
     panel.choose(Scenario(schedule="on-demand", slots=64))
     run = panel.start().result(60)
@@ -201,8 +292,8 @@ def test_cancel_and_a_failed_run_leave_what_is_shown(panel, session, monkeypatch
     job.on_step(lambda job: panel.cancel() if job.num_tokens == 1 else None)
     job.result(60)
     assert "cancelled" in panel.state()["status"]
-    assert panel.step.max > panel.step.min, "the first step can still be chosen"
-    panel.step.value = 5
+    assert panel.steps.max > panel.steps.min, "the steps can still be chosen"
+    panel.steps.value = 5, 6
 
     def fail(*_args: object, **_keywords: object) -> None:
         raise TransferFailed("the cable <is> out")
@@ -257,6 +348,20 @@ def test_a_panels_output_holds_the_live_form_and_one_for_pages_without_a_kernel(
     assert "tokens/s" in html
 
 
+def test_what_was_measured_where_the_trace_was_recorded_stands_beside_the_simulated(session):
+    scenarios = Recording.load("medium.b1").scenarios()
+    board = session.dashboard(PROMPTS, scenarios=scenarios, max_new_tokens=4)
+    try:
+        assert "measured there" in board.live.numbers.text, "it opens with a setting that was measured"
+        assert "2 runs spread" in board.live.numbers.text
+        board.tabs.selected_index = TABS.index("Schedules")
+        assert "measured there, tokens/s" in board.schedules_table.value
+        board.live.settings.slots.value -= 1
+        assert "measured there" not in board.live.numbers.text
+    finally:
+        board.close()
+
+
 # -- the dashboard -------------------------------------------------------------------------------------------
 
 
@@ -309,6 +414,32 @@ def test_runs_are_kept_and_any_two_compared(board, session):
     assert runs.figure.data
     runs.first.value = runs.second.value
     assert "+0.00 %" in runs.differences.value, "a run beside itself differs in nothing"
+
+
+def test_a_run_is_saved_and_opened_again_and_what_cannot_be_read_is_told(board, session, tmp_path):
+    board.live.choose(Scenario(schedule="on-demand", slots=50))
+    run = board.live.start().result(60)
+    board.tabs.selected_index = TABS.index("Runs")
+    runs = board.runs
+    runs.first.value = len(runs.first.options) - 1
+    runs.folder.value = str(tmp_path / "kept")
+    runs.save_button.click()
+    assert "written to" in runs.told.value
+    runs.open_button.click()
+    assert "opened" in runs.told.value
+    assert runs.opened[0].tokens == run.tokens
+    assert len(runs.second.options) == len(runs._shown) == len([*session.runs, *runs.opened])
+    runs.first.value, runs.second.value = len(runs._shown) - 2, len(runs._shown) - 1
+    assert "Their settings are the same" in runs.differences.value
+    runs.first.value = 0
+    assert "num_slots" in runs.differences.value
+    runs.folder.value = str(tmp_path / "nowhere")
+    runs.open_button.click()
+    assert "FileNotFoundError" in runs.told.value
+    (tmp_path / "kept" / "run.json").write_text("{}")
+    runs.folder.value = str(tmp_path / "kept")
+    runs.open_button.click()
+    assert "BadTrace" in runs.told.value
 
 
 def test_a_run_recorded_here_becomes_what_is_simulated(board, session):

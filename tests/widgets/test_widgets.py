@@ -1,11 +1,12 @@
 import json
 import re
-import time
 
 import plotly.graph_objects as go
 import pytest
 
 from prescope import views
+from prescope.engine.job import Job
+from prescope.engine.turn import Turn
 from prescope.errors import TransferFailed
 from prescope.session import Session
 from prescope.widgets import SlimFigureWidget, figures, showing, slots_panel
@@ -141,15 +142,15 @@ def test_a_run_cancelled_at_its_first_token_leaves_the_figures(session):
 
 
 def test_remaining_time_is_shown_and_one_token_is_one_token():
-    class Job:
-        num_tokens, progress, is_done = 1, 0.25, False
-
-    shown = JobControls("Run", lambda: None, lambda job: None)
-    shown.job = job = Job()
-    shown._started = time.monotonic() - 1.0
-    shown._step(job)
-    assert shown.status.value.startswith("1 token, ")
-    assert float(shown.status.value.split(", ")[1].split()[0]) == pytest.approx(3.0, abs=0.3)
+    job = Job(lambda: None, Turn(), {"max_new_tokens": 5})
+    shown = JobControls("Run", lambda: None, lambda job: "")
+    shown.job = job
+    job.token_times_s = [100.0]
+    shown._progress(job)
+    assert shown.status.value == "1 token"
+    job.token_times_s = [100.0, 101.5, 102.0]
+    shown._progress(job)
+    assert shown.status.value == "3 tokens, 2.0 s left"
 
 
 def test_a_failed_run_shows_its_error_and_loses_nothing(panel, session, monkeypatch):

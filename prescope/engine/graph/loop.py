@@ -86,6 +86,7 @@ class DecodeLoop:
         **kwargs: Any,
     ) -> torch.Tensor:
         sample = Sampler(logits_processor, generation_config, stopping_criteria, input_ids)
+        self._progress.chosen_by(sample.so_far)
         sequences = self._generate(model, input_ids, sample, generation_config, kwargs)
         self._progress.lengths = sample.lengths.tolist()
         return sequences

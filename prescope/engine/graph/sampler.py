@@ -24,6 +24,7 @@ class Sampler:
         self._pad = int(pad) if pad is not None else 0
         self._prompt = input_ids
         self._rows: list[torch.Tensor] = []  # (B,) each, on the host
+        self._listed: list[list[int]] = [[] for _ in range(len(input_ids))]
         self._unfinished = np.ones(input_ids.shape[0], dtype=bool)
         self.lengths = np.zeros(input_ids.shape[0], dtype=np.int64)
         own = {"MaxLengthCriteria", "EosTokenCriteria"}
@@ -57,6 +58,13 @@ class Sampler:
         if not self.greedy:
             self._unfinished &= ~self._criteria(self.sequences(), None).cpu().numpy()
         return not self._unfinished.any()
+
+    def so_far(self) -> list[list[int]]:
+        """New tokens of each sequence, by the host's own record: asking waits for no GPU."""
+        for row in self._rows[len(self._listed[0]) :]:
+            for listed, token in zip(self._listed, row.tolist(), strict=True):
+                listed.append(token)
+        return self._listed
 
     def sequences(self) -> torch.Tensor:
         """(B, prompt + new tokens) on the model's device."""

@@ -1,0 +1,58 @@
+"""The command line of pages.
+
+python -m prescope.report notebooks/00_quickstart.ipynb --out reports/quickstart.html --param slots=0.25
+"""
+
+import argparse
+import ast
+import asyncio
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .notebook import NotebookFailed, execute_notebook
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def _parameter(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not name=value")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a plain text needs no quotes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Exit status: 0, 1 when a cell failed, 2 for a wrong call, 130 when cancelled."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prescope.report", description="Run a notebook, write one HTML."
+    )
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the HTML file to write")
+    parser.add_argument(
+        "--param", action="append", default=[], type=_parameter, metavar="NAME=VALUE", help="may be repeated"
+    )
+    parser.add_argument("--timeout", type=int, help="longest time of one cell, seconds")
+    given = parser.parse_args(arguments)
+    try:
+        execute_notebook(given.notebook, given.out, parameters=dict(given.param), timeout_s=given.timeout)
+    except NotebookFailed as error:
+        text = str(error)
+        print(text if sys.stderr.isatty() else _ANSI.sub("", text), file=sys.stderr)
+        return 1
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("cancelled; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
