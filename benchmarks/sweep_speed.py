@@ -36,7 +36,7 @@ COSTS = LayerCosts(
 
 def runner() -> SimulatorRunner:
     """16 layers x 64 experts x 128 decode steps."""
-    spec = SyntheticSpec(16, 64, 8, zipf=0.6, persistence=0.3, correlation=0.3)
+    spec = SyntheticSpec(num_layers=16, num_experts=64, top_k=8, zipf=0.6, persistence=0.3, correlation=0.3)
     trace = spec.generate(prompt_tokens=16, new_tokens=129)
     return SimulatorRunner(trace, COSTS, row_bytes=9_437_184)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
 from dask.config import set as configured
-from distributed import Client, Future, KilledWorker, LocalCluster, WorkerPlugin, get_worker
+from distributed import Client, Future, KilledWorker, LocalCluster, SpecCluster, WorkerPlugin, get_worker
 
 from ..errors import BadSweep, UnsupportedOption
 from .evaluate import Runner, evaluate
@@ -170,6 +170,10 @@ class Cluster:
         now = time.monotonic()
         if now - self._asked_at > ASK_S:
             self._workers, self._asked_at = len(self._client.nthreads()), now
+            cluster = self._client.cluster
+            if isinstance(cluster, SpecCluster) and self._workers < len(cluster.worker_spec):
+                # What watches over a worker gives up if that is killed while it starts.
+                cluster.scale(len(cluster.worker_spec))
             if self._workers:
                 self._alone_since = None
             elif self._alone_since is None:
