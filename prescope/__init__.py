@@ -39,7 +39,7 @@ _HOME_OF = {
 #: Modules that are there at once after `import prescope`.
 _SUBMODULES = (
     "cache", "calibration", "core", "device", "engine", "errors", "hf", "kernels", "predictor", "profile", "report",
-    "scheduler", "session", "simulator", "traces", "training", "views", "weights", "widgets",
+    "scheduler", "session", "simulator", "traces", "training", "tuning", "views", "weights", "widgets",
 )  # fmt: skip
 
 __all__ = [

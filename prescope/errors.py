@@ -78,3 +78,7 @@ class ForeignProfile(PrescopeError):
 
 class UnsupportedOption(PrescopeError, ValueError):
     """A value of a setting that this machine, model or version cannot serve."""
+
+
+class BadSweep(PrescopeError):
+    """A sweep cannot be read, is about something else than asked for, or is run by somebody else."""

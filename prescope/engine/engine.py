@@ -167,6 +167,11 @@ class Engine:
         """Bytes and sizes of its largest experts."""
         return max(self.layers, key=lambda layer: layer.layout.row_bytes).expert_size
 
+    @property
+    def predictor(self) -> Predictor | None:
+        """What schedules prefetch by; None without."""
+        return self._predictor
+
     @in_turn("a change of settings")
     @torch.inference_mode(False)
     def configure(

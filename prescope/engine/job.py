@@ -4,21 +4,22 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
-from ..traces.result import RunResult
 from .turn import Turn
 
 #: One text, several, or a name (a domain, say) for each: the names go into the trace.
 NamedPrompts = str | Sequence[str] | Mapping[str, str]
-Watcher = Callable[["Job"], None]
+#: What a run returns.
+R = TypeVar("R")
+Watcher = Callable[["Job[Any]"], None]
 #: Least time between two calls of who shows a run; a person reads no faster, and the run is not kept from its work.
 SHOW_S = 0.1
 #: Tokens whose times say how fast the others will come.
 RECENT = 32
 
 
-class Job:
+class Job(Generic[R]):
     """A run in a thread: watch `progress`, `cancel` it at the next token, or wait for its `result`.
 
     Args:
@@ -33,12 +34,12 @@ class Job:
 
     def __init__(
         self,
-        run: Callable[..., RunResult],
+        run: Callable[..., R],
         turn: Turn,
         settings: dict[str, Any],
         so_far: Callable[[], list[list[int]]] | None = None,
     ) -> None:
-        self._future: Future[RunResult] = Future()
+        self._future: Future[R] = Future()
         self._cancel = threading.Event()
         self._run, self._turn, self._settings = run, turn, settings
         self._so_far = so_far
@@ -94,7 +95,7 @@ class Job:
         """End after the token the run is at; `result` then returns what there is by then. A job that waits gives up."""
         self._cancel.set()
 
-    def result(self, timeout_s: float | None = None) -> RunResult:
+    def result(self, timeout_s: float | None = None) -> R:
         """Wait for the run, and for those who watch it, and return it.
 
         Raises:

@@ -24,6 +24,8 @@ MEASURED = {
     "schedule", "num_slots", "cache", "cpu", "tokens_per_s", "tokens_per_s_runs", "p50_ms", "p95_ms", "hit_rate",
     "link_use_frac", "bytes_per_token",
 }  # fmt: skip
+#: Traces prepared for a machine and a predictor that are kept: each recall of a noisy oracle is one.
+MOST_SIMULATORS = 64
 #: Instead of a predictor that a schedule comes with and that is not there, the best first.
 STAND_INS = ("llapor", "early router", "transition", "frequency")
 
@@ -58,7 +60,7 @@ class Scenarios:
         lookahead = min(LOOKAHEAD, max(1, trace.num_layers - 1))
         self.predictors: dict[str, Predictor] = {predictor.name: predictor for predictor in predictors}
         self.predictors.setdefault(ORACLE, Oracle(trace.shape, lookahead))
-        self._predict_us = dict(predict_us or {})
+        self.predict_us = dict(predict_us or {})
         self._lookahead = lookahead
         self._simulators: dict[tuple[str, str, bool], Simulator] = {}
         self._results: dict[Scenario, SimResult] = {}
@@ -204,7 +206,7 @@ class Scenarios:
         )
         if key not in self._simulators:
             if scenario.machine == next(iter(self.machines)):
-                costs = costs.with_predictor(self._predict_us.get(name, 0.0))
+                costs = costs.with_predictor(self.predict_us.get(name, 0.0))
             self._simulators[key] = Simulator(
                 self.trace,
                 costs,
@@ -214,6 +216,8 @@ class Scenarios:
                 step_us=machine.step_us,
                 label=self.label,
             )
+            if len(self._simulators) > MOST_SIMULATORS:
+                del self._simulators[next(iter(self._simulators))]
         return self._simulators[key]
 
     def _predictor(self, name: str, recall: float) -> Predictor | None:

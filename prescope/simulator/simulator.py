@@ -28,6 +28,9 @@ from .prepare import LOOKAHEAD, Needs, Predicted, needs_of, predictions_of
 from .replay import Demand, Log, State, replay
 from .result import Bounds, SimResult
 
+#: States after the first prompt that are kept, one for each number of slots and cache.
+MOST_WARM = 256
+
 
 class Settings(NamedTuple):
     """A run's settings as resolved."""
@@ -274,6 +277,8 @@ class Simulator:
                 np.array(policy.tick),
             )
             self._warm[key] = kept
+            if len(self._warm) > MOST_WARM:
+                del self._warm[next(iter(self._warm))]
 
     def _find_bounds(self, num_slots: int, cpu: bool) -> Bounds:
         costs, S = self.costs, len(self.needs.steps)

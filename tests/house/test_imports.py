@@ -29,7 +29,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("profile", "kernels"),
     ("hf", "simulator"),
     ("engine",),
-    ("advice", "calibration", "training"),
+    ("advice", "calibration", "training", "tuning"),
     ("views",),
     ("widgets", "report"),
     ("session",),
@@ -45,6 +45,10 @@ DOORS: dict[str, set[str]] = {
     "anywidget": {"widgets"},
     "IPython": {"widgets", "report"},
     "triton": {"kernels", "predictor"},
+    "optuna": {"tuning"},
+    "sqlalchemy": {"tuning"},
+    "dask": {"tuning"},
+    "distributed": {"tuning"},
     "torch.cuda": {"device", "kernels"},
     "torch": {"device", "predictor", *BELOW_DEVICES - {"scheduler", "profile", "simulator"}},
 }
@@ -285,7 +289,7 @@ def test_the_reader_of_imports_sees_every_form():
 
 def test_the_door_imports_nothing_heavy():
     """`import prescope` must stay cheap, and work where only the core is installed."""
-    heavy = ["transformers", "plotly", "ipywidgets", "anywidget", "triton", "torch", "pandas"]
+    heavy = ["transformers", "plotly", "ipywidgets", "anywidget", "triton", "torch", "pandas", "optuna"]
     code = f"import sys, prescope; print(prescope.__version__, *(m for m in {heavy} if m in sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(out.stdout.split()) == 1, f"`import prescope` imported {out.stdout.split()[1:]}"

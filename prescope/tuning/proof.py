@@ -1,0 +1,264 @@
+"""The recommendation is run: the best of a search against the default, on the device, on other prompts."""
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from ..core.units import format_bytes
+from ..engine.engine import Engine
+from ..errors import UnsupportedOption
+from ..predictor import Predictor
+from .candidates import Chosen, best_of, require_unseen, simulated_default
+from .engine_runner import Device, Timed
+from .prompts import texts_of
+from .sweep import Sweep
+from .timings import Verdict, verdict
+
+
+class Candidate(NamedTuple):
+    """One setting that was run against the default.
+
+    Attributes:
+        settings: as `EngineRunner` takes them. `number`: of its point, -1 where there was no sweep.
+        default_ms, candidate_ms: time per token of each run, two a block.
+        verdict: what they say. `tokens_per_s`: mean of its runs.
+        simulated: tokens/s that the sweep said, and `simulated_gain` over the default; NaN where it did not.
+        gpu_bytes: of its slots. `texts_differ`: of how many prompts the text is not the default's.
+    """
+
+    settings: Mapping[str, Any]
+    number: int
+    default_ms: tuple[float, ...]
+    candidate_ms: tuple[float, ...]
+    verdict: Verdict
+    tokens_per_s: float
+    simulated: float
+    simulated_gain: float
+    gpu_bytes: float
+    texts_differ: int
+
+    @property
+    def simulator_off(self) -> float:
+        """Simulated over measured tokens/s, less 1."""
+        return self.simulated / self.tokens_per_s - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What was measured.
+
+    Attributes:
+        kept: a candidate is faster than the default, by more than 3 % and beyond the spread.
+        settings: those to use: the candidate's, or the default's.
+        best: the candidate that is kept, else the one with the highest lower end. `candidates`: all, as in the sweep.
+        default: settings it was compared with. `words`: the verdict in one line.
+        origin, machine: "measured" or "emulated", and where.
+        notes: what a reader of the figures must know.
+    """
+
+    kept: bool
+    settings: Mapping[str, Any]
+    best: Candidate
+    candidates: Sequence[Candidate]
+    default: Mapping[str, Any]
+    words: str
+    origin: str
+    machine: str
+    label: str
+    notes: Sequence[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([self.words, *self.notes])
+
+    @property
+    def is_lossless(self) -> bool:
+        """The best candidate's texts are the default's."""
+        return self.best.texts_differ == 0
+
+    def table(self) -> pd.DataFrame:
+        """One row a candidate: its settings, what was measured, by how much the simulator was off."""
+        rows = [
+            {
+                **one.settings,
+                "tokens/s": one.tokens_per_s,
+                "gain %": 100 * one.verdict.gain,
+                "from %": 100 * one.verdict.low,
+                "to %": 100 * one.verdict.high,
+                "kept": one.verdict.kept,
+                "simulated gain %": 100 * one.simulated_gain,
+                "simulator off %": 100 * one.simulator_off,
+                "GPU memory": format_bytes(int(one.gpu_bytes)),
+                "other texts": one.texts_differ,
+            }
+            for one in self.candidates
+        ]
+        return pd.DataFrame(rows)
+
+
+def prove(
+    sweep: Sweep | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    engine: Engine,
+    prompts: Sequence[Any] | Mapping[str, Any],
+    *,
+    default: Mapping[str, Any] | None = None,
+    repeats: int = 4,
+    new_tokens: int = 32,
+    predictors: Iterable[Predictor] = (),
+    on_progress: Callable[[int, int], object] | None = None,
+    cancel: threading.Event | None = None,
+) -> Proof:
+    """Run the best of a search against the default, in blocks default - candidate - candidate - default.
+
+    The engine has its former settings again afterwards; `engine.configure` with `proof.settings` is yours.
+
+    Args:
+        sweep: its three best points that an engine can run; or settings, or several.
+        prompts: not those of the search.
+        default: settings to beat, over those that the engine has now; None: these.
+        repeats: blocks for each candidate, two or more.
+        new_tokens: of each prompt. `predictors`: that settings may name.
+        on_progress: called with runs done and runs in all, from the calling thread.
+        cancel: set from elsewhere, it ends the proof.
+
+    Raises:
+        UnsupportedOption: a prompt was used in the search, or nothing of it can be run.
+        CancelledError: cancelled.
+        PrescopeError: the engine refuses the default.
+    """
+    texts = texts_of(prompts)
+    if repeats < 2:
+        raise UnsupportedOption(f"repeats is {repeats}; two blocks or more show the spread")
+    device = Device(engine, {one.name: one for one in predictors})
+    trial = _Trial(sweep, device, texts, dict(default or {}), repeats, new_tokens, on_progress, cancel)
+    told = {"was_told": trial.is_cancelled, "is_patient": True}
+    proof: Proof = engine.turn.run("a proof", trial.run, (), **told)
+    return proof
+
+
+class _Trial:
+    """One proof on its way."""
+
+    def __init__(
+        self,
+        sweep: Sweep | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        device: Device,
+        texts: Sequence[Any],
+        default: dict[str, Any],
+        repeats: int,
+        new_tokens: int,
+        on_progress: Callable[[int, int], object] | None,
+        cancel: threading.Event | None,
+    ) -> None:
+        self._sweep = sweep if isinstance(sweep, Sweep) else None
+        self._device, self._texts, self._default = device, texts, default
+        self._repeats, self._new_tokens = repeats, new_tokens
+        self._on_progress, self._cancel = on_progress, cancel or threading.Event()
+        self._notes: list[str] = []
+        self._done = 0
+        if isinstance(sweep, Sweep):
+            require_unseen(sweep, texts, self._notes)
+            self._chosen = best_of(sweep, device, self._notes)
+        else:
+            given = [sweep] if isinstance(sweep, Mapping) else sweep
+            self._chosen = [Chosen(dict(one), -1, float("nan")) for one in given]
+        if not self._chosen:
+            raise UnsupportedOption(
+                "there is nothing to prove: give a sweep with finished points, or settings"
+            )
+
+    def is_cancelled(self) -> bool:
+        return self._cancel.is_set()
+
+    # -- runs ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Proof:
+        """All blocks of all candidates; call it in the engine's turn."""
+        try:
+            simulated = simulated_default(self._sweep, self._device, self._default, self._notes)
+            candidates, timed = [], self._measure(self._default)  # the first run of all is nobody's
+            for one in self._chosen:
+                candidates.append(self._compare(one, simulated))
+        finally:
+            self._device.restore()
+        return self._proof(candidates, timed)
+
+    def _measure(self, settings: Mapping[str, Any]) -> Timed:
+        timed = self._device.measure(settings, self._texts, self._new_tokens, self.is_cancelled)
+        self._done += 1
+        if self._on_progress is not None:
+            self._on_progress(self._done, 1 + 4 * self._repeats * len(self._chosen))
+        return timed
+
+    def _compare(self, chosen: Chosen, simulated_default: float) -> Candidate:
+        default, candidate = list[Timed](), list[Timed]()
+        for _ in range(self._repeats):
+            for settings, runs in (
+                (self._default, default), (chosen.settings, candidate),
+                (chosen.settings, candidate), (self._default, default),
+            ):  # fmt: skip
+                runs.append(self._measure(settings))
+        default_ms, candidate_ms = (
+            tuple(1e3 / one.measured.values["tokens_per_s"] for one in runs) for runs in (default, candidate)
+        )
+        return Candidate(
+            chosen.settings,
+            chosen.number,
+            default_ms,
+            candidate_ms,
+            verdict(default_ms, candidate_ms, candidates=len(self._chosen)),
+            1e3 * len(candidate_ms) / sum(candidate_ms),
+            chosen.simulated,
+            chosen.simulated / simulated_default - 1,
+            candidate[0].measured.values["gpu_bytes"],
+            sum(a != b for a, b in zip(default[0].tokens, candidate[0].tokens, strict=True)),
+        )
+
+    def _proof(self, candidates: Sequence[Candidate], timed: Timed) -> Proof:
+        best = max(candidates, key=lambda one: one.verdict.low)
+        kept = best.verdict.kept
+        words = (
+            best.verdict.words
+            if kept or len(candidates) == 1
+            else f"best of {len(candidates)}: {best.verdict.words}"
+        )
+        notes = [*self._notes, *self._about(best, timed)]
+        default = self._device.default | self._default
+        return Proof(
+            kept=kept,
+            settings=best.settings if kept else self._default,
+            best=best,
+            candidates=candidates,
+            default={name: getattr(value, "name", value) for name, value in default.items()},
+            words=words,
+            origin=timed.measured.origin,
+            machine=timed.measured.machine,
+            label=timed.label,
+            notes=notes,
+        )
+
+    def _about(self, best: Candidate, timed: Timed) -> list[str]:
+        notes = []
+        if best.texts_differ:
+            notes.append(
+                f"not the same texts: {best.texts_differ} of {len(self._texts)} differ from the default's, so the two "
+                f"do not compute exactly the same"
+            )
+        more = best.gpu_bytes - timed.measured.values["gpu_bytes"]
+        if more:
+            side = "more" if more > 0 else "less"
+            notes.append(f"it takes {format_bytes(int(abs(more)))} {side} GPU memory than the default")
+        if math.isfinite(best.simulated):
+            said = (
+                f"the simulator said {best.simulated:.3g} tokens/s, {best.tokens_per_s:.3g} were measured: "
+                f"{100 * best.simulator_off:+.1f} % off"
+            )
+            if math.isfinite(best.simulated_gain):
+                said += (
+                    f"; gain {100 * best.simulated_gain:+.1f} % there, {100 * best.verdict.gain:+.1f} % here"
+                )
+            notes.append(said)
+        return notes

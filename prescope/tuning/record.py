@@ -1,0 +1,221 @@
+"""The study that a sweep is kept in: made, found again, compared with what is asked for, written to."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import DuplicatedStudyError, StorageInternalError
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from ..errors import BadSweep
+from .objectives import OBJECTIVES, Objective
+from .points import Asked, Asking, Outcome
+from .provenance import commit_here
+from .quiet import quiet
+from .rows import BUSY_S, DatabaseRows, Rows, StudyRows, is_known
+from .space import Space
+
+#: Attribute of the study that says what is swept.
+KEY = "prescope"
+VERSION = 1
+#: Where a sweep lies that was given no storage, below the folder one works in.
+FOLDER = Path("runs") / "sweeps"
+_NAME = re.compile(r"[\w][\w .,+=-]{0,119}")
+
+
+class Plan(NamedTuple):
+    """What a sweep is about: a study that is opened again must agree in all of it.
+
+    Attributes:
+        fixed: settings that do not move. `about`: what the runner's figures depend on besides settings.
+        prompts: checksums of those used.
+    """
+
+    space: Space
+    fixed: dict[str, Any]
+    objectives: tuple[Objective, ...]
+    method: str
+    seed: int
+    about: dict[str, Any]
+    prompts: tuple[str, ...]
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        names = [one.name for one in self.objectives]
+        whole = {**self._asdict(), "space": self.space.to_plain(), "objectives": names, "version": VERSION}
+        plain: dict[str, Any] = json.loads(json.dumps(whole))  # as it is read back: lists, no tuples
+        return plain
+
+    @classmethod
+    def of_plain(cls, plain: dict[str, Any]) -> "Plan":
+        """What `to_plain` gave."""
+        return cls(
+            Space.of_plain(plain["space"]), plain["fixed"], tuple(OBJECTIVES[name] for name in plain["objectives"]),
+            plain["method"], plain["seed"], plain["about"], tuple(plain["prompts"]),
+        )  # fmt: skip
+
+
+class Record:
+    """One sweep's study, open.
+
+    Attributes:
+        study: Optuna's. `plan`: what is swept. `url`: of its storage.
+    """
+
+    def __init__(self, study: optuna.Study, storage: BaseStorage, plan: Plan, url: str) -> None:
+        self.study, self.plan, self.url = study, plan, url
+        self._rows = _rows_of(study, storage, plan.space, url)
+        self._names = [one.name for one in plan.objectives]
+
+    def trials(self) -> list[FrozenTrial]:
+        """All points, by number; not copies."""
+        found: list[FrozenTrial] = self.study.get_trials(deepcopy=False)
+        return found
+
+    def add(self, points: Sequence[Asked]) -> None:
+        """Write down that points are tried now, before they are."""
+        self._rows.add(points, Asking(commit_here(), datetime.now()))
+
+    def finish(self, outcomes: Sequence[Outcome]) -> None:
+        """Write down what became of points; one that was told already stays as it is."""
+        self._rows.finish(outcomes, self._names)
+
+
+def open_points(trials: Sequence[FrozenTrial]) -> list[Asked]:
+    """Points that were given out and never told."""
+    return [
+        Asked(one.number, one.params, one.user_attrs["seed"], one.system_attrs)
+        for one in trials
+        if one.state == TrialState.RUNNING
+    ]
+
+
+def _rows_of(study: optuna.Study, storage: BaseStorage, space: Space, url: str) -> Rows:
+    if isinstance(storage, RDBStorage):
+        waits = {"timeout": BUSY_S} if url.startswith("sqlite") else {}
+        engine = sqlalchemy.create_engine(url, connect_args=waits)
+        if is_known(engine):
+            return DatabaseRows(engine, study.study_name, space.distributions)
+    return StudyRows(study, storage, space.distributions)
+
+
+# -- opening ---------------------------------------------------------------------------------------------------------
+
+
+def create_or_open(name: str, plan: Plan, where: str | None) -> Record:
+    """A new study, or the one of this name if it is about the same.
+
+    Raises:
+        BadSweep: the name is no name, the storage cannot be read, or its study of this name is about something else.
+    """
+    if not _NAME.fullmatch(name):
+        raise BadSweep(
+            f"{name!r} is no name for a sweep: letters, digits, blanks and .,+=-_ , 120 at most, no folder"
+        )
+    url = url_of(name) if where is None else where
+    if where is None:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+    storage = _storage(url)
+    directions = [one.direction for one in plan.objectives]
+    with _said(url), quiet():
+        try:
+            study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+        except DuplicatedStudyError:
+            study = optuna.load_study(storage=storage, study_name=name)
+        else:
+            study.set_metric_names([one.name for one in plan.objectives])
+            study.set_user_attr(KEY, plan.to_plain())
+        found = _plan_in(study, url)
+    _require_same(name, found, plan)
+    return Record(study, storage, found, url)
+
+
+def open_existing(where: str, study_name: str | None) -> Record:
+    """A study that is there, by the sweep's name, the path of its file, or a URL.
+
+    Raises:
+        BadSweep: there is none, several are in the storage, or it is no sweep.
+    """
+    url, is_name = _url_of_existing(where)
+    storage = _storage(url)
+    with _said(url), quiet():
+        names = [one.study_name for one in storage.get_all_studies()]
+        wanted = study_name or (where if is_name or len(names) != 1 else names[0])
+        if wanted not in names:
+            listed = ", ".join(map(repr, names)) or "none"
+            raise BadSweep(
+                f"{url} has no study {wanted!r}; there are {listed}: load_sweep(where, study_name=...)"
+            )
+        study = optuna.load_study(storage=storage, study_name=wanted)
+        return Record(study, storage, _plan_in(study, url), url)
+
+
+def url_of(name: str) -> str:
+    """The file of a sweep that was given no storage, as a URL."""
+    return f"sqlite:///{(FOLDER / f'{name}.db').as_posix()}"
+
+
+def _url_of_existing(where: str) -> tuple[str, bool]:
+    if "://" in where:
+        return where, False
+    for path, is_name in ((FOLDER / f"{where}.db", True), (Path(where), False)):
+        if path.is_file():
+            return f"sqlite:///{path.as_posix()}", is_name
+    there = ", ".join(sorted(repr(path.stem) for path in FOLDER.glob("*.db"))) if FOLDER.is_dir() else ""
+    raise BadSweep(
+        f"there is no sweep {where!r}; in {FOLDER} there are: {there or 'none'}. A path or URL works too"
+    )
+
+
+def _storage(url: str) -> BaseStorage:
+    """Optuna's; one of a database is asked for itself, so that it can be told what it is."""
+    with _said(url), quiet():
+        if "://" in url and not url.startswith("redis"):
+            waits = {"connect_args": {"timeout": BUSY_S}} if url.startswith("sqlite") else {}
+            return RDBStorage(url, engine_kwargs=waits)
+        return optuna.storages.get_storage(url)
+
+
+def _plan_in(study: optuna.Study, url: str) -> Plan:
+    plain = study.user_attrs.get(KEY)
+    if plain is None or plain.get("version") != VERSION:
+        raise BadSweep(
+            f"the study {study.study_name!r} in {url} is no sweep of this version of prescope; choose another name"
+        )
+    return Plan.of_plain(plain)
+
+
+def _require_same(name: str, found: Plan, wanted: Plan) -> None:
+    there, asked = found.to_plain(), wanted.to_plain()
+    for key, value in there.items():
+        if value == asked[key]:
+            continue
+        if isinstance(value, dict):
+            keys = sorted(k for k in value.keys() | asked[key].keys() if value.get(k) != asked[key].get(k))
+            was, now = ({k: one.get(k) for k in keys} for one in (value, asked[key]))
+        else:
+            was, now = value, asked[key]
+        raise BadSweep(
+            f"the sweep {name!r} is there already with {key} {was}, now it is {now}: its points could not be compared. "
+            f"Give this one another name, or the same {key}; load_sweep({name!r}) opens the old one"
+        )
+
+
+@contextmanager
+def _said(url: str) -> Iterator[None]:
+    """Troubles with a storage in words."""
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        raise BadSweep(
+            f"the storage {url} cannot be used: {cause}. Give the URL of a database that Optuna can use, or another "
+            f"name"
+        ) from error

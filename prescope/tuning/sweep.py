@@ -1,0 +1,322 @@
+"""Sweeps: opened by name, run, watched, and read as tables."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import pandas as pd
+from optuna.trial import TrialState
+
+from ..engine.turn import Turn
+from ..errors import BadSweep, UnsupportedOption
+from .estimate import Estimate, estimate
+from .evaluate import Runner
+from .job import SweepJob
+from .lease import Lease, holder_of
+from .loop import Loop, Watcher
+from .objectives import Objective, objectives_named
+from .points import table
+from .pools import Job, pool_of
+from .progress import Progress
+from .quiet import quiet
+from .record import Plan, Record, create_or_open, open_existing
+from .search import Known, require_method, search_named
+from .space import Space
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+class Sweep:
+    """Points of a space, tried by a runner, kept in an Optuna study. Made by `open_sweep` or `load_sweep`.
+
+    Attributes:
+        name: of the study. `space`: what moves. `fixed`: settings that do not.
+        objectives: what it is after, the leading one first. `method`: of the search. `seed`: of the search.
+        runner: tries points; None where it was opened for reading.
+        url: of the storage, for optuna-dashboard.
+        study: the Optuna study, live: other processes' points are in it too.
+        turn: one run at a time.
+    """
+
+    def __init__(self, record: Record, runner: Runner | None) -> None:
+        self._record, self.runner = record, runner
+        plan = record.plan
+        self.name: str = record.study.study_name
+        self.space, self.fixed, self.method, self.seed = plan.space, dict(plan.fixed), plan.method, plan.seed
+        self.objectives: tuple[Objective, ...] = plan.objectives
+        self.prompts = plan.prompts
+        self.url = record.url
+        self.turn = Turn()
+
+    @property
+    def study(self) -> optuna.Study:
+        return self._record.study
+
+    def __repr__(self) -> str:
+        names = ", ".join(one.name for one in self.objectives)
+        return f"<Sweep {self.name!r}: {', '.join(self.space)} for {names} by {self.method}, {self.url}>"
+
+    # -- runs ------------------------------------------------------------------------------------------------------
+
+    def estimate(self, points: int, *, workers: int = 1) -> Estimate:
+        """What so many points in all will take from here on, by the times of those recorded, or of a few tried now.
+
+        Args:
+            points: in all, as of `run`.
+        """
+        known = self._known()
+        new = max(0, points - len(known.trials))
+        if self.method == "grid":
+            new = min(new, max(0, (self.space.size or 0) - len(known.trials)))
+        runner, workers = self._require_runner(), _require_workers(workers)
+        try:
+            return estimate(runner, known, self.method, self.fixed, new, workers)
+        finally:
+            runner.restore()
+
+    def run(
+        self,
+        points: int | None = None,
+        minutes: float | None = None,
+        workers: int = 1,
+        on_progress: Watcher | None = None,
+        cancel: threading.Event | None = None,
+        *,
+        client: "Client | None" = None,
+        pause: threading.Event | None = None,
+    ) -> Progress:
+        """Try points until there are so many, or time is over; what was begun and never told is tried first.
+
+        Args:
+            points: in all, those of former runs too: the same call after a kill goes on to the same number. None: the
+                whole grid, or as many as the time allows.
+            minutes: after which no point is begun.
+            workers: processes on this machine; 1: this one.
+            on_progress: called with `Progress` from the calling thread, some times a second.
+            cancel: set from elsewhere, it ends the run soon; what is told by then stays.
+            client: of a dask cluster, whose workers are used instead; each is given the runner once.
+            pause: while it is set no point is begun.
+
+        Returns:
+            How far the sweep is at the end of the run.
+
+        Raises:
+            UnsupportedOption: neither points nor minutes say when it ends, or the runner cannot leave this process.
+            BadSweep: it was opened for reading, another process runs it, or no worker is there.
+        """
+        if points is None and minutes is None and self.space.size is None:
+            raise UnsupportedOption("say when the sweep ends: points=1000, minutes=10, or both")
+        if points is None and minutes is None and self.method != "grid":
+            points = self.space.size
+        for name, value in (("points", points), ("minutes", minutes)):
+            if value is not None and value <= 0:
+                raise UnsupportedOption(f"{name} is {value}; give more than 0")
+        runner, cancel = self._require_runner(), cancel or threading.Event()
+        if runner.is_here and (workers > 1 or client is not None):
+            raise UnsupportedOption(
+                f"workers={workers}: this runner holds an engine of this process, which serves one at a time; use "
+                f"workers=1, or give it a function that loads an engine in each worker: EngineRunner(load, prompts)"
+            )
+        settings = {
+            "points": points, "minutes": minutes, "workers": _require_workers(workers), "watcher": on_progress,
+            "cancel": cancel, "client": client, "pause": pause or threading.Event(), "runner": runner,
+        }  # fmt: skip
+        done: Progress = self.turn.run("a sweep", self._run, (), settings, was_told=cancel.is_set)
+        return done
+
+    def _run(
+        self,
+        *,
+        points: int | None,
+        minutes: float | None,
+        workers: int,
+        watcher: Watcher | None,
+        cancel: threading.Event,
+        client: "Client | None",
+        pause: threading.Event,
+        runner: Runner,
+    ) -> Progress:
+        job = Job(runner, self.fixed, [one.name for one in self.objectives])
+        try:
+            with Lease(self.study) as lease, pool_of(job, workers, client, cancel.is_set) as pool:
+                loop = Loop(
+                    self._record,
+                    search_named(self.method, self._known()),
+                    pool,
+                    lease,
+                    target=points,
+                    most_s=None if minutes is None else 60 * minutes,
+                    watcher=watcher,
+                    cancel=cancel,
+                    pause=pause,
+                )
+                return loop.run()
+        finally:
+            runner.restore()
+
+    def start(
+        self,
+        points: int | None = None,
+        minutes: float | None = None,
+        workers: int = 1,
+        on_progress: Watcher | None = None,
+        *,
+        client: "Client | None" = None,
+    ) -> SweepJob:
+        """As `run`, in a thread of its own: watch its `status`, `pause`, `resume` or `cancel` it."""
+        return self.prepare(points, minutes, workers, on_progress, client=client).start()
+
+    def prepare(
+        self,
+        points: int | None = None,
+        minutes: float | None = None,
+        workers: int = 1,
+        on_progress: Watcher | None = None,
+        *,
+        client: "Client | None" = None,
+    ) -> SweepJob:
+        """A job that has not begun, so that it can be watched from its first point; `start` it."""
+        settings = {
+            "points": points, "minutes": minutes, "workers": workers, "on_progress": on_progress, "client": client
+        }  # fmt: skip
+        return SweepJob(self.run, self.turn, settings)
+
+    def _require_runner(self) -> Runner:
+        if self.runner is None:
+            raise BadSweep(
+                f"the sweep {self.name!r} was opened for reading; open_sweep({self.name!r}, space, runner) goes on"
+            )
+        return self.runner
+
+    def _known(self) -> Known:
+        directions = [one.direction for one in self.objectives]
+        return Known(
+            self.space, self.seed, directions, [one.name for one in self.objectives], self._record.trials()
+        )
+
+    # -- tables ----------------------------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        """Whether anybody, here or elsewhere, runs it now."""
+        return holder_of(self.study) is not None
+
+    def points(self) -> pd.DataFrame:
+        """One row a point, by number: number, state ("finished", "infeasible": the library refuses the setting,
+        "failed", "running"), reason, seed, seconds, origin ("simulated", "measured", "emulated"), machine, commit,
+        started; then each setting under its own name (a machine that moves is in the column machine), and each
+        objective, NaN where it is not known. What was begun and not told is there while somebody runs the sweep.
+        """
+        names = [one.name for one in self.objectives]
+        return table(self._record.trials(), list(self.space), names, self.is_running)
+
+    def best(self, n: int = 5) -> pd.DataFrame:
+        """The best finished points by the first objective, rows as of `points`, best first."""
+        finished, first = self._finished(), self.objectives[0]
+        order = finished.sort_values([first.name, "number"], ascending=[first.sign < 0, True])
+        return order.head(n).reset_index(drop=True)
+
+    def front(self) -> pd.DataFrame:
+        """Finished points that no other beats in one objective without losing in another, best in the first one first;
+        of equal ones the first.
+        """
+        finished = self._finished()
+        if finished.empty:
+            return finished
+        values = finished[[one.name for one in self.objectives]].to_numpy() * [
+            one.sign for one in self.objectives
+        ]
+        order = sorted(range(len(values)), key=lambda i: (*(-values[i]), finished["number"].iloc[i]))
+        kept: list[int] = []
+        for i in order:  # whoever comes later beats none that came before
+            if not kept or not (values[kept] >= values[i]).all(axis=1).any():
+                kept.append(i)
+        return finished.iloc[kept].reset_index(drop=True)
+
+    def importances(self, objective: str | None = None) -> dict[str, float]:
+        """Share of an objective's variance that each setting explains, the largest first (Optuna's PED-ANOVA).
+
+        Args:
+            objective: the first one unless given.
+
+        Raises:
+            UnsupportedOption: it is none of the sweep's, or there is too little to tell yet.
+        """
+        names = [one.name for one in self.objectives]
+        wanted = names[0] if objective is None else objective
+        if wanted not in names:
+            raise UnsupportedOption(f"objective is {wanted!r}; the sweep has {', '.join(map(repr, names))}")
+        at = names.index(wanted)
+        done = [trial.values[at] for trial in self._record.trials() if trial.state == TrialState.COMPLETE]
+        if len(set(done)) < 2:
+            raise UnsupportedOption(
+                f"{len(done)} finished points with {len(set(done))} different values do not tell settings apart; run "
+                f"more points"
+            )
+        sign = self.objectives[at].sign  # what matters is how to get low values, in its way of speaking
+        with quiet():
+            found = optuna.importance.get_param_importances(
+                self.study, target=lambda trial: -sign * trial.values[at]
+            )
+        shares = dict.fromkeys(self.space, 0.0) | {name: float(share) for name, share in found.items()}
+        return dict(sorted(shares.items(), key=lambda one: -one[1]))
+
+    def _finished(self) -> pd.DataFrame:
+        points = self.points()
+        return points[points["state"] == "finished"]
+
+
+def _require_workers(workers: int) -> int:
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise UnsupportedOption(f"workers is {workers!r}; a number of processes, 1 or more")
+    return workers
+
+
+def open_sweep(
+    name: str,
+    space: Space | Mapping[str, Any],
+    runner: Runner,
+    *,
+    objectives: Sequence[str] = ("tokens_per_s",),
+    method: str = "tpe",
+    seed: int = 0,
+    storage: str | Path | None = None,
+    fixed: Mapping[str, Any] | None = None,
+) -> Sweep:
+    """A sweep by name: a new one, or the one that is there, to go on with it.
+
+    Args:
+        name: of the study. `space`: what moves, names as of `runner.settings`.
+        objectives: of `OBJECTIVES`; with several, `front` shows what can be had together.
+        method: "tpe", "grid", "random" or "nsga".
+        storage: any Optuna URL, or the path of an SQLite file; None: runs/sweeps/<name>.db.
+        fixed: settings that do not move and differ from the runner's own.
+
+    Raises:
+        UnsupportedOption: a setting, a range, an objective or a method that is not there, with all that are.
+        BadSweep: a sweep of this name is about something else, or the storage cannot be used.
+    """
+    space, held = space if isinstance(space, Space) else Space(space), dict(fixed or {})
+    chosen = objectives_named(objectives, runner.objectives)
+    require_method(method)
+    space.require(runner.settings, held)
+    plan = Plan(space, held, chosen, method, int(seed), runner.about(), tuple(runner.prompts))
+    search_named(method, Known(space, plan.seed, [one.direction for one in chosen], [], ()))
+    where = storage if storage is None or "://" in str(storage) else f"sqlite:///{Path(storage).as_posix()}"
+    return Sweep(create_or_open(name, plan, None if where is None else str(where)), runner)
+
+
+def load_sweep(where: str | Path, *, study_name: str | None = None) -> Sweep:
+    """A sweep that is there, for reading, while it is run elsewhere too.
+
+    Args:
+        where: its name, the path of its file, or the URL of its storage.
+        study_name: where the storage holds several.
+
+    Raises:
+        BadSweep: there is none, or it is no sweep.
+    """
+    return Sweep(open_existing(str(where), study_name), None)

@@ -1,0 +1,339 @@
+"""A sweep from Python: opened, run, interrupted, gone on with, read; on made-up figures, in this process."""
+
+import threading
+
+import optuna
+import pandas as pd
+import pytest
+
+from prescope.errors import BadSweep, UnsupportedOption
+from prescope.tuning import Choices, Range, Space, load_sweep, open_sweep
+from prescope.tuning.points import COLUMNS
+from tests.support.sweep_runners import Hill
+
+SPACE = Space(slots=Range(1, 40), schedule=Choices("slow", "fast"))
+METHODS = ["grid", "random", "tpe", "nsga"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+class StopsAfter(Hill):
+    """Sets `cancel` in the middle of its n-th try."""
+
+    def __init__(self, count, **more):
+        super().__init__(**more)
+        self.left, self.cancel = count, threading.Event()
+
+    def run(self, settings, seed=0, is_cancelled=lambda: False):
+        self.left -= 1
+        if not self.left:
+            self.cancel.set()
+        return super().run(settings, seed)
+
+
+def run_until(count, name="a", log="", **arguments):
+    """Cancelled after so many points."""
+    runner = StopsAfter(count, log=log)
+    return open_sweep(name, SPACE, runner, **arguments).run(points=40, cancel=runner.cancel)
+
+
+# -- points ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("objectives", [("tokens_per_s",), ("tokens_per_s", "gpu_bytes")])
+def test_every_point_is_a_row_with_all_that_is_known_of_it(method, objectives):
+    sweep = open_sweep("a", SPACE, Hill(), method=method, objectives=objectives, seed=3)
+    done = sweep.run(points=30)
+    points = sweep.points()
+    assert list(points.columns) == [*COLUMNS, "slots", "schedule", *objectives]
+    assert list(points["number"]) == list(range(30))
+    assert done.done == 30 and done.finished + done.infeasible == 30
+    assert set(points["state"]) <= {"finished", "infeasible"}
+    finished = points[points["state"] == "finished"]
+    assert (finished["machine"] == "a hill").all() and (finished["origin"] == "simulated").all()
+    assert (points["commit"] != "").all() and points["seed"].is_unique
+    assert pd.api.types.is_datetime64_any_dtype(points["started"])
+    assert (finished["tokens_per_s"] <= 100).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_refused_settings_are_rows_with_their_reason(method):
+    """Fewer than 4 slots: the library's own refusal, not an error of the sweep."""
+    sweep = open_sweep("a", Space(slots=Range(1, 8)), Hill(), method=method, seed=1)
+    sweep.run(points=8)
+    points = sweep.points()
+    few = points[points["slots"] < 4]
+    assert len(few) and (few["state"] == "infeasible").all()
+    assert few["reason"].str.contains("SlotPoolTooSmall.*use 4 or more").all()
+    assert few["tokens_per_s"].isna().all()
+    assert (points[points["slots"] >= 4]["state"] == "finished").all()
+
+
+def test_a_point_that_breaks_is_kept_and_the_others_go_on():
+    sweep = open_sweep("a", Space(width=Range(10, 15)), Hill(), method="grid")
+    done = sweep.run()
+    assert (done.failed, done.finished) == (1, 5)
+    broken = sweep.points().query("state == 'failed'")
+    assert list(broken["width"]) == [13]
+    assert broken["reason"].iloc[0] == "ZeroDivisionError: unlucky"
+
+
+def test_a_grid_has_every_point_once_in_an_order_that_the_seed_draws():
+    orders = []
+    for seed in (0, 0, 1):
+        sweep = open_sweep(f"seed {seed} {len(orders)}", SPACE, Hill(), method="grid", seed=seed)
+        assert sweep.run().done == 80
+        assert len(sweep.points()[["slots", "schedule"]].drop_duplicates()) == 80
+        orders.append(list(sweep.points()["slots"]))
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_a_grid_without_steps_says_which_setting_has_none():
+    with pytest.raises(UnsupportedOption, match=r"threshold has none; say Range\(0.0, 1.0, step="):
+        open_sweep("a", Space(threshold=Range(0.0, 1.0)), Hill(), method="grid")
+    with pytest.raises(BadSweep, match="no sweep"):
+        load_sweep("a")  # nothing was left behind
+
+
+@pytest.mark.parametrize("method", ["tpe", "nsga"])
+def test_a_search_that_learns_beats_chance(method):
+    wide = Space(slots=Range(1, 1000), schedule=Choices("slow", "fast"))
+    learned = open_sweep("a", wide, Hill(), method=method, seed=2)
+    chance = open_sweep("b", wide, Hill(), method="random", seed=2)
+    for sweep in (learned, chance):
+        sweep.run(points=150)
+    late = [sweep.points()["tokens_per_s"].tail(50).mean() for sweep in (learned, chance)]
+    assert late[0] > late[1] + 50
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cancelled_sweep_goes_on_to_the_same_number(method, tmp_path):
+    runner = Hill(log=tmp_path / "log")
+    assert run_until(11, log=runner.log, method=method).done == 11
+    again = open_sweep("a", SPACE, runner, method=method)
+    before = again.points()
+    assert len(before) == 11
+    assert again.run(points=40).done == 40
+    after = again.points()
+    pd.testing.assert_frame_equal(after.head(len(before)), before)
+    assert len(runner.tries()) == 40, "each point was tried once"
+    assert again.run(points=40).done == 40
+    assert len(runner.tries()) == 40
+
+
+@pytest.mark.parametrize("method", ["grid", "random"])
+def test_an_interruption_changes_no_point(method):
+    """Grid and chance know their points by number, so that a sweep can be repeated whatever happened to the first."""
+    whole = open_sweep("whole", SPACE, Hill(), method=method, seed=5)
+    whole.run(points=40)
+    for count in (4, 17):
+        run_until(count, "parts", method=method, seed=5)
+    parts = open_sweep("parts", SPACE, Hill(), method=method, seed=5)
+    parts.run(points=40)
+    columns = ["number", "slots", "schedule", "seed", "tokens_per_s"]
+    pd.testing.assert_frame_equal(parts.points()[columns], whole.points()[columns])
+
+
+def test_another_space_under_the_same_name_is_refused_with_the_way_round():
+    open_sweep("a", SPACE, Hill())
+    for wanted, said in (
+        ({"space": Space(slots=Range(1, 41), schedule=Choices("slow", "fast"))}, "space .*41.*another name"),
+        ({"space": Space(slots=Range(1, 40))}, "space"),
+        ({"objectives": ("gpu_bytes",)}, "objectives"),
+        ({"fixed": {"width": 3}}, "fixed"),
+        ({"runner": Hill(version=2)}, "about .*version.*load_sweep"),
+        ({"method": "random"}, "method"),
+        ({"seed": 1}, "seed"),
+    ):
+        arguments = {"space": SPACE, "runner": Hill()} | wanted
+        with pytest.raises(BadSweep, match=said):
+            open_sweep("a", **arguments)
+    assert open_sweep("a", SPACE, Hill()).run(points=3).done == 3
+
+
+def test_two_runs_of_one_sweep_at_once_are_refused():
+    """Two processes that ask would number two points alike."""
+    sweep, other = open_sweep("a", SPACE, Hill()), open_sweep("a", SPACE, Hill())
+    errors = []
+
+    def second(progress):
+        if not errors:
+            with pytest.raises(BadSweep, match="under way in this process") as caught:
+                other.run(points=20)
+            errors.append(caught.value)
+
+    sweep.run(points=20, on_progress=second)
+    assert errors
+    assert other.run(points=30).done == 30
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_watched_paused_resumed_and_cancelled():
+    sweep = open_sweep("a", Space(slots=Range(4, 400)), Hill(seconds=0.002), method="random")
+    reached, paused, going = threading.Event(), threading.Event(), threading.Event()
+
+    def watch(progress):
+        if progress.done >= 20:
+            reached.set()
+        if progress.is_paused and not progress.running:
+            paused.set()
+        if progress.done > 60:
+            going.set()
+
+    job = sweep.prepare(points=100_000, on_progress=watch)
+    job.start()
+    assert reached.wait(60)
+    job.pause()
+    assert paused.wait(60)
+    held = job.status.done
+    assert job.is_paused and len(sweep.points()) == held == job.status.done
+    job.resume()
+    assert going.wait(60)
+    job.cancel()
+    done = job.result(60)
+    assert 60 < done.done < 100_000
+    assert job.progress == 1.0 and job.error is None
+    assert list(done.best["tokens_per_s"]) == list(sweep.best(5)["tokens_per_s"])
+    assert not sweep.is_running
+
+
+def test_progress_says_what_is_left_and_the_best_so_far():
+    seen = []
+    sweep = open_sweep("a", SPACE, Hill(), method="grid")
+    sweep.run(on_progress=seen.append)
+    last = seen[-1]
+    assert (last.done, last.total, last.remaining_s) == (80, 80, 0.0)
+    assert list(last.best["tokens_per_s"]) == [100, 99, 99, 98, 98]
+    assert list(last.best.columns) == ["number", "slots", "schedule", "tokens_per_s"]
+    assert "80 of 80 points, 6 infeasible" in str(last)
+
+
+def test_time_ends_a_sweep_and_nothing_that_was_begun_is_lost():
+    sweep = open_sweep("a", Space(slots=Range(4, 400)), Hill(), method="random")
+    done = sweep.run(minutes=1e-6)
+    assert done.total is None
+    assert len(sweep.points()) == done.done
+
+
+@pytest.mark.parametrize("arguments", [{}, {"points": 0}, {"minutes": -1}, {"points": 3, "workers": 0}])
+def test_a_run_without_an_end_is_refused(arguments):
+    sweep = open_sweep("a", Space(threshold=Range(0.0, 1.0)), Hill())
+    with pytest.raises(UnsupportedOption):
+        sweep.run(**arguments)
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_front_is_what_no_other_point_beats():
+    both = ("tokens_per_s", "gpu_bytes")
+    sweep = open_sweep("a", SPACE, Hill(), method="grid", objectives=both)
+    sweep.run()
+    front = sweep.front()
+    assert sorted(front["slots"]) == list(range(4, 31))
+    assert (front["schedule"] == "fast").all()
+    assert front["tokens_per_s"].is_monotonic_decreasing
+    assert len(sweep.study.best_trials) == len(front), "Optuna's own front"
+    assert list(sweep.best(3)["slots"]) == [30, 29, 31]
+
+
+def test_importances_are_shares_and_say_what_matters():
+    sweep = open_sweep("a", Space(slots=Range(4, 400), width=Range(20, 40)), Hill(), method="random")
+    with pytest.raises(UnsupportedOption, match="run more points"):
+        sweep.importances()
+    sweep.run(points=120)
+    shares = sweep.importances()
+    assert list(shares) == ["slots", "width"]
+    assert sum(shares.values()) == pytest.approx(1)
+    with pytest.raises(UnsupportedOption, match="'tokens_per_s'"):
+        sweep.importances("p95_ms")
+
+
+def test_empty_tables_have_their_columns():
+    sweep = open_sweep("a", SPACE, Hill())
+    for table in (sweep.points(), sweep.best(), sweep.front()):
+        assert table.empty and list(table.columns) == [*COLUMNS, "slots", "schedule", "tokens_per_s"]
+
+
+# -- estimates -------------------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_comes_before_the_first_point_and_records_none():
+    sweep = open_sweep("a", SPACE, Hill(seconds=0.05), method="grid")
+    said = sweep.estimate(1000)
+    assert said.points == 80, "the grid has no more"
+    assert said.seconds >= 80 * 0.05
+    assert said.bytes == 1000 and said.disk_bytes > 0 and said.is_measured
+    assert sweep.points().empty
+    assert sweep.estimate(10, workers=4).bytes > 4 * 1000
+    sweep.run(points=70)
+    assert sweep.estimate(1000).points == 10
+
+
+def test_an_estimate_of_nothing_but_refusals_says_why():
+    said = open_sweep("a", Space(slots=Range(1, 3)), Hill()).estimate(100)
+    assert not said.is_measured and "SlotPoolTooSmall" in said.reason
+    assert "not known" in str(said)
+
+
+# -- storages --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_found_by_name_path_and_url(tmp_path):
+    sweep = open_sweep("mine", SPACE, Hill())
+    sweep.run(points=5)
+    path = tmp_path / "runs" / "sweeps" / "mine.db"
+    for where in ("mine", path, f"sqlite:///{path}"):
+        found = load_sweep(where)
+        pd.testing.assert_frame_equal(found.points(), sweep.points())
+        assert dict(found.space) == dict(SPACE)
+        with pytest.raises(BadSweep, match="opened for reading"):
+            found.run(points=9)
+    with pytest.raises(BadSweep, match="'mine'"):
+        load_sweep("yours")
+    assert (
+        optuna.load_study(study_name="mine", storage=f"sqlite:///{path}").best_value
+        == sweep.best(1)["tokens_per_s"][0]
+    )
+
+
+def test_two_sweeps_may_share_a_storage(tmp_path):
+    url = f"sqlite:///{tmp_path / 'both.db'}"
+    for name in ("one", "two"):
+        open_sweep(name, SPACE, Hill(), storage=url, method="grid").run(points=7)
+    for name in ("one", "two"):
+        assert len(load_sweep(url, study_name=name).points()) == 7
+    with pytest.raises(BadSweep, match="'one', 'two'"):
+        load_sweep(url)
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", "a\\b", ".hidden", "x" * 300])
+def test_a_name_that_is_a_path_is_refused(name):
+    with pytest.raises(BadSweep, match="no name"):
+        open_sweep(name, SPACE, Hill())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database at all, really not" * 100])
+def test_a_file_that_is_no_study_is_said(tmp_path, content):
+    path = tmp_path / "broken.db"
+    path.write_bytes(content)
+    with pytest.raises(BadSweep):
+        load_sweep(path)
+
+
+def test_a_study_of_somebody_else_is_no_sweep(tmp_path):
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    optuna.create_study(study_name="other", storage=url)
+    with pytest.raises(BadSweep, match="no sweep of this version"):
+        open_sweep("other", SPACE, Hill(), storage=url)
+    with pytest.raises(BadSweep, match="no sweep of this version"):
+        load_sweep(url)
