@@ -12,10 +12,11 @@
 Shapes: R rows, T tokens, D width, E experts, K top-k, L MoE layers.
 """
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -37,6 +38,18 @@ from .base import (
 )
 from .platt import fit_platt, logit
 
+
+class LayerInput(NamedTuple):
+    """What `predict` is called with, at one layer."""
+
+    moe_layer: int
+    x_TD: torch.Tensor  # the router's input
+    ids_TK: torch.Tensor | None  # experts chosen there, and their weights
+    weights_TK: torch.Tensor | None
+
+
+#: (lookahead, target layer) -> (T, E) float32.
+Scorer = Callable[[int, int], torch.Tensor]
 #: Rows scored at once: bounds the memory of a replay at about ROWS x L x D floats.
 ROWS = 4096
 #: Weight of the prior, in tokens, where something is counted: an expert never seen is not impossible.
@@ -111,7 +124,7 @@ def above_threshold(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 class Baseline:
-    """What all baselines share; `observe` does nothing unless a predictor keeps a state."""
+    """What all baselines share: `predict` by one `_scorer` each; `observe` does nothing unless one keeps a state."""
 
     name = ""
     needs_inputs = False
@@ -120,6 +133,24 @@ class Baseline:
     def __init__(self, shape: MoEShape, lookahead: int) -> None:
         self.shape = shape.routing
         self.lookahead = lookahead
+
+    def predict(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor | None = None,
+        weights_TK: torch.Tensor | None = None,
+    ) -> list[Prediction]:
+        """Scores of the coming layers, one after another; raises as the predictor's own `_scorer`."""
+        scores = self._scorer(LayerInput(moe_layer, x_TD, ids_TK, weights_TK))
+        return [
+            Prediction(target, ahead, scores(ahead, target))
+            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
+        ]
+
+    def _scorer(self, at: LayerInput) -> Scorer:
+        """What every predictor has of its own: (lookahead, target layer) -> scores (T, E) for a layer's tokens."""
+        raise NotImplementedError
 
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
         """Nothing to learn."""
@@ -180,18 +211,9 @@ class EarlyRouter(Baseline):
         margin_TE = above_threshold(self.routers.choice(target, x_TD), self.shape.top_k)
         return torch.sigmoid(slope * margin_TE + offset)
 
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
+    def _scorer(self, at: LayerInput) -> Scorer:
         """Apply the routers of the coming layers now."""
-        return [
-            Prediction(target, ahead, self._scores(target, ahead, x_TD))
-            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
-        ]
+        return lambda ahead, target: self._scores(target, ahead, at.x_TD)
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`. Raises BadTrace when the trace has no router inputs."""
@@ -226,19 +248,10 @@ class Frequency(Baseline):
         counts_LE = used_mask(trace.expert_ids, self.shape.num_experts).sum(axis=0)
         self.rate_LE = ((counts_LE + PRIOR_TOKENS * chance) / (len(trace) + PRIOR_TOKENS)).astype(np.float32)
 
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
+    def _scorer(self, at: LayerInput) -> Scorer:
         """The rates of the coming layers, whatever the state."""
-        rate_LE = torch.from_numpy(self.rate_LE).to(x_TD.device)
-        return [
-            Prediction(target, ahead, rate_LE[target].expand(len(x_TD), -1))
-            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
-        ]
+        rate_LE = torch.from_numpy(self.rate_LE).to(at.x_TD.device)
+        return lambda ahead, target: rate_LE[target].expand(len(at.x_TD), -1)
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`; a read-only view."""
@@ -279,21 +292,10 @@ class PreviousToken(Baseline):
             recent_SE = self.decay * recent_SE + (1.0 - self.decay) * used_SNE[:, position]
         self._recent_SLE[:, moe_layer] = recent_SE
 
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
+    def _scorer(self, at: LayerInput) -> Scorer:
         """The decayed past of each token's sequence at the coming layers."""
-        tokens = len(x_TD) // len(self._recent_SLE)
-        return [
-            Prediction(
-                target, ahead, self._recent_SLE[:, target].to(x_TD.device).repeat_interleave(tokens, dim=0)
-            )
-            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
-        ]
+        tokens, recent_SLE = len(at.x_TD) // len(self._recent_SLE), self._recent_SLE
+        return lambda ahead, target: recent_SLE[:, target].to(at.x_TD.device).repeat_interleave(tokens, dim=0)
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`."""
@@ -340,21 +342,12 @@ class Transition(Baseline):
         prior_E = self._prior_LE[moe_layer + ahead].to(used_TE.device)
         return torch.sigmoid(torch.addmm(prior_E, used_TE, evidence_EE))
 
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
+    def _scorer(self, at: LayerInput) -> Scorer:
         """From the experts chosen at this layer. Raises BadTrace without them."""
-        if ids_TK is None:
+        if at.ids_TK is None:
             raise BadTrace("the transition predictor reads the chosen experts; pass ids_TK to predict()")
-        used_TE = used_mask_torch(ids_TK, self.shape.num_experts)
-        return [
-            Prediction(target, ahead, self._scores(moe_layer, ahead, used_TE))
-            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
-        ]
+        used_TE = used_mask_torch(at.ids_TK, self.shape.num_experts)
+        return lambda ahead, target: self._scores(at.moe_layer, ahead, used_TE)
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`."""

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from ..core.types import MoEShape
 from ..errors import BadTrace
 from ..traces.routing import RoutingTrace
-from .base import Prediction, ScoreArray, targets_of, used_mask
-from .baselines import Baseline
+from .base import ScoreArray, used_mask
+from .baselines import Baseline, LayerInput, Scorer
 
 
 class Oracle(Baseline):
@@ -20,13 +20,7 @@ class Oracle(Baseline):
     name = "oracle"
     is_calibrated = True
 
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
+    def _scorer(self, at: LayerInput) -> Scorer:
         """Always raises BadTrace: live, nobody knows the future."""
         raise BadTrace("the oracle knows a recorded trace only; use replay(trace, lookahead)")
 
@@ -50,25 +44,15 @@ class Chance(Baseline):
     def _scores(self, noise: NDArray[np.float64]) -> ScoreArray:
         return (self.shape.top_k / self.shape.num_experts * (1.0 - 1e-3 * noise)).astype(np.float32)
 
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
+    def _scorer(self, at: LayerInput) -> Scorer:
         """Another order at each call."""
-        size = (len(x_TD), self.shape.num_experts)
-        return [
-            Prediction(
-                target,
-                ahead,
-                torch.from_numpy(
-                    self._scores(torch.rand(size, generator=self._generator).double().numpy())
-                ).to(x_TD.device),
-            )
-            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
-        ]
+        size = (len(at.x_TD), self.shape.num_experts)
+
+        def scores(ahead: int, target: int) -> torch.Tensor:
+            noise = torch.rand(size, generator=self._generator).double().numpy()
+            return torch.from_numpy(self._scores(noise)).to(at.x_TD.device)
+
+        return scores
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`; the same order at each call, another at each lookahead."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ..core.types import MoEShape
 from ..errors import BadTrace, TraceMismatch, UnsupportedOption
 from ..traces.routing import RoutingTrace, used_mask
-from .base import Prediction, ScoreArray, targets_of
-from .baselines import PRIOR_TOKENS, Baseline
+from .base import ScoreArray
+from .baselines import PRIOR_TOKENS, Baseline, LayerInput, Scorer
 
 IdArray = NDArray[np.int16]
 
@@ -100,13 +100,7 @@ class NoisyOracle(Baseline):
         ]
         self._num_tokens = int(end - first)
 
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
+    def _scorer(self, at: LayerInput) -> Scorer:
         """Scores for this step's coming layers from the trace, with the errors; reads only how many inputs there are.
 
         Raises:
@@ -114,15 +108,13 @@ class NoisyOracle(Baseline):
         """
         if self._live is None:
             raise BadTrace(f"{self.name} does not know which step of its trace this is; call set_step(step)")
-        if len(x_TD) != self._num_tokens:
+        if len(at.x_TD) != self._num_tokens:
             raise BadTrace(
-                f"this step of the trace has {self._num_tokens} tokens, predict was given {len(x_TD)}; "
+                f"this step of the trace has {self._num_tokens} tokens, predict was given {len(at.x_TD)}; "
                 f"run what the trace was recorded of"
             )
-        return [
-            Prediction(target, ahead, self._live[ahead - 1][moe_layer].to(x_TD.device))
-            for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
-        ]
+        live = self._live
+        return lambda ahead, target: live[ahead - 1][at.moe_layer].to(at.x_TD.device)
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`. Raises TraceMismatch when it is another trace than the one it knows."""

@@ -20,8 +20,8 @@ from ..core.types import MoEShape
 from ..errors import TraceMismatch, UnsupportedOption
 from ..traces.events import PHASES
 from ..traces.routing import RoutingTrace
-from .base import BadPredictor, Prediction, ScoreArray
-from .baselines import Baseline
+from .base import BadPredictor, ScoreArray
+from .baselines import Baseline, LayerInput, Scorer
 from .files import read_tensors, write_tensors
 
 FORMAT = "prescope-predictions-1"
@@ -70,13 +70,7 @@ class RecordedPredictor(Baseline):
         """Scores of each row of a trace's decode steps, by lookahead; see `Predictor.replay`."""
         return cls(trace.shape, scores, routed=digest(trace), name=name, is_calibrated=is_calibrated)
 
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
+    def _scorer(self, at: LayerInput) -> Scorer:
         """Always raises UnsupportedOption: what it knows is one trace."""
         raise UnsupportedOption(
             f"these predictions of {self.name} were recorded with a trace; live, train a predictor for the model at "

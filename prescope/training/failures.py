@@ -6,7 +6,7 @@ Shapes: R rows, T tokens, E experts, K top-k, L MoE layers.
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ..core.types import MoEShape
 from ..errors import TraceMismatch
-from ..predictor.base import Cost, FastPath, Prediction, Predictor, ScoreArray, used_mask
+from ..predictor.base import Cost, Predictor, ScoreArray, used_mask
+from ..predictor.baselines import Baseline, LayerInput, Scorer
 from ..predictor.controls import Chance
 from ..predictor.llapor import Llapor
 from ..predictor.online import OnlineConfig, OnlineTuner
@@ -25,38 +26,22 @@ from .score_card import recall_at
 WINDOW = 64
 
 
-class Inverted:
+class Inverted(Baseline):
     """The opposite of another predictor: 1 - score. Prefetching by it must do worse than by nothing."""
 
-    is_calibrated = False
-
     def __init__(self, predictor: Predictor) -> None:
+        super().__init__(predictor.shape, predictor.lookahead)
         self._predictor = predictor
-        self.name = f"inverted {predictor.name}"
-        self.shape, self.lookahead, self.needs_inputs = (
-            predictor.shape,
-            predictor.lookahead,
-            predictor.needs_inputs,
-        )
+        self.name, self.needs_inputs = f"inverted {predictor.name}", predictor.needs_inputs
 
-    def predict(
-        self,
-        moe_layer: int,
-        x_TD: torch.Tensor,
-        ids_TK: torch.Tensor | None = None,
-        weights_TK: torch.Tensor | None = None,
-    ) -> list[Prediction]:
+    def _scorer(self, at: LayerInput) -> Scorer:
         """The other predictor's scores, inverted."""
-        predictions = self._predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)
-        return [p._replace(scores_TE=1.0 - p.scores_TE) for p in predictions]
+        made = {p.moe_layer: p.scores_TE for p in self._predictor.predict(*at)}
+        return lambda ahead, target: 1.0 - made[target]
 
-    def to(self, device: torch.device | str) -> "Inverted":
+    def to(self, device: torch.device | str) -> Self:
         """The other one, moved, turned round."""
-        return Inverted(self._predictor.to(device))
-
-    def fast_path(self, lookahead: int) -> FastPath | None:
-        """There is none."""
-        return None
+        return type(self)(self._predictor.to(device))
 
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
         """Passed on."""

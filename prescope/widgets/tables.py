@@ -1,5 +1,6 @@
 """Frames as tables that people read: heads with units, three digits, nothing where nothing is known."""
 
+import re
 from html import escape
 
 import pandas as pd
@@ -8,6 +9,8 @@ from ..views.numbers import formatted
 
 #: Characters of a text from which on its cell is wrapped.
 LONG = 44
+#: A number with its unit, or that it is not known: stands below the others of its column.
+_NUMBER = re.compile(r"([-+]?\d[\d.,]*( \S{1,3})?|-|None)$")
 
 
 def frame_html(frame: pd.DataFrame, *, mark: str = "") -> str:
@@ -37,4 +40,6 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"<td>{'' if value != value else formatted(value)}</td>"
     text = str(value)
+    if _NUMBER.match(text):
+        return f"<td>{escape(text)}</td>"
     return f"<td class='ps-words{' ps-long' if len(text) > LONG else ''}'>{escape(text)}</td>"
