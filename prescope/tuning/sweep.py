@@ -289,7 +289,7 @@ def open_sweep(
     """A sweep by name: a new one, or the one that is there, to go on with it.
 
     Args:
-        name: of the study. `space`: what moves, names as of `runner.settings`.
+        name: of the study. `space`: what moves, by the names in the runner's `settings`.
         objectives: of `OBJECTIVES`; with several, `front` shows what can be had together.
         method: "tpe", "grid", "random" or "nsga".
         storage: any Optuna URL, or the path of an SQLite file; None: runs/sweeps/<name>.db.
