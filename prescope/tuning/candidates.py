@@ -48,10 +48,9 @@ def best_of(sweep: Sweep, device: Device, notes: list[str]) -> list[Chosen]:
     if moving:
         notes.append(f"{', '.join(moving)} moved in the search; the proof runs on this machine as it is")
     is_known = "tokens_per_s" in [one.name for one in sweep.objectives]
-    trials = sweep.study.get_trials(deepcopy=False)
     found, left_out = list[Chosen](), 0
     for row in sweep.best(LOOKED_AT).to_dict("records"):
-        settings = _for_engine({**sweep.fixed, **trials[row["number"]].params}, device)
+        settings = _for_engine(sweep.settings_of(row["number"]), device)
         if settings is None:
             left_out += 1
         elif settings not in [one.settings for one in found]:

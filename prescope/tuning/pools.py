@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol
@@ -151,7 +152,7 @@ class Cluster:
             )
         self._client, self._name = client, f"prescope-sweep-{uuid4().hex}"
         self._points: dict[Future, Sequence[Asked]] = {}
-        self._done: SimpleQueue[Future] = SimpleQueue()
+        self._done: SimpleQueue[tuple[Future, list[Outcome] | BaseException]] = SimpleQueue()
         self._took_s = MESSAGE_S
         self._workers, self._asked_at = 0, float("-inf")
         self._alone_since: float | None = None
@@ -198,7 +199,17 @@ class Cluster:
         key = f"{self._name}-{points[0].number}-{uuid4().hex}"
         future = self._client.submit(_try, self._name, points, key=key, pure=False)
         self._points[future] = points
-        future.add_done_callback(self._done.put)
+        future.add_done_callback(self._fetch)
+
+    def _fetch(self, future: Future) -> None:
+        """Its answer, as soon as there is one: from dask's thread, for this waits if the worker dies with the answer
+        until somebody has computed it again, and the sweep must not.
+        """
+        try:
+            answer = future.result()
+        except Exception as error:  # noqa: BLE001 - raised by `collect`, in the sweep's thread
+            answer = error
+        self._done.put((future, answer))
 
     def collect(self, timeout_s: float) -> list[Outcome]:
         done = []
@@ -209,42 +220,23 @@ class Cluster:
         except Empty:
             pass
         _ = self._num_workers  # or no worker at all would go unnoticed
-        outcomes = self._gather(done)
-        for future in done:
-            if future not in self._points:
-                continue
-            if future.status in (
-                "finished",
-                "pending",
-            ):  # its worker died with the answer: it is computed again
-                future.add_done_callback(self._done.put)
-            else:
-                outcomes += self._lost(future, self._points.pop(future))
+        outcomes: list[Outcome] = []
+        for future, answer in done:
+            if (points := self._points.pop(future, None)) is not None:
+                outcomes += answer if isinstance(answer, list) else self._lost(answer, points)
         took = [one.seconds for one in outcomes if one.state == "finished"]
         if took:
             self._took_s = sum(took) / len(took)
         return outcomes
 
-    def _gather(self, done: Sequence[Future]) -> list[Outcome]:
-        whole = {
-            self._points[one][0].number: one
-            for one in done
-            if one in self._points and one.status == "finished"
-        }
-        answers = self._client.gather(list(whole.values()), errors="skip") if whole else []
-        for answer in answers:
-            del self._points[whole[answer[0].number]]
-        return [outcome for answer in answers for outcome in answer]
-
-    def _lost(self, future: Future, points: Sequence[Asked]) -> list[Outcome]:
+    def _lost(self, error: BaseException, points: Sequence[Asked]) -> list[Outcome]:
         """A message that nobody could answer: its points one by one, so that the one whose fault it is is found."""
-        error = future.exception() if future.status == "error" else None
-        if error is not None and not isinstance(error, KilledWorker):
-            raise error
-        if error is None:
+        if isinstance(error, CancelledError):
             raise BadSweep(
                 f"{self._client} has lost its scheduler; connect again and run the sweep again: it goes on"
-            )
+            ) from error
+        if not isinstance(error, KilledWorker):
+            raise error
         if len(points) > 1:
             for point in points:
                 self._submit([point])

@@ -247,6 +247,12 @@ class _Trial:
                 f"not the same texts: {best.texts_differ} of {len(self._texts)} differ from the default's, so the two "
                 f"do not compute exactly the same"
             )
+        batches = [one.get("batch") or 1 for one in (best.settings, self._default)]
+        if batches[0] != batches[1]:
+            notes.append(
+                f"not the same work: it decodes {batches[0]} sequences together, the default {batches[1]}; fix batch "
+                f"in the search, or give the default the same"
+            )
         more = best.gpu_bytes - timed.measured.values["gpu_bytes"]
         if more:
             side = "more" if more > 0 else "less"

@@ -27,6 +27,8 @@ KEY = "prescope"
 VERSION = 1
 #: Where a sweep lies that was given no storage, below the folder one works in.
 FOLDER = Path("runs") / "sweeps"
+#: Instead of the file of a database that has none.
+IN_MEMORY = Path(":memory:")
 _NAME = re.compile(r"[\w][\w .,+=-]{0,119}")
 
 
@@ -98,9 +100,9 @@ def open_points(trials: Sequence[FrozenTrial]) -> list[Asked]:
 
 
 def _rows_of(study: optuna.Study, storage: BaseStorage, space: Space, url: str) -> Rows:
-    if isinstance(storage, RDBStorage):
-        waits = {"timeout": BUSY_S} if url.startswith("sqlite") else {}
-        engine = sqlalchemy.create_engine(url, connect_args=waits)
+    # A database in memory is that of one connection, which is Optuna's.
+    if isinstance(storage, RDBStorage) and _file_of(url) != IN_MEMORY:
+        engine = sqlalchemy.create_engine(url, **_how_to_connect(url))
         if is_known(engine):
             return DatabaseRows(engine, study.study_name, space.distributions)
     return StudyRows(study, storage, space.distributions)
@@ -144,6 +146,7 @@ def open_existing(where: str, study_name: str | None) -> Record:
         BadSweep: there is none, several are in the storage, or it is no sweep.
     """
     url, is_name = _url_of_existing(where)
+    _require_studies(url)
     storage = _storage(url)
     with _said(url), quiet():
         names = [one.study_name for one in storage.get_all_studies()]
@@ -178,9 +181,36 @@ def _storage(url: str) -> BaseStorage:
     """Optuna's; one of a database is asked for itself, so that it can be told what it is."""
     with _said(url), quiet():
         if "://" in url and not url.startswith("redis"):
-            waits = {"connect_args": {"timeout": BUSY_S}} if url.startswith("sqlite") else {}
-            return RDBStorage(url, engine_kwargs=waits)
+            return RDBStorage(url, engine_kwargs=_how_to_connect(url))
         return optuna.storages.get_storage(url)
+
+
+def _file_of(url: str) -> Path | None:
+    """Of an SQLite database; `IN_MEMORY` where it has none, None where it is another database."""
+    if not url.startswith("sqlite"):
+        return None
+    database = sqlalchemy.engine.make_url(url).database
+    return Path(database) if database and database != ":memory:" else IN_MEMORY
+
+
+def _how_to_connect(url: str) -> dict[str, Any]:
+    """A file is opened for each transaction: nobody holds it while nothing is written."""
+    if _file_of(url) in (None, IN_MEMORY):
+        return {}
+    return {"connect_args": {"timeout": BUSY_S}, "poolclass": sqlalchemy.NullPool}
+
+
+def _require_studies(url: str) -> None:
+    """Raise BadSweep where there are none; opening them would make their tables."""
+    file = _file_of(url)
+    if file is not None and not file.is_file():
+        raise BadSweep(f"there is no file {file}")
+    if "://" in url and not url.startswith("redis"):
+        with _said(url):
+            if not sqlalchemy.inspect(sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)).has_table(
+                "studies"
+            ):
+                raise BadSweep(f"{url} holds no study of Optuna's")
 
 
 def _plan_in(study: optuna.Study, url: str) -> Plan:

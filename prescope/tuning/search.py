@@ -131,7 +131,8 @@ class Learned:
     most_ahead: int | None
 
     def __init__(self, known: Known, sampler: Callable[[int], BaseSampler], most_ahead: int) -> None:
-        self._known, self.most_ahead = known, most_ahead
+        self._known = known
+        self.most_ahead: int | None = most_ahead
         seed = seed_of(known.seed, len(known.trials))
         with quiet():
             self._study = optuna.create_study(directions=list(known.directions), sampler=sampler(seed))

@@ -213,6 +213,18 @@ class Sweep:
         names = [one.name for one in self.objectives]
         return table(self._record.trials(), list(self.space), names, self.is_running)
 
+    def settings_of(self, number: int) -> dict[str, Any]:
+        """All settings of a point, those that do not move too: what `runner.run` takes, and the simulator's `simulate`,
+        whose result has the timeline.
+
+        Raises:
+            UnsupportedOption: there is no point of this number.
+        """
+        trials = self._record.trials()
+        if not 0 <= number < len(trials):
+            raise UnsupportedOption(f"there is no point {number}; there are {len(trials)}, from 0 on")
+        return {**self.fixed, **trials[number].params}
+
     def best(self, n: int = 5) -> pd.DataFrame:
         """The best finished points by the first objective, rows as of `points`, best first."""
         finished, first = self._finished(), self.objectives[0]
@@ -289,7 +301,7 @@ def open_sweep(
     """A sweep by name: a new one, or the one that is there, to go on with it.
 
     Args:
-        name: of the study. `space`: what moves, names as of `runner.settings`.
+        name: of the study. `space`: what moves, by the names in the runner's `settings`.
         objectives: of `OBJECTIVES`; with several, `front` shows what can be had together.
         method: "tpe", "grid", "random" or "nsga".
         storage: any Optuna URL, or the path of an SQLite file; None: runs/sweeps/<name>.db.
@@ -305,8 +317,11 @@ def open_sweep(
     space.require(runner.settings, held)
     plan = Plan(space, held, chosen, method, int(seed), runner.about(), tuple(runner.prompts))
     search_named(method, Known(space, plan.seed, [one.direction for one in chosen], [], ()))
-    where = storage if storage is None or "://" in str(storage) else f"sqlite:///{Path(storage).as_posix()}"
-    return Sweep(create_or_open(name, plan, None if where is None else str(where)), runner)
+    where = None if storage is None else str(storage)
+    if where is not None and "://" not in where:
+        Path(where).parent.mkdir(parents=True, exist_ok=True)
+        where = f"sqlite:///{Path(where).as_posix()}"
+    return Sweep(create_or_open(name, plan, where), runner)
 
 
 def load_sweep(where: str | Path, *, study_name: str | None = None) -> Sweep:

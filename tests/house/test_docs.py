@@ -41,6 +41,8 @@ OBJECTS = {
     "host": "HostPool",
     "slots": "Slots",
     "predictor": "Predictor",
+    "sweep": "Sweep",
+    "proof": "Proof",
 }
 #: First words of dotted names that belong to others.
 OTHERS = {"torch", "Tensor", "transformers", "triton", "model", "gc", "time", "_layout_obj"}

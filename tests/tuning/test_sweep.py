@@ -1,6 +1,9 @@
 """A sweep from Python: opened, run, interrupted, gone on with, read; on made-up figures, in this process."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import optuna
 import pandas as pd
@@ -12,6 +15,7 @@ from prescope.tuning.points import COLUMNS
 from tests.support.sweep_runners import Hill
 
 SPACE = Space(slots=Range(1, 40), schedule=Choices("slow", "fast"))
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["grid", "random", "tpe", "nsga"]
 
 
@@ -258,6 +262,32 @@ def test_importances_are_shares_and_say_what_matters():
         sweep.importances("p95_ms")
 
 
+def test_all_settings_of_a_point_can_be_had():
+    sweep = open_sweep("a", SPACE, Hill(), method="grid", fixed={"width": 3})
+    sweep.run(points=4)
+    point = sweep.points().iloc[2]
+    assert sweep.settings_of(2) == {"width": 3, "slots": point["slots"], "schedule": point["schedule"]}
+    with pytest.raises(UnsupportedOption, match="there are 4"):
+        sweep.settings_of(4)
+
+
+def test_a_missing_extra_is_named(tmp_path):
+    code = "import sys; sys.modules['optuna'] = None; import prescope; prescope.tuning"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "prescope.tuning needs optuna" in out.stderr and "pip install 'prescope[sweep]'" in out.stderr
+
+
+def test_generations_go_on_after_an_interruption():
+    """NSGA-II finds its generations again in the study, or it would begin with chance each time."""
+    space = Space(slots=Range(4, 400))
+    for points in (60, 120):
+        sweep = open_sweep("a", space, Hill(), method="nsga", objectives=("tokens_per_s", "gpu_bytes"))
+        sweep.run(points=points)
+    generations = [trial.system_attrs["NSGAIISampler:generation"] for trial in sweep.study.get_trials()]
+    assert generations[0] == 0 and max(generations) >= 1
+    assert generations == sorted(generations)
+
+
 def test_empty_tables_have_their_columns():
     sweep = open_sweep("a", SPACE, Hill())
     for table in (sweep.points(), sweep.best(), sweep.front()):
@@ -328,6 +358,16 @@ def test_a_file_that_is_no_study_is_said(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(BadSweep):
         load_sweep(path)
+    assert path.read_bytes() == content, "looking changes nothing"
+    with pytest.raises(BadSweep, match="no file"):
+        load_sweep(f"sqlite:///{tmp_path / 'nowhere.db'}")
+    assert not (tmp_path / "nowhere.db").exists()
+
+
+def test_a_sweep_that_is_tried_out_needs_no_file(tmp_path):
+    sweep = open_sweep("a", SPACE, Hill(), storage="sqlite:///:memory:", method="random")
+    assert sweep.run(points=5).done == len(sweep.points()) == 5
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_study_of_somebody_else_is_no_sweep(tmp_path):
