@@ -6,6 +6,7 @@ gate function and its stacked weights. So one function serves all families.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,15 +37,23 @@ class MoELayer:
     spec: ExpertsSpec
     weight_names: tuple[str, ...]
     layout: RowLayout
+    #: Fields (E, ...) of all experts, read or made anew, where they are not the module's weights as they are.
+    read_fields: Callable[[], dict[str, torch.Tensor]] | None = None
+    is_lossy: bool = False  # whether those differ from the checkpoint's
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stacked expert weights (E, ...) by name."""
         return {name: getattr(self.module, name) for name in self.weight_names}
 
     @property
+    def nbytes(self) -> int:
+        """Of the rows of all experts."""
+        return self.num_experts * self.layout.row_bytes
+
+    @property
     def expert_size(self) -> ExpertSize:
         """Bytes of a row, and the sizes of an expert's matrices."""
-        down = self.layout.field(self.spec.down).shape
+        down = self.layout.shape(self.spec.down)
         width, expert_width = (down[1], down[0]) if self.spec.is_transposed else (down[0], down[1])
         return ExpertSize(self.layout.row_bytes, width, expert_width)
 
