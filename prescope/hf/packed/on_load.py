@@ -41,13 +41,13 @@ def _packed(layer: MoELayer, name: str) -> MoELayer:
         layer,
         layout=layout,
         spec=replace(spec, is_transposed=False, gate=gate),
-        read_fields=partial(_fields, layer, layout.packing, spec, is_halved),
+        read_fields=partial(_packed_fields, layer, layout.packing, spec, is_halved),
         is_lossy=True,
     )
 
 
 @torch.no_grad()
-def _fields(layer: MoELayer, packing: Packing, spec: ExpertsSpec, is_halved: bool) -> dict[str, torch.Tensor]:
+def _packed_fields(layer: MoELayer, packing: Packing, spec: ExpertsSpec, is_halved: bool) -> dict[str, torch.Tensor]:
     """A layer's fields (E, ...), expert by expert: packing takes a few times the memory of what is packed."""
     tensors = layer.tensors()
     experts = [pack(packing, _one(tensors, expert, spec, is_halved)) for expert in range(layer.num_experts)]

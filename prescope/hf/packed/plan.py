@@ -81,6 +81,11 @@ class PackedPlan:
             UnsupportedExperts, BadModelFolder: its experts cannot be rows.
         """
         matrices = {matrix.weight: matrix for matrix in matrices_in(published, checkpoint.entries)}
+        if not matrices:
+            raise BadModelFolder(
+                f"the config names a quantization_config ({published.label}), and none of {len(checkpoint.entries)} "
+                f"tensors in the files is packed so; they do not belong together. Fetch the checkpoint again"
+            )
         packed_names = {name for matrix in matrices.values() for name in matrix.names.values()}
         plain = [name for name in checkpoint.entries if name not in packed_names]
         _require_scales(checkpoint, plain)
