@@ -45,7 +45,7 @@ class EngineConfig:
             which every cache policy can ("host-driven"). "auto": from a graph where that is possible, by the faster
             of the first two as measured in the first steps, or by the host where the cache policy needs it.
         experts: "auto": as the checkpoint has them, packed or not. "int8" (a scale for each output channel), "fp8" (for
-            each 128 x 128), "int4" (for 128 weights of a row, or 64, or 32) or "mxfp4" (for 32): a plain checkpoint's
+            each 128 x 128), "int4" (for 128 weights of a row, or 64, 32, 16) or "mxfp4" (for 32): a plain checkpoint's
             experts are packed while they are loaded. That is lossy, and results say so. Only `load` takes it.
         schedule: who decides what is copied, prefetched and computed on the CPU in decode steps
             (`prescope.scheduler.SCHEDULES`): "on-demand", "presched", or a system it is compared with.

@@ -7,6 +7,7 @@ from .host_parameter import HostParameter
 from .load import load_model
 from .loaded import LoadedModel
 from .moe_layers import MoELayer, find_moe_layers, top_k_of
+from .packed import format_said
 from .static_cache import (
     addresses_of,
     cache_length,
@@ -32,6 +33,7 @@ __all__ = [
     "compiled_layers",
     "counts_in_python",
     "find_moe_layers",
+    "format_said",
     "has_hooks",
     "load_model",
     "model_in",

@@ -18,7 +18,7 @@ from ..core.types import ExpertSize
 from ..errors import NotAMoE, UnsupportedExperts
 from ..kernels import ExpertsSpec
 from ..weights.layout import RowLayout, row_layout
-from .host_parameter import HostParameter
+from .host_parameter import HostParameter, LostParameter
 
 #: What `use_experts_implementation` sets on every experts module.
 _MARKS = ("has_gate", "has_bias", "is_transposed")
@@ -114,6 +114,8 @@ def _moe_layer(rank: int, name: str, module: Any, twins: tuple[nn.Module, ...]) 
     tensors: dict[str, torch.Tensor] = {}
     for weight in names:
         tensor = getattr(module, weight, None)
+        if isinstance(tensor, LostParameter):
+            tensor.refuse(f"attaching a model without its experts ({name}.{weight})")
         is_plain = type(tensor) in (nn.Parameter, HostParameter)
         if not isinstance(tensor, nn.Parameter) or not is_plain or tensor.shape[0] != module.num_experts:
             what = (

@@ -1,7 +1,7 @@
 """Tiny random checkpoints in the layouts in which tools publish packed models, and what their numbers are.
 
-Written from the layouts alone: integers are drawn, packed bit by bit in numpy, and worth what the formula of each format
-says in float32. Nothing of the package is used, so that it cannot be wrong in the same way.
+Written from the layouts alone: integers are drawn, packed bit by bit in numpy, and worth what the formula of each
+format says in float32. Nothing of the package is used, so that it cannot be wrong in the same way.
 """
 
 import json
@@ -120,8 +120,7 @@ def int4_groups(
     weight: torch.Tensor, group: int, dtype: torch.dtype, zeros: np.ndarray | None
 ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
     """Numbers below 16 (N, K), scales (N, K / group), and what they are worth."""
-    rows, columns = weight.shape
-    scale = (weight.reshape(rows, -1, group).abs().amax(-1) / 7).to(dtype)
+    scale = (weight.reshape(len(weight), -1, group).abs().amax(-1) / 7).to(dtype)
     spread = scale.float().repeat_interleave(group, 1)
     zero = torch.full(scale.shape, 8.0) if zeros is None else torch.from_numpy(zeros.astype(np.float32))
     offsets = zero.repeat_interleave(group, 1)
@@ -187,7 +186,9 @@ def nvfp4(weight: torch.Tensor, rng: np.random.Generator) -> Packed:
     return {".weight_packed": packed, ".weight_scale": scale, ".weight_global_scale": whole}, values
 
 
-def mxfp4(rows: int, columns: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def mxfp4(
+    rows: int, columns: int, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Blocks (E, N, K / 32, 16), scales (E, N, K / 32) and values (E, N, K) as gpt-oss has them."""
     q = rng.integers(0, 16, (EXPERTS, rows, columns))
     exponents = rng.integers(121, 126, (EXPERTS, rows, columns // 32))

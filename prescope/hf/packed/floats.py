@@ -20,7 +20,7 @@ class BlockFp8(Published):
     """
 
     def __init__(self, label: str, block: tuple[int, int] | None, scale: str) -> None:
-        self.label, self._block = label, block
+        self.label, self.block = label, block
         spare = {"activation": ".activation_scale", "input": ".input_scale", "zero": ".weight_zero_point"}
         self.namings = (
             Naming({"weight": ".weight", "scale": f".{scale}"}, spare, ".weight"),
@@ -36,12 +36,13 @@ class BlockFp8(Published):
             raise UnsupportedExperts(f"weights are {entries['weight'].dtype} and not e4m3")
         *others, rows, columns = entries["weight"].shape
         scale = entries["scale"].shape[len(others) :]
-        if self._block is not None and scale == self._blocks(rows, columns):
-            return Fp8(*self._block)
-        if scale in ((), (1,), (1, 1), (rows,), (rows, 1)):
+        if self.block is not None and scale == self._blocks(rows, columns):
+            return Fp8(*self.block)
+        of_channels = () if self.block is not None else ((1, 1), (rows,), (rows, 1))
+        if scale in ((), (1,), *of_channels):
             return Fp8(1, columns)  # a matrix's one scale is that of each channel
         raise UnsupportedExperts(
-            f"scales {scale} of weights ({rows}, {columns}) are not of blocks {self._block}"
+            f"scales {scale} of weights ({rows}, {columns}) are not of blocks {self.block}"
         )
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -49,13 +50,13 @@ class BlockFp8(Published):
         *others, rows, columns = weight.shape
         if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
             scale = e8m0(scale.view(torch.uint8))
-        if self._block is None or scale.shape[len(others) :] != self._blocks(rows, columns):
+        if self.block is None or scale.shape[len(others) :] != self._blocks(rows, columns):
             scale = scale.reshape(*others, -1, 1).expand(*others, rows, 1)
         return {"": weight, "_scale": scale.float()}
 
     def _blocks(self, rows: int, columns: int) -> tuple[int, int]:
-        assert self._block is not None
-        return -(-rows // self._block[0]), -(-columns // self._block[1])
+        assert self.block is not None
+        return -(-rows // self.block[0]), -(-columns // self.block[1])
 
 
 class GptOssMxfp4(Published):

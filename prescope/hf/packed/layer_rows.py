@@ -39,8 +39,6 @@ class Source(NamedTuple):
             UnsupportedExperts: it is made of them in a way that packed weights cannot go through.
             BadModelFolder: some are missing.
         """
-        if not weights:
-            raise BadModelFolder(f"the files have no weights for {target}; fetch the checkpoint again")
         steps = {place.steps for place in weights.values()}
         if steps == {()} and len(weights) == 1:
             return cls((tuple(weights),), False)

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ...errors import UnsupportedExperts
+from ...weights.formats import Format, Fp8, Int4, Int8, Mxfp4, Nvfp4
 from .floats import BlockFp8, GptOssMxfp4, PackedNvfp4
 from .integers import Awq, ChannelInt8, Gptq, PackQuantized
 from .published import Published
@@ -32,6 +35,28 @@ def published_of(config: Mapping[str, Any]) -> Published:
             _require(config, bits=(4,), desc_act=(False, None))
             return Gptq(0 if config.get("checkpoint_format") == "gptq_v2" else 1)
     raise UnsupportedExperts(f"quant_method {method!r} is not one of {SERVED}")
+
+
+def format_said(config: Mapping[str, Any], columns: int) -> Format:
+    """What a matrix with rows of `columns` weights becomes, as far as a `quantization_config` says it.
+
+    Raises:
+        UnsupportedExperts: it is written in a way that is not read here.
+    """
+    published = published_of(config)
+    if isinstance(published, BlockFp8):
+        return Fp8(*published.block) if published.block is not None else Fp8(1, columns)
+    if isinstance(published, GptOssMxfp4):
+        return Mxfp4()
+    if isinstance(published, PackedNvfp4):
+        return Nvfp4()
+    if isinstance(published, ChannelInt8):
+        return Int8()
+    groups = list((config.get("config_groups") or {}).values())
+    said = (groups[0].get("weights") or {}) if groups else config
+    group = int(said.get("group_size") or -1)
+    has_zeros = isinstance(published, Awq | Gptq) or said.get("symmetric") is False
+    return Int4(group if group > 0 else columns, torch.bfloat16, has_zeros)
 
 
 def _fp8(config: Mapping[str, Any]) -> Published:

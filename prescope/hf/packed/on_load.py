@@ -47,7 +47,9 @@ def _packed(layer: MoELayer, name: str) -> MoELayer:
 
 
 @torch.no_grad()
-def _packed_fields(layer: MoELayer, packing: Packing, spec: ExpertsSpec, is_halved: bool) -> dict[str, torch.Tensor]:
+def _packed_fields(
+    layer: MoELayer, packing: Packing, spec: ExpertsSpec, is_halved: bool
+) -> dict[str, torch.Tensor]:
     """A layer's fields (E, ...), expert by expert: packing takes a few times the memory of what is packed."""
     tensors = layer.tensors()
     experts = [pack(packing, _one(tensors, expert, spec, is_halved)) for expert in range(layer.num_experts)]

@@ -152,12 +152,12 @@ def _is_packed(
 
     Raises:
         UnsupportedExperts: some are.
+        BadModelFolder: they are not there at all.
     """
-    weights = [
-        weight in matrices
-        for name in (layer.spec.up, layer.spec.down)
-        for weight in found[f"{layer.name}.{name}"]
-    ]
+    targets = [f"{layer.name}.{name}" for name in (layer.spec.up, layer.spec.down)]
+    weights = [weight in matrices for target in targets for weight in found[target]]
+    if lost := [target for target in targets if not found[target]]:
+        raise BadModelFolder(f"the files have no weights for {lost[0]}; fetch the checkpoint again")
     if any(weights) and not all(weights):
         raise UnsupportedExperts(
             f"{layer.name} has {sum(weights)} packed weights of {len(weights)}; all of a layer are packed, or none"

@@ -22,8 +22,8 @@ __all__ = [
 
 #: What weights can be packed to while they are loaded.
 PACKED = ("int8", "fp8", "int4", "mxfp4")
-#: Widths of a group of int4 weights, the widest that divides a row is taken: fewer scales to move.
-GROUPS = (128, 64, 32)
+#: Widths of a group of int4 weights, the widest that divides all rows is taken: fewer scales to move.
+GROUPS = (128, 64, 32, 16)
 
 
 def format_for(name: str, *in_dims: int) -> Format:
@@ -32,16 +32,18 @@ def format_for(name: str, *in_dims: int) -> Format:
     Raises:
         UnsupportedOption: rows of that length cannot be packed so.
     """
+    if name not in PACKED:
+        raise UnsupportedOption(f"experts is {name!r}; choose one of 'auto', {', '.join(map(repr, PACKED))}")
     if name == "int8":
         return Int8()
     if name == "fp8":
         return Fp8(128, 128)
-    group = next((group for group in GROUPS if all(dim % group == 0 for dim in in_dims)), None)
-    if name == "mxfp4" and group is not None:
-        return Mxfp4()
+    if name == "mxfp4" and not any(dim % 2 for dim in in_dims):
+        return Mxfp4()  # the last of a row's blocks may be shorter
+    group = next((group for group in GROUPS if not any(dim % group for dim in in_dims)), None)
     if name == "int4" and group is not None:
         return Int4(group)
     raise UnsupportedOption(
-        f"experts={name!r} packs rows in groups of 32 weights or more, the experts' rows have "
-        f"{' and '.join(map(str, in_dims))}; use 'int8' or 'fp8'"
+        f"experts={name!r} packs rows of a multiple of {GROUPS[-1] if name == 'int4' else 2} weights, the experts' "
+        f"have {' and '.join(map(str, in_dims))}; use 'int8' or 'fp8'"
     )

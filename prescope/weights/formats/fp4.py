@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from .base import Format, Part
 from .nibbles import join, split
@@ -18,7 +19,7 @@ BIAS = 127
 
 @dataclass(frozen=True)
 class Mxfp4(Format):
-    """Weights (N, K / 2) of two e2m1 each, times 2 ** (scale - 127) with uint8 scales (N, K / 32)."""
+    """Weights (N, K / 2) of two e2m1 each, times 2 ** (scale - 127) with uint8 scales (N, ceil(K / 32))."""
 
     @property
     def name(self) -> str:
@@ -26,17 +27,29 @@ class Mxfp4(Format):
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         rows, columns = shape
-        return Part("", (rows, columns // 2), torch.uint8), Part("_scale", (rows, columns // 32), torch.uint8)
+        return Part("", (rows, columns // 2), torch.uint8), Part(
+            "_scale", (rows, -(-columns // 32)), torch.uint8
+        )
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        return _scaled(parts[""], e8m0(parts["_scale"]))
+        return _scaled(parts[""], e8m0(parts["_scale"]), 32)
 
     def pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        groups = weights.float().unflatten(-1, (-1, 32))
-        # The power of two that brings the largest weight to between 4 and 8, of which 6 and more become 6.
+        columns = weights.shape[-1]
+        groups = functional.pad(weights.float(), (0, -columns % 32)).unflatten(-1, (-1, 32))
+        # The power of two that brings the largest weight to between 4 and 8, of which 6 and more become 6; or the next,
+        # with which none is cut off and all are coarser: whichever comes nearer to the group as a whole.
         _, exponent = torch.frexp(groups.abs().amax(-1))
-        scale = (exponent - 3 + BIAS).clamp(0, 254)
-        return {"": _nearest(groups / e8m0(scale).unsqueeze(-1)), "_scale": scale.to(torch.uint8)}
+        near, wide = ((exponent - 3 + BIAS + more).clamp(0, 254) for more in (0, 1))
+        is_wide = self._error(groups, wide) < self._error(groups, near)
+        scale = torch.where(is_wide, wide, near)
+        packed = _nearest(groups / e8m0(scale).unsqueeze(-1))[..., : columns // 2]
+        return {"": packed.contiguous(), "_scale": scale.to(torch.uint8)}
+
+    def _error(self, groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Sum of squares (..., N, groups) of what a scale loses."""
+        found = _scaled(_nearest(groups / e8m0(scale).unsqueeze(-1)), e8m0(scale), 32)
+        return (found.unflatten(-1, (-1, 32)) - groups).square().sum(-1)
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class Nvfp4(Format):
         )
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        return _scaled(parts[""], parts["_scale"].float() * parts["_global"].unsqueeze(-1))
+        return _scaled(parts[""], parts["_scale"].float() * parts["_global"].unsqueeze(-1), 16)
 
     def pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         groups = weights.float().unflatten(-1, (-1, 16))
@@ -80,10 +93,10 @@ def e8m0(scale: torch.Tensor) -> torch.Tensor:
     return bits.clamp(min=1 << 22).view(torch.float32)
 
 
-def _scaled(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Weights (..., N, K) with scales (..., N, K / group)."""
+def _scaled(packed: torch.Tensor, scale: torch.Tensor, group: int) -> torch.Tensor:
+    """Weights (..., N, K) with scales (..., N, ceil(K / group))."""
     values = torch.tensor(E2M1, device=packed.device)[split(packed).int()]
-    return (values.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
+    return values * scale.repeat_interleave(group, dim=-1)[..., : values.shape[-1]]
 
 
 def _nearest(groups: torch.Tensor) -> torch.Tensor:
