@@ -3,6 +3,8 @@
 Each is brought to `Int4`, which holds the same numbers: no value changes.
 """
 
+import sys
+
 import torch
 
 from ...errors import UnsupportedExperts
@@ -21,6 +23,12 @@ def nibbles_of(words: torch.Tensor) -> torch.Tensor:
     """The eight numbers (..., 8) of int32 words (...), from the lowest bits on."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     return ((words.unsqueeze(-1) >> shifts) & 0xF).to(torch.uint8)
+
+
+def bytes_of(words: torch.Tensor) -> torch.Tensor:
+    """Bytes (N, K / 2) of words (N, K / 8) whose lowest bits are the first column: in memory they are that already."""
+    assert sys.byteorder == "little", "torch has no other machines"
+    return words.contiguous().view(torch.uint8)
 
 
 def int4(columns: int, scale_shape: tuple[int, ...], scale_dtype: str, has_zeros: bool) -> Format:
@@ -66,9 +74,8 @@ class PackQuantized(Published):
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         words = tensors["weight"]
-        # In a word, the first column has the lowest bits: in memory that is a byte with the first in its low half.
         rows, scale = words.shape[-2], tensors["scale"]
-        parts = {"": join(nibbles_of(words).flatten(-2)), "_scale": scale.expand(rows, scale.shape[-1])}
+        parts = {"": bytes_of(words), "_scale": scale.expand(rows, scale.shape[-1])}
         if "zero" in tensors:
             zero = tensors["zero"]
             if zero.dtype == torch.int32:
@@ -161,7 +168,6 @@ class Gptq(Published):
             raise UnsupportedExperts(f"{where}: {_FIXED_ORDER}")
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        q = nibbles_of(tensors["weight"].mT).flatten(-2)
         # The tools' own readers add modulo 16: a zero of 0 is stored as 15.
         zero = (nibbles_of(tensors["zero"]).flatten(-2).mT + self._zero_offset) & 0xF
-        return {"": join(q), "_scale": tensors["scale"].mT, "_zero": zero}
+        return {"": bytes_of(tensors["weight"].mT), "_scale": tensors["scale"].mT, "_zero": zero}
