@@ -124,7 +124,8 @@ class Engine:
             "slots": slots_reason, "device": device_reason, "kernels": kernel_reason, "cache": cache_reason
         }  # fmt: skip
         if packing:
-            self.reasons["experts"] = packing
+            on_gpu = f"; {kernel_reason}" if kind.startswith("cuda") and self.form else ""
+            self.reasons["experts"] = packing + on_gpu
         self.frequencies = frequencies
         self._is_entered = False
         self._owner = process_id()

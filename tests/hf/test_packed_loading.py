@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import prescope
 from prescope.errors import BadModelFolder, NotEnoughMemory, UnsupportedExperts, UnsupportedOption
 from prescope.hf import HostParameter
+from tests.support import families
 from tests.support.models import plain_tokens, prompt, tiny_moe
 from tests.support.packed_checkpoints import EXPERTS, LAYOUTS, edit_config, is_packed, write
 
@@ -71,19 +72,62 @@ def test_packing_at_load_is_marked_lossy_and_computes_with_what_it_packed(tmp_pa
     assert f"{form} experts (lossy)" in run.label and f"{form} experts (lossy)" in repr(run)
 
 
-def test_a_family_whose_gate_and_up_come_in_turns_can_be_packed_at_load(tmp_path):
-    """gpt-oss, with weights that int4 holds exactly: its tokens are the plain model's."""
-    plain = write("gpt-oss mxfp4", tmp_path / "packed")
+@pytest.mark.parametrize(
+    "name",
+    ["aria", "ernie4_5_vl_moe", "gpt_oss", "granitemoe", "muse_spark", "nemotron_h", "openai_privacy_filter"],
+)
+def test_every_kind_of_family_can_be_packed_at_load(tmp_path, name):
+    """Stored (in, out), two modules a layer, gate and up in turns, a norm behind, no gate: weights that int8 holds
+    exactly give the plain model's logits.
+    """
+    if name not in families.FAMILIES:
+        pytest.skip(f"the installed transformers has no {name}")
+    plain = families.build(name)
     with torch.no_grad():
-        for layer in plain.model.layers:
-            for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
-                q = torch.randint(-7, 8, weight.mT.shape).float()
-                q[..., ::32] = 7.0
-                weight.copy_((q / 64).mT)
-    plain.save_pretrained(tmp_path / "plain")
-    ids = prompt(2)
-    with load(tmp_path / "plain", slots=8, experts="int4") as engine, torch.no_grad():
-        assert distance(engine.model(ids).logits, plain(ids).logits) < TOLERANCE
+        for module in families.experts_modules(plain).values():
+            for weight in (module._parameters.get(key) for key in ("gate_up_proj", "up_proj", "down_proj")):
+                if weight is not None:
+                    rows = weight.mT if module.is_transposed else weight
+                    whole = (rows * 60).round().clamp(-126, 126)
+                    whole[..., 0] = 127
+                    rows.copy_(whole / 254)
+    plain.save_pretrained(tmp_path)
+    inputs = families.prompts(2)
+    with load(tmp_path, slots=0.5, experts="int8") as engine:
+        found = families.logits(engine.model, name, inputs)
+    assert distance(found, families.logits(plain, name, inputs)) < TOLERANCE
+
+
+def test_fp8_experts_that_are_stored_inputs_first_are_turned(tmp_path):
+    """As Qwen3-VL's are: (E, D, 2F) and (E, F, D), with scales that lie likewise."""
+    config = families.tiny_config(families.FAMILIES["qwen3_vl_moe"])
+    config.text_config.moe_intermediate_size = 24
+    plain = families.model_class(families.FAMILIES["qwen3_vl_moe"])(config).eval()
+    families.randomise(plain, seed=0)
+    plain.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in list(tensors.items()):
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            weight = (
+                weight
+                if weight.shape[1] == {"gate_up_proj": 32, "down_proj": 24}[name.split(".")[-1]]
+                else weight.mT
+            )
+            inputs, outputs = weight.shape[1:]
+            scale = torch.rand(len(weight), -(-inputs // 16), -(-outputs // 8), generator=generator) + 0.5
+            spread = scale.repeat_interleave(16, 1)[:, :inputs].repeat_interleave(8, 2)[:, :, :outputs]
+            tensors[name] = (weight / spread).to(torch.float8_e4m3fn).contiguous()
+            tensors[f"{name}_scale_inv"] = scale
+            with torch.no_grad():
+                plain.get_parameter(name).copy_((tensors[name].float() * spread).mT)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    edit_config(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 8]})
+    inputs = families.prompts(2)
+    with load(tmp_path, slots=8) as engine:
+        found = families.logits(engine.model, "qwen3_vl_moe", inputs)
+        assert engine.form == "fp8"
+    assert distance(found, families.logits(plain, "qwen3_vl_moe", inputs)) < TOLERANCE
 
 
 def test_gradients_pass_packed_experts(fp8):

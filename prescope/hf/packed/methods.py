@@ -32,7 +32,9 @@ def published_of(config: Mapping[str, Any]) -> Published:
             _require(config, bits=(4,), version=("gemm", None), quant_method=("awq",))
             return Awq()
         case "gptq":
-            _require(config, bits=(4,), desc_act=(False, None))
+            _require(config, bits=(4,), desc_act=(False, None), is_marlin_format=(False, None))
+            for rules in (config.get("dynamic") or {}).values():  # of single modules, by patterns of names
+                _require(rules, bits=(4, None), desc_act=(False, None))
             return Gptq(0 if config.get("checkpoint_format") == "gptq_v2" else 1)
     raise UnsupportedExperts(f"quant_method {method!r} is not one of {SERVED}")
 

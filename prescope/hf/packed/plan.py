@@ -11,9 +11,10 @@ from ...core.units import format_bytes
 from ...errors import BadModelFolder, UnsupportedExperts
 from ..moe_layers import MoELayer
 from .checkpoint import Checkpoint
-from .layer_rows import LayerRows, Source
+from .layer_rows import LayerRows
 from .places import Place, Places
 from .published import Matrix, Published, matrices_in
+from .source import Source
 
 
 class Unpacked:
@@ -23,17 +24,9 @@ class Unpacked:
         self._checkpoint, self._matrix = checkpoint, matrix
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        matrix, published = self._matrix, self._matrix.published
-        entries = {role: self._checkpoint.entries[name] for role, name in matrix.names.items()}
-        tensors = {role: self._checkpoint.read(name) for role, name in matrix.names.items()}
-        try:
-            format = published.format(entries)
-        except UnsupportedExperts as error:
-            raise UnsupportedExperts(f"{matrix.stem} is packed ({published.label}): {error}") from error
-        published.check(tensors, matrix.stem)
-        parts = published.convert(tensors)
-        rows, columns = published.shape(entries)[-2:]
-        return format.unpack(parts, (rows, columns))[index]
+        matrix, checkpoint = self._matrix, self._checkpoint
+        format, parts = matrix.format(checkpoint), matrix.read(checkpoint)
+        return format.unpack(parts, matrix.shape(checkpoint))[index]
 
 
 class LeftOut:

@@ -4,13 +4,14 @@ One class for each way of writing. Nothing here knows where in a model a matrix 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 
+from ...errors import UnsupportedExperts
 from ...weights.formats import Format
-from .checkpoint import Entry
+from .checkpoint import Checkpoint, Entry
 
 #: Tensors of one matrix, by role.
 Tensors = Mapping[str, torch.Tensor]
@@ -82,6 +83,50 @@ class Matrix(NamedTuple):
     stem: str
     weight: str
     names: dict[str, str]
+
+    def shape(self, checkpoint: Checkpoint) -> tuple[int, int]:
+        """(N, K)."""
+        rows, columns = self.published.shape(self._entries(checkpoint))[-2:]
+        return rows, columns
+
+    def format(self, checkpoint: Checkpoint) -> Format:
+        """What it is brought to.
+
+        Raises:
+            UnsupportedExperts: nothing here holds it exactly.
+        """
+        try:
+            return self.published.format(self._entries(checkpoint))
+        except UnsupportedExperts as error:
+            raise UnsupportedExperts(f"{self.stem} is packed ({self.published.label}): {error}") from error
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Look at what only its values say; raises UnsupportedExperts."""
+        self.published.check(_Read(checkpoint, self.names), self.stem)
+
+    def read(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        """The format's parts, by suffix; raises as `check`."""
+        self.check(checkpoint)
+        return self.published.convert(_Read(checkpoint, self.names))
+
+    def _entries(self, checkpoint: Checkpoint) -> dict[str, Entry]:
+        return {role: checkpoint.entries[name] for role, name in self.names.items()}
+
+
+class _Read(Mapping[str, torch.Tensor]):
+    """A matrix's tensors by role, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, names: dict[str, str]) -> None:
+        self._checkpoint, self._names = checkpoint, names
+
+    def __getitem__(self, role: str) -> torch.Tensor:
+        return self._checkpoint.read(self._names[role])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def matrices_in(published: Published, entries: Mapping[str, Entry]) -> list[Matrix]:

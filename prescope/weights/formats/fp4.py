@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn import functional
@@ -95,8 +96,15 @@ def e8m0(scale: torch.Tensor) -> torch.Tensor:
 
 def _scaled(packed: torch.Tensor, scale: torch.Tensor, group: int) -> torch.Tensor:
     """Weights (..., N, K) with scales (..., N, ceil(K / group))."""
-    values = torch.tensor(E2M1, device=packed.device)[split(packed).int()]
+    values = _values(packed.device)[split(packed).int()]
     return values * scale.repeat_interleave(group, dim=-1)[..., : values.shape[-1]]
+
+
+@cache
+@torch.inference_mode(False)  # it outlives the caller's mode
+def _values(device: torch.device) -> torch.Tensor:
+    # Kept: to make it on a GPU, the host would wait for a copy at each matrix.
+    return torch.tensor(E2M1, device=device)
 
 
 def _nearest(groups: torch.Tensor) -> torch.Tensor:
