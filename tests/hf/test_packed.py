@@ -75,3 +75,15 @@ def early_router(engine) -> EarlyRouter:
         layers, EXPERTS, engine.model.config.hidden_size, generator=torch.Generator().manual_seed(0)
     )
     return EarlyRouter(MoEShape(layers, EXPERTS, TOP_K), Routers.of_weights(weights), layers - 1)
+
+
+@pytest.mark.parametrize("layout", ["qwen3 fp8", "mixtral awq"])
+def test_in_bfloat16_every_weight_is_rounded_once(tmp_path, layout):
+    """So the logits are, to the bit, those of the numbers rounded to bfloat16."""
+    write(layout, tmp_path / "packed").save_pretrained(tmp_path / "plain")
+    found = []
+    for folder in ("packed", "plain"):
+        with load(tmp_path / folder, slots=9, dtype="bfloat16") as engine, torch.no_grad():
+            assert engine.hardware()["dtype"] == "bfloat16"
+            found.append(engine.model(prompt(2)).logits)
+    assert torch.equal(*found)
