@@ -3,15 +3,17 @@
 Shapes: E experts, N outputs and K inputs of a matrix.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from ...errors import BadModelFolder
 from ...kernels import ExpertsSpec
-from ...weights.formats import Format, Fp8
+from ...weights.formats import Fp8
 from ...weights.layout import PackedMatrix, packed_layout
+from ...weights.pages import run_jobs
 from ..moe_layers import MoELayer
 from .checkpoint import Checkpoint
 from .gate_order import in_two_halves, is_interleaved
@@ -117,37 +119,34 @@ class LayerRows:
     def _read_matrix(self, matrix: PackedMatrix) -> dict[str, torch.Tensor]:
         source = self._sources[matrix.name]
         if not source.is_stacked:
-            parts = self._parts([source.parts[0][0]])
-            if matrix.name in self._turned:
-                parts = {suffix: part.mT for suffix, part in parts.items()}
-            return {
-                field: self._halved(matrix.name, parts[suffix])
-                for suffix, field in matrix.field_names.items()
+            assert self._checkpoint is not None
+            found = self._matrices[source.parts[0][0]].read(self._checkpoint)
+            fields = {
+                suffix: part.mT if matrix.name in self._turned else part for suffix, part in found.items()
             }
-        fields = {
-            part.suffix: torch.empty((self._num_experts, *part.shape), dtype=part.dtype)
-            for part in matrix.format.parts(matrix.shape)
+        else:
+            fields = {
+                part.suffix: torch.empty((self._num_experts, *part.shape), dtype=part.dtype)
+                for part in matrix.format.parts(matrix.shape)
+            }
+            # By several threads: both mapped files and fresh memory are faulted in page by page.
+            run_jobs([partial(self._fill, fields, source, expert) for expert in range(self._num_experts)])
+        return {
+            field: self._halved(matrix.name, fields[suffix]) for suffix, field in matrix.field_names.items()
         }
-        for expert in range(self._num_experts):
-            parts = self._parts([part[expert] for part in source.parts])
-            for suffix, field in fields.items():
-                field[expert] = self._halved(matrix.name, parts[suffix].unsqueeze(0))[0]
-        return {matrix.name + suffix: field for suffix, field in fields.items()}
 
-    def _parts(self, weights: Sequence[str]) -> dict[str, torch.Tensor]:
-        """A format's parts of matrices, one behind the other."""
+    def _fill(self, fields: Mapping[str, torch.Tensor], source: Source, expert: int) -> None:
+        """Write an expert's matrices into the fields, one behind the other."""
         assert self._checkpoint is not None
-        found: list[dict[str, torch.Tensor]] = []
-        for weight in weights:
-            matrix = self._matrices[weight]
-            parts = matrix.read(self._checkpoint)
-            format: Format = matrix.format(self._checkpoint)
-            if isinstance(format, Fp8) and len(weights) > 1:
+        ends = dict.fromkeys(fields, 0)
+        for weights in source.parts:
+            matrix = self._matrices[weights[expert]]
+            parts, format = matrix.read(self._checkpoint), matrix.format(self._checkpoint)
+            if isinstance(format, Fp8) and len(source.parts) > 1:
                 parts = format.align(parts, parts[""].shape[-2])
-            found.append(parts)
-        if len(found) == 1:
-            return found[0]
-        return {suffix: torch.cat([one[suffix] for one in found]) for suffix in found[0]}
+            for suffix, part in parts.items():
+                start, ends[suffix] = ends[suffix], ends[suffix] + part.shape[0]
+                fields[suffix][expert, start : ends[suffix]].copy_(part)
 
     def _read_bias(self, checkpoint: Checkpoint, source: Source) -> torch.Tensor:
         if not source.is_stacked:
