@@ -428,9 +428,8 @@ def plain(name: str) -> str:
 
 def widths_of(engine: Engine) -> tuple[int, int]:
     """D and F of the first MoE layer."""
-    layer = engine.layers[0]
-    down = layer.layout.field(layer.spec.down).shape
-    return (down[1], down[0]) if layer.spec.is_transposed else (down[0], down[1])
+    _, width, expert_width = engine.layers[0].expert_size
+    return width, expert_width
 
 
 def row(cell: dict[str, Any]) -> str:

@@ -71,6 +71,7 @@ def advise(
     gpu_gib: float | None = None,
     trace: RoutingTrace | None = None,
     shares: Sequence[float] = SHARES,
+    experts: str = "auto",
 ) -> Advice:
     """Whether and how a model runs on a machine, before anything of it is downloaded.
 
@@ -83,6 +84,7 @@ def advise(
         gpu_gib: GPU memory that may be used; all of it when not given.
         trace: of this model's routing. Without one it is made up, with the habits of a small trained model, and the
             advice says so.
+        experts: as `load` takes it: "int8", "fp8", "int4" or "mxfp4" for a model that is packed while it is loaded.
         shares: of all experts that have a slot, for the curve.
 
     Raises:
@@ -92,7 +94,7 @@ def advise(
     """
     if batch < 1 or context < 1 or (gpu_gib is not None and not gpu_gib > 0):
         raise UnsupportedOption("batch, context and gpu_gib are positive")
-    size = _size_of(model)
+    size = _size_of(model, experts)
     spec, instead = _machine_of(machine)
     budget = spec.gpu_gib if gpu_gib is None else min(gpu_gib, spec.gpu_gib)
     fixed = size.dense_bytes + batch * context * size.kv_token_bytes + RESERVE_GIB * GIB
@@ -118,7 +120,9 @@ def advise(
     )  # fmt: skip
 
 
-def _size_of(model: str | Path | dict[str, Any] | Engine | ModelSize) -> ModelSize:
+def _size_of(model: str | Path | dict[str, Any] | Engine | ModelSize, experts: str) -> ModelSize:
+    if experts != "auto" and isinstance(model, ModelSize | Engine):
+        raise UnsupportedOption(f"experts={experts!r} is for a model by its config; this one has its sizes")
     if isinstance(model, ModelSize):
         return model
     if isinstance(model, Engine):
@@ -129,7 +133,7 @@ def _size_of(model: str | Path | dict[str, Any] | Engine | ModelSize) -> ModelSi
             name=model.name, shape=shape, expert=model.expert_size, dense_bytes=found.dense_bytes,
             kv_token_bytes=found.kv_token_bytes, layer_bytes=found.layer_bytes, notes=found.notes,
         )  # fmt: skip
-    return ModelSize.of(model)
+    return ModelSize.of(model, experts)
 
 
 def _machine_of(given: MachineSpec | HardwareProfile | str | None) -> tuple[MachineSpec, str]:

@@ -10,27 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from ..core.paths import data_dir
 from ..core.types import ExpertSize, MoEShape
-from ..errors import BadModelFolder, NotAMoE
+from ..errors import BadModelFolder, NotAMoE, UnsupportedExperts
+from ..hf import format_said
+from ..weights.formats import format_for
+from ..weights.layout import PackedMatrix, packed_layout
 
 #: Names of one number in different families, the first one there counts.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
 EXPERT_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8_e4m3fn": 8.0}
-#: Bits of an expert's weight in formats that a config names, their scales included.
-QUANT_BITS = {
-    "mxfp4": 4.25,
-    "fp8": 8.0,
-    "finegrained_fp8": 8.0,
-    "gptq": 4.15,
-    "awq": 4.15,
-    "bitsandbytes": 4.5,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +55,19 @@ class ModelSize:
         return self.shape.total_experts * self.shape.row_bytes
 
     @classmethod
-    def of(cls, model: str | Path | Mapping[str, Any]) -> "ModelSize":
+    def of(cls, model: str | Path | Mapping[str, Any], experts: str = "auto") -> "ModelSize":
         """Sizes of a folder, a file, a hub id that was downloaded before, a shape in `data/configs`, or a dict.
+
+        Args:
+            experts: as `load` takes it: "auto", or the format that experts are packed to.
 
         Raises:
             BadModelFolder: there is no such config here.
             NotAMoE: it has no routed experts.
+            UnsupportedOption: of `experts`.
         """
         if isinstance(model, Mapping):
-            return cls.of_config(dict(model), str(model.get("_name_or_path") or "config"))
+            return cls.of_config(dict(model), str(model.get("_name_or_path") or "config"), experts)
         path = config_file(model)
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -76,14 +75,14 @@ class ModelSize:
             raise BadModelFolder(f"{path} is no readable config ({error})") from error
         if not isinstance(facts, dict):
             raise BadModelFolder(f"{path} holds no JSON object")
-        return cls.of_config(facts, str(facts.get("model") or facts.get("_name_or_path") or model))
+        return cls.of_config(facts, str(facts.get("model") or facts.get("_name_or_path") or model), experts)
 
     @classmethod
-    def of_config(cls, facts: Mapping[str, Any], name: str) -> "ModelSize":
+    def of_config(cls, facts: Mapping[str, Any], name: str, experts: str = "auto") -> "ModelSize":
         """Sizes by the numbers of a config; raises as `of`."""
         facts = {**facts, **(facts.get("text_config") or {})}
-        experts, top_k = _first(facts, EXPERTS), _first(facts, TOP_K)
-        if not experts or not top_k:
+        num_experts, top_k = _first(facts, EXPERTS), _first(facts, TOP_K)
+        if not num_experts or not top_k:
             raise NotAMoE(
                 f"{name}: its config names no routed experts ({', '.join(EXPERTS)}, {', '.join(TOP_K)})"
             )
@@ -92,16 +91,18 @@ class ModelSize:
         moe = _moe_layers(facts, layers)
         notes: list[str] = []
         bits, expert_bits = _bits(facts, notes)
-        nbytes = int(3 * width * inner * expert_bits / 8)
+        nbytes = _packed_bytes(facts, width, inner, experts, notes) or int(
+            3 * width * inner * expert_bits / 8
+        )
         attention, kv = _attention(facts, width, notes)
         shared = _shared_width(facts)
         embeddings = (1 if facts.get("tie_word_embeddings") else 2) * int(facts["vocab_size"]) * width
-        layer = attention + experts * width + 3 * width * shared
+        layer = attention + num_experts * width + 3 * width * shared
         dense_inner = int(facts.get("dense_intermediate_size") or facts.get("intermediate_size") or 0)
         dense = embeddings + moe * layer + (layers - moe) * (attention + 3 * width * dense_inner)
         return cls(
             name=name,
-            shape=MoEShape(moe, int(experts), int(top_k), nbytes),
+            shape=MoEShape(moe, int(num_experts), int(top_k), nbytes),
             expert=ExpertSize(nbytes, width, inner),
             dense_bytes=int(dense * bits / 8),
             kv_token_bytes=int(layers * kv * 2),
@@ -153,14 +154,31 @@ def _bits(facts: Mapping[str, Any], notes: list[str]) -> tuple[float, float]:
     if dtype not in BITS and native is None:
         notes.append("the config names no dtype: bfloat16 is assumed")
     bits = BITS.get(dtype, 16.0)
-    quant = facts.get("quantization_config") or {}
-    method = str(quant.get("quant_method", ""))
-    if native is not None:
-        return bits, float(native)
-    if method in QUANT_BITS:
-        notes.append(f"experts in {method}: {QUANT_BITS[method]:g} bits a weight with their scales, assumed")
-        return bits, QUANT_BITS[method]
-    return bits, bits
+    return bits, bits if native is None else float(native)
+
+
+def _packed_bytes(
+    facts: Mapping[str, Any], width: int, inner: int, experts: str, notes: list[str]
+) -> int | None:
+    """Bytes of one expert's row where experts are packed, by the checkpoint or while it is loaded; else None."""
+    shapes = {"up": (2 * inner, width), "down": (width, inner)}
+    said = facts.get("quantization_config")
+    if experts != "auto":
+        formats = dict.fromkeys(shapes, format_for(experts, width, inner))
+        notes.append(f"experts are packed to {experts} while they are loaded, which is lossy")
+    elif said:
+        try:
+            formats = {name: format_said(said, columns) for name, (_, columns) in shapes.items()}
+        except UnsupportedExperts as error:
+            notes.append(f"{error}: experts are counted as if they were not packed")
+            return None
+    else:
+        return None
+    notes.append(
+        "packed experts are counted as computed in the time of their bytes; on CUDA torch unpacks them, which is slower"
+    )
+    matrices = [PackedMatrix(name, formats[name], shape) for name, shape in shapes.items()]
+    return packed_layout(matrices, torch.bfloat16, {}).row_bytes
 
 
 def _attention(facts: Mapping[str, Any], width: int, notes: list[str]) -> tuple[int, int]:

@@ -61,8 +61,9 @@ class Bench:
             raise
         self._cpu_lane = CpuLane(form, self.host, self.cpu)
         on_gpu = device.captures_steps
-        self._graphs = GraphLane(form, self.host, self.pool, device) if on_gpu else None
-        self._torch_lane = None if on_gpu else TorchLane(form, self.pool)
+        in_graphs = on_gpu and form.layout.packing is None
+        self._graphs = GraphLane(form, self.host, self.pool, device) if in_graphs else None
+        self._torch_lane = None if in_graphs else TorchLane(form, self.pool, device)
         self._ping = self._make_ping() if on_gpu else None
         hold_dim = HOLD_DIM if on_gpu else 0
         self._hold = torch.zeros((hold_dim, hold_dim), dtype=torch.bfloat16, device=device.torch_device)

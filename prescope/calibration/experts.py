@@ -11,10 +11,10 @@ from torch.nn import functional
 from ..cache.residency import LayerNeed
 from ..core.types import ExpertSize
 from ..device import Device
-from ..kernels import ExpertsSpec, LayerWeights, TorchKernel, Work
+from ..kernels import ExpertsSpec, TorchKernel, Work, layer_weights
 from ..kernels.cpu import CpuExperts, CpuLayer, ExpertBatch
 from ..weights.host_pool import HostLayer
-from ..weights.layout import RowLayout, row_layout
+from ..weights.layout import RowLayout, pack, row_layout
 
 
 class ExpertForm(NamedTuple):
@@ -60,11 +60,21 @@ def random_rows(form: ExpertForm, num_rows: int, device: Device) -> HostLayer:
     host = HostLayer(form.layout, num_rows, device)
     host.prepare()
     generator = torch.Generator().manual_seed(0)
-    for field in form.layout.fields:
-        target = host.tensor(field.name)
-        target[0].copy_(torch.randn(field.shape, generator=generator) * field.shape[-1] ** -0.5)
+    for name, tensor in _random_fields(form, generator).items():
+        host.tensor(name)[0].copy_(tensor[0])
     host.rows[1:] = host.rows[0]
     return host
+
+
+def _random_fields(form: ExpertForm, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One expert's fields (1, ...), packed as the form's layout has them."""
+    names = [form.spec.up, form.spec.down, form.spec.up_bias, form.spec.down_bias]
+    tensors = {}
+    for name in names:
+        if name is not None:
+            shape = form.layout.shape(name)
+            tensors[name] = torch.randn((1, *shape), generator=generator) * shape[-1] ** -0.5
+    return tensors if form.layout.packing is None else pack(form.layout.packing, tensors)
 
 
 class ExpertLane(Protocol):
@@ -101,17 +111,12 @@ class CpuLane:
 
 
 class TorchLane:
-    """The kernel that stands in for the GPU's where there is none."""
+    """The torch kernel: where there is no GPU, and for experts that only torch can compute on one."""
 
-    def __init__(self, form: ExpertForm, pool: torch.Tensor) -> None:
+    def __init__(self, form: ExpertForm, pool: torch.Tensor, device: Device) -> None:
         self._form, self._num_rows, self._next = form, len(pool), 0
-        view, spec = form.layout.view, form.spec
-        self._weights = LayerWeights(
-            view(pool, spec.up),
-            view(pool, spec.down),
-            view(pool, spec.up_bias) if spec.up_bias else None,
-            view(pool, spec.down_bias) if spec.down_bias else None,
-        )
+        self._device = device
+        self._weights = layer_weights(form.layout, form.spec, pool)
         self._kernel = TorchKernel()
 
     @torch.no_grad()
@@ -121,19 +126,21 @@ class TorchLane:
         experts = np.arange(num)
         slots = (self._next + experts) % self._num_rows
         self._next = int(slots[-1]) + 1
+        here = self._device.torch_device
         work = Work(
-            x_TD=torch.ones((tokens, layer.in_dim), dtype=layer.dtype),
-            ids_TK=torch.from_numpy(ids),
+            x_TD=torch.ones((tokens, layer.in_dim), dtype=layer.dtype, device=here),
+            ids_TK=torch.from_numpy(ids).to(here),
             host_ids_TK=ids,
             need=LayerNeed(0, experts, np.full(num, tokens), num, 0),
             num_experts=num,
-            out_PD=torch.empty((num * tokens, layer.out_dim), dtype=layer.dtype),
+            out_PD=torch.empty((num * tokens, layer.out_dim), dtype=layer.dtype, device=here),
             num_rounds=1,
             slot_row=slots,
             version=0,
         )
         self._kernel.prepare(work)
         self._kernel.run(work, self._form.spec, self._weights, experts, slots)
+        self._device.synchronize()
 
 
 def host_us(run: Callable[[], object]) -> float:

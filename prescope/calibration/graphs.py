@@ -8,7 +8,7 @@ from ..cache.policies import LRU, make_policy
 from ..cache.residency import ResidencyTable
 from ..core.types import MoEShape
 from ..device import Device
-from ..kernels import LayerWeights, make_device_table
+from ..kernels import LayerWeights, layer_weights, make_device_table
 from ..weights.host_pool import HostLayer
 from .experts import ExpertForm
 
@@ -44,13 +44,9 @@ class GraphLane:
         table = make_device_table(shape, residency.num_slots, self._device.torch_device)
         table.take(residency)
         step = table.new_step(tokens, num, policy=LRU.kind, orders=False, timed=False)
-        spec, view = self._form.spec, self._form.layout.view
-        weights = LayerWeights(
-            view(self._pool, spec.up),
-            view(self._pool, spec.down),
-            view(self._pool, spec.up_bias) if spec.up_bias else None,
-            view(self._pool, spec.down_bias) if spec.down_bias else None,
-        )
+        spec = self._form.spec
+        weights = layer_weights(self._form.layout, spec, self._pool)
+        assert isinstance(weights, LayerWeights), "packed experts are not computed in graphs"
         dtype, device = self._form.dtype, self._device.torch_device
         x = torch.randn((tokens, self._form.layer.in_dim), dtype=dtype, device=device)
         ids = torch.arange(num, device=device).expand(tokens, num).contiguous()

@@ -50,7 +50,7 @@ from .layered import LayeredRunner
 from .prompts import Prompts
 from .recorder import Recorder
 from .recording import recording, result_of
-from .resolve import _cache_of, _count_slots, _shape_of
+from .resolve import _cache_of, _count_slots, _form_of, _shape_of
 from .schedule import open_schedule_runner
 from .turn import in_turn
 
@@ -83,6 +83,7 @@ class Engine:
         tokenizer: or None.
         layers: its MoE layers, in order. `shape`: sizes of its MoE part.
         num_slots: places for experts on the device.
+        form: of packed experts, "" where they are as they are computed with; `is_lossy`: packing has changed them.
         frequencies: (L, E) uses per expert that cache="static" goes by, or None.
         fingerprint: identity of the model, written into traces.
         turn: whose it is to run; a job of several calls keeps it over all of them.
@@ -100,8 +101,10 @@ class Engine:
         frequencies: np.ndarray | None = None,
         predictor: Predictor | None = None,
         costs: LayerCosts | None = None,
+        layers: list[MoELayer] | None = None,
+        packing: str = "",
     ) -> None:
-        layers = find_moe_layers(model)
+        layers = find_moe_layers(model) if layers is None else layers
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
@@ -112,11 +115,17 @@ class Engine:
         cache, cache_reason = _cache_of(config, frequencies)
         policy = make_policy(cache, self.shape, frequencies)
         self._dtype = layers[0].tensors()[layers[0].weight_names[0]].dtype
-        kernel, kernel_reason = make_kernel(config.kernels, kind.partition(":")[0], self._dtype)
+        self.form, self.is_lossy = _form_of(layers)
+        kernel, kernel_reason = make_kernel(
+            config.kernels, kind.partition(":")[0], self._dtype, is_packed=bool(self.form)
+        )
         self.config = replace(config, device=kind, kernels=kernel.name, cache=cache)
         self.reasons = {
             "slots": slots_reason, "device": device_reason, "kernels": kernel_reason, "cache": cache_reason
         }  # fmt: skip
+        if packing:
+            on_gpu = f"; {kernel_reason}" if kind.startswith("cuda") and self.form else ""
+            self.reasons["experts"] = packing + on_gpu
         self.frequencies = frequencies
         self._is_entered = False
         self._owner = process_id()
@@ -132,14 +141,14 @@ class Engine:
         try:
             self._require_memory(self.num_slots, _freed_bytes(model, layers, self._device.torch_device))
             require_host_memory(
-                sum(layer.num_experts * layer.layout.row_bytes for layer in layers),
+                sum(layer.nbytes for layer in layers),
                 taken_bytes=sum(
-                    tensor.nbytes
+                    min(tensor.nbytes, tensor.untyped_storage().nbytes())  # a weight left out is one number
                     for layer in layers
                     for tensor in layer.tensors().values()
                     if tensor.device.type == "cpu"
                 ),
-                ahead_bytes=max(layer.num_experts * layer.layout.row_bytes for layer in layers),
+                ahead_bytes=max(layer.nbytes for layer in layers),
             )
             self._attachment = Attachment(model, layers, self._device, self.runner.serve, self)
         except BaseException:
@@ -380,6 +389,8 @@ class Engine:
             "slots_gib": self.num_slots * self.shape.row_bytes / 2**30,
             "slots_frac": self.num_slots / sum(layer.num_experts for layer in self.layers),
             "expert_bytes": self.shape.row_bytes,
+            "expert_form": self.form or str(self._dtype).removeprefix("torch."),
+            "lossy": self.is_lossy,
             "moe": self.shape._asdict(),
             "model": self.name,
             "fingerprint": self.fingerprint,
@@ -391,9 +402,16 @@ class Engine:
         return {
             **machine_facts(),
             **self._device.describe(),
+            "label": self._label,
             "decisions": "compiled" if IS_COMPILED else "plain Python, numba is missing",
             "dtype": str(self._dtype).removeprefix("torch."),
         }
+
+    @property
+    def _label(self) -> str:
+        """Where figures come from, in one line: of packed experts they say so."""
+        form = f", {self.form} experts" if self.form else ""
+        return f"{self._device.describe()['label']}{form}{' (lossy)' if self.is_lossy else ''}"
 
     @in_turn("clear_cache")
     def clear_cache(self) -> None:
@@ -581,16 +599,18 @@ class Engine:
                 f"{format_bytes(self.num_slots * size)}",
             ),
             ("schedule", f"{self.config.schedule}, cache {self.config.cache}"),
-            ("device", str(self._device.describe()["label"])),
+            ("device", self._label),
         ]
-        return facts_html(f"{self.name}{state}", facts)
+        notes = [self.reasons["experts"]] if "experts" in self.reasons else []
+        return facts_html(f"{self.name}{state}", facts, notes)
 
     def __repr__(self) -> str:
         state = ", detached" if self._is_closing else ""
+        packing = f"; {self.reasons['experts']}" if "experts" in self.reasons else ""
         return (
             f"Engine({self.name}: {self.shape.num_layers} MoE layers x {self.shape.num_experts} experts, "
             f"{self.num_slots} slots = {format_bytes(self.num_slots * self.shape.row_bytes)}, "
-            f"{self.config.cache}, {self._device.describe()['label']}{state})"
+            f"{self.config.cache}, {self._label}{packing}{state})"
         )
 
 

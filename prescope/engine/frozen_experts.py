@@ -85,7 +85,7 @@ def _weights_of(expert: int, spec: ExpertsSpec, rows: HostLayer, device: torch.d
     """One expert's weights (1, ...) where its tokens are."""
 
     def field(name: str) -> torch.Tensor:
-        return rows.tensor(name)[expert : expert + 1].to(device)
+        return rows.layout.matrices(rows.rows, name)[expert].unsqueeze(0).to(device)
 
     return LayerWeights(
         up=field(spec.up),

@@ -19,7 +19,7 @@ from ..cache.rounds import Act, What, walk
 from ..core.types import FloatArray, IntArray, MoEShape, NeedOutcome
 from ..device import Device
 from ..hf import MoELayer
-from ..kernels import LayerWeights, Work, combine, make_kernel
+from ..kernels import LayerWeights, PackedWeights, Work, combine, layer_weights, make_kernel
 from ..scheduler.types import Plan
 from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
@@ -64,7 +64,7 @@ class LayeredRunner:
     ) -> None:
         self.device, self.layers, self.shape = device, layers, shape
         self._kernels, self._dtype, self._device_type = kernels, dtype, device.torch_device.type
-        self.weights: list[LayerWeights] = []
+        self.weights: list[LayerWeights | PackedWeights] = []
         self.recorder: Recorder | None = None
         self.turn = Turn()
         self.captured: GraphBuffers | None = None
@@ -84,21 +84,17 @@ class LayeredRunner:
         self.loader = Loader(self.device, self.host, self.residency, self.shape.row_bytes)
         least_bytes = LEAST_BYTES_ON_WIRE if self.device.small_copies_are_slow else 0
         self.loader.most_on_wire = most_on_wire(self.shape.row_bytes, num_slots, least_bytes)
-        self.weights = [self._layer_weights(layer) for layer in self.layers]
+        pool = self.loader.pool
+        self.weights = [layer_weights(layer.layout, layer.spec, pool) for layer in self.layers]
 
     def close_slots(self) -> None:
         """Give the slots' memory back; both lanes must be idle."""
         self.weights = []
         self.loader.close()
 
-    def _layer_weights(self, layer: MoELayer) -> LayerWeights:
-        spec, pool = layer.spec, self.loader.pool
-        return LayerWeights(
-            up=layer.layout.view(pool, spec.up),
-            down=layer.layout.view(pool, spec.down),
-            up_bias=layer.layout.view(pool, spec.up_bias) if spec.up_bias else None,
-            down_bias=layer.layout.view(pool, spec.down_bias) if spec.down_bias else None,
-        )
+    def plain_weights(self) -> list[LayerWeights]:
+        """The layers' weights in slots, as captured steps take them: none is packed."""
+        return [weights for weights in self.weights if isinstance(weights, LayerWeights)]
 
     def clear(self) -> None:
         """Empty all slots and forget what the cache policy learned; both lanes must be idle."""
@@ -179,8 +175,8 @@ class LayeredRunner:
     def _serve_captured(
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        assert self.captured is not None
-        layer = self.layers[moe_layer]
+        layer, slots = self.layers[moe_layer], self.weights[moe_layer]
+        assert self.captured is not None and isinstance(slots, LayerWeights)
         return self.captured.layer(
             moe_layer,
             layer.num_experts,
@@ -188,7 +184,7 @@ class LayeredRunner:
             ids_TK,
             weights_TK,
             layer.spec,
-            self.weights[moe_layer],
+            slots,
             self.loader.pool,
             self.host.layers[moe_layer].rows,
         )

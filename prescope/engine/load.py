@@ -3,6 +3,7 @@
 import os
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def load(
         frequencies: (L, E) uses per expert, for cache="static".
         predictor: for schedules that prefetch by predictions.
         costs: of a layer on this machine, for schedules that weigh them; by default as `prescope.calibrate` saved them.
-        settings: of the engine, see `EngineConfig`: slots, device, cache, link_gb_per_s, kernels, events, ...
+        settings: of the engine, see `EngineConfig`: slots, experts, device, cache, link_gb_per_s, kernels, ...
             And what is passed on to transformers' `from_pretrained`: revision, token, subfolder, cache_dir,
             local_files_only, force_download, proxies, variant, attn_implementation, quantization_config,
             trust_remote_code, code_revision, use_safetensors. Code that comes with a checkpoint runs, and a pickle is
@@ -53,10 +54,12 @@ def load(
     source = take_source(settings)
     config = _config_of(settings)
     place = _place_of(model)
-    loaded = load_model(place, dtype, lambda layers, top_k: _check_early(config, layers, top_k), source)
+    loaded = load_model(place, dtype, partial(_check_early, config), source, config.experts)
     return Engine(
         loaded.model,
         config,
+        layers=loaded.layers,
+        packing=loaded.packing,
         tokenizer=loaded.tokenizer,
         name=Path(place).name if Path(place).is_dir() else str(place),
         frequencies=frequencies,
@@ -115,15 +118,22 @@ def attach(
     While attached, weights of experts can be neither read nor changed: whatever tries gets an UnsupportedExperts. All
     others can, adapters may be put on them and trained.
 
+    `experts` stays "auto": what is packed cannot be given back as it was.
+
     Raises: as `load`; the model is left as it was.
     """
     if config is not None and settings:
         raise UnsupportedOption(f"give either config or keywords, not both (keywords: {', '.join(settings)})")
-    inner = model_in(model)
+    inner, config = model_in(model), config or _config_of(settings)
+    if config.experts != "auto":
+        raise UnsupportedOption(
+            f"experts={config.experts!r} packs weights with a loss, and attach gives a model back as it was; pack it "
+            f"with prescope.load(folder, experts={config.experts!r})"
+        )
     name = inner.config.name_or_path or type(inner).__name__
     return Engine(
         inner,
-        config or _config_of(settings),
+        config,
         tokenizer=tokenizer,
         name=name,
         frequencies=frequencies,

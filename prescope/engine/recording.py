@@ -135,6 +135,8 @@ def result_of(
         versions={name: str(hardware[name]) for name in ("prescope", "torch", "transformers")},
     )
     notes = recorder.notes()
+    if packing := engine.reasons.get("experts"):
+        notes.append(packing)
     if recorder.num_foreign:
         notes.append(
             f"{recorder.num_foreign} forward passes of other threads meanwhile are not in it, but their time is"

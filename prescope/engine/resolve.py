@@ -1,11 +1,14 @@
 """What an engine's settings mean for a model: its shape, its cache policy, its number of slots."""
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ..cache.num_slots import resolve_slots
 from ..core.types import MoEShape
-from ..hf import MoELayer
+from ..core.units import format_bytes
+from ..hf import PROGRESS_BYTES, MoELayer
 from ..scheduler import schedule_named
+from ..weights.host_pool import require_host_memory
 from .config import EngineConfig
 
 
@@ -18,10 +21,29 @@ def _shape_of(layers: list[MoELayer], top_k: int) -> MoEShape:
     )
 
 
-def _check_early(config: EngineConfig, layers: list[MoELayer], top_k: int) -> None:
-    """Fail on settings that the model's shape already rules out, before gigabytes are read."""
+def _check_early(config: EngineConfig, layers: list[MoELayer], top_k: int, packing: str) -> None:
+    """Fail on settings that the model's shape already rules out, before gigabytes are read; say what packed ones take.
+
+    Args:
+        packing: what is packed, in one line; "" for nothing.
+    """
     shape = _shape_of(layers, top_k)
-    _count_slots(config, shape, layers)
+    num_slots, _ = _count_slots(config, shape, layers)
+    if not packing:
+        return
+    rows_bytes = sum(layer.nbytes for layer in layers)
+    require_host_memory(rows_bytes, taken_bytes=0, ahead_bytes=max(layer.nbytes for layer in layers))
+    if rows_bytes >= PROGRESS_BYTES:  # it will take a while: what it is that takes it
+        tqdm.write(
+            f"{packing}. Experts take {format_bytes(rows_bytes)} of host memory, {num_slots} slots "
+            f"{format_bytes(num_slots * shape.row_bytes)} of the device"
+        )
+
+
+def _form_of(layers: list[MoELayer]) -> tuple[str, bool]:
+    """The form of the experts in slots, "" where they are as they are computed with; and whether it lost anything."""
+    names = {layer.layout.packing.name for layer in layers if layer.layout.packing is not None}
+    return " and ".join(sorted(names)), any(layer.is_lossy for layer in layers)
 
 
 def _cache_of(config: EngineConfig, frequencies: np.ndarray | None) -> tuple[str, str]:

@@ -1,11 +1,13 @@
 """The door to transformers: finding MoE layers, attaching to a model, loading one from a folder or the hub."""
 
 from .arguments import PASSED_ON, Source, take_source
-from .attach import Attachment, ServeFunction, owner_of
+from .attach import PROGRESS_BYTES, Attachment, ServeFunction, owner_of
 from .foreign import model_in, require_whole
 from .host_parameter import HostParameter
-from .load import LoadedModel, load_model
+from .load import load_model
+from .loaded import LoadedModel
 from .moe_layers import MoELayer, find_moe_layers, top_k_of
+from .packed import format_said
 from .static_cache import (
     addresses_of,
     cache_length,
@@ -18,6 +20,7 @@ from .static_cache import (
 
 __all__ = [
     "PASSED_ON",
+    "PROGRESS_BYTES",
     "Attachment",
     "HostParameter",
     "LoadedModel",
@@ -30,6 +33,7 @@ __all__ = [
     "compiled_layers",
     "counts_in_python",
     "find_moe_layers",
+    "format_said",
     "has_hooks",
     "load_model",
     "model_in",

@@ -17,7 +17,7 @@ from ..device import Device
 from ..errors import AlreadyAttached, UnsupportedExperts
 from ..weights.host_pool import HostLayer, HostPool, is_on_host
 from .guards import Guards
-from .host_parameter import HostParameter, refuse
+from .host_parameter import HostParameter, LostParameter, refuse
 from .moe_layers import MoELayer
 
 IMPLEMENTATION = "prescope"
@@ -92,7 +92,8 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 
 
 class Attachment:
-    """A model whose experts live in host rows. `detach` gives back the model as it was, bit for bit.
+    """A model whose experts live in host rows. `detach` gives back the model as it was, bit for bit; of one that was
+    loaded packed it gives back all but the experts, whose weights then cannot be read (`LostParameter`).
 
     The model's Parameter objects stay the same objects, so references to them (optimizers, hooks, ties) survive;
     while attached they are empty and a stand-in of their shape is in their module. Neither can be read or written.
@@ -141,7 +142,7 @@ class Attachment:
 
     def _take_experts(self) -> None:
         # Layer by layer, so that the peak is the model plus one layer.
-        nbytes = sum(layer.num_experts * layer.layout.row_bytes for layer in self.layers)
+        nbytes = sum(layer.nbytes for layer in self.layers)
         started = time.perf_counter()
         progress = tqdm(
             total=nbytes,
@@ -167,7 +168,7 @@ class Attachment:
             if rank < len(pinned):
                 pinned[rank].result()
             rows = self._open_rows(rank)
-            rows.copy(tensors)
+            rows.copy(tensors if layer.read_fields is None else layer.read_fields())
             self._give_up_originals(layer)
             if rank == len(pinned):
                 # After the originals are gone, so that the next layer can be copied meanwhile within the peak.
@@ -237,6 +238,9 @@ class Attachment:
             if not self._originals:
                 break  # attaching failed here: this layer and those after it still have their own weights
             for name, (parameter, stand_in) in self._originals[0].items():
+                if layer.read_fields is not None:
+                    parameter.__class__ = stand_in.__class__ = LostParameter
+                    continue
                 parameter.__class__ = nn.Parameter
                 _set_data(parameter, partial(rows.restore, name, self._experts_devices[0]))
                 with torch.inference_mode(parameter.is_inference()):

@@ -61,20 +61,38 @@ class HostParameter(nn.Parameter):
             return args[0]
         if func not in _FACTS:
             name = getattr(func, "__name__", str(func))
-            refuse(
+            cls.refuse(
                 "assigning to an expert's weight" if name == "__set__" else f"{name}() on an expert's weight"
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
+    @classmethod
+    def refuse(cls, what: str) -> NoReturn:
+        """Raises UnsupportedExperts: `what` cannot be done, and what can."""
+        refuse(what)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped in torch
         return f"HostParameter(shape={tuple(self.shape)}, dtype={self.dtype}, its values are in prescope's host rows)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        refuse("copying an attached model")
+        self.refuse("copying an attached model")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        refuse("copying or pickling an attached model")
+        self.refuse("copying or pickling an attached model")
+
+
+class LostParameter(HostParameter):
+    """The same after its engine was closed, of experts that the model never held: they were packed in host rows."""
+
+    @classmethod
+    def refuse(cls, what: str) -> NoReturn:
+        raise UnsupportedExperts(
+            f"{what}: the experts of this model were packed and went with its engine; load it again with prescope.load"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # as above
+        return f"LostParameter(shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
 def refuse(what: str) -> NoReturn:

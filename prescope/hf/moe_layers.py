@@ -6,6 +6,7 @@ gate function and its stacked weights. So one function serves all families.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..core.types import ExpertSize
 from ..errors import NotAMoE, UnsupportedExperts
 from ..kernels import ExpertsSpec
 from ..weights.layout import RowLayout, row_layout
-from .host_parameter import HostParameter
+from .host_parameter import HostParameter, LostParameter
 
 #: What `use_experts_implementation` sets on every experts module.
 _MARKS = ("has_gate", "has_bias", "is_transposed")
@@ -36,15 +37,23 @@ class MoELayer:
     spec: ExpertsSpec
     weight_names: tuple[str, ...]
     layout: RowLayout
+    #: Fields (E, ...) of all experts, read or made anew, where they are not the module's weights as they are.
+    read_fields: Callable[[], dict[str, torch.Tensor]] | None = None
+    is_lossy: bool = False  # whether those differ from the checkpoint's
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stacked expert weights (E, ...) by name."""
         return {name: getattr(self.module, name) for name in self.weight_names}
 
     @property
+    def nbytes(self) -> int:
+        """Of the rows of all experts."""
+        return self.num_experts * self.layout.row_bytes
+
+    @property
     def expert_size(self) -> ExpertSize:
         """Bytes of a row, and the sizes of an expert's matrices."""
-        down = self.layout.field(self.spec.down).shape
+        down = self.layout.shape(self.spec.down)
         width, expert_width = (down[1], down[0]) if self.spec.is_transposed else (down[0], down[1])
         return ExpertSize(self.layout.row_bytes, width, expert_width)
 
@@ -105,6 +114,8 @@ def _moe_layer(rank: int, name: str, module: Any, twins: tuple[nn.Module, ...]) 
     tensors: dict[str, torch.Tensor] = {}
     for weight in names:
         tensor = getattr(module, weight, None)
+        if isinstance(tensor, LostParameter):
+            tensor.refuse(f"attaching a model without its experts ({name}.{weight})")
         is_plain = type(tensor) in (nn.Parameter, HostParameter)
         if not isinstance(tensor, nn.Parameter) or not is_plain or tensor.shape[0] != module.num_experts:
             what = (

@@ -7,7 +7,16 @@ import torch
 
 from ..core.types import MoEShape
 from ..errors import UnsupportedOption
-from .base import ExpertKernel, ExpertsSpec, LayerWeights, StepLog, Work
+from .base import (
+    ExpertKernel,
+    ExpertsSpec,
+    LayerWeights,
+    PackedWeights,
+    StepLog,
+    TensorFunction,
+    Work,
+    layer_weights,
+)
 from .reference import TorchKernel, combine, expert_output
 
 if TYPE_CHECKING:
@@ -18,11 +27,14 @@ __all__ = [
     "ExpertKernel",
     "ExpertsSpec",
     "LayerWeights",
+    "PackedWeights",
     "StepLog",
+    "TensorFunction",
     "TorchKernel",
     "Work",
     "combine",
     "expert_output",
+    "layer_weights",
     "make_device_table",
     "make_foresight",
     "make_kernel",
@@ -34,13 +46,19 @@ MOST_PAIRS = 2048
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def make_kernel(name: str, device_kind: str, dtype: torch.dtype) -> tuple[ExpertKernel, str]:
+def make_kernel(
+    name: str, device_kind: str, dtype: torch.dtype, is_packed: bool = False
+) -> tuple[ExpertKernel, str]:
     """The kernel a setting means here, with the reason.
+
+    Args:
+        dtype: of what is computed.
+        is_packed: whether slots hold experts in another form.
 
     Raises:
         UnsupportedOption: "triton" where it cannot run.
     """
-    problem = _triton_problem(device_kind, dtype)
+    problem = _triton_problem(device_kind, dtype, is_packed)
     if name == "triton" and problem:
         raise UnsupportedOption(f"kernels='triton' cannot run here: {problem}; use kernels='torch'")
     if name == "torch" or problem:
@@ -51,9 +69,11 @@ def make_kernel(name: str, device_kind: str, dtype: torch.dtype) -> tuple[Expert
     return TritonKernel(), "as given" if name == "triton" else "CUDA with Triton"
 
 
-def _triton_problem(device_kind: str, dtype: torch.dtype) -> str:
+def _triton_problem(device_kind: str, dtype: torch.dtype, is_packed: bool) -> str:
     if device_kind != "cuda":
         return "Triton kernels need CUDA"
+    if is_packed:
+        return "packed experts are unpacked by torch on the GPU, one at a time, before each product: slower than bf16"
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype not in TRITON_DTYPES:

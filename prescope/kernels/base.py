@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..cache.residency import IntArray, LayerNeed
+from ..weights.formats import PackedMatrices
+from ..weights.layout import RowLayout
 
 TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,6 +44,27 @@ class LayerWeights:
     down: torch.Tensor  # (S, D, F) or (S, F, D)
     up_bias: torch.Tensor | None  # (S, 2F)
     down_bias: torch.Tensor | None  # (S, D)
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """The same of a layer whose matrices are packed; each is unpacked where it is used."""
+
+    up: PackedMatrices  # of (2F, D)
+    down: PackedMatrices  # of (D, F)
+    up_bias: torch.Tensor | None  # (S, 2F)
+    down_bias: torch.Tensor | None  # (S, D)
+
+
+def layer_weights(layout: RowLayout, spec: ExpertsSpec, rows: torch.Tensor) -> LayerWeights | PackedWeights:
+    """A layer's weights as views of rows (S, >= row_bytes) of uint8."""
+    up, down = layout.matrices(rows, spec.up), layout.matrices(rows, spec.down)
+    up_bias = layout.view(rows, spec.up_bias) if spec.up_bias else None
+    down_bias = layout.view(rows, spec.down_bias) if spec.down_bias else None
+    if isinstance(up, PackedMatrices) and isinstance(down, PackedMatrices):
+        return PackedWeights(up, down, up_bias, down_bias)
+    assert isinstance(up, torch.Tensor) and isinstance(down, torch.Tensor), "one format a layer"
+    return LayerWeights(up, down, up_bias, down_bias)
 
 
 @dataclass
@@ -82,7 +105,12 @@ class ExpertKernel(Protocol):
         ...
 
     def run(
-        self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray
+        self,
+        work: Work,
+        spec: ExpertsSpec,
+        weights: LayerWeights | PackedWeights,
+        experts: IntArray,
+        slots: IntArray,
     ) -> None:
         """Write the outputs of all pairs whose expert is among `experts` (n,), which are in `slots` (n,)."""
         ...

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from ..cache.residency import IntArray
-from .base import ExpertsSpec, LayerWeights, Work
+from .base import ExpertsSpec, LayerWeights, PackedWeights, Work
 
 
 class TorchKernel:
@@ -24,7 +24,12 @@ class TorchKernel:
         self._order = torch.from_numpy(order).to(work.x_TD.device, non_blocking=True)
 
     def run(
-        self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray
+        self,
+        work: Work,
+        spec: ExpertsSpec,
+        weights: LayerWeights | PackedWeights,
+        experts: IntArray,
+        slots: IntArray,
     ) -> None:
         top_k = work.ids_TK.shape[1]
         for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
@@ -33,8 +38,10 @@ class TorchKernel:
             work.out_PD[pairs] = expert_output(x, spec, weights, slot)
 
 
-def expert_output(x: torch.Tensor, spec: ExpertsSpec, weights: LayerWeights, slot: int) -> torch.Tensor:
-    """What the expert in a slot makes of its tokens (n, D)."""
+def expert_output(
+    x: torch.Tensor, spec: ExpertsSpec, weights: LayerWeights | PackedWeights, slot: int
+) -> torch.Tensor:
+    """What the expert in a slot makes of its tokens (n, D); packed matrices are unpacked for it."""
     h = _linear(x, weights.up[slot], _at(weights.up_bias, slot), spec.is_transposed)
     y = _linear(spec.gate(h), weights.down[slot], _at(weights.down_bias, slot), spec.is_transposed)
     return y if spec.post_norm is None else spec.post_norm(y)

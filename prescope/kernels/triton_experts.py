@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..cache.residency import IntArray
-from .base import ExpertsSpec, LayerWeights, Work
+from .base import ExpertsSpec, LayerWeights, PackedWeights, Work
 from .tuning import tune, tuned
 
 #: Up to this many pairs per distinct expert on average, reading an expert once per pair (mostly from the L2) is
@@ -120,8 +120,14 @@ class TritonKernel:
             self._first = np.cumsum(counts) - counts
 
     def run(
-        self, work: Work, spec: ExpertsSpec, weights: LayerWeights, experts: IntArray, slots: IntArray
+        self,
+        work: Work,
+        spec: ExpertsSpec,
+        weights: LayerWeights | PackedWeights,
+        experts: IntArray,
+        slots: IntArray,
     ) -> None:
+        assert isinstance(weights, LayerWeights), "make_kernel gives packed experts to torch"
         if self._tiles:
             where = _upload(self._blocks(experts, slots), work.x_TD.device)
         elif work.num_rounds == 1:

@@ -50,14 +50,16 @@ def slots_curve_info(runs: Iterable[RunResult]) -> SlotsCurveInfo:
         BadTrace: no runs.
     """
     groups: dict[int, list[RunResult]] = {}
+    labels: dict[str, None] = {}  # more than one where machines, links or forms of experts differ
     for run in runs:
         groups.setdefault(int(run.config["num_slots"]), []).append(run)
+        labels[run.label] = None
     if not groups:
         raise BadTrace("the slots curve needs at least one run")
     last = next(reversed(groups.values()))[-1]
     return SlotsCurveInfo(
         points=tuple(_point(slots, groups[slots]) for slots in sorted(groups)),
-        origin=f"{last.label} · {last.config.get('cache', '')} · batch {last.metrics.batch}",
+        origin=f"{' and '.join(labels)} · {last.config.get('cache', '')} · batch {last.metrics.batch}",
     )
 
 

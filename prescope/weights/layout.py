@@ -1,12 +1,15 @@
 """How experts lie in memory: all tensors of an expert in one contiguous row of bytes, so that one copy moves it.
 
-Standard library and torch dtypes only; the same layout serves host rows and slots.
+The same layout serves host rows and slots. A matrix is one field, or packed in several (`formats`).
 """
 
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
 import torch
+
+from .formats import Format, PackedMatrices
 
 #: Alignment of each tensor within a row and of rows in the pool, bytes: enough for any vector load and for DMA.
 ALIGN_BYTES = 256
@@ -22,15 +25,67 @@ class Field(NamedTuple):
     nbytes: int
 
 
+class PackedMatrix(NamedTuple):
+    """A matrix (N, K) that is held in several fields, called `name` and the suffixes of the format's parts."""
+
+    name: str
+    format: Format
+    shape: tuple[int, int]
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """By suffix."""
+        return {part.suffix: self.name + part.suffix for part in self.format.parts(self.shape)}
+
+
+class Packing(NamedTuple):
+    """What packed fields stand for, and the dtype of what computes with them."""
+
+    matrices: tuple[PackedMatrix, ...]
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """Of the format: all matrices of a layer have one, with the same or other groups."""
+        return self.matrices[0].format.name
+
+    def matrix(self, name: str) -> PackedMatrix | None:
+        """The matrix of that name; None for a tensor that is a field as it is."""
+        return next((matrix for matrix in self.matrices if matrix.name == name), None)
+
+
 class RowLayout(NamedTuple):
     """The fields of one MoE layer's experts and the bytes a row takes."""
 
     fields: tuple[Field, ...]
     row_bytes: int
+    packing: Packing | None = None
+
+    def __repr__(self) -> str:
+        # Part of a model's fingerprint: that of a layout without packing is the one recordings were made with.
+        packing = "" if self.packing is None else f", packing={self.packing!r}"
+        return f"RowLayout(fields={self.fields!r}, row_bytes={self.row_bytes!r}{packing})"
 
     def field(self, name: str) -> Field:
         """The field of that name."""
         return next(field for field in self.fields if field.name == name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one expert's tensor, packed or not."""
+        packed = None if self.packing is None else self.packing.matrix(name)
+        return self.field(name).shape if packed is None else packed.shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of what computes with a tensor."""
+        return self.field(name).dtype if self.packing is None else self.packing.dtype
+
+    def matrices(self, rows: torch.Tensor, name: str) -> torch.Tensor | PackedMatrices:
+        """One tensor of all rows, to be indexed by row: views, or unpacked one by one."""
+        packed = None if self.packing is None else self.packing.matrix(name)
+        if self.packing is None or packed is None:
+            return self.view(rows, name)
+        parts = {suffix: self.view(rows, field) for suffix, field in packed.field_names.items()}
+        return PackedMatrices(packed.format, parts, packed.shape, self.packing.dtype)
 
     def view(self, rows: torch.Tensor, name: str) -> torch.Tensor:
         """One field of all rows, (N, *shape), as a view of (N, >= row_bytes) uint8 memory."""
@@ -74,3 +129,34 @@ def row_layout(tensors: dict[str, torch.Tensor]) -> RowLayout:
         fields.append(Field(name, shape, tensor.dtype, offset, nbytes))
         offset += -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
     return RowLayout(tuple(fields), offset)
+
+
+def packed_layout(
+    matrices: Sequence[PackedMatrix], dtype: torch.dtype, others: Mapping[str, tuple[int, ...]]
+) -> RowLayout:
+    """Layout of experts whose matrices are packed.
+
+    Args:
+        dtype: of what computes with them, and of `others`.
+        others: shapes of tensors that stay as they are: biases.
+    """
+    parts = {
+        matrix.name + part.suffix: torch.empty((1, *part.shape), dtype=part.dtype, device="meta")
+        for matrix in matrices
+        for part in matrix.format.parts(matrix.shape)
+    }
+    plain = {name: torch.empty((1, *shape), dtype=dtype, device="meta") for name, shape in others.items()}
+    return row_layout(parts | plain)._replace(packing=Packing(tuple(matrices), dtype))
+
+
+def pack(packing: Packing, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The fields (E, ...) of plain tensors (E, ...): matrices (E, N, K) rounded to what their format has."""
+    fields: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        matrix = packing.matrix(name)
+        if matrix is None:
+            fields[name] = tensor.to(packing.dtype)
+            continue
+        parts = matrix.format.pack(tensor)
+        fields |= {field: parts[suffix] for suffix, field in matrix.field_names.items()}
+    return fields

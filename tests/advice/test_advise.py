@@ -222,3 +222,35 @@ def test_what_the_advice_promises_the_engine_keeps():
             assert found == pytest.approx(point.on_demand_hit_rate, abs=0.01)
             nearest = min(rates, key=lambda rate: abs(rate - point.on_demand))
             assert nearest == pytest.approx(point.on_demand, rel=INTERVAL), (point, rates)
+
+
+@pytest.mark.parametrize(
+    ("packing", "row_bytes"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 3 * 64 * 32 + 256 + 256),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, 3 * 64 * 32 // 2 + 4 * 256),
+        ({"quant_method": "mxfp4"}, 3 * 64 * 32 // 2 + 256 + 256),
+    ],
+)
+def test_a_packed_checkpoint_is_counted_in_its_rows(packing, row_bytes):
+    """64 x 32 weights three times, and scales and zeros, each field in steps of 256 bytes."""
+    size = ModelSize.of(SMALL | {"quantization_config": packing})
+    assert size.shape.row_bytes == row_bytes
+    assert size.dense_bytes == ModelSize.of(SMALL).dense_bytes
+    assert any("packed experts" in note for note in size.notes)
+
+
+def test_packing_that_is_not_served_is_said():
+    size = ModelSize.of(SMALL | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    assert size.expert == ModelSize.of(SMALL).expert
+    assert any("bitsandbytes" in note for note in size.notes)
+
+
+def test_advice_on_experts_that_will_be_packed():
+    plain, packed = (advise(BIG_EXPERTS, desktop(), experts=form) for form in ("auto", "int4"))
+    assert packed.model.shape.row_bytes < plain.model.shape.row_bytes / 3.8
+    assert any("lossy" in assumption for assumption in packed.assumptions)
+    with pytest.raises(UnsupportedOption, match="choose one of 'auto'"):
+        advise(BIG_EXPERTS, desktop(), experts="int5")
+    with pytest.raises(UnsupportedOption, match="has its sizes"):
+        advise(plain.model, desktop(), experts="int4")

@@ -73,7 +73,7 @@ def test_before_the_hub_is_asked_for_what_looks_like_a_folder_the_one_meant_is_n
     def refuse(name, **keywords):
         raise OSError("no network")
 
-    monkeypatch.setattr("prescope.hf.load.AutoConfig.from_pretrained", refuse)
+    monkeypatch.setattr("prescope.hf.configuration.AutoConfig.from_pretrained", refuse)
     with pytest.warns(UserWarning, match="did you mean data/tiny-moe"), pytest.raises(BadModelFolder):
         prescope.load("data/tiny-mo")
     with pytest.warns(UserWarning, match="hub is asked for it$"), pytest.raises(BadModelFolder):

@@ -172,7 +172,7 @@ def test_nothing_in_the_package_unpickles():
 
 
 @pytest.mark.parametrize("method", ["mxfp4", "fp8", "gptq", "awq", "bitsandbytes", "from_next_year"])
-def test_packed_experts_are_refused_in_one_line_before_weights_are_read(folder, monkeypatch, method):
+def test_packing_that_is_not_there_or_not_known_is_refused_in_one_line(folder, monkeypatch, method):
     more = {"load_in_4bit": True, "quant_type": "nf4"} if method == "bitsandbytes" else {"bits": 4}
     edit(folder / "config.json", quantization_config={"quant_method": method, **more})
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("read"))

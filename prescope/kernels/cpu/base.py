@@ -28,27 +28,28 @@ class CpuLayer(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.layout.field(self.spec.down).dtype
+        """Of x, and of the output."""
+        return self.layout.dtype(self.spec.down)
 
     @property
     def in_dim(self) -> int:
         """Width of x."""
-        return self.layout.field(self.spec.up).shape[0 if self.spec.is_transposed else 1]
+        return self.layout.shape(self.spec.up)[0 if self.spec.is_transposed else 1]
 
     @property
     def up_dim(self) -> int:
         """Width between `up` and the gate, 2F with a gate."""
-        return self.layout.field(self.spec.up).shape[1 if self.spec.is_transposed else 0]
+        return self.layout.shape(self.spec.up)[1 if self.spec.is_transposed else 0]
 
     @property
     def width(self) -> int:
         """F, the width between the gate and `down`."""
-        return self.layout.field(self.spec.down).shape[0 if self.spec.is_transposed else 1]
+        return self.layout.shape(self.spec.down)[0 if self.spec.is_transposed else 1]
 
     @property
     def out_dim(self) -> int:
         """Width of the output."""
-        return self.layout.field(self.spec.down).shape[1 if self.spec.is_transposed else 0]
+        return self.layout.shape(self.spec.down)[1 if self.spec.is_transposed else 0]
 
     def weight_bytes(self) -> int:
         """Bytes of one expert that a computation reads."""

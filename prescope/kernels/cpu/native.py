@@ -249,6 +249,8 @@ class _Tables:
         self._known: dict[bytes, GateTables] = {}
 
     def of(self, layer: CpuLayer) -> GateTables:
+        if layer.layout.packing is not None:
+            raise CannotBuild(f"the compiled kernel takes no {layer.layout.packing.name} experts")
         if layer.dtype not in DTYPES:
             raise CannotBuild(f"the compiled kernel computes {DTYPES}, the experts are {layer.dtype}")
         gated = layer.up_dim == 2 * layer.width

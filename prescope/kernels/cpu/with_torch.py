@@ -192,14 +192,17 @@ def _tensor(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
 def _compute(
     layer: CpuLayer, expert_batch: ExpertBatch, i: int, x_TD: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """All pairs of the i-th expert, rounded where the GPU's kernels round: after each product, after its bias."""
+    """All pairs of the i-th expert, rounded where the GPU's kernels round: after each product, after its bias.
+
+    A packed matrix is unpacked for it, and rounded to the dtype that computes.
+    """
     pairs = slice(int(expert_batch.first[i]), int(expert_batch.first[i + 1]))
     if pairs.start == pairs.stop:
         return
     spec, expert = layer.spec, int(expert_batch.experts[i])
 
     def linear(x: torch.Tensor, weight: str, bias: str | None) -> torch.Tensor:
-        w = layer.layout.view(layer.rows, weight)[expert]
+        w = layer.layout.matrices(layer.rows, weight)[expert]
         y = x @ w if spec.is_transposed else functional.linear(x, w)
         return y if bias is None else y + layer.layout.view(layer.rows, bias)[expert]
 

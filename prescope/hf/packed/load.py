@@ -1,0 +1,98 @@
+"""Load a packed checkpoint: the model by transformers, its experts left in their files until rows are filled."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from ...errors import BadModelFolder, UnsupportedOption
+from ..arguments import Source
+from ..configuration import without_packing
+from ..loaded import Check, LoadedModel
+from ..moe_layers import find_moe_layers, top_k_of
+from ..reading import naming, read_model, reading
+from ..skeleton import skeleton
+from ..tokenizer import read_tokenizer
+from .checkpoint import Checkpoint
+from .methods import published_of
+from .plan import PackedPlan
+
+
+def load_packed(
+    name: str | Path,
+    config: PreTrainedConfig,
+    packing: Mapping[str, Any],
+    dtype: torch.dtype | str,
+    check: Check,
+    source: Source,
+    experts: str,
+) -> LoadedModel:
+    """Load a checkpoint whose `quantization_config` is `packing`; the rest as of `load_model`."""
+    method = packing.get("quant_method", "unknown")
+    with naming(f"{name} is quantised ({method})"):
+        published = published_of(packing)
+    if experts != "auto":
+        raise UnsupportedOption(
+            f"{name} is quantised ({method}) already, so its experts are not packed to {experts}; leave experts= out, "
+            f"or load the same model in bfloat16"
+        )
+    config = without_packing(config)
+    wanted = _dtype_of_packed(config, dtype)
+    bare = skeleton(name, config, wanted, source)
+    plain = find_moe_layers(bare)
+    with naming(f"{name} is quantised ({method})"):
+        plan = PackedPlan.of(Checkpoint(_weight_files(name, source)), published, bare, plain, wanted)
+    layers = plan.layers(plain)
+    text = plan.describe(layers)
+    check(layers, top_k_of(bare), text)
+    attention = {key: value for key, value in source.weights.items() if key == "attn_implementation"}
+    model = read_model(name, type(bare), config, wanted, state_dict=plan.state_dict(), **attention)
+    model.config.name_or_path = str(name)
+    _read_generation_config(name, model, source)
+    return LoadedModel(model, read_tokenizer(name, source), plan.layers(find_moe_layers(model)), text)
+
+
+def _dtype_of_packed(config: PreTrainedConfig, dtype: torch.dtype | str) -> torch.dtype:
+    """What packed weights are computed in: as asked for, else as the configuration says, else bfloat16."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    said = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    return said if isinstance(said, torch.dtype) and said.itemsize >= 2 else torch.bfloat16
+
+
+def _weight_files(name: str | Path, source: Source) -> list[Path]:
+    """The safetensors files of a folder, or of a hub id, which are fetched.
+
+    Raises:
+        BadModelFolder: there are none.
+    """
+    variant = source.weights.get("variant")
+    middle = f".{variant}" if variant else ""
+    with reading(f"the weights of {name} cannot be fetched"):
+        index = cached_file(
+            name,
+            f"model.safetensors.index{middle}.json",
+            _raise_exceptions_for_missing_entries=False,
+            **source.hub,
+        )
+        if index is not None:
+            files, _ = get_checkpoint_shard_files(str(name), index, **source.hub)
+            return [Path(file) for file in files]
+        whole = cached_file(
+            name, f"model{middle}.safetensors", _raise_exceptions_for_missing_entries=False, **source.hub
+        )
+    if whole is None:
+        raise BadModelFolder(f"{name} has no model.safetensors, and packed weights are read from those only")
+    return [Path(whole)]
+
+
+def _read_generation_config(name: str | Path, model: PreTrainedModel, source: Source) -> None:
+    with reading(f"the generation_config.json of {name} cannot be used"):
+        found = cached_file(
+            name, "generation_config.json", _raise_exceptions_for_missing_entries=False, **source.hub
+        )
+        if found is not None and model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(name, **source.hub)

@@ -1,0 +1,71 @@
+"""Packing experts while they are loaded: plain weights in, rows of fewer bits out. The numbers change."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from ...kernels import ExpertsSpec
+from ...weights.formats import format_for
+from ...weights.layout import PackedMatrix, Packing, pack, packed_layout
+from ..moe_layers import MoELayer
+from .gate_order import in_two_halves, is_interleaved
+
+
+def packed_on_load(layers: Sequence[MoELayer], name: str) -> list[MoELayer]:
+    """The layers with rows in the format of that name (`formats.PACKED`); their modules' weights stay until then.
+
+    Raises:
+        UnsupportedOption: rows of their lengths cannot be packed so.
+    """
+    return [_packed(layer, name) for layer in layers]
+
+
+def _packed(layer: MoELayer, name: str) -> MoELayer:
+    spec = layer.spec
+    shapes = {
+        matrix: (shape[1], shape[0]) if spec.is_transposed else (shape[0], shape[1])
+        for matrix in (spec.up, spec.down)
+        for shape in [layer.layout.shape(matrix)]
+    }
+    format = format_for(name, *(columns for _, columns in shapes.values()))
+    matrices = [PackedMatrix(matrix, format, shape) for matrix, shape in shapes.items()]
+    biases = [bias for bias in (spec.up_bias, spec.down_bias) if bias is not None]
+    dtype = layer.layout.dtype(spec.up)
+    layout = packed_layout(matrices, dtype, {bias: layer.layout.shape(bias) for bias in biases})
+    is_halved = bool(layer.module.has_gate) and is_interleaved(spec.gate, shapes[spec.up][0])
+    gate = in_two_halves(spec.gate) if is_halved else spec.gate
+    assert layout.packing is not None
+    return replace(
+        layer,
+        layout=layout,
+        spec=replace(spec, is_transposed=False, gate=gate),
+        read_fields=partial(_packed_fields, layer, layout.packing, spec, is_halved),
+        is_lossy=True,
+    )
+
+
+@torch.no_grad()
+def _packed_fields(
+    layer: MoELayer, packing: Packing, spec: ExpertsSpec, is_halved: bool
+) -> dict[str, torch.Tensor]:
+    """A layer's fields (E, ...), expert by expert: packing takes a few times the memory of what is packed."""
+    tensors = layer.tensors()
+    experts = [pack(packing, _one(tensors, expert, spec, is_halved)) for expert in range(layer.num_experts)]
+    return {name: torch.cat([one[name] for one in experts]) for name in experts[0]}
+
+
+def _one(
+    tensors: dict[str, torch.Tensor], expert: int, spec: ExpertsSpec, is_halved: bool
+) -> dict[str, torch.Tensor]:
+    """An expert's tensors (1, ...), matrices as (1, N, K), gate before up."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        one = tensor[expert : expert + 1].detach()
+        if spec.is_transposed and name in (spec.up, spec.down):
+            one = one.mT
+        if is_halved and name in (spec.up, spec.up_bias):
+            one = torch.cat([one[:, 0::2], one[:, 1::2]], dim=1)
+        found[name] = one
+    return found

@@ -1,0 +1,172 @@
+"""What of a packed checkpoint stays packed, what is unpacked, and the model with its experts left out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...core.units import format_bytes
+from ...errors import BadModelFolder, UnsupportedExperts
+from ..moe_layers import MoELayer
+from .checkpoint import Checkpoint
+from .layer_rows import LayerRows
+from .places import Place, Places
+from .published import Matrix, Published, matrices_in
+from .source import Source
+
+
+class Unpacked:
+    """A packed matrix as its plain weight: unpacked to float32 when transformers slices it, and cast by it then."""
+
+    def __init__(self, checkpoint: Checkpoint, matrix: Matrix) -> None:
+        self._checkpoint, self._matrix = checkpoint, matrix
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        matrix, checkpoint = self._matrix, self._checkpoint
+        format, parts = matrix.format(checkpoint), matrix.read(checkpoint)
+        return format.unpack(parts, matrix.shape(checkpoint))[index]
+
+
+class LeftOut:
+    """An experts' parameter of which the model gets the shape only: one number, seen everywhere."""
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self._shape, self._dtype = parameter.shape, parameter.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return torch.zeros((), dtype=self._dtype).expand(self._shape)[index]
+
+
+@dataclass(frozen=True)
+class PackedPlan:
+    """How a packed checkpoint is loaded.
+
+    Attributes:
+        rows: by the names of the layers that stay packed.
+        published: how it is written.
+        unpacked: matrices that become plain weights. `plain`: names of tensors that are already.
+        left_out: parameters of the layers that stay packed.
+        dtype: of what computes.
+    """
+
+    checkpoint: Checkpoint
+    published: Published
+    rows: Mapping[str, LayerRows]
+    unpacked: Sequence[Matrix]
+    plain: Sequence[str]
+    left_out: Mapping[str, torch.Tensor]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        published: Published,
+        model: PreTrainedModel,
+        layers: Sequence[MoELayer],
+        dtype: torch.dtype,
+    ) -> "PackedPlan":
+        """For a model on meta and its layers.
+
+        Raises:
+            UnsupportedExperts, BadModelFolder: its experts cannot be rows.
+        """
+        matrices = {matrix.weight: matrix for matrix in matrices_in(published, checkpoint.entries)}
+        if not matrices:
+            raise BadModelFolder(
+                f"the config names a quantization_config ({published.label}), and none of {len(checkpoint.entries)} "
+                f"tensors in the files is packed so; they do not belong together. Fetch the checkpoint again"
+            )
+        packed_names = {name for matrix in matrices.values() for name in matrix.names.values()}
+        plain = [name for name in checkpoint.entries if name not in packed_names]
+        _require_scales(checkpoint, plain)
+        places = Places(model)
+        owned = {f"{layer.name}.{name}" for layer in layers for name in layer.weight_names}
+        found: dict[str, dict[str, Place]] = {target: {} for target in owned}
+        for weight in [*matrices, *plain]:
+            place = places.of(weight)
+            if place.target in owned:
+                found[place.target][weight] = place
+        packed = [layer for layer in layers if _is_packed(layer, found, matrices)]
+        rows = {layer.name: _rows_of(layer, checkpoint, matrices, found, dtype) for layer in packed}
+        parameters = model.state_dict()
+        targets = [f"{layer.name}.{name}" for layer in packed for name in layer.weight_names]
+        taken = {weight for target in targets for weight in found[target]}
+        return cls(
+            checkpoint,
+            published,
+            rows,
+            unpacked=[matrix for weight, matrix in matrices.items() if weight not in taken],
+            plain=[name for name in plain if name not in taken],
+            left_out={target: parameters[target] for target in targets},
+            dtype=dtype,
+        )
+
+    def layers(self, layers: Sequence[MoELayer]) -> list[MoELayer]:
+        """The layers of a model, with the rows of those that stay packed."""
+        return [self.rows[layer.name].of(layer) if layer.name in self.rows else layer for layer in layers]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What transformers loads: everything but packed experts, in plain form, and nothing of it read yet."""
+        return {
+            **{name: self.checkpoint.lazy(name) for name in self.plain},
+            **{matrix.weight: Unpacked(self.checkpoint, matrix) for matrix in self.unpacked},
+            **{target: LeftOut(parameter) for target, parameter in self.left_out.items()},
+        }
+
+    def describe(self, layers: Sequence[MoELayer]) -> str:
+        """What is served packed and what is not, in one line, for the layers as `layers` gives them."""
+        packed = [layer for layer in layers if layer.name in self.rows]
+        names = " and ".join(sorted({layer.layout.packing.name for layer in packed if layer.layout.packing}))
+        size = format_bytes(sum(layer.nbytes for layer in packed))
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{len(packed)} of {len(layers)} MoE layers stay packed in {names} ({self.published.label}), {size}"
+        if self.unpacked:
+            text += f"; {len(self.unpacked)} other packed matrices are unpacked to {dtype}"
+        return text
+
+
+def _require_scales(checkpoint: Checkpoint, plain: Sequence[str]) -> None:
+    """Weights of 8 bits whose scale is nowhere would be taken for plain numbers."""
+    lonely = [name for name in plain if checkpoint.entries[name].dtype in ("F8_E4M3", "F8_E5M2", "I8")]
+    if lonely:
+        raise BadModelFolder(
+            f"{lonely[0]} and {len(lonely) - 1} other weights are {checkpoint.entries[lonely[0]].dtype} and have no "
+            f"scales that are known; fetch the checkpoint again"
+        )
+
+
+def _is_packed(
+    layer: MoELayer, found: Mapping[str, Mapping[str, Place]], matrices: Mapping[str, Matrix]
+) -> bool:
+    """Whether a layer's matrices are packed in the files.
+
+    Raises:
+        UnsupportedExperts: some are.
+        BadModelFolder: they are not there at all.
+    """
+    targets = [f"{layer.name}.{name}" for name in (layer.spec.up, layer.spec.down)]
+    weights = [weight in matrices for target in targets for weight in found[target]]
+    if lost := [target for target in targets if not found[target]]:
+        raise BadModelFolder(f"the files have no weights for {lost[0]}; fetch the checkpoint again")
+    if any(weights) and not all(weights):
+        raise UnsupportedExperts(
+            f"{layer.name} has {sum(weights)} packed weights of {len(weights)}; all of a layer are packed, or none"
+        )
+    return any(weights)
+
+
+def _rows_of(
+    layer: MoELayer,
+    checkpoint: Checkpoint,
+    matrices: Mapping[str, Matrix],
+    found: Mapping[str, Mapping[str, Place]],
+    dtype: torch.dtype,
+) -> LayerRows:
+    sources = {
+        name: Source.of(f"{layer.name}.{name}", found[f"{layer.name}.{name}"], layer.num_experts)
+        for name in layer.weight_names
+    }
+    return LayerRows(layer, checkpoint, matrices, sources, dtype)

@@ -1,0 +1,146 @@
+"""How tools write packed matrices into checkpoints: the tensors of one matrix, and how they become one of our formats.
+
+One class for each way of writing. Nothing here knows where in a model a matrix belongs.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from ...errors import UnsupportedExperts
+from ...weights.formats import Format
+from .checkpoint import Checkpoint, Entry
+
+#: Tensors of one matrix, by role.
+Tensors = Mapping[str, torch.Tensor]
+Entries = Mapping[str, Entry]
+
+
+class Naming(NamedTuple):
+    """What the tensors of one matrix are called.
+
+    Attributes:
+        roles: role -> what follows the stem. The last one is there for packed matrices only.
+        optional: roles that may be missing.
+        weight: what the plain weight would have behind the stem.
+    """
+
+    roles: dict[str, str]
+    optional: dict[str, str]
+    weight: str
+
+
+class Published(ABC):
+    """A way in which packed matrices are written.
+
+    Attributes:
+        label: in words.
+        namings: tried one after the other.
+        is_out_in: see there.
+    """
+
+    label: str
+    namings: tuple[Naming, ...]
+    #: Whether tensors of all experts are (E, out, in) even where the plain ones of the family are (E, in, out).
+    is_out_in = False
+
+    @abstractmethod
+    def shape(self, entries: Entries) -> tuple[int, ...]:
+        """Shape of the plain weight: (N, K), or (E, N, K) of all experts."""
+
+    @abstractmethod
+    def format(self, entries: Entries) -> Format:
+        """What a matrix is brought to.
+
+        Raises:
+            UnsupportedExperts: nothing here holds it exactly.
+        """
+
+    @abstractmethod
+    def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+        """The format's parts of a matrix, by suffix, without loss."""
+
+    def check(self, tensors: Tensors, where: str) -> None:  # noqa: B027 - most say all in their headers
+        """Look at what only the values say.
+
+        Raises:
+            UnsupportedExperts: they say that it cannot be read.
+        """
+
+
+class Matrix(NamedTuple):
+    """One packed matrix of a checkpoint, or one of all experts.
+
+    Attributes:
+        stem: what its tensors' names begin with.
+        weight: name that the plain weight would have.
+        names: of its tensors, by role.
+    """
+
+    published: Published
+    stem: str
+    weight: str
+    names: dict[str, str]
+
+    def shape(self, checkpoint: Checkpoint) -> tuple[int, int]:
+        """(N, K)."""
+        rows, columns = self.published.shape(self._entries(checkpoint))[-2:]
+        return rows, columns
+
+    def format(self, checkpoint: Checkpoint) -> Format:
+        """What it is brought to.
+
+        Raises:
+            UnsupportedExperts: nothing here holds it exactly.
+        """
+        try:
+            return self.published.format(self._entries(checkpoint))
+        except UnsupportedExperts as error:
+            raise UnsupportedExperts(f"{self.stem} is packed ({self.published.label}): {error}") from error
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Look at what only its values say; raises UnsupportedExperts."""
+        self.published.check(_Read(checkpoint, self.names), self.stem)
+
+    def read(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        """The format's parts, by suffix; raises as `check`."""
+        self.check(checkpoint)
+        return self.published.convert(_Read(checkpoint, self.names))
+
+    def _entries(self, checkpoint: Checkpoint) -> dict[str, Entry]:
+        return {role: checkpoint.entries[name] for role, name in self.names.items()}
+
+
+class _Read(Mapping[str, torch.Tensor]):
+    """A matrix's tensors by role, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, names: dict[str, str]) -> None:
+        self._checkpoint, self._names = checkpoint, names
+
+    def __getitem__(self, role: str) -> torch.Tensor:
+        return self._checkpoint.read(self._names[role])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def matrices_in(published: Published, entries: Mapping[str, Entry]) -> list[Matrix]:
+    """All packed matrices among a checkpoint's tensors."""
+    found: dict[str, Matrix] = {}
+    for naming in published.namings:
+        marker = list(naming.roles.values())[-1]
+        for name in entries:
+            stem = name.removesuffix(marker)
+            if stem == name or stem in found:
+                continue
+            names = {role: stem + suffix for role, suffix in naming.roles.items()}
+            if all(other in entries for other in names.values()):
+                more = {role: stem + suffix for role, suffix in naming.optional.items()}
+                names |= {role: other for role, other in more.items() if other in entries}
+                found[stem] = Matrix(published, stem, stem + naming.weight, names)
+    return list(found.values())

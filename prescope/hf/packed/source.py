@@ -1,0 +1,45 @@
+"""Which weights of a checkpoint an experts' parameter is made of."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ...errors import BadModelFolder, UnsupportedExperts
+from .places import STACKED, STACKED_PAIRS, Place, in_order
+
+
+class Source(NamedTuple):
+    """Where one of a layer's parameters comes from.
+
+    Attributes:
+        parts: what is put one behind the other, each the names of E weights, or of one that has all experts.
+        is_stacked: whether they are weights of single experts.
+    """
+
+    parts: tuple[tuple[str, ...], ...]
+    is_stacked: bool
+
+    @classmethod
+    def of(cls, target: str, weights: Mapping[str, Place], num_experts: int) -> "Source":
+        """Of the weights that belong to a parameter, with the place of each.
+
+        Raises:
+            UnsupportedExperts: it is made of them in a way that packed weights cannot go through.
+            BadModelFolder: some are missing.
+        """
+        steps = {place.steps for place in weights.values()}
+        if steps == {()} and len(weights) == 1:
+            return cls((tuple(weights),), False)
+        if len(steps) != 1 or steps.isdisjoint((STACKED, STACKED_PAIRS)):
+            names = ", ".join(name for name, _ in next(iter(steps))) or "several weights"
+            raise UnsupportedExperts(f"{target} is made by {names}, which packed weights cannot go through")
+        num_parts = 1 + max(place.part for place in weights.values())
+        parts = tuple(
+            tuple(in_order(name for name, place in weights.items() if place.part == part))
+            for part in range(num_parts)
+        )
+        if any(len(part) != num_experts for part in parts):
+            found = ", ".join(str(len(part)) for part in parts)
+            raise BadModelFolder(
+                f"{target} needs the weights of {num_experts} experts, the files have {found}; fetch them again"
+            )
+        return cls(parts, True)

@@ -1,0 +1,66 @@
+"""Calls into transformers that read somebody's files: whatever they raise is said in one line."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import BadModelFolder, PrescopeError, UnsupportedExperts
+
+SAID = 400  # characters of somebody else's error that are quoted
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever transformers raises while it reads somebody's files is the files' fault, and is said so."""
+    try:
+        yield
+    except PrescopeError:
+        raise
+    # tokenizers raises plain Exception, and fuzzed files many other kinds (docs/robustness.md): no list of them would
+    # be whole. Only calls into transformers stand inside.
+    except Exception as error:
+        text = " ".join(str(error).split())
+        said = text if len(text) <= SAID else f"{text[:SAID]} ..."
+        raise BadModelFolder(f"{what}: {type(error).__name__}: {said}") from error
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Say in errors of packed experts which model they are of."""
+    try:
+        yield
+    except UnsupportedExperts as error:
+        raise UnsupportedExperts(
+            f"{what}, and {error}; load the same model in bfloat16, or in another format"
+        ) from error
+
+
+def read_model(
+    name: str | Path,
+    found: Any,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    state_dict: Mapping[str, Any] | None = None,
+    **keywords: Any,
+) -> PreTrainedModel:
+    """The model with its weights, by transformers: from where `name` says, or from a state that is given."""
+    with reading(f"{name} cannot be loaded"):
+        model, info = found.from_pretrained(
+            name if state_dict is None else None,
+            dtype=dtype,
+            config=config,
+            output_loading_info=True,
+            **({} if state_dict is None else {"state_dict": state_dict}),
+            **keywords,
+        )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        bad = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise BadModelFolder(
+            f"{name} lacks {len(bad)} weights or has them in another shape ({', '.join(bad[:3])}, ...); they would be "
+            f"random. Fetch the checkpoint again"
+        )
+    return model.eval()

@@ -1,0 +1,89 @@
+"""A packed checkpoint gives what its numbers give, however its experts are moved; what cannot be read is refused.
+
+The numbers are those of `tests.support.packed_checkpoints`, in float32, in a plain model of transformers.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+import prescope
+from prescope.core.types import MoEShape
+from prescope.predictor import EarlyRouter, Routers
+from prescope.scheduler.costs import LayerCosts
+from tests.support.models import plain_tokens, prompt
+from tests.support.packed_checkpoints import EXPERTS, FORMS, LAYOUTS, TOP_K, write
+
+pytestmark = pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
+#: Of the largest logit, as in test_families; dequantising with a wrong scale or order moves one by 0.1 and more.
+TOLERANCE = 1e-5
+COSTS = LayerCosts(
+    link_us=100.0, gpu_us=5.0, rest_us=200.0, cpu_us=(0.0, 80.0, 120.0, 160.0), cpu_base_us=10.0, decide_us=30.0,
+    source="made up for a test",
+)  # fmt: skip
+load = partial(prescope.load, dtype="float32", device="cpu", link_gb_per_s=50.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def written(request, tmp_path_factory):
+    """A layout's name, its folder and the plain model."""
+    folder = tmp_path_factory.mktemp("packed")
+    return request.param, folder, write(request.param, folder)
+
+
+def distance(logits: torch.Tensor, plain: torch.Tensor) -> float:
+    return float((logits - plain).abs().max() / plain.abs().max())
+
+
+@pytest.mark.parametrize("slots", [TOP_K, 1.0])
+def test_logits_and_tokens_are_those_of_the_numbers(written, slots):
+    name, folder, plain = written
+    with load(folder, slots=slots) as engine, torch.no_grad():
+        assert engine.form == FORMS[name] and not engine.is_lossy
+        for batch in (1, 3):
+            ids = prompt(batch)
+            assert distance(engine.model(ids).logits, plain(ids).logits) < TOLERANCE
+            assert engine.generate(ids, max_new_tokens=8).tokens == plain_tokens(plain, ids, 8)
+        engine.check_integrity()
+
+
+@pytest.mark.parametrize("schedule", ["fiddler", "presched", "hybrimoe"])
+def test_tokens_are_the_same_under_schedules_that_compute_on_the_cpu_and_prefetch(written, schedule):
+    _, folder, plain = written
+    ids = prompt(2)
+    with load(folder, slots=7, schedule=schedule, costs=COSTS, cpu_threads=1, frequencies=None) as engine:
+        if schedule == "presched":
+            engine.configure(predictor=early_router(engine))
+        run = engine.generate(ids, max_new_tokens=8)
+        assert run.tokens == plain_tokens(plain, ids, 8)
+        assert run.layers["on_cpu"].sum() > 0 or schedule != "fiddler"
+        engine.check_integrity()
+
+
+def early_router(engine) -> EarlyRouter:
+    layers = len(engine.layers)
+    weights = torch.randn(
+        layers, EXPERTS, engine.model.config.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
+    return EarlyRouter(MoEShape(layers, EXPERTS, TOP_K), Routers.of_weights(weights), layers - 1)
+
+
+@pytest.mark.parametrize("layout", ["qwen3 fp8", "mixtral awq"])
+def test_in_bfloat16_every_weight_is_rounded_once(tmp_path, layout):
+    """So the logits are, to the bit, those of the numbers rounded to bfloat16."""
+    write(layout, tmp_path / "packed").save_pretrained(tmp_path / "plain")
+    found = []
+    for folder in ("packed", "plain"):
+        with load(tmp_path / folder, slots=9, dtype="bfloat16") as engine, torch.no_grad():
+            assert engine.hardware()["dtype"] == "bfloat16"
+            found.append(engine.model(prompt(2)).logits)
+    assert torch.equal(*found)

@@ -1,0 +1,303 @@
+"""Loading packed checkpoints, and packing plain ones: what is said, what is kept, what is refused before it is read."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import prescope
+from prescope.errors import BadModelFolder, NotEnoughMemory, UnsupportedExperts, UnsupportedOption
+from prescope.hf import HostParameter
+from tests.support import families
+from tests.support.models import plain_tokens, prompt, tiny_moe
+from tests.support.packed_checkpoints import EXPERTS, LAYOUTS, edit_config, is_packed, write
+
+pytestmark = pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
+TOLERANCE = 1e-5
+load = partial(prescope.load, dtype="float32", device="cpu", link_gb_per_s=50.0)
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fp8")
+    return folder, write("qwen3 fp8", folder)
+
+
+def distance(logits: torch.Tensor, plain: torch.Tensor) -> float:
+    return float((logits - plain).abs().max() / plain.abs().max())
+
+
+def test_what_is_packed_and_what_is_unpacked_is_said_everywhere(fp8):
+    folder, _ = fp8
+    with load(folder, slots=8) as engine:
+        assert "3 of 3 MoE layers stay packed in fp8" in engine.reasons["experts"]
+        assert "12 other packed matrices are unpacked to float32" in engine.reasons["experts"]
+        assert engine.reasons["experts"] in repr(engine) and engine.reasons["experts"] in engine._repr_html_()
+        run = engine.generate(prompt(), max_new_tokens=3)
+        assert run.config["expert_form"] == "fp8" and run.config["lossy"] is False
+        assert "fp8 experts" in run.label and "lossy" not in run.label
+
+
+def test_slots_in_bytes_are_counted_in_packed_rows(fp8):
+    """A row: 2 x 96 x 64 and 64 x 96 bytes, and 6 x 1 and 1 x 1 scales, in steps of 256 bytes."""
+    folder, _ = fp8
+    with load(folder, slots="400KiB") as engine:
+        assert engine.shape.row_bytes == 192 * 64 + 64 * 96 + 2 * 256
+        assert engine.num_slots == 400 * 1024 // engine.shape.row_bytes
+        assert engine.expert_size == (engine.shape.row_bytes, 64, 96)
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8", "int4", "mxfp4"])
+def test_packing_at_load_is_marked_lossy_and_computes_with_what_it_packed(tmp_path, form):
+    model = tiny_moe(hidden_size=64, moe_intermediate_size=32)
+    model.save_pretrained(tmp_path)
+    ids = prompt(3)
+    with load(tmp_path, slots=8, experts=form) as engine, torch.no_grad():
+        run = engine.generate(ids, max_new_tokens=4)
+        for layer, held, own in zip(
+            engine.layers, engine.runner.host.layers, model.model.layers, strict=True
+        ):
+            for name in layer.weight_names:
+                weight = own.mlp.experts.get_parameter(name)
+                matrices = layer.layout.matrices(held.rows, name)
+                packed = torch.stack([matrices[expert] for expert in range(EXPERTS)])
+                assert 0 < (packed - weight).abs().max() < 0.2 * weight.abs().max()
+                weight.copy_(packed)
+        assert distance(engine.model(ids).logits, model(ids).logits) < TOLERANCE
+        engine.check_integrity()
+    assert run.tokens == plain_tokens(model, ids, 4)
+    assert run.config["lossy"] is True and run.config["experts"] == form
+    assert f"{form} experts (lossy)" in run.label and f"{form} experts (lossy)" in repr(run)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["aria", "ernie4_5_vl_moe", "gpt_oss", "granitemoe", "muse_spark", "nemotron_h", "openai_privacy_filter"],
+)
+def test_every_kind_of_family_can_be_packed_at_load(tmp_path, name):
+    """Stored (in, out), two modules a layer, gate and up in turns, a norm behind, no gate: weights that int8 holds
+    exactly give the plain model's logits.
+    """
+    if name not in families.FAMILIES:
+        pytest.skip(f"the installed transformers has no {name}")
+    plain = families.build(name)
+    with torch.no_grad():
+        for module in families.experts_modules(plain).values():
+            for weight in (module._parameters.get(key) for key in ("gate_up_proj", "up_proj", "down_proj")):
+                if weight is not None:
+                    rows = weight.mT if module.is_transposed else weight
+                    whole = (rows * 60).round().clamp(-126, 126)
+                    whole[..., 0] = 127
+                    rows.copy_(whole / 254)
+    plain.save_pretrained(tmp_path)
+    inputs = families.prompts(2)
+    with load(tmp_path, slots=0.5, experts="int8") as engine:
+        found = families.logits(engine.model, name, inputs)
+    assert distance(found, families.logits(plain, name, inputs)) < TOLERANCE
+
+
+def test_fp8_experts_that_are_stored_inputs_first_are_turned(tmp_path):
+    """As Qwen3-VL's are: (E, D, 2F) and (E, F, D), with scales that lie likewise."""
+    config = families.tiny_config(families.FAMILIES["qwen3_vl_moe"])
+    config.text_config.moe_intermediate_size = 24
+    plain = families.model_class(families.FAMILIES["qwen3_vl_moe"])(config).eval()
+    families.randomise(plain, seed=0)
+    plain.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in list(tensors.items()):
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            weight = (
+                weight
+                if weight.shape[1] == {"gate_up_proj": 32, "down_proj": 24}[name.split(".")[-1]]
+                else weight.mT
+            )
+            inputs, outputs = weight.shape[1:]
+            scale = torch.rand(len(weight), -(-inputs // 16), -(-outputs // 8), generator=generator) + 0.5
+            spread = scale.repeat_interleave(16, 1)[:, :inputs].repeat_interleave(8, 2)[:, :, :outputs]
+            tensors[name] = (weight / spread).to(torch.float8_e4m3fn).contiguous()
+            tensors[f"{name}_scale_inv"] = scale
+            with torch.no_grad():
+                plain.get_parameter(name).copy_((tensors[name].float() * spread).mT)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    edit_config(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [16, 8]})
+    inputs = families.prompts(2)
+    with load(tmp_path, slots=8) as engine:
+        found = families.logits(engine.model, "qwen3_vl_moe", inputs)
+        assert engine.form == "fp8"
+    assert distance(found, families.logits(plain, "qwen3_vl_moe", inputs)) < TOLERANCE
+
+
+def test_gradients_pass_packed_experts(fp8):
+    folder, plain = fp8
+    found = []
+    with load(folder, slots=8) as engine:
+        for model in (plain, engine.model):
+            embeddings = model.get_input_embeddings()(prompt()).detach().requires_grad_()
+            model.requires_grad_(False)
+            model(inputs_embeds=embeddings).logits.sum().backward()
+            found.append(embeddings.grad)
+    assert distance(found[1], found[0]) < 1e-4
+
+
+def test_a_calibration_measures_packed_rows(fp8):
+    folder, _ = fp8
+    with load(folder, slots=8) as engine:
+        profile = prescope.calibrate(engine, seconds=0.5, save=False)
+        sizes = {point.of.expert for point in profile.points if point.of.kind in ("cpu", "gpu")}
+        assert sizes == {engine.expert_size}
+
+
+# -- life and memory ---------------------------------------------------------------------------------------------
+
+
+def test_after_its_engine_the_model_says_where_its_experts_are(fp8):
+    folder, _ = fp8
+    engine = load(folder, slots=8)
+    model = engine.model
+    assert type(model.model.layers[0].mlp.experts.down_proj) is HostParameter
+    engine.close()
+    with pytest.raises(UnsupportedExperts, match="load it again"):
+        model(prompt())
+    with pytest.raises(UnsupportedExperts, match="load it again"):
+        prescope.attach(model, slots=8, device="cpu")
+
+
+def test_experts_that_are_not_packed_in_the_files_stay_plain(tmp_path):
+    """`modules_to_not_convert`: one layer of the three, and all attention."""
+    plain = write("qwen3 fp8", tmp_path, lambda name: is_packed(name) and "layers.1.mlp" in name)
+    with load(tmp_path, slots=8) as engine, torch.no_grad():
+        assert [layer.layout.packing is None for layer in engine.layers] == [True, False, True]
+        assert "1 of 3 MoE layers stay packed" in engine.reasons["experts"]
+        ids = prompt(2)
+        assert distance(engine.model(ids).logits, plain(ids).logits) < TOLERANCE
+
+
+def test_a_checkpoint_in_several_files_is_read_from_all(tmp_path):
+    plain = write("deepseek fp8", tmp_path)
+    split(tmp_path, 3)
+    with load(tmp_path, slots=8) as engine, torch.no_grad():
+        assert distance(engine.model(prompt()).logits, plain(prompt()).logits) < TOLERANCE
+
+
+def split(folder, num_files: int) -> None:
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(whole)
+    files = {
+        name: f"model-{i % num_files + 1:05d}-of-{num_files:05d}.safetensors" for i, name in enumerate(names)
+    }
+    for file in set(files.values()):
+        save_file(
+            {name: whole[name] for name in names if files[name] == file}, folder / file, {"format": "pt"}
+        )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def test_experts_in_one_tensor_of_a_layer_are_read_too(tmp_path):
+    """As transformers keeps FP8 experts: (E, 2F, D) with scales (E, 2F / 128, D / 128)."""
+    plain = write("qwen3 fp8", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    experts = {name: tensors.pop(name) for name in list(tensors) if ".experts." in name}
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        for parameter, parts in (("gate_up_proj", ["gate_proj", "up_proj"]), ("down_proj", ["down_proj"])):
+            wide = [
+                torch.cat([wide_rows(experts, f"{prefix}.{expert}.{part}") for part in parts])
+                for expert in range(EXPERTS)
+            ]
+            tensors[f"{prefix}.{parameter}"] = torch.stack(
+                [weight.to(torch.float8_e4m3fn) for weight in wide]
+            )
+            rows, columns = wide[0].shape
+            tensors[f"{prefix}.{parameter}_scale_inv"] = torch.ones(
+                EXPERTS, -(-rows // 128), -(-columns // 128)
+            )
+            with torch.no_grad():
+                target = plain.model.layers[layer].mlp.experts.get_parameter(parameter)
+                target.copy_(tensors[f"{prefix}.{parameter}"].float())
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with load(tmp_path, slots=8) as engine, torch.no_grad():
+        assert engine.form == "fp8"
+        assert distance(engine.model(prompt()).logits, plain(prompt()).logits) < TOLERANCE
+
+
+def wide_rows(tensors: dict[str, torch.Tensor], stem: str) -> torch.Tensor:
+    return tensors[f"{stem}.weight"].float() * 2.0**-9
+
+
+def test_host_memory_that_does_not_suffice_is_said_before_weights_are_read(fp8, monkeypatch):
+    monkeypatch.setattr("prescope.weights.host_pool.available_memory_bytes", lambda: 100_000)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("read"))
+    with pytest.raises(NotEnoughMemory, match="experts take"):
+        load(fp8[0], slots=8)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "reason"),
+    [
+        ("mixtral gptq", {"desc_act": True}, "desc_act=True"),
+        ("mixtral gptq", {"bits": 8}, "bits=8"),
+        ("mixtral awq", {"version": "gemv"}, "version='gemv'"),
+        ("mixtral awq", {"quant_method": "bitsandbytes"}, "'bitsandbytes' is not one of"),
+        ("qwen3 int4", {"format": "marlin-24"}, "'marlin-24'"),
+        ("qwen3 int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
+        ("qwen3 fp8", {"weight_block_size": [64, 64]}, "blocks"),
+        ("qwen3 fp8", {"quant_method": "mxfp4"}, "none of .* tensors"),
+    ],
+)  # fmt: skip
+def test_what_is_not_served_is_refused_by_name_before_weights_are_read(
+    tmp_path, monkeypatch, layout, changes, reason
+):
+    write(layout, tmp_path)
+    edit_config(tmp_path, quantization_config=LAYOUTS[layout][2] | changes)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("read"))
+    with pytest.raises((UnsupportedExperts, BadModelFolder), match=reason) as refused:
+        load(tmp_path, slots=8)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_columns_in_another_order_are_refused_whatever_the_config_says(tmp_path):
+    write("mixtral gptq", tmp_path)
+    change(tmp_path, lambda name, tensor: tensor.flip(0) if name.endswith("experts.0.w1.g_idx") else tensor)
+    with pytest.raises(UnsupportedExperts, match="act-order"):
+        load(tmp_path, slots=8)
+
+
+@pytest.mark.parametrize(
+    ("lost", "error"),
+    [
+        ("layers.1.mlp.experts.3.up_proj.weight_scale_inv", "no scales"),
+        ("layers.1.mlp.experts.3.", "8 experts, the files have 7"),
+        ("layers.1.mlp.experts.", "no weights for"),
+        ("layers.1.self_attn.q_proj.", "q_proj"),
+    ],
+)
+def test_what_is_missing_from_the_files_is_named(tmp_path, lost, error):
+    write("qwen3 fp8", tmp_path)
+    change(tmp_path, lambda name, tensor: None if lost in name else tensor)
+    with pytest.raises(BadModelFolder, match=error):
+        load(tmp_path, slots=8)
+
+
+def change(folder, edit) -> None:
+    tensors = {name: edit(name, tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_experts_are_packed_once_and_by_load_only(fp8, tmp_path):
+    with pytest.raises(UnsupportedOption, match="already"):
+        load(fp8[0], slots=8, experts="int4")
+    with pytest.raises(UnsupportedOption, match="choose one of 'auto', 'int8'"):
+        load(fp8[0], slots=8, experts="int3")
+    with pytest.raises(UnsupportedOption, match=r"prescope\.load"):
+        prescope.attach(tiny_moe(), slots=8, device="cpu", experts="int8")
+    tiny_moe().save_pretrained(tmp_path)  # its experts have rows of 24
+    with pytest.raises(UnsupportedOption, match="24"):
+        load(tmp_path, slots=8, experts="int4")
