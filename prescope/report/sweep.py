@@ -39,7 +39,7 @@ def write_sweep_report(
     """Write a sweep as one HTML page that opens without network.
 
     Args:
-        commands: that repeat it, as `prescope.tuning.code_of` writes them.
+        commands: that repeat it, as `prescope.tuning.code.code_of` writes them.
         proof: of its best points on the device; without one the page says that nothing was proved.
         title: its heading, a question that the sweep answers.
 

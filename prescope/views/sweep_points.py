@@ -27,20 +27,21 @@ BRIEF_HEIGHT, BRIEF_TOP = 330, 56
 HOVER = {"bgcolor": "#ffffff", "bordercolor": "#929697", "font": {"color": "#222222"}}
 
 
-class Objective(NamedTuple):
-    """What a sweep can be after."""
+class Shown(NamedTuple):
+    """An objective of a sweep as figures and tables show it."""
 
     head: str  # with its unit
     more_is_better: bool
     scale: float = 1.0  # from the table's unit to the one shown
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "tokens_per_s": Objective("tokens/s", True),
-    "p50_ms": Objective("ms per token, p50", False),
-    "p95_ms": Objective("ms per token, p95", False),
-    "ttft_ms": Objective("first token, ms", False),
-    "gpu_bytes": Objective("GPU memory, GiB", False, 1 / GIB),
+#: As `prescope.tuning` knows them, which needs an extra that figures do not.
+OBJECTIVES: dict[str, Shown] = {
+    "tokens_per_s": Shown("tokens/s", True),
+    "p50_ms": Shown("ms per token, p50", False),
+    "p95_ms": Shown("ms per token, p95", False),
+    "ttft_ms": Shown("first token, ms", False),
+    "gpu_bytes": Shown("GPU memory, GiB", False, 1 / GIB),
 }
 #: Setting -> its unit, where its name does not say it.
 UNITS: dict[str, str] = {
@@ -103,14 +104,14 @@ def objectives_in(points: pd.DataFrame) -> list[str]:
     return [name for name in OBJECTIVES if name in points.columns and rows[name].notna().all()]
 
 
-def objective_of(points: pd.DataFrame, name: str) -> Objective:
+def objective_of(points: pd.DataFrame, name: str) -> Shown:
     """An objective as it is shown of these points: memory in the unit that suits its size."""
     one = OBJECTIVES[name]
-    is_small = name == "gpu_bytes" and not points[name].max() >= GIB / 2
-    return Objective("GPU memory, MiB", False, 1 / MIB) if is_small else one
+    is_small = one.scale == 1 / GIB and not points[name].max() >= GIB / 2
+    return Shown("GPU memory, MiB", False, 1 / MIB) if is_small else one
 
 
-def require_objective(points: pd.DataFrame, name: str) -> Objective:
+def require_objective(points: pd.DataFrame, name: str) -> Shown:
     """What a name stands for.
 
     Raises:
