@@ -44,11 +44,13 @@ class Place(NamedTuple):
 
     Attributes:
         runner: tries them; None where that is not possible. why_not: the reason then. code: Python that makes it.
+        prepare: called before a sweep begins there.
     """
 
     runner: Runner | None
     why_not: str = ""
     code: str = ""
+    prepare: Callable[[], None] | None = None
 
 
 class Plan(NamedTuple):
@@ -188,8 +190,11 @@ class SweepPanel:
             name = open_name
         else:  # a study is about one thing: what was changed is another one
             name = typed if typed and typed != open_name else _free_name()
-        runner = self._places[plan.where].runner
+        place = self._places[plan.where]
+        runner = place.runner
         assert runner is not None, "places that cannot be used are not offered"
+        if place.prepare is not None:
+            place.prepare()
         sweep = open_sweep(
             name,
             plan.space,

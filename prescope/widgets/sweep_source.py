@@ -71,7 +71,7 @@ class SweepSource:
             self._runner.engine, self._prompts, new_tokens=self._new_tokens, predictors=self._predictors()
         )
         code = f"EngineRunner(session.engine, prompts, new_tokens={self._new_tokens})"
-        return {SIMULATOR: simulator, DEVICE: Place(engine, code=code)}
+        return {SIMULATOR: simulator, DEVICE: Place(engine, code=code, prepare=self._tell_costs)}
 
     def prover(self) -> Prover | str:
         """Runs the best of a sweep on the device, on prompts that it did not use; or why nothing can be run."""
@@ -111,7 +111,12 @@ class SweepSource:
         every = self.scenarios.predictors.items()
         return [one for name, one in every if name != ORACLE and not isinstance(one, RecordedPredictor)]
 
+    def _tell_costs(self) -> None:
+        """Schedules weigh what copying and computing cost here; the trace knows it without a calibration."""
+        self._runner.engine.configure(costs=next(iter(self.scenarios.machines.values())).costs)
+
     def _prove(self, sweep: Sweep, **watch: Any) -> Proof:
+        self._tell_costs()
         texts = [text for several in own_prompts(*DOMAINS).values() for text in several]
         unseen = [text for text in texts if checksum_of_prompt(text) not in sweep.prompts][:MOST_PROMPTS]
         return prove(
