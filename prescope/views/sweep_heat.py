@@ -110,7 +110,7 @@ def plot_sweep_heat(info: SweepHeatInfo, *, brief: bool = False) -> go.Figure:
     }  # fmt: skip
     heat = go.Heatmap(
         z=best, x=list(info.x_names), y=list(info.y_names), text=text, customdata=numbers, hovertext=hover,
-        texttemplate="%{text}" if width <= MOST_NUMBERS // (2 if brief else 1) else None, textfont={"size": 12},
+        texttemplate="%{text}" if width <= MOST_NUMBERS // (2 if brief else 1) else "", textfont={"size": 12},
         hovertemplate="%{hovertext}<extra></extra>", hoverongaps=False, xgap=2, ygap=2, colorscale=RECALL_SCALE,
         reversescale=not info.more_is_better, colorbar=bar,
     )  # fmt: skip

@@ -5,6 +5,7 @@ one for each objective.
 """
 
 from collections.abc import Sequence
+from html import escape
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -176,12 +177,15 @@ def cells_of(axis: Axis) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 
 def told_of_points(points: pd.DataFrame) -> str:
-    """How many points there are, simulated or measured, on which machine, and how many came to nothing."""
+    """How many points there are, simulated or measured, on which machine, and how many came to nothing.
+
+    Html, for titles and pages alike.
+    """
     rows = points[points["state"] == "finished"]
     parts = []
     for (origin, machine), group in rows.groupby(["origin", "machine"], sort=False):
         count = f"{len(group):,} point{'s' if len(group) > 1 else ''}"
-        parts.append(f"<b>{SOURCES.get(origin, origin)}</b>: {count}, {machine}")
+        parts.append(f"<b>{escape(SOURCES.get(origin, origin))}</b>: {count}, {escape(str(machine))}")
     for state in ("infeasible", "failed", "running"):
         if number := int((points["state"] == state).sum()):
             parts.append(f"{number:,} {state}")

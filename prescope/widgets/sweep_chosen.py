@@ -48,6 +48,9 @@ class SweepChosen:
         self.lanes = SlimFigureWidget()
         # A figure's own classes are not followed by the page once it is there: the box around it is hidden.
         self.timeline = boxed(ipw.VBox([self.lanes]), "ps-hidden")
+        self._picked: int | None = None
+        self._is_quiet = False
+        self.menu.observe(self._on_menu, "value")
         self.button.on_click(lambda _: self._on_click())
 
     def show(self, points: pd.DataFrame, kept: Sequence[int], objectives: Sequence[str]) -> None:
@@ -85,7 +88,7 @@ class SweepChosen:
 
     def clear(self) -> None:
         """Another study's points come."""
-        self.words.value = ""
+        self.words.value, self._picked = "", None
         self.timeline.add_class("ps-hidden")
 
     def close(self) -> None:
@@ -102,9 +105,16 @@ class SweepChosen:
         ]
         if list(self.menu.options) == options:
             return
-        former, numbers = self.menu.value, [number for _, number in options]
+        numbers = [number for _, number in options]
+        self._is_quiet = True
         self.menu.options = options
-        self.menu.value = former if former in numbers else numbers[0] if numbers else None
+        self.menu.value = self._picked if self._picked in numbers else numbers[0] if numbers else None
+        self._is_quiet = False
+
+    def _on_menu(self, change: Any) -> None:
+        """What a person has picked stays, whatever comes; otherwise the menu stands at the best."""
+        if not self._is_quiet:
+            self._picked = change["new"]
 
     def _on_click(self) -> None:
         if self.menu.value is not None:

@@ -78,7 +78,7 @@ class Movable:
 
     def keep(self, value: Any) -> None:
         """Say what it stays at while it does not move."""
-        self._kept = OWN if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+        self._kept = OWN if value is None else f"{value:.3g}" if isinstance(value, float) else _word(value)
 
     def explain(self, reason_not: str) -> None:
         """Enable it, or disable it and say why; what it is when it stays."""
@@ -203,7 +203,7 @@ def _span(name: str, setting: Setting) -> ipw.Widget:
         )  # fmt: skip
     low, high = int(setting.low), int(min(setting.most or MOST.get(name, 16), setting.high or 1 << 30))
     step = max(1, (high - low) // STEPS)
-    top = min(high, 4) if name == "lookahead" else high
+    top = min(high, 2) if name == "lookahead" else high  # not every predictor sees further
     return ipw.IntRangeSlider(
         min=low, max=high, step=step, value=(low, top), readout=False, continuous_update=False
     )
