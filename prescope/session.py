@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from .errors import BadTrace, UnsupportedOption
 from .predictor import Oracle, Predictor
 from .predictor.base import measure_us
 from .profile import HardwareProfile
-from .report import story_of_run, story_of_setting, write_story
+from .report import story_of_run, story_of_setting, write_story, write_sweep_report
 from .simulator import (
     Machine,
     Recording,
@@ -47,6 +47,10 @@ from .widgets import CapacityPanel, Dashboard, PairPanel, SchedulePanel, SlotsPa
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from .tuning import Proof, Sweep
+    from .widgets.sweep_panel import SweepPanel
+    from .widgets.sweep_source import SweepSource
+
 
 #: Of a dashboard's real runs, unless others are given.
 PROMPTS = {
@@ -54,7 +58,17 @@ PROMPTS = {
     "code": "import json\n\ndef load(path):",
     "maths": "Question: Tom has 12 apples and buys 30 more. How many apples does he have now?\nSolution:",
 }
-P = TypeVar("P", SlotsPanel, SchedulePanel, PairPanel, CapacityPanel, Dashboard)
+
+
+class Panel(Protocol):
+    """What a session remembers of a panel."""
+
+    def close(self) -> None:
+        """Take it off the page."""
+        ...
+
+
+P = TypeVar("P", bound=Panel)
 
 
 class Session:
@@ -81,7 +95,7 @@ class Session:
         self._remembered: np.ndarray | None = (
             None  # the newest run's frequencies, unless the engine was told others
         )
-        self._panels: dict[str, SlotsPanel | SchedulePanel | PairPanel | CapacityPanel | Dashboard] = {}
+        self._panels: dict[str, Panel] = {}
 
     def run(
         self,
@@ -320,7 +334,50 @@ class Session:
                 sources.setdefault(_title_of(name), partial(_scenarios_of, name))
         if scenarios is None and (not sources or any(map(_is_recorded, self.runs))):
             sources[f"this session: {self.engine.name}"] = own
-        return self._keep(Dashboard(self, prompts, keywords, sources, fresh, self._report_here))
+        sweeps = partial(self._sweep_source, prompts=prompts, keywords=keywords)
+        return self._keep(
+            Dashboard(self, prompts, keywords, sources, fresh, self._report_here, sweeps=sweeps)
+        )
+
+    def sweep_panel(
+        self,
+        scenarios: Scenarios | None = None,
+        prompts: NamedPrompts | None = None,
+        *,
+        predictors: Sequence[Predictor] = (),
+        profile: HardwareProfile | None = None,
+        **keywords: Any,
+    ) -> "SweepPanel":
+        """Say which settings may move, search, and prove the best; one made before is closed.
+
+        Args:
+            scenarios: of the recorded run that is swept; by default the session's latest, or one that is made now.
+            prompts: of points on the device; three short ones when not given.
+            predictors, profile: as in `scenarios`, where none are given.
+            keywords: of every point on the device: max_new_tokens, ...
+
+        Raises:
+            ImportError: sweeps come with an extra, which the message names.
+        """
+        prompts = PROMPTS if prompts is None else prompts
+        keywords = {"max_new_tokens": 24, **keywords}
+        if scenarios is None:
+            recorded = [run for run in self.runs if _is_recorded(run)]
+            run = recorded[-1] if recorded else self._record(prompts, keywords)
+            scenarios = self.scenarios(run, predictors=predictors, profile=profile)
+        source = self._sweep_source(scenarios, prompts, keywords)
+        kept = {"slots": self.engine.num_slots}
+        return self._keep(source.panel(kept=lambda: kept, shows=source.timeline))
+
+    def _sweep_source(
+        self, scenarios: Scenarios, prompts: NamedPrompts, keywords: Mapping[str, Any]
+    ) -> "SweepSource":
+        from .widgets.sweep_source import SweepSource
+
+        return SweepSource(self, scenarios, prompts, keywords, self._sweep_report_here)
+
+    def _sweep_report_here(self, sweep: "Sweep", proof: "Proof | None", commands: str) -> Path:
+        return write_sweep_report(sweep, Path(f"{sweep.name}.html").resolve(), commands=commands, proof=proof)
 
     def _record(self, prompts: NamedPrompts, keywords: Mapping[str, Any]) -> RunResult:
         """A run on demand that can be simulated: with fewer slots than experts, so that it copies some."""

@@ -17,6 +17,7 @@ from .notebook import NotebookFailed, execute_notebook
 from .page import PAPER_PX
 from .runs import badge, write_report, write_story
 from .story import Story, story_of_run, story_of_setting
+from .sweep import write_sweep_report
 
 __all__ = [
     "PAPER_PX",
@@ -28,4 +29,5 @@ __all__ = [
     "story_of_setting",
     "write_report",
     "write_story",
+    "write_sweep_report",
 ]

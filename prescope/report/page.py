@@ -1,5 +1,6 @@
 """What every page has: plotly.js once, the browser's light or dark, figures that fit on paper, its provenance."""
 
+import base64
 import json
 import sys
 from datetime import UTC, datetime
@@ -21,6 +22,17 @@ def figure_html(figure: go.Figure | str) -> str:
     if isinstance(figure, go.FigureWidget):
         raise TypeError(f"{type(figure).__name__} needs a kernel; pass a plain go.Figure")
     return pio.to_html(figure, full_html=False, include_plotlyjs=False, include_mathjax=False, config=CONFIG)
+
+
+def download_html(content: bytes, file: str, words: str) -> str:
+    """A link whose file is inside the page.
+
+    Args:
+        file: name it is saved under.
+    """
+    data = base64.b64encode(content).decode("ascii")
+    name = escape(file, quote=True)
+    return f"<a download='{name}' href='data:application/octet-stream;base64,{data}'>{escape(words)}</a>"
 
 
 def provenance(**facts: Any) -> dict[str, Any]:

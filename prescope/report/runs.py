@@ -1,6 +1,5 @@
 """A report of runs: their summaries, figures and tables."""
 
-import base64
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from ..traces.metrics import METRIC_DEFINITIONS
 from ..traces.result import RunResult
 from ..traces.routing import RoutingTrace
 from ..views.numbers import Numbers, numbers_text
-from .page import figure_html, page_html, provenance
+from .page import download_html, figure_html, page_html, provenance
 from .story import Story
 
 #: A page with plotly.js has 5 MB, and is mailed as long as it stays below ten.
@@ -116,11 +115,8 @@ def _download(trace: RoutingTrace) -> str:
         content = replace(trace, inputs=None).save(Path(folder) / "trace.safetensors").read_bytes()
     if len(content) > MOST_TRACE_BYTES:
         return f"<p class='note'>The trace has {format_bytes(len(content))}, too much for a page: trace.save(path).</p>"
-    text = base64.b64encode(content).decode("ascii")
-    return (
-        f"<p><a download='trace.safetensors' href='data:application/octet-stream;base64,{text}'>Download the trace</a> "
-        f"({format_bytes(len(content))}): <code>prescope.RoutingTrace.load</code> reads it.</p>"
-    )
+    link = download_html(content, "trace.safetensors", "Download the trace")
+    return f"<p>{link} ({format_bytes(len(content))}): <code>prescope.RoutingTrace.load</code> reads it.</p>"
 
 
 def _notes(run: RunResult) -> str:

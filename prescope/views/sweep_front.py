@@ -8,6 +8,9 @@ import plotly.graph_objects as go
 from prescope.errors import UnsupportedOption
 
 from .sweep_points import (
+    BRIEF_HEIGHT,
+    BRIEF_TOP,
+    HOVER,
     finished,
     moved_in,
     objective_axis,
@@ -74,8 +77,8 @@ def _front(
     return tuple(sorted(kept, key=lambda i: xs[i]))
 
 
-def plot_sweep_front(info: SweepFrontInfo) -> go.Figure:
-    """All points small, those of the front large and joined by steps."""
+def plot_sweep_front(info: SweepFrontInfo, *, brief: bool = False) -> go.Figure:
+    """All points small, those of the front large and joined by steps; `brief`: beside words that say what they are."""
     fig = go.Figure()
     told = [f"point {number}: {words}" for number, words in zip(info.numbers, info.settings, strict=True)]
     hover = f"%{{y:,.4g}} {info.y_label}<br>%{{x:.4g}} {info.x_label}<br>%{{text}}<extra></extra>"
@@ -91,15 +94,15 @@ def plot_sweep_front(info: SweepFrontInfo) -> go.Figure:
         marker={"size": 10, "color": COLORS["stall"], "symbol": "diamond", "line": {"width": 1, "color": "white"}},
     )  # fmt: skip
     words = ["more is better" if more else "less is better" for more in (info.more_x, info.more_y)]
+    share = f"{len(front)} of {len(info.numbers):,} points lie on the front"
     style(
         fig,
-        title="Which points does no other beat in both?",
-        subtitle=f"{info.y_label} against {info.x_label}: {len(front)} of {len(info.numbers):,} points lie on the front"
-        f"<br>{info.told}",
-        height=420,
-        top=104,
+        title="Which points are unbeaten?",
+        subtitle="" if brief else f"{info.y_label} against {info.x_label}: {share}<br>{info.told}",
+        height=BRIEF_HEIGHT if brief else 420,
+        top=BRIEF_TOP if brief else 104,
     )
-    fig.update_layout(hovermode="closest")
+    fig.update_layout(hovermode="closest", hoverlabel=HOVER)
     fig.update_xaxes(title_text=f"{info.x_label} ({words[0]})")
     fig.update_yaxes(title_text=f"{info.y_label} ({words[1]})")
     return fig

@@ -10,6 +10,8 @@ from prescope.errors import UnsupportedOption
 from .numbers import formatted
 from .score_map import RECALL_SCALE
 from .sweep_points import (
+    BRIEF_HEIGHT,
+    BRIEF_TOP,
     cells_of,
     finished,
     objective_axis,
@@ -20,8 +22,8 @@ from .sweep_points import (
 )
 from .theme import style
 
-#: Cells with a number in them at most; more are too small for it.
-MOST_NUMBERS = 150
+#: Columns with a number in each cell at most; more are too narrow for it.
+MOST_NUMBERS = 16
 
 
 class Cell(NamedTuple):
@@ -92,8 +94,8 @@ def sweep_heat_info(points: pd.DataFrame, x: str, y: str, objective: str = "toke
     )  # fmt: skip
 
 
-def plot_sweep_heat(info: SweepHeatInfo) -> go.Figure:
-    """Dark is best; a cross is a pair that came to nothing, and says why."""
+def plot_sweep_heat(info: SweepHeatInfo, *, brief: bool = False) -> go.Figure:
+    """Dark is best; a cross is a pair that came to nothing, and says why; `brief`: beside words that say what it is."""
     width, height = len(info.x_names), len(info.y_names)
     best: list[list[float | None]] = [[None] * width for _ in range(height)]
     numbers: list[list[int | None]] = [[None] * width for _ in range(height)]
@@ -108,7 +110,7 @@ def plot_sweep_heat(info: SweepHeatInfo) -> go.Figure:
     }  # fmt: skip
     heat = go.Heatmap(
         z=best, x=list(info.x_names), y=list(info.y_names), text=text, customdata=numbers, hovertext=hover,
-        texttemplate="%{text}" if len(info.cells) <= MOST_NUMBERS else None, textfont={"size": 12},
+        texttemplate="%{text}" if width <= MOST_NUMBERS // (2 if brief else 1) else "", textfont={"size": 12},
         hovertemplate="%{hovertext}<extra></extra>", hoverongaps=False, xgap=2, ygap=2, colorscale=RECALL_SCALE,
         reversescale=not info.more_is_better, colorbar=bar,
     )  # fmt: skip
@@ -121,12 +123,13 @@ def plot_sweep_heat(info: SweepHeatInfo) -> go.Figure:
         hovertext=[hover[cell.y][cell.x] for cell in nothing], hovertemplate="%{hovertext}<extra></extra>",
     )  # fmt: skip
     crosses = " · a cross: infeasible or failed" if nothing else ""
+    what = f"best {info.objective} of each pair, whatever the other settings{crosses}"
     style(
         fig,
-        title="Which values of two settings go together?",
-        subtitle=f"best {info.objective} of each pair, whatever the other settings{crosses}<br>{info.told}",
-        height=188 + 30 * max(5, len(info.y_names)),
-        top=96,
+        title="Which pairs of values are best?",
+        subtitle="" if brief else f"{what}<br>{info.told}",
+        height=BRIEF_HEIGHT if brief else 188 + 30 * max(5, len(info.y_names)),
+        top=BRIEF_TOP if brief else 96,
         bottom=62,
     )
     fig.update_xaxes(title_text=info.x_label, type="category", showgrid=False)

@@ -6,6 +6,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .sweep_points import (
+    BRIEF_HEIGHT,
+    BRIEF_TOP,
+    HOVER,
     finished,
     moved_in,
     objective_axis,
@@ -56,8 +59,8 @@ def sweep_history_info(points: pd.DataFrame, objective: str = "tokens_per_s") ->
     )  # fmt: skip
 
 
-def plot_sweep_history(info: SweepHistoryInfo) -> go.Figure:
-    """Dots, a line of the best so far, and crosses on the axis for what came to nothing."""
+def plot_sweep_history(info: SweepHistoryInfo, *, brief: bool = False) -> go.Figure:
+    """Dots, a line of the best so far, crosses for what came to nothing; `brief`: beside words that say what it is."""
     fig = go.Figure()
     told = [f"point {number}: {words}" for number, words in zip(info.numbers, info.settings, strict=True)]
     fig.add_scatter(
@@ -81,11 +84,11 @@ def plot_sweep_history(info: SweepHistoryInfo) -> go.Figure:
     style(
         fig,
         title="Does it still get better?",
-        subtitle=info.told,
-        height=380,
-        top=88,
+        subtitle="" if brief else info.told,
+        height=BRIEF_HEIGHT if brief else 380,
+        top=BRIEF_TOP if brief else 88,
     )
-    fig.update_layout(hovermode="closest")
+    fig.update_layout(hovermode="closest", hoverlabel=HOVER)
     fig.update_xaxes(title_text="point, in the order in which they were tried")
     fig.update_yaxes(title_text=info.objective)
     return fig

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from prescope.errors import UnsupportedOption
 
-from .sweep_points import require_objective, told_of_points
+from .sweep_points import BRIEF_HEIGHT, BRIEF_TOP, require_objective, told_of_points
 from .theme import COLORS, style
 
 
@@ -54,8 +54,8 @@ def sweep_importances_info(
     )
 
 
-def plot_sweep_importances(info: SweepImportancesInfo) -> go.Figure:
-    """Bars to the right, the longest on top."""
+def plot_sweep_importances(info: SweepImportancesInfo, *, brief: bool = False) -> go.Figure:
+    """Bars to the right, the longest on top; `brief`: beside words that say what the points are."""
     fig = go.Figure(
         go.Bar(
             x=info.shares_pct, y=info.settings, orientation="h", text=[f"{share:.0f} %" for share in info.shares_pct],
@@ -67,12 +67,13 @@ def plot_sweep_importances(info: SweepImportancesInfo) -> go.Figure:
     style(
         fig,
         title="Which settings matter?",
-        subtitle=f"share of the variance of {info.objective} that a setting explains (PED-ANOVA)<br>{info.told}",
-        height=164 + 30 * len(info.settings),
-        top=92,
+        subtitle="" if brief else f"of the variance of {info.objective} (PED-ANOVA)<br>{info.told}",
+        height=BRIEF_HEIGHT if brief else 164 + 30 * len(info.settings),
+        top=BRIEF_TOP if brief else 92,
         bottom=52,
     )
     fig.update_layout(showlegend=False, bargap=0.35)
-    fig.update_xaxes(title_text="share of what matters, %", range=[0, 1.12 * max(info.shares_pct)])
+    share = f"share of the differences in {info.objective}, %"
+    fig.update_xaxes(title_text=share, range=[0, 1.12 * max(info.shares_pct)])
     fig.update_yaxes(title_text="setting", showgrid=False, autorange="reversed", type="category")
     return fig

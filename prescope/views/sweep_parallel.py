@@ -100,17 +100,18 @@ def plot_sweep_parallel(info: SweepParallelInfo, *, brief: bool = False) -> go.F
         rangefont={"size": 11, **no_shadow}, unselected={"line": {"opacity": 0.08}},
     )  # fmt: skip
     fig = go.Figure(parallel)
+    what = f"one line a point, strongest colour: best {info.objective.label} · drag along an axis to brush it"
+    top = 64 if is_upright else 84
     style(
         fig,
-        title="Which settings go together with speed?" if info.objective.name == "tokens_per_s" else
-        f"Which settings go together with {info.objective.label}?",
-        subtitle=f"one line a point, strongest colour: best {info.objective.label} · drag along an axis to brush it"
-        f"<br>{info.told}",
-        height=400 if brief else 430,
-        top=118 if is_upright else 136,
+        title="Which settings go together?",
+        subtitle=what if brief else f"{what}<br>{info.told}",
+        height=380 if brief else 430,
+        top=top + (34 if brief else 54),
         bottom=34,
-    )  # fmt: skip
-    fig.update_layout(margin={"l": 70, "r": 70})
+    )
+    left = max((len(name) for name in info.axes[0].names), default=0)
+    fig.update_layout(margin={"l": max(70, 24 + 7 * left), "r": 70})
     return fig
 
 

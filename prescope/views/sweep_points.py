@@ -5,37 +5,44 @@ one for each objective.
 """
 
 from collections.abc import Sequence
+from html import escape
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from prescope.core.units import GIB
+from prescope.core.units import GIB, MIB
 from prescope.errors import UnsupportedOption
 
 from .numbers import formatted
+from .theme import SOURCES
 
 #: Columns that are neither a setting nor an objective.
 RECORD = ("number", "state", "reason", "seed", "seconds", "origin", "machine", "commit", "started")
 #: A number with more values than this is cut into so many ranges where cells are needed.
-MOST_CELLS = 12
+MOST_CELLS = 20
+#: Of a figure among others of the same sweep, beside words that say what the points are.
+BRIEF_HEIGHT, BRIEF_TOP = 330, 56
+#: Plotly takes a marker's colour for the ground of its words; grey ones would be hard to read on.
+HOVER = {"bgcolor": "#ffffff", "bordercolor": "#929697", "font": {"color": "#222222"}}
 
 
-class Objective(NamedTuple):
-    """What a sweep can be after."""
+class Shown(NamedTuple):
+    """An objective of a sweep as figures and tables show it."""
 
     head: str  # with its unit
     more_is_better: bool
     scale: float = 1.0  # from the table's unit to the one shown
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "tokens_per_s": Objective("tokens/s", True),
-    "p50_ms": Objective("ms per token, p50", False),
-    "p95_ms": Objective("ms per token, p95", False),
-    "ttft_ms": Objective("first token, ms", False),
-    "gpu_bytes": Objective("GPU memory, GiB", False, 1 / GIB),
+#: As `prescope.tuning` knows them, which needs an extra that figures do not.
+OBJECTIVES: dict[str, Shown] = {
+    "tokens_per_s": Shown("tokens/s", True),
+    "p50_ms": Shown("ms per token, p50", False),
+    "p95_ms": Shown("ms per token, p95", False),
+    "ttft_ms": Shown("first token, ms", False),
+    "gpu_bytes": Shown("GPU memory, GiB", False, 1 / GIB),
 }
 #: Setting -> its unit, where its name does not say it.
 UNITS: dict[str, str] = {
@@ -81,11 +88,14 @@ def finished(points: pd.DataFrame) -> pd.DataFrame:
 
 def settings_in(points: pd.DataFrame) -> list[str]:
     """Columns that are settings."""
-    return [name for name in points.columns if name not in RECORD and name not in OBJECTIVES]
+    named = [name for name in points.columns if name not in RECORD and name not in OBJECTIVES]
+    return (
+        [*named, "machine"] if points.loc[points["state"] == "finished", "machine"].nunique() > 1 else named
+    )
 
 
 def moved_in(points: pd.DataFrame) -> list[str]:
-    """Settings of which there is more than one value."""
+    """Settings of which there is more than one value; the machine is one where several were simulated."""
     return [name for name in settings_in(points) if points[name].map(repr).nunique() > 1]
 
 
@@ -95,7 +105,14 @@ def objectives_in(points: pd.DataFrame) -> list[str]:
     return [name for name in OBJECTIVES if name in points.columns and rows[name].notna().all()]
 
 
-def require_objective(points: pd.DataFrame, name: str) -> Objective:
+def objective_of(points: pd.DataFrame, name: str) -> Shown:
+    """An objective as it is shown of these points: memory in the unit that suits its size."""
+    one = OBJECTIVES[name]
+    is_small = one.scale == 1 / GIB and not points[name].max() >= GIB / 2
+    return Shown("GPU memory, MiB", False, 1 / MIB) if is_small else one
+
+
+def require_objective(points: pd.DataFrame, name: str) -> Shown:
     """What a name stands for.
 
     Raises:
@@ -106,7 +123,7 @@ def require_objective(points: pd.DataFrame, name: str) -> Objective:
         raise UnsupportedOption(
             f"the points have no objective {name!r}; they have {', '.join(known) or 'none'}"
         )
-    return OBJECTIVES[name]
+    return objective_of(points, name)
 
 
 def require_setting(points: pd.DataFrame, name: str) -> None:
@@ -133,7 +150,7 @@ def setting_axis(points: pd.DataFrame, name: str) -> Axis:
 
 def objective_axis(points: pd.DataFrame, name: str) -> Axis:
     """An objective of these points in the unit that is shown."""
-    one = OBJECTIVES[name]
+    one = objective_of(points, name)
     return Axis(name, one.head, tuple((points[name].astype(float) * one.scale).tolist()))
 
 
@@ -160,21 +177,53 @@ def cells_of(axis: Axis) -> tuple[tuple[str, ...], tuple[int, ...]]:
 
 
 def told_of_points(points: pd.DataFrame) -> str:
-    """How many points there are, simulated or measured, on which machine, and how many came to nothing."""
+    """How many points there are, simulated or measured, on which machine, and how many came to nothing.
+
+    Html, for titles and pages alike.
+    """
     rows = points[points["state"] == "finished"]
     parts = []
     for (origin, machine), group in rows.groupby(["origin", "machine"], sort=False):
-        parts.append(f"<b>{origin}</b>: {len(group):,} point{'s' if len(group) > 1 else ''}, {machine}")
+        count = f"{len(group):,} point{'s' if len(group) > 1 else ''}"
+        parts.append(f"<b>{escape(SOURCES.get(origin, origin))}</b>: {count}, {escape(str(machine))}")
     for state in ("infeasible", "failed", "running"):
-        count = int((points["state"] == state).sum())
-        if count:
-            parts.append(f"{count:,} {state}")
+        if number := int((points["state"] == state).sum()):
+            parts.append(f"{number:,} {state}")
     return " · ".join(parts)
 
 
 def settings_in_words(row: "pd.Series[object]", names: Sequence[str]) -> str:
     """Some settings of one point in a line."""
     return ", ".join(f"{name} {_word(row[name])}" for name in names)
+
+
+def best_first(points: pd.DataFrame, objective: str) -> pd.DataFrame:
+    """The finished points, the best first."""
+    rows = points[points["state"] == "finished"]
+    return rows.sort_values(objective, ascending=not OBJECTIVES[objective].more_is_better, kind="stable")
+
+
+def points_frame(
+    points: pd.DataFrame, objectives: Sequence[str], most: int, *, like: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """The best points as people read them: number, objectives and moved settings with their units, origin.
+
+    Args:
+        like: the sweep's whole table, where these are some of it: whose moved settings are shown.
+    """
+    rows, whole = best_first(points, objectives[0]).head(most), points if like is None else like
+    columns: dict[str, list[object]] = {}
+    for name in objectives:
+        one = objective_of(whole, name)
+        columns[one.head] = [float(value) * one.scale for value in rows[name]]
+    for name in moved_in(whole):
+        values = rows[name].tolist()
+        is_number = all(map(_is_number, whole[name].tolist()))
+        columns[label_of(name, whole[name].tolist())] = (
+            values if is_number else [_word(one) for one in values]
+        )
+    columns["origin"] = [SOURCES.get(origin, origin) for origin in rows["origin"]]
+    return pd.DataFrame(columns, index=pd.Index(rows["number"].tolist(), name="point"))
 
 
 def _is_number(value: object) -> bool:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as ipw
 import pandas as pd
@@ -24,12 +24,16 @@ from .figures import SlimFigureWidget, is_headless
 from .pair_panel import PairPanel
 from .runner import Runner
 from .runs_panel import RunsPanel
-from .schedule_panel import SchedulePanel
+from .schedule_panel import SchedulePanel, vars_of
 from .showing import page_html, show_panel
 from .style import boxed, panel, row
 from .tables import frame_html
 
-TABS = ("Machine and model", "Live tuning", "Run it for real", "Predictor", "Schedules", "Runs")
+if TYPE_CHECKING:
+    from .sweep_panel import SweepPanel
+    from .sweep_source import SweepSource
+
+TABS = ("Machine and model", "Live tuning", "Run it for real", "Predictor", "Schedules", "Sweep", "Runs")
 LIVE = TABS.index("Live tuning")
 #: Columns of the table of all schedules that are shown.
 SCHEDULE_COLUMNS = [
@@ -47,6 +51,8 @@ class Dashboard:
             machine, or for the session's own latest run.
         record: makes scenarios of this session by running the prompts once; called in a thread.
         report: writes a page of what the live panel shows; None: there is no button.
+        sweeps: makes what a sweep of scenarios needs; None: there is no such tab. It may raise ImportError: sweeps
+            come with an extra.
 
     Attributes:
         live: the panel of settings and figures. capacity, runs: panels. tabs, view: widgets.
@@ -60,8 +66,14 @@ class Dashboard:
         sources: Mapping[str, Callable[[], Scenarios]],
         record: Callable[[], Scenarios],
         report: Callable[[SchedulePanel], Path] | None = None,
+        *,
+        sweeps: Callable[[Scenarios], "SweepSource"] | None = None,
     ) -> None:
         self._runner, self._record, self._report = runner, record, report
+        self._sweeps = sweeps
+        self._swept: SweepSource | None = None
+        self.sweep: SweepPanel | None = None
+        self._sweep_box = ipw.VBox()
         self._sources = dict(sources)
         first = next(iter(self._sources))
         scenarios = self._sources[first]()
@@ -99,7 +111,8 @@ class Dashboard:
         predictor = self._predictor_box
         schedules = boxed(ipw.VBox([self.schedules_table, self._pair_box]), "ps-figures")
         return [
-            self.capacity.part, self.live.parts["live"], self.live.parts["real"], predictor, schedules, self.runs.part,
+            self.capacity.part, self.live.parts["live"], self.live.parts["real"], predictor, schedules, self._sweep_box,
+            self.runs.part,
         ]  # fmt: skip
 
     def _report_tools(self) -> list[ipw.Widget]:
@@ -119,9 +132,9 @@ class Dashboard:
         if self._drawn.get(index) == state:
             return
         self._drawn[index] = state
-        {"Machine and model": self.capacity.soon, "Predictor": self._show_predictor, "Schedules": self._show_schedules}[
-            TABS[index]
-        ]()  # fmt: skip
+        {"Machine and model": self.capacity.soon, "Predictor": self._show_predictor, "Schedules": self._show_schedules,
+            "Sweep": self._show_sweep,
+        }[TABS[index]]()  # fmt: skip
 
     def _show_predictor(self) -> None:
         try:
@@ -162,6 +175,38 @@ class Dashboard:
         row = scenarios.measured_there(chosen)
         return NAN if row is None else float(row["tokens_per_s"])
 
+    def _show_sweep(self) -> None:
+        """The panel is made when its tab is first opened, and sweeps what the others show."""
+        if self._sweeps is None:
+            self._sweep_box.children = [ipw.HTML("<p class='ps-soft'>There is nothing to sweep here.</p>")]
+            return
+        if self._swept is not None and self._swept.scenarios is self.live.scenarios:
+            return
+        try:
+            self._swept = self._sweeps(self.live.scenarios)
+        except ImportError as error:
+            self._sweep_box.children = [ipw.HTML(f"<p class='ps-error'>{escape(str(error))}</p>")]
+            return
+        if self.sweep is not None:
+            self.sweep.use(self._swept.places(), self._swept.prover())
+            return
+        self.sweep = self._swept.panel(kept=self._kept, shows=self._open_point)
+        self._sweep_box.children = [self.sweep.part]
+
+    def _kept(self) -> dict[str, Any]:
+        """What a sweep leaves as it is: the settings as the controls of the live tab stand."""
+        return vars_of(self.live.scenario)
+
+    def _open_point(self, settings: Mapping[str, Any]) -> go.Figure | None:
+        """Put a point's settings into the live tab; what it has no controls for is drawn where it is."""
+        assert self._swept is not None, "points are of its panel"
+        scenario = self._swept.scenario(settings)
+        if scenario is None:
+            return self._swept.timeline(settings)
+        self.live.choose(scenario)
+        self.tabs.selected_index = LIVE
+        return None
+
     def use(self, name: str, scenarios: Scenarios) -> None:
         """Simulate another trace from now on."""
         self._sources[name] = lambda: scenarios
@@ -187,6 +232,8 @@ class Dashboard:
         self.live.close()
         self.capacity.close()
         self.runs.close()
+        if self.sweep is not None:
+            self.sweep.close()
         if self.pair is not None:
             self.pair.close()
         self.predictor_figure.close()

@@ -44,6 +44,16 @@ CSS = f"""
 .ps-field .widget-slider .noUi-target {{ margin-left: 6px; }}
 .ps-off .ps-label, .ps-off .widget-readout {{ color: var(--ps-soft); }}
 .ps-off .noUi-target, .ps-off select {{ opacity: .5; }}
+.ps-move {{ display: grid !important; grid-template-columns: 22px minmax(0, 1fr); align-items: start;
+  overflow: visible; }} .ps-move > .jupyter-widgets {{ margin: 0; width: 100%; min-width: 0; }}
+.ps-move > .ps-tick.jupyter-widgets {{ width: 20px; min-width: 20px; }}
+.ps-field > .ps-move + .ps-note {{ margin-bottom: 2px; }} .ps-sweep p {{ margin: 4px 0 2px; }}
+.ps-sweep .ps-field {{ align-items: start; }} .ps-sweep .ps-field > .ps-label {{ line-height: 28px; }}
+.ps-sweep .ps-move .widget-html-content {{ line-height: 28px; }} .ps-sweep .ps-move > .ps-tick {{ margin-top: 0; }}
+.ps-rule {{ border: 0; border-top: 1px solid var(--ps-line); margin: 8px 0; }}
+.ps-hidden {{ display: none !important; }} .ps-copy {{ width: auto !important; }}
+.ps-pairs {{ display: grid !important; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 8px 20px;
+  overflow: visible; }} .ps-pairs > * {{ min-width: 0; overflow: visible; justify-content: flex-end; }}
 .ps-figures {{ min-width: 0; overflow: visible; }}
 .ps-figures > * {{ min-width: 0; }}
 .prescope table.ps-numbers, .prescope table.ps-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums;
@@ -54,7 +64,7 @@ CSS = f"""
   background: none; vertical-align: baseline; }}
 .prescope .ps-numbers thead th {{ font-weight: 500; color: var(--ps-soft); font-size: 12.5px; white-space: normal; }}
 .prescope .ps-numbers th:first-child, .prescope .ps-numbers td:first-child, .prescope .ps-table td:first-child,
-.prescope .ps-table th:first-child, .prescope .ps-table td.ps-words {{
+.prescope .ps-table th:first-child, .prescope .ps-table .ps-words {{
   text-align: left; }}
 .prescope .ps-table td.ps-long {{ white-space: normal; min-width: 240px; max-width: 520px; }}
 .prescope .ps-table .ps-first td {{ font-weight: 600; }}

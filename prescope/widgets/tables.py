@@ -19,7 +19,7 @@ def frame_html(frame: pd.DataFrame, *, mark: str = "") -> str:
     Args:
         mark: the index value of a row that stands out.
     """
-    heads = "".join(f"<th>{escape(str(name))}</th>" for name in frame.columns)
+    heads = "".join(map(_head, frame.columns, (frame[name] for name in frame.columns)))
     rows = "".join(
         f"<tr{' class=ps-first' if str(index) == mark else ''}><td class='ps-words'>{escape(str(index))}</td>"
         f"{''.join(map(_cell, values))}</tr>"
@@ -30,6 +30,12 @@ def frame_html(frame: pd.DataFrame, *, mark: str = "") -> str:
         f"<div class='ps-scroll'><table class='ps-table'><thead><tr><th>{first}</th>{heads}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def _head(name: object, values: pd.Series) -> str:
+    """Words stand below the left of their head, numbers below its right."""
+    is_text = len(values) > 0 and all(isinstance(value, str) for value in values)
+    return f"<th{' class=ps-words' if is_text else ''}>{escape(str(name))}</th>"
 
 
 def _cell(value: object) -> str:

@@ -62,6 +62,10 @@ LATE_IMPORTS: dict[tuple[str, str], str] = {
     ("prescope/kernels/__init__.py", "prescope.kernels.graph_buffers"): "triton exists only where a GPU is",
     ("prescope/predictor/llapor.py", "prescope.predictor.llapor_triton"): "triton exists only where a GPU is",
     ("prescope/calibration/bench.py", "prescope.kernels.round_trip"): "triton exists only where a GPU is",
+    (
+        "prescope/session.py",
+        "prescope.widgets.sweep_source",
+    ): "what sweeps need comes with an extra of its own",
 }
 
 

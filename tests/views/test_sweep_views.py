@@ -4,15 +4,32 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from prescope import views
+from prescope import tuning, views
 from prescope.errors import UnsupportedOption
+from prescope.tuning.points import COLUMNS
 from prescope.views.sweep_front import sweep_front_info
 from prescope.views.sweep_heat import plot_sweep_heat, sweep_heat_info
 from prescope.views.sweep_history import sweep_history_info
 from prescope.views.sweep_importances import sweep_importances_info
 from prescope.views.sweep_parallel import brushed, plot_sweep_parallel, sweep_parallel_info
-from prescope.views.sweep_points import cells_of, moved_in, setting_axis
+from prescope.views.sweep_points import (
+    MOST_CELLS,
+    OBJECTIVES,
+    RECORD,
+    cells_of,
+    moved_in,
+    points_frame,
+    setting_axis,
+)
 from tests.support.sweeps import importances, sweep_points
+
+
+def test_figures_and_sweeps_know_the_same_objectives_and_columns():
+    """Figures do without the extra that sweeps need, so each has a list of its own."""
+    assert {name: one.more_is_better for name, one in OBJECTIVES.items()} == {
+        name: one.sign > 0 for name, one in tuning.OBJECTIVES.items()
+    }
+    assert RECORD == COLUMNS
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +115,8 @@ def test_a_pair_that_came_to_nothing_says_why(points):
 def test_many_values_are_cut_into_ranges_and_few_are_not():
     frame = pd.DataFrame({"threshold": [i / 100 for i in range(100)]})
     names, cells = cells_of(setting_axis(frame, "threshold"))
-    assert len(names) == 12
-    assert (cells[0], cells[-1]) == (0, 11)
+    assert len(names) == MOST_CELLS
+    assert (cells[0], cells[-1]) == (0, MOST_CELLS - 1)
     names, cells = cells_of(setting_axis(frame.head(3), "threshold"))
     assert names == ("0", "0.01", "0.02")
 
@@ -150,3 +167,13 @@ def test_the_best_so_far_never_gets_worse(points):
 def test_what_cannot_be_drawn_says_what_there_is(points, draw, words):
     with pytest.raises(UnsupportedOption, match=words):
         draw(points)
+
+
+def test_a_table_of_some_points_has_the_columns_and_units_of_the_whole(points):
+    few = points_frame(points[points["slots"] == 96], ["tokens_per_s", "gpu_bytes"], 3, like=points)
+    assert list(few.columns) == [
+        "tokens/s", "GPU memory, GiB", "slots, experts", "schedule", "lookahead, layers", "origin",
+    ]  # fmt: skip
+    assert list(few["tokens/s"]) == [114.0, 110.0, 96.0]
+    small = points.assign(gpu_bytes=points["gpu_bytes"] / 1024)
+    assert "GPU memory, MiB" in points_frame(small, ["gpu_bytes"], 1)

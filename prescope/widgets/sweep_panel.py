@@ -1,0 +1,391 @@
+"""Sweeps by hand: say which knobs may move, press Start, watch the front grow, click a point, prove the best.
+
+Imports `prescope.tuning`, which comes with an extra of its own; `prescope.widgets` does not import this module.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from html import escape
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ipywidgets as ipw
+import pandas as pd
+import plotly.graph_objects as go
+from IPython.display import HTML, display
+
+from ..errors import PrescopeError, UnsupportedOption
+from ..tuning import OBJECTIVES, Progress, Proof, Runner, Space, Sweep, SweepJob, load_sweep, open_sweep
+from ..tuning.code import code_of
+from ..tuning.estimate import estimate
+from ..tuning.record import FOLDER
+from ..tuning.search import Known
+from ..views.sweep_points import told_of_points
+from .copy_button import CopyButton
+from .figures import is_headless
+from .showing import page_html, show_panel
+from .style import boxed, panel, row
+from .sweep_chosen import SweepChosen
+from .sweep_controls import SweepControls
+from .sweep_estimate import SweepEstimate
+from .sweep_figures import SweepFigures
+from .sweep_proof import Prover, SweepProof
+from .sweep_run import SweepRun
+
+NEW = "a new one"
+#: Between two redraws while a sweep runs: this, or so many times what the last redraw took.
+REDRAW_S, REDRAW_SHARE = 1.0, 5.0
+
+
+class Place(NamedTuple):
+    """Where points can be tried.
+
+    Attributes:
+        runner: tries them; None where that is not possible. why_not: the reason then. code: Python that makes it.
+        prepare: called before a sweep begins there.
+    """
+
+    runner: Runner | None
+    why_not: str = ""
+    code: str = ""
+    prepare: Callable[[], None] | None = None
+
+
+class Plan(NamedTuple):
+    """What the controls ask for; the study that is open cannot be changed, only gone on with."""
+
+    where: str
+    space: Space
+    objectives: tuple[str, ...]
+    method: str
+    seed: int
+    fixed: dict[str, Any]
+
+
+class SweepPanel:
+    """A sweep: controls on the left, what came of it on the right.
+
+    Args:
+        places: by name, the simulator and the device. kept: what settings that do not move stay at.
+        shows: opens the timeline of a point's settings: a figure to draw here, or None if it is shown elsewhere.
+        prover: runs the best of a sweep against the default; a text says why nothing can be run.
+        report: writes a sweep's page; gets the sweep, its latest proof, and the code that repeats it.
+
+    Attributes:
+        controls, estimate, run, chosen, proof, figures: parts. study: menu of those that are there.
+        sweep: the one that is open, or None. part: all of it without the looks; view: with them.
+    """
+
+    def __init__(
+        self,
+        places: Mapping[str, Place],
+        kept: Callable[[], Mapping[str, Any]],
+        shows: Callable[[Mapping[str, Any]], go.Figure | None],
+        prover: Prover | str,
+        report: Callable[[Sweep, Proof | None, str], Path],
+    ) -> None:
+        self._places, self._report = dict(places), report
+        self.sweep: Sweep | None = None
+        self._asked: Plan | None = None
+        self._points = pd.DataFrame()
+        self._redrawn = self._took_s = 0.0
+        self._is_quiet = False
+        self._lock = threading.RLock()
+        self.controls = SweepControls(_runners(places), kept, self._on_move)
+        self.estimate = SweepEstimate(self._estimate, lambda: not self.controls.runner.is_here)
+        self.run = SweepRun(self.start, self._on_progress)
+        self.chosen = SweepChosen(shows, self._settings_of)
+        self.proof = SweepProof(prover)
+        self.figures = SweepFigures(self.chosen.open, self._show_chosen)
+        self.study = ipw.Dropdown(
+            options=[NEW], tooltip="A study that is there: its points are shown, Start goes on"
+        )
+        self.study.layout.width = "170px"
+        self.code = CopyButton()
+        self.report_button = ipw.Button(
+            description="Report", icon="file", layout={"width": "auto"}, disabled=True
+        )
+        self.report_button.tooltip = "Write the sweep as one page that opens offline"
+        self.told = ipw.HTML()
+        self.part = self._laid_out()
+        self.view = panel(self.part)
+        self.study.observe(self._on_study, "value")
+        self.report_button.on_click(lambda _: self._in_background(self.write_report))
+        self.refresh()
+        self.estimate.moved()
+
+    def _laid_out(self) -> ipw.Box:
+        asked = ipw.VBox([self.controls.view, self.estimate.view])
+        head = row(ipw.HTML("study"), self.study, *self.run.view.children)
+        tools = row(self.chosen.menu, self.chosen.button, self.proof.button, self.code, self.report_button)
+        shown = [
+            head,
+            self.told,
+            self.chosen.table,
+            tools,
+            self.chosen.words,
+            self.proof.words,
+            self.chosen.timeline,
+        ]
+        return boxed(
+            ipw.Box([asked, boxed(ipw.VBox([*shown, self.figures.view]), "ps-figures")]),
+            "ps-side",
+            "ps-sweep",
+        )
+
+    # -- what is asked for -------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """What the controls ask for.
+
+        Raises:
+            UnsupportedOption: no setting moves.
+        """
+        one = self.controls
+        return Plan(
+            one.where.value,
+            one.space.space,
+            one.objectives,
+            one.method.value,
+            one.seed.value,
+            one.space.fixed,
+        )
+
+    def open(self, sweep: Sweep | str) -> None:
+        """Show a study that is there; Start goes on with it.
+
+        Raises:
+            BadSweep: there is none of this name.
+        """
+        found = load_sweep(sweep) if isinstance(sweep, str) else sweep
+        self._take(found)
+        self._is_quiet = True
+        self.controls.space.put(found.space)
+        self.controls.put([one.name for one in found.objectives], found.method, found.seed)
+        self.controls.name.value = found.name
+        self._is_quiet = False
+        self._asked = self.plan
+        self.refresh()
+
+    def start(self) -> SweepJob | None:
+        """Begin, or go on with the study that is open; what does not go is told in words."""
+        self.estimate.stop()
+        try:
+            job = self._opened().prepare(**self.controls.limits)
+        except PrescopeError as error:
+            self.run.fail(error)
+            return None
+        self.run.watch(job)
+        self.refresh()
+        return job
+
+    def _opened(self) -> Sweep:
+        """The sweep that the controls ask for: the open one, another that is there, or a new one."""
+        plan, typed = self.plan, self.controls.name.value.strip()
+        open_name = "" if self.sweep is None else self.sweep.name
+        if plan == self._asked and typed in ("", open_name):
+            name = open_name
+        else:  # a study is about one thing: what was changed is another one
+            name = typed if typed and typed != open_name else _free_name()
+        place = self._places[plan.where]
+        runner = place.runner
+        assert runner is not None, "places that cannot be used are not offered"
+        if place.prepare is not None:
+            place.prepare()
+        sweep = open_sweep(
+            name,
+            plan.space,
+            runner,
+            objectives=plan.objectives,
+            method=plan.method,
+            seed=plan.seed,
+            fixed=plan.fixed,
+        )
+        self._take(sweep)
+        self._asked = plan
+        self._is_quiet = True
+        self.controls.name.value = name
+        self._is_quiet = False
+        return sweep
+
+    def _take(self, sweep: Sweep | None) -> None:
+        if sweep is None or self.sweep is None or self.sweep.name != sweep.name:
+            self.figures.clear()
+            self.chosen.clear()
+            self._points = pd.DataFrame()
+        self.sweep = sweep
+
+    def use(self, places: Mapping[str, Place], prover: Prover | str) -> None:
+        """Sweep another trace from now on; a run that is under way goes on."""
+        self._places = dict(places)
+        self.proof.use(prover)
+        self.controls.use(_runners(places))
+        self._on_move()
+
+    def state(self) -> dict[str, Any]:
+        """Values of the controls, and what the panel shows."""
+        return {
+            "study": None if self.sweep is None else self.sweep.name,
+            "where": self.controls.where.value,
+            "objectives": self.controls.objectives,
+            "points": len(self._points),
+            "kept": len(self.figures.kept),
+            "running": self.run.is_running,
+            "status": self.run.status.value,
+        }
+
+    # -- what came of it ---------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Show the open study as it is now."""
+        with self._lock:
+            begin = time.monotonic()
+            self._offer_studies()
+            if self.sweep is not None:
+                self._points = self.sweep.points()
+                self.figures.show(self._points, self._objectives, self._importances(self.sweep))
+            self._say()
+            self._redrawn, self._took_s = time.monotonic(), time.monotonic() - begin
+
+    @property
+    def _objectives(self) -> list[str]:
+        return [] if self.sweep is None else [one.name for one in self.sweep.objectives]
+
+    @staticmethod
+    def _importances(sweep: Sweep) -> Mapping[str, float]:
+        try:
+            return sweep.importances()
+        except UnsupportedOption:  # too few points to say
+            return {}
+
+    def _settings_of(self, number: int) -> dict[str, Any]:
+        """All settings of a point that were not left to the schedule."""
+        assert self.sweep is not None, "points are of a sweep"
+        params = self.sweep.study.get_trials(deepcopy=False)[number].params
+        return {name: value for name, value in {**self.sweep.fixed, **params}.items() if value is not None}
+
+    def _on_progress(self, _progress: Progress | None, is_last: bool) -> None:
+        """From the sweep's thread: drawn when the last drawing is long enough ago."""
+        wait = max(REDRAW_S, REDRAW_SHARE * self._took_s)
+        if is_last or time.monotonic() - self._redrawn >= wait:
+            self.refresh()
+
+    def _on_move(self) -> None:
+        if not self._is_quiet:
+            self._say()
+            self.estimate.moved()
+
+    def _on_study(self, _change: Any) -> None:
+        if self._is_quiet:
+            return
+        if self.study.value == NEW:
+            self._take(None)
+            self._asked, self.controls.name.value = None, ""
+            self.refresh()
+            return
+        try:
+            self.open(self.study.value)
+        except PrescopeError as error:
+            self.run.fail(error)
+
+    def _offer_studies(self) -> None:
+        former, self._is_quiet = self._is_quiet, True
+        names = _studies_here()
+        mine = NEW if self.sweep is None else self.sweep.name
+        options = [NEW, *names, *([] if mine in (NEW, *names) else [mine])]
+        if list(self.study.options) != options:
+            self.study.options = options
+        self.study.value = mine
+        self._is_quiet = former
+
+    def _say(self) -> None:
+        try:
+            is_same = self.plan == self._asked
+            wanted = self.controls.limits["points"]
+            is_all = is_same and len(self._points) >= wanted and not self.run.is_running
+            reason = f"its {wanted:,} points are there; ask for more" if is_all else ""
+            self.run.allow(reason, "Go on" if is_same else "Start")
+            self.code.text = self._code(self.plan)
+        except PrescopeError as error:
+            self.run.allow(str(error))
+            self.code.text = ""
+        self.told.value = told_of_points(self._points) if len(self._points) else ""
+        self._show_chosen(self.figures.kept)
+        has_points = len(self._points) and (self._points["state"] == "finished").any()
+        self.report_button.disabled = not has_points
+        self.proof.offer(self.sweep, "" if has_points else "no finished point yet")
+
+    def _show_chosen(self, kept: tuple[int, ...]) -> None:
+        self.chosen.show(self._points, kept, self._objectives)
+
+    def _estimate(self) -> str:
+        """What the controls ask for will take, in words."""
+        if self.run.is_running:
+            return ""
+        plan, limits = self.plan, self.controls.limits
+        directions = [OBJECTIVES[name].direction for name in plan.objectives]
+        known = Known(plan.space, plan.seed, directions, plan.objectives, ())
+        runner, workers = self.controls.runner, limits["workers"]
+        return str(estimate(runner, known, plan.method, plan.fixed, limits["points"], workers))
+
+    def _code(self, plan: Plan) -> str:
+        name = self.controls.name.value.strip() or _free_name()
+        return code_of(
+            name, self._places[plan.where].code, plan.space, objectives=plan.objectives, method=plan.method,
+            seed=plan.seed, fixed=plan.fixed, limits=self.controls.limits,
+        )  # fmt: skip
+
+    # -- a page ------------------------------------------------------------------------------------------------
+
+    def write_report(self) -> Path:
+        """Write the open sweep as a page."""
+        assert self.sweep is not None, "the button is disabled without one"
+        path = self._report(self.sweep, self.proof.proof, self._code(self.plan))
+        self.chosen.words.value = f"<span class='ps-soft'>written: <code>{escape(str(path))}</code></span>"
+        return path
+
+    def _in_background(self, work: Callable[[], object]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except PrescopeError as error:
+                self.run.fail(error)
+
+        threading.Thread(target=run, name="prescope-sweep-panel", daemon=True).start()
+
+    def close(self) -> None:
+        """End the run and take the panel off the page; the study stays."""
+        for part in (self.run, self.proof, self.figures, self.chosen, self.code, self.view):
+            part.close()
+        self.estimate.stop()
+
+    def plain(self) -> list[go.Figure]:
+        """The figures without widgets."""
+        return self.figures.plain()
+
+    def _ipython_display_(self) -> None:
+        words = f"<p>{self.told.value}</p>{self.chosen.table.value}{self.proof.words.value}"
+        if not is_headless():
+            show_panel(self.view, words, self.plain())
+            return
+        display(HTML(page_html(words)))
+        for figure in self.plain():
+            display(figure)
+
+
+def _studies_here() -> list[str]:
+    """Names of the sweeps in the folder where they lie by default, the newest first."""
+    files = FOLDER.glob("*.db") if FOLDER.is_dir() else []
+    return [path.stem for path in sorted(files, key=lambda path: -path.stat().st_mtime)]
+
+
+def _free_name() -> str:
+    there = set(_studies_here())
+    return next(name for i in count(1) if (name := f"sweep {i}") not in there)
+
+
+def _runners(places: Mapping[str, Place]) -> dict[str, Runner | str]:
+    return {name: place.why_not if place.runner is None else place.runner for name, place in places.items()}

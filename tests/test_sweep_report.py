@@ -1,0 +1,109 @@
+"""A sweep as one page that opens offline."""
+
+import base64
+import gzip
+import re
+
+import pandas as pd
+import pytest
+
+from prescope.errors import UnsupportedOption
+from prescope.predictor import Frequency
+from prescope.report import sweep as sweep_report
+from prescope.report import write_sweep_report
+from prescope.scheduler.costs import LayerCosts
+from prescope.simulator import Machine, Scenarios
+from prescope.tuning import Choices, Range, SimulatorRunner, Space, load_sweep, open_sweep
+from tests.support.browser import count_plots, offline_page
+from tests.support.small_run import small_trace
+
+HOSTILE = "</script><script>document.title = 'owned'</script>"
+COSTS = LayerCosts(link_us=60.0, gpu_us=12.0, rest_us=25.0, decide_us=6.0, source="made for this test")
+SPACE = Space(slots=Range(6, 30), schedule=Choices("on-demand", "presched"), width=Range(0, 4))
+NUM_FIGURES = 5
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    trace = small_trace(steps=6, batch=2)
+    machine = Machine(f"a machine {HOSTILE}", COSTS, 1_500_000, 30.0, 2)
+    runner = SimulatorRunner.of_scenarios(Scenarios(trace, [machine], [Frequency(trace, 2)], label="a test"))
+    made = open_sweep(
+        "reported", SPACE, runner, objectives=("tokens_per_s", "gpu_bytes"), method="random",
+        storage=tmp_path_factory.mktemp("sweep") / "reported.db",
+    )  # fmt: skip
+    made.run(points=12)
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(sweep, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "sweep.html"
+    return write_sweep_report(sweep, path, commands=f"sweep.run() # {HOSTILE}")
+
+
+def files_in(text):
+    """Name -> content of what the page offers for download."""
+    found = re.findall(r"<a download='([^']+)' href='data:application/gzip;base64,([^']+)'>", text)
+    return {name: gzip.decompress(base64.b64decode(data)) for name, data in found}
+
+
+def test_the_page_says_what_was_found_and_that_nothing_was_proved(page, sweep):
+    text = page.read_text()
+    best = sweep.best(1)
+    assert f"point {best['number'][0]}, simulated" in text
+    assert "Nothing was proved" in text
+    assert "<b>simulated</b>: 12 points" in text
+    assert "sweep.run() # &lt;/script&gt;" in text
+    assert len(text) < 10_000_000
+
+
+def test_the_study_inside_is_the_study(page, sweep, tmp_path):
+    files = files_in(page.read_text())
+    (tmp_path / "unpacked.db").write_bytes(files["reported.db.gz"])
+    again = load_sweep(tmp_path / "unpacked.db")
+    pd.testing.assert_frame_equal(again.points(), sweep.points())
+    assert files["reported.csv.gz"].decode().count("\n") == 13
+
+
+def test_a_study_that_is_too_large_is_left_out_and_said(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_report, "MOST_STUDY", 100)
+    text = write_sweep_report(sweep, tmp_path / "page.html", commands="").read_text()
+    assert "too large for a page" in text
+    assert list(files_in(text)) == ["reported.csv.gz"]
+
+
+def test_a_proof_is_the_verdict(sweep, tmp_path):
+    class Proof:
+        kept, words, notes, origin, machine = (
+            True,
+            "+11 % (+9 to +13): keep it",
+            ["a note <i>"],
+            "emulated",
+            "here",
+        )
+
+        def table(self):
+            return pd.DataFrame({"schedule": ["presched"], "gain %": [11.123456]})
+
+    text = write_sweep_report(sweep, tmp_path / "page.html", commands="", proof=Proof()).read_text()
+    assert "<p class='verdict'>+11 % (+9 to +13): keep it</p>" in text
+    assert "<b>measured, link emulated</b> on here" in text
+    assert "a note &lt;i&gt;" in text
+    assert "11.1" in text and "11.123456" not in text
+    assert "Nothing was proved" not in text
+
+
+def test_a_sweep_without_a_finished_point_has_no_page(sweep, tmp_path):
+    empty = open_sweep("empty", SPACE, sweep.runner, storage=tmp_path / "empty.db")
+    with pytest.raises(UnsupportedOption, match="no finished point"):
+        write_sweep_report(empty, tmp_path / "page.html", commands="")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.browser
+def test_the_page_opens_offline(page):
+    with offline_page(page) as (opened, requests, errors):
+        assert count_plots(opened, NUM_FIGURES) == NUM_FIGURES
+        assert (requests, errors) == ([], [])
+        assert opened.title() != "owned"

@@ -1,0 +1,355 @@
+"""The panel of sweeps without a browser: its controls by their traits, its figures by their data."""
+
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from prescope.errors import BadSweep, UnsupportedOption
+from prescope.predictor import Frequency
+from prescope.scheduler.costs import LayerCosts
+from prescope.simulator import Machine, Scenarios
+from prescope.tuning import Choices, Range, SimulatorRunner, load_sweep
+from prescope.widgets import sweep_proof
+from prescope.widgets.sweep_panel import NEW, Place, SweepPanel
+from prescope.widgets.tables import frame_html
+from tests.support.small_run import small_trace
+
+COSTS = LayerCosts(
+    link_us=60.0, gpu_us=12.0, rest_us=25.0, decide_us=6.0, cpu_us=(0.0, 40.0, 45.0, 50.0, 55.0), cpu_base_us=5.0,
+    source="made for this test",
+)  # fmt: skip
+REASON = "the trace was recorded on another machine"
+
+
+class Opened:
+    """Notes which settings were opened."""
+
+    def __init__(self, figure: go.Figure | None) -> None:
+        self.figure, self.settings = figure, []
+
+    def __call__(self, settings):
+        self.settings.append(dict(settings))
+        return self.figure
+
+
+@pytest.fixture(scope="module")
+def runner():
+    trace = small_trace(steps=9, batch=3)
+    machine = Machine("test", COSTS, 1_500_000, 30.0, 2)
+    return SimulatorRunner.of_scenarios(Scenarios(trace, [machine], [Frequency(trace, 2)], label="a test"))
+
+
+def panel_of(runner, prover=REASON, shows=None, report=lambda *_: Path("page.html")):
+    places = {
+        "simulator": Place(runner, code="SimulatorRunner.of_scenarios(scenarios)"),
+        "device": Place(None, REASON),
+    }
+    panel = SweepPanel(places, lambda: {"slots": 12, "width": 2}, shows or Opened(None), prover, report)
+    panel.controls.workers.value = 1
+    panel.controls.points.value = 12
+    return panel
+
+
+@pytest.fixture(scope="module")
+def ran(runner, tmp_path_factory):
+    """A panel whose sweep is done; tests leave it as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("ran"))
+        panel = panel_of(runner)
+        panel.controls.method.value = "random"
+        run(panel)
+        yield panel
+        panel.close()
+
+
+@pytest.fixture
+def make(runner, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def make(**given):
+        made.append(panel_of(runner, **given))
+        return made[-1]
+
+    yield make
+    for panel in made:
+        panel.close()
+
+
+def run(panel):
+    panel.run.start_button.click()
+    assert panel.run.job is not None, panel.run.status.value
+    panel.run.job.result(60)
+    return panel.state()
+
+
+def test_it_opens_with_what_may_move_and_why_the_device_is_not_there(make):
+    panel = make()
+    assert list(panel.plan.space) == ["schedule", "slots", "lookahead"]
+    assert panel.plan.objectives == ("tokens_per_s", "gpu_bytes")
+    assert REASON in panel.controls.fields["where"].note
+    assert panel.proof.button.disabled and panel.proof.button.tooltip == REASON
+    assert panel.chosen.button.disabled and panel.report_button.disabled
+    assert all("no point" in why or "needs" in why for why in panel.figures.why_not.values())
+
+
+def test_a_tick_moves_a_setting_and_what_stays_is_fixed_at_what_it_is(make):
+    panel = make()
+    rows = panel.controls.space.rows
+    rows["slots"].tick.value = False
+    assert panel.plan.fixed == {"slots": 12}
+    rows["threshold"].tick.value = True
+    rows["threshold"].span.value = (0.1, 0.4)
+    assert panel.plan.space["threshold"] == Range(0.1, 0.4, 0.05)
+    rows["cache"].tick.value = True
+    rows["cache"].span.value = (None, "lfu")
+    assert panel.plan.space["cache"] == Choices(None, "lfu")
+
+
+def test_where_schedules_are_compared_each_keeps_its_own_predictions(make):
+    """Live's width of one schedule would be laid upon all of them."""
+    panel = make()
+    assert "width" not in panel.plan.fixed
+    panel.controls.space.rows["schedule"].tick.value = False
+    assert panel.plan.fixed["width"] == 2
+
+
+def test_settings_that_do_nothing_cannot_be_ticked_and_say_why(make):
+    panel = make()
+    rows = panel.controls.space.rows
+    rows["schedule"].span.value = ("on-demand",)
+    assert rows["lookahead"].tick.disabled
+    assert "looks at no predictions" in rows["lookahead"].view.children[1].children[2].value
+    assert "lookahead" not in panel.plan.space
+    assert rows["recall"].tick.disabled
+    rows["schedule"].span.value = ("on-demand", "presched")
+    rows["predictor"].tick.value = True
+    rows["predictor"].span.value = ("noisy oracle",)
+    assert not rows["recall"].tick.disabled
+
+
+def test_nothing_that_moves_is_said_where_start_is(make):
+    panel = make()
+    for row in panel.controls.space.rows.values():
+        row.tick.value = False
+    assert panel.run.start_button.disabled
+    assert "space is empty" in panel.run.reason.value
+    assert panel.code.text == ""
+
+
+def test_time_and_memory_are_said_before_it_starts(make):
+    panel = make()
+    panel.estimate.ask()
+    assert "12 points of" in panel.estimate.text
+    assert "memory" in panel.estimate.text
+    panel.controls.points.value = 13
+    assert panel.estimate.text == "", "what was said was about other controls"
+
+
+def test_a_sweep_fills_figures_table_and_menu(make):
+    panel = make()
+    state = run(panel)
+    assert (state["points"], state["running"], state["study"]) == (12, False, "sweep 1")
+    assert panel.figures.why_not == {}
+    assert [trace.type for trace in panel.figures.figures["parallel"].data] == ["parcoords"]
+    assert "best 5 so far" in panel.chosen.table.value
+    assert panel.run.status.value.startswith("done: 12 points")
+    assert "<b>simulated</b>: " in panel.told.value
+    assert panel.run.start_button.disabled, "its points are there"
+    assert "ask for more" in panel.run.reason.value
+    panel.controls.points.value = 20
+    assert panel.run.start_button.description == "Go on"
+    assert run(panel)["points"] == 20
+    assert panel.sweep.name == "sweep 1"
+
+
+def test_a_changed_space_is_another_study(make):
+    """A study is about one thing: its points could not be compared."""
+    panel = make()
+    run(panel)
+    panel.controls.space.rows["cpu"].tick.value = True
+    assert panel.run.start_button.description == "Start"
+    assert run(panel)["study"] == "sweep 2"
+    assert list(panel.study.options) == [NEW, "sweep 2", "sweep 1"]
+
+
+def test_a_name_of_ones_own_is_the_study_s(make):
+    panel = make()
+    panel.controls.name.value = "my first"
+    assert run(panel)["study"] == "my first"
+    assert len(load_sweep("my first").points()) == 12
+
+
+def test_an_existing_study_is_opened_with_its_points_and_settings(make):
+    first = make()
+    first.controls.space.rows["slots"].span.value = (0.3, 0.7)
+    first.controls.second.value = "p95_ms"
+    run(first)
+    second = make()
+    second.study.value = "sweep 1"
+    assert second.state()["points"] == 12
+    assert second.plan.space["slots"] == Range(0.3, 0.7, 0.05)
+    assert second.plan.objectives == ("tokens_per_s", "p95_ms")
+    second.controls.points.value = 15
+    assert run(second)["study"] == "sweep 1"
+    assert second.state()["points"] == 15
+    second.study.value = NEW
+    assert second.state()["points"] == 0
+    with pytest.raises(BadSweep):
+        second.open("nowhere")
+
+
+def test_a_brush_filters_the_table_and_outlives_new_points(make):
+    panel = make()
+    run(panel)
+    axes = panel.figures.figures["parallel"].data[0].dimensions
+    place = [one.label for one in axes].index("tokens/s")
+    values = sorted(axes[place].values)
+    axes[place].constraintrange = [values[-3], values[-1]]
+    assert len(panel.figures.kept) >= 3
+    kept = panel.state()["kept"]
+    assert kept < 12
+    assert f"of the {kept} that the brush leaves" in panel.chosen.table.value
+    assert len(panel.chosen.menu.options) == kept
+    panel.controls.points.value = 14
+    run(panel)
+    brushed = panel.figures.figures["parallel"].data[0].dimensions[place].constraintrange
+    assert list(brushed) == pytest.approx([values[-3], values[-1]])
+
+
+def test_a_click_on_a_point_opens_its_settings(ran, monkeypatch):
+    panel, shows = ran, Opened(None)
+    monkeypatch.setattr(panel.chosen, "_shows", shows)
+    history = panel.figures.figures["history"].data[0]
+    panel.figures._on_point(history, Clicked([4]), None)
+    assert shows.settings[-1] == panel.sweep.study.trials[4].params
+    heat = panel.figures.figures["heat"].data[0]
+    row, column = next(
+        (i, j) for i, row in enumerate(heat.z) for j, best in enumerate(row) if best is not None
+    )
+    panel.figures._on_cell(heat, Clicked([], [heat.x[column]], [heat.y[row]]), None)
+    assert shows.settings[-1] == panel.sweep.study.trials[heat.customdata[row][column]].params
+    panel.chosen.button.click()
+    assert len(shows.settings) == 3
+
+
+class Clicked:
+    def __init__(self, point_inds, xs=(), ys=()):
+        self.point_inds, self.xs, self.ys = point_inds, xs, ys
+
+
+def test_a_timeline_is_drawn_in_place_where_nobody_else_shows_it(ran, monkeypatch):
+    panel = ran
+    monkeypatch.setattr(panel.chosen, "_shows", Opened(go.Figure(go.Bar(y=[1]))))
+    panel.chosen.clear()
+    assert "ps-hidden" in panel.chosen.timeline._dom_classes
+    panel.chosen.button.click()
+    assert "ps-hidden" not in panel.chosen.timeline._dom_classes
+    assert len(panel.chosen.lanes.data) == 1
+
+
+def test_pause_begins_no_point_and_cancel_keeps_what_there_is(make, runner, monkeypatch):
+    panel = make()
+    gate = threading.Event()
+    simulate = runner.run
+
+    def slow(*arguments):
+        gate.wait(0.05)
+        return simulate(*arguments)
+
+    monkeypatch.setattr(type(runner), "run", lambda _self, *arguments: slow(*arguments))
+    panel.controls.points.value = 400
+    panel.controls.method.value = "random"
+    panel.run.start_button.click()
+    wait_for(lambda: panel.run.job.status is not None and panel.run.job.status.done > 2)
+    panel.run.pause_button.click()
+    assert panel.run.pause_button.description == "Go on"
+    wait_for(lambda: panel.run.job.status.is_paused and not panel.run.job.status.running)
+    done = panel.run.job.status.done
+    time.sleep(0.4)
+    assert panel.run.job.status.done == done
+    panel.run.pause_button.click()
+    wait_for(lambda: panel.run.job.status.done > done)
+    panel.run.cancel_button.click()
+    panel.run.job.result(30)
+    assert panel.run.status.value.startswith("cancelled")
+    assert done < panel.state()["points"] < 400
+    assert panel.run.start_button.description == "Go on"
+
+
+def wait_for(is_so, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_the_code_makes_the_same_sweep(ran, runner):
+    panel = ran
+    code = panel.code.text.replace("'sweep 1'", "'again'").replace(panel._places["simulator"].code, "runner")
+    names = {"runner": runner}
+    exec(code.replace(", SimulatorRunner", ""), names)
+    columns = ["slots", "schedule", "lookahead", "tokens_per_s"]
+    pd.testing.assert_frame_equal(panel.sweep.points()[columns], names["sweep"].points()[columns])
+
+
+def test_a_proof_says_how_far_it_is_can_be_ended_and_leaves_its_verdict(make):
+    seen = []
+
+    class Proof:
+        kept, words, notes, origin, machine = (
+            True,
+            "+11 % (+9 to +13): keep it",
+            ["a note <b>"],
+            "measured",
+            "H200",
+        )
+
+        def table(self):
+            return pd.DataFrame({"gain %": [11.0]})
+
+    def prover(sweep, *, on_progress, cancel):
+        on_progress(1, 4)
+        seen.append((sweep.name, panel.proof.words.value, panel.proof.button.description, cancel.is_set()))
+        return Proof()
+
+    panel = make(prover=prover)
+    run(panel)
+    panel.proof.run()
+    [(name, words, label, is_ended)] = seen
+    assert (name, label, is_ended) == ("sweep 1", "End the proof", False)
+    assert words.startswith("<span class='ps-soft'>run 1 of 4")
+    assert "+11 % (+9 to +13): keep it" in panel.proof.words.value
+    assert "<b>measured</b> on H200" in panel.proof.words.value
+    assert "a note &lt;b&gt;" in panel.proof.words.value
+    assert panel.proof.button.description == sweep_proof.LABEL
+    panel.study.value = NEW
+    assert panel.proof.words.value == "", "another study's verdict"
+
+
+def test_without_a_device_a_proof_says_why(ran):
+    assert ran.proof.button.disabled
+    with pytest.raises(UnsupportedOption, match="another machine"):
+        ran.proof.run()
+
+
+def test_the_report_gets_sweep_proof_and_commands(ran, monkeypatch):
+    given = []
+    monkeypatch.setattr(ran, "_report", lambda *arguments: given.append(arguments) or Path("page.html"))
+    assert ran.write_report() == Path("page.html")
+    [(sweep, proof, commands)] = given
+    assert (sweep.name, proof) == ("sweep 1", None)
+    assert "open_sweep(" in commands
+
+
+def test_a_panel_without_a_kernel_shows_its_figures_plain(ran):
+    assert [type(figure) for figure in ran.plain()] == [go.Figure] * 5
+
+
+def test_heads_stand_above_what_they_are_of():
+    html = frame_html(pd.DataFrame({"name": ["a"], "count": [3]}))
+    assert "<th class=ps-words>name</th><th>count</th>" in html
