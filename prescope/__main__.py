@@ -4,4 +4,5 @@ import sys
 
 from prescope.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # the processes of a sweep import this file too
+    sys.exit(main())

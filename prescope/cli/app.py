@@ -12,6 +12,7 @@ from .bench import bench
 from .calibrate import calibrate
 from .report import report
 from .run import run
+from .sweep import sweep
 from .terminal import quiet_libraries, tell
 from .train import train
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text: boxes do not fit a screen, nor a pipe
 )
-for command in (run, bench, calibrate, advise, train, report):
+for command in (run, bench, calibrate, advise, train, sweep, report):
     app.command()(command)
 
 

@@ -23,7 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("notebook", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the HTML file to write")
     parser.add_argument(
-        "--param", action="append", default=[], type=parse_parameter, metavar="NAME=VALUE", help="may be repeated"
+        "--param",
+        action="append",
+        default=[],
+        type=parse_parameter,
+        metavar="NAME=VALUE",
+        help="may be repeated",
     )
     parser.add_argument("--timeout", type=int, help="longest time of one cell, seconds")
     given = parser.parse_args(arguments)

@@ -17,12 +17,14 @@ import prescope
 from prescope.advice import advise
 from prescope.cli import main
 from prescope.cli.options import slots_of
+from prescope.cli.terminal import StatusLine
 from prescope.engine import Engine
 from prescope.profile import HardwareProfile
 from prescope.traces.events import read_events
+from tests.support.small_run import small_run
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["run", "bench", "calibrate", "advise", "train", "report"]
+COMMANDS = ["run", "bench", "calibrate", "advise", "train", "sweep", "report"]
 #: On the virtual clock, so that nothing is waited for.
 FAST = ["--device", "null", "--link-gb-per-s", "1"]
 
@@ -58,7 +60,9 @@ def test_the_version_is_the_packages(capsys):
     [
         ["nothing"], ["run", "--new", "0"], ["run", "--new", "many"], ["bench", "--prompt", "8,x"],
         ["bench", "--json", "--csv"], ["bench", "-o", "cells.txt"], ["advise"], ["report", "n.ipynb"],
-        ["advise", "olmoe-1b-7b", "--link-gb-per-s", "25"], ["train", "--trace", "t.npy", "--shape", "4,8"],
+        ["advise", "olmoe-1b-7b", "--link-gb-per-s", "25"], ["sweep", "s"], ["sweep", "s", "--vary", "slots"],
+        ["sweep", "s", "--vary", "slots=0.1:x"], ["sweep", "s", "--vary", "slots=1:2:3:4"],
+        ["train", "--trace", "t.npy", "--shape", "4,8"],
     ],
 )  # fmt: skip
 def test_a_wrong_call_is_2_and_says_what_is_wrong(arguments, capsys):
@@ -217,6 +221,47 @@ def test_an_interrupt_in_the_third_cell_leaves_two(capsys, tmp_path, monkeypatch
     assert [row["slots"] for row in json.loads(captured.out)] == [0.25, 0.5]
     assert json.loads((tmp_path / "c.json").read_text()) == json.loads(captured.out)
     assert "Traceback" not in captured.err
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """A sweep over two numbers of slots of a small trace."""
+    trace = small_run(steps=6).trace.save(tmp_path / "t.safetensors")
+    storage = str(tmp_path / "sweeps.db")
+    return ["sweep", "small", "--trace", str(trace), "--storage", storage, "--vary", "slots=0.25,0.5,0.75", "--fix",
+            "schedule=on-demand", "--method", "grid"]  # fmt: skip
+
+
+def test_sweep_prints_the_best_and_goes_on_where_it_was(swept, capsys):
+    assert main([*swept, "--json", "--points", "2"]) == 0
+    captured = capsys.readouterr()
+    first = json.loads(captured.out)
+    assert len(first) == 2
+    assert "points of" in captured.err, "time and memory are said before it begins"
+    assert main(swept) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 3
+    speeds = [float(line.split()[2]) for line in lines[1:]]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_ctrl_c_ends_a_sweep_whose_points_are_kept(swept, capsys, monkeypatch):
+    presses = iter([signal.SIGINT])
+    monkeypatch.setattr(
+        StatusLine, "show", lambda self, text: [signal.raise_signal(number) for number in presses]
+    )
+    assert main([*swept, "--json"]) == 130
+    captured = capsys.readouterr()
+    kept = json.loads(captured.out)
+    assert "the same call goes on" in captured.err
+    monkeypatch.undo()
+    assert main([*swept, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 3 >= len(kept)
+
+
+def test_an_unknown_setting_of_a_sweep_is_named_with_those_there_are(swept, capsys):
+    assert main([*swept, "--vary", "slot=1,2"]) == 1
+    assert "lookahead" in capsys.readouterr().err
 
 
 def test_slots_are_a_count_a_share_or_a_size():

@@ -302,7 +302,17 @@ def test_the_reader_of_imports_sees_every_form():
 @pytest.mark.parametrize("door", ["prescope", "prescope.cli"])
 def test_the_door_imports_nothing_heavy(door):
     """`import prescope` must stay cheap, and work where only the core is installed; so must a command's --help."""
-    heavy = ["transformers", "plotly", "ipywidgets", "anywidget", "triton", "torch", "pandas", "numpy", "optuna"]
+    heavy = [
+        "transformers",
+        "plotly",
+        "ipywidgets",
+        "anywidget",
+        "triton",
+        "torch",
+        "pandas",
+        "numpy",
+        "optuna",
+    ]
     code = f"import sys, prescope, {door}; print(prescope.__version__, *(m for m in {heavy} if m in sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(out.stdout.split()) == 1, f"`import {door}` imported {out.stdout.split()[1:]}"
