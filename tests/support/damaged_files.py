@@ -213,6 +213,8 @@ def _foreign(kind: str) -> Kind:
 
 
 KINDS |= {f"{name}, old": _without_checksum(KINDS[name]) for name in KINDS if name not in ("model", "run")}
+#: Other programs' files have no checksum.
+KINDS |= {f"{kind} trace": _foreign(kind) for kind in FOREIGN}
 
 
 class Whole:
