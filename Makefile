@@ -19,7 +19,7 @@ PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/
 LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab report test test-all check format clean setup
+.PHONY: help lab report docs test test-all check format clean setup
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ lab: $(STAMP)  ## Open JupyterLab on the quickstart notebook
 
 report: $(STAMP)  ## Run the quickstart (or NOTEBOOK=...) and write it as one HTML file that opens offline
 	$(BIN)/python -m prescope.report $(NOTEBOOK) --out $(REPORT)
+
+docs: $(STAMP)  ## Build site/: executed notebooks, API reference, pages; opens offline (some minutes)
+	$(BIN)/python docs/build_site.py --out site
 
 test: $(STAMP)  ## Run the tests and the notebooks (no GPU needed; GPU tests skip themselves)
 	$(PYTEST) -m "not slow" tests $(NOTEBOOKS)
@@ -50,7 +53,7 @@ format: $(STAMP)  ## Format the code, fix what ruff can fix, strip notebook outp
 setup: $(STAMP)  ## Install into .venv (the other targets do it by themselves)
 
 clean:  ## Remove .venv, caches and reports
-	rm -rf $(VENV) reports build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) reports site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp's age says when pip last ran to its end, its text for which folder: a .venv that was copied

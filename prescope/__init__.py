@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prescope.engine import attach as attach
     from prescope.engine import load as load
     from prescope.profile import HardwareProfile as HardwareProfile
+    from prescope.traces.importers import read_trace as read_trace
     from prescope.traces.result import RunResult as RunResult
     from prescope.traces.routing import RoutingTrace as RoutingTrace
     from prescope.training import train_predictor as train_predictor
@@ -33,13 +34,14 @@ _HOME_OF = {
     "attach": "prescope.engine",
     "calibrate": "prescope.calibration",
     "load": "prescope.engine",
+    "read_trace": "prescope.traces.importers",
     "train_predictor": "prescope.training",
 }
 
 #: Modules that are there at once after `import prescope`.
 _SUBMODULES = (
-    "cache", "calibration", "core", "device", "engine", "errors", "hf", "kernels", "predictor", "profile", "report",
-    "scheduler", "session", "simulator", "traces", "training", "tuning", "views", "weights", "widgets",
+    "cache", "calibration", "cli", "core", "device", "engine", "errors", "hf", "kernels", "predictor", "profile",
+    "report", "scheduler", "session", "simulator", "traces", "training", "tuning", "views", "weights", "widgets",
 )  # fmt: skip
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "attach",
     "calibrate",
     "load",
+    "read_trace",
     "train_predictor",
 ]
 

@@ -7,14 +7,14 @@ import os
 
 import pytest
 
-from tests.support.damaged_files import KINDS, Outcome, Whole
+from tests.support.damaged_files import FOREIGN, KINDS, Outcome, Whole
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="pipes"),
     # What transformers says on the way to refusing is no error of ours.
     pytest.mark.filterwarnings("ignore"),
 ]
-INPUTS = {"model": 60}
+INPUTS = {"model": 60, **dict.fromkeys((f"{kind} trace" for kind in FOREIGN), 60)}
 
 
 @pytest.fixture(scope="module", params=list(KINDS))

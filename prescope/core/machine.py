@@ -118,7 +118,7 @@ def machine_facts() -> dict[str, Any]:
 
 @cache
 def commit() -> str:
-    """The commit of the checkout that this code runs from, with "+changed" if files differ from it; "" outside one."""
+    """Of the checkout that this code runs from, with "+" behind it where files differ from it; "" outside one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "pyproject.toml").is_file() or not (root / ".git").exists():
         return ""
@@ -135,7 +135,7 @@ def commit() -> str:
         ]
     except (OSError, subprocess.SubprocessError):  # no git, or no commit yet
         return ""
-    return asked[0].strip() + ("+changed" if asked[1].strip() else "")
+    return asked[0].strip() + ("+" if asked[1].strip() else "")
 
 
 def _cpu_name() -> str:

@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise missing_extra("prescope.report", "lab", error) from error
 
-from .notebook import NotebookFailed, execute_notebook
+from .notebook import NotebookFailed, execute_notebook, parse_parameter
 from .page import PAPER_PX
 from .runs import badge, write_report, write_story
 from .story import Story, story_of_run, story_of_setting
@@ -25,6 +25,7 @@ __all__ = [
     "Story",
     "badge",
     "execute_notebook",
+    "parse_parameter",
     "story_of_run",
     "story_of_setting",
     "write_report",

@@ -1,30 +1,18 @@
-"""The command line of pages.
+"""The command line of pages; `prescope report` takes the same options.
 
 python -m prescope.report notebooks/00_quickstart.ipynb --out reports/quickstart.html --param slots=0.25
 """
 
 import argparse
-import ast
 import asyncio
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from .notebook import NotebookFailed, execute_notebook
+from .notebook import NotebookFailed, execute_notebook, parse_parameter
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def _parameter(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not name=value")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value  # a plain text needs no quotes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("notebook", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="the HTML file to write")
     parser.add_argument(
-        "--param", action="append", default=[], type=_parameter, metavar="NAME=VALUE", help="may be repeated"
+        "--param",
+        action="append",
+        default=[],
+        type=parse_parameter,
+        metavar="NAME=VALUE",
+        help="may be repeated",
     )
     parser.add_argument("--timeout", type=int, help="longest time of one cell, seconds")
     given = parser.parse_args(arguments)

@@ -141,6 +141,21 @@ def _inject(notebook: nbformat.NotebookNode, parameters: Mapping[str, Any]) -> N
     notebook.cells.insert(tagged[0] + 1, cell)
 
 
+def parse_parameter(text: str) -> tuple[str, Any]:
+    """A parameter from a command line: name=value, the value a Python literal or a plain text.
+
+    Raises:
+        ValueError: it is not.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"{text!r} is not name=value")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a plain text needs no quotes
+
+
 async def _execute(
     notebook: nbformat.NotebookNode, folder: Path, timeout_s: int | None, log: Callable[[str], None]
 ) -> None:

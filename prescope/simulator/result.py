@@ -168,4 +168,4 @@ class SimResult:
 
     def save_perfetto(self, path: str | Path) -> Path:
         """As `RunResult.save_perfetto`."""
-        return write_perfetto(self.events, self.layers, path, hardware=self.hardware, config=self.config)
+        return write_perfetto(self, path)

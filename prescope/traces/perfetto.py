@@ -1,16 +1,17 @@
 """A run's timeline as Chrome-trace JSON in torch.profiler's (Kineto) schema.
 
-Open it at ui.perfetto.dev or chrome://tracing. One process holds one named track for each lane, above them a
-track of steps with their MoE layers, and three counters: hit rate of the step, bytes in flight, link GB/s.
+Open it at ui.perfetto.dev or chrome://tracing. A process for each run holds one named track for each lane,
+above them a track of steps with their MoE layers, and four counters: hit rate of the step, slots used in it, bytes in
+flight, link GB/s.
 Times are microseconds with nanosecond digits. `tests/traces/test_perfetto.py` checks the schema and that slices of
 a track nest. traceinsight (HTA) 0.6.1 loads the file; Perfetto's own importer is a download and was not run.
 """
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from ..core.files import write_bytes
 from ..core.units import gb_per_s
 from ..errors import BadTrace
 
+#: Of the first run.
 PID = 1
 STEPS_TID = 1
 #: lane -> track id, title. Spare ids between them take slices that overlap others of their lane.
@@ -39,55 +41,92 @@ _CATEGORY = {
 _COMPUTE_LANES = ["gpu", "stall", "host"]
 
 
-def write_perfetto(
-    events: pd.DataFrame,
-    layers: pd.DataFrame,
-    path: str | Path,
-    *,
-    hardware: dict[str, Any],
-    config: dict[str, Any],
-) -> Path:
-    """Write the timeline of a run; compressed when the name ends in `.gz`.
+class Timeline(Protocol):
+    """What is drawn of a run, measured or simulated: `RunResult` and `simulator.SimResult` have it."""
+
+    @property
+    def events(self) -> pd.DataFrame: ...
+
+    @property
+    def layers(self) -> pd.DataFrame: ...
+
+    @property
+    def hardware(self) -> dict[str, Any]: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+
+def write_perfetto(runs: Timeline | Mapping[str, Timeline], path: str | Path) -> Path:
+    """Write the timeline of a run, or of several below each other, by name; compressed when the name ends in `.gz`.
+
+    Runs of one file begin at the same time, each as a process of its own.
 
     Args:
-        events, layers: event and layer tables of the run.
-        path: .json or .json.gz.
-        hardware, config: stored under `otherData`, so that the file says where it comes from.
+        path: .json or .json.gz. Hardware and settings of each run are stored under `otherData`, so that the file says
+            where it comes from.
 
     Raises:
-        BadTrace: the event table is empty: the run was made with events=False.
+        BadTrace: a run has no events: it was made with events=False; or there is no run.
         CannotWrite: no space, or no permission.
     """
-    if events.empty:
-        raise BadTrace("the run has no events to write; run it with events=True")
+    named = runs if isinstance(runs, Mapping) else {"": runs}
+    if not named:
+        raise BadTrace("there is no run to write")
+    for name, run in named.items():
+        if run.events.empty:
+            which = f"run {name!r}" if name else "run"
+            raise BadTrace(f"the {which} has no events to write; run it with events=True")
+    origins: list[dict[str, Any]] = [
+        {"name": name, "hardware": run.hardware, "config": run.config} for name, run in named.items()
+    ]
+    alone: dict[str, Any] = (
+        {} if isinstance(runs, Mapping) else {"hardware": runs.hardware, "config": runs.config}
+    )
+    events = [
+        event
+        for pid, (name, run) in enumerate(named.items(), PID)
+        for event in trace_events(run.events, run.layers, _title(name, run), pid)
+    ]
+    events.sort(key=lambda e: (e["ph"] != "M", e["ts"], -e.get("dur", 0.0)))  # stable: parents stay first
     document = {
         "schemaVersion": 1,
         "displayTimeUnit": "ms",
         "distributedInfo": {"rank": 0},  # HTA wants it
         "deviceProperties": [],
-        "otherData": {"writer": "prescope", "hardware": hardware, "config": config},
-        "traceEvents": [*trace_events(events, layers, str(hardware.get("label", "prescope run")))],
+        "otherData": {"writer": "prescope"} | (alone or {"runs": origins}),
+        "traceEvents": events,
     }
     # In ASCII: half a surrogate pair in a prompt is escaped like any other letter, and both readers take it.
     text = json.dumps(document, separators=(",", ":"), default=str).encode()
     return write_bytes(path, gzip.compress(text, compresslevel=6) if Path(path).suffix == ".gz" else text)
 
 
-def trace_events(events: pd.DataFrame, layers: pd.DataFrame, process_name: str) -> list[dict[str, Any]]:
-    """The `traceEvents` list: names first, then slices and counter samples by time, parents first."""
+def _title(name: str, run: Timeline) -> str:
+    label = str(run.hardware.get("label", "prescope run"))
+    return f"{name}: {label}" if name else label
+
+
+def trace_events(
+    events: pd.DataFrame, layers: pd.DataFrame, process_name: str, pid: int = PID
+) -> list[dict[str, Any]]:
+    """The `traceEvents` of one run: names first, then slices and counter samples by time, parents first."""
     slices = [*_range_slices(events)]
     tracks = {STEPS_TID: "Steps and MoE layers"}
     for lane, rows in events.groupby("lane", observed=True):
         slices += _lane_slices(str(lane), rows, tracks)
-    samples = [*slices, *_hit_rate(events, layers), *_link_counters(events[events["lane"] == "h2d"])]
+    samples = [*slices, *_of_steps(events, layers), *_link_counters(events[events["lane"] == "h2d"])]
     samples.sort(key=lambda e: (e["ts"], -e.get("dur", 0.0)))
-    names = [_metadata("process_name", 0, name=process_name)]
+    names = [
+        _metadata("process_name", 0, name=process_name),
+        _metadata("process_sort_index", 0, sort_index=pid),
+    ]
     for tid, title in sorted(tracks.items()):
         names += [
             _metadata("thread_name", tid, name=title),
             _metadata("thread_sort_index", tid, sort_index=tid),
         ]
-    return names + samples
+    return [event | {"pid": pid} for event in names + samples]
 
 
 def _metadata(kind: str, tid: int, **args: Any) -> dict[str, Any]:
@@ -175,13 +214,16 @@ def _counter(name: str, ts_ns: float, unit: str, value: float) -> dict[str, Any]
     return {"ph": "C", "name": name, "pid": PID, "tid": 0, "ts": ts_ns / 1e3, "args": {unit: value}}
 
 
-def _hit_rate(events: pd.DataFrame, layers: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def _of_steps(events: pd.DataFrame, layers: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Hit rate of each step, and the experts that were computed from slots in it."""
     starts = events.groupby("step")["start_us"].min()
-    sums = layers.groupby("step")[["hits", "needed"]].sum()
+    sums = layers.groupby("step")[["hits", "needed", "on_cpu"]].sum()
     for step, row in sums[sums["needed"] > 0].iterrows():
-        if step in starts.index:
-            percent = 100 * row["hits"] / row["needed"]
-            yield _counter("hit rate of the step", round(starts[step] * 1e3), "%", percent)
+        if step not in starts.index:
+            continue
+        ts_ns = round(starts[step] * 1e3)
+        yield _counter("hit rate of the step", ts_ns, "%", 100 * row["hits"] / row["needed"])
+        yield _counter("slots used in the step", ts_ns, "slots", int(row["needed"] - row["on_cpu"]))
 
 
 def _link_counters(copies: pd.DataFrame) -> Iterator[dict[str, Any]]:

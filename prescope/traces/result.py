@@ -8,7 +8,7 @@ import pandas as pd
 
 from ..core.html import facts_html
 from ..errors import BadTrace
-from .events import TABLES
+from .events import TABLES, write_events
 from .files import REMEDY
 from .metrics import Metrics, compute_metrics
 from .perfetto import write_perfetto
@@ -50,7 +50,18 @@ class RunResult:
 
     def save_perfetto(self, path: str | Path) -> Path:
         """Write the timeline as Chrome-trace JSON; open it at ui.perfetto.dev or in chrome://tracing."""
-        return write_perfetto(self.events, self.layers, path, hardware=self.hardware, config=self.config)
+        return write_perfetto(self, path)
+
+    def save_events(self, path: str | Path) -> Path:
+        """Write the event table as Parquet (columns in `prescope.traces.events`), for pandas, DuckDB and the like.
+
+        Raises:
+            BadTrace: the run was made with events=False.
+            CannotWrite: no space, or no permission.
+        """
+        if self.events.empty:
+            raise BadTrace("the run has no events to write; run it with events=True")
+        return write_events(self.events, path)
 
     def save(self, folder: str | Path) -> Path:
         """Write the run with all its evidence as a folder: tables as Parquet, routing as safetensors, the rest as JSON.

@@ -5,9 +5,9 @@
 """
 
 from .failures import Inverted, Shift, adversarial_trace, domain_shift, joined_stream, random_predictor
-from .pipeline import TrainedPredictor, baselines, comparison, train_predictor
+from .pipeline import TrainedPredictor, baselines, comparison, train_on_trace, train_predictor
 from .prepare import Split, rows_of, split_by_prompt
-from .record import own_prompts, own_text, record_trace
+from .record import own_prompts, own_text, read_prompts, record_trace
 from .routers import router_agreement, routers_of
 from .savings import Savings, savings
 from .score_card import Interval, ScoreCard, difference, score
@@ -33,6 +33,7 @@ __all__ = [
     "own_prompts",
     "own_text",
     "random_predictor",
+    "read_prompts",
     "record_trace",
     "router_agreement",
     "routers_of",
@@ -41,5 +42,6 @@ __all__ = [
     "score",
     "split_by_prompt",
     "train",
+    "train_on_trace",
     "train_predictor",
 ]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..predictor.base import IdArray, TooFewPrompts, measure_us
+from ..predictor.base import IdArray, TooFewPrompts, measure_us, require_inputs
 from ..predictor.baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
 from ..predictor.controls import Chance, Oracle
 from ..predictor.layer_groups import Cues, LayerGroups, group_layers, measure_cues
@@ -26,7 +26,7 @@ from .record import PromptSet, device_of, opened, own_prompts, own_text, record_
 from .routers import router_agreement, routers_of, routers_or_reason
 from .savings import savings
 from .score_card import ScoreCard, difference, score
-from .trainer import TrainConfig, TrainingProgress, train
+from .trainer import TrainConfig, TrainingProgress, TrainResult, train
 
 __all__ = [
     "TrainedPredictor",
@@ -37,6 +37,7 @@ __all__ = [
     "record_trace",
     "router_agreement",
     "routers_of",
+    "train_on_trace",
     "train_predictor",
 ]
 
@@ -155,16 +156,64 @@ def train_predictor(
             checkpoint=checkpoint,
             on_progress=on_progress,
         )
+        test = None
         if test_prompts is not None:
             test = record_trace(engine, test_prompts, max_tokens=max_tokens, new_tokens=new_tokens, seed=1)
-            judged_on = "test prompts"
-        else:
-            test = rows_of(trace, np.concatenate([result.split.validation, result.split.calibration]))
-            judged_on = "held-out prompts (half of them chose the epoch, half fitted the calibration)"
+    notes = {"routers": reason, "own_tokens": own}
+    return _judged(result, trace, cues, routers, test, notes, path, started)
+
+
+def train_on_trace(
+    trace: RoutingTrace,
+    *,
+    test: RoutingTrace | None = None,
+    config: LlaporConfig | None = None,
+    training: TrainConfig | None = None,
+    path: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    on_progress: Callable[[TrainingProgress], None] | None = None,
+    device: str = "cpu",
+) -> TrainedPredictor:
+    """Train a LLaPor predictor on a trace with router inputs, without the model, and judge it.
+
+    For traces that were recorded earlier or elsewhere (`prescope.read_trace`). The model's routers are not there, so
+    the networks take the paper's form unless `config` says otherwise, and the early router is not among the baselines.
+
+    Args:
+        test: to judge by; held-out prompts of `trace` when not given. Others: see `train_predictor`.
+
+    Raises:
+        TooFewPrompts: fewer than 4 different sequences. BadState, BadTrace: the states are NaN or missing.
+    """
+    started = time.perf_counter()
+    training = training or TrainConfig()
+    require_inputs(trace, "training LLaPor")
+    cues = measure_cues(trace, split_by_prompt(trace, training.hold_out, training.seed).train)
+    result = train(
+        trace, config=config or LlaporConfig.paper(), training=training, groups=group_layers(cues), device=device,
+        checkpoint=checkpoint, on_progress=on_progress,
+    )  # fmt: skip
+    notes = {"routers": "trained on a trace, without the model", "own_tokens": 0}
+    return _judged(result, trace, cues, None, test, notes, path, started)
+
+
+def _judged(
+    result: TrainResult,
+    trace: RoutingTrace,
+    cues: Cues,
+    routers: Routers | None,
+    test: RoutingTrace | None,
+    notes: dict[str, Any],
+    path: str | Path | None,
+    started: float,
+) -> TrainedPredictor:
+    """Score a training's predictor beside the baselines, and save it."""
+    judged_on = "test prompts"
+    if test is None:
+        test = rows_of(trace, np.concatenate([result.split.validation, result.split.calibration]))
+        judged_on = "held-out prompts (half of them chose the epoch, half fitted the calibration)"
     predictor = result.predictor
-    predictor.tag.notes.update(
-        routers=reason, judged_on=judged_on, groups=result.groups.reason, own_tokens=own
-    )
+    predictor.tag.notes.update(**notes, judged_on=judged_on, groups=result.groups.reason)
     others = baselines(trace, routers, predictor, rows=result.split.train)
     cards = {p.name: score(p, test, groups=result.groups) for p in [predictor, *others]}
     if path is not None:

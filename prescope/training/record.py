@@ -3,7 +3,6 @@
 Shapes: as `RoutingTrace`.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..core.files import parse_object, require_file
 from ..core.paths import embedded_prompts
 from ..engine.engine import Engine
 from ..engine.load import attach, load
@@ -38,14 +38,48 @@ def own_prompts(*domains: str) -> dict[str, list[str]]:
     Raises:
         UnsupportedOption: there is no such domain.
     """
-    found: dict[str, list[str]] = {}
-    for line in embedded_prompts().read_text(encoding="utf-8").splitlines():
-        prompt = json.loads(line)
-        found.setdefault(prompt["domain"], []).append(prompt["turns"][0])
+    found = read_prompts(embedded_prompts())
     unknown = sorted(set(domains) - found.keys())
     if unknown:
         raise UnsupportedOption(f"no prompts of domain {', '.join(unknown)}; there are {', '.join(found)}")
     return {name: found[name] for name in domains} if domains else found
+
+
+def read_prompts(path: str | Path) -> dict[str, list[str]]:
+    """Prompts of a file, by domain: a `.jsonl` of objects, or a text a line.
+
+    An object holds its text as "text", as "prompt", or as the first of "turns", and may name its "domain".
+
+    Raises:
+        UnsupportedOption: a line is none of these; with its number.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    require_file(path, UnsupportedOption)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UnsupportedOption(f"{path} is no UTF-8 text ({error}); save it as UTF-8") from error
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        domain, text = (
+            _prompt_of(line, f"{path}, line {number}") if path.suffix == ".jsonl" else ("all", line)
+        )
+        found.setdefault(domain, []).append(text)
+    return found
+
+
+def _prompt_of(line: str, where: str) -> tuple[str, str]:
+    """Domain and text of one line of a .jsonl."""
+    remedy = 'write objects with "text", "prompt" or "turns", one a line'
+    prompt = parse_object(line, where, UnsupportedOption, remedy)
+    turns = prompt.get("turns")
+    text = prompt.get("text", prompt.get("prompt", turns[0] if isinstance(turns, list) and turns else None))
+    if not isinstance(text, str):
+        raise UnsupportedOption(f"{where} holds no text; {remedy}")
+    return str(prompt.get("domain", "all")), text
 
 
 def record_trace(

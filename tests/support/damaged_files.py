@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from prescope.simulator import Machine, Recording
 from prescope.traces.events import read_events, write_events
 from prescope.traces.result import RunResult
 from prescope.traces.routing import RoutingTrace
+from tests.support import foreign_traces
 from tests.support.damage import damage
 from tests.support.models import tiny_moe
 from tests.support.small_run import small_run
@@ -181,7 +183,38 @@ KINDS: dict[str, Kind] = {
     ),
     "model": Kind(make_model, _load_model, may_differ=True),
 }
+FOREIGN = ["vllm", "sglang", "llama.cpp", "megatron", "tensors", "array"]
+
+
+def _make_foreign(folder: Path, kind: str) -> None:
+    """One program's trace, in its own form, in this folder."""
+    of = foreign_traces.known()
+    if kind == "megatron":
+        foreign_traces.write_router_trace(folder, of)
+    elif kind == "tensors":
+        foreign_traces.write_layers(folder, of)
+    elif kind == "array":
+        np.savez(folder / "t.npz", expert_ids=of.ids[0], inputs=of.inputs[0])
+    elif kind == "llama.cpp":
+        foreign_traces.write_moe_trace(folder / "t.csv", of.ids[0], of.prompt_tokens[0])
+    else:
+        write = {"vllm": foreign_traces.write_vllm, "sglang": foreign_traces.write_sglang}[kind]
+        write(folder / "t.jsonl", of)
+
+
+def _read_foreign(folder: Path, kind: str) -> str:
+    files = sorted(folder.iterdir())
+    source = folder if kind in ("megatron", "tensors") else files[0] if files else folder / "gone"
+    return _trace_arrays(prescope.read_trace(source, kind, shape=foreign_traces.SHAPE, model="m"))
+
+
+def _foreign(kind: str) -> Kind:
+    return Kind(partial(_make_foreign, kind=kind), partial(_read_foreign, kind=kind), may_differ=True)
+
+
 KINDS |= {f"{name}, old": _without_checksum(KINDS[name]) for name in KINDS if name not in ("model", "run")}
+#: Other programs' files have no checksum.
+KINDS |= {f"{kind} trace": _foreign(kind) for kind in FOREIGN}
 
 
 class Whole:

@@ -2,17 +2,23 @@ import gzip
 import json
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from prescope.errors import BadTrace
-from prescope.traces.events import Event, event_frame, layer_frame
+from prescope.traces.events import Event, event_frame, layer_frame, read_events
 from prescope.traces.perfetto import LANE_TRACKS, write_perfetto
 from tests.support.small_run import LABEL, NUM_LAYERS, small_run
 
 REQUIRED = {"X": {"name", "cat", "ts", "dur", "pid", "tid", "args"}, "C": {"name", "ts", "pid", "args"}}
 REQUIRED["M"] = {"name", "pid", "tid", "args"}
 CATEGORIES = {"kernel", "gpu_memcpy", "cpu_op", "user_annotation"}  # of Kineto
+
+
+def timeline(rows: list[Event]) -> SimpleNamespace:
+    return SimpleNamespace(events=event_frame(rows), layers=layer_frame([]), hardware={}, config={})
 
 
 def read_trace(path: Path) -> dict:
@@ -107,6 +113,28 @@ def test_counters_start_and_end_at_nothing_in_flight(run, document):
     by_step = run.layers.groupby("step")[["hits", "needed"]].sum()
     expected = 100 * by_step["hits"] / by_step["needed"]
     assert series("hit rate of the step") == pytest.approx(expected.tolist())
+    on_gpu = run.layers.groupby("step")[["needed", "on_cpu"]].sum()
+    assert series("slots used in the step") == (on_gpu["needed"] - on_gpu["on_cpu"]).tolist()
+
+
+def test_several_runs_are_processes_of_one_file(run, document, tmp_path):
+    """Side by side on one time: each holds what it holds alone, under a name of its own."""
+    other = small_run(steps=3, seed=1)
+    together = read_trace(write_perfetto({"a": run, "b": other}, tmp_path / "two.json.gz"))
+    assert [one["name"] for one in together["otherData"]["runs"]] == ["a", "b"]
+    names = [e["args"]["name"] for e in together["traceEvents"] if e["name"] == "process_name"]
+    assert names == [f"a: {LABEL}", f"b: {LABEL}"]
+    for pid, alone in ((1, document), (2, read_trace(other.save_perfetto(tmp_path / "b.json")))):
+        mine = [e for e in together["traceEvents"] if e["pid"] == pid]
+        assert_valid({**together, "traceEvents": mine})
+        slices = [[e for e in events if e["ph"] == "X"] for events in (mine, alone["traceEvents"])]
+        assert [e["ts"] for e in slices[0]] == [e["ts"] for e in slices[1]]
+    with pytest.raises(BadTrace, match="no run"):
+        write_perfetto({}, tmp_path / "none.json")
+
+
+def test_the_event_table_is_saved_as_parquet(run, tmp_path):
+    pd.testing.assert_frame_equal(read_events(run.save_events(tmp_path / "e.parquet")), run.events)
 
 
 def test_copies_that_overlap_get_tracks_of_their_own(tmp_path):
@@ -115,7 +143,7 @@ def test_copies_that_overlap_get_tracks_of_their_own(tmp_path):
         Event("h2d", "transfer", 0, "prefill", 0, expert, "on_demand", 10, start, 10.0)
         for expert, start in enumerate((0.0, 4.0, 10.0, 14.0))
     ]
-    path = write_perfetto(event_frame(rows), layer_frame([]), tmp_path / "t.json", hardware={}, config={})
+    path = write_perfetto(timeline(rows), tmp_path / "t.json")
     document = read_trace(path)
     assert_valid(document)
     tracks = [e["tid"] for e in document["traceEvents"] if e.get("cat") == "gpu_memcpy"]
@@ -126,7 +154,7 @@ def test_neighbours_that_touch_still_touch_after_rounding(tmp_path):
     """A third of a microsecond has no exact decimal: start and duration rounded apart would overlap."""
     third = 1 / 3
     rows = [Event("gpu", "dense", 0, "prefill", i, -1, "", 0, i * third, third) for i in range(300)]
-    path = write_perfetto(event_frame(rows), layer_frame([]), tmp_path / "t.json", hardware={}, config={})
+    path = write_perfetto(timeline(rows), tmp_path / "t.json")
     document = read_trace(path)
     assert_valid(document)
     assert {e["tid"] for e in document["traceEvents"] if e.get("cat") == "kernel"} == {100}
@@ -139,5 +167,5 @@ def test_the_file_says_where_it_comes_from(run, document):
 
 def test_a_run_without_events_is_refused_with_the_remedy(run, tmp_path):
     with pytest.raises(BadTrace, match="events=True"):
-        write_perfetto(event_frame([]), run.layers, tmp_path / "t.json", hardware={}, config={})
+        write_perfetto(timeline([]), tmp_path / "t.json")
     assert not (tmp_path / "t.json").exists()

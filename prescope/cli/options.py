@@ -1,0 +1,81 @@
+"""Options that several commands share, and how their texts are read."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..core.paths import EMBEDDED_MODEL
+
+if TYPE_CHECKING:
+    from ..predictor import Llapor
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id.", show_default=False)]
+Slots = Annotated[str, typer.Option("--slots", "-s", metavar="S", help="0.25 (share), 64 or 8GiB.")]
+Schedule = Annotated[str, typer.Option("--schedule", metavar="NAME", help="presched, fate, ...")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cuda, cuda:1, cpu.")]
+Link = Annotated[
+    float | None,
+    typer.Option("--link-gb-per-s", metavar="GB/S", help="Of the emulated link.", show_default=False),
+]
+PredictorFile = Annotated[
+    Path | None,
+    typer.Option("--predictor", metavar="FILE", help="Written by train.", show_default=False),
+]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="bf16, fp16, fp32, auto.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+#: What MODEL is when it is not given.
+DEFAULT_MODEL = EMBEDDED_MODEL
+
+
+def slots_of(text: str) -> int | float | str:
+    """Slots as `EngineConfig` takes them: "64" is a count, "0.25" a share, all else a size, which the engine checks."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def listed(text: str) -> list[str]:
+    """Values of a comma list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str, name: str) -> list[int]:
+    """Whole numbers of a comma list.
+
+    Raises:
+        BadParameter: one is none, or there are none.
+    """
+    try:
+        found = [int(part) for part in listed(text)]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers", param_hint=name) from error
+    if not found:
+        raise typer.BadParameter("give one number or more", param_hint=name)
+    return found
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    """Layers, experts and top-k of a comma list.
+
+    Raises:
+        BadParameter: they are not three numbers.
+    """
+    found = numbers(text, "--shape")
+    if len(found) != 3:
+        raise typer.BadParameter(f"{text!r} is not layers,experts,top-k", param_hint="--shape")
+    layers, experts, top_k = found
+    return layers, experts, top_k
+
+
+def predictor_in(file: Path | None) -> "Llapor | None":
+    """The predictor of a file; the engine checks that it is for its model."""
+    if file is None:
+        return None
+    from ..predictor import Llapor
+
+    return Llapor.load(file)

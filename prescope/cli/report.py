@@ -1,0 +1,37 @@
+"""`prescope report`: run a notebook and write it as one HTML page that opens offline."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .terminal import tell
+
+
+def report(
+    notebook: Annotated[
+        Path, typer.Argument(metavar="NOTEBOOK", help="It is not changed.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "--out", "-o", metavar="FILE", help="The page.", show_default=False)
+    ],
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option("--param", metavar="NAME=VALUE", help="May be repeated.", show_default=False),
+    ] = None,
+    timeout_s: Annotated[
+        int | None,
+        typer.Option(
+            "--timeout", metavar="S", min=1, help="Longest time of a cell, seconds.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Run a notebook and write it as one HTML page that opens offline."""
+    from .. import report as reports
+
+    try:
+        given = dict(map(reports.parse_parameter, parameters or []))
+        written = reports.execute_notebook(notebook, output, parameters=given, timeout_s=timeout_s, log=tell)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--param") from error
+    typer.echo(str(written))

@@ -1,0 +1,104 @@
+"""`prescope run`: text in, text out, figures on stderr."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import (
+    DEFAULT_MODEL,
+    Device,
+    Dtype,
+    Link,
+    Model,
+    PredictorFile,
+    Schedule,
+    Slots,
+    predictor_in,
+    slots_of,
+)
+from .terminal import StatusLine, on_interrupt, tell
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+
+def run(
+    model: Model = DEFAULT_MODEL,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="- is stdin.", show_default=False)
+    ] = "-",
+    new: Annotated[int, typer.Option("--new", "-n", metavar="N", min=1, help="Tokens to generate.")] = 64,
+    slots: Slots = "0.5",
+    schedule: Schedule = "on-demand",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    link: Link = None,
+    predictor: PredictorFile = None,
+    chat: Annotated[bool, typer.Option("--chat", help="By the model's chat template.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="Save the routing.", show_default=False)
+    ] = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            "--timeline",
+            metavar="FILE",
+            help="Save .json(.gz) for Perfetto, or .parquet.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Stream generated text to stdout, figures to stderr; Ctrl-C ends the text."""
+    if prompt == "-":
+        if sys.stdin.isatty():
+            tell("type the prompt, then Ctrl-D")
+        prompt = sys.stdin.read()
+    from ..engine import load
+
+    with StatusLine() as status:
+        status.show(f"loading {model}")
+        engine = load(
+            model, slots=slots_of(slots), schedule=schedule, device=device, dtype=dtype, link_gb_per_s=link,
+            predictor=predictor_in(predictor),
+        )  # fmt: skip
+    with engine, on_interrupt(engine.cancel) as was_interrupted:
+        prompts = [{"role": "user", "content": prompt}] if chat else prompt
+        shown = _Shown(engine)
+        result = engine.generate(prompts, max_new_tokens=new, on_step=shown.step)
+        shown.end(result.text[0])
+        typer.echo()
+        tell(f"{result.metrics}\n{result.label}")
+        for note in result.notes:
+            tell(f"note: {note}")
+        if trace is not None and result.trace is not None:
+            result.trace.save(trace)
+        if timeline is not None:
+            save = result.save_events if timeline.suffix == ".parquet" else result.save_perfetto
+            save(timeline)
+    if was_interrupted():
+        raise typer.Exit(130)
+
+
+class _Shown:
+    """The text as far as it was printed."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine, self._text = engine, ""
+
+    def step(self, num_tokens: int) -> None:
+        """Print what is new; a letter whose bytes are not all there waits for them."""
+        if self._engine.tokenizer is None:
+            return
+        tokens = self._engine.tokens_so_far()[0]
+        text = self._engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.end(text)
+
+    def end(self, text: str) -> None:
+        """Print the rest of this text."""
+        if text.startswith(self._text):
+            sys.stdout.write(text[len(self._text) :])
+            sys.stdout.flush()
+            self._text = text

@@ -1,0 +1,180 @@
+"""`prescope sweep`: search settings on the simulator or on the device, and prove the best on the device."""
+
+import ast
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import AsJson, Device, listed, shape_of
+from .terminal import StatusLine, on_interrupt, tell
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..tuning import Proof, SimulatorRunner, Sweep
+
+
+def sweep(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="One that is there goes on.", show_default=False)
+    ],
+    vary: Annotated[
+        list[str],
+        typer.Option("--vary", metavar="X=A:B[:STEP]", help="Or X=a,b,c. Repeat it.", show_default=False),
+    ],
+    fix: Annotated[
+        list[str] | None,
+        typer.Option("--fix", metavar="X=VALUE", help="May be repeated.", show_default=False),
+    ] = None,
+    points: Annotated[
+        int | None, typer.Option("--points", "-n", metavar="N", help="In all.", show_default=False)
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", metavar="M", help="At most.", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="tpe, grid, random, nsga.")] = "tpe",
+    objective: Annotated[
+        str, typer.Option("--objective", metavar="NAME,..", help="Also p95_ms, ...")
+    ] = "tokens_per_s",
+    workers: Annotated[int, typer.Option("--workers", metavar="N", help="Processes.")] = 1,
+    trace: Annotated[
+        str, typer.Option("--trace", metavar="NAME", help="To replay: a recording or a file.")
+    ] = "medium.b1",
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", metavar="L,E,K", help="Of a foreign trace's model.", show_default=False),
+    ] = None,
+    measure: Annotated[
+        str | None, typer.Option("--measure", metavar="MODEL", help="Run points on it.", show_default=False)
+    ] = None,
+    prove: Annotated[
+        str | None, typer.Option("--prove", metavar="MODEL", help="Run the best on it.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    storage: Annotated[
+        str | None, typer.Option("--storage", metavar="URL", help="Or an SQLite file.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search settings; print the best. Ctrl-C keeps all points."""
+    space, fixed = dict(map(_varied, vary)), dict(map(_fixed, fix or []))
+    from .. import tuning
+
+    cancel = threading.Event()
+    with ExitStack() as stack:
+        engines = _Engines(stack, device)
+        prompts = engines.prompts(is_shared=prove is not None and measure is not None)
+        if measure is not None:
+            runner: tuning.Runner = tuning.EngineRunner(engines.of(measure), prompts[0])
+        else:
+            runner = _replays(trace, shape)
+        searched = tuning.open_sweep(
+            name, {one: _range(value) for one, value in space.items()}, runner, objectives=listed(objective),
+            method=method, storage=storage, fixed=fixed,
+        )  # fmt: skip
+        if points is not None:
+            tell(str(searched.estimate(points, workers=workers)))
+        was_interrupted = stack.enter_context(on_interrupt(cancel.set))
+        with StatusLine() as status:
+            done = searched.run(points, minutes, workers, lambda now: status.show(str(now)), cancel)
+        tell(f"{done}; {searched.url}")
+        _print_best(searched, as_json)
+        if prove is not None and not was_interrupted():
+            proof = tuning.prove(searched, engines.of(prove), prompts[1], cancel=cancel)
+            _print_proof(proof, as_json)
+        if was_interrupted():
+            tell(f"kept: the same call goes on with {name}")
+            raise typer.Exit(130)
+
+
+class _Engines:
+    """The engine that points or the proof run on; both on one where they name the same model."""
+
+    def __init__(self, stack: ExitStack, device: str) -> None:
+        self._stack, self._device = stack, device
+        self._loaded: dict[str, Engine] = {}
+
+    def of(self, model: str) -> "Engine":
+        from ..engine import load
+
+        if model not in self._loaded:
+            self._loaded[model] = self._stack.enter_context(load(model, device=self._device))
+        return self._loaded[model]
+
+    def prompts(self, is_shared: bool) -> tuple[list[str], list[str]]:
+        """Prompts of the search, and of the proof: none is in both where both run them."""
+        from ..training import own_prompts
+
+        texts = [group[0] for group in own_prompts().values()]
+        others = [group[-1] for group in own_prompts().values()]
+        return texts, others if is_shared else texts
+
+
+def _replays(given: str, shape: str | None) -> "SimulatorRunner":
+    """A recording with its machine, or any trace on the machines that come with prescope."""
+    from ..simulator import shipped_machines, shipped_recordings
+    from ..traces.importers import read_trace
+    from ..tuning import SimulatorRunner
+
+    path = Path(given)
+    if given in shipped_recordings() or path.with_suffix(".trace.safetensors").exists():
+        return SimulatorRunner.of_recording(given)
+    trace = read_trace(path, shape=None if shape is None else shape_of(shape))
+    return SimulatorRunner({path.name: trace}, shipped_machines(trace.shape, 1))
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or not value:
+        raise typer.BadParameter(f"{text!r} is not name=value", param_hint=option)
+    return name, value
+
+
+def _value(text: str) -> Any:
+    """A Python literal, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _fixed(text: str) -> tuple[str, Any]:
+    name, value = _pair(text, "--fix")
+    return name, _value(value)
+
+
+def _varied(text: str) -> tuple[str, list[Any] | tuple[Any, ...]]:
+    """Name with the ends of a range and its step as a tuple, or with choices as a list."""
+    name, value = _pair(text, "--vary")
+    ends = value.split(":")
+    if len(ends) == 1:
+        return name, [_value(part) for part in listed(value)]
+    numbers = tuple(_value(end) for end in ends)
+    if len(ends) > 3 or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
+        raise typer.BadParameter(
+            f"{text!r} is neither name=low:high[:step] nor name=a,b,c", param_hint="--vary"
+        )
+    return name, numbers
+
+
+def _range(given: list[Any] | tuple[Any, ...]) -> Any:
+    from ..tuning import Choices, Range
+
+    return Choices(*given) if isinstance(given, list) else Range(*given)
+
+
+def _print_best(searched: "Sweep", as_json: bool) -> None:
+    best = searched.best()
+    if as_json:
+        typer.echo(best.to_json(orient="records", indent=1, date_format="iso"))
+        return
+    columns = ["number", *searched.space, *(one.name for one in searched.objectives), "origin"]
+    typer.echo(best[columns].to_string(index=False) if len(best) else "no point finished")
+
+
+def _print_proof(proof: "Proof", as_json: bool) -> None:
+    if not as_json:
+        typer.echo(proof.table().to_string(index=False))
+    tell(str(proof))

@@ -1,0 +1,87 @@
+"""`prescope train`: record a model's routing on prompts, train LLaPor on it, and judge it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import DEFAULT_MODEL, Device, Model, shape_of
+from .terminal import StatusLine, tell
+
+if TYPE_CHECKING:
+    from ..training import TrainingProgress
+
+
+def train(
+    model: Model = DEFAULT_MODEL,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The predictor.")] = Path(
+        "llapor.safetensors"
+    ),
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help=".jsonl or a text a line; none: prescope's own.",
+            show_default=False,
+        ),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace", metavar="FILE", help="Train on this trace, without the model.", show_default=False
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", metavar="L,E,K", help="Of a foreign trace's model.", show_default=False),
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="At most.")] = 5,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Of a prompt.")] = 128,
+    own_tokens: Annotated[
+        int | None,
+        typer.Option("--own-tokens", metavar="N", help="Of the model's own text.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a predictor of coming experts, print its and others' recall.
+
+    After Ctrl-C the same call goes on at the last epoch.
+    """
+    from .. import training
+    from ..engine import load
+    from ..traces.importers import read_trace
+
+    checkpoint = output.with_suffix(".checkpoint.safetensors")
+    settings = training.TrainConfig(epochs=epochs, seed=seed)
+    with StatusLine() as status:
+
+        def on_progress(at: "TrainingProgress") -> None:
+            status.share(f"epoch {at.epoch}, recall {at.validation_recall:.3f}", at.epoch / at.epochs)
+
+        try:
+            if trace is not None:
+                sizes = None if shape is None else shape_of(shape)
+                table = training.train_on_trace(
+                    read_trace(trace, shape=sizes),
+                    path=output,
+                    training=settings,
+                    checkpoint=checkpoint,
+                    on_progress=on_progress,
+                ).table()
+            else:
+                status.show(f"loading {model}, recording")
+                with load(model, slots=1.0, device=device) as engine:
+                    table = training.train_predictor(
+                        engine, training.own_prompts() if prompts is None else training.read_prompts(prompts),
+                        training=settings, max_tokens=max_tokens, own_tokens=own_tokens, path=output,
+                        checkpoint=checkpoint, on_progress=on_progress,
+                    ).table()  # fmt: skip
+        except KeyboardInterrupt:
+            if checkpoint.exists():
+                tell(f"kept: {checkpoint}; the same call goes on from it")
+            raise
+    checkpoint.unlink(missing_ok=True)
+    typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
+    tell(f"saved: {output}")

@@ -1,0 +1,325 @@
+"""The command line: results on stdout and nothing else, one line for an error, exit codes, and what Ctrl-C leaves."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import prescope
+from prescope.advice import advise
+from prescope.cli import main
+from prescope.cli.options import slots_of
+from prescope.cli.terminal import StatusLine
+from prescope.engine import Engine
+from prescope.profile import HardwareProfile
+from prescope.traces.events import read_events
+from tests.support.small_run import small_run
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ["run", "bench", "calibrate", "advise", "train", "sweep", "report"]
+#: On the virtual clock, so that nothing is waited for.
+FAST = ["--device", "null", "--link-gb-per-s", "1"]
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """What the command line sets for its process is not for the tests'."""
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "1" if name != "TRANSFORMERS_VERBOSITY" else "error")
+    monkeypatch.setattr("warnings.showwarning", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_fits_a_screen(command, capsys, monkeypatch):
+    """24 lines of 80 columns, less the line of the shell's next prompt."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"] if command else ["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 23
+    assert max(map(len, lines)) <= 80
+    assert "\x1b" not in "".join(lines)
+    if command is None:
+        assert all(any(line.strip().startswith(name) for line in lines) for name in COMMANDS)
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{prescope.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nothing"], ["run", "--new", "0"], ["run", "--new", "many"], ["bench", "--prompt", "8,x"],
+        ["bench", "--json", "--csv"], ["bench", "-o", "cells.txt"], ["advise"], ["report", "n.ipynb"],
+        ["advise", "olmoe-1b-7b", "--link-gb-per-s", "25"], ["sweep", "s"], ["sweep", "s", "--vary", "slots"],
+        ["sweep", "s", "--vary", "slots=0.1:x"], ["sweep", "s", "--vary", "slots=1:2:3:4"],
+        ["train", "--trace", "t.npy", "--shape", "4,8"],
+    ],
+)  # fmt: skip
+def test_a_wrong_call_is_2_and_says_what_is_wrong(arguments, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Error" in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "no/such/model", "-p", "x"], "no/such/model"),
+        (["run", "-p", "x", "--schedule", "none", *FAST], "choose one of"),
+        (["run", "-p", "x", "--slots", "8Gigs", *FAST], "8GiB"),
+        (["run", "-p", "x", "--predictor", "gone.safetensors", *FAST], "gone.safetensors"),
+        (["bench", "-n", "1", *FAST], "2 new tokens"),
+        (["advise", "no-such-shape"], "no-such-shape"),
+        (["train", "--trace", "gone.npy", "--shape", "4,8,2"], "gone.npy"),
+        (["report", "gone.ipynb", "--out", "x.html"], "gone.ipynb"),
+    ],
+)
+def test_an_error_is_1_and_one_line_with_the_remedy(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("prescope: ")
+    assert words in line
+
+
+def test_run_prints_the_text_as_the_engine_returns_it_and_figures_beside_it(capsys, tmp_path):
+    """Streamed in words: put together they are the text."""
+    prompt = "The old man looked at the sea"
+    saved = ["--trace", str(tmp_path / "t.safetensors"), "--timeline", str(tmp_path / "e.parquet")]
+    assert main(["run", "-p", prompt, "-n", "12", *saved, *FAST]) == 0
+    captured = capsys.readouterr()
+    with prescope.load(device="null", link_gb_per_s=1) as engine:
+        expected = engine.generate(prompt, max_new_tokens=12)
+    assert captured.out == f"{expected.text[0]}\n"
+    assert "TTFT" in captured.err
+    trace = prescope.read_trace(tmp_path / "t.safetensors")
+    assert len(trace.steps) == 12
+    assert read_events(tmp_path / "e.parquet")["bytes"].sum() == expected.metrics.h2d_bytes
+
+
+def test_run_reads_the_prompt_from_a_pipe(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time"))
+    assert main(["run", "-n", "3", *FAST]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_bench_measures_the_grid_one_row_a_cell(capsys, tmp_path):
+    grid = ["-p", "4,8", "-n", "3", "-b", "1,2", "-s", "0.5,64", "-r", "2", "--warm-up", "0"]
+    assert main(["bench", *grid, "--json", "-o", str(tmp_path / "cells.csv"), *FAST]) == 0
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    cells = [(row["prompt"], row["batch"], row["slots"]) for row in rows]
+    assert cells == [(p, b, s) for p in (4, 8) for b in (1, 2) for s in (0.5, 64)]
+    for row in rows:
+        assert row["error"] == ""
+        assert row["tokens_per_s_least"] <= row["tokens_per_s"] <= row["tokens_per_s_most"]
+        assert row["dtype"] == "bfloat16" and row["prescope"] and row["torch"] and row["label"]
+        assert 0 <= row["hit_rate"] <= 1
+    kept = pd.read_csv(tmp_path / "cells.csv")
+    assert kept["tokens_per_s"].tolist() == pytest.approx([row["tokens_per_s"] for row in rows])
+
+
+def test_bench_as_csv_and_as_a_table_has_one_line_a_cell_and_goes_on_after_one_that_cannot_run(capsys):
+    """A grid has settings that do not fit; the others are what was asked for."""
+    grid = ["bench", "-p", "4", "-n", "3", "-s", "1,0.5", "-r", "1", "--warm-up", "0", *FAST]
+    assert main([*grid, "--csv"]) == 1
+    captured = capsys.readouterr()
+    rows = list(csv.DictReader(io.StringIO(captured.out)))
+    assert [row["error"].partition(":")[0] for row in rows] == ["SlotPoolTooSmall", ""]
+    assert float(rows[1]["tokens_per_s"]) > 0
+    assert captured.err.count("prescope: ") == 1
+    assert main(grid) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 3, "names, and two cells"
+
+
+def test_advise_takes_a_typed_machine_and_changes_a_named_one(capsys, monkeypatch):
+    """With one point of the curve, a fraction of a simulated second: the curve is the advice's own test."""
+    monkeypatch.setattr("prescope.advice.capacity.LAYER_STEPS", 32)
+    monkeypatch.setattr("prescope.advice.advise", partial(advise, shares=(0.5,)))
+    five = {"link-gb-per-s": 12, "host-gib": 64, "host-gb-per-s": 40, "gpu-gib": 12, "gpu-gb-per-s": 500}
+    typed = [text for name, value in five.items() for text in (f"--{name}", str(value))]
+    assert main(["advise", "olmoe-1b-7b", *typed, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"] == "typed in"
+    assert found["budget_gib"] == 12
+    assert found["points"]
+    assert main(["advise", "olmoe-1b-7b", "--machine", "h100", *typed[:4]]) == 0
+    captured = capsys.readouterr()
+    assert "changed" in captured.out
+    assert "assumed: " in captured.err
+
+
+@pytest.mark.slow
+def test_train_writes_a_predictor_and_prints_recall(capsys, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    texts = [f"Text {i}: the old man and the sea, {'again ' * i}" for i in range(6)]
+    prompts.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    output = tmp_path / "llapor.safetensors"
+    command = ["train", "--prompts", str(prompts), "-o", str(output), "--epochs", "1", "--own-tokens", "0"]
+    assert main([*command, "--device", "cpu"]) == 0
+    assert "llapor" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == []
+    assert main(["run", "-p", "x", "-n", "2", "--predictor", str(output), *FAST]) == 0
+
+
+def test_calibrate_prints_what_it_measured(capsys, monkeypatch):
+    """Measuring is calibration's own test."""
+    asked = {}
+
+    def measured(**options):
+        asked.update(options)
+        options["on_progress"]("link", 0.5)
+        return HardwareProfile.load("test_machine")
+
+    monkeypatch.setattr("prescope.calibration.calibrate", measured)
+    assert main(["calibrate", "--seconds", "2", "--no-save", "--link-gb-per-s", "3"]) == 0
+    captured = capsys.readouterr()
+    assert "h2d" in captured.out
+    assert "saved" not in captured.err
+    assert (asked["seconds"], asked["save"], asked["link_gb_per_s"]) == (2.0, False, 3.0)
+
+
+def test_an_interrupt_in_the_third_cell_leaves_two(capsys, tmp_path, monkeypatch):
+    calls, generate = iter(range(99)), Engine.generate
+
+    def interrupted(engine, *args, **keywords):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(engine, *args, **keywords)
+
+    monkeypatch.setattr(Engine, "generate", interrupted)
+    grid = [
+        "-p",
+        "4",
+        "-n",
+        "3",
+        "-s",
+        "0.25,0.5,1.0",
+        "-r",
+        "1",
+        "--warm-up",
+        "0",
+        "-o",
+        str(tmp_path / "c.json"),
+    ]
+    assert main(["bench", *grid, "--json", *FAST]) == 130
+    captured = capsys.readouterr()
+    assert [row["slots"] for row in json.loads(captured.out)] == [0.25, 0.5]
+    assert json.loads((tmp_path / "c.json").read_text()) == json.loads(captured.out)
+    assert "Traceback" not in captured.err
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """A sweep over two numbers of slots of a small trace."""
+    trace = small_run(steps=6).trace.save(tmp_path / "t.safetensors")
+    storage = str(tmp_path / "sweeps.db")
+    return ["sweep", "small", "--trace", str(trace), "--storage", storage, "--vary", "slots=0.25,0.5,0.75", "--fix",
+            "schedule=on-demand", "--method", "grid"]  # fmt: skip
+
+
+def test_sweep_prints_the_best_and_goes_on_where_it_was(swept, capsys):
+    assert main([*swept, "--json", "--points", "2"]) == 0
+    captured = capsys.readouterr()
+    first = json.loads(captured.out)
+    assert len(first) == 2
+    assert "points of" in captured.err, "time and memory are said before it begins"
+    assert main(swept) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 3
+    speeds = [float(line.split()[2]) for line in lines[1:]]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_ctrl_c_ends_a_sweep_whose_points_are_kept(swept, capsys, monkeypatch):
+    presses = iter([signal.SIGINT])
+    monkeypatch.setattr(
+        StatusLine, "show", lambda self, text: [signal.raise_signal(number) for number in presses]
+    )
+    assert main([*swept, "--json"]) == 130
+    captured = capsys.readouterr()
+    kept = json.loads(captured.out)
+    assert "the same call goes on" in captured.err
+    monkeypatch.undo()
+    assert main([*swept, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 3 >= len(kept)
+
+
+def test_an_unknown_setting_of_a_sweep_is_named_with_those_there_are(swept, capsys):
+    assert main([*swept, "--vary", "slot=1,2"]) == 1
+    assert "lookahead" in capsys.readouterr().err
+
+
+def test_slots_are_a_count_a_share_or_a_size():
+    assert [slots_of(text) for text in ("64", "0.25", "1.0", "8GiB")] == [64, 0.25, 1.0, "8GiB"]
+    assert isinstance(slots_of("64"), int)
+
+
+def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "prescope", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=cwd, env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_keeps_the_cells_that_are_done_and_is_130(tmp_path):
+    grid = [
+        "-p",
+        "4",
+        "-n",
+        "3",
+        "-s",
+        "0.5",
+        "-b",
+        ",".join(["1"] * 500),
+        "-r",
+        "1",
+        "--csv",
+        "-o",
+        "cells.json",
+    ]
+    process = started("bench", *grid, "--device", "null", cwd=tmp_path)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(3)]  # names, and two cells
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    printed = list(csv.DictReader(io.StringIO("".join([*lines, rest]))))
+    kept = json.loads((tmp_path / "cells.json").read_text())
+    assert len(printed) >= 2
+    assert len(kept) - len(printed) in (0, 1), "a cell is kept, then printed"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_ends_a_text_which_is_printed_to_there(tmp_path):
+    process = started(
+        "run", "-p", "The old man looked at the sea", "-n", "100000", "-s", "0.25", cwd=tmp_path
+    )
+    assert process.stdout is not None
+    first = process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert first.startswith(", and")
+    assert rest.endswith("\n")
+    assert "cancelled after" in errors
+    assert "TTFT" in errors
