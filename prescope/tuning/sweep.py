@@ -214,7 +214,7 @@ class Sweep:
         return table(self._record.trials(), list(self.space), names, self.is_running)
 
     def settings_of(self, number: int) -> dict[str, Any]:
-        """All settings of a point, those that do not move too: what `runner.run` takes, and the simulator's `simulate`,
+        """All settings of a point, those that do not move too: what the runner takes, and the simulator's `simulate`,
         whose result has the timeline.
 
         Raises:

@@ -38,7 +38,7 @@ NOT_NUMPY = (
 
 @runtime_checkable
 class RequestOutput(Protocol):
-    """What vLLM's `LLM.generate` returns for one prompt."""
+    """What vLLM returns for one prompt."""
 
     prompt_token_ids: list[int] | None
     outputs: list[Any]
