@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 
 import typer
 
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(None if arguments is None else list(arguments), prog_name="prescope")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except (KeyboardInterrupt, asyncio.CancelledError, CancelledError):
         return INTERRUPTED
     except (PrescopeError, FileNotFoundError) as error:
         tell(f"prescope: {_one_line(error)}")

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from ..tuning import Proof, SimulatorRunner, Sweep
 
+#: Of the prompts that points and proofs run, one of each.
+DOMAINS = ("prose", "code", "maths")
+
 
 def sweep(
     name: Annotated[
@@ -82,7 +85,11 @@ def sweep(
         tell(f"{done}; {searched.url}")
         _print_best(searched, as_json)
         if prove is not None and not was_interrupted():
-            proof = tuning.prove(searched, engines.of(prove), prompts[1], cancel=cancel)
+            with StatusLine() as status:
+                proof = tuning.prove(
+                    searched, engines.of(prove), prompts[1], cancel=cancel,
+                    on_progress=lambda now, of: status.share(f"proof, run {now} of {of}", now / of),
+                )  # fmt: skip
             _print_proof(proof, as_json)
         if was_interrupted():
             tell(f"kept: the same call goes on with {name}")
@@ -107,8 +114,8 @@ class _Engines:
         """Prompts of the search, and of the proof: none is in both where both run them."""
         from ..training import own_prompts
 
-        texts = [group[0] for group in own_prompts().values()]
-        others = [group[-1] for group in own_prompts().values()]
+        groups = own_prompts(*DOMAINS).values()
+        texts, others = [group[0] for group in groups], [group[-1] for group in groups]
         return texts, others if is_shared else texts
 
 
