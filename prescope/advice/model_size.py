@@ -163,10 +163,10 @@ def _packed_bytes(
     """Bytes of one expert's row where experts are packed, by the checkpoint or while it is loaded; else None."""
     shapes = {"up": (2 * inner, width), "down": (width, inner)}
     said = facts.get("quantization_config")
-    if experts != "auto":
+    if experts not in ("auto", "plain"):
         formats = dict.fromkeys(shapes, format_for(experts, width, inner))
         notes.append(f"experts are packed to {experts} while they are loaded, which is lossy")
-    elif said:
+    elif said and experts == "auto":
         try:
             formats = {name: format_said(said, columns) for name, (_, columns) in shapes.items()}
         except UnsupportedExperts as error:

@@ -44,9 +44,10 @@ class EngineConfig:
             misses read by the GPU ("gpu-driven"), copied on the GPU's orders ("copy-engine"), or served by the host,
             which every cache policy can ("host-driven"). "auto": from a graph where that is possible, by the faster
             of the first two as measured in the first steps, or by the host where the cache policy needs it.
-        experts: "auto": as the checkpoint has them, packed or not. "int8" (a scale for each output channel), "fp8" (for
-            each 128 x 128), "int4" (for 128 weights of a row, or 64, 32, 16) or "mxfp4" (for 32): a plain checkpoint's
-            experts are packed while they are loaded. That is lossy, and results say so. Only `load` takes it.
+        experts: "auto": as the checkpoint has them, packed or not. "plain": unpacked to the model's dtype. "int8" (a
+            scale for each output channel), "fp8" (for each 128 x 128), "int4" (for 128 weights of a row, or 64, 32, 16)
+            or "mxfp4" (for 32): a plain checkpoint's experts are packed while they are loaded. That is lossy, and
+            results say so. Only `load` takes it.
         schedule: who decides what is copied, prefetched and computed on the CPU in decode steps
             (`prescope.scheduler.SCHEDULES`): "on-demand", "presched", or a system it is compared with.
         lookahead: layers ahead that are predicted; None: the schedule's own.
@@ -84,7 +85,7 @@ class EngineConfig:
         _one_of("cache", self.cache, ("auto", *POLICIES))
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("decode", self.decode, DECODES)
-        _one_of("experts", self.experts, ("auto", *PACKED))
+        _one_of("experts", self.experts, ("auto", "plain", *PACKED))
         _one_of("schedule", self.schedule, SCHEDULES)
         if self.schedule != "on-demand" and self.decode in DEVICE_DRIVERS:
             raise UnsupportedOption(

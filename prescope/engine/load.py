@@ -125,7 +125,7 @@ def attach(
     if config is not None and settings:
         raise UnsupportedOption(f"give either config or keywords, not both (keywords: {', '.join(settings)})")
     inner, config = model_in(model), config or _config_of(settings)
-    if config.experts != "auto":
+    if config.experts not in ("auto", "plain"):
         raise UnsupportedOption(
             f"experts={config.experts!r} packs weights with a loss, and attach gives a model back as it was; pack it "
             f"with prescope.load(folder, experts={config.experts!r})"

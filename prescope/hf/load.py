@@ -38,7 +38,7 @@ def load_model(
         dtype: of the weights, or its name; "auto" keeps the checkpoint's.
         check: see `Check`.
         source: what is passed on to `from_pretrained`; by default no foreign code and no pickle.
-        experts: "auto" as the checkpoint has them, or a format of `formats.PACKED` that plain ones get.
+        experts: "auto" as the checkpoint has them, "plain" unpacked, or a format of `formats.PACKED` for plain ones.
 
     Raises:
         BadModelFolder: not there, incomplete, truncated, corrupt, or of a family transformers does not know.
@@ -68,7 +68,7 @@ def load_model(
 
 def _as_asked(layers: list[MoELayer], experts: str) -> tuple[list[MoELayer], str]:
     """Layers of plain weights with the rows that are asked for, and that in one line."""
-    if experts == "auto":
+    if experts in ("auto", "plain"):
         return layers, ""
     return packed_on_load(layers, experts), (
         f"experts are packed to {experts} while they are loaded, which is lossy"

@@ -73,7 +73,10 @@ def _triton_problem(device_kind: str, dtype: torch.dtype, is_packed: bool) -> st
     if device_kind != "cuda":
         return "Triton kernels need CUDA"
     if is_packed:
-        return "packed experts are unpacked by torch on the GPU, one at a time, before each product: slower than bf16"
+        return (
+            "packed experts are unpacked by torch on the GPU, one at a time, before each product; experts='plain' has "
+            "them unpacked in host memory"
+        )
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype not in TRITON_DTYPES:

@@ -10,6 +10,7 @@ import torch
 
 import prescope
 from prescope.core.types import MoEShape
+from prescope.errors import UnsupportedOption
 from prescope.predictor import EarlyRouter, Routers
 from prescope.scheduler.costs import LayerCosts
 from tests.support.models import plain_tokens, prompt
@@ -87,3 +88,19 @@ def test_in_bfloat16_every_weight_is_rounded_once(tmp_path, layout):
             assert engine.hardware()["dtype"] == "bfloat16"
             found.append(engine.model(prompt(2)).logits)
     assert torch.equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: runs on a machine that has one")
+def test_on_cuda_packed_experts_are_unpacked_there_and_it_is_said(written):
+    name, folder, plain = written
+    ids = prompt(3)
+    with prescope.load(folder, slots=9, dtype="float32", device="cuda") as engine, torch.no_grad():
+        assert engine.form == FORMS[name] and engine.config.kernels == "torch"
+        assert "unpacked by torch" in engine.reasons["experts"]
+        assert distance(engine.model(ids.cuda()).logits.cpu(), plain(ids).logits) < 1e-4
+        run = engine.generate(ids, max_new_tokens=4)
+        assert any("layer by layer" in note for note in run.notes)
+        engine.check_integrity()
+    with pytest.raises(UnsupportedOption, match="unpacked by torch"):
+        prescope.load(folder, slots=9, device="cuda", kernels="triton")

@@ -130,6 +130,20 @@ def test_fp8_experts_that_are_stored_inputs_first_are_turned(tmp_path):
     assert distance(found, families.logits(plain, "qwen3_vl_moe", inputs)) < TOLERANCE
 
 
+@pytest.mark.parametrize("layout", ["deepseek fp8", "mixtral awq", "gpt-oss mxfp4"])
+def test_a_packed_checkpoint_can_be_unpacked_whole(tmp_path, layout):
+    """Then it is an ordinary model, also after its engine."""
+    plain = write(layout, tmp_path).requires_grad_(False)
+    ids = prompt(2)
+    wanted = plain(ids).logits
+    with load(tmp_path, slots=8, experts="plain") as engine:
+        engine.model.requires_grad_(False)
+        assert engine.form == "" and not engine.is_lossy and engine.shape.row_bytes > 4 * 3 * 64 * 64
+        assert "unpacked to float32" in engine.reasons["experts"]
+        assert distance(engine.model(ids).logits, wanted) < TOLERANCE
+    assert distance(engine.model(ids).logits, wanted) < TOLERANCE
+
+
 def test_gradients_pass_packed_experts(fp8):
     folder, plain = fp8
     found = []
@@ -294,7 +308,7 @@ def change(folder, edit) -> None:
 def test_experts_are_packed_once_and_by_load_only(fp8, tmp_path):
     with pytest.raises(UnsupportedOption, match="already"):
         load(fp8[0], slots=8, experts="int4")
-    with pytest.raises(UnsupportedOption, match="choose one of 'auto', 'int8'"):
+    with pytest.raises(UnsupportedOption, match="choose one of 'auto', 'plain', 'int8'"):
         load(fp8[0], slots=8, experts="int3")
     with pytest.raises(UnsupportedOption, match=r"prescope\.load"):
         prescope.attach(tiny_moe(), slots=8, device="cpu", experts="int8")

@@ -34,7 +34,7 @@ def load_packed(
     method = packing.get("quant_method", "unknown")
     with naming(f"{name} is quantised ({method})"):
         published = published_of(packing)
-    if experts != "auto":
+    if experts not in ("auto", "plain"):
         raise UnsupportedOption(
             f"{name} is quantised ({method}) already, so its experts are not packed to {experts}; leave experts= out, "
             f"or load the same model in bfloat16"
@@ -44,7 +44,9 @@ def load_packed(
     bare = skeleton(name, config, wanted, source)
     plain = find_moe_layers(bare)
     with naming(f"{name} is quantised ({method})"):
-        plan = PackedPlan.of(Checkpoint(_weight_files(name, source)), published, bare, plain, wanted)
+        plan = PackedPlan.of(
+            Checkpoint(_weight_files(name, source)), published, bare, plain, wanted, keep=experts == "auto"
+        )
     layers = plan.layers(plain)
     text = plan.describe(layers)
     check(layers, top_k_of(bare), text)

@@ -1,6 +1,6 @@
 """What of a packed checkpoint stays packed, what is unpacked, and the model with its experts left out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,20 @@ from .source import Source
 
 
 class Unpacked:
-    """A packed matrix as its plain weight: unpacked to float32 when transformers slices it, and cast by it then."""
+    """A packed matrix as its plain weight: unpacked to float32 when transformers slices it, and cast by it then.
 
-    def __init__(self, checkpoint: Checkpoint, matrix: Matrix) -> None:
-        self._checkpoint, self._matrix = checkpoint, matrix
+    Args:
+        is_turned: the plain weight has its inputs first.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, matrix: Matrix, is_turned: bool) -> None:
+        self._checkpoint, self._matrix, self._is_turned = checkpoint, matrix, is_turned
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         matrix, checkpoint = self._matrix, self._checkpoint
         format, parts = matrix.format(checkpoint), matrix.read(checkpoint)
-        return format.unpack(parts, matrix.shape(checkpoint))[index]
+        weight = format.unpack(parts, matrix.shape(checkpoint))
+        return (weight.mT if self._is_turned else weight)[index]
 
 
 class LeftOut:
@@ -47,6 +52,7 @@ class PackedPlan:
         rows: by the names of the layers that stay packed.
         published: how it is written.
         unpacked: matrices that become plain weights. `plain`: names of tensors that are already.
+        turned: plain weights that have their inputs first, where the packed ones have not.
         left_out: parameters of the layers that stay packed.
         dtype: of what computes.
     """
@@ -56,6 +62,7 @@ class PackedPlan:
     rows: Mapping[str, LayerRows]
     unpacked: Sequence[Matrix]
     plain: Sequence[str]
+    turned: Collection[str]
     left_out: Mapping[str, torch.Tensor]
     dtype: torch.dtype
 
@@ -67,8 +74,12 @@ class PackedPlan:
         model: PreTrainedModel,
         layers: Sequence[MoELayer],
         dtype: torch.dtype,
+        keep: bool = True,
     ) -> "PackedPlan":
         """For a model on meta and its layers.
+
+        Args:
+            keep: experts stay packed; else they are unpacked like everything else.
 
         Raises:
             UnsupportedExperts, BadModelFolder: its experts cannot be rows.
@@ -89,7 +100,7 @@ class PackedPlan:
             place = places.of(weight)
             if place.target in owned:
                 found[place.target][weight] = place
-        packed = [layer for layer in layers if _is_packed(layer, found, matrices)]
+        packed = [layer for layer in layers if keep and _is_packed(layer, found, matrices)]
         rows = {layer.name: _rows_of(layer, checkpoint, matrices, found, dtype) for layer in packed}
         parameters = model.state_dict()
         targets = [f"{layer.name}.{name}" for layer in packed for name in layer.weight_names]
@@ -100,6 +111,14 @@ class PackedPlan:
             rows,
             unpacked=[matrix for weight, matrix in matrices.items() if weight not in taken],
             plain=[name for name in plain if name not in taken],
+            turned={
+                weight
+                for layer in layers
+                if layer.spec.is_transposed and published.is_out_in
+                for name in layer.weight_names
+                for weight in found[f"{layer.name}.{name}"]
+                if weight in matrices
+            },
             left_out={target: parameters[target] for target in targets},
             dtype=dtype,
         )
@@ -112,16 +131,23 @@ class PackedPlan:
         """What transformers loads: everything but packed experts, in plain form, and nothing of it read yet."""
         return {
             **{name: self.checkpoint.lazy(name) for name in self.plain},
-            **{matrix.weight: Unpacked(self.checkpoint, matrix) for matrix in self.unpacked},
+            **{
+                matrix.weight: Unpacked(self.checkpoint, matrix, matrix.weight in self.turned)
+                for matrix in self.unpacked
+            },
             **{target: LeftOut(parameter) for target, parameter in self.left_out.items()},
         }
 
     def describe(self, layers: Sequence[MoELayer]) -> str:
         """What is served packed and what is not, in one line, for the layers as `layers` gives them."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        if not self.rows:
+            return (
+                f"all {len(self.unpacked)} packed matrices ({self.published.label}) are unpacked to {dtype}"
+            )
         packed = [layer for layer in layers if layer.name in self.rows]
         names = " and ".join(sorted({layer.layout.packing.name for layer in packed if layer.layout.packing}))
         size = format_bytes(sum(layer.nbytes for layer in packed))
-        dtype = str(self.dtype).removeprefix("torch.")
         text = f"{len(packed)} of {len(layers)} MoE layers stay packed in {names} ({self.published.label}), {size}"
         if self.unpacked:
             text += f"; {len(self.unpacked)} other packed matrices are unpacked to {dtype}"

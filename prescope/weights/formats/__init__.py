@@ -33,7 +33,9 @@ def format_for(name: str, *in_dims: int) -> Format:
         UnsupportedOption: rows of that length cannot be packed so.
     """
     if name not in PACKED:
-        raise UnsupportedOption(f"experts is {name!r}; choose one of 'auto', {', '.join(map(repr, PACKED))}")
+        raise UnsupportedOption(
+            f"experts is {name!r}; choose one of 'auto', 'plain', {', '.join(map(repr, PACKED))}"
+        )
     if name == "int8":
         return Int8()
     if name == "fp8":
