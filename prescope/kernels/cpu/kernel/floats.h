@@ -1,15 +1,19 @@
 /* Vectors, and 16-bit floats in them. */
 
-#if defined(__AVX512F__)
+/* The widest vectors that may be used: 16 floats, or 8 or 4, so that a machine with AVX-512 can test the others too. */
+#ifndef MOST_LANES
+#define MOST_LANES 16
+#endif
+#if defined(__AVX512F__) && MOST_LANES >= 16
 #define LANES 16
-#elif defined(__AVX__)
+#elif defined(__AVX__) && MOST_LANES >= 8
 #define LANES 8
 #else
 #define LANES 4
 #endif
 #define CHUNK (2 * LANES) /* 16-bit weights of one load */
 /* Whether the CPU multiplies pairs of bfloat16 itself: inputs then stay as they are. On AMD twice the rate. */
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && LANES == 16
 #define HAS_PRODUCTS 1
 #else
 #define HAS_PRODUCTS 0
