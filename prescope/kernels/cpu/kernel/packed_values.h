@@ -49,25 +49,10 @@ INLINE float widen_e4m3(uint8_t b) {
     return 0x1p8f * widen_fp16((uint16_t)((b & 0x80) << 8 | (b & 0x7f) << 7));
 }
 
-/* Powers of two; the least, 2^-127, is a subnormal. */
-INLINE float widen_e8m0(uint8_t b) { return float_of(b ? (uint32_t)b << 23 : 1u << 22); }
-
 INLINE int64_t scale_bytes(int scale_kind) { return scale_kind == F32 ? 4 : scale_kind == BF16 || scale_kind == F16 ? 2 : 1; }
 
-INLINE float widen_scale(const uint8_t *p, int64_t i, int scale_kind) {
-    switch (scale_kind) {
-    case F32: {
-        float v;
-        memcpy(&v, p + 4 * i, 4);
-        return v;
-    }
-    case E8M0: return widen_e8m0(p[i]);
-    case E4M3_SCALE: return widen_e4m3(p[i]);
-    default: return widen(((const uint16_t *)p)[i], scale_kind == F16);
-    }
-}
 
-/* What vectors of a kind are to be multiplied with: they are unpacked in units in which that is cheap. */
+/* What sums are to be multiplied with: weights are unpacked in units in which that is cheap. */
 INLINE float unit_of(int kind) {
     return kind == E4M3 && (WIDE_STEPS || NARROW_STEPS) ? 0x1p8f : kind == E2M1 && !WIDE_STEPS ? 0.5f : 1.0f;
 }
@@ -156,12 +141,44 @@ INLINE vf weights_of(const Block *b, const int kind, const int j) {
     return has_nibbles(kind) ? nibbles_of(b, kind, j) : bytes_at(b, kind, j);
 }
 
-/* Lane by lane values[index[lane]], of which the first LANES may be read. */
-INLINE vf picked(const float *values, vi index) {
+/* LANES bytes of E4M3 in units of 2^8, as `bytes_at`. */
+INLINE vf e4m3_at(const uint8_t *p) {
+    const Block b = {.bytes = p};
+    return bytes_at(&b, E4M3, 0);
+}
+
+typedef uint8_t vb __attribute__((vector_size(LANES)));
+
+INLINE vb bytes_from(const uint8_t *p) {
+    vb v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+/* LANES scales from p on. */
+INLINE vf scales_at(const uint8_t *p, int scale_kind) {
+    switch (scale_kind) {
+    case F32: return *(const vf_at *)p;
+    case E4M3_SCALE: return e4m3_at(p) * unit_of(E4M3);
+    case F16: return half_at((const uint16_t *)p);
+    case BF16: {
+        uint16_t some __attribute__((vector_size(2 * LANES)));
+        memcpy(&some, p, sizeof some);
+        return (vf)(__builtin_convertvector(some, vu) << 16);
+    }
+    default: { /* E8M0: powers of two, of which the least, 2^-127, is a subnormal */
+        const vu exponents = __builtin_convertvector(bytes_from(p), vu) << 23;
+        return (vf)(exponents | ((vu)(exponents == 0) & 1u << 22));
+    }
+    }
+}
+
+/* Lane by lane values[index[lane]]. */
+INLINE vf picked(vf values, vi index) {
 #if WIDE_STEPS
-    return (vf)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(values));
+    return (vf)_mm512_permutexvar_ps((__m512i)index, (__m512)values);
 #elif NARROW_STEPS
-    return (vf)_mm256_permutevar8x32_ps(_mm256_loadu_ps(values), (__m256i)index);
+    return (vf)_mm256_permutevar8x32_ps((__m256)values, (__m256i)index);
 #else
     vf v;
     for (int i = 0; i < LANES; i++) {
