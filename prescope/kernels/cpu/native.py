@@ -1,6 +1,6 @@
 """The compiled lane: kernel.c behind ctypes. Python submits and waits; threads of C do the rest.
 
-Knows bfloat16 and float16, weights stored either way, and gates that are tables.
+Knows bfloat16 and float16, weights stored either way or packed (`packed`), and gates that are tables.
 """
 
 import ctypes
@@ -23,6 +23,7 @@ from .base import MOST_JOB_S, CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses
 from .build import CannotBuild, load
 from .checks import check_lot
 from .gates import GateTables, activation_tables, gate_tables
+from .packed import Packed, packed_as
 
 DTYPES = (torch.bfloat16, torch.float16)
 #: How long a thread without work stays awake, unless it is told to: longer than from one layer's submission to the
@@ -41,7 +42,7 @@ class _Layer(ctypes.Structure):
         ("up", _int64), ("down", _int64), ("up_bias", _int64), ("down_bias", _int64),
         ("in_dim", _int64), ("width", _int64), ("out_dim", _int64),
         ("gated", _int32), ("interleaved", _int32), ("transposed", _int32), ("half", _int32),
-        ("gate", _pointer), ("value", _pointer),
+        ("gate", _pointer), ("value", _pointer), ("up_packing", Packed), ("down_packing", Packed),
     )  # fmt: skip
 
 
@@ -249,8 +250,6 @@ class _Tables:
         self._known: dict[bytes, GateTables] = {}
 
     def of(self, layer: CpuLayer) -> GateTables:
-        if layer.layout.packing is not None:
-            raise CannotBuild(f"the compiled kernel takes no {layer.layout.packing.name} experts")
         if layer.dtype not in DTYPES:
             raise CannotBuild(f"the compiled kernel computes {DTYPES}, the experts are {layer.dtype}")
         gated = layer.up_dim == 2 * layer.width
@@ -283,4 +282,5 @@ def _struct(layer: CpuLayer, tables: GateTables) -> _Layer:
         layer.in_dim, layer.width, layer.out_dim,
         tables.value is not None, tables.interleaved, spec.is_transposed, layer.dtype == torch.float16,
         tables.gate.data_ptr(), None if tables.value is None else tables.value.data_ptr(),
+        packed_as(layout, spec.up), packed_as(layout, spec.down),
     )  # fmt: skip

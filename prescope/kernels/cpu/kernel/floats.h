@@ -1,15 +1,19 @@
 /* Vectors, and 16-bit floats in them. */
 
-#if defined(__AVX512F__)
+/* The widest vectors that may be used: 16 floats, or 8 or 4, so that a machine with AVX-512 can test the others too. */
+#ifndef MOST_LANES
+#define MOST_LANES 16
+#endif
+#if defined(__AVX512F__) && MOST_LANES >= 16
 #define LANES 16
-#elif defined(__AVX__)
+#elif defined(__AVX__) && MOST_LANES >= 8
 #define LANES 8
 #else
 #define LANES 4
 #endif
 #define CHUNK (2 * LANES) /* 16-bit weights of one load */
 /* Whether the CPU multiplies pairs of bfloat16 itself: inputs then stay as they are. On AMD twice the rate. */
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && LANES == 16
 #define HAS_PRODUCTS 1
 #else
 #define HAS_PRODUCTS 0
@@ -73,6 +77,21 @@ INLINE uint16_t round_fp16(float v) {
 INLINE float widen(uint16_t b, bool half) { return half ? widen_fp16(b) : float_of((uint32_t)b << 16); }
 INLINE uint16_t round_to(float v, bool half) { return half ? round_fp16(v) : round_bf16(v); }
 
+/* LANES numbers of float16. */
+INLINE vf half_at(const uint16_t *p) {
+#if LANES == 16 && defined(__x86_64__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif LANES == 8 && defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    vf v;
+    for (int i = 0; i < LANES; i++) {
+        v[i] = widen_fp16(p[i]);
+    }
+    return v;
+#endif
+}
+
 /* CHUNK weights as two vectors of floats. bfloat16 is the upper half of a float: even elements are shifted up, odd ones
  * masked, without a permutation. So `first` holds elements 0, 2, 4, ... there, and 0, 1, 2, ... for float16. */
 INLINE void unpack(const uint16_t *p, bool half, vf *first, vf *second) {
@@ -82,18 +101,8 @@ INLINE void unpack(const uint16_t *p, bool half, vf *first, vf *second) {
         *second = (vf)(u & 0xffff0000u);
         return;
     }
-#if LANES == 16 && defined(__x86_64__)
-    *first = (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-    *second = (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p + 16)));
-#elif LANES == 8 && defined(__F16C__)
-    *first = (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-    *second = (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)));
-#else
-    for (int i = 0; i < LANES; i++) {
-        (*first)[i] = widen_fp16(p[i]);
-        (*second)[i] = widen_fp16(p[i + LANES]);
-    }
-#endif
+    *first = half_at(p);
+    *second = half_at(p + LANES);
 }
 
 /* Where element k stands in the order that `unpack` gives. */

@@ -8,6 +8,7 @@ typedef struct {
     int64_t in_dim, width, out_dim;       /* D, F, D */
     int32_t gated, interleaved, transposed, half;
     const float *gate, *value; /* (65536,) each: act = gate[bits of g] * value[bits of u] */
+    Packing up_packing, down_packing; /* both are packed, or none */
 } Layer;
 
 typedef struct {
@@ -73,8 +74,18 @@ typedef struct Pool {
     pthread_t *threads;
 } Pool;
 
+INLINE bool is_packed(const Layer *l) { return l->up_packing.kind != PLAIN; }
+
 /* Whether rows of inputs hold bfloat16 in order, in half of their room, instead of floats as `unpack` gives weights. */
-INLINE bool is_direct(const Layer *l) { return HAS_PRODUCTS && !l->half && !l->transposed; }
+INLINE bool is_direct(const Layer *l) { return HAS_PRODUCTS && !l->half && !l->transposed && !is_packed(l); }
+
+/* Where feature or input k stands in a row of activations or inputs. */
+INLINE int64_t place_of(const Layer *l, bool is_up, int64_t k) {
+    if (is_packed(l)) {
+        return place_in_block(k, is_up ? l->up_packing.kind : l->down_packing.kind);
+    }
+    return l->transposed ? k : unpacked(k, l->half);
+}
 
 INLINE const uint8_t *row_of(const Job *job, int64_t e) {
     return job->layer.rows + job->experts[e] * job->layer.row_bytes;

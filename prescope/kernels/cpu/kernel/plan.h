@@ -34,7 +34,7 @@ static int64_t blocks_of(int64_t block_bytes, int64_t count, const Pool *pool) {
 static void plan_items(Job *job, const Pool *pool) {
     const Layer *l = &job->layer;
     const int64_t n = job->lot.num_experts, up_rows = l->gated ? 2 : 1;
-    const bool fits = pool->tiles && !l->transposed && !l->half && l->in_dim % TILE_DEPTH == 0 &&
+    const bool fits = pool->tiles && !is_packed(l) && !l->transposed && !l->half && l->in_dim % TILE_DEPTH == 0 &&
                       l->width % TILE_DEPTH == 0 && l->out_dim % (2 * TILE) == 0;
     job->num_groups = 0;
     for (int64_t e = 0; e < n; e++) {
@@ -50,8 +50,10 @@ static void plan_items(Job *job, const Pool *pool) {
         }
         const int64_t up_block = (plan->packs ? 2 * TILE : ROWS) / up_rows;
         const int64_t down_block = plan->packs ? 2 * TILE : ROWS;
-        plan->up_step = blocks_of(2 * up_rows * l->in_dim * up_block, n * l->width / up_block, pool) * up_block;
-        plan->down_step = blocks_of(2 * l->width * down_block, n * l->out_dim / down_block, pool) * down_block;
+        const int64_t up_bytes = bytes_of(l->up_packing.kind, up_rows * l->in_dim);
+        const int64_t down_bytes = bytes_of(l->down_packing.kind, l->width);
+        plan->up_step = blocks_of(up_bytes * up_block, n * l->width / up_block, pool) * up_block;
+        plan->down_step = blocks_of(down_bytes * down_block, n * l->out_dim / down_block, pool) * down_block;
     }
 }
 
@@ -117,8 +119,9 @@ static bool set_up(Job *job, const Layer *layer, const Lot *lot, const Pool *poo
     const int64_t n = lot->num_experts, m = lot->num_pairs, tokens = least(lot->num_tokens, m);
     job->layer = *layer;
     job->lot = *lot;
-    job->in_pad = parts(layer->in_dim, CHUNK) * CHUNK;
-    job->width_pad = parts(layer->width, CHUNK) * CHUNK;
+    const int64_t unit = is_packed(layer) ? BLOCK : CHUNK;
+    job->in_pad = parts(layer->in_dim, unit) * unit;
+    job->width_pad = parts(layer->width, unit) * unit;
     const int64_t groups = m / TILE + n; /* at most */
     job->indices = grown(job->indices, &job->room_indices, 8 * (2 * n + 1 + 3 * m + tokens + groups + lot->num_tokens));
     job->plans = grown(job->plans, &job->room_plans, n * sizeof *job->plans);

@@ -40,7 +40,11 @@ static void run_item(Job *job, int64_t item, int64_t following) {
             if (p.is_up && p.end == job->layer.width) {
                 clear_pad(job, p);
             }
-            rows_part(job, p, following);
+            if (is_packed(&job->layer)) {
+                packed_part(job, p, following);
+            } else {
+                rows_part(job, p, following);
+            }
         }
     }
     if (p.is_up) {

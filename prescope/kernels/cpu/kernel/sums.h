@@ -22,7 +22,7 @@ INLINE void keep_act(const Job *job, int64_t e, int64_t pair, int64_t f, float g
     if (is_direct(l)) {
         ((uint16_t *)row)[f] = (uint16_t)(bits_of(act) >> 16);
     } else {
-        row[l->transposed ? f : unpacked(f, l->half)] = act;
+        row[place_of(l, false, f)] = act;
     }
 }
 

@@ -1,19 +1,34 @@
 /* Items that are computed with vectors. */
 
-/* Rows of weights of a block: features f.. of `up`, or outputs f.. of `down`; the last one again past the end. */
+/* The r-th row of weights of a block: features f.. of `up`, or outputs f.. of `down`; the last again past the end. */
+INLINE int64_t row_in_block(const Layer *l, bool is_up, int64_t f, int r) {
+    if (!is_up || !l->gated) {
+        return least(f + r, (is_up ? l->width : l->out_dim) - 1);
+    }
+    const int64_t feature = least(f + r % 2, l->width - 1);
+    return l->interleaved ? 2 * feature + r / 2 : feature + r / 2 * l->width;
+}
+
 static void block_rows(const Job *job, int64_t e, bool is_up, int64_t f, const uint16_t **w) {
     const Layer *l = &job->layer;
     const uint16_t *base = (const uint16_t *)(row_of(job, e) + (is_up ? l->up : l->down));
     const int64_t stride = is_up ? l->in_dim : l->width;
     for (int r = 0; r < ROWS; r++) {
-        int64_t index;
-        if (!is_up || !l->gated) {
-            index = least(f + r, (is_up ? l->width : l->out_dim) - 1);
-        } else {
-            const int64_t feature = least(f + r % 2, l->width - 1);
-            index = l->interleaved ? 2 * feature + r / 2 : feature + r / 2 * l->width;
+        w[r] = base + row_in_block(l, is_up, f, r) * stride;
+    }
+}
+
+/* What becomes of a block's sums for pairs pair .. pair + n, of which features or outputs f .. end are wanted. */
+static void keep_block(const Job *job, Part p, int64_t f, int64_t pair, int n, float (*sums)[TOKENS]) {
+    const int64_t step = p.is_up && job->layer.gated ? ROWS / 2 : ROWS;
+    for (int i = 0; i < n; i++) {
+        for (int r = 0; r < least(step, p.end - f); r++) {
+            if (!p.is_up) {
+                keep_out(job, p.e, pair + i, f + r, sums[r][i]);
+            } else {
+                keep_act(job, p.e, pair + i, f + r, sums[r][i], sums[(r + ROWS / 2) % ROWS][i]);
+            }
         }
-        w[r] = base + index * stride;
     }
 }
 
@@ -40,15 +55,7 @@ static void rows_part(const Job *job, Part p, int64_t following) {
             }
             float sums[ROWS][TOKENS];
             DOTS_OF[l->half][n - 1](w, pair == begin ? ahead : w, x, width, sums);
-            for (int i = 0; i < n; i++) {
-                for (int r = 0; r < least(step, p.end - f); r++) {
-                    if (!p.is_up) {
-                        keep_out(job, p.e, pair + i, f + r, sums[r][i]);
-                    } else {
-                        keep_act(job, p.e, pair + i, f + r, sums[r][i], sums[(r + ROWS / 2) % ROWS][i]);
-                    }
-                }
-            }
+            keep_block(job, p, f, pair, n, sums);
         }
     }
 }
@@ -134,9 +141,12 @@ static void prepare(const Job *job, int64_t token) {
         memset((uint16_t *)to + l->in_dim, 0, 2 * (job->in_pad - l->in_dim));
         return;
     }
-    if (l->transposed) {
+    if (is_packed(l) || l->transposed) {
         for (; k < l->in_dim; k++) {
-            to[k] = widen(x[k], l->half);
+            to[place_of(l, true, k)] = widen(x[k], l->half);
+        }
+        for (; k < job->in_pad && !l->transposed; k++) {
+            to[place_of(l, true, k)] = 0;
         }
         return;
     }
@@ -160,7 +170,7 @@ static void clear_pad(const Job *job, Part p) {
             if (is_direct(l)) {
                 ((uint16_t *)row)[f] = 0;
             } else {
-                row[unpacked(f, l->half)] = 0;
+                row[place_of(l, false, f)] = 0;
             }
         }
     }
