@@ -44,7 +44,7 @@ def page(sweep, tmp_path_factory):
 
 def files_in(text):
     """Name -> content of what the page offers for download."""
-    found = re.findall(r"<a download='([^']+)' href='data:application/gzip;base64,([^']+)'>", text)
+    found = re.findall(r"<a download='([^']+)' href='data:application/octet-stream;base64,([^']+)'>", text)
     return {name: gzip.decompress(base64.b64decode(data)) for name, data in found}
 
 

@@ -264,8 +264,7 @@ class SweepPanel:
     def _settings_of(self, number: int) -> dict[str, Any]:
         """All settings of a point that were not left to the schedule."""
         assert self.sweep is not None, "points are of a sweep"
-        params = self.sweep.study.get_trials(deepcopy=False)[number].params
-        return {name: value for name, value in {**self.sweep.fixed, **params}.items() if value is not None}
+        return {name: value for name, value in self.sweep.settings_of(number).items() if value is not None}
 
     def _on_progress(self, _progress: Progress | None, is_last: bool) -> None:
         """From the sweep's thread: drawn when the last drawing is long enough ago."""

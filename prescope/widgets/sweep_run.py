@@ -15,7 +15,7 @@ class SweepRun:
 
     Args:
         start: begins a run with what the panel says; called by the button.
-        shown: told of a run's progress, in the run's thread; the last time with `is_last`.
+        shown: told of a run's progress, in the run's thread; with `is_last` before the status says how it ended.
 
     Attributes:
         view: the row. job: the latest, or None. status: in words.
@@ -114,13 +114,13 @@ class SweepRun:
             return
         self.pause_button.disabled = self.cancel_button.disabled = True
         self._name_pause(False)
+        self._shown(self._status_of(job), True)
         if job.error is not None:
             self.fail(job.error)
-        else:
-            progress = job.result()
-            self.bar.value, self.bar.bar_style = 1.0, "warning" if job.is_cancelled else "success"
-            self.status.value = f"{'cancelled' if job.is_cancelled else 'done'}: {_summary(progress)}"
-        self._shown(self._status_of(job), True)
+            return
+        word, look = ("cancelled", "warning") if job.is_cancelled else ("done", "success")
+        self.bar.value, self.bar.bar_style = 1.0, look
+        self.status.value = f"{word}: {_summary(job.result())}"
 
 
 def _summary(progress: Progress) -> str:
