@@ -1,11 +1,11 @@
 """How many points a minute a sweep records, by the way it searches.
 
-    python benchmarks/sweep_speed.py --workers 2 --seconds 30
+    python benchmarks/sweep_speed.py --workers 2 --points 1000
 
 Simulates a made-up trace of 16 layers x 64 experts, 128 decode steps of one token, with made-up costs,
-whose replays take some ten milliseconds each. Prints for each method: points recorded a minute once the workers
-are there, time until they were, what one point takes a worker, what this process takes for one point, and what
-`Sweep.estimate` had said.
+whose replays take some ten milliseconds each. Prints for each method: points recorded a minute once workers were there,
+time until then, what one point takes a worker, this process's own CPU time for one (with --workers 1 the replay too, so
+that it says on a busy machine what a free core would do), and what `Sweep.estimate` had said.
 """
 
 import argparse
@@ -41,29 +41,26 @@ def runner() -> SimulatorRunner:
     return SimulatorRunner(trace, COSTS, row_bytes=9_437_184)
 
 
-def measure(sweep: Sweep, workers: int, seconds: float) -> dict[str, float]:
-    """Run for so long after the first point is told."""
-    begin, cpu = time.monotonic(), time.process_time()
-    first: list[tuple[float, int]] = []
-    last: list[tuple[float, Progress]] = []
+def measure(sweep: Sweep, workers: int, points: int) -> dict[str, float]:
+    """Figures from the first report with points on: by then all workers are there and have compiled."""
+    begin = time.monotonic()
+    marks: list[tuple[float, float, Progress]] = []
 
     def watch(progress: Progress) -> None:
-        now = time.monotonic()
-        if progress.done and not first:
-            first.append((now, progress.done))
-        last[:] = [(now, progress)]
+        if progress.done:
+            marks.append((time.monotonic(), time.process_time(), progress))
 
-    sweep.run(minutes=seconds / 60, workers=workers, on_progress=watch)
-    points = sweep.points()
-    done = points[points["state"] == "finished"]
-    told = last[0][1].done - first[0][1]
+    sweep.run(points=points, workers=workers, on_progress=watch)
+    (first_s, first_cpu_s, first), (last_s, last_cpu_s, last) = marks[0], marks[-1]
+    told = last.done - first.done
+    done = sweep.points().query("state == 'finished'")
     return {
-        "points": last[0][1].done,
-        "a minute": 60 * told / (last[0][0] - first[0][0]),
-        "first after s": first[0][0] - begin,
-        "ms a point": 1e3 * done["seconds"].mean(),
-        "ms here": 1e3 * (time.process_time() - cpu) / last[0][1].done,
-        "infeasible": float((points["state"] == "infeasible").sum()),
+        "points": last.done,
+        "a minute": 60 * told / (last_s - first_s),
+        "first after s": first_s - begin,
+        "ms a point": 1e3 * done["seconds"].median(),
+        "CPU ms here": 1e3 * (last_cpu_s - first_cpu_s) / told,
+        "infeasible": last.infeasible,
     }
 
 
@@ -73,7 +70,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--points", type=int, default=1000)
     parser.add_argument("--methods", nargs="+", default=["grid", "random", "tpe", "nsga"])
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before, {arguments.workers} workers")
@@ -83,8 +80,8 @@ def main() -> int:
             sweep = open_sweep(
                 method, SPACE, runner(), method=method, objectives=both, storage=f"{folder}/{method}.db"
             )
-            said = sweep.estimate(1000, workers=arguments.workers)
-            found = measure(sweep, arguments.workers, arguments.seconds)
+            said = sweep.estimate(arguments.points, workers=arguments.workers)
+            found = measure(sweep, arguments.workers, arguments.points)
             figures = ", ".join(f"{name} {value:,.1f}" for name, value in found.items())
             print(f"{method}: {figures}; load {os.getloadavg()[0]:.1f}; said: {said}", flush=True)
     return 0

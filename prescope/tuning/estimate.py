@@ -15,8 +15,8 @@ from .search import Known, search_named
 TRIED, REFUSED = 3, 20
 #: Python with torch, numba's compiled decisions and dask, before any trace: resident memory of a worker process.
 WORKER_BYTES = 420 << 20
-#: Until the workers of a local cluster are there: each imports torch.
-START_S = 6.0
+#: Until the workers of a local cluster are there: each imports torch. Two at once on two cores took 8 to 12 s.
+START_S = 10.0
 #: One core's time to ask for, hand out and record a point, whatever it costs to try: measured by
 #: benchmarks/sweep_speed.py. TPE's grows with the points there are.
 OVERHEAD_S = {"grid": 0.004, "random": 0.005, "nsga": 0.006, "tpe": 0.008}

@@ -18,6 +18,9 @@ from .prompts import texts_of
 from .sweep import Sweep
 from .timings import Verdict, verdict
 
+#: Width of an interval from which on the machine was too busy, or the runs too short.
+WIDE = 0.2
+
 
 class Candidate(NamedTuple):
     """One setting that was run against the default.
@@ -252,6 +255,11 @@ class _Trial:
             notes.append(
                 f"not the same work: it decodes {batches[0]} sequences together, the default {batches[1]}; fix batch "
                 f"in the search, or give the default the same"
+            )
+        if best.verdict.high - best.verdict.low > WIDE:
+            notes.append(
+                "the runs differ so much that little can be told: prove it on a quiet machine, or with more repeats "
+                "and new_tokens"
             )
         more = best.gpu_bytes - timed.measured.values["gpu_bytes"]
         if more:

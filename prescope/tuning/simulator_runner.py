@@ -15,7 +15,7 @@ from ..scheduler.costs import LayerCosts
 from ..simulator import NOISY, NONE, ORACLE, Machine, Recording, Scenario, Scenarios, SimResult, as_decode
 from ..traces.routing import RoutingTrace
 from .evaluate import Measured
-from .prompts import checksum_of_prompt
+from .prompts import checksum_of_prompt, texts_of
 from .settings import Setting, simulator_settings
 
 #: Traces, each at one batch, that are kept ready in a process.
@@ -45,6 +45,7 @@ class SimulatorRunner:
         predict_us: what one prediction costs on the first machine, by predictor.
         row_bytes: of one expert; only with costs.
         slots: where they do not move.
+        prompts: that the traces were recorded of, so that a proof takes others; known already where traces have texts.
 
     Raises:
         BadTrace: a trace has no decode step.
@@ -63,6 +64,7 @@ class SimulatorRunner:
         predict_us: Mapping[str, float] | None = None,
         row_bytes: int | None = None,
         slots: int | float | str = 0.25,
+        prompts: Sequence[Any] | Mapping[str, Any] = (),
     ) -> None:
         self._traces = {traces.model: traces} if isinstance(traces, RoutingTrace) else dict(traces)
         self._machines = _machines_of(machines, row_bytes)
@@ -70,6 +72,9 @@ class SimulatorRunner:
             raise UnsupportedOption("a simulator needs a trace and a machine")
         self._predictors, self._predict_us = list(predictors), dict(predict_us or {})
         self._slots = slots
+        told = [prompt.get("text") for trace in self._traces.values() for prompt in trace.prompts]
+        texts = [text for text in told if isinstance(text, str)] + (texts_of(prompts) if prompts else [])
+        self._prompts = sorted({checksum_of_prompt(text) for text in texts})
         first = next(iter(self._traces.values()))
         for name, trace in self._traces.items():
             if _shape_of(trace) != _shape_of(first):
@@ -123,9 +128,8 @@ class SimulatorRunner:
 
     @property
     def prompts(self) -> list[str]:
-        """Checksums of the prompts' texts, where the traces have them."""
-        texts = [prompt.get("text") for trace in self._traces.values() for prompt in trace.prompts]
-        return sorted({checksum_of_prompt(text) for text in texts if isinstance(text, str)})
+        """Checksums of the prompts, where they are known."""
+        return list(self._prompts)
 
     def about(self) -> dict[str, Any]:
         """Checksums of traces and predictions, and the costs."""

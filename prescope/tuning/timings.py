@@ -12,6 +12,8 @@ from ..errors import UnsupportedOption
 
 #: A smaller gain is not worth another setting.
 LEAST_GAIN = 0.03
+#: An interval that ends beyond this says nothing.
+MOST_SAID = 10.0
 #: That the interval holds the true gain, for all candidates of a proof together.
 CONFIDENCE = 0.95
 
@@ -63,7 +65,8 @@ def verdict(default_ms: Sequence[float], candidate_ms: Sequence[float], *, candi
 
 
 def _words(gain: float, low: float, high: float, kept: bool) -> str:
-    said = f"{100 * gain:+.1f} % ({100 * low:+.1f} to {100 * high:+.1f}) against the default"
+    end = f"{100 * high:+.1f}" if high < MOST_SAID else f"more than {100 * MOST_SAID:+.0f}"
+    said = f"{100 * gain:+.1f} % ({100 * low:+.1f} to {end}) against the default"
     if kept:
         return f"{said}: keep it"
     if low <= 0 <= high:
