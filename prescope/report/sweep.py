@@ -51,9 +51,9 @@ def write_sweep_report(
     finished(points)
     figures = "".join(f"<figure>{figure_html(one)}</figure>" for one in _figures(sweep, points, objectives))
     body = (
-        f"<h1>{escape(title or f'What did the sweep {sweep.name!r} find?')}</h1><p>{told_of_points(points)}</p>"
-        f"{_verdict(points, objectives, proof)}"
-        f"<h2>The best points</h2>{_table(points_frame(points, objectives, MOST_ROWS))}{figures}"
+        f"<h1>{escape(title or f'What did the sweep {sweep.name!r} find?')}</h1>{_verdict(points, objectives, proof)}"
+        f"<h2>The best points</h2><p>{told_of_points(points)}</p>"
+        f"{_table(points_frame(points, objectives, MOST_ROWS).reset_index())}{figures}"
         f"<h2>Repeat it</h2><pre><code>{escape(commands)}</code></pre>{_study(sweep, points)}"
     )
     facts = provenance(
@@ -78,7 +78,8 @@ def _verdict(points: pd.DataFrame, objectives: Sequence[str], proof: "Proof | No
 
 
 def _table(frame: pd.DataFrame) -> str:
-    return f"<div class='table'>{frame.to_html(border=0, na_rep='-', float_format=lambda value: f'{value:.3g}')}</div>"
+    html = frame.to_html(border=0, na_rep="-", float_format=lambda value: f"{value:.3g}", index=False)
+    return f"<div class='table'>{html}</div>"
 
 
 def _figures(sweep: "Sweep", points: pd.DataFrame, objectives: Sequence[str]) -> list[go.Figure | str]:

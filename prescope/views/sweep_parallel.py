@@ -107,11 +107,13 @@ def plot_sweep_parallel(info: SweepParallelInfo, *, brief: bool = False) -> go.F
         title="Which settings go together?",
         subtitle=what if brief else f"{what}<br>{info.told}",
         height=380 if brief else 430,
-        top=top + (34 if brief else 54),
+        top=top + (34 if brief else 62),
         bottom=34,
     )
+    # A head lies over the middle of its axis, names to the left of it: about 7 px a letter.
     left = max((len(name) for name in info.axes[0].names), default=0)
-    fig.update_layout(margin={"l": max(70, 24 + 7 * left), "r": 70})
+    half = [3.7 * len(axis.label) for axis in (info.axes[0], info.axes[-1])]
+    fig.update_layout(margin={"l": max(70, 24 + 7 * left, 8 + half[0]), "r": max(70, 8 + half[1])})
     return fig
 
 
