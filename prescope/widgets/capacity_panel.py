@@ -125,7 +125,9 @@ class CapacityPanel:
         threading.Thread(target=self.redraw, name="prescope-advice", daemon=True).start()
 
     def close(self) -> None:
-        """Take the panel off the page."""
+        """Take the panel off the page; what is still being simulated is shown to nobody."""
+        with self._lock:
+            self._asked += 1
         self.figure.close()
         self.view.close()
 

@@ -14,7 +14,7 @@ CELLS = [
 #: The lanes: of each bar trace with bars, how many x, how many y, and the distinct y.
 LANES = """
 () => [...document.querySelectorAll('.js-plotly-plot')]
-  .find(p => p.layout?.title?.text.includes('Where does each')).data.filter(t => t.type === 'bar' && t.x.length)
+  .find(p => p.layout?.title?.text.includes('Where does each'))?.data.filter(t => t.type === 'bar' && t.x.length)
   .map(t => [t.name ?? '', t.x.length, (t.y ?? []).length, [...new Set(t.y ?? [])].join()].join(':'))
 """
 PLOTS = "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 9"
@@ -22,6 +22,27 @@ GONE = """
 () => { const root = document.querySelector('.prescope');
   return getComputedStyle(root, '::before').content.includes('The session is gone'); }
 """
+
+
+def drag_over_the_overview(page) -> None:
+    """The steps between the ends of the drag are those whose lanes are drawn; the overview goes on showing all."""
+    overview = page.locator(".js-plotly-plot:visible", has_text="How long does each token").first
+    box = overview.locator(".nsewdrag").first.bounding_box()
+    shown = page.locator(".ps-field", has_text="steps").locator(".widget-readout").first
+    former, y = shown.inner_text(), box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 0.5 * box["width"], y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.8 * box["width"], y, steps=6)
+    page.mouse.up()
+    for _ in range(40):
+        page.wait_for_timeout(250)
+        if shown.inner_text() != former:
+            break
+    first, last = (int(part) for part in shown.inner_text().replace("–", " ").split())
+    assert 4 <= first < last <= 11, shown.inner_text()
+    page.wait_for_timeout(1_000)
+    low, high = overview.evaluate("plot => plot.layout.xaxis.range")
+    assert high - low > 10
 
 
 @pytest.mark.browser
@@ -40,15 +61,26 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
             page.locator(".ps-field", has_text=label).locator(".noUi-handle").first.focus()
             page.keyboard.press("ArrowRight")
             page.wait_for_timeout(1_500)
+        drag_over_the_overview(page)
+        page.wait_for_function(f"({LANES})()?.length", timeout=30_000)
         before = page.evaluate(LANES)
-        assert before
         assert all(row.split(":")[1] == row.split(":")[2] for row in before), before
         page.keyboard.press("Control+s")
         page.wait_for_timeout(1_500)
         page.reload()
         page.wait_for_function(PLOTS, timeout=60_000)
+        page.wait_for_function(f"({LANES})()?.length", timeout=30_000)
         page.wait_for_timeout(1_500)
         assert page.evaluate(LANES) == before
+        page.locator(".lm-TabBar-tab", has_text="Run it for real").last.click()
+        page.locator(".prescope input[type=number]:visible").first.fill("1000")
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Run it for real").click()
+        page.wait_for_function("document.querySelector('.ps-text')?.innerText.includes('▍')", timeout=60_000)
+        page.get_by_role("button", name="Cancel").dispatch_event("click")  # it moves while text comes
+        page.wait_for_function(
+            "document.querySelector('.ps-job').innerText.includes('cancelled')", timeout=30_000
+        )
         page.get_by_role("menuitem", name="Kernel", exact=True).click()
         page.locator(".lm-Menu-item[data-command='kernelmenu:restart']").click()
         page.locator(".jp-Dialog .jp-mod-accept").click()
