@@ -77,7 +77,11 @@ def savings(
     resident = residents(used_LE, resident_frac)
     step = min(E, trace.top_k * batch)
     simulator = Simulator(
-        as_decode(some_prompts(trace, WORTH_ROWS, batch), batch), costs, row_bytes=1, predictor=predictor, lookahead=lookahead
+        as_decode(some_prompts(trace, WORTH_ROWS, batch), batch),
+        costs,
+        row_bytes=1,
+        predictor=predictor,
+        lookahead=lookahead,
     )
 
     def replayed(ahead: int) -> SimResult:
@@ -85,7 +89,7 @@ def savings(
             "presched",
             slots=min(E * L, max(int(resident.sum()), step + min(E, width) + 1)),
             cache="static",
-            frequencies=_ranks(used_LE),
+            frequencies=_ranks(used_LE).astype(np.float64),
             lookahead=ahead,
             width=width,
             cpu=False,
