@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, Self, TypeVar
 
+from ..core.worker import SLICE_S, process_id, require_process
+from ..errors import WaitTimedOut
 from .turn import Turn
 
 #: One text, several, or a name (a domain, say) for each: the names go into the trace.
@@ -39,6 +41,7 @@ class Job(Generic[R]):
         settings: dict[str, Any],
         so_far: Callable[[], list[list[int]]] | None = None,
     ) -> None:
+        self._owner = process_id()
         self._future: Future[R] = Future()
         self._cancel = threading.Event()
         self._run, self._turn, self._settings = run, turn, settings
@@ -96,16 +99,36 @@ class Job(Generic[R]):
         self._cancel.set()
 
     def result(self, timeout_s: float | None = None) -> R:
-        """Wait for the run, and for those who watch it, and return it.
+        """Wait for the run, and for those who watch it, and return it; Ctrl-C ends the wait and not the run.
 
         Raises:
             CancelledError: cancelled before the first token.
             TimeoutError: not ready after `timeout_s`.
+            WaitTimedOut: it can never be: the job was not started, or its thread is gone.
+            ForkedProcess: it runs in the process that this one was forked from.
             PrescopeError and others: what the run raised.
         """
         if threading.current_thread() is not self._thread:  # a watcher asks from the run's own thread
-            self._thread.join(timeout_s)
+            self._await_thread(timeout_s)
         return self._future.result(0)
+
+    def _await_thread(self, timeout_s: float | None) -> None:
+        """Return when the thread has ended, or after `timeout_s`. Looks at it now and then: a wait in one piece
+        notices neither Ctrl-C (on Windows) nor a thread that has vanished.
+        """
+        require_process(self._owner, "this job")
+        if self._thread.ident is None:
+            raise WaitTimedOut("the run will not come: this job was not started; call start()")
+        slices = None if timeout_s is None else int(timeout_s / SLICE_S)
+        while self._thread.is_alive() and slices != 0:
+            self._thread.join(SLICE_S)
+            slices = None if slices is None else slices - 1
+        if timeout_s is not None and self._thread.is_alive():
+            self._thread.join(timeout_s % SLICE_S)
+        if not self._thread.is_alive() and not self.is_done:
+            raise WaitTimedOut(
+                "the run will not come: its thread has ended without a result; start another one"
+            )
 
     def on_step(self, watcher: Watcher) -> None:
         """Call `watcher(job)` from the run's thread after each token."""
