@@ -544,15 +544,17 @@ class Engine:
         """Give the model back if `close` was called and could not yet; call it when nobody runs."""
         if not self._is_closing or self._is_closed:
             return
-        with ExitStack() as steps:  # from the last to the first, and all of them also if one fails
+        with (
+            ExitStack() as steps
+        ):  # from the last to the first, all of them also if one fails, none half done
             steps.callback(setattr, self, "_is_closed", True)
             steps.callback(self._device.close)
             steps.callback(to_the_end, self._attachment.detach)
             if self.runner.schedule_runner is not None:
                 steps.callback(self.runner.schedule_runner.close)
             steps.callback(self.runner.close_slots)
-            steps.callback(self.decoder.forget)
-            steps.callback(self.forwards.close)
+            steps.callback(to_the_end, self.decoder.forget)
+            steps.callback(to_the_end, self.forwards.close)
             steps.callback(self._device.recover)
 
     def _give_way(self) -> None:

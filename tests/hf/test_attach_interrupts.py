@@ -132,7 +132,7 @@ def test_an_engine_interrupted_on_its_way_gives_the_model_back(model, weights, k
     with interrupted(set()) as lines:
         engine.close()
     raised = []
-    for at in range(1, made - 10 if kind == "attach" else lines[0], 31 if kind == "attach" else 11):
+    for at in range(1, made - 10 if kind == "attach" else lines[0], 61 if kind == "attach" else 11):
         engines = list[prescope.Engine]()
 
         def open_one(engines=engines) -> None:
