@@ -53,6 +53,8 @@ COSTS = LayerCosts(
     source="made up for the stress test",
 )
 CHILD_SECONDS = 40.0
+#: Of the time divided by the kinds, so that each has its turn: a child takes some seconds to start as well.
+MOST_SHARE = 0.5
 COUNTS = ("calls", "interrupts", "forks", "closes")
 FAULTS = ("wrong texts", "errors", "crashes", "hangs")
 
@@ -339,11 +341,12 @@ def main() -> None:
         child_main(options.child, options.seed, options.seconds, device)
         return
     ends, seed = time.monotonic() + 60 * options.minutes, options.seed
+    longest = min(options.seconds, MOST_SHARE * 60 * options.minutes / len(options.kinds))
     totals: dict[str, Counter[str]] = {kind: Counter() for kind in options.kinds}
     said: list[str] = []
     while time.monotonic() < ends:
         kind = options.kinds[(seed - options.seed) % len(options.kinds)]
-        seconds = min(options.seconds, max(5.0, ends - time.monotonic()))
+        seconds = min(longest, max(5.0, ends - time.monotonic()))
         counts, stories = watch(kind, seed, seconds, device, options.patience)
         totals[kind] += counts
         totals[kind]["children"] += 1

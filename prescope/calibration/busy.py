@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..core.worker import Latch, Worker
 from ..device import Device, Mark
 
 #: Batches of copies given to the link at a time; one is on the wire while the other waits.
@@ -20,28 +21,32 @@ def repeating(run: Callable[[], None]) -> Iterator[None]:
     """Call `run` over and over in a thread of its own, from the first one's end until the block is left.
 
     Raises:
+        WaitTimedOut: a call took longer than a minute.
         Exception: whatever a call raised, when the block is left.
     """
-    stop, begun = threading.Event(), threading.Event()
+    is_over, begun = False, Latch()
     failures: list[BaseException] = []
 
     def loop() -> None:
         try:
-            while not stop.is_set():
+            while not is_over:
                 run()
-                begun.set()
+                if not begun.is_set:
+                    begun.set()
         except Exception as error:  # noqa: BLE001 - raised in the thread that waits for it
             failures.append(error)
-            begun.set()
+        finally:
+            if not begun.is_set:
+                begun.set()
 
-    thread = threading.Thread(target=loop, name="prescope-calibration", daemon=True)
-    thread.start()
+    worker = Worker("prescope-calibration")
+    worker.submit(loop)
     try:
-        begun.wait()
+        worker.wait(begun, "the first round of work that keeps the other lane busy")
         yield
     finally:
-        stop.set()
-        thread.join()
+        is_over = True
+        worker.close("the last round of work that kept the other lane busy")
     if failures:
         raise failures[0]
 

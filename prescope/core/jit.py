@@ -98,6 +98,16 @@ def said_if_compiled_first(function: Any, what: str) -> Iterator[None]:
         bar.update()
 
 
+def compile_first(function: Any, arguments: tuple[Any, ...], what: str) -> None:
+    """Compile a function for arguments like these now rather than at its first call; says so if that takes long.
+
+    For a function that another processor will wait for.
+    """
+    if IS_COMPILED:
+        with said_if_compiled_first(function, what):
+            function.compile(tuple(map(function.typeof_pyval, arguments)))
+
+
 def jit(function: F) -> F:
     """Compile on the first call, once per machine (numba keeps the code on disk); releases the GIL."""
     if numba is None:

@@ -44,6 +44,22 @@ def require_process(owner: int, what: str) -> None:
         )
 
 
+def to_the_end(function: Callable[[], object]) -> None:
+    """Call a function again and again until no interrupt came in between, and raise the last one then.
+
+    For what may not be left half done, where the function does what is left when it is called again.
+    """
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            function()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
 class Latch:
     """Something that comes true once, which threads can wait for."""
 

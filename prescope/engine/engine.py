@@ -22,7 +22,7 @@ from ..core.jit import IS_COMPILED
 from ..core.machine import machine_facts
 from ..core.types import ExpertSize, NeedOutcome
 from ..core.units import format_bytes
-from ..core.worker import process_id, require_process
+from ..core.worker import process_id, require_process, to_the_end
 from ..device import Device, open_device, resolve_device
 from ..errors import (
     AlreadyAttached,
@@ -137,8 +137,9 @@ class Engine:
         self._device: Device = open_device(
             kind, config.link_gb_per_s, self.shape.row_bytes, config.link_factor
         )
-        self.runner = LayeredRunner(self._device, layers, self.shape, kernel.name, self._dtype)
+        self._attachment = Attachment(model, layers, self._device)
         try:
+            self.runner = LayeredRunner(self._device, layers, self.shape, kernel.name, self._dtype)
             self._require_memory(self.num_slots, _freed_bytes(model, layers, self._device.torch_device))
             require_host_memory(
                 sum(layer.nbytes for layer in layers),
@@ -150,26 +151,29 @@ class Engine:
                 ),
                 ahead_bytes=max(layer.nbytes for layer in layers),
             )
-            self._attachment = Attachment(model, layers, self._device, self.runner.serve, self)
-        except BaseException:
-            self._device.close()
-            raise
-        self.layers = layers
-        self.decoder = Decoder(model, self.runner)
-        self.runner.host = self._attachment.host
-        self._predictor, self._costs = predictor, costs
-        try:
+            self._attachment.attach(self.runner.serve, self)
+            self.layers = layers
+            self.decoder = Decoder(model, self.runner)
+            self.runner.host = self._attachment.host
+            self._predictor, self._costs = predictor, costs
             self.runner.open_slots(self.num_slots, policy)
             self._open_schedule(config, predictor, costs)
+            self.turn = self.runner.turn
+            self.forwards = Forwards(self.runner)
+            self.forwards.open(model, layers)
+            self.fingerprint = self._attachment.host.fingerprint(
+                repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
+            )
         except BaseException:
-            self._attachment.detach()
-            self._device.close()
+            to_the_end(self._undo)
             raise
-        self.turn = self.runner.turn
-        self.forwards = Forwards(model, layers, self.runner)
-        self.fingerprint = self._attachment.host.fingerprint(
-            repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
-        )
+
+    def _undo(self) -> None:
+        """Of an engine that could not be made, or was interrupted on the way; called again, it does what is left."""
+        if hasattr(self, "forwards"):
+            self.forwards.close()
+        self._attachment.detach()
+        self._device.close()
 
     @property
     def expert_size(self) -> ExpertSize:
@@ -540,15 +544,17 @@ class Engine:
         """Give the model back if `close` was called and could not yet; call it when nobody runs."""
         if not self._is_closing or self._is_closed:
             return
-        with ExitStack() as steps:  # from the last to the first, and all of them also if one fails
+        with (
+            ExitStack() as steps
+        ):  # from the last to the first, all of them also if one fails, none half done
             steps.callback(setattr, self, "_is_closed", True)
             steps.callback(self._device.close)
-            steps.callback(self._attachment.detach)
+            steps.callback(to_the_end, self._attachment.detach)
             if self.runner.schedule_runner is not None:
                 steps.callback(self.runner.schedule_runner.close)
             steps.callback(self.runner.close_slots)
-            steps.callback(self.decoder.forget)
-            steps.callback(self.forwards.close)
+            steps.callback(to_the_end, self.decoder.forget)
+            steps.callback(to_the_end, self.forwards.close)
             steps.callback(self._device.recover)
 
     def _give_way(self) -> None:

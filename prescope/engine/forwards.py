@@ -26,21 +26,23 @@ class Forwards:
     """Takes a turn for each forward pass of a model, and tells the runner and the recorder what it is.
 
     Args:
-        model: attached. `layers`: its MoE layers.
-        runner: serves them.
+        runner: serves its MoE layers.
 
     Attributes:
         recorders: of the recordings that are open, by the thread that opened each; it records that thread's forwards.
         progress: of the `Engine.generate` that has the turn, if one has.
     """
 
-    def __init__(self, model: nn.Module, layers: list[MoELayer], runner: LayeredRunner) -> None:
+    def __init__(self, runner: LayeredRunner) -> None:
         self._runner = runner
         self.recorders: dict[int, Recorder] = {}
         self.progress: Progress | None = None
         self._is_inside = False
         self._is_open = True
         self._wrapped: list[tuple[nn.Module, MethodType, Any]] = []
+
+    def open(self, model: nn.Module, layers: list[MoELayer]) -> None:
+        """Wrap an attached model's forward; `close` undoes it, also when this was interrupted."""
         for name in _callable_alone(layers):
             self._wrap(model.get_submodule(name))
 
@@ -59,8 +61,8 @@ class Forwards:
             return self._runner.turn.run("a forward pass", self._run, (inner, names, args, kwargs))
 
         wrapper = MethodType(forward, module)
-        module.__dict__["forward"] = wrapper
         self._wrapped.append((module, wrapper, former))
+        module.__dict__["forward"] = wrapper
 
     @torch.compiler.disable(recursive=False)
     def _run(

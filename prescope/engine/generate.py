@@ -204,11 +204,13 @@ def encoder_of(engine: Served, settings: Settings) -> Encoder:
     """Encodes prompts for an engine's model."""
     tokenizer, model = engine.tokenizer, engine.model
     pads = (None if tokenizer is None else tokenizer.pad_token_id, settings.in_force.pad_token_id, 0)
+    vocabulary, width = model.get_input_embeddings().weight.shape
     return Encoder(
         tokenizer,
         engine.name,
         engine.runner.device.torch_device,
-        vocabulary=len(model.get_input_embeddings().weight),
+        vocabulary=vocabulary,
+        width=width,
         pad=next(int(pad) for pad in pads if pad is not None),
         unwanted={"token_type_ids"} - inspect.signature(model.forward).parameters.keys(),
     )

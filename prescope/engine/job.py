@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, Self, TypeVar
 
+from ..core.worker import SLICE_S, Latch, process_id, require_process
+from ..errors import WaitTimedOut
 from .turn import Turn
 
 #: One text, several, or a name (a domain, say) for each: the names go into the trace.
@@ -39,7 +41,9 @@ class Job(Generic[R]):
         settings: dict[str, Any],
         so_far: Callable[[], list[list[int]]] | None = None,
     ) -> None:
+        self._owner = process_id()
         self._future: Future[R] = Future()
+        self._ended = Latch()
         self._cancel = threading.Event()
         self._run, self._turn, self._settings = run, turn, settings
         self._so_far = so_far
@@ -50,7 +54,7 @@ class Job(Generic[R]):
         self._viewed_s = 0.0
         self._view, self._is_over = threading.Event(), False
         self._viewing = threading.Thread(target=self._show, name="prescope-progress", daemon=True)
-        self._thread = threading.Thread(target=self._work, name="prescope-run", daemon=True)
+        self._thread = threading.Thread(target=self._main, name="prescope-run", daemon=True)
 
     def start(self) -> Self:
         """Begin, once; a run that is under way is waited for first."""
@@ -96,16 +100,32 @@ class Job(Generic[R]):
         self._cancel.set()
 
     def result(self, timeout_s: float | None = None) -> R:
-        """Wait for the run, and for those who watch it, and return it.
+        """Wait for the run, and for those who watch it, and return it; Ctrl-C ends the wait and not the run.
 
         Raises:
             CancelledError: cancelled before the first token.
             TimeoutError: not ready after `timeout_s`.
+            WaitTimedOut: it can never be: the job was not started, or its thread is gone.
+            ForkedProcess: it runs in the process that this one was forked from.
             PrescopeError and others: what the run raised.
         """
         if threading.current_thread() is not self._thread:  # a watcher asks from the run's own thread
-            self._thread.join(timeout_s)
+            self._await_thread(timeout_s)
         return self._future.result(0)
+
+    def _await_thread(self, timeout_s: float | None) -> None:
+        """Return when the thread has ended, or after `timeout_s`."""
+        # Not `Thread.join`: interrupted, CPython 3.11 takes the thread for ended, and the next one returns at once.
+        require_process(self._owner, "this job")
+        if self._thread.ident is None:
+            raise WaitTimedOut("the run will not come: this job was not started; call start()")
+        slices, rest_s = (-1, 0.0) if timeout_s is None else divmod(max(0.0, timeout_s), SLICE_S)
+        while slices != 0 and not self._ended.wait(SLICE_S):
+            slices -= 1
+        if self._ended.wait(rest_s) and not self.is_done:
+            raise WaitTimedOut(
+                "the run will not come: its thread has ended without a result; start another one"
+            )
 
     def on_step(self, watcher: Watcher) -> None:
         """Call `watcher(job)` from the run's thread after each token."""
@@ -122,6 +142,12 @@ class Job(Generic[R]):
     def on_done(self, watcher: Watcher) -> None:
         """Call `watcher(job)` once the run has ended in whatever way."""
         self._future.add_done_callback(lambda _: watcher(self))
+
+    def _main(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._ended.set()
 
     def _work(self) -> None:
         if self._viewers:

@@ -50,7 +50,7 @@ class Encoder:
         tokenizer: for texts and chats, or None.
         name: of the model, for messages.
         device: where the inputs are wanted.
-        vocabulary: number of token ids the model has embeddings for.
+        vocabulary: number of token ids the model has embeddings for. `width`: of the embeddings, D.
         pad: id put where a prompt is shorter than the longest.
         unwanted: fields of a tokenizer's output that the model does not take.
     """
@@ -61,11 +61,12 @@ class Encoder:
         name: str,
         device: torch.device,
         vocabulary: int,
+        width: int,
         pad: int,
         unwanted: Collection[str] = (),
     ) -> None:
         self._tokenizer, self._name, self._device = tokenizer, name, device
-        self._vocabulary, self._pad, self._unwanted = vocabulary, pad, unwanted
+        self._vocabulary, self._width, self._pad, self._unwanted = vocabulary, width, pad, unwanted
 
     def encode(
         self, prompts: Any, attention_mask: Any = None, embeds: Any = None, *, goes_on: bool = False
@@ -130,8 +131,9 @@ class Encoder:
 
     def _item(self, item: Any, position: int) -> list[int]:
         """One prompt of several that are neither all texts nor all messages."""
-        if isinstance(item, torch.Tensor | np.ndarray) and item.ndim == 1:
-            ids = self._tensor(torch.as_tensor(item))[0].tolist() if len(item) else []
+        if isinstance(item, torch.Tensor | np.ndarray) and (item.ndim == 1 or item.shape[:-1] == (1,)):
+            # (1, T) is what a tokenizer returns for one text.
+            ids = self._tensor(torch.as_tensor(item))[0].tolist() if item.shape[-1] else []
             return self._row(ids, position)
         if isinstance(item, Sequence) and not isinstance(item, str | bytes):
             if item and all(isinstance(message, Mapping) for message in item):
@@ -199,6 +201,9 @@ class Encoder:
             raise UnsupportedOption(
                 f"token ids are integers of shape (T,) or (B, T), these are {ids.dtype} {tuple(ids.shape)}{hint}"
             )
+        if ids.is_meta or ids.layout != torch.strided:
+            kind = "without values (device 'meta')" if ids.is_meta else f"of layout {ids.layout}"
+            raise UnsupportedOption(f"token ids are a tensor {kind}; pass a dense one, or a list")
         if not ids.numel():
             raise UnsupportedOption("prompt 0 is empty; every prompt needs at least one token")
         ids = ids.long().reshape(-1, ids.shape[-1])
@@ -222,6 +227,10 @@ class Encoder:
         if embeds.dim() != 3 or not embeds.is_floating_point() or not embeds.numel():
             raise UnsupportedOption(
                 f"inputs_embeds are floats of shape (B, T, D), these are {embeds.dtype} {tuple(embeds.shape)}"
+            )
+        if embeds.shape[2] != self._width:
+            raise UnsupportedOption(
+                f"inputs_embeds are {embeds.shape[2]} wide, those of {self._name} are {self._width}"
             )
         if ids is not None and len(ids) != len(embeds):
             raise UnsupportedOption(f"there are {len(ids)} prompts and inputs_embeds for {len(embeds)}")
@@ -289,6 +298,10 @@ def _mask(given: Any, tokens: torch.Tensor, own: torch.Tensor | None, goes_on: b
         raise UnsupportedOption(
             f"attention_mask is {tuple(mask.shape)}, the prompts are {tuple(tokens.shape[:2])}; it says of each of "
             f"their tokens whether it is real (1) or padding (0)"
+        )
+    if mask.is_meta or ((mask != 0) & (mask != 1)).any():
+        raise UnsupportedOption(
+            "attention_mask holds something else than zeros and ones; 1 is a real token, 0 is padding"
         )
     mask = mask.long()
     if own is not None and own.shape == mask.shape:

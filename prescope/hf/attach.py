@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ..core.worker import Latch, Worker, to_the_end
 from ..device import Device
 from ..errors import AlreadyAttached, UnsupportedExperts
 from ..weights.host_pool import HostLayer, HostPool, is_on_host
@@ -26,6 +26,8 @@ PROGRESS_BYTES = 4 << 30
 #: Layers whose pages are prepared while the GPU writes into an earlier one's: one is faulted in, another pinned. The
 #: host gets no fuller by it than it will be in the end; from CPU memory no layer is opened ahead.
 LAYERS_AHEAD = 2
+#: For the rows of one layer: 4 GiB of fresh pages take some seconds, a busy machine's some ten.
+MOST_PIN_S = 600.0
 
 #: (moe_layer, hidden_states (T, D), expert ids (T, K), weights (T, K)) -> (T, D)
 ServeFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -101,8 +103,6 @@ class Attachment:
     Args:
         layers: of the model.
         device: where it will compute.
-        serve: stands in for the experts' forward.
-        owner: the engine, for `owner_of`.
 
     Attributes:
         host: the rows.
@@ -114,30 +114,37 @@ class Attachment:
         model: PreTrainedModel,
         layers: list[MoELayer],
         device: Device,
-        serve: ServeFunction,
-        owner: Any = None,
     ) -> None:
-        if any("_prescope" in layer.module.__dict__ for layer in layers):
-            raise AlreadyAttached(
-                "this model already runs through an engine; call detach() on that one first"
-            )
         self.model = model
         self.layers = layers
         self._device = device
-        self._originals: list[dict[str, tuple[nn.Parameter, HostParameter]]] = []
-        self._experts_devices: list[torch.device] = []
+        self._originals: list[_Originals] = []
         self._moved: list[tuple[torch.Tensor, torch.device]] = []
         self._configs: list[tuple[nn.Module, Any]] = []
-        self._guards: Guards | None = None
+        self._guards = Guards()
         self.host = HostPool([])
         self.fill_seconds = 0.0
+
+    def attach(self, serve: ServeFunction, owner: Any = None) -> None:
+        """Take the experts out and route their layers; whatever goes wrong, the model is as it was.
+
+        Args:
+            serve: stands in for the experts' forward. `owner`: the engine, for `owner_of`.
+
+        Raises:
+            AlreadyAttached: to another engine.
+        """
+        if any("_prescope" in layer.module.__dict__ for layer in self.layers):
+            raise AlreadyAttached(
+                "this model already runs through an engine; call detach() on that one first"
+            )
         try:
             self._take_experts()
             self._move_rest()
             self._route(serve, owner)
-            self._guards = Guards(model, device.torch_device)
+            self._guards.install(self.model, self._device.torch_device)
         except BaseException:
-            self.detach()
+            to_the_end(self.detach)
             raise
 
     def _take_experts(self) -> None:
@@ -151,31 +158,33 @@ class Attachment:
             unit_scale=True,
             disable=nbytes < PROGRESS_BYTES,
         )
-        # On leaving, the helpers' work is over, also after an error: `detach` then unpins what they have pinned.
-        with progress, ThreadPoolExecutor(LAYERS_AHEAD, thread_name_prefix="prescope-pin") as helpers:
-            self._fill_rows(progress, helpers)
+        helpers = _Helpers()
+        try:
+            with progress:
+                self._fill_rows(progress, helpers)
+        finally:  # their work is over, also after an error: `detach` then unpins what they have pinned
+            to_the_end(helpers.close)
         self.fill_seconds = time.perf_counter() - started
 
-    def _fill_rows(self, progress: tqdm, helpers: ThreadPoolExecutor) -> None:
+    def _fill_rows(self, progress: tqdm, helpers: "_Helpers") -> None:
         """Fill all rows; the helpers pin some layers while another is copied."""
-        pinned: list[Future[None]] = []
         for rank, layer in enumerate(self.layers):
             tensors = layer.tensors()
             if not is_on_host(tensors):
                 # The next layers' pages are faulted in and pinned while the GPU writes into this one's.
-                while len(pinned) < min(rank + 1 + LAYERS_AHEAD, len(self.layers)):
-                    pinned.append(helpers.submit(self._open_rows(len(pinned)).prepare))
-            if rank < len(pinned):
-                pinned[rank].result()
+                while helpers.num_jobs < min(rank + 1 + LAYERS_AHEAD, len(self.layers)):
+                    helpers.submit(self._open_rows(helpers.num_jobs).prepare)
+            if rank < helpers.num_jobs:
+                helpers.wait(rank)
             rows = self._open_rows(rank)
             rows.copy(tensors if layer.read_fields is None else layer.read_fields())
             self._give_up_originals(layer)
-            if rank == len(pinned):
+            if rank == helpers.num_jobs:
                 # After the originals are gone, so that the next layer can be copied meanwhile within the peak.
-                pinned.append(helpers.submit(rows.pin))
+                helpers.submit(rows.pin)
             progress.update(rows.rows.nbytes)
-        for done in pinned:
-            done.result()
+        for rank in range(helpers.num_jobs):
+            helpers.wait(rank)
 
     def _open_rows(self, rank: int) -> HostLayer:
         """Rows of a layer, opened in the order of the layers; `detach` closes them all."""
@@ -185,14 +194,13 @@ class Attachment:
         return self.host.layers[rank]
 
     def _give_up_originals(self, layer: MoELayer) -> None:
-        originals: dict[str, tuple[nn.Parameter, HostParameter]] = {}
-        self._experts_devices.append(layer.tensors()[layer.weight_names[0]].device)
+        originals = _Originals(layer.tensors()[layer.weight_names[0]].device, {})
         self._originals.append(originals)
         for name in layer.weight_names:
             parameter = layer.module._parameters[name]
             assert parameter is not None
             stand_in = HostParameter.standing_for(parameter, self._device.torch_device)
-            originals[name] = parameter, stand_in
+            originals.parameters[name] = parameter, stand_in
             for module in (layer.module, *layer.twins):
                 module._parameters[name] = stand_in
             _set_data(parameter, partial(torch.empty, 0, dtype=parameter.dtype, device=parameter.device))
@@ -218,9 +226,8 @@ class Attachment:
                 module.__dict__["_prescope"] = Binding(serve, layer.moe_layer, layer.weight_names, owner)
 
     def detach(self) -> None:
-        """Undo everything; does nothing the second time."""
-        if self._guards is not None:
-            self._guards.remove()
+        """Undo everything; does nothing the second time. Interrupted anywhere, the next call does what is left."""
+        self._guards.remove()
         for module, config in self._configs:
             module.config = config
         for layer in self.layers:
@@ -230,23 +237,69 @@ class Attachment:
             _set_data(tensor, partial(tensor.data.to, device))
         self._restore_experts()
         self.host.close()
-        self._guards, self._configs, self._moved = None, [], []
+        self._configs, self._moved = [], []
 
     def _restore_experts(self) -> None:
-        # Layer by layer again: each layer's rows are closed before the next one's originals take memory.
-        for layer, rows in zip(self.layers, self.host.layers, strict=False):
-            if not self._originals:
-                break  # attaching failed here: this layer and those after it still have their own weights
-            for name, (parameter, stand_in) in self._originals[0].items():
-                if layer.read_fields is not None:
+        # Layer by layer again: each layer's rows are closed before the next one's originals take memory. Whatever is
+        # done twice, after an interrupt, gives the same again as long as the rows are there.
+        for layer, rows, originals in zip(self.layers, self.host.layers, self._originals, strict=False):
+            for name, (parameter, stand_in) in list(originals.parameters.items()):
+                if layer.read_fields is not None:  # was read packed: there is nothing to give back
                     parameter.__class__ = stand_in.__class__ = LostParameter
+                    del originals.parameters[name]
                     continue
                 parameter.__class__ = nn.Parameter
-                _set_data(parameter, partial(rows.restore, name, self._experts_devices[0]))
+                _set_data(parameter, partial(rows.restore, name, originals.device))
                 with torch.inference_mode(parameter.is_inference()):
                     parameter.requires_grad_(stand_in.requires_grad)
                 for module in (layer.module, *layer.twins):
                     if module._parameters.get(name) is stand_in:  # else replaced meanwhile, and that stays
                         module._parameters[name] = parameter
-            del self._originals[0], self._experts_devices[0]
+                del originals.parameters[name]
             rows.close()
+
+
+class _Originals(NamedTuple):
+    """A layer's own weights, which are still to be given back, with their stand-ins; and the device they were on."""
+
+    device: torch.device
+    parameters: dict[str, tuple[nn.Parameter, HostParameter]]
+
+
+class _Helpers:
+    """Threads that pin some layers' rows while another's are copied; the jobs are numbered by layer."""
+
+    def __init__(self) -> None:
+        self._workers = [Worker("prescope-pin") for _ in range(LAYERS_AHEAD)]
+        self._ended: list[Latch] = []
+        self._errors: dict[int, BaseException] = {}
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self._ended)
+
+    def submit(self, job: Callable[[], None]) -> None:
+        rank, ended = len(self._ended), Latch()
+
+        def work() -> None:
+            try:
+                job()
+            except BaseException as error:  # noqa: BLE001 - raised by `wait`
+                self._errors[rank] = error
+            finally:
+                ended.set()
+
+        self._workers[rank % LAYERS_AHEAD].submit(work)
+        self._ended.append(ended)
+
+    def wait(self, rank: int) -> None:
+        """Raises WaitTimedOut, and whatever the job raised."""
+        self._workers[rank % LAYERS_AHEAD].wait(
+            self._ended[rank], f"pinned memory for MoE layer {rank}", MOST_PIN_S
+        )
+        if rank in self._errors:
+            raise self._errors[rank]
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close("the end of pinning host memory", MOST_PIN_S)

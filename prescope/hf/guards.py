@@ -15,16 +15,19 @@ from .host_parameter import HostParameter, refuse
 
 
 class Guards:
-    """Refuses such calls on a model, and on any part of it that has experts, until `remove`.
+    """Refuses such calls on a model, and on any part of it that has experts, from `install` until `remove`.
 
-    Args:
-        model: its expert weights are stand-ins already.
-        device: where it computes.
+    Hooks look whether they are wanted: one whose handle an interrupt has lost stays in its module, and does nothing.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self) -> None:
+        self.is_on = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._modules: list[nn.Module] = []
+
+    def install(self, model: nn.Module, device: torch.device) -> None:
+        """Guard a model whose expert weights are stand-ins already; `device`: where it computes."""
+        self.is_on = True
         dtypes = {p.dtype for p in model.parameters() if isinstance(p, HostParameter)}
         probes = [torch.empty(0, dtype=dtype, device=device) for dtype in dtypes]
         for module in model.modules():
@@ -34,14 +37,19 @@ class Guards:
                 self._guard(module, names, probes)
 
     def _guard(self, module: nn.Module, names: list[str], probes: list[torch.Tensor]) -> None:
-        load = module.register_load_state_dict_pre_hook(partial(_refuse_load, names))
-        self._handles += [load, module.register_state_dict_pre_hook(_refuse_state_dict)]
+        hooks = (
+            (module.register_load_state_dict_pre_hook, partial(_refuse_load, self, names)),
+            (module.register_state_dict_pre_hook, partial(_refuse_state_dict, self)),
+        )
+        for register, hook in hooks:
+            self._handles.append(register(hook))
         # All of to(), half(), cuda() and their like go through it, from the outermost module to the innermost.
-        module.__dict__["_apply"] = partial(_apply, module, probes)
         self._modules.append(module)
+        module.__dict__["_apply"] = partial(_apply, module, probes)
 
     def remove(self) -> None:
-        """Allow everything again."""
+        """Allow everything again; interrupted, the next call does what is left."""
+        self.is_on = False
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
@@ -50,15 +58,18 @@ class Guards:
 
 
 def _refuse_load(
-    names: list[str], module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any
+    guards: Guards, names: list[str], module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any
 ) -> None:
     # A state of other weights alone (an adapter's, say) may be loaded.
+    if not guards.is_on:
+        return
     if found := next((prefix + name for name in names if prefix + name in state_dict), None):
         refuse(f"load_state_dict() with {found}")
 
 
-def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    refuse(f"saving {prefix.rstrip('.') or type(module).__name__} or reading its state_dict")
+def _refuse_state_dict(guards: Guards, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if guards.is_on:
+        refuse(f"saving {prefix.rstrip('.') or type(module).__name__} or reading its state_dict")
 
 
 def _apply(

@@ -150,9 +150,9 @@ class ExpertCurve:
         """The curve of "cpu" or "gpu" points of one expert size. Raises BadProfile: there is none."""
         if not points:
             raise BadProfile("no point to fit an expert's time to")
-        fewest = min(p.of.tokens for p in points)
+        most = max(p.of.experts for p in points)  # with the most experts the base weighs least
+        fewest = min(p.of.tokens for p in points if p.of.experts == most)
         counts = sorted((p.of.experts, p.us) for p in points if p.of.tokens == fewest)
-        most = counts[-1][0]  # with the most experts the base weighs least
         measured = sorted((p.of.tokens, p.us) for p in points if p.of.experts == most)
         tokens, whole_us = [t for t, _ in measured], rising([us for _, us in measured])
         line = fit_line([n for n, _ in counts], [us for _, us in counts])
@@ -160,6 +160,8 @@ class ExpertCurve:
         each_us = tuple((us - base_us) / most for us in whole_us)
         pairs = [(base_us + n * each_us[0], us) for n, us in counts]
         pairs += left_out(tokens, [us for _, us in measured])
+        others = [p for p in points if p.of.experts != most and p.of.tokens != fewest]
+        pairs += [(base_us + p.of.experts * interpolate(p.of.tokens, tokens, each_us), p.us) for p in others]
         return cls(points[0].of.expert, base_us, tuple(tokens), each_us, error_of(*zip(*pairs, strict=True)))
 
     def us(self, tokens: float) -> float:

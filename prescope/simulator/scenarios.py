@@ -9,6 +9,7 @@ import pandas as pd
 from ..errors import UnsupportedOption
 from ..predictor import NoisyOracle, Oracle, Predictor, RecordedPredictor
 from ..scheduler import SCHEDULES, schedule_named
+from ..scheduler.settings import resolve
 from ..traces.routing import RoutingTrace
 from .explain import LayerExplanation, explain_layer
 from .machines import Machine
@@ -121,16 +122,25 @@ class Scenarios:
             names = ", ".join(map(repr, self.predictor_names))
             raise UnsupportedOption(f"predictor is {predictor!r}; choose one of {names}")
         E, depth = self.trace.num_experts, self._depth(predictor)
-        wanted = max(1, schedule.lookahead) if scenario.lookahead is None else scenario.lookahead
-        width = scenario.width if scenario.width is not None else schedule.width
+        found = resolve(
+            schedule.name,
+            num_experts=E,
+            depth=depth,
+            predictor=predictor,
+            lookahead=None if scenario.lookahead is None else min(scenario.lookahead, depth),
+            width=None if scenario.width is None else min(scenario.width, E),
+            threshold=scenario.threshold,
+            cpu=None if scenario.cpu else False,
+            has_cpu=self.has_cpu(scenario),
+        )
         return replace(
             scenario,
             cache=scenario.cache or schedule.cache,
             predictor=predictor,
-            lookahead=min(wanted, depth),
-            width=E if width is None else min(width, E),
-            threshold=schedule.threshold if scenario.threshold is None else scenario.threshold,
-            cpu=scenario.cpu and self.has_cpu(scenario),
+            lookahead=found.settings.lookahead,
+            width=found.settings.width,
+            threshold=found.settings.threshold,
+            cpu=found.cpu,
         )
 
     def _own_predictor(self, wanted: str) -> str:

@@ -103,6 +103,7 @@ class Simulator:
         least_bytes: int = LEAST_BYTES_ON_WIRE,
         most_in_flight: int | None = None,
         believed: LayerCosts | None = None,
+        resident: NDArray[np.bool_] | None = None,
     ) -> SimResult:
         """Replay the trace; what is not given is the schedule's own.
 
@@ -116,9 +117,11 @@ class Simulator:
             least_bytes: on the link, for its full rate; 0 on an emulated link (`prefetch.most_on_wire`).
             most_in_flight: prefetches on the link at most; as the engine has it unless given.
             believed: costs that decisions go by, to see what a wrong calibration does; the clock's unless given.
+            resident: (L, E) experts that are in slots when the first step begins; as the trace's first prompt leaves
+                them unless given.
 
         Raises:
-            UnsupportedOption: a setting that does not exist or cannot be.
+            UnsupportedOption: a setting that does not exist or cannot be; more residents than slots.
             SlotPoolTooSmall: fewer slots than a token needs.
         """
         settings = self._resolve(
@@ -126,7 +129,7 @@ class Simulator:
         )
         counts = self.trace.expert_counts() if frequencies is None else frequencies
         policy = make_policy(settings.cache, self.shape, np.asarray(counts, dtype=np.float64))
-        log = self._replay(settings, policy, believed)
+        log = self._replay(settings, policy, believed, resident)
         return SimResult(
             log=log,
             config=self._config(settings),
@@ -224,8 +227,16 @@ class Simulator:
 
     # -- the replay --------------------------------------------------------------------------------------------
 
-    def _replay(self, settings: Settings, policy: CachePolicy, believed: LayerCosts | None) -> Log:
+    def _replay(
+        self,
+        settings: Settings,
+        policy: CachePolicy,
+        believed: LayerCosts | None,
+        resident: NDArray[np.bool_] | None,
+    ) -> Log:
         table = ResidencyTable(self.shape, settings.num_slots, policy)
+        if resident is not None:
+            _fill(table, resident)
         resolved = settings.schedule
         form = partial(compiled_costs, cpu=resolved.cpu, predicts=resolved.predicts > 0)
         costs, by = form(self.costs), form(self.costs if believed is None else believed)
@@ -233,7 +244,8 @@ class Simulator:
         memory = Memory.fresh(depth, self.shape.num_layers, self.shape.num_experts)
         logs, now = [], 0.0
         for i, (prefills, steps) in enumerate(self._segments):
-            self._prefill(table, prefills, is_first=i == 0)
+            if i > 0 or resident is None:
+                self._prefill(table, prefills, is_first=i == 0)
             tick = np.array([policy.tick], np.int64)
             state = State(table.arrays, tick, memory, Waiting.none(self.shape.total_experts))
             demand = Demand(
@@ -312,6 +324,18 @@ def _together(first_us: float, second_us: float) -> float:
 
 
 NO_WEIGHTS = np.zeros((0, 0, 0), np.float32)
+
+
+def _fill(table: ResidencyTable, resident_LE: NDArray[np.bool_]) -> None:
+    """Put experts into empty slots. Raises UnsupportedOption: they do not fit, or are another model's."""
+    shape, count = table.shape, int(resident_LE.sum())
+    if resident_LE.shape != (shape.num_layers, shape.num_experts) or count > table.num_slots:
+        raise UnsupportedOption(
+            f"resident has shape {resident_LE.shape} and {count} experts; the model has {shape.num_layers} x "
+            f"{shape.num_experts}, and there are {table.num_slots} slots"
+        )
+    for layer in range(shape.num_layers):
+        table.landed(table.take(layer, np.flatnonzero(resident_LE[layer])))
 
 
 def _nothing(needs: Needs) -> Predicted:

@@ -1,10 +1,12 @@
 """Does a predictor pay? Milliseconds it saves per token by the cost model, after its own cost.
 
-Answered on a recorded trace for any predictor, so also for the oracle and the early router before one is trained.
-The most frequent experts of the trace, a fixed share of each layer, are taken to stay in slots: caches are left to the
-simulator. A predictor that costs more than it saves gets a negative figure; predicting nothing is 0.
+Answered on a recorded trace for any predictor, so also for the oracle and the early router before one is trained: the
+simulator replays the trace by PreSched without the CPU, with the predictions and without any. A share of each layer's
+experts, the most frequent ones of the trace, is in slots at the beginning, and stays where nothing else needs the slot.
+A prediction delays prefetches, and where the host launches each layer (`LayerCosts.is_layered`) the layers as well; one
+that costs more than it saves gets a negative figure; predicting nothing is 0.
 
-Shapes: R rows, S steps, E experts, L MoE layers, W prefetch width.
+Shapes: R rows, E experts, L MoE layers.
 """
 
 from typing import NamedTuple
@@ -13,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedOption
-from ..predictor.base import Predictor, used_mask
+from ..predictor.base import Predictor
 from ..scheduler.costs import LayerCosts
-from ..traces.routing import RoutingTrace
-from .step_times import StepTimes, step_times
+from ..simulator import SimResult, Simulator, as_decode
+from ..traces.routing import RoutingTrace, used_mask
 
-#: Rows a cost is estimated on, spread over the trace: the mean moves by less than a percent beyond.
+#: Tokens that are replayed at least, of whole prompts spread over the trace: the mean moves by less than a percent
+#: beyond.
 WORTH_ROWS = 4096
 
 
@@ -34,7 +37,7 @@ class Savings(NamedTuple):
     with_ms: float
     stall_without_ms: float
     stall_with_ms: float
-    useful_frac: float  # of the prefetches begun, those needed
+    useful_frac: float  # of the prefetches, those needed before they gave up their slot; 0 without any
     predict_us: float  # cost of one prediction, per layer
     source: str  # of the costs
 
@@ -56,55 +59,68 @@ def savings(
     """Milliseconds per step with and without a predictor; `costs.predict_us` is what this one costs in each layer.
 
     Args:
+        lookahead: layers ahead that are prefetched for at most.
         width: experts to prefetch for a layer, those resident left out; K for each token when not given.
-        resident_frac: share of each layer's experts that stay in slots, the most frequent ones.
-        batch: tokens of a step, of different sequences where the trace has them.
+        resident_frac: share of each layer's experts that slots are there for, and hold at first, the most frequent
+            ones; there are always slots for a layer's needs and as many prefetches.
+        batch: tokens of a step, of different sequences.
+
+    Raises:
+        UnsupportedOption: a setting out of its range. BadTrace: no tokens, or none of the inputs the predictor reads.
     """
     if not 0.0 <= resident_frac <= 1.0 or batch < 1:
         raise UnsupportedOption("resident_frac lies in [0, 1] and batch is at least 1")
-    E = trace.num_experts
+    E, L = trace.num_experts, trace.num_layers
     width = min(E, trace.top_k * batch if width is None else width)
-    real = np.flatnonzero(trace.position >= 0)
-    order = real[np.lexsort((trace.sequence[real], trace.position[real]))]
-    steps = max(1, min(len(order), WORTH_ROWS) // batch)
-    first = np.linspace(0, len(order) - batch, steps).astype(int) if len(order) >= batch else np.zeros(1, int)
-    rows = order[np.minimum(first[:, None] + np.arange(batch), len(order) - 1)]  # (S, batch)
-    used = used_mask(trace.expert_ids, E)
-    resident = residents(used[real], resident_frac)
-    needed: NDArray[np.bool_] = np.asarray(used[rows].any(axis=1))
-    scores = predictor.replay(trace, lookahead)[rows].sum(axis=1, dtype=np.float32)
-    wanted = wanted_experts(scores, resident, width, lookahead)
-    without = step_times(needed, resident, costs)
-    with_it = step_times(needed, resident, costs, wanted, lookahead)
+    real = trace.position >= 0
+    used_LE = used_mask(trace.expert_ids[real], E).sum(axis=0)
+    resident = residents(used_LE, resident_frac)
+    step = min(E, trace.top_k * batch)
+    simulator = Simulator(
+        as_decode(some_prompts(trace, WORTH_ROWS, batch), batch),
+        costs,
+        row_bytes=1,
+        predictor=predictor,
+        lookahead=lookahead,
+    )
+
+    def replayed(ahead: int) -> SimResult:
+        return simulator.run(
+            "presched",
+            slots=min(E * L, max(int(resident.sum()), step + min(E, width) + 1)),
+            cache="static",
+            frequencies=_ranks(used_LE).astype(np.float64),
+            lookahead=ahead,
+            width=width,
+            cpu=False,
+            resident=resident,
+        )
+
+    without, with_it = replayed(0), replayed(lookahead)
+    counts = with_it.counts
+    steps = len(simulator.needs.steps)
     return Savings(
-        predictor.name, lookahead, width, batch, resident_frac, *_both(without, with_it),
-        float(with_it.useful.sum() / max(with_it.prefetched.sum(), 1)), costs.predict_us, costs.source,
+        predictor.name, lookahead, width, batch, resident_frac, without.step_ms, with_it.step_ms,
+        without.stall_ms / steps, with_it.stall_ms / steps, counts.prefetched / max(counts.prefetches, 1),
+        costs.predict_us, costs.source,
     )  # fmt: skip
 
 
-def residents(used_RLE: NDArray[np.bool_], frac: float) -> NDArray[np.bool_]:
+def some_prompts(trace: RoutingTrace, least: int, batch: int) -> RoutingTrace:
+    """Whole sequences, evenly spaced, of `least` rows in all or the whole trace; a multiple of `batch` sequences."""
+    sequences, rows = np.unique(trace.sequence, return_counts=True)
+    count = int(np.ceil(least / rows.mean() / batch)) * batch if len(rows) else 0
+    if count >= len(sequences):
+        return trace
+    chosen = sequences[np.linspace(0, len(sequences) - 1, count).astype(int)]
+    return trace.take(np.isin(trace.sequence, chosen))
+
+
+def residents(used_LE: NDArray[np.integer], frac: float) -> NDArray[np.bool_]:
     """(L, E): the most frequent share of each layer's experts."""
-    counts = used_RLE.sum(axis=0)
-    keep = round(frac * counts.shape[1])
-    mask = np.zeros(counts.shape, dtype=bool)
-    np.put_along_axis(mask, np.argsort(-counts, axis=1, kind="stable")[:, :keep], True, axis=1)
-    return mask
+    return _ranks(used_LE) >= used_LE.shape[1] - round(frac * used_LE.shape[1])
 
 
-def wanted_experts(
-    scores: NDArray[np.float32], resident_LE: NDArray[np.bool_], width: int, lookahead: int
-) -> NDArray[np.int64]:
-    """(S, L, W) experts to prefetch for each layer, best first, -1 for none; scores (S, L - lookahead, E) are for
-    the layers from `lookahead` on. An expert that scores 0 is not wanted.
-    """
-    S, _, E = scores.shape
-    absent = np.where(resident_LE[lookahead:], 0.0, scores)
-    best = np.argsort(-absent, axis=-1, kind="stable")[..., :width]
-    best = np.where(np.take_along_axis(absent, best, axis=-1) > 0, best, -1)
-    return np.concatenate([np.full((S, lookahead, min(width, E)), -1), best], axis=1)
-
-
-def _both(without: StepTimes, with_it: StepTimes) -> tuple[float, float, float, float]:
-    times = (without.total_us, with_it.total_us, without.stall_us, with_it.stall_us)
-    first, second, third, fourth = (float(t.mean()) / 1e3 for t in times)
-    return first, second, third, fourth
+def _ranks(used_LE: NDArray[np.integer]) -> NDArray[np.int64]:
+    """(L, E): each expert's place in its layer, 0 for the least frequent; so that no layer's go before another's."""
+    return np.argsort(np.argsort(used_LE, axis=1, kind="stable"), axis=1, kind="stable")

@@ -14,7 +14,7 @@ from prescope.traces.bounds import belady_misses
 from prescope.traces.routing import RoutingTrace
 
 SHAPE = MoEShape(num_layers=3, num_experts=8, top_k=2, row_bytes=1024)
-POLICIES = ["lru", "lfu", "score", "static"]
+POLICIES = ["lru", "lfu", "score", "static", "shallow"]
 
 
 def table_of(policy: str, num_slots: int) -> ResidencyTable:
@@ -173,3 +173,19 @@ def test_static_needs_frequencies_of_this_model():
         make_policy("static", SHAPE)
     with pytest.raises(UnsupportedOption, match="3 MoE layers x 8 experts"):
         make_policy("static", SHAPE, np.ones((2, 8)))
+
+
+def test_the_shallow_cache_gives_up_the_deepest_layer_first_and_there_the_oldest_use():
+    """Whatever was used when: turned round, the first layers, which have the least time to prefetch, would go first."""
+    table = table_of("shallow", 4)
+    used = [(2, 1), (1, 0), (2, 3), (0, 2)]
+    for layer, expert in used:
+        serve(table, layer, np.array([expert]))
+    keys = {layer * SHAPE.num_experts + expert: (layer, expert) for layer, expert in used}
+    given_up = []
+    for newcomer in (4, 5, 6):  # of the first layer, which stay once they are used
+        before = set(table.key_of.tolist())
+        serve(table, 0, np.array([newcomer]))
+        (gone,) = before - set(table.key_of.tolist())
+        given_up.append(keys[gone])
+    assert given_up == [(2, 1), (2, 3), (1, 0)]

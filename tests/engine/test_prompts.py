@@ -83,6 +83,8 @@ SEVERAL = {
     "tuples": lambda ids: tuple(map(tuple, ids.tolist())),
     "list of tensors": lambda ids: list(ids),
     "list of arrays": lambda ids: list(ids.numpy()),
+    "list of tensors (1, T)": lambda ids: list(ids.split(1)),
+    "list of arrays (1, T)": lambda ids: list(ids.numpy()[:, None]),
     "array of objects": lambda ids: np.array([*map(list, ids.tolist()), [1]], dtype=object)[:-1],
     "tensor (B, T)": lambda ids: ids,
     "array (B, T)": lambda ids: ids.numpy(),
@@ -278,6 +280,13 @@ REFUSED = {
     "text without a tokenizer": ({"prompts": "Hello"}, "no tokenizer"),
     "a chat without a tokenizer": ({"prompts": CHAT}, "no tokenizer"),
     "embeddings of another batch": ({"prompts": IDS, "inputs_embeds": torch.rand(3, 2, 32)}, "2 prompts"),
+    "a mask of other numbers": ({"prompts": IDS, "attention_mask": [[1, 2], [1, 1]]}, "zeros and ones"),
+    "a mask of shares": ({"prompts": IDS, "attention_mask": torch.full((2, 2), 0.5)}, "zeros and ones"),
+    "ids without values": ({"prompts": torch.ones(1, 4, dtype=torch.long, device="meta")}, "meta"),
+    "sparse ids": ({"prompts": torch.ones(1, 4).long().to_sparse()}, "layout"),
+    "prompts of several rows each": ({"prompts": [torch.ones(2, 4).long()]}, "prompt 0 is of type Tensor"),
+    "an empty row of a tokenizer": ({"prompts": [torch.zeros(1, 0).long()]}, "prompt 0 is empty"),
+    "embeddings of another width": ({"inputs_embeds": torch.rand(1, 4, 7)}, "7 wide"),
     "embeddings of two dimensions": ({"inputs_embeds": torch.rand(3, 32)}, r"\(B, T, D\)"),
 }  # fmt: skip
 

@@ -184,7 +184,9 @@ class PinningDevice(NullDevice):
 
 
 def attachment(model, device) -> Attachment:
-    return Attachment(model, find_moe_layers(model), device, lambda *arguments: None)
+    attached = Attachment(model, find_moe_layers(model), device)
+    attached.attach(lambda *arguments: None)
+    return attached
 
 
 @pytest.mark.parametrize("job_bytes", [64, 1000, 1 << 20])
@@ -285,7 +287,8 @@ def test_a_layers_originals_are_gone_before_the_next_is_copied(monkeypatch):
     copy, restore = HostLayer.copy, HostLayer.restore
     monkeypatch.setattr(HostLayer, "copy", lambda self, tensors: (count(), copy(self, tensors))[1])
     monkeypatch.setattr(HostLayer, "restore", lambda self, *of: (count(), restore(self, *of))[1])
-    attached = Attachment(model, layers, NullDevice(), lambda *arguments: None)
+    attached = Attachment(model, layers, NullDevice())
+    attached.attach(lambda *arguments: None)
     assert live == [3, 2, 1]
     live.clear()
     open_rows = list(attached.host.layers)

@@ -12,7 +12,7 @@ from prescope.core.machine import CPU_DEVICE, Place, this_place
 from prescope.core.types import ExpertSize, MoEShape
 from prescope.errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
 from prescope.profile import Circumstances, HardwareProfile, Point, markdown, tokens_per_expert
-from prescope.profile.curves import LinkCurve, fit_line, interpolate, rising
+from prescope.profile.curves import ExpertCurve, LinkCurve, fit_line, interpolate, rising
 from prescope.profile.files import own_file, shipped_files
 
 MB = 10**6
@@ -134,6 +134,17 @@ def test_fit_errors_show_a_point_that_does_not_fit():
     ]
     assert profile().fit_errors["link"].worst < 1e-6
     assert profile(points=tuple(crooked)).fit_errors["link"].worst > 0.2
+
+
+def test_a_point_that_is_missing_takes_no_other_with_it():
+    """Without the fewest tokens of the most experts the curve is that of the tokens there are, not of one expert."""
+    size = {"nbytes": SMALL.nbytes, "width": SMALL.width, "expert_width": SMALL.expert_width}
+    measured = {(1, 1): 206.0, (2, 4): 234.0, (2, 16): 250.0, (2, 64): 490.0}
+    curve = ExpertCurve.through(
+        [point("gpu", us, **size, experts=n, tokens=t) for (n, t), us in measured.items()]
+    )
+    assert [2 * curve.us(t) for t in (1, 4, 16, 64)] == [234.0, 234.0, 250.0, 490.0] and curve.base_us == 0
+    assert curve.error.worst == pytest.approx(1 - 117 / 206)  # and what does not fit is in its error
 
 
 @given(st.lists(st.floats(0.1, 100.0), min_size=1, max_size=12))

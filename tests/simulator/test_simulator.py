@@ -550,6 +550,20 @@ def test_all_experts_in_slots_leave_nothing_to_wait_for(simulators):
 # -- traces ----------------------------------------------------------------------------------------------------
 
 
+def test_what_is_said_to_be_there_at_first_is_not_copied(simulators):
+    """Also instead of what the trace's prompt would have left."""
+    simulator = simulators[1]
+    shape, first = simulator.shape, simulator.needs.tokens_SLE[0] > 0
+    there = simulator.run("on-demand", slots=int(first.sum()), cache="static", resident=first)
+    assert (there.log.times_us[0, :, FETCHED] == there.log.times_us[0, :, DECIDED]).all()
+    assert (there.log.copies[:, 0] > 0).all() and len(there.log.copies)
+    nobody = np.zeros((shape.num_layers, shape.num_experts), bool)
+    assert (simulator.run("on-demand", resident=nobody).log.copies[:, 0] == 0).any()
+    for wrong in (~nobody, nobody[:1]):
+        with pytest.raises(UnsupportedOption, match="resident"):
+            simulator.run("on-demand", slots=5, resident=wrong)
+
+
 def test_prompts_can_be_fed_token_by_token():
     trace = trace_of(3, steps=2)
     prompts = trace.select(phase="prefill")

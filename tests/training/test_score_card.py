@@ -20,6 +20,7 @@ from prescope.training import (
     savings,
     score,
 )
+from prescope.training.savings import some_prompts
 
 LAYERS, EXPERTS, TOP_K, PROMPTS, LENGTH = 4, 12, 2, 20, 48
 SHAPE = MoEShape(LAYERS, EXPERTS, TOP_K)
@@ -158,11 +159,14 @@ def test_the_oracle_is_worth_most_and_its_time_is_never_longer(trace):
 
 
 def test_a_predictor_pays_for_what_it_costs(trace):
-    """By itself a microsecond in each layer; one that is too dear saves less than nothing."""
+    """One that comes too late saves nothing; one that is in the way of every layer less than nothing."""
     oracle = Oracle(SHAPE, 1)
     free = savings(oracle, trace, COSTS)
     assert savings(oracle, trace, COSTS.with_predictor(1.0)).saved_ms < free.saved_ms
-    assert savings(oracle, trace, COSTS.with_predictor(1000.0)).saved_ms < 0
+    assert savings(oracle, trace, COSTS.with_predictor(1000.0)).saved_ms <= 0
+    in_the_way = replace(COSTS, is_layered=True)
+    spent = savings(oracle, trace, in_the_way.with_predictor(1000.0))
+    assert spent.saved_ms == pytest.approx(free.saved_ms - LAYERS * 1.0, abs=0.5)
 
 
 def test_with_all_experts_resident_nothing_is_saved(trace):
@@ -179,6 +183,22 @@ def test_without_a_width_nothing_is_prefetched(trace):
 def test_a_batch_needs_the_union_of_its_tokens(trace):
     one, eight = (savings(Oracle(SHAPE, 1), trace, COSTS, batch=b) for b in (1, 8))
     assert one.without_ms < eight.without_ms < 8 * one.without_ms
+
+
+def test_more_slots_leave_less_to_save_and_a_share_of_them_is_not_copied_first(trace):
+    """At the beginning the most frequent experts are there: with all of their slots nothing is ever copied."""
+    found = [savings(Oracle(SHAPE, 1), trace, COSTS, resident_frac=frac) for frac in (0.25, 0.5, 0.75, 1.0)]
+    stalls = [one.stall_without_ms for one in found]
+    assert stalls == sorted(stalls, reverse=True) and stalls[0] > 0 == stalls[-1]
+    assert [one.without_ms - one.stall_without_ms for one in found] == pytest.approx(
+        [found[0].without_ms - found[0].stall_without_ms] * 4
+    )
+
+
+def test_a_long_trace_is_sampled_by_whole_prompts(trace):
+    part = some_prompts(trace, 100, batch=2)
+    assert len(np.unique(part.sequence)) == 4 and len(part) == 4 * LENGTH
+    assert some_prompts(trace, len(trace) + 1, batch=1) is trace
 
 
 def test_the_made_trace_is_one_trace(trace):

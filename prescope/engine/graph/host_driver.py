@@ -1,12 +1,12 @@
 """A captured step that the host decides: the state that `serve` works on, and what is told to others about it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...cache.prefetch import Waiting
 from ...cache.residency import NOTHING, IntArray
-from ...core.jit import said_if_compiled_first
+from ...core.jit import compile_first
 from ...core.native import clock_address
 from ...core.types import REASONS, NeedOutcome, Reason
 from ...kernels import StepLog
@@ -60,6 +60,9 @@ class HostDriver:
         self._addresses = self._lay_out(captured)
         self._state = self._start(captured)
         self._addresses.shown[:] = runner.residency.slot_of
+        # Before the GPU is at work on a step: it would wait as long. An interpreted one takes the
+        # compiler's time, and tests ended after 300 s on a busy machine.
+        compile_first(serve, (*self._arguments(0, 0, -1), 0), "the host's part of a decode step")
         self._captured, self._is_abandoned = captured, False
         self._served = {}
 
@@ -124,6 +127,17 @@ class HostDriver:
         state.counts[at.TICK] = table.policy.tick
         return state
 
+    def _arguments(self, step: int, number: int, row: int) -> tuple[Any, ...]:
+        """Of `serve`, but for the number of chores."""
+        planner = self._schedule_runner.planner
+        planner_state = PlannerState(
+            planner.settings, planner.costs, *planner.calibrated_cpu(), planner.memory
+        )
+        table = self._runner.residency
+        return (
+            self._functions, self._addresses, self._state, planner_state, table.arrays, step, number, row
+        )  # fmt: skip
+
     # -- steps -------------------------------------------------------------------------------------------------
 
     def run(self, step: int, row: int, side_tasks: SideTasks) -> None:
@@ -144,25 +158,10 @@ class HostDriver:
             self._events.reserve(counts[at.EVENTS] + at.EVENTS_OF_LAYER * len(runner.layers) + SPARE_EVENTS)
             self._state = self._state._replace(events=self._events.handles)
         counts[at.LAYER] = counts[at.NUM_COPIES] = counts[at.NUM_JOBS] = 0
-        number = captured.number(step)
-        planner = self._schedule_runner.planner
-        planner_state = PlannerState(
-            planner.settings, planner.costs, *planner.calibrated_cpu(), planner.memory
-        )
-        arguments = (
-            self._functions,
-            self._addresses,
-            self._state,
-            planner_state,
-            table.arrays,
-            step,
-            number,
-            row,
-        )
+        arguments = self._arguments(step, captured.number(step), row)
         layer, num_idle = 0, 0
         while True:
-            with said_if_compiled_first(serve, "the host's part of a decode step"):
-                code = serve(*arguments, len(side_tasks))
+            code = serve(*(*arguments, len(side_tasks)))
             if code == at.SERVED:
                 break
             if code == at.PAUSED:

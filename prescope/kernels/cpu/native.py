@@ -10,13 +10,14 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
 import torch
 
 from ...core.native import address_of
-from ...core.worker import process_id, require_process
+from ...core.worker import process_id, require_process, to_the_end
 from ...errors import WaitTimedOut
 from ..base import ExpertsSpec
 from .base import MOST_JOB_S, CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions
@@ -201,7 +202,7 @@ class _Calls:
         self._owner = process_id()
         brief = ctypes.PyDLL(library._name)
         self.open = _typed(library.prescope_open, _pointer, ctypes.c_int, _int64)
-        self.close = _typed(library.prescope_close, None, _pointer)
+        self.close = _typed(library.prescope_close, ctypes.c_int, _pointer, _int64)
         self.wait = _typed(library.prescope_wait, ctypes.c_int, _pointer, _int64)
         self.num_threads = _typed(brief.prescope_num_threads, ctypes.c_int, _pointer)
         self.has_tiles = _typed(brief.prescope_has_tiles, ctypes.c_int, _pointer)
@@ -239,8 +240,20 @@ def _typed(function, result, *arguments):  # type: ignore[no-untyped-def]
 
 
 def _close_pool(calls: _Calls, pool: int) -> None:
+    """Raises WaitTimedOut: an expert takes longer than MOST_JOB_S; a job ends behind the expert it is at."""
     if pool and calls.is_here:  # a forked child has the memory, but not the threads that would end
-        calls.close(pool)
+        # What threads still read and write is given up afterwards, so an interrupt waits as well.
+        to_the_end(partial(_await_end, calls, pool))
+
+
+def _await_end(calls: _Calls, pool: int) -> None:
+    for _ in range(int(MOST_JOB_S * 1e9 / _WAIT_NS)):
+        if not (num_left := calls.close(pool, _WAIT_NS)):
+            return
+    raise WaitTimedOut(
+        f"{num_left} threads of the CPU lane have not ended within {MOST_JOB_S:.0f} s: they are computing an expert; "
+        f"their memory is kept"
+    )
 
 
 class _Tables:

@@ -70,7 +70,7 @@ typedef struct Pool {
     _Atomic bool stop, awake;
     int64_t spin_ns;
     bool tiles; /* the kernel lets this process use them */
-    int num_threads;
+    int num_threads, num_ended;
     pthread_t *threads;
 } Pool;
 

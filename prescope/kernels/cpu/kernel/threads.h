@@ -139,8 +139,22 @@ void prescope_stay_awake(Pool *pool, int on) {
 int prescope_num_threads(const Pool *pool) { return pool->num_threads; }
 int prescope_has_tiles(const Pool *pool) { return pool->tiles; }
 
-/* Cancel what runs, end the threads. Jobs that were not freed stay valid until they are. */
-void prescope_close(Pool *pool) {
+/* Whether a thread ends within `most_ns`, by a clock that nobody sets. */
+static bool ends(pthread_t thread, int64_t most_ns) {
+    const int64_t until = now_ns() + most_ns;
+    while (pthread_tryjoin_np(thread, NULL) != 0) {
+        if (now_ns() >= until) {
+            return false;
+        }
+        const struct timespec nap = {0, 50000};
+        nanosleep(&nap, NULL);
+    }
+    return true;
+}
+
+/* Cancel what runs, end the threads; call it again, not from two threads at once, while it returns how many have not
+ * ended within `most_ns`. Jobs that were not freed stay valid until they are. */
+int prescope_close(Pool *pool, int64_t most_ns) {
     pthread_mutex_lock(&pool->lock);
     for (Job *job = atomic_load(&pool->head); job; job = job->after) {
         atomic_store(&job->cancelled, true);
@@ -149,12 +163,16 @@ void prescope_close(Pool *pool) {
     pthread_mutex_unlock(&pool->lock);
     atomic_fetch_add(&pool->epoch, 1);
     futex_wake(&pool->epoch, INT32_MAX);
-    for (int i = 0; i < pool->num_threads; i++) {
-        pthread_join(pool->threads[i], NULL);
+    while (pool->num_ended < pool->num_threads) {
+        if (!ends(pool->threads[pool->num_ended], most_ns)) {
+            return pool->num_threads - pool->num_ended;
+        }
+        pool->num_ended++;
     }
     while (pool->spare) {
         Job *job = pool->spare;
         pool->spare = job->after;
         release_job(job);
     }
+    return 0;
 }
