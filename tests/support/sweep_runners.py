@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Hill:
 
     Args:
         log: file that each try is written into, one line "<slots> <process>".
+        last: with so many tries in the log it stays in the middle of one, until it is killed.
         kills: folder; a point whose slots are in `deadly` kills its process the first time it is tried.
     """
 
@@ -31,8 +33,9 @@ class Hill:
     nbytes = 1000
     settings = SETTINGS
 
-    def __init__(self, log="", kills="", deadly=(), fatal=(), seconds=0.0, version=1):
+    def __init__(self, log="", kills="", deadly=(), fatal=(), seconds=0.0, version=1, last=0):
         self.log, self.kills, self.seconds, self.version = str(log), str(kills), seconds, version
+        self.last = last
         self.deadly, self.fatal = frozenset(deadly), frozenset(fatal)
 
     def about(self):
@@ -43,6 +46,8 @@ class Hill:
         if self.log:
             with open(self.log, "a", encoding="utf-8") as file:  # one short write: whole, whoever else writes
                 file.write(f"{slots} {os.getpid()}\n")
+        if self.last and len(self.tries()) >= self.last:
+            threading.Event().wait()
         if slots in self.fatal or (slots in self.deadly and self._is_first(slots)):
             os.kill(os.getpid(), signal.SIGKILL)
         if slots < 4:

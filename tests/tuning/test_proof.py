@@ -195,13 +195,13 @@ def test_a_search_on_the_device_and_its_proof_on_other_prompts(engine, tmp_path,
     engine.generate(PROMPTS[0], max_new_tokens=2)  # from now on it knows how it decodes
     before = engine.describe()
     runner = EngineRunner(engine, PROMPTS, new_tokens=4)
-    space = Space(slots=Choices(1, 4, 24), cache=Choices("lru", "lfu"))
+    space = Space(slots=Choices(1, 4, 24))
     sweep = open_sweep(
         "real", space, runner, method="grid", objectives=("tokens_per_s", "ttft_ms", "gpu_bytes")
     )
     done = sweep.run()
     points = sweep.points()
-    assert (done.finished, done.infeasible) == (4, 2)
+    assert (done.finished, done.infeasible) == (2, 1)
     assert points.query("slots == 1")["reason"].str.contains("SlotPoolTooSmall").all()
     finished = points[points["state"] == "finished"]
     assert (finished["origin"] == "emulated").all()
@@ -213,10 +213,10 @@ def test_a_search_on_the_device_and_its_proof_on_other_prompts(engine, tmp_path,
         prove(sweep, engine, [PROMPTS[0], [3, 3, 3]])
     proof = prove(sweep, engine, [[3, 3, 3], [2, 4, 6, 8]], repeats=2, new_tokens=4)
     assert engine.describe() == before
-    assert [one.number for one in proof.candidates] == list(sweep.best(3)["number"])
+    assert [one.number for one in proof.candidates] == list(sweep.best(2)["number"])
     for one in proof.candidates:
         assert len(one.default_ms) == len(one.candidate_ms) == 4
-        assert one.verdict == verdict(one.default_ms, one.candidate_ms, candidates=3)
+        assert one.verdict == verdict(one.default_ms, one.candidate_ms, candidates=2)
     assert proof.kept == any(one.verdict.kept for one in proof.candidates)
     assert proof.is_lossless, "float32: the tokens are the plain model's under every setting"
     assert proof.origin == "emulated" and "emulated" in proof.label

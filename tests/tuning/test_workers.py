@@ -97,7 +97,7 @@ def test_a_sweep_of_a_killed_process_goes_on_where_it_was(tmp_path):
     code = (
         "from prescope.tuning import Range, Space, open_sweep\n"
         "from tests.support.sweep_runners import Hill\n"
-        f"sweep = open_sweep('a', Space(slots=Range(1, 100)), Hill(log={str(log)!r}, seconds=0.01), method='grid')\n"
+        f"sweep = open_sweep('a', Space(slots=Range(1, 100)), Hill(log={str(log)!r}, last=40), method='grid')\n"
         "sweep.run()\n"
     )
     process = subprocess.Popen(
@@ -108,7 +108,7 @@ def test_a_sweep_of_a_killed_process_goes_on_where_it_was(tmp_path):
             assert process.poll() is None, "it ended by itself"
             time.sleep(0.01)
         with pytest.raises(BadSweep, match=f"process {process.pid}"):
-            open_sweep("a", Space(slots=Range(1, 100)), Hill(seconds=0.01), method="grid").run()
+            open_sweep("a", Space(slots=Range(1, 100)), Hill(), method="grid").run()
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
