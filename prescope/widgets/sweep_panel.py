@@ -91,7 +91,7 @@ class SweepPanel:
         self._asked: Plan | None = None
         self._points = pd.DataFrame()
         self._redrawn = self._took_s = 0.0
-        self._is_quiet = False
+        self._is_quiet = self._is_closed = False
         self._lock = threading.RLock()
         self.controls = SweepControls(_runners(places), kept, self._on_move)
         self.estimate = SweepEstimate(self._estimate, lambda: not self.controls.runner.is_here)
@@ -242,6 +242,8 @@ class SweepPanel:
     def refresh(self) -> None:
         """Show the open study as it is now."""
         with self._lock:
+            if self._is_closed:  # a run's last word may come later
+                return
             begin = time.monotonic()
             self._offer_studies()
             if self.sweep is not None:
@@ -357,6 +359,8 @@ class SweepPanel:
 
     def close(self) -> None:
         """End the run and take the panel off the page; the study stays."""
+        with self._lock:
+            self._is_closed = True
         for part in (self.run, self.proof, self.figures, self.chosen, self.code, self.view):
             part.close()
         self.estimate.stop()
