@@ -101,9 +101,9 @@ def said_if_compiled_first(function: Any, what: str) -> Iterator[None]:
 def compile_first(function: Any, arguments: tuple[Any, ...], what: str) -> None:
     """Compile a function for arguments like these now rather than at its first call; says so if that takes long.
 
-    For a function that another processor will wait for.
+    For a function that another processor will wait for. What is not compiled has no need of it.
     """
-    if IS_COMPILED:
+    if IS_COMPILED and hasattr(function, "compile"):
         with said_if_compiled_first(function, what):
             function.compile(tuple(map(function.typeof_pyval, arguments)))
 

@@ -115,7 +115,7 @@ class Job(Generic[R]):
 
     def _await_thread(self, timeout_s: float | None) -> None:
         """Return when the thread has ended, or after `timeout_s`."""
-        # Not `Thread.join`: interrupted, CPython 3.11 takes the thread for ended, and the next one returns at once.
+        # Not the thread's own join: interrupted, CPython 3.11 takes it for ended, and the next one returns at once.
         require_process(self._owner, "this job")
         if self._thread.ident is None:
             raise WaitTimedOut("the run will not come: this job was not started; call start()")

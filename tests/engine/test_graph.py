@@ -43,7 +43,11 @@ def found_and_missed(engine) -> tuple[int, int]:
 @pytest.mark.parametrize("driver", ["gpu-driven", "copy-engine", "host-driven"])
 @pytest.mark.parametrize(
     ("batch", "slots", "cache"),
-    [(1, 5, "lru"), (2, 9, "lfu"), pytest.param(3, TOTAL, "lru", marks=pytest.mark.slow)],
+    [
+        (1, 5, "lru"),
+        pytest.param(2, 9, "lfu", marks=pytest.mark.slow),
+        pytest.param(3, TOTAL, "lru", marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_and_counts_are_those_of_serving_layer_by_layer(model, gpu, driver, batch, slots, cache):
     ids = prompt(batch=batch, length=5)
@@ -122,7 +126,8 @@ def test_generation_ends_with_the_text_and_the_step_launched_too_early_is_not_co
         assert row == expected[: expected.index(end) + 1 if end in expected else None]
 
 
-@pytest.mark.parametrize("driver", [pytest.param("gpu-driven", marks=pytest.mark.slow), "host-driven"])
+@pytest.mark.slow
+@pytest.mark.parametrize("driver", ["gpu-driven", "host-driven"])
 def test_settings_hold_in_captured_steps_whoever_gives_them(gpu, driver):
     """An end of the call, in a config object or the model's own; padding has no position in the static cache either."""
     model, ids, mask = (

@@ -88,7 +88,7 @@ def test_tokens_are_the_plain_models_under_every_schedule(
 
 
 @pytest.mark.parametrize("schedule", ["presched", "hybrimoe", "streaming", "fate", "fiddler"])
-@pytest.mark.parametrize(("batch", "slots"), [(1, 7), (3, 13)])
+@pytest.mark.parametrize(("batch", "slots"), [(1, 7), pytest.param(3, 13, marks=pytest.mark.slow)])
 def test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule(
     model,
     early,
@@ -112,7 +112,7 @@ def test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule(
         assert counted >= run.layers["needed"].sum()
 
 
-@pytest.mark.parametrize("late_link", [0, 1], indirect=True)
+@pytest.mark.parametrize("late_link", [0, pytest.param(1, marks=pytest.mark.slow)], indirect=True)
 @pytest.mark.parametrize("schedule", ["presched", "fate", "streaming"])
 def test_a_graph_step_whose_copies_come_late_gives_the_plain_models_tokens(
     model, early, frequencies, gpu, late_link, schedule

@@ -190,8 +190,16 @@ def test_a_short_wait_is_not_said(turn, held):
         assert turn.run("a run", lambda: 5) == 5
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts, also where the tests were started in the background of a shell, which ignores it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 @pytest.mark.parametrize("by", ["cancel", "own sign", "Ctrl-C"])
-def test_a_wait_can_be_given_up(turn, held, by):
+def test_a_wait_can_be_given_up(turn, held, ctrl_c, by):
     sign = threading.Event()
     ways = {
         "cancel": turn.cancel,

@@ -178,6 +178,7 @@ def test_the_same_trace_gives_the_same_log(simulators, schedule):
         assert np.array_equal(one, other, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_plain_python_gives_the_same_log():
     """Where numba is not installed the same functions run uncompiled."""
     code = """
