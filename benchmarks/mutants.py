@@ -36,7 +36,7 @@ TESTS = {
     "prescope/scheduler": ["tests/scheduler"],
     "prescope/weights/loader.py": ["tests/weights/test_loader.py"],
     "prescope/traces/metrics.py": ["tests/traces/test_metrics.py"],
-    "prescope/report.py": ["tests/test_report.py"],
+    "prescope/report": ["tests/test_report.py"],
 }
 #: They measure compiled code.
 LEFT_OUT = ["tests/scheduler/test_scheduler.py::test_a_decision_takes_microseconds"]
