@@ -152,6 +152,9 @@ class Cluster:
             )
         self._client, self._name = client, f"prescope-sweep-{uuid4().hex}"
         self._points: dict[Future, Sequence[Asked]] = {}
+        # Points whose workers died. dask blames all that a dead worker had, so each is tried with nothing beside it.
+        self._suspects: deque[Asked] = deque()
+        self._suspected: Future | None = None
         self._done: SimpleQueue[tuple[Future, list[Outcome] | BaseException]] = SimpleQueue()
         self._took_s = MESSAGE_S
         self._workers, self._asked_at = 0, float("-inf")
@@ -164,7 +167,7 @@ class Cluster:
 
     @property
     def running(self) -> int:
-        return sum(map(len, self._points.values()))
+        return sum(map(len, self._points.values())) + len(self._suspects)
 
     @property
     def _num_workers(self) -> int:
@@ -186,6 +189,8 @@ class Cluster:
         return self._workers
 
     def room(self, most: int | None) -> int:
+        if self._suspects or self._suspected in self._points:
+            return 0
         messages = AHEAD * self._num_workers
         room = max(0, messages - len(self._points)) * _points_of(self._took_s)
         return room if most is None else max(0, min(room, max(most, messages) - self.running))
@@ -195,11 +200,12 @@ class Cluster:
         for first in range(0, len(points), size):
             self._submit(points[first : first + size])
 
-    def _submit(self, points: Sequence[Asked]) -> None:
+    def _submit(self, points: Sequence[Asked]) -> Future:
         key = f"{self._name}-{points[0].number}-{uuid4().hex}"
         future = self._client.submit(_try, self._name, points, key=key, pure=False)
         self._points[future] = points
         future.add_done_callback(self._fetch)
+        return future
 
     def _fetch(self, future: Future) -> None:
         """Its answer, as soon as there is one: from dask's thread, for this waits if the worker dies with the answer
@@ -223,23 +229,25 @@ class Cluster:
         outcomes: list[Outcome] = []
         for future, answer in done:
             if (points := self._points.pop(future, None)) is not None:
-                outcomes += answer if isinstance(answer, list) else self._lost(answer, points)
+                is_alone = future is self._suspected
+                outcomes += answer if isinstance(answer, list) else self._lost(answer, points, is_alone)
+        if self._suspects and not self._points:
+            self._suspected = self._submit([self._suspects.popleft()])
         took = [one.seconds for one in outcomes if one.state == "finished"]
         if took:
             self._took_s = sum(took) / len(took)
         return outcomes
 
-    def _lost(self, error: BaseException, points: Sequence[Asked]) -> list[Outcome]:
-        """A message that nobody could answer: its points one by one, so that the one whose fault it is is found."""
+    def _lost(self, error: BaseException, points: Sequence[Asked], is_alone: bool) -> list[Outcome]:
+        """A message that nobody could answer: its points alone, so that the one whose fault it is is found."""
         if isinstance(error, CancelledError):
             raise BadSweep(
                 f"{self._client} has lost its scheduler; connect again and run the sweep again: it goes on"
             ) from error
         if not isinstance(error, KilledWorker):
             raise error
-        if len(points) > 1:
-            for point in points:
-                self._submit([point])
+        if not is_alone:
+            self._suspects.extend(points)
             return []
         return [
             Outcome(points[0].number, "failed", {}, f"its worker died, {error.allowed_failures + 1} times")
@@ -247,7 +255,7 @@ class Cluster:
 
     def rest(self, timeout_s: float) -> list[Outcome]:
         end, outcomes = time.monotonic() + timeout_s, []
-        while self._points and (left := end - time.monotonic()) > 0:
+        while (self._points or self._suspects) and (left := end - time.monotonic()) > 0:
             outcomes += self.collect(left)
         return outcomes
 
