@@ -17,6 +17,8 @@ R = TypeVar("R")
 Watcher = Callable[["Job[Any]"], None]
 #: Least time between two calls of who shows a run; a person reads no faster, and the run is not kept from its work.
 SHOW_S = 0.1
+#: Most that a result waits for a viewer; one that itself waits for the result would keep it for ever.
+LAST_SHOW_S = 5.0
 #: Tokens whose times say how fast the others will come.
 RECENT = 32
 
@@ -188,4 +190,4 @@ class Job(Generic[R]):
         self._is_over = True
         self._view.set()
         if self._viewers:
-            self._viewing.join()
+            self._viewing.join(LAST_SHOW_S)

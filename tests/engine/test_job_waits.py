@@ -34,6 +34,21 @@ def test_a_job_that_was_not_started_says_so_instead_of_waiting():
         job_of(slow(0.0)).result()
 
 
+def test_a_viewer_that_waits_for_the_result_does_not_keep_it_for_ever(monkeypatch):
+    monkeypatch.setattr("prescope.engine.job.LAST_SHOW_S", 0.2)
+
+    def run(on_step):
+        on_step(1)
+        time.sleep(0.1)  # the viewer has begun to wait
+        return SimpleNamespace(tokens=[[1]])
+
+    job, seen = job_of(run), []
+    job.on_progress(lambda job: seen.append(job.result(20).tokens))
+    assert job.start().result(10).tokens == [[1]]
+    job._viewing.join(10)
+    assert seen == [[[1]]]
+
+
 def test_a_thread_that_is_gone_without_a_result_is_noticed(monkeypatch):
     monkeypatch.setattr(Job, "_work", lambda self: None)
     job = job_of(slow(0.0)).start()
