@@ -12,6 +12,7 @@
 Shapes: R rows, T tokens, D width, E experts, K top-k, L MoE layers.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def above_threshold(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
     return logits_TE - best[..., top_k - 1 :].mean(-1, keepdim=True)
 
 
-class Baseline:
+class Baseline(ABC):
     """What all baselines share: `predict` by one `_scorer` each; `observe` does nothing unless one keeps a state."""
 
     name = ""
@@ -148,11 +149,11 @@ class Baseline:
             for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
         ]
 
+    @abstractmethod
     def _scorer(self, at: LayerInput) -> Scorer:
         """What every predictor has of its own: (lookahead, target layer) -> scores (T, E) for a layer's tokens."""
-        raise NotImplementedError
 
-    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
+    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:  # noqa: B027 - most keep no state
         """Nothing to learn."""
 
     def to(self, device: torch.device | str) -> Self:

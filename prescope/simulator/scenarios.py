@@ -248,12 +248,19 @@ class Scenarios:
         if full.predictor != NOISY:
             full = replace(full, recall=Scenario.recall)
         if full not in self._results:
-            self._results[full] = self._run(full)
+            self._results[full] = self.replayed(full)
             if len(self._results) > MOST_RESULTS:
                 del self._results[next(iter(self._results))]
         return self._results[full]
 
-    def _run(self, full: Scenario) -> SimResult:
+    def replayed(
+        self, full: Scenario, *, least_bytes: int | None = None, most_in_flight: int | None = None
+    ) -> SimResult:
+        """Replay the trace under a scenario whose settings are all resolved; the rest as of `Simulator.run`.
+
+        Args:
+            least_bytes: the machine's unless given.
+        """
         simulator = self.simulator(full)
         result = simulator.run(
             full.schedule,
@@ -263,7 +270,8 @@ class Scenarios:
             width=full.width,
             threshold=full.threshold,
             cpu=full.cpu,
-            least_bytes=self.machine(full).least_bytes,
+            least_bytes=self.machine(full).least_bytes if least_bytes is None else least_bytes,
+            most_in_flight=most_in_flight,
         )
         if full.lookahead and not simulator.costs.predict_us:
             result.notes.append(f"what a prediction of {full.predictor} costs here is not known; it is free")

@@ -154,7 +154,7 @@ class Loop:
 
 
 class _Best:
-    """The best points so far, by the first objective."""
+    """The best settings so far, by the first objective; each by the best of its points."""
 
     def __init__(self, objectives: Sequence[Objective], trials: Sequence[FrozenTrial]) -> None:
         self._objectives = objectives
@@ -171,7 +171,15 @@ class _Best:
         first = self._objectives[0]
         self._rows += [{"number": n, **settings, **values} for n, settings, values in points if values]
         self._rows.sort(key=lambda row: (-first.sign * row[first.name], row["number"]))
-        del self._rows[BEST:]
+        seen: list[dict[str, Any]] = []
+        for row in self._rows:
+            if len(seen) < BEST and not any(self._settings_of(row) == self._settings_of(one) for one in seen):
+                seen.append(row)
+        self._rows = seen
+
+    def _settings_of(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        told = {"number", *(one.name for one in self._objectives)}
+        return {name: value for name, value in row.items() if name not in told}
 
     def table(self) -> pd.DataFrame:
         """One row a point: number, settings, objectives."""

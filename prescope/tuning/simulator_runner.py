@@ -191,17 +191,9 @@ class SimulatorRunner:
         # A dashboard brings what is too much within the model's bounds; here it is no point of its own.
         is_predicting = (full.predictor or NONE) != NONE
         kept = {name: given[name] for name in ("lookahead", "width") if is_predicting and name in given}
-        full = replace(full, **kept)
-        simulator = scenarios.simulator(full)
-        return simulator.run(
-            full.schedule,
-            slots=full.slots,
-            cache=full.cache,
-            lookahead=full.lookahead,
-            width=full.width,
-            threshold=full.threshold,
-            cpu=full.cpu,
-            least_bytes=given.get("least_bytes", scenarios.machine(full).least_bytes),
+        return scenarios.replayed(
+            replace(full, **kept),
+            least_bytes=given.get("least_bytes"),
             most_in_flight=given.get("most_in_flight"),
         )
 

@@ -226,10 +226,12 @@ class Sweep:
         return {**self.fixed, **trials[number].params}
 
     def best(self, n: int = 5) -> pd.DataFrame:
-        """The best finished points by the first objective, rows as of `points`, best first."""
+        """The best finished points by the first objective, rows as of `points`, best first; each setting once, by the
+        best of its points.
+        """
         finished, first = self._finished(), self.objectives[0]
         order = finished.sort_values([first.name, "number"], ascending=[first.sign < 0, True])
-        return order.head(n).reset_index(drop=True)
+        return order.drop_duplicates(list(self.space)).head(n).reset_index(drop=True)
 
     def front(self) -> pd.DataFrame:
         """Finished points that no other beats in one objective without losing in another, best in the first one first;

@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from scipy.stats import t as student
+
 from ..errors import UnsupportedOption
 
 #: A smaller gain is not worth another setting.
@@ -58,7 +60,8 @@ def verdict(default_ms: Sequence[float], candidate_ms: Sequence[float], *, candi
     n = len(logs)
     mean = math.fsum(logs) / n
     deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in logs) / (n - 1))
-    margin = _student(1 - (1 - CONFIDENCE) / candidates, n - 1) * deviation / math.sqrt(n)
+    share = 1 - (1 - CONFIDENCE) / candidates / 2  # below the upper end of the interval
+    margin = float(student.ppf(share, n - 1)) * deviation / math.sqrt(n)
     gain, low, high = (math.expm1(one) for one in (mean, mean - margin, mean + margin))
     kept = low > LEAST_GAIN
     return Verdict(gain, low, high, kept, _words(gain, low, high, kept))
@@ -74,27 +77,3 @@ def _words(gain: float, low: float, high: float, kept: bool) -> str:
     if high < 0:
         return f"{said}: keep the default"
     return f"{said}, not surely more than {100 * LEAST_GAIN:.0f} %: keep the default"
-
-
-def _student(confidence: float, freedom: int) -> float:
-    """How many standard errors hold so much of Student's distribution, on both sides."""
-    low, high = 0.0, 1.0
-    while _within(high, freedom) < confidence:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
-    return high
-
-
-def _within(t: float, freedom: int) -> float:
-    """Share of Student's distribution within -t and t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan2(t, math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term = cosine if odd else 1.0
-    total = 0.0 if freedom == 1 else term
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

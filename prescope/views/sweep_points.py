@@ -198,9 +198,10 @@ def settings_in_words(row: "pd.Series[object]", names: Sequence[str]) -> str:
 
 
 def best_first(points: pd.DataFrame, objective: str) -> pd.DataFrame:
-    """The finished points, the best first."""
+    """The finished points, the best first; each setting once, by the best of its points."""
     rows = points[points["state"] == "finished"]
-    return rows.sort_values(objective, ascending=not OBJECTIVES[objective].more_is_better, kind="stable")
+    rows = rows.sort_values(objective, ascending=not OBJECTIVES[objective].more_is_better, kind="stable")
+    return rows.drop_duplicates(settings_in(points))
 
 
 def points_frame(

@@ -47,6 +47,7 @@ DOORS: dict[str, set[str]] = {
     "IPython": {"widgets", "report"},
     "triton": {"kernels", "predictor"},
     "optuna": {"tuning"},
+    "scipy": {"tuning"},
     "sqlalchemy": {"tuning"},
     "dask": {"tuning"},
     "distributed": {"tuning"},

@@ -8,7 +8,7 @@ import pytest
 from prescope.tuning import Choices, Range, Space, open_sweep
 from tests.support.sweep_runners import Hill
 
-optuna_dashboard = pytest.importorskip("optuna_dashboard")
+optuna_dashboard = pytest.importorskip("optuna_dashboard", reason="comes with the extra dev")
 
 
 def asked(app, path):

@@ -15,7 +15,7 @@ from prescope.errors import UnsupportedOption
 from prescope.tuning import Choices, EngineRunner, Measured, Range, Space, open_sweep, prove, verdict
 from prescope.tuning.engine_runner import Timed
 from prescope.tuning.prompts import checksum_of_prompt
-from prescope.tuning.timings import CONFIDENCE, LEAST_GAIN, _student
+from prescope.tuning.timings import CONFIDENCE, LEAST_GAIN
 from tests.support.models import tiny_moe
 
 PROMPTS = [[5, 9, 2, 7], [1, 1, 2, 3, 5, 8]]
@@ -37,11 +37,15 @@ def blocks(default_ms, candidate_ms, count=4, noise=0.01, drift=0.0, seed=0):
 # -- the verdict -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("freedom", "expected"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
-)
-def test_students_distribution_is_that_of_the_tables(freedom, expected):
-    assert _student(0.95, freedom) == pytest.approx(expected, abs=1e-4)
+@pytest.mark.parametrize(("num_blocks", "quantile"), [(2, 12.7062), (3, 4.3027), (5, 2.7764), (10, 2.2622)])
+def test_the_interval_is_students_over_the_blocks(num_blocks, quantile):
+    """The quantiles are those of the printed tables, for 95 % on both sides."""
+    candidate_ms = np.linspace(9.0, 11.0, num_blocks)
+    said = verdict([10.0] * (2 * num_blocks), np.repeat(candidate_ms, 2).tolist())
+    logs = np.log(10.0 / candidate_ms)
+    margin = quantile * logs.std(ddof=1) / math.sqrt(num_blocks)
+    assert math.log1p(said.low) == pytest.approx(logs.mean() - margin, abs=1e-4)
+    assert math.log1p(said.high) == pytest.approx(logs.mean() + margin, abs=1e-4)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01, 0.05, 0.2])

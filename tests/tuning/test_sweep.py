@@ -210,6 +210,17 @@ def test_a_job_is_watched_paused_resumed_and_cancelled():
     assert not sweep.is_running
 
 
+def test_a_setting_that_was_tried_again_is_one_of_the_best_once():
+    """A search that has found the best asks for it again and again: five lines of one setting tell nothing."""
+    sweep = open_sweep("a", Space(slots=Range(28, 31)), Hill(), method="random")
+    last = sweep.run(points=40)
+    for best in (sweep.best(5), last.best):
+        assert sorted(best["slots"]) == [28, 29, 30, 31] and best["slots"].iloc[0] == 30
+    points = sweep.points()
+    assert list(best["number"]) == [points.query("slots == @n")["number"].min() for n in best["slots"]]
+    assert len(points) == 40
+
+
 def test_progress_says_what_is_left_and_the_best_so_far():
     seen = []
     sweep = open_sweep("a", SPACE, Hill(), method="grid")

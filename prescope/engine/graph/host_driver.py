@@ -161,7 +161,7 @@ class HostDriver:
         arguments = self._arguments(step, captured.number(step), row)
         layer, num_idle = 0, 0
         while True:
-            code = serve(*(*arguments, len(side_tasks)))
+            code = serve(*(*arguments, len(side_tasks)))  # one tuple: mypy cannot count two
             if code == at.SERVED:
                 break
             if code == at.PAUSED:
