@@ -1,6 +1,8 @@
 """`prescope run`: text in, text out, figures on stderr."""
 
 import sys
+from concurrent.futures import CancelledError
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,6 +58,7 @@ def run(
             tell("type the prompt, then Ctrl-D")
         prompt = sys.stdin.read()
     from ..engine import load
+    from ..engine.job import Job
 
     with StatusLine() as status:
         status.show(f"loading {model}")
@@ -63,10 +66,15 @@ def run(
             model, slots=slots_of(slots), schedule=schedule, device=device, dtype=dtype, link_gb_per_s=link,
             predictor=predictor_in(predictor),
         )  # fmt: skip
-    with engine, on_interrupt(engine.cancel) as was_interrupted:
-        prompts = [{"role": "user", "content": prompt}] if chat else prompt
-        shown = _Shown(engine)
-        result = engine.generate(prompts, max_new_tokens=new, on_step=shown.step)
+    prompts = [{"role": "user", "content": prompt}] if chat else prompt
+    shown = _Shown(engine)
+    job = Job(partial(engine.generate, prompts), engine.turn, {"max_new_tokens": new}, engine.tokens_so_far)
+    job.on_progress(lambda job: shown.tell(job.tokens[0]))
+    with engine, on_interrupt(job.cancel) as was_interrupted:
+        try:
+            result = job.start().result()
+        except CancelledError:  # before the first token
+            raise typer.Exit(130) from None
         shown.end(result.text[0])
         typer.echo()
         tell(f"{result.metrics}\n{result.label}")
@@ -87,11 +95,10 @@ class _Shown:
     def __init__(self, engine: "Engine") -> None:
         self._engine, self._text = engine, ""
 
-    def step(self, num_tokens: int) -> None:
+    def tell(self, tokens: list[int]) -> None:
         """Print what is new; a letter whose bytes are not all there waits for them."""
         if self._engine.tokenizer is None:
             return
-        tokens = self._engine.tokens_so_far()[0]
         text = self._engine.tokenizer.decode(tokens, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             self.end(text)
