@@ -130,8 +130,8 @@ def test_whatever_ends_it_gives_the_turn_back(turn, error, depth):
 
 
 def test_an_interrupt_between_any_two_instructions_gives_the_turn_back(turn):
-    """Signals strike every 100 us, also while the turn is waited for; one lost turn would hang the other thread."""
-    wanted, rounds, others = True, 0, 0
+    """A signal strikes after 100 us, again and again, also while the turn is waited for; one lost turn would hang the other thread."""
+    wanted, rounds, others, is_armed = True, 0, 0, False
 
     def other():
         nonlocal others
@@ -146,6 +146,8 @@ def test_an_interrupt_between_any_two_instructions_gives_the_turn_back(turn):
             if frame.f_code.co_filename == turn_module.__file__:
                 raise KeyboardInterrupt
             frame = frame.f_back
+        if is_armed:
+            signal.setitimer(signal.ITIMER_REAL, 0.0001)
 
     thread = threading.Thread(target=other)
     former = signal.signal(signal.SIGALRM, strike)
@@ -154,13 +156,15 @@ def test_an_interrupt_between_any_two_instructions_gives_the_turn_back(turn):
     try:
         while time.monotonic() < ends:
             try:
-                signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+                is_armed = True
+                signal.setitimer(signal.ITIMER_REAL, 0.0001)
                 for _ in range(100):
                     rounds += 1
                     turn.run("mine", lambda: turn.run("inner", lambda: None))
             except KeyboardInterrupt:
                 struck += 1
             finally:
+                is_armed = False  # first, or a handler that comes between would set it again
                 signal.setitimer(signal.ITIMER_REAL, 0)
             assert not turn.is_mine
     finally:
