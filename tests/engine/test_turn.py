@@ -130,7 +130,9 @@ def test_whatever_ends_it_gives_the_turn_back(turn, error, depth):
 
 
 def test_an_interrupt_between_any_two_instructions_gives_the_turn_back(turn):
-    """A signal strikes after 100 us, again and again, also while the turn is waited for; one lost turn would hang the other thread."""
+    """A signal strikes after 100 us, again and again, also while the turn is waited for; one lost turn would hang the
+    other thread.
+    """
     wanted, rounds, others, is_armed = True, 0, 0, False
 
     def other():
