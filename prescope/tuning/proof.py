@@ -56,7 +56,8 @@ class Proof:
 
     Attributes:
         kept: a candidate is faster than the default, by more than 3 % and beyond the spread.
-        settings: those to use: the candidate's, or the default's.
+        settings: those to use, in a sweep's names: the candidate's, or the default's. `keywords`: the same as
+            `Engine.configure` takes them; a batch is none of its settings.
         best: the candidate that is kept, else the one with the highest lower end. `candidates`: all, as in the sweep.
         default: settings it was compared with. `words`: the verdict in one line.
         origin, machine: "measured" or "emulated", and where.
@@ -65,6 +66,7 @@ class Proof:
 
     kept: bool
     settings: Mapping[str, Any]
+    keywords: Mapping[str, Any]
     best: Candidate
     candidates: Sequence[Candidate]
     default: Mapping[str, Any]
@@ -116,7 +118,7 @@ def prove(
 ) -> Proof:
     """Run the best of a search against the default, in blocks default - candidate - candidate - default.
 
-    The engine has its former settings again afterwards; `engine.configure` with `proof.settings` is yours.
+    The engine has its former settings again afterwards; `engine.configure(**proof.keywords)` is yours.
 
     Args:
         sweep: its three best points that an engine can run; or settings, or several.
@@ -230,9 +232,11 @@ class _Trial:
         )
         notes = [*self._notes, *self._about(best, timed)]
         default = self._device.default | self._default
+        settings = best.settings if kept else self._default
         return Proof(
             kept=kept,
-            settings=best.settings if kept else self._default,
+            settings=settings,
+            keywords=self._device.keywords(settings),
             best=best,
             candidates=candidates,
             default={name: getattr(value, "name", value) for name, value in default.items()},

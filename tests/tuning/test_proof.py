@@ -222,8 +222,27 @@ def test_a_search_on_the_device_and_its_proof_on_other_prompts(engine, tmp_path,
         assert len(one.default_ms) == len(one.candidate_ms) == 4
         assert one.verdict == verdict(one.default_ms, one.candidate_ms, candidates=2)
     assert proof.kept == any(one.verdict.kept for one in proof.candidates)
+    engine.configure(**proof.keywords)  # the default as well as a setting that is kept
     assert proof.is_lossless, "float32: the tokens are the plain model's under every setting"
     assert proof.origin == "emulated" and "emulated" in proof.label
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"slots": 8, "cpu": False, "cache": None, "predictor": None},
+        {"schedule": "on-demand", "cpu": True, "predictor": "none", "lookahead": None},
+        {"slots": 0.5, "batch": 2, "cache": "lfu", "cpu": None, "threshold": 0.5},
+    ],
+)
+def test_what_was_proved_can_be_configured(engine, settings):
+    """In a sweep's names it cannot: `cpu` and `batch` are no settings of an engine, None means the schedule's own."""
+    proof = prove(settings, engine, [[3, 3, 3]], default=settings, repeats=2, new_tokens=2)
+    engine.configure(**proof.keywords)
+    assert engine.config.slots == settings.get("slots", 6) and engine.config.schedule == "on-demand"
+    if settings["cpu"] is False:
+        assert engine.config.cpu_threads == 0
+    assert len(engine.generate([3, 3, 3], max_new_tokens=3).tokens[0]) == 3
 
 
 def test_a_point_on_the_device_can_be_cancelled_in_its_middle(engine):
