@@ -17,6 +17,10 @@ from .recorder import Recorder
 from .served import Served
 
 
+#: More frozen objects than this are somebody's own; Python 3.12 itself starts with 375, and so never with none.
+MOST_FROZEN_AT_START = 5_000
+
+
 @contextmanager
 def frozen_heap() -> Iterator[None]:
     """Keep the garbage collector from walking the whole heap meanwhile.
@@ -24,7 +28,7 @@ def frozen_heap() -> Iterator[None]:
     A recording makes many small objects, which sets off full collections; with torch and transformers imported one
     takes 180 ms (2-core machine, Python 3.11), as long as ten tokens. Frozen objects are left out of them.
     """
-    if gc.get_freeze_count():  # somebody else's: `unfreeze` would undo it
+    if gc.get_freeze_count() > MOST_FROZEN_AT_START:  # somebody else's: `unfreeze` would undo it
         yield
         return
     gc.freeze()

@@ -5,6 +5,7 @@ import resource
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import prescope
 from prescope.cache.policies import LRU, POLICIES
 from prescope.core.types import NeedOutcome
 from prescope.device import NullDevice
+from prescope.engine import recording
 from prescope.engine.config import EngineConfig
 from prescope.errors import (
     AlreadyAttached,
@@ -490,6 +492,7 @@ def test_a_compiled_forward_with_a_static_cache_gives_the_same_tokens(model):
 def test_no_full_garbage_collection_walks_the_heap_during_a_run(model):
     """One takes as long as ten tokens; and what was frozen is thawed afterwards, also after an error."""
     frozen = []
+    gc.unfreeze()  # Python 3.12 starts with 375
     with prescope.attach(model, slots=6, **FAST_LINK) as engine:
         engine.generate(prompt(), max_new_tokens=3, on_step=lambda _: frozen.append(gc.get_freeze_count()))
         assert min(frozen) > 10_000
@@ -497,6 +500,20 @@ def test_no_full_garbage_collection_walks_the_heap_during_a_run(model):
         with pytest.raises(ZeroDivisionError):
             engine.generate(prompt(), max_new_tokens=3, on_step=lambda _: 1 / 0)
         assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize(("before", "is_ours"), [(375, True), (200_000, False)])
+def test_the_heap_is_frozen_beside_what_python_froze_but_not_beside_a_users_own(monkeypatch, before, is_ours):
+    done = []
+    fake = SimpleNamespace(
+        get_freeze_count=lambda: before,
+        freeze=lambda: done.append("freeze"),
+        unfreeze=lambda: done.append("unfreeze"),
+    )
+    monkeypatch.setattr(recording, "gc", fake)
+    with recording.frozen_heap():
+        done.append("inside")
+    assert done == (["freeze", "inside", "unfreeze"] if is_ours else ["inside"])
 
 
 def test_tokens_after_a_sequences_end_are_not_counted_as_speed():

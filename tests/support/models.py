@@ -25,6 +25,7 @@ def prompt(batch: int = 1, length: int = 9, seed: int = 0) -> torch.Tensor:
 
 def plain_tokens(model: torch.nn.Module, ids: torch.Tensor, new: int = 12) -> list[list[int]]:
     """Greedy continuation by the model itself."""
+    ids = ids.to(model.device)
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False
     )
