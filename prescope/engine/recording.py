@@ -16,7 +16,6 @@ from ..traces.result import RunResult
 from .recorder import Recorder
 from .served import Served
 
-
 #: More frozen objects than this are somebody's own; Python 3.12 itself starts with 375, and so never with none.
 MOST_FROZEN_AT_START = 5_000
 
