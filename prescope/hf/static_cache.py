@@ -12,6 +12,7 @@ from transformers import GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 
 from ..errors import UnsupportedOption
+from ..kernels import layer_options
 from .moe_layers import MoELayer
 
 #: Cache lengths are rounded up to this, so that runs of similar length share one captured step.
@@ -112,6 +113,8 @@ def compiled_layers(
         "accumulated_recompile_limit": 64 * len(blocks),
     }
 
+    options = layer_options() if model.device.type == "cuda" else None
+
     def ran(*_: Any) -> None:
         bar.update()
 
@@ -119,7 +122,7 @@ def compiled_layers(
     with torch._dynamo.config.patch(limits), bar:
         hooks = [block.register_forward_hook(ran) for block in blocks] if progress else []
         for block in blocks:
-            block.__dict__["forward"] = torch.compile(block.forward, dynamic=False)
+            block.__dict__["forward"] = torch.compile(block.forward, dynamic=False, options=options)
         try:
             yield
         finally:

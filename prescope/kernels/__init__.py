@@ -34,6 +34,7 @@ __all__ = [
     "Work",
     "combine",
     "expert_output",
+    "layer_options",
     "layer_weights",
     "make_device_table",
     "make_foresight",
@@ -82,6 +83,13 @@ def _triton_problem(device_kind: str, dtype: torch.dtype, is_packed: bool) -> st
     if dtype not in TRITON_DTYPES:
         return f"Triton kernels take {TRITON_DTYPES}, the experts are {dtype}"
     return ""
+
+
+def layer_options() -> dict[str, Any]:
+    """Options of `torch.compile` for decoder layers in captured steps."""
+    from .inductor_pass import FewTokens
+
+    return {"post_grad_custom_post_pass": FewTokens()}
 
 
 def make_host_options(**settings: Any) -> "HostOptions":
