@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..device import Device, Mark
+from ..kernels import make_kernel
 from ..kernels.cpu import CpuExperts, CpuLayer
 from ..profile import Circumstances
 from .busy import copying, repeating
@@ -61,7 +62,8 @@ class Bench:
             raise
         self._cpu_lane = CpuLane(form, self.host, self.cpu)
         on_gpu = device.captures_steps
-        in_graphs = on_gpu and form.layout.packing is None
+        kernel, _ = make_kernel("auto", device.kind, form.dtype, [form.layout])
+        in_graphs = on_gpu and kernel.name == "triton"
         self._graphs = GraphLane(form, self.host, self.pool, device) if in_graphs else None
         self._torch_lane = None if in_graphs else TorchLane(form, self.pool, device)
         self._ping = self._make_ping() if on_gpu else None

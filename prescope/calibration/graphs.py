@@ -8,7 +8,7 @@ from ..cache.policies import LRU, make_policy
 from ..cache.residency import ResidencyTable
 from ..core.types import MoEShape
 from ..device import Device
-from ..kernels import LayerWeights, layer_weights, make_device_table
+from ..kernels import layer_weights, make_device_table
 from ..weights.host_pool import HostLayer
 from .experts import ExpertForm
 
@@ -46,7 +46,6 @@ class GraphLane:
         step = table.new_step(tokens, num, policy=LRU.kind, orders=False, timed=False)
         spec = self._form.spec
         weights = layer_weights(self._form.layout, spec, self._pool)
-        assert isinstance(weights, LayerWeights), "packed experts are not computed in graphs"
         dtype, device = self._form.dtype, self._device.torch_device
         x = torch.randn((tokens, self._form.layer.in_dim), dtype=dtype, device=device)
         ids = torch.arange(num, device=device).expand(tokens, num).contiguous()

@@ -50,7 +50,7 @@ from .layered import LayeredRunner
 from .prompts import Prompts
 from .recorder import Recorder
 from .recording import recording, result_of
-from .resolve import _cache_of, _count_slots, _form_of, _shape_of
+from .resolve import _cache_of, _count_slots, _form_of, _shape_of, _unpacked_by
 from .schedule import open_schedule_runner
 from .turn import in_turn
 
@@ -117,15 +117,15 @@ class Engine:
         self._dtype = layers[0].tensors()[layers[0].weight_names[0]].dtype
         self.form, self.is_lossy = _form_of(layers)
         kernel, kernel_reason = make_kernel(
-            config.kernels, kind.partition(":")[0], self._dtype, is_packed=bool(self.form)
+            config.kernels, kind.partition(":")[0], self._dtype, [layer.layout for layer in layers]
         )
         self.config = replace(config, device=kind, kernels=kernel.name, cache=cache)
         self.reasons = {
             "slots": slots_reason, "device": device_reason, "kernels": kernel_reason, "cache": cache_reason
         }  # fmt: skip
         if packing:
-            on_gpu = f"; {kernel_reason}" if kind.startswith("cuda") and self.form else ""
-            self.reasons["experts"] = packing + on_gpu
+            on_gpu = kind.startswith("cuda") and bool(self.form)
+            self.reasons["experts"] = packing + (_unpacked_by(kernel.name, kernel_reason) if on_gpu else "")
         self.frequencies = frequencies
         self._is_entered = False
         self._owner = process_id()

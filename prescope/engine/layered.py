@@ -19,7 +19,7 @@ from ..cache.rounds import Act, What, walk
 from ..core.types import FloatArray, IntArray, MoEShape, NeedOutcome
 from ..device import Device
 from ..hf import MoELayer
-from ..kernels import LayerWeights, PackedWeights, Work, combine, layer_weights, make_kernel
+from ..kernels import LayerWeights, Work, combine, layer_weights, make_kernel
 from ..scheduler.types import Plan
 from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
@@ -64,7 +64,7 @@ class LayeredRunner:
     ) -> None:
         self.device, self.layers, self.shape = device, layers, shape
         self._kernels, self._dtype, self._device_type = kernels, dtype, device.torch_device.type
-        self.weights: list[LayerWeights | PackedWeights] = []
+        self.weights: list[LayerWeights] = []
         self.recorder: Recorder | None = None
         self.turn = Turn()
         self.captured: GraphBuffers | None = None
@@ -79,7 +79,9 @@ class LayeredRunner:
     def open_slots(self, num_slots: int, policy: CachePolicy) -> None:
         """Take memory for slots; all of them are free."""
         # Kernels keep copies of the residency table's rows, so a new table comes with a new kernel.
-        self._kernel, _ = make_kernel(self._kernels, self.device.kind, self._dtype)
+        self._kernel, _ = make_kernel(
+            self._kernels, self.device.kind, self._dtype, [layer.layout for layer in self.layers]
+        )
         self.residency = ResidencyTable(self.shape, num_slots, policy)
         self.loader = Loader(self.device, self.host, self.residency, self.shape.row_bytes)
         least_bytes = LEAST_BYTES_ON_WIRE if self.device.small_copies_are_slow else 0
@@ -91,10 +93,6 @@ class LayeredRunner:
         """Give the slots' memory back; both lanes must be idle."""
         self.weights = []
         self.loader.close()
-
-    def plain_weights(self) -> list[LayerWeights]:
-        """The layers' weights in slots, as captured steps take them: none is packed."""
-        return [weights for weights in self.weights if isinstance(weights, LayerWeights)]
 
     def clear(self) -> None:
         """Empty all slots and forget what the cache policy learned; both lanes must be idle."""
@@ -176,7 +174,7 @@ class LayeredRunner:
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
         layer, slots = self.layers[moe_layer], self.weights[moe_layer]
-        assert self.captured is not None and isinstance(slots, LayerWeights)
+        assert self.captured is not None
         return self.captured.layer(
             moe_layer,
             layer.num_experts,
@@ -325,8 +323,7 @@ class LayeredRunner:
     def _pair_outputs(
         self, x_TD: torch.Tensor, need: LayerNeed, num_pairs: int, layer: MoELayer
     ) -> torch.Tensor:
-        down = self.weights[layer.moe_layer].down
-        width = down.shape[2] if layer.spec.is_transposed else down.shape[1]
+        _, _, width = self.weights[layer.moe_layer].widths(layer.spec.is_transposed)
         # Ids of no expert (sentinels) contribute nothing, so their rows must be zero.
         make = x_TD.new_empty if int(need.tokens.sum()) == num_pairs else x_TD.new_zeros
         return make((num_pairs, width))

@@ -46,6 +46,13 @@ def _form_of(layers: list[MoELayer]) -> tuple[str, bool]:
     return " and ".join(sorted(names)), any(layer.is_lossy for layer in layers)
 
 
+def _unpacked_by(kernels: str, reason: str) -> str:
+    """What unpacks experts on a GPU, to go behind what is packed."""
+    if kernels == "triton":
+        return "; unpacked in registers where they are used"
+    return f"; unpacked by torch on the GPU, one expert at a time, before each product: {reason}"
+
+
 def _cache_of(config: EngineConfig, frequencies: np.ndarray | None) -> tuple[str, str]:
     """The cache policy, and why."""
     if config.cache != "auto":

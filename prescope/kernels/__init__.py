@@ -1,5 +1,6 @@
 """Expert kernels: plain torch everywhere, Triton on CUDA."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -7,16 +8,17 @@ import torch
 
 from ..core.types import MoEShape
 from ..errors import UnsupportedOption
+from ..weights.layout import RowLayout
 from .base import (
     ExpertKernel,
     ExpertsSpec,
     LayerWeights,
-    PackedWeights,
     StepLog,
     TensorFunction,
     Work,
     layer_weights,
 )
+from .packed_forms import packed_problem
 from .reference import TorchKernel, combine, expert_output
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ __all__ = [
     "ExpertKernel",
     "ExpertsSpec",
     "LayerWeights",
-    "PackedWeights",
     "StepLog",
     "TensorFunction",
     "TorchKernel",
@@ -48,18 +49,18 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def make_kernel(
-    name: str, device_kind: str, dtype: torch.dtype, is_packed: bool = False
+    name: str, device_kind: str, dtype: torch.dtype, layouts: Sequence[RowLayout] = ()
 ) -> tuple[ExpertKernel, str]:
     """The kernel a setting means here, with the reason.
 
     Args:
         dtype: of what is computed.
-        is_packed: whether slots hold experts in another form.
+        layouts: of what slots hold, where it may be packed.
 
     Raises:
         UnsupportedOption: "triton" where it cannot run.
     """
-    problem = _triton_problem(device_kind, dtype, is_packed)
+    problem = _triton_problem(device_kind, dtype, layouts)
     if name == "triton" and problem:
         raise UnsupportedOption(f"kernels='triton' cannot run here: {problem}; use kernels='torch'")
     if name == "torch" or problem:
@@ -70,19 +71,14 @@ def make_kernel(
     return TritonKernel(), "as given" if name == "triton" else "CUDA with Triton"
 
 
-def _triton_problem(device_kind: str, dtype: torch.dtype, is_packed: bool) -> str:
+def _triton_problem(device_kind: str, dtype: torch.dtype, layouts: Sequence[RowLayout]) -> str:
     if device_kind != "cuda":
         return "Triton kernels need CUDA"
-    if is_packed:
-        return (
-            "packed experts are unpacked by torch on the GPU, one at a time, before each product; experts='plain' has "
-            "them unpacked in host memory"
-        )
     if find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"Triton kernels take {TRITON_DTYPES}, the experts are {dtype}"
-    return ""
+    return next(filter(None, map(packed_problem, layouts)), "")
 
 
 def layer_options() -> dict[str, Any]:

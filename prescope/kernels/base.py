@@ -38,33 +38,27 @@ class ExpertsSpec:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Views of the slot pool as one layer's weights, (S, ...) each."""
+    """Views of the slot pool as one layer's weights, (S, ...) each; packed matrices are unpacked where they are used."""
 
-    up: torch.Tensor  # (S, 2F, D) or (S, D, 2F) when transposed
-    down: torch.Tensor  # (S, D, F) or (S, F, D)
+    up: torch.Tensor | PackedMatrices  # (S, 2F, D) or (S, D, 2F) when transposed
+    down: torch.Tensor | PackedMatrices  # (S, D, F) or (S, F, D)
     up_bias: torch.Tensor | None  # (S, 2F)
     down_bias: torch.Tensor | None  # (S, D)
 
-
-@dataclass(frozen=True)
-class PackedWeights:
-    """The same of a layer whose matrices are packed; each is unpacked where it is used."""
-
-    up: PackedMatrices  # of (2F, D)
-    down: PackedMatrices  # of (D, F)
-    up_bias: torch.Tensor | None  # (S, 2F)
-    down_bias: torch.Tensor | None  # (S, D)
+    def widths(self, is_transposed: bool) -> tuple[int, int, int]:
+        """D of what goes in, 2F or F behind `up`, D of what comes out."""
+        out_axis, in_axis = (2, 1) if is_transposed else (1, 2)
+        return self.up.shape[in_axis], self.up.shape[out_axis], self.down.shape[out_axis]
 
 
-def layer_weights(layout: RowLayout, spec: ExpertsSpec, rows: torch.Tensor) -> LayerWeights | PackedWeights:
+def layer_weights(layout: RowLayout, spec: ExpertsSpec, rows: torch.Tensor) -> LayerWeights:
     """A layer's weights as views of rows (S, >= row_bytes) of uint8."""
-    up, down = layout.matrices(rows, spec.up), layout.matrices(rows, spec.down)
-    up_bias = layout.view(rows, spec.up_bias) if spec.up_bias else None
-    down_bias = layout.view(rows, spec.down_bias) if spec.down_bias else None
-    if isinstance(up, PackedMatrices) and isinstance(down, PackedMatrices):
-        return PackedWeights(up, down, up_bias, down_bias)
-    assert isinstance(up, torch.Tensor) and isinstance(down, torch.Tensor), "one format a layer"
-    return LayerWeights(up, down, up_bias, down_bias)
+    return LayerWeights(
+        layout.matrices(rows, spec.up),
+        layout.matrices(rows, spec.down),
+        layout.view(rows, spec.up_bias) if spec.up_bias else None,
+        layout.view(rows, spec.down_bias) if spec.down_bias else None,
+    )
 
 
 @dataclass
@@ -108,7 +102,7 @@ class ExpertKernel(Protocol):
         self,
         work: Work,
         spec: ExpertsSpec,
-        weights: LayerWeights | PackedWeights,
+        weights: LayerWeights,
         experts: IntArray,
         slots: IntArray,
     ) -> None:

@@ -17,7 +17,8 @@ from ..cache.residency import ResidencyTable
 from ..core.types import MoEShape
 from . import graph_kernels
 from .base import ExpertsSpec, LayerWeights, StepLog
-from .triton_experts import PAIRS_PER_EXPERT_FOR_TILES, Linear, tune_pairs
+from .packed_linear import PackedLinear
+from .triton_experts import PAIRS_PER_EXPERT_FOR_TILES, Linear, linear_of, tune_pairs
 
 #: Steps whose messages are kept: the GPU runs at most one ahead of the host.
 RING = 4
@@ -377,21 +378,19 @@ class GraphBuffers:
                 PAIRS=max(128, _power_of_2(self.num_pairs)), EXPERTS=len(self._first),
                 BLOCKS=_power_of_2(self._most_blocks), BLOCK_M=BLOCK_M, num_warps=4,
             )  # fmt: skip
-        h = x_TD.new_empty((self.num_pairs, slots.up.shape[2 if spec.is_transposed else 1]))
-        self._linear(
-            Linear(x_TD, self.top_k, slots.up, slots.up_bias, h, spec.is_transposed),
-            ids,
-            slot_of,
-            num_experts,
-        )
+        _, up_dim, out_dim = slots.widths(spec.is_transposed)
+        h = x_TD.new_empty((self.num_pairs, up_dim))
+        up = linear_of(x_TD, self.top_k, slots.up, slots.up_bias, h, spec.is_transposed)
+        self._linear(up, ids, slot_of, num_experts)
         act = spec.gate(h).contiguous()
-        y = x_TD.new_empty((self.num_pairs, slots.down.shape[2 if spec.is_transposed else 1]))
-        self._linear(
-            Linear(act, 1, slots.down, slots.down_bias, y, spec.is_transposed), ids, slot_of, num_experts
-        )
+        y = x_TD.new_empty((self.num_pairs, out_dim))
+        down = linear_of(act, 1, slots.down, slots.down_bias, y, spec.is_transposed)
+        self._linear(down, ids, slot_of, num_experts)
         return y if spec.post_norm is None else spec.post_norm(y)
 
-    def _linear(self, linear: Linear, ids: torch.Tensor, slot_of: torch.Tensor, num_experts: int) -> None:
+    def _linear(
+        self, linear: Linear | PackedLinear, ids: torch.Tensor, slot_of: torch.Tensor, num_experts: int
+    ) -> None:
         if self._tiles:
             linear.tiles(self._order, self._blocks, self._most_blocks, BLOCK_M)
         else:
@@ -404,15 +403,13 @@ class GraphBuffers:
         P, device = self.num_pairs, x_TD.device
         ids = (torch.arange(P, device=device) % num_experts).to(torch.int32)
         slot_of = (torch.arange(num_experts, device=device) % self.table.num_slots).to(torch.int32)
-        h = x_TD.new_empty((P, slots.up.shape[2 if spec.is_transposed else 1]))
+        _, up_dim, out_dim = slots.widths(spec.is_transposed)
+        h = x_TD.new_empty((P, up_dim))
+        up = linear_of(x_TD, self.top_k, slots.up, slots.up_bias, h, spec.is_transposed)
+        tune_pairs(up, ids, slot_of, num_experts)
+        act, y = spec.gate(h).contiguous(), x_TD.new_empty((P, out_dim))
         tune_pairs(
-            Linear(x_TD, self.top_k, slots.up, slots.up_bias, h, spec.is_transposed),
-            ids, slot_of, num_experts,
-        )  # fmt: skip
-        act = spec.gate(h).contiguous()
-        y = x_TD.new_empty((P, slots.down.shape[2 if spec.is_transposed else 1]))
-        tune_pairs(
-            Linear(act, 1, slots.down, slots.down_bias, y, spec.is_transposed), ids, slot_of, num_experts
+            linear_of(act, 1, slots.down, slots.down_bias, y, spec.is_transposed), ids, slot_of, num_experts
         )
 
     def finish(self, tokens: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from ..cache.residency import IntArray
-from .base import ExpertsSpec, LayerWeights, PackedWeights, Work
+from .base import ExpertsSpec, LayerWeights, Work
 
 
 class TorchKernel:
@@ -27,7 +27,7 @@ class TorchKernel:
         self,
         work: Work,
         spec: ExpertsSpec,
-        weights: LayerWeights | PackedWeights,
+        weights: LayerWeights,
         experts: IntArray,
         slots: IntArray,
     ) -> None:
@@ -39,7 +39,7 @@ class TorchKernel:
 
 
 def expert_output(
-    x: torch.Tensor, spec: ExpertsSpec, weights: LayerWeights | PackedWeights, slot: int
+    x: torch.Tensor, spec: ExpertsSpec, weights: LayerWeights, slot: int
 ) -> torch.Tensor:
     """What the expert in a slot makes of its tokens (n, D); packed matrices are unpacked for it."""
     h = _linear(x, weights.up[slot], _at(weights.up_bias, slot), spec.is_transposed)

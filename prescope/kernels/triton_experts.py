@@ -7,6 +7,7 @@ accumulation, one rounding to the weights' dtype after each linear. The gate bet
 A pair's result depends on neither the slots nor the rounds: the tile shapes are a function of the problem's sizes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,9 @@ import triton
 import triton.language as tl
 
 from ..cache.residency import IntArray
-from .base import ExpertsSpec, LayerWeights, PackedWeights, Work
+from ..weights.formats import PackedMatrices
+from .base import ExpertsSpec, LayerWeights, Work
+from .packed_linear import PackedConfig, PackedLinear
 from .tuning import tune, tuned
 
 #: Up to this many pairs per distinct expert on average, reading an expert once per pair (mostly from the L2) is
@@ -123,11 +126,10 @@ class TritonKernel:
         self,
         work: Work,
         spec: ExpertsSpec,
-        weights: LayerWeights | PackedWeights,
+        weights: LayerWeights,
         experts: IntArray,
         slots: IntArray,
     ) -> None:
-        assert isinstance(weights, LayerWeights), "make_kernel gives packed experts to torch"
         if self._tiles:
             where = _upload(self._blocks(experts, slots), work.x_TD.device)
         elif work.num_rounds == 1:
@@ -135,7 +137,7 @@ class TritonKernel:
         else:  # experts of later rounds have slots already, but not yet their bytes
             where = _upload(_slot_table(work.num_experts, experts, slots), work.x_TD.device)
         top_k = work.ids_TK.shape[1]
-        up_dim = weights.up.shape[2 if spec.is_transposed else 1]
+        _, up_dim, _ = weights.widths(spec.is_transposed)
         h = work.x_TD.new_empty((work.out_PD.shape[0], up_dim))
         self._linear(work, where, work.x_TD, top_k, weights.up, weights.up_bias, h, spec.is_transposed)
         act = spec.gate(h).contiguous()
@@ -176,12 +178,12 @@ class TritonKernel:
         where: torch.Tensor,
         x: torch.Tensor,
         x_div: int,
-        w: torch.Tensor,
+        w: torch.Tensor | PackedMatrices,
         bias: torch.Tensor | None,
         out: torch.Tensor,
         is_transposed: bool,
     ) -> None:
-        linear = Linear(x, x_div, w, bias, out, is_transposed)
+        linear = linear_of(x, x_div, w, bias, out, is_transposed)
         if self._tiles:
             linear.tiles(self._order, where, where.numel() // 3, self._block_m)
         else:
@@ -261,6 +263,16 @@ class Linear(NamedTuple):
         return self.bias if self.bias is not None else self.w
 
     @property
+    def candidates(self) -> list[PairConfig]:
+        """Configurations of `pairs` that may be the fastest."""
+        return TRANSPOSED_CANDIDATES if self.is_transposed else PAIR_CANDIDATES
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of one expert."""
+        return self.w[0].nbytes
+
+    @property
     def key(self) -> str:
         """What a tuned configuration depends on."""
         out_dim, in_dim = self._dims()
@@ -268,6 +280,20 @@ class Linear(NamedTuple):
         return (
             f"{str(self.w.dtype).removeprefix('torch.')} {out_dim}x{in_dim}{form} {self.out.shape[0]} pairs"
         )
+
+
+def linear_of(
+    x: torch.Tensor,
+    x_div: int,
+    w: torch.Tensor | PackedMatrices,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    is_transposed: bool,
+) -> Linear | PackedLinear:
+    """A linear over weights as they lie in the slots, plain or packed."""
+    if isinstance(w, PackedMatrices):
+        return PackedLinear(x, x_div, w, bias, out)
+    return Linear(x, x_div, w, bias, out, is_transposed)
 
 
 def pair_config(linear: Linear) -> PairConfig:
@@ -278,20 +304,21 @@ def pair_config(linear: Linear) -> PairConfig:
     return DEFAULT_PAIRS_TRANSPOSED if linear.is_transposed else DEFAULT_PAIRS
 
 
-def tune_pairs(linear: Linear, ids: torch.Tensor, slot_of: torch.Tensor, num_experts: int) -> None:
+def tune_pairs(
+    linear: Linear | PackedLinear, ids: torch.Tensor, slot_of: torch.Tensor, num_experts: int
+) -> None:
     """Time all candidates once per GPU and shape and keep the fastest; does nothing the second time.
 
     Linears that take a few microseconds at most are left alone: there is nothing to win.
     """
-    if linear.w[0].nbytes * len(ids) < LEAST_TUNED_BYTES:
+    if linear.matrix_bytes * len(ids) < LEAST_TUNED_BYTES:
         return
-    candidates = TRANSPOSED_CANDIDATES if linear.is_transposed else PAIR_CANDIDATES
-    tune(
-        linear.w.device,
-        linear.key,
-        candidates,
-        lambda c: linear.pairs(ids, slot_of, num_experts, PairConfig(*c)),
-    )
+    run: Callable[[tuple[int, ...]], None]
+    if isinstance(linear, PackedLinear):
+        run = lambda c: linear.pairs(ids, slot_of, num_experts, PackedConfig(*c))
+    else:
+        run = lambda c: linear.pairs(ids, slot_of, num_experts, PairConfig(*c))
+    tune(linear.x.device, linear.key, linear.candidates, run)
 
 
 def _slot_table(num_experts: int, experts: IntArray, slots: IntArray) -> IntArray:

@@ -135,13 +135,13 @@ class GraphStep:
 
     def _scheduled(self) -> "HostOptions":
         schedule_runner = self._runner.schedule_runner
-        slots, spec = self._runner.plain_weights()[0], self._runner.layers[0].spec
+        slots, spec = self._runner.weights[0], self._runner.layers[0].spec
         lookahead = schedule_runner.lookahead if schedule_runner is not None else 0
         return make_host_options(
             lookahead=lookahead,
             scores=schedule_runner.scores if schedule_runner is not None and lookahead else None,
             has_cpu=schedule_runner is not None and schedule_runner.cpu is not None,
-            width=slots.up.shape[1 if spec.is_transposed else 2],
+            width=slots.widths(spec.is_transposed)[0],
             dtype=slots.up.dtype,
         )
 
@@ -160,8 +160,8 @@ class GraphStep:
     def _warm_up(self, step: "GraphBuffers") -> None:
         """Tune and compile all kernels: that cannot be done while a graph is captured. Needs nobody's experts."""
         runner, device = self._runner, self._runner.device.torch_device
-        for layer, slots, rows in zip(runner.layers, runner.plain_weights(), runner.host.layers, strict=True):
-            width = slots.up.shape[1 if layer.spec.is_transposed else 2]
+        for layer, slots, rows in zip(runner.layers, runner.weights, runner.host.layers, strict=True):
+            width, _, _ = slots.widths(layer.spec.is_transposed)
             x = torch.zeros((self.batch, width), dtype=slots.up.dtype, device=device)
             nobody = torch.full((self.batch, step.top_k), -1, device=device)
             if step.scheduled is not None:  # nobody is asked, so the answer is there before

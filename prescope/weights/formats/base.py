@@ -55,13 +55,11 @@ class Format(ABC):
 class PackedMatrices:
     """Matrices of one name in many rows, each unpacked when it is asked for.
 
-    Args:
+    Attributes:
+        format: of each.
         parts: (R, *part.shape) views of the rows, by suffix.
-        shape: (N, K) of one matrix.
         dtype: what it is unpacked to.
     """
-
-    __slots__ = ("_format", "_parts", "_shape", "dtype")
 
     def __init__(
         self,
@@ -70,14 +68,14 @@ class PackedMatrices:
         shape: tuple[int, int],
         dtype: torch.dtype,
     ) -> None:
-        self._format, self._parts, self._shape, self.dtype = format, parts, shape, dtype
+        self.format, self.parts, self._shape, self.dtype = format, parts, shape, dtype
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(R, N, K)."""
-        return len(self._parts[""]), *self._shape
+        return len(self.parts[""]), *self._shape
 
     def __getitem__(self, row: int) -> torch.Tensor:
         """The matrix (N, K) of a row, rounded once from its exact values."""
-        one = {suffix: part[row] for suffix, part in self._parts.items()}
-        return self._format.unpack(one, self._shape).to(self.dtype)
+        one = {suffix: part[row] for suffix, part in self.parts.items()}
+        return self.format.unpack(one, self._shape).to(self.dtype)
