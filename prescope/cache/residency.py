@@ -81,6 +81,13 @@ class ResidencyTable:
         first = moe_layer * self.shape.num_experts
         return self.slot_of[first : first + self.shape.num_experts]
 
+    def keeps(self, moe_layer: int, num_experts: int) -> bool:
+        """Whether a layer's experts are all in slots, and stay there: there are slots for all experts of the model."""
+        if self.num_slots < self.shape.total_experts:
+            return False
+        slots = self.row(moe_layer)[:num_experts]
+        return bool((slots >= 0).all()) and not self.in_flight[slots].any()
+
     def slots_for(self, moe_layer: int, experts: IntArray) -> IntArray:
         """Slots (n,) of experts, -1 for those that have none."""
         return self.slot_of[moe_layer * self.shape.num_experts + experts]

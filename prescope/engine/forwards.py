@@ -78,7 +78,9 @@ class Forwards:
         self._is_inside = True
         try:
             self._begin({**dict(zip(names, args, strict=False)), **kwargs})
-            return inner(*args, **kwargs)
+            output = inner(*args, **kwargs)
+            self._runner.read_routing()
+            return output
         finally:
             self._is_inside = False
             self._runner.recorder = former
@@ -91,6 +93,7 @@ class Forwards:
                 "the model was called from on_step while its decode steps run from a graph; attach it with "
                 "decode='layered' for that"
             )
+        runner.forget_unread()
         runner.recorder = recorder = self.recorders.get(threading.get_ident())
         forward = forward_of(given, None if self.progress is None else self.progress.num_tokens > 0)
         if forward is None:

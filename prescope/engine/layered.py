@@ -7,7 +7,7 @@ decode step is captured, the layer's launches go into the graph instead (`kernel
 """
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,14 @@ from .turn import Turn
 
 if TYPE_CHECKING:
     from ..kernels.graph_buffers import GraphBuffers
+
+
+class Unread(NamedTuple):
+    """A layer that was computed before the host knew its routing."""
+
+    moe_layer: int
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
 
 
 class LayeredRunner:
@@ -74,6 +82,7 @@ class LayeredRunner:
         self.forced: ForcedRouting | None = None
         self.is_prefill = True
         self.needs = dict.fromkeys(NeedOutcome, 0)
+        self._unread: list[Unread] = []
         self._is_serving = False
 
     def open_slots(self, num_slots: int, policy: CachePolicy) -> None:
@@ -168,7 +177,10 @@ class LayeredRunner:
     ) -> torch.Tensor:
         """Serve a layer outside any forward pass of the model: on demand, and in nobody's recording."""
         self.is_prefill = True
-        return self.serve(moe_layer, x, ids, weights)
+        self.forget_unread()
+        out = self.serve(moe_layer, x, ids, weights)
+        self.read_routing()
+        return out
 
     def _serve_captured(
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
@@ -194,9 +206,11 @@ class LayeredRunner:
         timed = recorder is not None and recorder.timed
         if recorder is not None and timed:
             recorder.routed(moe_layer, self.device.mark(True))
-        host_ids = self.device.read(ids_TK)
         layer = self.layers[moe_layer]
         schedule_runner = None if self.is_prefill else self.schedule_runner
+        if schedule_runner is None and self._needs_nobody(layer):
+            return self._serve_unread(layer, x_TD, ids_TK, weights_TK, timed)
+        host_ids = self.device.read(ids_TK)
         sums = self.weight_sums(layer, host_ids, weights_TK)
         predicted = None
         if schedule_runner is not None:
@@ -234,6 +248,52 @@ class LayeredRunner:
             if recorder is not None and timed:
                 recorder.merged(on_cpu, self.device.mark(True))
         return combine(work.out_PD, weights_TK, x_TD.dtype)
+
+    # -- layers that miss nothing, whatever was chosen -------------------------------------------------------------
+
+    def _needs_nobody(self, layer: MoELayer) -> bool:
+        """Whether a layer can be computed before the host knows its routing: waiting for that is most of a short prompt's
+        time when the slots have everything.
+        """
+        if not self._kernel.serves_unread or (self.recorder is not None and self.recorder.keeps_inputs):
+            return False
+        return self.residency.keeps(layer.moe_layer, layer.num_experts)
+
+    def _serve_unread(
+        self, layer: MoELayer, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, timed: bool
+    ) -> torch.Tensor:
+        moe_layer = layer.moe_layer
+        out_PD = self._kernel.run_unread(
+            moe_layer,
+            x_TD,
+            ids_TK,
+            layer.spec,
+            self.weights[moe_layer],
+            self.residency.row(moe_layer)[: layer.num_experts],
+            int(self.residency.versions[moe_layer]),
+        )
+        if self.recorder is not None and timed:
+            self.recorder.computed(moe_layer, self.device.mark(True))
+        self._unread.append(Unread(moe_layer, ids_TK, weights_TK.detach()))
+        return combine(out_PD, weights_TK, x_TD.dtype)
+
+    def read_routing(self) -> None:
+        """Take down what layers of this forward pass needed that were computed before the host knew."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        all_ids = self.device.read(torch.cat([each.ids_TK.reshape(-1) for each in unread]))
+        ends = np.cumsum([each.ids_TK.numel() for each in unread])
+        for each, ids in zip(unread, np.split(all_ids, ends[:-1]), strict=True):
+            layer, host_ids = self.layers[each.moe_layer], ids.reshape(each.ids_TK.shape)
+            need, _ = self.find(layer, host_ids, self.weight_sums(layer, host_ids, each.weights_TK))
+            if self.recorder is not None:
+                self.recorder.need(need, 1, len(host_ids))
+                self.recorder.routing(each.moe_layer, host_ids, each.weights_TK, None)
+
+    def forget_unread(self) -> None:
+        """A forward pass begins; what one that was interrupted left is nobody's."""
+        self._unread = []
 
     def _begin(
         self,

@@ -120,6 +120,11 @@ class Recorder:
         )
 
     @property
+    def keeps_inputs(self) -> bool:
+        """Whether router inputs are kept."""
+        return self._inputs
+
+    @property
     def num_steps(self) -> int:
         return len(self._steps)
 
@@ -311,13 +316,17 @@ class Recorder:
         )
 
     def routing(
-        self, moe_layer: int, ids_TK: NDArray[np.integer], weights_TK: torch.Tensor, inputs_TD: torch.Tensor
+        self,
+        moe_layer: int,
+        ids_TK: NDArray[np.integer],
+        weights_TK: torch.Tensor,
+        inputs_TD: torch.Tensor | None,
     ) -> None:
         """Keep a layer's routing. Tensors are cloned: the model, or the next replay of a CUDA graph, may overwrite
         them.
         """
         if self._routing:
-            inputs = inputs_TD.detach().clone() if self._inputs else None
+            inputs = inputs_TD.detach().clone() if self._inputs and inputs_TD is not None else None
             self._steps[-1].routing[moe_layer] = _Routing(ids_TK.copy(), weights_TK.detach().clone(), inputs)
 
     def tables(self, row_bytes: list[int]) -> Tables:

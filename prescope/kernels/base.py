@@ -90,9 +90,14 @@ class StepLog(NamedTuple):
 
 
 class ExpertKernel(Protocol):
-    """Computes the pairs of one round."""
+    """Computes the pairs of one round.
+
+    Attributes:
+        serves_unread: it can compute a layer whose routing the host has not seen (`run_unread`).
+    """
 
     name: str
+    serves_unread: bool
 
     def prepare(self, work: Work) -> None:
         """Once per layer call, before the first round."""
@@ -107,4 +112,21 @@ class ExpertKernel(Protocol):
         slots: IntArray,
     ) -> None:
         """Write the outputs of all pairs whose expert is among `experts` (n,), which are in `slots` (n,)."""
+        ...
+
+    def run_unread(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        spec: ExpertsSpec,
+        weights: LayerWeights,
+        slot_row: IntArray,
+        version: int,
+    ) -> torch.Tensor:
+        """The outputs (P, D) of all pairs, zero for those of no expert, where all experts are in slots.
+
+        Args:
+            slot_row: (E,) their slots, the residency table's row of that version.
+        """
         ...

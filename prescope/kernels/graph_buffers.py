@@ -18,7 +18,7 @@ from ..core.types import MoEShape
 from . import graph_kernels
 from .base import ExpertsSpec, LayerWeights, StepLog
 from .packed_linear import PackedLinear
-from .triton_experts import PAIRS_PER_EXPERT_FOR_TILES, Linear, linear_of, tune_pairs
+from .triton_experts import Linear, is_tiled, linear_of, tune_pairs
 
 #: Steps whose messages are kept: the GPU runs at most one ahead of the host.
 RING = 4
@@ -164,8 +164,7 @@ class GraphBuffers:
         self._host_ring = self._ring.numpy()
         self._host_tokens = self._tokens_ring.numpy()
         # Tiles, when an expert has several pairs on average.
-        expected = shape.num_experts * (1.0 - (1.0 - 1.0 / shape.num_experts) ** P)
-        self._tiles = P / expected > PAIRS_PER_EXPERT_FOR_TILES
+        self._tiles = is_tiled(P, shape.num_experts)
         self._most_blocks = min(P, shape.num_experts + P // BLOCK_M)
         self._order = torch.zeros(P, dtype=torch.int32, device=device)
         self._blocks = torch.zeros((self._most_blocks, 3), dtype=torch.int32, device=device)

@@ -121,7 +121,9 @@ def packed_pairs(  # type: ignore[no-untyped-def]
             tile = tl.load(matrix + w[None, :], mask=row_mask[:, None], other=0)
             values = tl.load(vector + columns).to(tl.float32)
         else:
-            tile = tl.load(matrix + w[None, :], mask=row_mask[:, None] & (w < IN_DIM // LANES)[None, :], other=0)
+            tile = tl.load(
+                matrix + w[None, :], mask=row_mask[:, None] & (w < IN_DIM // LANES)[None, :], other=0
+            )
             values = tl.load(vector + columns, mask=columns < IN_DIM, other=0.0).to(tl.float32)
         if GROUP > 0:
             piece = first + tl.arange(0, BLOCK_IN // PIECE) * PIECE
@@ -141,7 +143,9 @@ def packed_pairs(  # type: ignore[no-untyped-def]
         acc += sums
     total = tl.sum(acc, axis=1) * worth
     if ROW_GROUP > 0:
-        total *= tl.load(row_scale + slot * row_scale_slot_stride + rows // ROW_GROUP, mask=row_mask, other=0.0)
+        total *= tl.load(
+            row_scale + slot * row_scale_slot_stride + rows // ROW_GROUP, mask=row_mask, other=0.0
+        )
     result = total.to(out.dtype.element_ty)
     if HAS_BIAS:
         result += tl.load(bias + slot * b_slot_stride + rows, mask=row_mask, other=0.0)
@@ -181,7 +185,9 @@ def packed_tiles(  # type: ignore[no-untyped-def]
     for first in range(0, IN_DIM, BLOCK_IN):
         columns = first + tl.arange(0, BLOCK_IN)
         w = first // LANES + tl.arange(0, BLOCK_IN // LANES)
-        a = tl.load(inputs + columns[None, :], mask=place_mask[:, None] & (columns < IN_DIM)[None, :], other=0.0)
+        a = tl.load(
+            inputs + columns[None, :], mask=place_mask[:, None] & (columns < IN_DIM)[None, :], other=0.0
+        )
         tile = tl.load(matrix + w[None, :], mask=row_mask[:, None] & (w < IN_DIM // LANES)[None, :], other=0)
         values = tl.reshape(_unpack(tile, BLOCK_OUT, BLOCK_IN, KIND), (BLOCK_OUT, BLOCK_IN // PIECE, PIECE))
         if GROUP > 0:

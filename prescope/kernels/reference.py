@@ -1,5 +1,7 @@
 """Expert computation in plain torch, one expert after the other: the reference, and the CPU's kernel."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.nn import functional
@@ -12,6 +14,7 @@ class TorchKernel:
     """Loops over experts; each is two matrix products over its own tokens."""
 
     name = "torch"
+    serves_unread = False
 
     def __init__(self) -> None:
         self._order = torch.empty(0, dtype=torch.int64)  # pairs sorted by expert
@@ -37,10 +40,11 @@ class TorchKernel:
             x = work.x_TD[pairs // top_k]
             work.out_PD[pairs] = expert_output(x, spec, weights, slot)
 
+    def run_unread(self, *_: Any) -> torch.Tensor:
+        raise AssertionError("it loops over experts, and so must know which are chosen")
 
-def expert_output(
-    x: torch.Tensor, spec: ExpertsSpec, weights: LayerWeights, slot: int
-) -> torch.Tensor:
+
+def expert_output(x: torch.Tensor, spec: ExpertsSpec, weights: LayerWeights, slot: int) -> torch.Tensor:
     """What the expert in a slot makes of its tokens (n, D); packed matrices are unpacked for it."""
     h = _linear(x, weights.up[slot], _at(weights.up_bias, slot), spec.is_transposed)
     y = _linear(spec.gate(h), weights.down[slot], _at(weights.down_bias, slot), spec.is_transposed)

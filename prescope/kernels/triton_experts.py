@@ -19,6 +19,7 @@ from ..cache.residency import IntArray
 from ..weights.formats import PackedMatrices
 from .base import ExpertsSpec, LayerWeights, Work
 from .packed_linear import PackedConfig, PackedLinear
+from .tile_plan import pairs_per_expert, rows_of_tile, tiles_of
 from .tuning import tune, tuned
 
 #: Up to this many pairs per distinct expert on average, reading an expert once per pair (mostly from the L2) is
@@ -98,6 +99,7 @@ class TritonKernel:
     """Fused slot lookup and linear; one launch per linear and round."""
 
     name = "triton"
+    serves_unread = True
 
     def __init__(self) -> None:
         self._tiles = False
@@ -108,14 +110,12 @@ class TritonKernel:
         self._rows: dict[int, tuple[int, torch.Tensor]] = {}  # by MoE layer: version and row on the device
 
     def prepare(self, work: Work) -> None:
-        per_expert = work.host_ids_TK.size / max(1, len(work.need.experts))
-        self._tiles = per_expert > PAIRS_PER_EXPERT_FOR_TILES
+        num_pairs = work.host_ids_TK.size
+        self._tiles = is_tiled(num_pairs, work.num_experts)
         if self._tiles:
             counts = np.zeros(work.num_experts, dtype=np.int64)
             counts[work.need.experts] = work.need.tokens
-            self._block_m = (
-                16 if per_expert <= 16 else 32 if per_expert <= 32 else 64 if per_expert <= 64 else 128
-            )
+            self._block_m = rows_of_tile(num_pairs, work.num_experts)
             self._counts = counts
             # Ids below 0 would sort first: the host's offsets count from the first expert's first pair.
             ids = work.ids_TK.reshape(-1)
@@ -133,7 +133,7 @@ class TritonKernel:
         if self._tiles:
             where = _upload(self._blocks(experts, slots), work.x_TD.device)
         elif work.num_rounds == 1:
-            where = self._slot_row(work)
+            where = self._slot_row(work.need.moe_layer, work.slot_row, work.version, work.x_TD.device)
         else:  # experts of later rounds have slots already, but not yet their bytes
             where = _upload(_slot_table(work.num_experts, experts, slots), work.x_TD.device)
         top_k = work.ids_TK.shape[1]
@@ -146,13 +146,43 @@ class TritonKernel:
         if spec.post_norm is not None:
             self._keep_round(work, experts, spec.post_norm(y))
 
-    def _slot_row(self, work: Work) -> torch.Tensor:
+    def run_unread(
+        self,
+        moe_layer: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        spec: ExpertsSpec,
+        weights: LayerWeights,
+        slot_row: IntArray,
+        version: int,
+    ) -> torch.Tensor:
+        ids_P, num_experts = ids_TK.reshape(-1), len(slot_row)
+        where = self._slot_row(moe_layer, slot_row, version, x_TD.device)
+        tiled = is_tiled(len(ids_P), num_experts)
+        tiles = tiles_of(ids_P, where, num_experts) if tiled else None
+
+        def linear(x: torch.Tensor, x_div: int, is_up: bool, out: torch.Tensor) -> torch.Tensor:
+            w, bias = (weights.up, weights.up_bias) if is_up else (weights.down, weights.down_bias)
+            one = linear_of(x, x_div, w, bias, out, spec.is_transposed)
+            if tiles is not None:
+                one.tiles(*tiles)
+            else:
+                one.pairs(ids_P, where, num_experts)
+            return out
+
+        _, up_dim, width = weights.widths(spec.is_transposed)
+        h = linear(x_TD, ids_TK.shape[1], True, x_TD.new_empty((len(ids_P), up_dim)))
+        y_PD = linear(spec.gate(h).contiguous(), 1, False, x_TD.new_zeros((len(ids_P), width)))
+        return y_PD if spec.post_norm is None else spec.post_norm(y_PD)
+
+    def _slot_row(
+        self, moe_layer: int, slot_row: IntArray, version: int, device: torch.device
+    ) -> torch.Tensor:
         """The layer's row of the residency table on the device, uploaded only when it has changed."""
-        layer = work.need.moe_layer
-        version, row = self._rows.get(layer, (-1, torch.empty(0)))
-        if version != work.version:
-            row = _upload(work.slot_row, work.x_TD.device)
-            self._rows[layer] = work.version, row
+        known, row = self._rows.get(moe_layer, (-1, torch.empty(0)))
+        if known != version:
+            row = _upload(slot_row, device)
+            self._rows[moe_layer] = version, row
         return row
 
     def _keep_round(self, work: Work, experts: IntArray, y_PD: torch.Tensor) -> None:
@@ -188,6 +218,11 @@ class TritonKernel:
             linear.tiles(self._order, where, where.numel() // 3, self._block_m)
         else:
             linear.pairs(work.ids_TK, where, work.num_experts)
+
+
+def is_tiled(num_pairs: int, num_experts: int) -> bool:
+    """Whether a layer's pairs are computed in tiles."""
+    return pairs_per_expert(num_pairs, num_experts) > PAIRS_PER_EXPERT_FOR_TILES
 
 
 class PairConfig(NamedTuple):

@@ -37,7 +37,9 @@ def random_parts(format, num: int, shape: tuple[int, int], rng: torch.Generator)
             parts[part.suffix] = codes.view(torch.float8_e4m3fn)
         elif part.dtype in (torch.uint8, torch.int8):
             low, high = {"_zero": (0, 16), "_scale": (118, 130)}.get(part.suffix, (0, 256))
-            parts[part.suffix] = torch.randint(low, high, where, generator=rng).to(torch.uint8).view(part.dtype)
+            parts[part.suffix] = (
+                torch.randint(low, high, where, generator=rng).to(torch.uint8).view(part.dtype)
+            )
         else:
             parts[part.suffix] = ((torch.rand(where, generator=rng) + 0.1) / 50).to(part.dtype)
     return parts
@@ -104,7 +106,9 @@ def silu_gate(h: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate) * up
 
 
-@pytest.mark.parametrize("format", [Int8(), Fp8(16, 16), Int4(16), Int4(16, has_zeros=True), Mxfp4(), Nvfp4()], ids=str)
+@pytest.mark.parametrize(
+    "format", [Int8(), Fp8(16, 16), Int4(16), Int4(16, has_zeros=True), Mxfp4(), Nvfp4()], ids=str
+)
 @pytest.mark.parametrize(("tokens", "rounds"), [(1, 1), (3, 2), (20, 2)])
 def test_a_layer_from_slots_is_that_of_the_numbers(format, tokens, rounds):
     """One token, a few, and as many as are computed in tiles; from fewer slots than experts, round by round."""
