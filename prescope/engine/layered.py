@@ -252,8 +252,9 @@ class LayeredRunner:
     # -- layers that miss nothing, whatever was chosen -------------------------------------------------------------
 
     def _needs_nobody(self, layer: MoELayer) -> bool:
-        """Whether a layer can be computed before the host knows its routing: waiting for that is most of a short prompt's
-        time when the slots have everything.
+        """Whether a layer can be computed before the host knows its routing.
+
+        Waiting for that is most of a short prompt's time when the slots have everything.
         """
         if not self._kernel.serves_unread or (self.recorder is not None and self.recorder.keeps_inputs):
             return False
