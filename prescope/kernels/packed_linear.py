@@ -46,7 +46,9 @@ def default_tiles(block_m: int) -> PackedConfig:
 class _Slots(NamedTuple):
     """A matrix in all slots, as the kernels take it."""
 
-    fields: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # words, scales, zeros, scales of rows
+    fields: tuple[
+        torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+    ]  # words, scales, zeros, scales of rows
     strides: tuple[int, int, int, int]  # of each, from slot to slot, in its own elements
     worth: float
     constants: dict[str, Any]

@@ -38,9 +38,7 @@ class TorchKernel:
             work.out_PD[pairs] = expert_output(x, spec, weights, slot)
 
 
-def expert_output(
-    x: torch.Tensor, spec: ExpertsSpec, weights: LayerWeights, slot: int
-) -> torch.Tensor:
+def expert_output(x: torch.Tensor, spec: ExpertsSpec, weights: LayerWeights, slot: int) -> torch.Tensor:
     """What the expert in a slot makes of its tokens (n, D); packed matrices are unpacked for it."""
     h = _linear(x, weights.up[slot], _at(weights.up_bias, slot), spec.is_transposed)
     y = _linear(spec.gate(h), weights.down[slot], _at(weights.down_bias, slot), spec.is_transposed)

@@ -7,7 +7,7 @@ accumulation, one rounding to the weights' dtype after each linear. The gate bet
 A pair's result depends on neither the slots nor the rounds: the tile shapes are a function of the problem's sizes.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ import triton.language as tl
 from ..cache.residency import IntArray
 from ..weights.formats import PackedMatrices
 from .base import ExpertsSpec, LayerWeights, Work
-from .packed_linear import PackedConfig, PackedLinear
+from .gate_kernel import Gates
+from .packed_linear import PackedLinear
 from .tuning import tune, tuned
 
 #: Up to this many pairs per distinct expert on average, reading an expert once per pair (mostly from the L2) is
@@ -105,6 +106,7 @@ class TritonKernel:
         self._order = torch.empty(0, dtype=torch.int64)
         self._counts = np.zeros(0, dtype=np.int64)
         self._first = np.zeros(0, dtype=np.int64)
+        self._gates = Gates()
         self._rows: dict[int, tuple[int, torch.Tensor]] = {}  # by MoE layer: version and row on the device
 
     def prepare(self, work: Work) -> None:
@@ -113,9 +115,7 @@ class TritonKernel:
         if self._tiles:
             counts = np.zeros(work.num_experts, dtype=np.int64)
             counts[work.need.experts] = work.need.tokens
-            self._block_m = (
-                16 if per_expert <= 16 else 32 if per_expert <= 32 else 64 if per_expert <= 64 else 128
-            )
+            self._block_m = block_m_for(per_expert)
             self._counts = counts
             # Ids below 0 would sort first: the host's offsets count from the first expert's first pair.
             ids = work.ids_TK.reshape(-1)
@@ -140,7 +140,10 @@ class TritonKernel:
         _, up_dim, _ = weights.widths(spec.is_transposed)
         h = work.x_TD.new_empty((work.out_PD.shape[0], up_dim))
         self._linear(work, where, work.x_TD, top_k, weights.up, weights.up_bias, h, spec.is_transposed)
-        act = spec.gate(h).contiguous()
+        if self._tiles:
+            act = spec.gate(h).contiguous()
+        else:
+            act = self._gates.apply(spec, h, weights.inner_width(spec.is_transposed))
         y = work.out_PD if spec.post_norm is None else torch.empty_like(work.out_PD)
         self._linear(work, where, act, 1, weights.down, weights.down_bias, y, spec.is_transposed)
         if spec.post_norm is not None:
@@ -188,6 +191,11 @@ class TritonKernel:
             linear.tiles(self._order, where, where.numel() // 3, self._block_m)
         else:
             linear.pairs(work.ids_TK, where, work.num_experts)
+
+
+def block_m_for(pairs_per_expert: float) -> int:
+    """Pairs of a tile: as many as an expert has on average, in powers of two."""
+    return next((rows for rows in (16, 32, 64) if pairs_per_expert <= rows), 128)
 
 
 class PairConfig(NamedTuple):
@@ -313,12 +321,10 @@ def tune_pairs(
     """
     if linear.matrix_bytes * len(ids) < LEAST_TUNED_BYTES:
         return
-    run: Callable[[tuple[int, ...]], None]
     if isinstance(linear, PackedLinear):
-        run = lambda c: linear.pairs(ids, slot_of, num_experts, PackedConfig(*c))
+        tune(linear.x.device, linear.key, linear.candidates, partial(linear.pairs, ids, slot_of, num_experts))
     else:
-        run = lambda c: linear.pairs(ids, slot_of, num_experts, PairConfig(*c))
-    tune(linear.x.device, linear.key, linear.candidates, run)
+        tune(linear.x.device, linear.key, linear.candidates, partial(linear.pairs, ids, slot_of, num_experts))
 
 
 def _slot_table(num_experts: int, experts: IntArray, slots: IntArray) -> IntArray:

@@ -90,7 +90,7 @@ def test_in_bfloat16_every_weight_is_rounded_once(tmp_path, layout):
 
 
 def test_on_a_gpu_packed_experts_are_unpacked_in_registers_and_steps_run_from_a_graph(written, gpu):
-    """In Triton's interpreter where there is no GPU. The first run captures the step behind one served layer by layer."""
+    """In Triton's interpreter where there is no GPU. The first step is served layer by layer, then it is captured."""
     name, folder, plain = written
     ids = prompt(2, length=5)
     with prescope.load(folder, slots=9, dtype="float32", **gpu) as engine, torch.no_grad():

@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from prescope.cache.residency import LayerNeed, distinct
 from prescope.kernels import ExpertsSpec, Work, combine, layer_weights, make_kernel
-from prescope.kernels.packed_forms import form_of
 from prescope.weights.formats import Fp8, Int4, Int8, Mxfp4, Nvfp4, PackedMatrices
 from prescope.weights.layout import PackedMatrix, packed_layout
 
@@ -18,8 +17,8 @@ packed_linear = pytest.importorskip("prescope.kernels.packed_linear")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = [
-    Int8(), Fp8(128, 128), Fp8(32, 128), Fp8(16, 48), Fp8(1, 192), Fp8(160, 192), Int4(16), Int4(32), Int4(64, torch.float16),
-    Int4(96, torch.float32, True), Int4(32, torch.float16, True), Mxfp4(), Nvfp4(),
+    Int8(), Fp8(128, 128), Fp8(32, 128), Fp8(16, 48), Fp8(1, 192), Fp8(160, 192), Int4(16), Int4(32),
+    Int4(64, torch.float16),    Int4(96, torch.float32, True), Int4(32, torch.float16, True), Mxfp4(), Nvfp4(),
 ]  # fmt: skip
 #: Of the largest: float32 sums of 192 terms. A wrong scale, order or nibble gives 1e-1.
 TOLERANCE = 2e-5
@@ -37,7 +36,9 @@ def random_parts(format, num: int, shape: tuple[int, int], rng: torch.Generator)
             parts[part.suffix] = codes.view(torch.float8_e4m3fn)
         elif part.dtype in (torch.uint8, torch.int8):
             low, high = {"_zero": (0, 16), "_scale": (118, 130)}.get(part.suffix, (0, 256))
-            parts[part.suffix] = torch.randint(low, high, where, generator=rng).to(torch.uint8).view(part.dtype)
+            parts[part.suffix] = (
+                torch.randint(low, high, where, generator=rng).to(torch.uint8).view(part.dtype)
+            )
         else:
             parts[part.suffix] = ((torch.rand(where, generator=rng) + 0.1) / 50).to(part.dtype)
     return parts
@@ -104,7 +105,9 @@ def silu_gate(h: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate) * up
 
 
-@pytest.mark.parametrize("format", [Int8(), Fp8(16, 16), Int4(16), Int4(16, has_zeros=True), Mxfp4(), Nvfp4()], ids=str)
+@pytest.mark.parametrize(
+    "format", [Int8(), Fp8(16, 16), Int4(16), Int4(16, has_zeros=True), Mxfp4(), Nvfp4()], ids=str
+)
 @pytest.mark.parametrize(("tokens", "rounds"), [(1, 1), (3, 2), (20, 2)])
 def test_a_layer_from_slots_is_that_of_the_numbers(format, tokens, rounds):
     """One token, a few, and as many as are computed in tiles; from fewer slots than experts, round by round."""
