@@ -5,8 +5,8 @@
 Weights are random and experts are made in memory, a layer's for all layers; decode steps are routed by a trace with the
 habits of tiny-moe's routing, the same for all forms, prompts by the model itself. For each form and batch all experts
 are resident first (what the GPU takes), then each number of slots: a cold run that captures the step, then --repeats
-from the slots that the run before left. TTFT is that of the prompt of --prompt tokens at batch 1, of --prompt-large at others.
-The bound is the larger of the resident step and the missing experts' bytes over the measured link.
+from the slots that the run before left. TTFT is that of a prompt of --prompt tokens at batch 1, of --prompt-large at
+others. The bound is the larger of the resident step and the missing experts' bytes over the measured link.
 """
 
 import argparse
@@ -145,7 +145,8 @@ def row(record: dict[str, Any]) -> str:
 
     values = [
         record["experts"], show("row_bytes", 1e-6, 2), str(record["batch"]), record["slots"],
-        show("slots_share", 100, 0),        show("tokens_per_s"), f"{min(runs):.1f}-{max(runs):.1f}", show("ttft_ms", 1, 0), show("hit_rate", 100),
+        show("slots_share", 100, 0),
+        show("tokens_per_s"), f"{min(runs):.1f}-{max(runs):.1f}", show("ttft_ms", 1, 0), show("hit_rate", 100),
         show("step_bytes", 1e-9, 3), show("link_gb_per_s"), show("link_use_frac", 100), show("step_ms", 1, 2),
         show("resident_ms", 1, 2), show("link_ms", 1, 2), show("of_bound", 100), show("times_bf16", 1, 2),
         record["decode"].partition(":")[0],
