@@ -1,6 +1,9 @@
 """Models of the benchmarks: a folder with trained weights, or a published shape with random ones (labelled so)."""
 
 import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +19,11 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from prescope.hf import MoELayer, find_moe_layers
+from prescope.hf.packed.on_load import packed_on_load
+from prescope.weights.formats import Format
+from prescope.weights.layout import RowLayout
 
 
 class BenchModel(NamedTuple):
@@ -73,8 +81,91 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> BenchMode
     return BenchModel(name.rstrip("/").rsplit("/", 1)[-1], "trained", name, model)
 
 
+class RowModel(NamedTuple):
+    """A published shape whose experts are nowhere but in host rows, to be given to `Engine`."""
+
+    model: PreTrainedModel
+    layers: list[MoELayer]
+    packing: str
+
+
 @torch.no_grad()
-def _random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def open_in_rows(name: str, form: str, device: torch.device, dtype: torch.dtype) -> RowModel:
+    """A shape by name with random weights; its experts are made in memory, in `form` or in `dtype` ("bf16").
+
+    All layers have the same experts, so that rows take the time of a copy: routers and the rest differ by layer.
+    """
+    model = _random_model(name, device, dtype, with_experts=False)
+    layers = find_moe_layers(model)
+    if form != "bf16":
+        layers = packed_on_load(layers, form)
+    made: dict[RowLayout, dict[str, torch.Tensor]] = {}
+
+    def read(layer: MoELayer) -> Callable[[], dict[str, torch.Tensor]]:
+        return lambda: made.setdefault(layer.layout, {}) or _fill_in(made[layer.layout], layer, device)
+
+    packing = "" if form == "bf16" else f"experts are random bytes, read as {form}"
+    return RowModel(model, [replace(layer, read_fields=read(layer)) for layer in layers], packing)
+
+
+def _fill_in(
+    fields: dict[str, torch.Tensor], layer: MoELayer, device: torch.device
+) -> dict[str, torch.Tensor]:
+    made = random_fields(layer.layout, layer.num_experts, device)
+    fields |= {name: tensor.cpu() for name, tensor in made.items()}
+    return fields
+
+
+@torch.no_grad()
+def random_fields(layout: RowLayout, num: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Fields (num, ...) of random experts: any bytes as packed weights, with a spread of one over the root of a row."""
+    fields = {}
+    packed = () if layout.packing is None else layout.packing.matrices
+    for matrix in packed:
+        parts = _random_parts(matrix.format, num, matrix.shape, device)
+        fields |= {field: parts[suffix] for suffix, field in matrix.field_names.items()}
+    for field in layout.fields:
+        if field.name not in fields:
+            spread = field.shape[-1] ** -0.5 if len(field.shape) > 1 else 0.1
+            fields[field.name] = torch.empty((num, *field.shape), dtype=field.dtype, device=device).normal_(
+                0.0, spread
+            )
+    return fields
+
+
+def _random_parts(
+    format: Format, num: int, shape: tuple[int, int], device: torch.device
+) -> dict[str, torch.Tensor]:
+    parts: dict[str, torch.Tensor] = {}
+    for part in format.parts(shape):
+        where = (num, *part.shape)
+        if part.suffix == "_zero":
+            parts[part.suffix] = torch.randint(6, 11, where, dtype=torch.uint8, device=device)
+        elif part.suffix == "_scale" and part.dtype == torch.uint8:
+            parts[part.suffix] = torch.full(where, 127, dtype=torch.uint8, device=device)
+        elif part.suffix:
+            parts[part.suffix] = torch.empty(where, device=device).uniform_(0.5, 1.5).to(part.dtype)
+        else:
+            codes = torch.randint(0, 256, where, dtype=torch.uint8, device=device)
+            if part.dtype == torch.float8_e4m3fn:
+                codes &= 0xB7  # at most 1.9: no pattern that is no number
+            parts[part.suffix] = codes.view(part.dtype)
+    spread = format.unpack({suffix: part[0] for suffix, part in parts.items()}, shape).std()
+    more = shape[1] ** -0.5 / float(spread)
+    suffix = "_global" if "_global" in parts else "_scale"
+    scale = parts[suffix]
+    parts[suffix] = (
+        scale + round(math.log2(more))
+        if scale.dtype == torch.uint8
+        else (scale.float() * more).to(scale.dtype)
+    )
+    return parts
+
+
+@torch.no_grad()
+def _random_model(
+    name: str, device: torch.device, dtype: torch.dtype, with_experts: bool = True
+) -> PreTrainedModel:
     """Random weights with enough entropy: greedy decoding would otherwise fall into a loop of one token, in which
     any cache looks perfect. Unit embeddings, and attention outputs halved so that they do not drown the token; a name
     that ends in "~0.65" scales them by that instead: the more of them, the more alike is the routing of neighbours.
@@ -84,9 +175,17 @@ def _random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTra
     config.eos_token_id = config.pad_token_id = config.bos_token_id = None
     with torch.device("meta"):
         model = cls._from_config(config, dtype=dtype)
-    model = model.to_empty(device=device).eval()
+    if not with_experts:  # one number stands for each weight; nothing reads it
+        for layer in find_moe_layers(model):
+            for weight, parameter in layer.tensors().items():
+                one = torch.zeros(1, dtype=dtype).expand(parameter.shape)
+                layer.module._parameters[weight] = torch.nn.Parameter(one, requires_grad=False)
+    _to_empty(model, device)
+    model.eval()
     generator = torch.Generator(device).manual_seed(0)
     for key, parameter in model.named_parameters():
+        if parameter.stride(-1) == 0:
+            continue
         if key.endswith("norm.weight"):
             parameter.fill_(1.0)
         elif "embed_tokens" in key:
@@ -100,3 +199,14 @@ def _random_model(name: str, device: torch.device, dtype: torch.dtype) -> PreTra
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
+
+
+def _to_empty(model: PreTrainedModel, device: torch.device) -> None:
+    """Memory for all that is on meta."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_meta:
+                    empty = torch.empty_like(tensor, device=device)
+                    is_weight = isinstance(tensor, torch.nn.Parameter)
+                    tensors[name] = torch.nn.Parameter(empty, tensor.requires_grad) if is_weight else empty

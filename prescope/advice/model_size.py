@@ -174,9 +174,7 @@ def _packed_bytes(
             return None
     else:
         return None
-    notes.append(
-        "packed experts are counted as computed in the time of their bytes; on CUDA torch unpacks them, which is slower"
-    )
+    notes.append("packed experts are counted as computed in the time of their bytes")
     matrices = [PackedMatrix(name, formats[name], shape) for name, shape in shapes.items()]
     return packed_layout(matrices, torch.bfloat16, {}).row_bytes
 

@@ -38,7 +38,7 @@ class ExpertsSpec:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Views of the slot pool as one layer's weights, (S, ...) each; packed matrices are unpacked where they are used."""
+    """Views of the slot pool as one layer's weights, (S, ...) each; packed ones are unpacked where they are used."""
 
     up: torch.Tensor | PackedMatrices  # (S, 2F, D) or (S, D, 2F) when transposed
     down: torch.Tensor | PackedMatrices  # (S, D, F) or (S, F, D)
@@ -49,6 +49,10 @@ class LayerWeights:
         """D of what goes in, 2F or F behind `up`, D of what comes out."""
         out_axis, in_axis = (2, 1) if is_transposed else (1, 2)
         return self.up.shape[in_axis], self.up.shape[out_axis], self.down.shape[out_axis]
+
+    def inner_width(self, is_transposed: bool) -> int:
+        """F, between the gate and `down`."""
+        return self.down.shape[1 if is_transposed else 2]
 
 
 def layer_weights(layout: RowLayout, spec: ExpertsSpec, rows: torch.Tensor) -> LayerWeights:

@@ -17,6 +17,7 @@ from ..cache.residency import ResidencyTable
 from ..core.types import MoEShape
 from . import graph_kernels
 from .base import ExpertsSpec, LayerWeights, StepLog
+from .gate_kernel import Gates
 from .packed_linear import PackedLinear
 from .triton_experts import Linear, is_tiled, linear_of, tune_pairs
 
@@ -78,6 +79,7 @@ class DeviceTable:
         self.key_of = torch.empty(num_slots, dtype=torch.int32, device=device)
         self.scores = torch.empty(shape.total_experts, dtype=torch.float64, device=device)
         self.tick = torch.zeros(1, dtype=torch.int64, device=device)
+        self.gates = Gates()
 
     def new_step(
         self,
@@ -293,7 +295,7 @@ class GraphBuffers:
                 self._fetch_slot, stamps, host_rows.shape[1] // 8, pool.shape[1] // 8, BLOCK=FETCH_WORDS,
                 TIMED=self._timed, num_warps=8,
             )  # fmt: skip
-        y_PD = self._experts(num_experts, x_TD, ids, slot_of, spec, slots)
+        y_PD = self.experts(num_experts, x_TD, ids, slot_of, spec, slots)
         if has_cpu:
             graph_kernels._await_cpu[(1,)](
                 self._on_cpu[moe_layer:],
@@ -362,7 +364,7 @@ class GraphBuffers:
             num_warps=4 if self.table.num_slots <= 2048 else 16,
         )  # fmt: skip
 
-    def _experts(
+    def experts(
         self,
         num_experts: int,
         x_TD: torch.Tensor,
@@ -371,6 +373,7 @@ class GraphBuffers:
         spec: ExpertsSpec,
         slots: LayerWeights,
     ) -> torch.Tensor:
+        """Outputs of all pairs (P, D) whose experts have a slot; ids (P,) and slot_of (E,) int32."""
         if self._tiles:
             graph_kernels._align[(1,)](
                 ids, slot_of, self._order, self._first, self._blocks, self.num_pairs, num_experts, self._most_blocks,
@@ -381,7 +384,7 @@ class GraphBuffers:
         h = x_TD.new_empty((self.num_pairs, up_dim))
         up = linear_of(x_TD, self.top_k, slots.up, slots.up_bias, h, spec.is_transposed)
         self._linear(up, ids, slot_of, num_experts)
-        act = spec.gate(h).contiguous()
+        act = self.table.gates.apply(spec, h, slots.inner_width(spec.is_transposed))
         y = x_TD.new_empty((self.num_pairs, out_dim))
         down = linear_of(act, 1, slots.down, slots.down_bias, y, spec.is_transposed)
         self._linear(down, ids, slot_of, num_experts)

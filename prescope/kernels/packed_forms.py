@@ -10,12 +10,12 @@ from typing import NamedTuple
 from ..weights.formats import Format, Fp8, Int4, Int8, Mxfp4, Nvfp4
 from ..weights.layout import RowLayout
 
-#: Kinds of weights.
-INT8, E4M3, INT4, E2M1 = range(4)
+#: Kinds of weights: integers come first, and those of 8 bits have the even numbers.
+INT8, INT4, E4M3, E2M1 = range(4)
 #: Kinds of scales: floats, exponents of powers of two, e4m3.
 FLOAT_SCALE, E8M0_SCALE, E4M3_SCALE = range(3)
 #: By kind, what weights are worth as the kernels read them: float16 patterns, integers as subnormals.
-_WORTH = (2.0**24, 2.0**8, 2.0**24, 2.0**14)
+_WORTH = (2.0**24, 2.0**24, 2.0**8, 2.0**14)
 #: Bytes that a thread loads at once.
 _PIECE_BYTES = 16
 _WORD_BYTES = 4
@@ -26,7 +26,8 @@ class Form(NamedTuple):
 
     Attributes:
         kind, scale_kind: of the above.
-        group: weights of a row with one scale, 0 for no scales but those of whole rows; `group_rows`: rows that share it.
+        group: weights of a row with one scale, 0 for no scales but those of whole rows.
+        group_rows: rows that share it.
         row_group: rows with one scale of their own, a float32, 0 for none; `row_scale`: its suffix.
         has_zeros: whether integers have zeros of their own, by group.
     """

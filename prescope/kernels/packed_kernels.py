@@ -49,7 +49,7 @@ def _unpack(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr
     """Weights (ROWS, COLUMNS) of words, in their order; joins of what one thread holds move nothing."""
     v0, v1 = _two(words, 0, KIND)
     v2, v3 = _two(words, 1, KIND)
-    if KIND == _INT8 or KIND == _E4M3:  # places 0, 2 and 1, 3
+    if KIND % 2 == 0:  # of 8 bits: places 0, 2 and 1, 3
         values = tl.join(tl.join(v0, v1), tl.join(v2, v3))
     else:  # places 0, 4; 1, 5; 2, 6; 3, 7
         v4, v5 = _two(words, 2, KIND)
@@ -61,29 +61,42 @@ def _unpack(words, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND: tl.constexpr
 
 
 @triton.jit
-def _scales(pointers, mask, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
-    if SCALE == _E8M0_SCALE:
+def _places(  # type: ignore[no-untyped-def]
+    group_rows, row_mask, first, IN_DIM: tl.constexpr, GROUP: tl.constexpr, PIECE: tl.constexpr, BLOCK_IN: tl.constexpr
+):  # fmt: skip
+    """Where the scales of a tile's pieces lie (BLOCK_OUT, BLOCK_IN / PIECE), and which there are."""
+    piece = first + tl.arange(0, BLOCK_IN // PIECE) * PIECE
+    group: tl.constexpr = GROUP if GROUP > 0 else 1
+    return group_rows + (piece // group)[None, :], row_mask[:, None] & (piece < IN_DIM)[None, :]
+
+
+@triton.jit
+def _scales(scale, places, mask, GROUP: tl.constexpr, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of pieces; 1 where rows have no groups."""
+    if GROUP == 0:
+        values = tl.full((1, 1), 1.0, tl.float32)
+    elif SCALE == _E8M0_SCALE:
         # The exponent's place in a float32; its least, 2 ** -127, is a subnormal.
-        bits = tl.load(pointers, mask=mask, other=0).to(tl.int32) << 23
+        bits = tl.load(scale + places, mask=mask, other=0).to(tl.int32) << 23
         values = tl.maximum(bits, 1 << 22).to(tl.float32, bitcast=True)
     elif SCALE == _E4M3_SCALE:
-        byte = tl.load(pointers, mask=mask, other=0).to(tl.int32)
+        byte = tl.load(scale + places, mask=mask, other=0).to(tl.int32)
         half = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
         values = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     else:
-        values = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(scale + places, mask=mask, other=0.0).to(tl.float32)
     return values
 
 
 @triton.jit
 def _zeros(zero, places, mask, KIND: tl.constexpr, HAS_ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What stands for zero, as weights are read; of integers."""
+    """What stands for zero, as weights are read; floats have none."""
     if HAS_ZERO:
         values = tl.load(zero + places, mask=mask, other=0).to(tl.float32) * _LEAST_HALF
     elif KIND == _INT8:
-        values = 128.0 * _LEAST_HALF
+        values = tl.full((1, 1), 128.0 * _LEAST_HALF, tl.float32)
     else:
-        values = 8.0 * _LEAST_HALF
+        values = tl.full((1, 1), 8.0 * _LEAST_HALF, tl.float32)
     return values
 
 
@@ -125,18 +138,13 @@ def packed_pairs(  # type: ignore[no-untyped-def]
                 matrix + w[None, :], mask=row_mask[:, None] & (w < IN_DIM // LANES)[None, :], other=0
             )
             values = tl.load(vector + columns, mask=columns < IN_DIM, other=0.0).to(tl.float32)
-        if GROUP > 0:
-            piece = first + tl.arange(0, BLOCK_IN // PIECE) * PIECE
-            places = group_rows + (piece // GROUP)[None, :]
-            mask = row_mask[:, None] & (piece < IN_DIM)[None, :]
-            scales = _scales(scale + slot * scale_slot_stride + places, mask, SCALE)
-        else:
-            places, mask = 0, True
+        places, mask = _places(group_rows, row_mask, first, IN_DIM, GROUP, PIECE, BLOCK_IN)
+        scales = _scales(scale + slot * scale_slot_stride, places, mask, GROUP, SCALE)
+        offsets = _zeros(zero + slot * zero_slot_stride, places, mask, KIND, HAS_ZERO)
         # Products before pieces: x takes over the layout of the weights, which so stay where they were loaded.
         products = _unpack(tile, BLOCK_OUT, BLOCK_IN, KIND) * values[None, :]
         sums = tl.sum(tl.reshape(products, (BLOCK_OUT, BLOCK_IN // PIECE, PIECE)), axis=2)
-        if KIND == _INT8 or KIND == _INT4:
-            offsets = _zeros(zero + slot * zero_slot_stride, places, mask, KIND, HAS_ZERO)
+        if KIND <= _INT4:
             sums -= tl.sum(tl.reshape(values, (BLOCK_IN // PIECE, PIECE)), axis=1)[None, :] * offsets
         if GROUP > 0:
             sums *= scales
@@ -182,6 +190,10 @@ def packed_tiles(  # type: ignore[no-untyped-def]
     groups: tl.constexpr = (IN_DIM + GROUP - 1) // GROUP if GROUP > 0 else 1
     group_rows = (rows // GROUP_ROWS)[:, None] * groups
     acc = tl.zeros((BLOCK_M, BLOCK_OUT), dtype=tl.float32)
+    # Too narrow to be loaded ahead by the compiler: what scales the next tile is loaded while this one is used.
+    places, mask = _places(group_rows, row_mask, 0, IN_DIM, GROUP, PIECE, BLOCK_IN)
+    scales = _scales(scale + slot * scale_slot_stride, places, mask, GROUP, SCALE)
+    offsets = _zeros(zero + slot * zero_slot_stride, places, mask, KIND, HAS_ZERO)
     for first in range(0, IN_DIM, BLOCK_IN):
         columns = first + tl.arange(0, BLOCK_IN)
         w = first // LANES + tl.arange(0, BLOCK_IN // LANES)
@@ -189,18 +201,15 @@ def packed_tiles(  # type: ignore[no-untyped-def]
             inputs + columns[None, :], mask=place_mask[:, None] & (columns < IN_DIM)[None, :], other=0.0
         )
         tile = tl.load(matrix + w[None, :], mask=row_mask[:, None] & (w < IN_DIM // LANES)[None, :], other=0)
+        places, mask = _places(group_rows, row_mask, first + BLOCK_IN, IN_DIM, GROUP, PIECE, BLOCK_IN)
+        following = _scales(scale + slot * scale_slot_stride, places, mask, GROUP, SCALE)
+        following_offsets = _zeros(zero + slot * zero_slot_stride, places, mask, KIND, HAS_ZERO)
         values = tl.reshape(_unpack(tile, BLOCK_OUT, BLOCK_IN, KIND), (BLOCK_OUT, BLOCK_IN // PIECE, PIECE))
+        if KIND <= _INT4:
+            values -= offsets[:, :, None]
         if GROUP > 0:
-            piece = first + tl.arange(0, BLOCK_IN // PIECE) * PIECE
-            places = group_rows + (piece // GROUP)[None, :]
-            mask = row_mask[:, None] & (piece < IN_DIM)[None, :]
-        else:
-            places, mask = 0, True
-        if KIND == _INT8 or KIND == _INT4:
-            offsets = _zeros(zero + slot * zero_slot_stride, places, mask, KIND, HAS_ZERO)
-            values -= offsets[:, :, None] if HAS_ZERO else offsets
-        if GROUP > 0:
-            values *= _scales(scale + slot * scale_slot_stride + places, mask, SCALE)[:, :, None]
+            values *= scales[:, :, None]
+        scales, offsets = following, following_offsets
         if x.dtype.element_ty == tl.float16:  # too narrow for patterns that are so much less than the weights
             values *= worth
         b = tl.reshape(values.to(x.dtype.element_ty), (BLOCK_OUT, BLOCK_IN))

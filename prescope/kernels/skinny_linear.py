@@ -1,7 +1,8 @@
 """Linears of a few tokens in one launch: all that take the same input, such as a layer's query, key and value.
 
 A decode step's products read each weight once, and nothing else counts. cuBLAS takes 5.4 us for a weight of 2 MB and
-6.8 us for one of 17 MB (H200, one token), most of it start and end of a kernel; three in one launch pay that once. fp32 accumulation, one rounding to the output's dtype.
+6.8 us for one of 17 MB (H200, one token), most of it start and end of a kernel; three in one launch pay that once. fp32
+accumulation, one rounding to the output's dtype.
 """
 
 import torch

@@ -31,8 +31,12 @@ def pairs_per_expert(num_pairs: int, num_experts: int) -> float:
 
 def rows_of_tile(num_pairs: int, num_experts: int) -> int:
     """Pairs in a tile: a function of sizes alone, so that a pair's result does not depend on others."""
-    each = pairs_per_expert(num_pairs, num_experts)
-    return 16 if each <= 16 else 32 if each <= 32 else 64 if each <= 64 else 128
+    return block_m_for(pairs_per_expert(num_pairs, num_experts))
+
+
+def block_m_for(pairs_per_expert: float) -> int:
+    """Pairs of a tile: as many as an expert has on average, in powers of two."""
+    return next((rows for rows in (16, 32, 64) if pairs_per_expert <= rows), 128)
 
 
 def tiles_of(ids_P: torch.Tensor, slot_row: torch.Tensor, num_experts: int) -> Tiles:

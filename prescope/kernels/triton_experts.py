@@ -7,7 +7,7 @@ accumulation, one rounding to the weights' dtype after each linear. The gate bet
 A pair's result depends on neither the slots nor the rounds: the tile shapes are a function of the problem's sizes.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ import triton.language as tl
 from ..cache.residency import IntArray
 from ..weights.formats import PackedMatrices
 from .base import ExpertsSpec, LayerWeights, Work
-from .packed_linear import PackedConfig, PackedLinear
+from .gate_kernel import Gates
+from .packed_linear import PackedLinear
 from .tile_plan import pairs_per_expert, rows_of_tile, tiles_of
 from .tuning import tune, tuned
 
@@ -107,6 +108,7 @@ class TritonKernel:
         self._order = torch.empty(0, dtype=torch.int64)
         self._counts = np.zeros(0, dtype=np.int64)
         self._first = np.zeros(0, dtype=np.int64)
+        self._gates = Gates()
         self._rows: dict[int, tuple[int, torch.Tensor]] = {}  # by MoE layer: version and row on the device
 
     def prepare(self, work: Work) -> None:
@@ -140,7 +142,7 @@ class TritonKernel:
         _, up_dim, _ = weights.widths(spec.is_transposed)
         h = work.x_TD.new_empty((work.out_PD.shape[0], up_dim))
         self._linear(work, where, work.x_TD, top_k, weights.up, weights.up_bias, h, spec.is_transposed)
-        act = spec.gate(h).contiguous()
+        act = self._gate(spec, h, weights, self._tiles)
         y = work.out_PD if spec.post_norm is None else torch.empty_like(work.out_PD)
         self._linear(work, where, act, 1, weights.down, weights.down_bias, y, spec.is_transposed)
         if spec.post_norm is not None:
@@ -172,8 +174,14 @@ class TritonKernel:
 
         _, up_dim, width = weights.widths(spec.is_transposed)
         h = linear(x_TD, ids_TK.shape[1], True, x_TD.new_empty((len(ids_P), up_dim)))
-        y_PD = linear(spec.gate(h).contiguous(), 1, False, x_TD.new_zeros((len(ids_P), width)))
+        act = self._gate(spec, h, weights, tiled)
+        y_PD = linear(act, 1, False, x_TD.new_zeros((len(ids_P), width)))
         return y_PD if spec.post_norm is None else spec.post_norm(y_PD)
+
+    def _gate(self, spec: ExpertsSpec, h: torch.Tensor, weights: LayerWeights, tiled: bool) -> torch.Tensor:
+        if tiled:
+            return spec.gate(h).contiguous()
+        return self._gates.apply(spec, h, weights.inner_width(spec.is_transposed))
 
     def _slot_row(
         self, moe_layer: int, slot_row: IntArray, version: int, device: torch.device
@@ -348,12 +356,10 @@ def tune_pairs(
     """
     if linear.matrix_bytes * len(ids) < LEAST_TUNED_BYTES:
         return
-    run: Callable[[tuple[int, ...]], None]
     if isinstance(linear, PackedLinear):
-        run = lambda c: linear.pairs(ids, slot_of, num_experts, PackedConfig(*c))
+        tune(linear.x.device, linear.key, linear.candidates, partial(linear.pairs, ids, slot_of, num_experts))
     else:
-        run = lambda c: linear.pairs(ids, slot_of, num_experts, PairConfig(*c))
-    tune(linear.x.device, linear.key, linear.candidates, run)
+        tune(linear.x.device, linear.key, linear.candidates, partial(linear.pairs, ids, slot_of, num_experts))
 
 
 def _slot_table(num_experts: int, experts: IntArray, slots: IntArray) -> IntArray:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import triton
@@ -12,6 +13,8 @@ from triton.testing import do_bench_cudagraph
 
 from ..core.files import write_text
 from ..core.paths import cache_dir
+
+Config = TypeVar("Config", bound=tuple[int, ...])
 
 _loaded: dict[str, dict[str, list[int]]] = {}  # by file
 
@@ -38,8 +41,8 @@ def tuned(device: torch.device, key: str) -> list[int] | None:
 def tune(
     device: torch.device,
     key: str,
-    candidates: Sequence[tuple[int, ...]],
-    run: Callable[[tuple[int, ...]], None],
+    candidates: Sequence[Config],
+    run: Callable[[Config], None],
 ) -> None:
     """Time `run(candidate)` of each candidate (CUDA graph of many runs, median) and keep the fastest for `key`."""
     if device.type != "cuda" or tuned(device, key) is not None:

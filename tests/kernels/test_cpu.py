@@ -30,10 +30,10 @@ from prescope.kernels.cpu import (
     physical_cores,
 )
 from prescope.kernels.cpu.build import CannotBuild, find_compiler, load
-from prescope.kernels.cpu.gates import activation_tables, gate_tables
 from prescope.kernels.cpu.native import NativeLane
 from prescope.kernels.cpu.threads import may_stay_awake
 from prescope.kernels.cpu.with_torch import TorchLane
+from prescope.kernels.gates import activation_tables, gate_tables
 from prescope.weights.layout import row_layout
 
 

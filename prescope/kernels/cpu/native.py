@@ -20,10 +20,10 @@ from ...core.native import address_of
 from ...core.worker import process_id, require_process, to_the_end
 from ...errors import WaitTimedOut
 from ..base import ExpertsSpec
+from ..gates import GateTables, activation_tables, gate_tables
 from .base import MOST_JOB_S, CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions
 from .build import CannotBuild, load
 from .checks import check_lot
-from .gates import GateTables, activation_tables, gate_tables
 from .packed import Packed, packed_as
 
 DTYPES = (torch.bfloat16, torch.float16)
