@@ -1,6 +1,7 @@
 """Expert kernels: plain torch everywhere, Triton on CUDA."""
 
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +82,12 @@ def _triton_problem(device_kind: str, dtype: torch.dtype, layouts: Sequence[RowL
     return next(filter(None, map(packed_problem, layouts)), "")
 
 
+@cache
 def layer_options() -> dict[str, Any]:
-    """Options of `torch.compile` for decoder layers in captured steps."""
+    """Options of `torch.compile` for decoder layers in captured steps; always the same object.
+
+    With other options dynamo takes every layer for one that it has not compiled.
+    """
     from .inductor_pass import FewTokens
 
     return {"post_grad_custom_post_pass": FewTokens()}

@@ -258,7 +258,7 @@ class GraphBuffers:
         host_rows: torch.Tensor,
     ) -> torch.Tensor:
         """All launches of one MoE layer; `host_rows` (E, row_bytes) pinned, `pool` (S, bytes). Returns (T, D)."""
-        ids = ids_TK.reshape(-1).to(torch.int32)
+        ids = ids_TK.reshape(-1).to(torch.int64)  # which routers give: no launch
         weights_TK = weights_TK.contiguous()
         way = self.scheduled
         has_cpu = way is not None and way.has_cpu
@@ -373,7 +373,7 @@ class GraphBuffers:
         spec: ExpertsSpec,
         slots: LayerWeights,
     ) -> torch.Tensor:
-        """Outputs of all pairs (P, D) whose experts have a slot; ids (P,) and slot_of (E,) int32."""
+        """Outputs of all pairs (P, D) whose experts have a slot; ids (P,) int64, slot_of (E,) int32."""
         if self._tiles:
             graph_kernels._align[(1,)](
                 ids, slot_of, self._order, self._first, self._blocks, self.num_pairs, num_experts, self._most_blocks,
@@ -403,7 +403,7 @@ class GraphBuffers:
         if self._tiles:
             return
         P, device = self.num_pairs, x_TD.device
-        ids = (torch.arange(P, device=device) % num_experts).to(torch.int32)
+        ids = torch.arange(P, device=device) % num_experts
         slot_of = (torch.arange(num_experts, device=device) % self.table.num_slots).to(torch.int32)
         _, up_dim, out_dim = slots.widths(spec.is_transposed)
         h = x_TD.new_empty((P, up_dim))

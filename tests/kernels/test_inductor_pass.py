@@ -1,5 +1,7 @@
 """Kernels that compiled layers get instead of a library's, and the pass that puts them there."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -86,7 +88,8 @@ def test_a_compiled_layer_gives_the_same_with_fewer_launches(monkeypatch, batch,
                 return launch
 
         monkeypatch.setattr(kernel, f"_{module}", Counted())
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises on its own settings while it compiles
         expected, chosen = layer(x)
         torch.compiler.reset()
         ours, experts = torch.compile(layer, dynamic=False, options=layer_options())(x)
