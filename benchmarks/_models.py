@@ -194,7 +194,7 @@ def _random_model(
             parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
             if key.endswith("o_proj.weight"):
                 parameter.mul_(scale)
-    with device:  # its buffers are computed, not loaded: `to_empty` left them empty
+    with device:  # its buffers are computed, not loaded, and memory alone was taken for them
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

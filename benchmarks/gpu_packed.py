@@ -74,7 +74,7 @@ SHAPES = {
     "qwen3-30b-a3b": Shape(2048, 768, 128, 8, ("int8", "fp8", "int4", "int4 zeros", "mxfp4")),
     "gpt-oss-120b": Shape(2880, 2880, 128, 4, ("mxfp4",), True),
     "glm-4.5-air": Shape(4096, 1408, 128, 8, ("fp8", "int4")),
-    "toy": Shape(128, 96, 8, 2, tuple(FORMATS), True),
+    "toy": Shape(256, 128, 8, 2, tuple(FORMATS), True),
 }
 
 

@@ -83,7 +83,7 @@ def run_form(form: str, args: argparse.Namespace, link: float, records: list[dic
                 record = cell(engine, form, batch, slots, args, link, resident_ms)
                 if slots == RESIDENT:
                     resident_ms = record["step_ms"]
-                    record["resident_ms"] = resident_ms
+                    record |= {"resident_ms": resident_ms, "of_bound": 1.0}
                 plain = [
                     other["tokens_per_s"] for other in records
                     if other["experts"] == "bf16" and (other["batch"], other["slots"]) == (batch, slots)

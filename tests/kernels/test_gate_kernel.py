@@ -36,7 +36,11 @@ def spec_of(gate) -> ExpertsSpec:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+#: Triton's interpreter cuts off what it should round to bfloat16 (seen with 3.7.1).
+DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gate", [silu_gate, clamped_in_turns, no_product, of_one_width, functional.gelu])
 def test_a_gate_gives_what_the_familys_own_code_gives(gate, dtype):
     h = (torch.randn(3, 80, generator=torch.Generator().manual_seed(0)) * 4).to(DEVICE, dtype)
