@@ -277,8 +277,9 @@ class Engine:
                 predictor,
                 known,
                 self._device.torch_device,
+                self._dtype,
             )
-            opened.forced = self.runner.forced
+            opened.force(self.runner.forced)
             self.runner.schedule_runner = opened
             self.reasons["schedule"] = f"as given, by {known.source}"
             if opened.cpu is not None:
@@ -454,7 +455,7 @@ class Engine:
         if trace is None:
             self.runner.forced = None
             if self.runner.schedule_runner is not None:
-                self.runner.schedule_runner.forced = None
+                self.runner.schedule_runner.force(None)
             return
         found = (trace.num_layers, trace.num_experts, trace.top_k)
         if found != (self.shape.num_layers, self.shape.num_experts, self.shape.top_k):
@@ -466,7 +467,7 @@ class Engine:
         batch = int((trace.step == first[0]).sum()) if first else 0
         self.runner.forced = forced = ForcedRouting.of_trace(trace, batch, self._device.torch_device, scores)
         if self.runner.schedule_runner is not None:
-            self.runner.schedule_runner.forced = forced
+            self.runner.schedule_runner.force(forced)
 
     def tokens_so_far(self) -> list[list[int]]:
         """New tokens of each sequence of the `generate` under way, for its `on_step`; none when there is none.

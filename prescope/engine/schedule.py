@@ -18,8 +18,9 @@ from ..errors import UnsupportedOption
 from ..hf import MoELayer
 from ..kernels import ExpertsSpec
 from ..kernels.cpu import CpuExperts, CpuJob, CpuLayer, ExpertBatch, expert_batch_of
-from ..predictor import Prediction, Predictor
+from ..predictor import Predictor
 from ..predictor.base import FastPath
+from ..predictor.checked import try_out
 from ..scheduler import schedule_named
 from ..scheduler.costs import LayerCosts, compiled_costs
 from ..scheduler.layer import Decision
@@ -31,8 +32,7 @@ from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .config import EngineConfig
 from .forced_routing import ForcedRouting
-
-Predicted = tuple[NDArray[np.floating], NDArray[np.floating]]
+from .predicting import Predicted, Predicting
 
 
 class CpuWork(NamedTuple):
@@ -53,7 +53,10 @@ class ScheduleRunner:
         predictor: answers for coming layers, if the schedule asks.
         cpu: computes experts on the CPU, if the schedule may.
         reason: of its prefetches.
-        foresight: the predictor's networks for a few tokens, where there are such.
+        fast_path: the predictor's networks for a few tokens, where there are such.
+
+    Attributes:
+        predicting: asks the predictor; None without one.
     """
 
     def __init__(
@@ -65,9 +68,10 @@ class ScheduleRunner:
         fast_path: FastPath | None = None,
     ) -> None:
         self.planner, self.predictor, self.cpu, self.reason = planner, predictor, cpu, reason
-        self._fast_path = fast_path
+        self.predicting: Predicting | None = None
+        if predictor is not None:
+            self.predicting = Predicting(predictor, planner.predicts, fast_path)
         self._under_way: list[CpuJob] = []
-        self.forced: ForcedRouting | None = None  # its predictions are used instead of the predictor's
 
     def describe(self) -> dict[str, Any]:
         """Settings as resolved, for `RunResult.config`."""
@@ -88,30 +92,23 @@ class ScheduleRunner:
         """Layers ahead that predictions are made for."""
         return self.planner.predicts if self.predictor is not None else 0
 
-    def scores(
-        self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor | None:
-        """(d, 2, E) float32 on the tokens' device: expected tokens, and probability that any uses the expert."""
-        if self.predictor is None:
-            return None
-        if self.forced is not None and self.forced.scores is not None:
-            return self.forced.scores[
-                moe_layer, : self.lookahead
-            ].clone()  # the next step's are put into their place
-        if self._fast_path is not None and len(x_TD) <= self._fast_path.most_tokens:
-            return self._fast_path(moe_layer, x_TD, ids_TK, weights_TK)
-        made = self.predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)[: self.lookahead]
-        return of_step(made, self.lookahead, self.predictor.shape.num_experts, x_TD.device)
+    def force(self, forced: ForcedRouting | None) -> None:
+        """Use a trace's predictions, if it has such, instead of the predictor's; None ends it."""
+        if self.predicting is not None:
+            self.predicting.forced = forced
 
     def predict(
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Predicted | None:
-        """The same, read by the host; None without a predictor."""
-        scores = self.scores(moe_layer, x_TD, ids_TK, weights_TK)
-        if scores is None:
+        """What is predicted at a layer, as far as the predictor answers; None without one."""
+        if self.predicting is None:
             return None
-        values = scores.cpu().numpy()
-        return values[:, 0], values[:, 1]
+        return self.predicting.predict(moe_layer, x_TD, ids_TK, weights_TK)
+
+    def begin_text(self) -> None:
+        """A prompt is read: what was wrong with the predictor is forgotten."""
+        if self.predicting is not None:
+            self.predicting.begin_text()
 
     # -- decisions ---------------------------------------------------------------------------------------------
 
@@ -186,7 +183,9 @@ class ScheduleRunner:
         return nullcontext() if self.cpu is None else self.cpu.awake()
 
     def close(self) -> None:
-        """End the CPU lane's threads."""
+        """End the threads of the CPU lane and of the predictor."""
+        if self.predicting is not None:
+            self.predicting.close()
         if self.cpu is not None:
             self.cpu.close()
 
@@ -207,11 +206,16 @@ def open_schedule_runner(
     predictor: Predictor | None,
     costs: LayerCosts,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> ScheduleRunner:
     """A schedule by its settings, ready to serve.
 
+    Args:
+        dtype: of what the model's layers compute with, `device`: where.
+
     Raises:
-        UnsupportedOption: it needs a predictor and there is none, or the predictor is of another model.
+        UnsupportedOption: it needs a predictor and there is none, or the predictor is of another model or answers
+            something else than a predictor's answer.
     """
     schedule = schedule_named(config.schedule)
     if schedule.predictor == "none":  # it looks at no predictions, so none are made
@@ -221,13 +225,16 @@ def open_schedule_runner(
             f"schedule={schedule.name!r} prefetches by predictions; give predictor=... (it comes with "
             f"{schedule.predictor}), or use schedule='on-demand'"
         )
+    depth = 0
     if predictor is not None:
         _require_fit(predictor, shape)
         predictor = predictor.to(device)
+        depth = min(predictor.lookahead, shape.num_layers - 1)
+        try_out(predictor, shape, layers[0].expert_size[1], dtype, device, depth)
     resolved = resolve(
         config.schedule,
         num_experts=shape.num_experts,
-        depth=0 if predictor is None else min(predictor.lookahead, shape.num_layers - 1),
+        depth=depth,
         predictor="" if predictor is None else predictor.name,
         lookahead=None
         if predictor is None
@@ -263,16 +270,6 @@ def _require_fit(predictor: Predictor, shape: MoEShape) -> None:
             f"{predictor.name} is for (layers, experts, top-k) = {tuple(predictor.shape)[:3]}, this model has "
             f"{tuple(shape)[:3]}; train one with prescope.train_predictor"
         )
-
-
-def of_step(made: list[Prediction], lookahead: int, num_experts: int, device: torch.device) -> torch.Tensor:
-    """(d, 2, E) of a step's tokens together; rows beyond the last layer are zero."""
-    out = torch.zeros((lookahead, 2, num_experts), device=device)
-    if made:
-        scores_dTE = torch.stack([prediction.scores_TE for prediction in made])
-        out[: len(made), 0] = scores_dTE.sum(1)
-        out[: len(made), 1] = 1.0 - (1.0 - scores_dTE).prod(1)
-    return out
 
 
 def _now_us() -> float:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from prescope.core.types import MoEShape, Reason
-from prescope.engine.schedule import ScheduleRunner, of_step
+from prescope.engine.predicting import of_step
+from prescope.engine.schedule import ScheduleRunner
 from prescope.predictor import BadState, LayerGroups, Llapor, LlaporConfig, ModelTag, Routers
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts, compiled_costs
@@ -95,8 +96,8 @@ def test_a_schedule_asks_for_a_few_tokens_this_way_and_for_many_the_predictor_it
     monkeypatch.setattr(
         Llapor, "predict", lambda self, *case, real=Llapor.predict: asked.append(1) or real(self, *case)
     )
-    fast = ScheduleRunner(planner, predictor, None, Reason.PREFETCH, few)
-    slow = ScheduleRunner(planner, predictor, None, Reason.PREFETCH)
+    fast = ScheduleRunner(planner, predictor, None, Reason.PREFETCH, few).predicting
+    slow = ScheduleRunner(planner, predictor, None, Reason.PREFETCH).predicting
     for tokens, times in ((few.most_tokens, 1), (few.most_tokens + 1, 2)):
         asked.clear()
         tensors = case(tokens, torch.float32)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Captured steps that are kept, of different batch sizes.
 MOST_STEPS = 4
+#: Reasons that whoever set the engine up has chosen: they need not be told.
+ASKED_FOR = {"as given", "graphs need CUDA", "router inputs are recorded"}
 #: Settings of `generate` that captured steps understand; with others transformers' own loop runs.
 KEYWORDS = {
     "do_sample", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "bos_token_id", "pad_token_id",
@@ -41,6 +43,7 @@ class Decoder:
         self._steps: dict[int, GraphStep] = {}  # by batch
         self._addresses = 0  # of the model they were captured from
         self._table: DeviceTable | None = None
+        self._said: set[str] = set()
 
     def loop(
         self,
@@ -66,10 +69,7 @@ class Decoder:
             except UnsupportedOption as error:
                 reason = str(error)
         if reason:
-            if config.decode not in ("auto", "layered"):
-                warnings.warn(
-                    f"decode={config.decode!r}: decode steps run layer by layer: {reason}", stacklevel=8
-                )
+            self._say(config.decode, reason)
             return f"layered: {reason}"
         if self._table is None:
             runner = self._runner
@@ -78,6 +78,13 @@ class Decoder:
             )
         step.cache.reset()
         return DecodeLoop(step, self._runner, self._table, only, progress)
+
+    def _say(self, decode: str, reason: str) -> None:
+        """Warn that steps do not run from a graph, which costs most of the speed: once, unless it was asked for."""
+        if decode == "layered" or (decode == "auto" and reason in ASKED_FOR | self._said):
+            return
+        self._said.add(reason)
+        warnings.warn(f"decode={decode!r}: decode steps run layer by layer: {reason}", stacklevel=9)
 
     def _step(self, config: EngineConfig, batch: int, length: int, drivers: list[str]) -> GraphStep:
         """The step for this batch, made anew if the one there is too short or of other settings."""

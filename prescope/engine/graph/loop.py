@@ -117,6 +117,11 @@ class DecodeLoop:
             self._decode(sample, first, num_steps)
         return sample.sequences()
 
+    @property
+    def problem(self) -> str:
+        """Why steps ran layer by layer though they were to run from a graph; "" if they did."""
+        return self._step.problem
+
     def _driver_reason(self) -> str:
         return f"{self._step.driver}: {self._step.why}" if self._step.driver else ""
 
@@ -158,6 +163,9 @@ class DecodeLoop:
             elif buffers.orders:
                 self._ordered_step = CopyDriver(self._runner, buffers)
         schedule_runner = self._runner.schedule_runner
+        if schedule_runner is not None and schedule_runner.predicting is not None:
+            aside = self._step.aside
+            schedule_runner.predicting.where = f"beside the graph: {aside}" if aside else "in the graph"
         try:
             # Only here: beside layers that the CPU computes, or launches, threads that wait would be in the way.
             with schedule_runner.awake() if schedule_runner is not None else nullcontext():

@@ -13,6 +13,8 @@ from ...errors import UnsupportedOption
 from ...hf import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
 from ...kernels import make_host_options
 from ..layered import LayeredRunner
+from ..predicting import Predicting
+from .capturable import why_not_in_graph
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +68,7 @@ class GraphStep:
         self.driver = ""  # whose graph runs; both are tried in turn while it is not decided
         self.why = ""
         self.problem = ""  # why it could not be captured
+        self.aside = ""  # why the predictor runs beside the graph, if it does
         self.times_s: dict[str, list[float]] = {driver: [] for driver in self._drivers}
 
     @property
@@ -136,14 +139,27 @@ class GraphStep:
     def _scheduled(self) -> "HostOptions":
         schedule_runner = self._runner.schedule_runner
         slots, spec = self._runner.plain_weights()[0], self._runner.layers[0].spec
-        lookahead = schedule_runner.lookahead if schedule_runner is not None else 0
+        width, dtype = slots.up.shape[1 if spec.is_transposed else 2], slots.up.dtype
+        predicting = schedule_runner.predicting if schedule_runner is not None else None
+        if predicting is not None and not predicting.lookahead:
+            predicting = None
+        if predicting is not None:
+            self._place(predicting, width, dtype)
         return make_host_options(
-            lookahead=lookahead,
-            scores=schedule_runner.scores if schedule_runner is not None and lookahead else None,
+            lookahead=0 if predicting is None else predicting.lookahead,
+            scores=None if predicting is None or self.aside else predicting.scores,
             has_cpu=schedule_runner is not None and schedule_runner.cpu is not None,
-            width=slots.up.shape[1 if spec.is_transposed else 2],
-            dtype=slots.up.dtype,
+            width=width,
+            dtype=dtype,
+            is_predicted_aside=bool(self.aside),
         )
+
+    def _place(self, predicting: Predicting, width: int, dtype: torch.dtype) -> None:
+        """Find out whether the predictor can be part of the graph, and say so if it cannot."""
+        layers = range(len(self._runner.layers))
+        self.aside = why_not_in_graph(predicting, self._runner.device, layers, self.batch, width, dtype)
+        if self.aside:
+            predicting.say_aside(self.aside)
 
     def _whole(self, step: "GraphBuffers") -> torch.Tensor:
         self._runner.captured, self._runner.capturing_thread = step, threading.get_ident()
