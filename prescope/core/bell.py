@@ -6,7 +6,7 @@ from typing import Any
 from ..errors import UnsupportedOption
 from .native import address_of
 
-#: Enough for the C library's `sem_t` everywhere.
+#: Enough for a semaphore of any C library.
 _SEMAPHORE_BYTES = 64
 
 

@@ -47,6 +47,7 @@ from .forwards import Forwards
 from .generate import generate
 from .graph import Decoder
 from .layered import LayeredRunner
+from .predicting import Predictings
 from .prompts import Prompts
 from .recorder import Recorder
 from .recording import recording, result_of
@@ -156,6 +157,7 @@ class Engine:
             self.decoder = Decoder(model, self.runner)
             self.runner.host = self._attachment.host
             self._predictor, self._costs = predictor, costs
+            self._predictings = Predictings()
             self.runner.open_slots(self.num_slots, policy)
             self._open_schedule(config, predictor, costs)
             self.turn = self.runner.turn
@@ -240,7 +242,7 @@ class Engine:
         if slots is not None:
             self._require_memory(count, self.num_slots * self.shape.row_bytes)
         self._device.synchronize()
-        self.decoder.forget()
+        self.decoder.forget_problems()
         if schedule or predictor is not None or costs is not None:
             kept = self._predictor if predictor is None else None if predictor == "none" else predictor
             self._open_schedule(config, kept, costs or self._costs)
@@ -251,6 +253,11 @@ class Engine:
         self.reasons["cache"] = cache_reason
         if not is_new:
             return
+        if count == self.num_slots:
+            self.runner.renew_slots(policy)
+            self.reasons["slots"] = reason
+            return
+        self.decoder.forget()
         former = self.num_slots, self.runner.residency.policy
         self.runner.close_slots()
         try:
@@ -278,6 +285,7 @@ class Engine:
                 known,
                 self._device.torch_device,
                 self._dtype,
+                self._predictings,
             )
             opened.force(self.runner.forced)
             self.runner.schedule_runner = opened
@@ -451,7 +459,6 @@ class Engine:
             TraceMismatch: the trace is of another shape.
         """
         self._require_attached()
-        self.decoder.forget()
         if trace is None:
             self.runner.forced = None
             if self.runner.schedule_runner is not None:

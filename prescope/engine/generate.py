@@ -93,6 +93,8 @@ def generate(
 
     result = recorded(engine, run)
     result.notes.extend(_notes(engine, loop))
+    if isinstance(loop, DecodeLoop):
+        result.config["graphs"] = {"recorded": loop.num_recorded, **engine.decoder.describe()}
     if claim.is_cancelled:
         result.notes.append(f"cancelled after {len(result.steps)} steps")
     tokenizer, tokens = engine.tokenizer, result.tokens

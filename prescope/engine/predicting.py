@@ -32,6 +32,8 @@ WATCHED_CALLS = 9
 SLOW_US, SLOW_SHARE = 2000.0, 0.2
 #: Notes that are kept while nobody makes a result of them.
 MOST_NOTES = 8
+#: Predictors that stay known, with different lookaheads.
+MOST_KNOWN = 4
 
 
 class Aside:
@@ -55,7 +57,8 @@ class Predicting:
     """Asks one predictor, and answers "nothing is known" in its place where it cannot.
 
     Args:
-        predictor: on the tokens' device. `lookahead`: layers ahead that it is asked about.
+        predictor: on the tokens' device. `given`: as it was given, before it was brought there.
+        lookahead: layers ahead that it is asked about.
         fast_path: its answers for a few tokens in fewer launches, where there is such.
 
     Attributes:
@@ -65,8 +68,15 @@ class Predicting:
         is_busy: a thread beside the graph is asking it.
     """
 
-    def __init__(self, predictor: Predictor, lookahead: int, fast_path: FastPath | None = None) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        lookahead: int,
+        fast_path: FastPath | None = None,
+        given: Predictor | None = None,
+    ) -> None:
         self.predictor, self.lookahead, self._fast_path = predictor, lookahead, fast_path
+        self.given = predictor if given is None else given
         self.forced: ForcedRouting | None = None
         self.problem, self.where = "", "not asked yet"
         self.is_busy = self._is_aside_said = False
@@ -110,6 +120,7 @@ class Predicting:
         """End the thread, if there is one."""
         if self._aside is not None:
             self._aside.close()
+            self._aside = None
 
     def begin_text(self) -> None:
         """A prompt is read: a predictor that was not asked any more is asked again."""
@@ -217,6 +228,36 @@ class Predicting:
         """What there is to say, once."""
         notes, self._notes = self._notes, []
         return notes
+
+
+class Predictings:
+    """The predictors that an engine was given last, brought to its device: graphs they are part of hold them.
+
+    One that is changed in place afterwards is seen as far as its tensors lie on the device.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[Predicting] = []
+
+    def known(self, given: Predictor) -> Predictor | None:
+        """A predictor on the device, if it was brought there."""
+        return next((one.predictor for one in reversed(self._known) if one.given is given), None)
+
+    def of(self, given: Predictor, predictor: Predictor, lookahead: int, has_fast_path: bool) -> Predicting:
+        """Asks a predictor about so many layers.
+
+        Args:
+            predictor: the same on the device.
+        """
+        found = [one for one in self._known if one.given is given and one.lookahead == lookahead]
+        if found:
+            made = found[-1]
+        else:
+            fast_path = predictor.fast_path(lookahead) if lookahead and has_fast_path else None
+            made = Predicting(predictor, lookahead, fast_path, given)
+        made.begin_text()
+        self._known = [*[one for one in self._known if one is not made][1 - MOST_KNOWN :], made]
+        return made
 
 
 def of_step(made: list[Prediction], lookahead: int, num_experts: int, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,6 @@ from ..hf import MoELayer
 from ..kernels import ExpertsSpec
 from ..kernels.cpu import CpuExperts, CpuJob, CpuLayer, ExpertBatch, expert_batch_of
 from ..predictor import Predictor
-from ..predictor.base import FastPath
 from ..predictor.checked import try_out
 from ..scheduler import schedule_named
 from ..scheduler.costs import LayerCosts, compiled_costs
@@ -32,7 +31,7 @@ from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .config import EngineConfig
 from .forced_routing import ForcedRouting
-from .predicting import Predicted, Predicting
+from .predicting import Predicted, Predicting, Predictings
 
 
 class CpuWork(NamedTuple):
@@ -50,27 +49,19 @@ class ScheduleRunner:
 
     Args:
         planner: decides.
-        predictor: answers for coming layers, if the schedule asks.
+        predicting: asks a predictor about coming layers, if the schedule does.
         cpu: computes experts on the CPU, if the schedule may.
         reason: of its prefetches.
-        fast_path: the predictor's networks for a few tokens, where there are such.
-
-    Attributes:
-        predicting: asks the predictor; None without one.
     """
 
     def __init__(
         self,
         planner: Planner,
-        predictor: Predictor | None,
+        predicting: Predicting | None,
         cpu: CpuExperts | None,
         reason: Reason,
-        fast_path: FastPath | None = None,
     ) -> None:
-        self.planner, self.predictor, self.cpu, self.reason = planner, predictor, cpu, reason
-        self.predicting: Predicting | None = None
-        if predictor is not None:
-            self.predicting = Predicting(predictor, planner.predicts, fast_path)
+        self.planner, self.predicting, self.cpu, self.reason = planner, predicting, cpu, reason
         self._under_way: list[CpuJob] = []
 
     def describe(self) -> dict[str, Any]:
@@ -82,15 +73,10 @@ class ScheduleRunner:
             "width": settings.width,
             "threshold": settings.threshold,
             "cpu_threads": 0 if self.cpu is None else self.cpu.threads,
-            "predictor": "none" if self.predictor is None else self.predictor.name,
+            "predictor": "none" if self.predicting is None else self.predicting.predictor.name,
         }
 
     # -- predictions -------------------------------------------------------------------------------------------
-
-    @property
-    def lookahead(self) -> int:
-        """Layers ahead that predictions are made for."""
-        return self.planner.predicts if self.predictor is not None else 0
 
     def force(self, forced: ForcedRouting | None) -> None:
         """Use a trace's predictions, if it has such, instead of the predictor's; None ends it."""
@@ -207,11 +193,13 @@ def open_schedule_runner(
     costs: LayerCosts,
     device: torch.device,
     dtype: torch.dtype,
+    predictings: Predictings,
 ) -> ScheduleRunner:
     """A schedule by its settings, ready to serve.
 
     Args:
         dtype: of what the model's layers compute with, `device`: where.
+        predictings: the predictors that are there already.
 
     Raises:
         UnsupportedOption: it needs a predictor and there is none, or the predictor is of another model or answers
@@ -225,12 +213,14 @@ def open_schedule_runner(
             f"schedule={schedule.name!r} prefetches by predictions; give predictor=... (it comes with "
             f"{schedule.predictor}), or use schedule='on-demand'"
         )
-    depth = 0
+    depth, moved = 0, None
     if predictor is not None:
         _require_fit(predictor, shape)
-        predictor = predictor.to(device)
         depth = min(predictor.lookahead, shape.num_layers - 1)
-        try_out(predictor, shape, layers[0].expert_size[1], dtype, device, depth)
+        moved = predictings.known(predictor)
+        if moved is None:
+            moved = predictor.to(device)
+            try_out(moved, shape, layers[0].expert_size[1], dtype, device, depth)
     resolved = resolve(
         config.schedule,
         num_experts=shape.num_experts,
@@ -252,11 +242,11 @@ def open_schedule_runner(
         )
     form = compiled_costs(costs, cpu=resolved.cpu, predicts=resolved.predicts > 0)
     planner = Planner(resolved.settings, form, shape, resolved.predicts)
-    fast_path = None
-    if predictor is not None and resolved.predicts and config.kernels != "torch":
-        fast_path = predictor.fast_path(resolved.predicts)
+    predicting = None
+    if predictor is not None and moved is not None:
+        predicting = predictings.of(predictor, moved, resolved.predicts, config.kernels != "torch")
     reason = Reason.STREAM if schedule.streams else Reason.PREFETCH
-    return ScheduleRunner(planner, predictor, cpu, reason, fast_path)
+    return ScheduleRunner(planner, predicting, cpu, reason)
 
 
 def _require_fit(predictor: Predictor, shape: MoEShape) -> None:

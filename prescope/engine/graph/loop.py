@@ -56,6 +56,7 @@ class DecodeLoop:
 
     Attributes:
         reason: which driver ran, and why.
+        num_recorded: graphs that this run has recorded; most find theirs.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class DecodeLoop:
         self.cache = step.cache
         self._scheduled_step = HostDriver(runner)
         self._ordered_step: CopyDriver | None = None
+        self.num_recorded = 0
 
     @torch.no_grad()
     def __call__(
@@ -131,6 +133,7 @@ class DecodeLoop:
     def _capture(self) -> None:
         try:
             self._step.capture(self._table, self._only)
+            self.num_recorded = len(self._step.captured)
             self.reason = self._driver_reason()
         except (UnsupportedOption, RuntimeError) as error:
             self._step.captured.clear()
