@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache.policies import make_policy
 from ..core.html import facts_html
-from ..core.jit import IS_COMPILED
+from ..core.jit import IS_COMPILED, behind
 from ..core.machine import machine_facts
 from ..core.types import ExpertSize, NeedOutcome
 from ..core.units import format_bytes
@@ -45,7 +45,7 @@ from .config import EngineConfig
 from .forced_routing import ForcedRouting
 from .forwards import Forwards
 from .generate import generate
-from .graph import Decoder
+from .graph import Decoder, compile_host_parts
 from .layered import LayeredRunner
 from .predicting import Predictings
 from .prompts import Prompts
@@ -138,6 +138,8 @@ class Engine:
         self._device: Device = open_device(
             kind, config.link_gb_per_s, self.shape.row_bytes, config.link_factor
         )
+        if self._device.captures_steps:  # while the experts are copied to host rows
+            behind.start(compile_host_parts)
         self._attachment = Attachment(model, layers, self._device)
         try:
             self.runner = LayeredRunner(self._device, layers, self.shape, kernel.name, self._dtype)

@@ -127,7 +127,7 @@ def _only_names_the_cache(block: nn.Module) -> bool:
 
 
 @cache
-def _is_plain(kind: type[nn.Module]) -> bool:
+def _is_plain(kind: Any) -> bool:
     """Whether a module's class uses index and cache in `past_key_values.update(..., self.layer_idx)` alone, besides
     handing the cache on and asking whether there is one. No module of torch knows either.
     """

@@ -1,11 +1,16 @@
 """Graphs are recorded once for many runs: a longer one in the same bucket, other batch sizes, settings not baked in."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
 
 import prescope
+from prescope.core.jit import IS_COMPILED, behind
+from prescope.engine.graph.copy_driver import follow_orders
+from prescope.engine.graph.host_loop import serve
+from prescope.engine.graph.warm import order_arguments, serve_arguments
 from prescope.hf import bucket_of
 from prescope.predictor import EarlyRouter, Routers
 from prescope.scheduler.costs import LayerCosts
@@ -14,6 +19,7 @@ from tests.support.predictors import SHAPE
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 NEW = 4
+CACHES = import_module("prescope.hf.static_cache")  # its function of that name hides it
 COSTS = LayerCosts(
     link_us=100.0, gpu_us=5.0, rest_us=200.0, cpu_us=(0.0, 80.0, 120.0), cpu_base_us=10.0, decide_us=30.0,
     source="made up for a test",
@@ -28,7 +34,7 @@ def model():
 @pytest.fixture
 def small_buckets(monkeypatch):
     for name, value in {"LEAST_TOKENS": 16, "MOST_TOKENS": 64, "LEAST_LENGTH": 8}.items():
-        monkeypatch.setattr(f"prescope.hf.static_cache.{name}", value)
+        monkeypatch.setattr(CACHES, name, value)
 
 
 def recorded(engine, model, length=5, batch=1, new=NEW) -> int:
@@ -83,29 +89,37 @@ def test_padding_and_none_in_turn_record_once_each(model, gpu, small_buckets):
     assert counts[2:] == [0, 0]
 
 
-@pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
-def test_settings_that_are_not_baked_in_record_nothing(model, gpu):
+@pytest.fixture
+def scheduled(model, gpu):
+    """An engine whose graphs hold a predictor, which has run once; and that predictor."""
     weights = torch.stack([layer.mlp.gate.weight for layer in model.model.layers])
     early = EarlyRouter(SHAPE, Routers.of_weights(weights), LAYERS - 1)
     settings = {"schedule": "presched", "predictor": early, "costs": COSTS, "cpu_threads": 1, "cache": "lru"}
     with prescope.attach(model, slots=7, **settings, **gpu) as engine:
         assert recorded(engine, model) == 1
-        for changed in (
-            {"width": 2, "threshold": 0.4},
-            {"costs": replace(COSTS, link_us=50.0)},
-            {"cache": "score"},
-            {"predictor": early},
-            {"slots": 7},
-        ):
-            engine.configure(**changed)
-            assert recorded(engine, model) == 0, changed
-            engine.check_integrity()
-        engine.configure(predictor="none")
-        assert recorded(engine, model) == 1, "predictions are part of the graph"
-        engine.configure(predictor=early)
-        assert recorded(engine, model) == 0
-        engine.configure(slots=9)
-        assert recorded(engine, model) == 1, "slots have other addresses"
+        yield engine, early
+
+
+@pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
+def test_settings_that_are_not_baked_in_record_nothing(model, scheduled):
+    engine, early = scheduled
+    engine.configure(
+        width=2, threshold=0.4, costs=replace(COSTS, link_us=50.0), cache="score", slots=7, predictor=early
+    )
+    assert recorded(engine, model) == 0
+    engine.check_integrity()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
+def test_settings_that_are_baked_in_record_once(model, scheduled):
+    engine, early = scheduled
+    engine.configure(predictor="none")
+    assert recorded(engine, model) == 1, "predictions are part of the graph"
+    engine.configure(predictor=early)
+    assert recorded(engine, model) == 0
+    engine.configure(slots=9)
+    assert recorded(engine, model) == 1, "slots have other addresses"
 
 
 def test_an_interrupt_while_a_step_is_captured_leaves_no_half_of_it(model, gpu, small_buckets, monkeypatch):
@@ -123,3 +137,19 @@ def test_an_interrupt_while_a_step_is_captured_leaves_no_half_of_it(model, gpu, 
         with pytest.raises(KeyboardInterrupt):
             engine.generate(prompt(length=5), max_new_tokens=NEW)
         assert recorded(engine, model) == 2
+
+
+@pytest.mark.parametrize("decode", ["host-driven", "copy-engine"])
+def test_what_is_compiled_while_experts_are_loaded_is_what_runs_call(model, gpu, decode):
+    """Arguments of another type would have it compiled again, in the first step."""
+    function = {"host-driven": serve, "copy-engine": follow_orders}[decode]
+    made = {"host-driven": serve_arguments, "copy-engine": order_arguments}[decode]()
+    if not IS_COMPILED:
+        pytest.skip("nothing is compiled without numba")
+    signature = tuple(map(function.typeof_pyval, made))
+    with prescope.attach(model, slots=6, decode=decode, **gpu) as engine:
+        behind.wait()
+        assert signature in function.signatures
+        before = len(function.signatures)
+        recorded(engine, model)
+    assert len(function.signatures) == before
