@@ -164,14 +164,22 @@ def _random_parts(
 
 @torch.no_grad()
 def _random_model(
-    name: str, device: torch.device, dtype: torch.dtype, with_experts: bool = True
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    with_experts: bool = True,
+    num_experts: int | None = None,
 ) -> PreTrainedModel:
     """Random weights with enough entropy: greedy decoding would otherwise fall into a loop of one token, in which
     any cache looks perfect. Unit embeddings, and attention outputs halved so that they do not drown the token; a name
     that ends in "~0.65" scales them by that instead: the more of them, the more alike is the routing of neighbours.
+
+    num_experts: instead of the shape's own.
     """
     scale = float(name.partition("~")[2] or 0.5)
     cls, config = shape_of(name)
+    if num_experts is not None:
+        config.num_experts = num_experts
     config.eos_token_id = config.pad_token_id = config.bos_token_id = None
     with torch.device("meta"):
         model = cls._from_config(config, dtype=dtype)

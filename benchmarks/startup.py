@@ -3,9 +3,14 @@
     python benchmarks/startup.py --model olmoe-1b-7b --out startup.json          # 16 cores, a GPU, 64 GiB
     python benchmarks/startup.py --model olmoe-1b-7b --save DIR --out ...        # also prescope.load from page cache
     python benchmarks/startup.py --model olmoe-1b-7b-cut2 --device cpu           # no GPU: nothing is pinned
+    python benchmarks/startup.py --runs --out runs.json                          # the first calls, on a GPU: 2 minutes
+    python benchmarks/startup.py --runs --model toy --device cpu                 # the same script on a CPU
 
 First pages alone (kind of page, threads, pinning), then the engine on a model in GPU memory, on the same model in CPU
 memory, and, with --save, on a checkpoint. Random weights. Peaks are of anonymous resident memory, above that of before.
+With --runs instead: the embedded model's cold start in a process of its own, then calls of `generate` one after another
+at Qwen3-30B-A3B's shape with fewer experts (what is recorded and compiled does not depend on how many), without and
+with compiled layers: what each waits for before its prompt is read, for its first tokens, and which record graphs.
 Prints markdown tables last; writes JSON after every cell.
 """
 
@@ -24,6 +29,7 @@ from typing import Any
 
 import torch
 from _models import open_model
+from _startup_runs import COLD_COLUMNS, RUN_COLUMNS, runs
 
 import prescope
 from prescope.core.machine import machine_facts
@@ -46,13 +52,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="olmoe-1b-7b")
+    parser.add_argument("--model", help="olmoe-1b-7b; with --runs qwen3-30b-a3b")
+    parser.add_argument("--runs", action="store_true", help="measure calls instead of pages and loading")
+    parser.add_argument("--experts", type=int, default=16, help="of a layer, with --runs")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--slots", type=float, default=0.25)
     parser.add_argument("--repeats", type=int, default=5, help="of the pages' part; each start-up runs once")
     parser.add_argument("--save", help="empty folder for the checkpoint, on a disk with room for the model")
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
+    args.model = args.model or ("qwen3-30b-a3b" if args.runs else "olmoe-1b-7b")
     on_gpu = args.device == "cuda"
     facts = {
         **machine_facts(),
@@ -76,14 +85,20 @@ def main() -> None:
             Path(args.out).write_text(json.dumps(everything, indent=1, default=str) + "\n")
 
     try:
-        pages_alone(CudaDevice() if on_gpu else NullDevice(), args.repeats, keep)
-        engines(args, keep)
+        if args.runs:
+            runs(args, keep)
+        else:
+            pages_alone(CudaDevice() if on_gpu else NullDevice(), args.repeats, keep)
+            engines(args, keep)
     except KeyboardInterrupt:
         print("# interrupted: what follows is what there is")
     print(f"# {time.perf_counter() - started:.0f} s on {facts['device']}")
-    for columns, part in ((PAGES_COLUMNS, "pages"), (ENGINE_COLUMNS, "engine")):
-        print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-        for cell in (cell for cell in cells if cell["part"] == part):
+    tables = {"pages": PAGES_COLUMNS, "engine": ENGINE_COLUMNS, "cold": COLD_COLUMNS, "runs": RUN_COLUMNS}
+    for part, columns in tables.items():
+        shown = [cell for cell in cells if cell["part"] == part]
+        if shown:
+            print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for cell in shown:
             print(f"| {' | '.join(_show(cell.get(column)) for column in columns)} |")
 
 

@@ -5,7 +5,9 @@ as ordinary Python, with the same results, some hundred times slower; a warning 
 """
 
 import hashlib
+import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +32,8 @@ except ImportError:  # a requirement of the package, but the core has to run whe
     )
 
 F = TypeVar("F", bound=Callable[..., Any])
+#: Longest wait for functions that are compiled behind something else: all of them take 80 s on two busy cores.
+MOST_COMPILE_S = 300.0
 
 if numba is not None:
     from . import boxing
@@ -106,6 +110,33 @@ def compile_first(function: Any, arguments: tuple[Any, ...], what: str) -> None:
     if IS_COMPILED and hasattr(function, "compile"):
         with said_if_compiled_first(function, what):
             function.compile(tuple(map(function.typeof_pyval, arguments)))
+
+
+class Behind:
+    """Compiles functions in a thread while something else goes on, once in a process.
+
+    What needs one of them meanwhile waits for numba's own lock. A fork waits for the thread: the child would find that
+    lock taken for ever. So does the end of the interpreter.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self.wait)
+
+    def start(self, compile_all: Callable[[], None]) -> None:
+        """Begin, unless it was begun before, or nothing is compiled here."""
+        if IS_COMPILED and self._thread is None:
+            self._thread = threading.Thread(target=compile_all, name="prescope-compile")
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Return when it is done, or after MOST_COMPILE_S."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(MOST_COMPILE_S)
+
+
+behind = Behind()
 
 
 def jit(function: F) -> F:

@@ -161,6 +161,11 @@ class Worker:
         self.submit(done.set)
         self.wait(done, what, work_s)
 
+    def leave(self) -> None:
+        """End the thread behind its jobs, which nobody waits for; does nothing in a forked process."""
+        if not self.has_ended and self.is_here:
+            self._jobs.put(None)
+
     def close(self, what: str, work_s: float = 0.0) -> None:
         """End the thread behind its jobs; does nothing the second time or in a forked process. Raises WaitTimedOut."""
         if self.has_ended or not self.is_here:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache.policies import make_policy
 from ..core.html import facts_html
-from ..core.jit import IS_COMPILED
+from ..core.jit import IS_COMPILED, behind
 from ..core.machine import machine_facts
 from ..core.types import ExpertSize, NeedOutcome
 from ..core.units import format_bytes
@@ -45,8 +45,9 @@ from .config import EngineConfig
 from .forced_routing import ForcedRouting
 from .forwards import Forwards
 from .generate import generate
-from .graph import Decoder
+from .graph import Decoder, compile_host_parts
 from .layered import LayeredRunner
+from .predicting import Predictings
 from .prompts import Prompts
 from .recorder import Recorder
 from .recording import recording, result_of
@@ -137,6 +138,8 @@ class Engine:
         self._device: Device = open_device(
             kind, config.link_gb_per_s, self.shape.row_bytes, config.link_factor
         )
+        if self._device.captures_steps:  # while the experts are copied to host rows
+            behind.start(compile_host_parts)
         self._attachment = Attachment(model, layers, self._device)
         try:
             self.runner = LayeredRunner(self._device, layers, self.shape, kernel.name, self._dtype)
@@ -156,6 +159,7 @@ class Engine:
             self.decoder = Decoder(model, self.runner)
             self.runner.host = self._attachment.host
             self._predictor, self._costs = predictor, costs
+            self._predictings = Predictings()
             self.runner.open_slots(self.num_slots, policy)
             self._open_schedule(config, predictor, costs)
             self.turn = self.runner.turn
@@ -240,7 +244,7 @@ class Engine:
         if slots is not None:
             self._require_memory(count, self.num_slots * self.shape.row_bytes)
         self._device.synchronize()
-        self.decoder.forget()
+        self.decoder.forget_problems()
         if schedule or predictor is not None or costs is not None:
             kept = self._predictor if predictor is None else None if predictor == "none" else predictor
             self._open_schedule(config, kept, costs or self._costs)
@@ -251,6 +255,11 @@ class Engine:
         self.reasons["cache"] = cache_reason
         if not is_new:
             return
+        if count == self.num_slots:
+            self.runner.renew_slots(policy)
+            self.reasons["slots"] = reason
+            return
+        self.decoder.forget()
         former = self.num_slots, self.runner.residency.policy
         self.runner.close_slots()
         try:
@@ -277,8 +286,10 @@ class Engine:
                 predictor,
                 known,
                 self._device.torch_device,
+                self._dtype,
+                self._predictings,
             )
-            opened.forced = self.runner.forced
+            opened.force(self.runner.forced)
             self.runner.schedule_runner = opened
             self.reasons["schedule"] = f"as given, by {known.source}"
             if opened.cpu is not None:
@@ -450,11 +461,10 @@ class Engine:
             TraceMismatch: the trace is of another shape.
         """
         self._require_attached()
-        self.decoder.forget()
         if trace is None:
             self.runner.forced = None
             if self.runner.schedule_runner is not None:
-                self.runner.schedule_runner.forced = None
+                self.runner.schedule_runner.force(None)
             return
         found = (trace.num_layers, trace.num_experts, trace.top_k)
         if found != (self.shape.num_layers, self.shape.num_experts, self.shape.top_k):
@@ -466,7 +476,7 @@ class Engine:
         batch = int((trace.step == first[0]).sum()) if first else 0
         self.runner.forced = forced = ForcedRouting.of_trace(trace, batch, self._device.torch_device, scores)
         if self.runner.schedule_runner is not None:
-            self.runner.schedule_runner.forced = forced
+            self.runner.schedule_runner.force(forced)
 
     def tokens_so_far(self) -> list[list[int]]:
         """New tokens of each sequence of the `generate` under way, for its `on_step`; none when there is none.

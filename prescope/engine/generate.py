@@ -93,11 +93,14 @@ def generate(
 
     result = recorded(engine, run)
     result.notes.extend(_notes(engine, loop))
+    if isinstance(loop, DecodeLoop):
+        result.config["graphs"] = {"recorded": loop.num_recorded, **engine.decoder.describe()}
     if claim.is_cancelled:
         result.notes.append(f"cancelled after {len(result.steps)} steps")
     tokenizer, tokens = engine.tokenizer, result.tokens
     text = tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokenizer else [""] * len(tokens)
-    return replace(result, text=text)
+    hardware = {**result.hardware, "label": _label(engine, loop, result.label)}
+    return replace(result, text=text, hardware=hardware)
 
 
 def _sequences(
@@ -128,10 +131,28 @@ def _sequences(
     return sequences
 
 
+def _why_slow(engine: Served, loop: DecodeLoop | str) -> str:
+    """Why steps did not run from a graph although nobody has chosen that; "" if they did."""
+    if not engine.runner.device.captures_steps or engine.config.decode == "layered":
+        return ""
+    return loop.removeprefix("layered: ") if isinstance(loop, str) else loop.problem
+
+
+def _label(engine: Served, loop: DecodeLoop | str, label: str) -> str:
+    """Where a run's figures come from: with what it fell back to, so that every figure says it."""
+    schedule_runner = engine.runner.schedule_runner
+    predicting = None if schedule_runner is None else schedule_runner.predicting
+    fallen = [
+        (bool(_why_slow(engine, loop)), "decode layer by layer"),
+        (predicting is not None and bool(predicting.problem), "not all steps with predictions"),
+    ]
+    return ", ".join([label, *(text for is_so, text in fallen if is_so)])
+
+
 def _notes(engine: Served, loop: DecodeLoop | str) -> list[str]:
     notes = []
-    if engine.runner.device.captures_steps and engine.config.decode == "auto" and isinstance(loop, str):
-        notes.append(f"decode steps ran layer by layer: {loop.removeprefix('layered: ')}")
+    if problem := _why_slow(engine, loop):
+        notes.append(f"decode steps ran layer by layer: {problem}")
     if engine.chosen_cache == "auto" and engine.config.cache != schedule_named(engine.config.schedule).cache:
         notes.append(engine.reasons["cache"])
     if engine.runner.forced is not None:

@@ -87,16 +87,26 @@ class LayeredRunner:
 
     def open_slots(self, num_slots: int, policy: CachePolicy) -> None:
         """Take memory for slots; all of them are free."""
+        self._use(num_slots, policy, None)
+
+    def renew_slots(self, policy: CachePolicy) -> None:
+        """Free all slots and use them by another policy. Their memory stays, and graphs that hold its addresses; both
+        lanes must be idle.
+        """
+        self._use(self.residency.num_slots, policy, self.loader.pool)
+
+    def _use(self, num_slots: int, policy: CachePolicy, pool: torch.Tensor | None) -> None:
         # Kernels keep copies of the residency table's rows, so a new table comes with a new kernel.
         self._kernel, _ = make_kernel(
             self._kernels, self.device.kind, self._dtype, [layer.layout for layer in self.layers]
         )
+        row_bytes = self.shape.row_bytes
         self.residency = ResidencyTable(self.shape, num_slots, policy)
-        self.loader = Loader(self.device, self.host, self.residency, self.shape.row_bytes)
+        self.loader = Loader(self.device, self.host, self.residency, row_bytes, pool)
         least_bytes = LEAST_BYTES_ON_WIRE if self.device.small_copies_are_slow else 0
-        self.loader.most_on_wire = most_on_wire(self.shape.row_bytes, num_slots, least_bytes)
-        pool = self.loader.pool
-        self.weights = [layer_weights(layer.layout, layer.spec, pool) for layer in self.layers]
+        self.loader.most_on_wire = most_on_wire(row_bytes, num_slots, least_bytes)
+        slots = self.loader.pool
+        self.weights = [layer_weights(layer.layout, layer.spec, slots) for layer in self.layers]
 
     def close_slots(self) -> None:
         """Give the slots' memory back; both lanes must be idle."""

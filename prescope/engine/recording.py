@@ -137,7 +137,11 @@ def result_of(
         fingerprint=engine.fingerprint,
         versions={name: str(hardware[name]) for name in ("prescope", "torch", "transformers")},
     )
-    notes = recorder.notes()
+    notes, config = recorder.notes(), engine.describe()
+    schedule_runner = engine.runner.schedule_runner
+    if schedule_runner is not None and schedule_runner.predicting is not None:
+        config["reasons"]["predictor"] = schedule_runner.predicting.how
+        notes += schedule_runner.predicting.take_notes()
     if packing := engine.reasons.get("experts"):
         notes.append(packing)
     if recorder.num_foreign:
@@ -152,7 +156,7 @@ def result_of(
         layers=tables.layers,
         steps=tables.steps,
         trace=trace,
-        config={**engine.describe(), "generate": {name: repr(value) for name, value in settings.items()}},
+        config={**config, "generate": {name: repr(value) for name, value in settings.items()}},
         hardware=hardware,
         notes=notes,
     )

@@ -18,8 +18,8 @@ from ..errors import UnsupportedOption
 from ..hf import MoELayer
 from ..kernels import ExpertsSpec
 from ..kernels.cpu import CpuExperts, CpuJob, CpuLayer, ExpertBatch, expert_batch_of
-from ..predictor import Prediction, Predictor
-from ..predictor.base import FastPath
+from ..predictor import Predictor
+from ..predictor.checked import try_out
 from ..scheduler import schedule_named
 from ..scheduler.costs import LayerCosts, compiled_costs
 from ..scheduler.layer import Decision
@@ -31,8 +31,7 @@ from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .config import EngineConfig
 from .forced_routing import ForcedRouting
-
-Predicted = tuple[NDArray[np.floating], NDArray[np.floating]]
+from .predicting import Predicted, Predicting, Predictings
 
 
 class CpuWork(NamedTuple):
@@ -50,24 +49,20 @@ class ScheduleRunner:
 
     Args:
         planner: decides.
-        predictor: answers for coming layers, if the schedule asks.
+        predicting: asks a predictor about coming layers, if the schedule does.
         cpu: computes experts on the CPU, if the schedule may.
         reason: of its prefetches.
-        foresight: the predictor's networks for a few tokens, where there are such.
     """
 
     def __init__(
         self,
         planner: Planner,
-        predictor: Predictor | None,
+        predicting: Predicting | None,
         cpu: CpuExperts | None,
         reason: Reason,
-        fast_path: FastPath | None = None,
     ) -> None:
-        self.planner, self.predictor, self.cpu, self.reason = planner, predictor, cpu, reason
-        self._fast_path = fast_path
+        self.planner, self.predicting, self.cpu, self.reason = planner, predicting, cpu, reason
         self._under_way: list[CpuJob] = []
-        self.forced: ForcedRouting | None = None  # its predictions are used instead of the predictor's
 
     def describe(self) -> dict[str, Any]:
         """Settings as resolved, for `RunResult.config`."""
@@ -78,40 +73,28 @@ class ScheduleRunner:
             "width": settings.width,
             "threshold": settings.threshold,
             "cpu_threads": 0 if self.cpu is None else self.cpu.threads,
-            "predictor": "none" if self.predictor is None else self.predictor.name,
+            "predictor": "none" if self.predicting is None else self.predicting.predictor.name,
         }
 
     # -- predictions -------------------------------------------------------------------------------------------
 
-    @property
-    def lookahead(self) -> int:
-        """Layers ahead that predictions are made for."""
-        return self.planner.predicts if self.predictor is not None else 0
-
-    def scores(
-        self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> torch.Tensor | None:
-        """(d, 2, E) float32 on the tokens' device: expected tokens, and probability that any uses the expert."""
-        if self.predictor is None:
-            return None
-        if self.forced is not None and self.forced.scores is not None:
-            return self.forced.scores[
-                moe_layer, : self.lookahead
-            ].clone()  # the next step's are put into their place
-        if self._fast_path is not None and len(x_TD) <= self._fast_path.most_tokens:
-            return self._fast_path(moe_layer, x_TD, ids_TK, weights_TK)
-        made = self.predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)[: self.lookahead]
-        return of_step(made, self.lookahead, self.predictor.shape.num_experts, x_TD.device)
+    def force(self, forced: ForcedRouting | None) -> None:
+        """Use a trace's predictions, if it has such, instead of the predictor's; None ends it."""
+        if self.predicting is not None:
+            self.predicting.forced = forced
 
     def predict(
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> Predicted | None:
-        """The same, read by the host; None without a predictor."""
-        scores = self.scores(moe_layer, x_TD, ids_TK, weights_TK)
-        if scores is None:
+        """What is predicted at a layer, as far as the predictor answers; None without one."""
+        if self.predicting is None:
             return None
-        values = scores.cpu().numpy()
-        return values[:, 0], values[:, 1]
+        return self.predicting.predict(moe_layer, x_TD, ids_TK, weights_TK)
+
+    def begin_text(self) -> None:
+        """A prompt is read: what was wrong with the predictor is forgotten."""
+        if self.predicting is not None:
+            self.predicting.begin_text()
 
     # -- decisions ---------------------------------------------------------------------------------------------
 
@@ -186,7 +169,9 @@ class ScheduleRunner:
         return nullcontext() if self.cpu is None else self.cpu.awake()
 
     def close(self) -> None:
-        """End the CPU lane's threads."""
+        """End the threads of the CPU lane and of the predictor."""
+        if self.predicting is not None:
+            self.predicting.close()
         if self.cpu is not None:
             self.cpu.close()
 
@@ -207,11 +192,18 @@ def open_schedule_runner(
     predictor: Predictor | None,
     costs: LayerCosts,
     device: torch.device,
+    dtype: torch.dtype,
+    predictings: Predictings,
 ) -> ScheduleRunner:
     """A schedule by its settings, ready to serve.
 
+    Args:
+        dtype: of what the model's layers compute with, `device`: where.
+        predictings: the predictors that are there already.
+
     Raises:
-        UnsupportedOption: it needs a predictor and there is none, or the predictor is of another model.
+        UnsupportedOption: it needs a predictor and there is none, or the predictor is of another model or answers
+            something else than a predictor's answer.
     """
     schedule = schedule_named(config.schedule)
     if schedule.predictor == "none":  # it looks at no predictions, so none are made
@@ -221,13 +213,18 @@ def open_schedule_runner(
             f"schedule={schedule.name!r} prefetches by predictions; give predictor=... (it comes with "
             f"{schedule.predictor}), or use schedule='on-demand'"
         )
+    depth, moved = 0, None
     if predictor is not None:
         _require_fit(predictor, shape)
-        predictor = predictor.to(device)
+        depth = min(predictor.lookahead, shape.num_layers - 1)
+        moved = predictings.known(predictor)
+        if moved is None:
+            moved = predictor.to(device)
+            try_out(moved, shape, layers[0].expert_size[1], dtype, device, depth)
     resolved = resolve(
         config.schedule,
         num_experts=shape.num_experts,
-        depth=0 if predictor is None else min(predictor.lookahead, shape.num_layers - 1),
+        depth=depth,
         predictor="" if predictor is None else predictor.name,
         lookahead=None
         if predictor is None
@@ -245,11 +242,11 @@ def open_schedule_runner(
         )
     form = compiled_costs(costs, cpu=resolved.cpu, predicts=resolved.predicts > 0)
     planner = Planner(resolved.settings, form, shape, resolved.predicts)
-    fast_path = None
-    if predictor is not None and resolved.predicts and config.kernels != "torch":
-        fast_path = predictor.fast_path(resolved.predicts)
+    predicting = None
+    if predictor is not None and moved is not None:
+        predicting = predictings.of(predictor, moved, resolved.predicts, config.kernels != "torch")
     reason = Reason.STREAM if schedule.streams else Reason.PREFETCH
-    return ScheduleRunner(planner, predictor, cpu, reason, fast_path)
+    return ScheduleRunner(planner, predicting, cpu, reason)
 
 
 def _require_fit(predictor: Predictor, shape: MoEShape) -> None:
@@ -263,16 +260,6 @@ def _require_fit(predictor: Predictor, shape: MoEShape) -> None:
             f"{predictor.name} is for (layers, experts, top-k) = {tuple(predictor.shape)[:3]}, this model has "
             f"{tuple(shape)[:3]}; train one with prescope.train_predictor"
         )
-
-
-def of_step(made: list[Prediction], lookahead: int, num_experts: int, device: torch.device) -> torch.Tensor:
-    """(d, 2, E) of a step's tokens together; rows beyond the last layer are zero."""
-    out = torch.zeros((lookahead, 2, num_experts), device=device)
-    if made:
-        scores_dTE = torch.stack([prediction.scores_TE for prediction in made])
-        out[: len(made), 0] = scores_dTE.sum(1)
-        out[: len(made), 1] = 1.0 - (1.0 - scores_dTE).prod(1)
-    return out
 
 
 def _now_us() -> float:

@@ -2,6 +2,7 @@
 
 from .arguments import PASSED_ON, Source, take_source
 from .attach import PROGRESS_BYTES, Attachment, ServeFunction, owner_of
+from .compiled_layers import compiled_layers
 from .foreign import model_in, require_whole
 from .host_parameter import HostParameter
 from .load import load_model
@@ -10,9 +11,10 @@ from .moe_layers import MoELayer, find_moe_layers, top_k_of
 from .packed import format_said
 from .static_cache import (
     addresses_of,
+    bucket_of,
+    cache_bytes,
     cache_length,
     cached_tokens,
-    compiled_layers,
     counts_in_python,
     has_hooks,
     static_cache,
@@ -28,6 +30,8 @@ __all__ = [
     "ServeFunction",
     "Source",
     "addresses_of",
+    "bucket_of",
+    "cache_bytes",
     "cache_length",
     "cached_tokens",
     "compiled_layers",

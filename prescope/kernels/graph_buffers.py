@@ -36,10 +36,16 @@ class HostOptions(NamedTuple):
     """What the host adds to a step that it decides: it answers layers, and may compute and predict."""
 
     lookahead: int  # layers ahead that predictions are made for; 0 for none
-    scores: ScoreFunction | None
+    scores: ScoreFunction | None  # None: none are made, or they are made beside the graph
     has_cpu: bool
     width: int  # D
     dtype: torch.dtype  # of x
+    is_predicted_aside: bool = False  # predictions are made on the host, from what each layer sends there
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether the host gets the routers' inputs."""
+        return self.has_cpu or self.is_predicted_aside
 
 
 class Messages(NamedTuple):
@@ -186,9 +192,10 @@ class GraphBuffers:
         self._numbers, self._number_words = numbers.numpy(), numbers.split(1)
         self._scores = _mapped((L, way.lookahead * 2 * E), torch.int64, device)
         self._scored = self._scores.numpy()
-        if way.has_cpu:
+        if way.reads_inputs:
             # By layer, as views made once: the host hands them out while the GPU waits.
             self.inputs = _mapped((L, T, way.width), way.dtype, device).unbind(0)
+        if way.has_cpu:
             self.cpu_pairs = _mapped((L, P, way.width), way.dtype, device).unbind(0)
             self.cpu_flags = _mapped((L,), torch.int32, device)
             self._cpu_flag_words = self.cpu_flags.split(1)
@@ -264,7 +271,7 @@ class GraphBuffers:
         has_cpu = way is not None and way.has_cpu
         if self._looks is not None:
             torch.cuda.current_stream(self._looks.device).wait_stream(self._looks)
-        if has_cpu:
+        if way is not None and way.reads_inputs:
             graph_kernels._to_host[(triton.cdiv(x_TD.numel(), 1024),)](
                 x_TD, self.inputs[moe_layer], x_TD.numel(), BLOCK=1024
             )
@@ -358,7 +365,7 @@ class GraphBuffers:
             num_experts, self.table.num_slots,
             # At least as many pairs as threads: histograms of fewer elements are not supported everywhere.
             POLICY=self.policy, ORDERS=self.orders,
-            FENCE=ids.is_cuda,
+            FENCE=ids.is_cuda, ALWAYS=self.scheduled is not None and self.scheduled.is_predicted_aside,
             PAIRS=max(128, _power_of_2(self.num_pairs)),
             EXPERTS=len(self._mark), SLOTS=_power_of_2(self.table.num_slots), TIMED=self._timed,
             num_warps=4 if self.table.num_slots <= 2048 else 16,

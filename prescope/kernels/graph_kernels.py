@@ -65,7 +65,7 @@ def _plan(  # type: ignore[no-untyped-def]
     ids, weights, slot_of, key_of, scores, tick, step,
     log_ids, log_weights, needs, stamps, ask, orders, fetch_expert, fetch_slot, used_mark,
     first_key, num_pairs, num_experts, num_slots,
-    POLICY: tl.constexpr, ORDERS: tl.constexpr, FENCE: tl.constexpr,
+    POLICY: tl.constexpr, ORDERS: tl.constexpr, FENCE: tl.constexpr, ALWAYS: tl.constexpr,
     PAIRS: tl.constexpr, EXPERTS: tl.constexpr, SLOTS: tl.constexpr, TIMED: tl.constexpr,
 ):  # fmt: skip
     """One program per layer. `ids` (P,), `slot_of` and `scores` (L * E,), `key_of` (S,); the rest per layer."""
@@ -88,7 +88,7 @@ def _plan(  # type: ignore[no-untyped-def]
     tl.store(needs, tl.sum(used.to(tl.int32)))
     tl.store(needs + 1, num_missing)
     if POLICY == _POLICY_HOST:
-        if FENCE and num_missing > 0:
+        if FENCE and (ALWAYS or num_missing > 0):
             # The router's inputs, which an earlier kernel wrote to the host, are there before the question.
             system_fence()
         # The step's number in every word: the host knows a message is whole without any order between stores.

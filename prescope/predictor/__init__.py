@@ -10,6 +10,7 @@ Imports no model code: routers come in as tensors, states as a `RoutingTrace`.
 
 from .base import BadPredictor, BadState, Cost, Prediction, Predictor, TooFewPrompts, measure_us
 from .baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
+from .checked import BadPrediction
 from .controls import Chance, Oracle
 from .layer_groups import Cues, LayerGroups, contrast_of, find_groups, group_layers, measure_cues
 from .llapor import Llapor
@@ -19,6 +20,7 @@ from .online import OnlineConfig, OnlineTuner
 from .recorded import RecordedPredictor
 
 __all__ = [
+    "BadPrediction",
     "BadPredictor",
     "BadState",
     "Chance",

@@ -33,7 +33,8 @@ class RunResult:
         layers: needs by step and MoE layer: needed, hits, late, misses, rounds.
         steps: wall-clock of each forward pass.
         trace: routing of every token, or None when record_routing=False.
-        config: the settings as resolved, with the reason of each "auto" and every fallback.
+        config: the settings as resolved, with the reason of each "auto" and every fallback; of a run whose steps came
+            from graphs how many it has recorded, and what the engine keeps ("graphs").
         hardware: machine, device, link ("measured" or "emulated" with its GB/s), dtype, versions.
     """
 

@@ -52,6 +52,7 @@ class Loader:
         host: where experts come from.
         residency: told which slots are in flight and which have landed.
         row_bytes: bytes of a slot, the largest row of all layers.
+        pool: memory of the slots that was there before; by default the device gives it.
 
     Attributes:
         pool: (S, row_bytes) of uint8, the slots.
@@ -64,11 +65,12 @@ class Loader:
         host: HostPool,
         residency: ResidencyTable,
         row_bytes: int,
+        pool: torch.Tensor | None = None,
     ) -> None:
         self._device = device
         self._host = host
         self._residency = residency
-        self.pool = device.allocate_slots(residency.num_slots, row_bytes)
+        self.pool = device.allocate_slots(residency.num_slots, row_bytes) if pool is None else pool
         self._slot_views = list(self.pool.unbind(0))
         # Arrays of marks or None, so that a layer's slots are looked up and set in one step.
         self._ready = np.full(residency.num_slots, None, dtype=object)

@@ -3,13 +3,9 @@
 import pytest
 import torch
 
-from prescope.core.types import MoEShape, Reason
-from prescope.engine.schedule import ScheduleRunner, of_step
+from prescope.core.types import MoEShape
+from prescope.engine.predicting import Predicting, of_step
 from prescope.predictor import BadState, LayerGroups, Llapor, LlaporConfig, ModelTag, Routers
-from prescope.scheduler import SCHEDULES
-from prescope.scheduler.costs import LayerCosts, compiled_costs
-from prescope.scheduler.planner import Planner
-from prescope.scheduler.types import ScheduleSettings
 
 llapor_triton = pytest.importorskip("prescope.predictor.llapor_triton", reason="Triton exists for Linux only")
 
@@ -85,18 +81,12 @@ def test_corrections_of_strange_states_fade_alike():
 
 def test_a_schedule_asks_for_a_few_tokens_this_way_and_for_many_the_predictor_itself(monkeypatch):
     predictor = made()
-    costs = compiled_costs(
-        LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=100.0, source="made up"), cpu=False, predicts=True
-    )
-    settings = ScheduleSettings(SCHEDULES["presched"].number, 2, SHAPE.num_experts, 0.1, 1)
-    planner = Planner(settings, costs, SHAPE._replace(row_bytes=100), 3)
     few = llapor_triton.LlaporKernels(predictor, 3)
     asked = []
     monkeypatch.setattr(
         Llapor, "predict", lambda self, *case, real=Llapor.predict: asked.append(1) or real(self, *case)
     )
-    fast = ScheduleRunner(planner, predictor, None, Reason.PREFETCH, few)
-    slow = ScheduleRunner(planner, predictor, None, Reason.PREFETCH)
+    fast, slow = Predicting(predictor, 3, few), Predicting(predictor, 3)
     for tokens, times in ((few.most_tokens, 1), (few.most_tokens + 1, 2)):
         asked.clear()
         tensors = case(tokens, torch.float32)

@@ -11,5 +11,6 @@ the copy engine, `serve` where it decides.
 from .choose import Decoder
 from .loop import DecodeLoop
 from .step import COPY, GPU, HOST, GraphStep
+from .warm import compile_host_parts
 
-__all__ = ["COPY", "GPU", "HOST", "DecodeLoop", "Decoder", "GraphStep"]
+__all__ = ["COPY", "GPU", "HOST", "DecodeLoop", "Decoder", "GraphStep", "compile_host_parts"]

@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...cache.policies import POLICIES
 from ...errors import UnsupportedOption
-from ...hf import addresses_of, has_hooks
+from ...hf import addresses_of, bucket_of, has_hooks
 from ...kernels import MOST_PAIRS, make_device_table
 from ..config import EngineConfig
 from ..layered import LayeredRunner
@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
     from ...kernels.graph_buffers import DeviceTable
 
-#: Captured steps that are kept, of different batch sizes.
-MOST_STEPS = 4
+#: Captured steps that are kept, and the memory that caches of those not in use may take together, bytes. The one used
+#: longest ago goes first.
+MOST_STEPS, MOST_BYTES = 6, 2 << 30
+#: A step whose cache is so many times as long as needed is used rather than another one captured, which takes a second
+#: at 48 layers. Its attention reads the whole cache: at Qwen3-30B-A3B's shape 0.1 ms a step for 4,096 tokens.
+MOST_TOO_LONG = 4
+#: Reasons that whoever set the engine up has chosen: they need not be told.
+ASKED_FOR = {"as given", "graphs need CUDA", "router inputs are recorded"}
 #: Settings of `generate` that captured steps understand; with others transformers' own loop runs.
 KEYWORDS = {
     "do_sample", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "bos_token_id", "pad_token_id",
@@ -28,19 +34,45 @@ KEYWORDS = {
 }  # fmt: skip
 
 
+class Baked(NamedTuple):
+    """What a captured step holds for good, besides its cache's length and the addresses of the slots.
+
+    Whatever else is set (costs, threads of the CPU lane, width, threshold, the cache policy where the host decides)
+    is read by the host while steps run.
+    """
+
+    batch: int
+    drivers: tuple[str, ...]
+    timed: bool
+    compiled: bool
+    policy: int  # of the cache, where the GPU decides; else 0
+    has_cpu: bool
+    predicting: int  # its id, 0 for none
+    forced: int  # the same of the trace that routes
+
+
+class Kept(NamedTuple):
+    """A captured step, what it holds, and the objects behind that, so that their ids stay theirs."""
+
+    baked: Baked
+    step: GraphStep
+    behind: tuple[Any, ...]
+
+
 class Decoder:
-    """The captured steps of one engine.
+    """The captured steps of one engine: by what is baked into them, the one used last at the end.
 
     Args:
         model: attached.
-        serving: serves its MoE layers.
+        runner: serves its MoE layers.
     """
 
     def __init__(self, model: "PreTrainedModel", runner: LayeredRunner) -> None:
         self._model, self._runner = model, runner
-        self._steps: dict[int, GraphStep] = {}  # by batch
+        self._kept: list[Kept] = []
         self._addresses = 0  # of the model they were captured from
         self._table: DeviceTable | None = None
+        self._said: set[str] = set()
 
     def loop(
         self,
@@ -66,10 +98,7 @@ class Decoder:
             except UnsupportedOption as error:
                 reason = str(error)
         if reason:
-            if config.decode not in ("auto", "layered"):
-                warnings.warn(
-                    f"decode={config.decode!r}: decode steps run layer by layer: {reason}", stacklevel=8
-                )
+            self._say(config.decode, reason)
             return f"layered: {reason}"
         if self._table is None:
             runner = self._runner
@@ -79,27 +108,66 @@ class Decoder:
         step.cache.reset()
         return DecodeLoop(step, self._runner, self._table, only, progress)
 
+    def _say(self, decode: str, reason: str) -> None:
+        """Warn that steps do not run from a graph, which costs most of the speed: once, unless it was asked for."""
+        if decode == "layered" or (decode == "auto" and reason in ASKED_FOR | self._said):
+            return
+        self._said.add(reason)
+        warnings.warn(f"decode={decode!r}: decode steps run layer by layer: {reason}", stacklevel=9)
+
     def _step(self, config: EngineConfig, batch: int, length: int, drivers: list[str]) -> GraphStep:
-        """The step for this batch, made anew if the one there is too short or of other settings."""
+        """The shortest step that there is for such a run, or a new one."""
         if (addresses := addresses_of(self._model)) != self._addresses:
-            self._steps.clear()
+            self._kept.clear()
             self._addresses = addresses
-        step = self._steps.get(batch)
-        if step is not None and step.length >= length and step.timed == config.events:
-            return step
-        self._steps.pop(batch, None)
-        if len(self._steps) >= MOST_STEPS:
-            self._steps.pop(next(iter(self._steps)))
-        self._steps[batch] = step = GraphStep(
-            self._model,
-            self._runner,
+        baked, behind = self._baked(config, batch, drivers)
+        most = MOST_TOO_LONG * bucket_of(length, batch)
+        fitting = [kept for kept in self._kept if kept.baked == baked and length <= kept.step.length <= most]
+        if fitting:
+            kept = min(fitting, key=lambda kept: kept.step.length)
+        else:
+            step = GraphStep(
+                self._model,
+                self._runner,
+                batch=batch,
+                length=length,
+                drivers=drivers,
+                timed=config.events,
+                compiled=config.compiled,
+            )
+            kept = Kept(baked, step, behind)
+        self._kept = [*self._within_bounds(kept), kept]
+        return kept.step
+
+    def _within_bounds(self, used: Kept) -> list[Kept]:
+        """The steps that stay beside the one that is used, in their order."""
+        others, room, stay = [kept for kept in self._kept if kept is not used], MOST_BYTES, list[Kept]()
+        for kept in reversed(others[1 - MOST_STEPS :]):
+            room -= kept.step.nbytes
+            if room < 0:
+                break
+            stay.insert(0, kept)
+        return stay
+
+    def _baked(self, config: EngineConfig, batch: int, drivers: list[str]) -> tuple[Baked, tuple[Any, ...]]:
+        schedule_runner, forced = self._runner.schedule_runner, self._runner.forced
+        is_host = drivers == [HOST]
+        predicting = schedule_runner.predicting if schedule_runner is not None and is_host else None
+        baked = Baked(
             batch=batch,
-            length=length,
-            drivers=drivers,
+            drivers=tuple(drivers),
             timed=config.events,
             compiled=config.compiled,
+            policy=0 if is_host else self._runner.residency.policy.kind,
+            has_cpu=is_host and schedule_runner is not None and schedule_runner.cpu is not None,
+            predicting=0 if predicting is None else id(predicting),
+            forced=0 if forced is None else id(forced),
         )
-        return step
+        return baked, (predicting, forced)
+
+    def describe(self) -> dict[str, int]:
+        """Captured steps that are kept, and the memory of their caches."""
+        return {"kept": len(self._kept), "cache_bytes": sum(kept.step.nbytes for kept in self._kept)}
 
     def _drivers(self, config: EngineConfig) -> tuple[list[str], str]:
         """Which drivers to capture steps for, and why it is one only."""
@@ -147,5 +215,9 @@ class Decoder:
 
     def forget(self) -> None:
         """Drop all graphs: they hold the addresses of slots that are about to go."""
-        self._steps.clear()
+        self._kept.clear()
         self._table = None
+
+    def forget_problems(self) -> None:
+        """Settings have changed: what could not be captured is tried again."""
+        self._kept = [kept for kept in self._kept if not kept.step.problem]

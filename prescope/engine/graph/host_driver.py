@@ -14,6 +14,7 @@ from ...kernels.cpu import LaneFunctions
 from ..layered import LayeredRunner
 from ..schedule import on_demand
 from . import host_state as at
+from .beside import ASK_SHIFT, SCORES_SHIFT, Listening
 from .copy_driver import SideTasks, require_running
 from .host_cpu import collect
 from .host_loop import serve
@@ -42,6 +43,8 @@ class HostDriver:
         self._runner = runner
         self._schedule_runner = runner.schedule_runner or on_demand(runner.shape)
         self._captured: GraphBuffers | None = None
+        self._listening: Listening | None = None  # a predictor beside the graph
+        self._num_steps = 0
         #: By step, of those that are neither learned nor undone: needs, and copies if they know their time.
         self._served: dict[int, tuple[IntArray, IntArray]] = {}
 
@@ -55,29 +58,47 @@ class HostDriver:
         cpu = self._schedule_runner.cpu
         self._lane = cpu.functions() if cpu is not None else LaneFunctions.without()
         self._functions = Functions(runner.device.link_functions(), self._lane.addresses, clock_address())
+        self._listen(captured)
         self._timed = runner.recorder is not None and runner.recorder.timed
         self._events = runner.device.open_events(self._timed)
         self._addresses = self._lay_out(captured)
         self._state = self._start(captured)
+        if self._listening is not None:
+            self._listening.begin(self._state.counts)
         self._addresses.shown[:] = runner.residency.slot_of
         # Before the GPU is at work on a step: it would wait as long. An interpreted one takes the
         # compiler's time, and tests ended after 300 s on a busy machine.
         compile_first(serve, (*self._arguments(0, 0, -1), 0), "the host's part of a decode step")
         self._captured, self._is_abandoned = captured, False
-        self._served = {}
+        self._served, self._num_steps = {}, 0
+
+    def _listen(self, captured: "GraphBuffers") -> None:
+        """Have the predictor asked beside the steps, if it is not part of them."""
+        self._listening = None
+        assert captured.scheduled is not None
+        if captured.scheduled.is_predicted_aside:
+            predicting = self._schedule_runner.predicting
+            assert predicting is not None
+            self._listening = listening = Listening(predicting, captured, captured.messages())
+            self._functions = self._functions._replace(
+                ring=listening.bell.ring_address, bell=listening.bell.address
+            )
 
     def _lay_out(self, captured: "GraphBuffers") -> Addresses:
         runner, schedule_runner = self._runner, self._schedule_runner
         assert captured.scheduled is not None
         table, pool, layers = runner.residency, runner.loader.pool, runner.layers
         nothing = [0] * len(layers)
+        messages = captured.messages()
+        if self._listening is not None:
+            messages = messages._replace(scores=self._listening.scores)
         has_cpu = schedule_runner.cpu is not None
 
         def per_layer(values: list[int]) -> IntArray:
             return np.array(values, dtype=np.int64)
 
         return Addresses(
-            *captured.messages(),
+            *messages,
             num_experts_L=per_layer([layer.num_experts for layer in layers]),
             row_bytes_L=per_layer([layer.layout.row_bytes for layer in layers]),
             rows_L=per_layer([held.rows.data_ptr() for held in runner.host.layers]),
@@ -95,8 +116,8 @@ class HostDriver:
             on_demand=REASONS.index(Reason.ON_DEMAND),
             prefetch=REASONS.index(schedule_runner.reason),
             timed=int(self._timed),
-            ask_shift=48,
-            scores_shift=32,
+            ask_shift=ASK_SHIFT,
+            scores_shift=SCORES_SHIFT,
         )
 
     def _start(self, captured: "GraphBuffers") -> HostState:
@@ -157,11 +178,16 @@ class HostDriver:
         if self._timed:  # events are read when the run is over, so each is used once
             self._events.reserve(counts[at.EVENTS] + at.EVENTS_OF_LAYER * len(runner.layers) + SPARE_EVENTS)
             self._state = self._state._replace(events=self._events.handles)
-        counts[at.LAYER] = counts[at.NUM_COPIES] = counts[at.NUM_JOBS] = 0
+        counts[at.LAYER] = counts[at.NUM_COPIES] = counts[at.NUM_JOBS] = counts[at.ASKED] = 0
+        self._num_steps += 1
+        if self._listening is not None:
+            self._listening.begin_step(step, captured.number(step))
         arguments = self._arguments(step, captured.number(step), row)
         layer, num_idle = 0, 0
         while True:
             code = serve(*(*arguments, len(side_tasks)))  # one tuple: mypy cannot count two
+            if self._listening is not None and code in (at.SERVED, at.PAUSED):
+                self._listening.came_back(float(self._state.times[at.LEFT]))
             if code == at.SERVED:
                 break
             if code == at.PAUSED:
@@ -230,6 +256,8 @@ class HostDriver:
             return
         self._captured = None
         runner, counts = self._runner, self._state.counts
+        if self._listening is not None:
+            self._stop_listening(self._listening)
         runner.device.synchronize()
         table = runner.residency
         table.in_flight[:] = table.protected[:] = False
@@ -240,6 +268,17 @@ class HostDriver:
             runner.recorder.served_late(self._jobs())
         if not is_sound and not self._is_abandoned:
             self._lane.explain()
+
+    def _stop_listening(self, listening: Listening) -> None:
+        self._listening = None
+        listening.end()
+        predicting, counts = self._schedule_runner.predicting, self._state.counts
+        decided = self._num_steps * len(self._runner.layers)
+        if predicting is not None and decided:
+            predicting.note(
+                f"{predicting.where}: {listening.num_answers} answers, and {int(counts[at.FORESEEN])} of {decided} "
+                f"layers were decided with one"
+            )
 
     def abandon(self, step: int) -> None:
         """Let a step that is still waiting run to its end, with whatever weights there are."""

@@ -21,20 +21,23 @@ import numpy as np
 from ...cache.prefetch import NUM_WAITING, want
 from ...cache.slots import Slots, take_slots
 from ...core.jit import jit
-from ...core.native import now_us, store_int32
+from ...core.native import call, now_us, store_int32
 from ...core.types import IntArray
 from ...scheduler.layer import count_experts, decide_layer, reconsider
 from .host_cpu import calibrated_us, collect, compute, pairs_of
 from .host_link import hide, issued, land, pump, send, show
-from .host_messages import read_predictions, reply, wait
+from .host_messages import has_all, read_predictions, reply, wait
 from .host_state import (
+    ASKED,
     BATCHES,
     CPU_FAILED,
+    FORESEEN,
     JOB,
     JOB_CALIBRATED,
     JOB_LAYER,
     JOB_STEP,
     LAYER,
+    LEFT,
     LINK_FAILED,
     LINK_FREE,
     LOADED,
@@ -117,7 +120,9 @@ def serve(
             return code
         made_at = layer - planner.settings.lag
         is_foreseen = False
-        if d > 0 and made_at >= 0:
+        if d > 0 and made_at >= 0 and functions.bell != 0:
+            is_foreseen = has_all(addresses.scores[made_at], addresses.scores_shift, number)
+        elif d > 0 and made_at >= 0:
             most_us = PATIENCE_US if planner.settings.lag else WAIT_US
             code = wait(
                 functions, addresses, state, planner, slots, addresses.scores[made_at], addresses.scores_shift, number,
@@ -187,6 +192,10 @@ def serve(
                 last_copy = max(last_copy, state.copy_of[slots.slot_of[layer * E + expert]])
         reply(addresses, layer, step, slots.slot_of, last_copy, len(cold))
         # -- the GPU knows what to wait for: what follows is not waited for
+        counts[FORESEEN] += is_foreseen
+        counts[ASKED] = layer + 1
+        if functions.bell != 0:
+            call(functions.ring, (functions.bell,))
         if not send(
             functions, addresses, state, layer, load[1:], taken[1:], addresses.on_demand, len(load) > 1
         ):
@@ -199,15 +208,23 @@ def serve(
         )  # fmt: skip
         state.waiting.counts[NUM_WAITING] = 0
         counts[LAYER] += 1
-        if d > 0 and planner.settings.lag and layer + 1 < L:
+        is_later = (
+            planner.settings.lag > 0 or functions.bell != 0
+        )  # when its own predictions come, if they do
+        if d > 0 and is_later and layer + 1 < L:
             # What is prefetched is not urgent: the layer's own predictions are better than those it was decided by.
+            most_us = WAIT_US
+            if functions.bell != 0:  # they may never come
+                want(state.waiting, plan.prefetch, plan.keep)
+                most_us = 0.0 if side_tasks > 0 else WAIT_US
             code = wait(
                 functions, addresses, state, planner, slots, addresses.scores[layer], addresses.scores_shift, number,
-                WAIT_US, addresses.ask[layer + 1],
+                most_us, addresses.ask[layer + 1],
             )  # fmt: skip
             if code == LINK_FAILED:
                 return code
             if code == SERVED:
+                counts[FORESEEN] += not is_foreseen
                 read_predictions(addresses.scores[layer], tokens_dE, used_dE)
                 plan = reconsider(
                     planner.settings, planner.costs, layer, need, plan.num_load, backlog_us, slots, planner.memory,
@@ -219,6 +236,8 @@ def serve(
         if not pump(functions, addresses, state, planner, slots):
             return LINK_FAILED
         if has_time(side_tasks, L - counts[LAYER], len(load) + len(cold) > 0):
+            times[LEFT] = now_us(functions.clock, state.words)
             return PAUSED
     store_int32(addresses.served.ctypes.data, np.int32(step + 1))
+    times[LEFT] = now_us(functions.clock, state.words)
     return SERVED

@@ -19,14 +19,15 @@ WAIT_US = 20_000.0
 #: So long a decision waits for predictions that were made a layer before. They are there, unless the GPU was busy; and
 #: nothing promises that it makes them while a layer waits for the host.
 PATIENCE_US = 50.0
-#: Places in `HostState.counts`.
+#: Places in `HostState.counts`. ASKED: layers of the step that have asked; FORESEEN: layers that were decided with
+#: predictions.
 (
     LAYER, TICK, BATCHES, FAILURE, WIRE_FIRST, WIRE_COUNT, EVENTS, NUM_COPIES, NUM_JOBS, JOB, JOB_LAYER,
-    JOB_STEP, NUMBER, LOADED, NUM_COUNTS,
-) = range(15)  # fmt: skip
+    JOB_STEP, NUMBER, LOADED, ASKED, FORESEEN, NUM_COUNTS,
+) = range(17)  # fmt: skip
 #: Places in `HostState.times`: when the link is free; what the CPU's jobs took, and were calibrated to take; the same
-#: the job under way.
-LINK_FREE, CPU_TOOK, CPU_CALIBRATED, JOB_CALIBRATED, NUM_TIMES = range(5)
+#: the job under way; when `serve` was left.
+LINK_FREE, CPU_TOOK, CPU_CALIBRATED, JOB_CALIBRATED, LEFT, NUM_TIMES = range(6)
 #: Columns of the log (`recorder`): of each layer's needs, of each copy, of each job.
 NEEDED, HITS, LATE, ON_CPU, PREFETCHED, NEED_COLUMNS = range(6)
 COPY_COLUMNS, JOB_COLUMNS = 7, 4
@@ -44,6 +45,9 @@ class Functions(NamedTuple):
     link: LinkFunctions
     lane: LaneAddresses
     clock: int  # as `native.clock_address`
+    # Where a predictor answers beside the graph, what rings for it, and its bell, which is 0 where none does.
+    ring: int = 0
+    bell: int = 0
 
 
 class Addresses(NamedTuple):

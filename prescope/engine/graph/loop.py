@@ -56,6 +56,7 @@ class DecodeLoop:
 
     Attributes:
         reason: which driver ran, and why.
+        num_recorded: graphs that this run has recorded; most find theirs.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class DecodeLoop:
         self.cache = step.cache
         self._scheduled_step = HostDriver(runner)
         self._ordered_step: CopyDriver | None = None
+        self.num_recorded = 0
 
     @torch.no_grad()
     def __call__(
@@ -117,6 +119,11 @@ class DecodeLoop:
             self._decode(sample, first, num_steps)
         return sample.sequences()
 
+    @property
+    def problem(self) -> str:
+        """Why steps ran layer by layer though they were to run from a graph; "" if they did."""
+        return self._step.problem
+
     def _driver_reason(self) -> str:
         return f"{self._step.driver}: {self._step.why}" if self._step.driver else ""
 
@@ -126,6 +133,7 @@ class DecodeLoop:
     def _capture(self) -> None:
         try:
             self._step.capture(self._table, self._only)
+            self.num_recorded = len(self._step.captured)
             self.reason = self._driver_reason()
         except (UnsupportedOption, RuntimeError) as error:
             self._step.captured.clear()
@@ -158,6 +166,9 @@ class DecodeLoop:
             elif buffers.orders:
                 self._ordered_step = CopyDriver(self._runner, buffers)
         schedule_runner = self._runner.schedule_runner
+        if schedule_runner is not None and schedule_runner.predicting is not None:
+            aside = self._step.aside
+            schedule_runner.predicting.where = f"beside the graph: {aside}" if aside else "in the graph"
         try:
             # Only here: beside layers that the CPU computes, or launches, threads that wait would be in the way.
             with schedule_runner.awake() if schedule_runner is not None else nullcontext():

@@ -10,9 +10,11 @@ import torch
 
 from ...cache.residency import NOTHING
 from ...errors import UnsupportedOption
-from ...hf import cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
+from ...hf import cache_bytes, cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
 from ...kernels import make_host_options
 from ..layered import LayeredRunner
+from ..predicting import Predicting
+from .capturable import why_not_in_graph
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,17 +35,31 @@ class Captured(NamedTuple):
     logits: torch.Tensor  # (B, V), of the last replay
 
 
+#: Forms of inputs (with padding or without, say) whose captured steps are kept; they share one cache.
+MOST_FORMS = 2
+
+
+class Form(NamedTuple):
+    """Inputs at fixed addresses, and the step captured over them, by driver."""
+
+    inputs: dict[str, Any]
+    captured: dict[str, Captured]
+
+
 class GraphStep:
     """One decode step of fixed shapes.
 
     Args:
         model: attached.
-        serving: serves its MoE layers.
+        runner: serves its MoE layers.
         batch: sequences.
         length: tokens the cache must hold.
         drivers: which to capture.
         timed: write stamps for the timeline.
         compiled: compile the decoder layers around the experts.
+
+    Attributes:
+        inputs, captured: of the run under way, see `Form`.
     """
 
     def __init__(
@@ -60,12 +76,14 @@ class GraphStep:
         self._model, self._runner = model, runner
         self.batch, self.timed = batch, timed
         self._drivers, self._compiled = list(drivers), compiled
-        self.cache = static_cache(model, length)
+        self.cache = static_cache(model, length, batch)
         self.inputs: dict[str, Any] = {}
         self.captured: dict[str, Captured] = {}
+        self._forms: list[Form] = []
         self.driver = ""  # whose graph runs; both are tried in turn while it is not decided
         self.why = ""
         self.problem = ""  # why it could not be captured
+        self.aside = ""  # why the predictor runs beside the graph, if it does
         self.times_s: dict[str, list[float]] = {driver: [] for driver in self._drivers}
 
     @property
@@ -73,16 +91,23 @@ class GraphStep:
         """Tokens the cache has room for."""
         return cache_length(self.cache)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of its cache."""
+        return cache_bytes(self.cache)
+
     def load(self, inputs: dict[str, Any]) -> None:
         """Take over what `prepare_inputs_for_generation` gives for one new token per sequence.
 
-        Inputs of another form than the captured ones are taken too; the step is then captured anew.
+        Inputs of another form than the captured ones are taken too; the step is then captured for them as well.
         """
-        if not _fits(self.inputs, inputs):
-            self.captured.clear()
-            self.inputs = _own(inputs)
-            return
-        _refill(self.inputs, inputs)
+        form = next((form for form in self._forms if _fits(form.inputs, inputs)), None)
+        if form is None:
+            form = Form(_own(inputs), {})
+            self._forms = [*self._forms[1 - MOST_FORMS :], form]
+        else:
+            _refill(form.inputs, inputs)
+        self.inputs, self.captured = form
 
     def run(self) -> torch.Tensor:
         """Run the step now, layer by layer; returns logits (B, V) and advances the inputs to the next token."""
@@ -120,6 +145,7 @@ class GraphStep:
             raise UnsupportedOption(
                 "the model takes its positions from the cache, which counts them in Python"
             )
+        captured: dict[str, Captured] = {}
         for driver in self._drivers:
             policy = runner.residency.policy.kind if driver != HOST else 0
             step = table.new_step(
@@ -129,21 +155,35 @@ class GraphStep:
             self._warm_up(step)
             with compiled_layers(self._model, runner.layers, self._compiled):
                 replay, logits = runner.device.capture(partial(self._whole, step))
-            self.captured[driver] = Captured(step, replay, logits)
+            captured[driver] = Captured(step, replay, logits)
+        self.captured.update(captured)  # all or none, whatever interrupts
         if len(self._drivers) == 1:
             self.driver, self.why = self._drivers[0], reason
 
     def _scheduled(self) -> "HostOptions":
         schedule_runner = self._runner.schedule_runner
         slots, spec = self._runner.weights[0], self._runner.layers[0].spec
-        lookahead = schedule_runner.lookahead if schedule_runner is not None else 0
+        width, dtype = slots.widths(spec.is_transposed)[0], slots.up.dtype
+        predicting = schedule_runner.predicting if schedule_runner is not None else None
+        if predicting is not None and not predicting.lookahead:
+            predicting = None
+        if predicting is not None:
+            self._place(predicting, width, dtype)
         return make_host_options(
-            lookahead=lookahead,
-            scores=schedule_runner.scores if schedule_runner is not None and lookahead else None,
+            lookahead=0 if predicting is None else predicting.lookahead,
+            scores=None if predicting is None or self.aside else predicting.scores,
             has_cpu=schedule_runner is not None and schedule_runner.cpu is not None,
-            width=slots.widths(spec.is_transposed)[0],
-            dtype=slots.up.dtype,
+            width=width,
+            dtype=dtype,
+            is_predicted_aside=bool(self.aside),
         )
+
+    def _place(self, predicting: Predicting, width: int, dtype: torch.dtype) -> None:
+        """Find out whether the predictor can be part of the graph, and say so if it cannot."""
+        layers = range(len(self._runner.layers))
+        self.aside = why_not_in_graph(predicting, self._runner.device, layers, self.batch, width, dtype)
+        if self.aside:
+            predicting.say_aside(self.aside)
 
     def _whole(self, step: "GraphBuffers") -> torch.Tensor:
         self._runner.captured, self._runner.capturing_thread = step, threading.get_ident()

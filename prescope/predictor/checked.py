@@ -1,0 +1,135 @@
+"""A predictor's answers, looked at before anything is decided by them: anybody may write one.
+
+Shapes: T tokens, E experts, d layers ahead.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..core.types import MoEShape
+from ..errors import BadTrace, PrescopeError, UnsupportedOption
+from .base import Prediction, Predictor
+
+#: How far sums of probabilities in float32, or 16 bits, may leave their range.
+SLACK = 1e-2
+#: Tokens of a trial.
+TRIAL_TOKENS = 2
+
+
+class BadPrediction(PrescopeError):
+    """A predictor's answer has not the form that `Predictor.predict` promises, or holds no probabilities."""
+
+
+def ask(
+    predictor: Predictor,
+    moe_layer: int,
+    x_TD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    lookahead: int,
+) -> list[Prediction]:
+    """A predictor's answers for the next `lookahead` layers, as far as there are such, in a form that was checked.
+
+    Raises:
+        BadPrediction: they are for other layers, or of another shape. And whatever the predictor raises.
+    """
+    made = predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)
+    return check_form(made, predictor.name, moe_layer, len(x_TD), predictor.shape, lookahead)
+
+
+def check_form(
+    made: Any, name: str, moe_layer: int, num_tokens: int, shape: MoEShape, lookahead: int
+) -> list[Prediction]:
+    """The first answers of what `predict` has returned. Reads no number, so that a graph can be captured around it.
+
+    Raises:
+        BadPrediction: they are for other layers, or of another shape.
+    """
+    expected = min(lookahead, shape.num_layers - 1 - moe_layer)
+    if not isinstance(made, Sequence) or not all(isinstance(one, Prediction) for one in made):
+        raise BadPrediction(
+            f"predict of {name} has to return a list of Prediction, this is a {type(made).__name__}"
+        )
+    if len(made) < expected:
+        raise BadPrediction(
+            f"{name} answers for {len(made)} layers behind MoE layer {moe_layer}; there are {expected} to answer for"
+        )
+    for ahead, one in enumerate(made[:expected], 1):
+        if (one.moe_layer, one.lookahead) != (moe_layer + ahead, ahead):
+            raise BadPrediction(
+                f"answer {ahead} of {name} at MoE layer {moe_layer} is for layer {one.moe_layer}, {one.lookahead} "
+                f"ahead; it has to be for layer {moe_layer + ahead}, {ahead} ahead"
+            )
+        scores, wanted = one.scores_TE, (num_tokens, shape.num_experts)
+        if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
+            kind = scores.dtype if isinstance(scores, torch.Tensor) else type(scores).__name__
+            raise BadPrediction(f"scores of {name} are {kind}; they have to be a tensor of float32")
+        if tuple(scores.shape) != wanted:
+            raise BadPrediction(
+                f"scores of {name} at MoE layer {moe_layer} have the shape {tuple(scores.shape)}; for {num_tokens} "
+                f"tokens and {shape.num_experts} experts it has to be {wanted}"
+            )
+    return list(made[:expected])
+
+
+def check_values(values_d2E: NDArray[np.floating[Any]], name: str, moe_layer: int, num_tokens: int) -> None:
+    """Look at the expected tokens and the probabilities of use that were made of a layer's answers.
+
+    Raises:
+        BadPrediction: some are NaN or infinite, or no probabilities.
+    """
+    if not np.isfinite(values_d2E).all():
+        bad = int((~np.isfinite(values_d2E[:, 1])).sum())
+        raise BadPrediction(f"{name} answers NaN or infinity for {bad} experts behind MoE layer {moe_layer}")
+    most = max(values_d2E[:, 0].max(initial=0.0) / max(1, num_tokens), values_d2E[:, 1].max(initial=0.0))
+    least = values_d2E.min(initial=0.0)
+    if least < -SLACK or most > 1.0 + SLACK:
+        raise BadPrediction(
+            f"{name} answers {least if least < -SLACK else most:.3g} behind MoE layer {moe_layer}; scores are "
+            f"probabilities in [0, 1]: of logits take the sigmoid"
+        )
+
+
+def try_out(
+    predictor: Predictor,
+    shape: MoEShape,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    lookahead: int,
+) -> None:
+    """Ask a predictor about made-up tokens, so that what is wrong with it is said before a run.
+
+    One that says that it cannot answer yet (BadTrace: the step of its trace is not set) is let through.
+
+    Raises:
+        UnsupportedOption: its answer is not of the right form, or it raised something else than an error of prescope,
+            which is raised as it is.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(TRIAL_TOKENS, width, generator=generator).to(device, dtype)
+    ids_TK = torch.arange(shape.top_k, device=device).expand(TRIAL_TOKENS, -1)
+    weights_TK = torch.full((TRIAL_TOKENS, shape.top_k), 1.0 / shape.top_k, device=device)
+    for moe_layer in sorted({0, shape.num_layers - 1}):
+        try:
+            with torch.no_grad():
+                made = ask(predictor, moe_layer, x_TD, ids_TK, weights_TK, lookahead)
+            for one in made:
+                scores = one.scores_TE.detach().float().cpu().numpy()
+                check_values(np.stack([scores, scores], axis=1), predictor.name, moe_layer, 1)
+        except BadPrediction as error:
+            raise UnsupportedOption(f"{error}. Tried with {TRIAL_TOKENS} tokens of width {width}") from error
+        except BadTrace:
+            return
+        except PrescopeError:
+            raise
+        except Exception as error:
+            raise UnsupportedOption(
+                f"{predictor.name} raised {type(error).__name__} ({error}) when it was asked about MoE layer "
+                f"{moe_layer}, with {TRIAL_TOKENS} tokens of width {width} in {dtype} on {device}; mend its predict, "
+                f"or give another predictor"
+            ) from error

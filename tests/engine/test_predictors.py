@@ -1,0 +1,222 @@
+"""Any predictor: inside the graph, beside it or in the layers' way, the text is the plain model's and no step waits."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import prescope
+from prescope.engine.graph.beside import SCORES_SHIFT, write_answers
+from prescope.engine.graph.capturable import why_not_in_graph
+from prescope.engine.graph.host_messages import has_all, read_predictions
+from prescope.engine.predicting import WATCHED_CALLS, Predicting
+from prescope.errors import UnsupportedOption
+from prescope.predictor import Chance, EarlyRouter, Routers
+from prescope.scheduler.costs import LayerCosts
+from prescope.training import Inverted
+from tests.support.models import EXPERTS, LAYERS, plain_tokens, prompt, tiny_moe
+from tests.support.predictors import SHAPE, WRONG, Answering, Gate, OnHost, sleeps
+
+pytest.importorskip("triton", reason="Triton exists for Linux only")
+NEW = 5
+COSTS = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=200.0, source="made up for a test")
+ASIDE = pytest.mark.filterwarnings("ignore:.* cannot be part of the graph:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_moe()
+
+
+@pytest.fixture(scope="module")
+def early(model):
+    weights = torch.stack([layer.mlp.gate.weight for layer in model.model.layers])
+    return EarlyRouter(SHAPE, Routers.of_weights(weights), LAYERS - 1)
+
+
+def opened(model, predictor, **settings):
+    given = {"schedule": "presched", "cache": "lru", "costs": COSTS, "slots": 7, "cpu_threads": 0, **settings}
+    return prescope.attach(model, predictor=predictor, **given)
+
+
+def generate(engine, ids):
+    run = engine.generate(ids, max_new_tokens=NEW)
+    engine.check_integrity()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule", "batch"),
+    [
+        ("early", "presched", 1),
+        ("inverted", "fate", 2),
+        pytest.param("chance", "presched", 1, marks=pytest.mark.slow),
+        pytest.param("inverted", "presched", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_predictor_on_the_host_runs_beside_the_graph_and_is_said_to(
+    model, early, gpu, kind, schedule, batch
+):
+    """An interpreted layer takes longer than a prediction, so that many come in time."""
+    inner = {"early": early, "inverted": Inverted(early), "chance": Chance(SHAPE, LAYERS - 1)}[kind]
+    ids = prompt(batch=batch, length=5)
+    with opened(model, OnHost(inner), schedule=schedule, slots=7 if batch == 1 else 11, **gpu) as engine:
+        with pytest.warns(UserWarning, match="cannot be part of the graph .*reads a number back"):
+            first = generate(engine, ids)
+        again = generate(engine, ids)
+    for run in (first, again):
+        assert run.tokens == plain_tokens(model, ids, new=NEW)
+        reasons = run.config["reasons"]
+        assert reasons["decode"].startswith("host-driven")
+        assert reasons["predictor"].startswith("beside the graph: it reads a number back")
+    note = next(note for note in again.notes if "were decided with one" in note)
+    answers, decided = (int(text.split()[0]) for text in note.rpartition(": ")[2].split(" answers, and "))
+    assert answers > 0 and decided > 0
+
+
+@ASIDE
+def test_no_step_waits_for_a_predictor_that_never_answers(model, early, gpu):
+    """It is held in its first call behind the trial's until the run is over, and the run comes to its end."""
+    ids, gate = prompt(length=5), Gate()
+    predictor = OnHost(early)
+    with opened(model, predictor, **gpu) as engine:
+        generate(engine, ids)
+        predictor.before = gate
+        begin = time.perf_counter()
+        run = generate(engine, ids)
+        took_s, held = time.perf_counter() - begin, gate.held
+        gate.open()
+    assert run.tokens == plain_tokens(model, ids, new=NEW)
+    assert held == 1 and took_s < 50.0, "held calls end after 60 s"
+
+
+@ASIDE
+@pytest.mark.slow
+def test_a_slow_predictor_is_asked_less_often_and_not_waited_for(model, early, gpu):
+    ids = prompt(length=5)
+    predictor = OnHost(early, before=sleeps)
+    with opened(model, predictor, **gpu) as engine:
+        for _ in range(2):
+            assert generate(engine, ids).tokens == plain_tokens(model, ids, new=NEW)
+
+
+@ASIDE
+@pytest.mark.parametrize("wrong", ["raises", pytest.param("NaN", marks=pytest.mark.slow)])
+def test_what_goes_wrong_beside_the_graph_ends_the_predictions_and_not_the_run(model, early, gpu, wrong):
+    ids, (change, words) = prompt(length=5), WRONG[wrong]
+    predictor = Answering(early, change, begin=10**6)
+    with opened(model, predictor, **gpu) as engine:
+        generate(engine, ids)
+        predictor._begin = 0
+        with pytest.warns(UserWarning, match=f"failed at MoE layer .*{words}"):
+            run = generate(engine, ids)
+        predictor._begin = 10**6
+        mended = generate(engine, ids)
+    assert run.tokens == mended.tokens == plain_tokens(model, ids, new=NEW)
+    assert "not all steps with predictions" in run.label and words in run.config["reasons"]["predictor"]
+    assert any("without predictions" in note for note in run.notes)
+    assert mended.label == run.label.replace(", not all steps with predictions", "")
+
+
+@pytest.mark.parametrize("wrong", ["raises", "NaN", "rows", "experts", "layers", "too few", "logits"])
+def test_the_same_layer_by_layer(model, early, wrong):
+    ids, (change, words) = prompt(length=5), WRONG[wrong]
+    predictor = Answering(early, change, begin=8)
+    with opened(model, predictor, device="null") as engine:
+        with pytest.warns(UserWarning, match=words):
+            run = generate(engine, ids)
+        predictor._begin = 10**6
+        assert generate(engine, ids).tokens == run.tokens == plain_tokens(model, ids, new=NEW)
+    assert "not all steps with predictions" in run.label and words in run.config["reasons"]["predictor"]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_predictor_that_answers_wrongly_is_refused_before_any_run(model, early, wrong):
+    change, words = WRONG[wrong]
+    with pytest.raises(UnsupportedOption, match=words):
+        opened(model, Answering(early, change), device="null")
+    with opened(model, early, device="null") as engine:
+        with pytest.raises(UnsupportedOption, match=words):
+            engine.configure(predictor=Answering(early, change))
+        assert generate(engine, prompt()).tokens == plain_tokens(model, prompt(), new=NEW)
+
+
+def test_a_slow_predictor_in_the_layers_way_is_given_up(model, early):
+    ids, predictor = prompt(length=5), OnHost(early, before=sleeps)
+    with opened(model, predictor, device="null", decode="layered") as engine:
+        predictor.calls = 0
+        with pytest.warns(UserWarning, match="ms a layer"):
+            run = generate(engine, ids)
+    assert run.tokens == plain_tokens(model, ids, new=NEW) and predictor.calls == WATCHED_CALLS
+    assert "ms a layer" in run.config["reasons"]["predictor"]
+
+
+def test_a_predictor_that_remembers_in_python_is_not_captured(gpu, early):
+    """A graph would repeat for ever what it answered when it was captured."""
+    if torch.cuda.is_available():
+        pytest.skip("runs on the interpreted GPU, which needs no engine here")
+    from tests.support.interpreted_gpu import InterpretedGpu
+
+    class Counting(OnHost):
+        def predict(self, *case):
+            self.calls += 1
+            made = self.inner.predict(*case)
+            return [one._replace(scores_TE=one.scores_TE / self.calls) for one in made]
+
+    def why(predictor):
+        case = Predicting(predictor, LAYERS - 1), InterpretedGpu(), range(LAYERS), 1, 32, torch.float32
+        return why_not_in_graph(*case)
+
+    assert why(early) == ""
+    assert "in Python" in why(Counting(early))
+    assert "reads a number back" in why(OnHost(early))
+
+
+def test_a_late_answer_counts_for_the_layers_that_are_still_to_come():
+    L, d, number = 5, 3, 7
+    scores = np.zeros((L, d * 2 * EXPERTS), dtype=np.int64)
+    values = np.random.default_rng(0).random((d, 2, EXPERTS)).astype(np.float32)
+    write_answers(scores, number, 1, values)
+    for layer in range(L):
+        is_there = has_all(scores[layer], SCORES_SHIFT, number)
+        assert is_there == (layer in (1, 2, 3))
+        if is_there:
+            tokens, used = np.zeros((d, EXPERTS)), np.zeros((d, EXPERTS))
+            read_predictions(scores[layer], tokens, used)
+            gone = layer - 1
+            assert (tokens[: d - gone] == values[gone:, 0]).all() and (
+                used[: d - gone] == values[gone:, 1]
+            ).all()
+            assert not tokens[d - gone :].any() and not used[d - gone :].any()
+
+
+@ASIDE
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* waits for .*:UserWarning")
+def test_interrupts_and_other_threads_find_an_engine_that_works(model, early, gpu):
+    ids = prompt(length=5)
+    expected = plain_tokens(model, ids, new=NEW)
+    with opened(model, OnHost(early, before=sleeps), **gpu) as engine:
+        generate(engine, ids)
+
+        def interrupt(tokens: int) -> None:
+            if tokens == 3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(ids, max_new_tokens=20, on_step=interrupt)
+        runs = {}
+        threads = [
+            threading.Thread(
+                target=lambda name=name: runs.update({name: engine.generate(ids, max_new_tokens=NEW)})
+            )
+            for name in "ab"
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        engine.check_integrity()
+    assert [runs[name].tokens for name in "ab"] == [expected, expected]
