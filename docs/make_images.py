@@ -85,7 +85,8 @@ def will_it_run(page, lab: str) -> None:
 def real_run(page, lab: str) -> None:
     """A run of the embedded model, on its way."""
     open_board(page, lab, 1280)
-    page.locator("select", has=page.locator("option", has_text="recorded on")).first.select_option(index=1)
+    page.get_by_role("button", name="Record a run here").click()
+    page.locator("option", has_text="this session").first.wait_for(state="attached", timeout=60_000)
     page.wait_for_timeout(8_000)
     open_tab(page, "Run it for real")
     page.locator(".prescope input[type=number]:visible").first.fill(str(NEW_TOKENS))
