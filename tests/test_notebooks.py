@@ -14,6 +14,24 @@ from tests.support.browser import count_plots, offline_page
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 QUICKSTART = NOTEBOOKS / "00_quickstart.ipynb"
 SCHEDULING = NOTEBOOKS / "03_scheduling.ipynb"
+PAPER = NOTEBOOKS / "06_paper_experiments.ipynb"
+#: Its figures, in order.
+PAPER_QUESTIONS = [
+    "How well is each layer predicted?",
+    "Which MoEs can be predicted?",
+    "How busy is PCIe?",
+    "What does the link's time go to?",
+    "When does the GPU idle?",
+    "How much of the copying is hidden?",
+    "What if prefetches could not be held back?",
+    "On which machine does prediction pay?",
+    "What would published models gain?",
+    "Does it depend on the text?",
+    "What does hostile routing cost?",
+    "What do wrong predictions cost?",
+    "What does each failure cost?",
+    "What does the link's time go to?",
+]
 NUM_FIGURES = 8  # timeline, layers, hit rate, latency, the panel's three, slots curve
 
 
@@ -88,6 +106,22 @@ def test_the_scheduling_notebook_runs_small_and_never_mixes_its_sources(tmp_path
     assert sum("<b>measured, link emulated</b>" in title for title in titles) == 3
     assert "application/vnd.jupyter.widget-view+json" not in text
     assert "in host memory" in text, "the table of reasons"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_paper_s_experiments_run_small_and_say_where_each_number_is_from(tmp_path):
+    small = {"own_tokens": 256, "epochs": 1, "calibrate_s": 3, "max_new_tokens": 5, "device": "cpu"}
+    page = execute_notebook(PAPER, tmp_path / "paper.html", parameters=small, log=lambda line: None)
+    text = page.read_text()
+    figures = [json.loads(one) for one in re.findall(r"const figure = (\{.*?\});\n", text)]
+    titles = [figure["layout"]["title"]["text"] for figure in figures]
+    assert len(titles) == len(PAPER_QUESTIONS)
+    for title, question in zip(titles, PAPER_QUESTIONS, strict=True):
+        assert title.startswith(f"<b>{question}</b>")
+    told = [title for title in titles if "simulated" in title or "measured" in title]
+    assert len(told) == len(titles) - 1, "all but the recall by layer, which has no times"
+    assert text.count("Committed, H200") >= 5
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)

@@ -2,6 +2,7 @@
 
 import ast
 import threading
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,9 +69,10 @@ def sweep(
     cancel = threading.Event()
     with ExitStack() as stack:
         engines = _Engines(stack, device)
-        prompts = engines.prompts(is_shared=prove is not None and measure is not None)
+        if prove is not None:
+            _require_costs(engines.of(prove), space, fixed)
         if measure is not None:
-            runner: tuning.Runner = tuning.EngineRunner(engines.of(measure), prompts[0])
+            runner: tuning.Runner = tuning.EngineRunner(engines.of(measure), _prompts())
         else:
             runner = _replays(trace, shape)
         searched = tuning.open_sweep(
@@ -87,7 +89,7 @@ def sweep(
         if prove is not None and not was_interrupted():
             with StatusLine() as status:
                 proof = tuning.prove(
-                    searched, engines.of(prove), prompts[1], cancel=cancel,
+                    searched, engines.of(prove), _prompts(unless=searched.prompts), cancel=cancel,
                     on_progress=lambda now, of: status.share(f"proof, run {now} of {of}", now / of),
                 )  # fmt: skip
             _print_proof(proof, as_json)
@@ -110,13 +112,28 @@ class _Engines:
             self._loaded[model] = self._stack.enter_context(load(model, device=self._device))
         return self._loaded[model]
 
-    def prompts(self, is_shared: bool) -> tuple[list[str], list[str]]:
-        """Prompts of the search, and of the proof: none is in both where both run them."""
-        from ..training import own_prompts
 
-        groups = own_prompts(*DOMAINS).values()
-        texts, others = [group[0] for group in groups], [group[-1] for group in groups]
-        return texts, others if is_shared else texts
+def _require_costs(engine: "Engine", space: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Say it before the search that this machine must be calibrated for the proof, not behind it.
+
+    Raises:
+        NoProfile: a schedule that may win weighs costs, and the machine's are not known.
+    """
+    from ..profile import HardwareProfile
+
+    named = space.get("schedule", [fixed.get("schedule", engine.config.schedule)])
+    if any(name != "on-demand" for name in named):
+        HardwareProfile.of_this_machine(engine.hardware())
+
+
+def _prompts(unless: Collection[str] = ()) -> list[str]:
+    """The first prompt of each domain whose checksum is not among these: a proof runs none that the search used."""
+    from ..training import own_prompts
+    from ..tuning.prompts import checksum_of_prompt
+
+    groups = own_prompts(*DOMAINS).values()
+    first = (next((text for text in group if checksum_of_prompt(text) not in unless), None) for group in groups)
+    return [text for text in first if text is not None]
 
 
 def _replays(given: str, shape: str | None) -> "SimulatorRunner":

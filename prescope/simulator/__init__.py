@@ -10,6 +10,7 @@ prediction pays.
 from .best import best_found
 from .code import code_of
 from .explain import WHERE, LayerExplanation, explain_layer
+from .hostile import hostile
 from .machines import HERE, Machine, machine_of_profile, machine_of_run, machine_with_link, shipped_machines
 from .prepare import as_decode
 from .recording import Recording, shipped_recordings
@@ -39,6 +40,7 @@ __all__ = [
     "best_found",
     "code_of",
     "explain_layer",
+    "hostile",
     "link_frac",
     "machine_of_profile",
     "machine_of_run",

@@ -81,6 +81,11 @@ class Scenarios:
         """Experts of the whole model."""
         return self.trace.num_layers * self.trace.num_experts
 
+    @property
+    def batch(self) -> int:
+        """Tokens of a decode step, the most of any."""
+        return self.simulator(Scenario(slots=1, predictor=NONE, machine=next(iter(self.machines)))).batch
+
     def machine(self, scenario: Scenario) -> Machine:
         """The machine of a scenario.
 

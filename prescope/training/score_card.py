@@ -84,6 +84,12 @@ class ScoreCard:
         """
         return float(self._recall_of(np.ones(len(self.prompts)), lookahead, double, domain, group))
 
+    def recalls(self, lookahead: int) -> tuple[float, ...]:
+        """Recall@K of each source layer that has a layer so far ahead, first layer first; all prompts."""
+        a, layers = self.lookaheads.index(lookahead), self.shape.num_layers - lookahead
+        pairs = zip(self.hits[a, :layers].sum(axis=1), self.used[a, :layers].sum(axis=1), strict=True)
+        return tuple(ratio(float(hits), float(used)) for hits, used in pairs)
+
     def recall_interval(self, lookahead: int, *, domain: str | None = None, seed: int = 0) -> Interval:
         """Recall@K with its 95 % interval over prompts."""
         weights = _resamples(self._in_domain(domain), seed)

@@ -25,7 +25,8 @@ class EngineRunner:
     """Runs settings on an engine, one after the other.
 
     Each point starts from the settings that the engine had when the runner was made, is warmed up, and then runs with
-    cold slots. The engine gets its settings back with `restore`, which a sweep calls at its end.
+    cold slots. The engine gets its settings back with `restore`, which a sweep calls at its end. The costs
+    that schedules go by are the engine's: `engine.configure(costs=...)` before, and every point goes by the same.
 
     Args:
         engine: of this process; or a function without arguments that loads one, for workers in other processes, each

@@ -118,7 +118,8 @@ def prove(
 ) -> Proof:
     """Run the best of a search against the default, in blocks default - candidate - candidate - default.
 
-    The engine has its former settings again afterwards; `engine.configure(**proof.keywords)` is yours.
+    The engine has its former settings again afterwards; `engine.configure(**proof.keywords)` is yours. The costs that
+    its schedules go by stay as they are: calibrate, and `engine.configure(costs=...)`, before.
 
     Args:
         sweep: its three best points that an engine can run; or settings, or several.
@@ -132,7 +133,7 @@ def prove(
     Raises:
         UnsupportedOption: a prompt was used in the search, or nothing of it can be run.
         CancelledError: cancelled.
-        PrescopeError: the engine refuses the default.
+        PrescopeError: the engine refuses the default, or a candidate; nothing was run then.
     """
     texts = texts_of(prompts)
     if repeats < 2:
@@ -183,6 +184,8 @@ class _Trial:
     def run(self) -> Proof:
         """All blocks of all candidates; call it in the engine's turn."""
         try:
+            for one in self._chosen:  # what the engine refuses is said before minutes are spent on the others
+                self._device.engine.configure(**self._device.keywords(one.settings))
             simulated = simulated_default(self._sweep, self._device, self._default, self._notes)
             candidates, timed = [], self._measure(self._default)  # the first run of all is nobody's
             for one in self._chosen:

@@ -29,6 +29,12 @@ VERSION = 1
 FOLDER = Path("runs") / "sweeps"
 #: Instead of the file of a database that has none.
 IN_MEMORY = Path(":memory:")
+#: What to do where a sweep of this name is about something else.
+REMEDIES = {
+    "about": "It goes on with what it was begun with: the same recording, machines and predictors, or the same model "
+    "and tokens. After a restart of the kernel load that recording again (a run made anew is another one), or give "
+    "this sweep another name",
+}
 _NAME = re.compile(r"[\w][\w .,+=-]{0,119}")
 
 
@@ -232,9 +238,10 @@ def _require_same(name: str, found: Plan, wanted: Plan) -> None:
             was, now = ({k: one.get(k) for k in keys} for one in (value, asked[key]))
         else:
             was, now = value, asked[key]
+        remedy = REMEDIES.get(key, f"Give this one another name, or the same {key}")
         raise BadSweep(
             f"the sweep {name!r} is there already with {key} {was}, now it is {now}: its points could not be compared. "
-            f"Give this one another name, or the same {key}; load_sweep({name!r}) opens the old one"
+            f"{remedy}; load_sweep({name!r}) opens the old one"
         )
 
 

@@ -11,15 +11,19 @@ except ImportError as error:
     raise missing_extra("prescope.views", "lab", error) from error
 
 from .capacity import capacity
+from .cases import cases, steps_ms, told_of_all
 from .gpu_idle import gpu_idle
 from .hit_rate import hit_rate
 from .lanes import lanes, lanes_info
 from .latency import latency
 from .layer_groups import layer_groups
 from .layers import layers
+from .link_time import link_time
 from .link_use import link_use
 from .load import load
 from .outcomes import outcomes
+from .recall_by_layer import recall_by_layer
+from .recall_by_shape import recall_by_shape
 from .savings import savings
 from .schedule_pair import schedule_pair
 from .score_map import domain_map, score_map
@@ -38,6 +42,7 @@ timeline = lanes
 
 __all__ = [
     "capacity",
+    "cases",
     "domain_map",
     "gpu_idle",
     "hit_rate",
@@ -46,14 +51,18 @@ __all__ = [
     "latency",
     "layer_groups",
     "layers",
+    "link_time",
     "link_use",
     "load",
     "outcomes",
+    "recall_by_layer",
+    "recall_by_shape",
     "savings",
     "schedule_pair",
     "score_map",
     "slots_curve",
     "step_times",
+    "steps_ms",
     "sweep_front",
     "sweep_heat",
     "sweep_history",
@@ -62,4 +71,5 @@ __all__ = [
     "text_shift",
     "threshold",
     "timeline",
+    "told_of_all",
 ]

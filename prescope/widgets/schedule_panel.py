@@ -1,6 +1,5 @@
 """Sliders for everything a schedule can be told; each move simulates the recorded trace again, a button runs it."""
 
-import asyncio
 import gc
 import threading
 import time
@@ -16,22 +15,15 @@ from ..engine.job import Job, NamedPrompts
 from ..errors import PrescopeError
 from ..simulator import Scenario, Scenarios, SimResult, verdict
 from ..traces.result import RunResult
-from ..views.lanes import lanes_info, lanes_layout, lanes_traces, plot_lanes
 from ..views.numbers import NO_BOUND, Numbers, bound_numbers, formatted, numbers, numbers_there, spread_frac
-from ..views.outcomes import outcomes_info, outcomes_layout, outcomes_traces, plot_outcomes
-from ..views.schedule_pair import (
-    plot_schedule_pair,
-    schedule_pair_info,
-    schedule_pair_layout,
-    schedule_pair_traces,
-)
-from ..views.step_times import plot_step_times, step_times_info, step_times_layout, step_times_traces
-from .field import Field
-from .figures import SlimFigureWidget, is_headless
+from .figures import is_headless
+from .measured_beside import MeasuredBeside
 from .numbers_table import NumbersTable
 from .presets import Presets
 from .real_run import RealRun
+from .rest_timer import RestTimer, Throttle, is_alone
 from .runner import Runner
+from .schedule_figures import ScheduleFigures
 from .settings import Settings
 from .showing import page_html, show_panel
 from .style import boxed, panel, row
@@ -40,7 +32,6 @@ from .style import boxed, panel, row
 REDRAW_S = 0.15
 #: A slider at rest for so long is asked whether prediction pays there: that takes several simulations.
 REST_S = 0.25
-STEPS_SHOWN = 2
 
 
 class Drawn(NamedTuple):
@@ -81,26 +72,22 @@ class SchedulePanel:
     ) -> None:
         self._runner, self._scenarios = runner, scenarios
         self._lock = threading.RLock()  # a redraw without a loop advises at once
-        self._redrawn = 0.0
         self._is_advised = False
-        self._later: asyncio.TimerHandle | None = None
-        self._resting: threading.Timer | None = None
+        self._throttle = Throttle(self.redraw, REDRAW_S)
+        self._resting = RestTimer(self._advise, REST_S)
         self._runs: dict[Scenario, list[RunResult]] = {}
         self._pinned: tuple[str, Numbers] | None = None
         self.presets = Presets(lambda: self._scenarios, lambda: self.scenario, self.choose)
         self._running: Scenario | None = None
         self._watchers: list[Callable[[], None]] = []
         start = slots or (runner.engine.num_slots if runner is not None else scenarios.num_experts // 2)
-        self.settings = Settings(scenarios, start, self._soon)
+        self.settings = Settings(scenarios, start, self._throttle.call)
         self.result: SimResult = scenarios.run(self.scenario)
         self.drawn = Drawn(0.0, 0.0)
         self.numbers = NumbersTable()
         self.told = ipw.HTML()
-        self.steps, self.layers = ipw.IntRangeSlider(), ipw.IntRangeSlider()
-        self._is_bounding = False
-        self._bound_ranges()
-        self._axis_ms = 0.0
-        self.figures = {name: SlimFigureWidget(figure) for name, figure in self._plain().items()}
+        self.drawing = ScheduleFigures(self.result, self._throttle.call)
+        self.steps, self.layers, self.figures = self.drawing.steps, self.drawing.layers, self.drawing.figures
         self.real = (
             None if runner is None else RealRun(runner, prompts, keywords, self._for_engine, self._finished)
         )
@@ -112,9 +99,6 @@ class SchedulePanel:
         )
         self.parts = self._laid_out()
         self.view = panel(*self.parts.values())
-        for one in (self.steps, self.layers):
-            one.observe(self._on_range, "value")
-        self.figures["step_times"].on_zoom("xaxis", self._on_dragged)
         self.pin_button.on_click(lambda _: self.pin())
         self.fit_button.on_click(lambda _: self.fit())
         self.redraw()
@@ -125,20 +109,15 @@ class SchedulePanel:
     def _laid_out(self) -> dict[str, ipw.Widget]:
         for button in (self.pin_button, self.fit_button):
             button.layout.width = "auto"
-        steps = Field("steps", self.steps, "Decode steps whose lanes are drawn; or drag over the overview.")
-        layers = Field("layers", self.layers, "MoE layers whose lanes are drawn.")
-        ranges = boxed(ipw.Box([steps.view, layers.view]), "ps-controls")
         tools = row(self.fit_button, self.pin_button, self.presets.view, self.told)
-        shown = boxed(
-            ipw.VBox([tools, ranges, *(self.figures[name] for name in ("step_times", "lanes", "outcomes"))]),
-            "ps-figures",
-        )
+        drawn = [self.figures[name] for name in ("step_times", "lanes", "outcomes")]
+        shown = boxed(ipw.VBox([tools, self.drawing.ranges, *drawn]), "ps-figures")
         live = boxed(ipw.Box([self.settings.view, shown]), "ps-side")
         parts: dict[str, ipw.Widget] = {"numbers": self.numbers.view, "live": live}
         if self.real is not None:
-            self.beside = SlimFigureWidget()
-            self._beside_box = boxed(ipw.VBox(), "ps-figures")  # empty before the first run
-            parts["real"] = ipw.VBox([self.real.view, self._beside_box])
+            self._beside = MeasuredBeside()
+            self.beside = self._beside.figure
+            parts["real"] = ipw.VBox([self.real.view, self._beside.view])
         return parts
 
     # -- what is chosen ----------------------------------------------------------------------------------------
@@ -162,11 +141,11 @@ class SchedulePanel:
         """Simulate another trace from now on; its measured runs are others too."""
         with self._lock:
             self._scenarios = scenarios
-            self._runs, self._axis_ms = {}, 0.0
+            self._runs = {}
             self.presets.forget()
             self.settings.use(scenarios, slots)
             self.result = scenarios.run(self.scenario)
-            self._bound_ranges()
+            self.drawing.bound(self.result)
         self.redraw()
 
     def state(self) -> dict[str, Any]:
@@ -199,8 +178,7 @@ class SchedulePanel:
     @property
     def shown_steps(self) -> range:
         """Steps whose lanes are drawn."""
-        first, last = self.steps.value
-        return range(first, last + 1)
+        return self.drawing.shown_steps
 
     def pin(self) -> None:
         """From now on numbers are shown against those of this setting: as measured, or as simulated before a run."""
@@ -212,9 +190,7 @@ class SchedulePanel:
 
     def fit(self) -> None:
         """Show the whole of the steps again: the time axis stays as it was at every move until this."""
-        self._axis_ms = 0.0
-        for figure in self.figures.values():
-            figure.fit()
+        self.drawing.fit()
         self.redraw()
 
     def on_drawn(self, watcher: Callable[[], None]) -> None:
@@ -249,12 +225,11 @@ class SchedulePanel:
         """Stop the run and take the panel off the page; its results stay."""
         if self.real is not None:
             self.real.close()
-            self.beside.close()
-        for timer in (self._later, self._resting):
-            if timer is not None:
-                timer.cancel()
-        for widget in (*self.figures.values(), self.presets.copy, self.view):
-            widget.close()
+            self._beside.close()
+        self._throttle.cancel()
+        self._resting.cancel()
+        for part in (self.drawing, self.presets.copy, self.view):
+            part.close()
         gc.unfreeze()
 
     def _for_engine(self) -> dict[str, Any]:
@@ -273,30 +248,6 @@ class SchedulePanel:
 
     # -- drawing -----------------------------------------------------------------------------------------------
 
-    def _on_range(self, _change: Any) -> None:
-        if not self._is_bounding:
-            self._axis_ms = 0.0
-            self._soon()
-
-    def _on_dragged(self, low: float, high: float) -> None:
-        """Steps were marked in the overview, which itself goes on showing all of them."""
-        first, last = (min(max(round(x), self.steps.min), self.steps.max) for x in (low, high))
-        self.figures["step_times"].fit()
-        self.steps.value = first, last
-
-    def _soon(self) -> None:
-        """Redraw now, or, while a slider is dragged, when the last redraw is long enough ago."""
-        wait = self._redrawn + REDRAW_S - time.monotonic()
-        loop = _running_loop()
-        if wait <= 0 or loop is None:
-            self.redraw()
-        elif self._later is None:
-            self._later = loop.call_later(wait, self._redraw_later)
-
-    def _redraw_later(self) -> None:
-        self._later = None
-        self.redraw()
-
     def redraw(self) -> None:
         """Simulate the choice and put its numbers into the figures; settings that cannot be are told in words."""
         with self._lock:
@@ -309,63 +260,22 @@ class SchedulePanel:
                 self.numbers.say(f"<span class='ps-error'>{text} What is shown is the former setting.</span>")
                 return
             middle = time.perf_counter()
-            for name, (traces, layout) in self._parts().items():
-                self.figures[name].show_parts(traces, layout)
+            self.drawing.draw(self.result, self.measured, with_bound=self._knows_bounds())
             self.drawn = Drawn(1e3 * (middle - begin), 1e3 * (time.perf_counter() - middle))
             self._say()
-            self._redrawn = time.monotonic()
+            self._throttle.done()
         for watcher in self._watchers:
             watcher()
 
-    def _layers(self) -> range | None:
-        first, last = self.layers.value
-        is_all = (first, last) == (self.layers.min, self.layers.max)
-        return None if is_all else range(first, last + 1)
-
-    def _bound_ranges(self) -> None:
-        """Offer the steps and layers that there are; the two steps behind the first one are shown."""
-        there = self.result.needs.steps
-        first, last = int(there[0]), int(there[-1])
-        begin = min(first + 1, max(first, last - STEPS_SHOWN + 1))
-        self._is_bounding = True
-        try:
-            _bound(self.steps, first, last, (begin, min(begin + STEPS_SHOWN - 1, last)))
-            _bound(self.layers, 0, self._scenarios.trace.num_layers - 1, None)
-        finally:
-            self._is_bounding = False
-
-    def _parts(self) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
-        shown, beside, times = (
-            lanes_info(self.result, self.shown_steps, layers=self._layers()),
-            outcomes_info(self.result, self.measured),
-            step_times_info(self.result, self.measured, with_bound=self._knows_bounds()),
-        )
-        self._axis_ms = self._axis_ms or shown.end_ms
-        return {
-            "lanes": (lanes_traces(shown), lanes_layout(shown, self._axis_ms, brief=True)),
-            "outcomes": (outcomes_traces(beside), outcomes_layout(beside, brief=True)),
-            "step_times": (
-                step_times_traces(times), step_times_layout(times, brief=True, chosen=self.shown_steps),
-            ),
-        }  # fmt: skip
-
     def plain(self) -> list[go.Figure]:
         """The figures without widgets."""
-        return list(self._plain().values())
-
-    def _plain(self) -> dict[str, go.Figure]:
-        """The figures without widgets."""
-        return {
-            "lanes": plot_lanes(lanes_info(self.result, self.shown_steps, layers=self._layers())),
-            "outcomes": plot_outcomes(outcomes_info(self.result, self.measured)),
-            "step_times": plot_step_times(step_times_info(self.result, self.measured)),
-        }
+        return self.drawing.plain(self.result, self.measured)
 
     def _say(self) -> None:
         self._say_numbers()
         self.presets.show()
         kept = self.measured_runs
-        beyond = " · the steps end beyond the time axis: Fit" if self._ends_beyond() else ""
+        beyond = " · the steps end beyond the time axis: Fit" if self.drawing.ends_beyond(self.result) else ""
         self.told.value = (
             f"<span class='ps-soft'>simulated in {self.drawn.simulated_ms:.0f} ms, drawn in "
             f"{self.drawn.drawn_ms:.0f} ms{beyond}</span>"
@@ -374,7 +284,8 @@ class SchedulePanel:
             self.real.controls.allow(self._scenarios.why_not_here(self.scenario))
             if not self.real.controls.is_running and not kept:
                 self.real.controls.forget("not run with these settings yet" if self._runs else "")
-            self._show_beside(kept[-1] if kept else None)
+            if kept:
+                self._beside.show(self.result, kept[-1], self.shown_steps)
         self._rest()
 
     def _say_numbers(self) -> None:
@@ -393,40 +304,14 @@ class SchedulePanel:
 
     def _knows_bounds(self) -> bool:
         """Bounds of slots that nobody asked about take longer than the simulation: a slider does not wait for them."""
-        return "bounds" in self.result.__dict__ or is_headless() or _running_loop() is None
-
-    def _ends_beyond(self) -> bool:
-        steps = self.result.steps
-        shown = steps[steps["step"].isin(list(self.shown_steps))]
-        return bool(shown["dur_us"].sum() / 1e3 > 1.02 * self._axis_ms)
-
-    def _show_beside(self, run: RunResult | None) -> None:
-        """The measured lanes under the simulated ones; the former pair goes when the settings do."""
-        if run is None or run.events.empty:
-            return
-        there = run.steps[run.steps["phase"] == "decode"]["step"]
-        # A cancelled run has fewer steps than the simulated one.
-        first, last = (min(step, int(there.max())) for step in self.steps.value)
-        info = schedule_pair_info(self.result, run, range(first, last + 1))
-        if self.beside.data:
-            self.beside.show_parts(schedule_pair_traces(info), schedule_pair_layout(info))
-        else:
-            self.beside.show_figure(plot_schedule_pair(info))
-            self._beside_box.children = (self.beside,)
+        return "bounds" in self.result.__dict__ or is_alone()
 
     # -- the line of advice ------------------------------------------------------------------------------------
 
     def _rest(self) -> None:
         """Ask whether prediction pays once the slider rests: replays release the kernel's lock, so it goes on."""
-        if self._resting is not None:
-            self._resting.cancel()
         self._is_advised = self._knows_bounds()
-        if is_headless() or _running_loop() is None:
-            self._advise()
-            return
-        self._resting = threading.Timer(REST_S, self._advise)
-        self._resting.daemon = True
-        self._resting.start()
+        self._resting.restart()
 
     def _advise(self) -> None:
         scenario, scenarios = self.scenario, self._scenarios
@@ -437,10 +322,7 @@ class SchedulePanel:
         with self._lock:
             if not self._is_advised:
                 self._is_advised = True
-                times = step_times_info(self.result, self.measured)
-                self.figures["step_times"].show_parts(
-                    step_times_traces(times), step_times_layout(times, brief=True, chosen=self.shown_steps)
-                )
+                self.drawing.draw_times(self.result, self.measured)
                 self._say_numbers()
         mood = {True: "ps-good", False: "ps-bad", None: ""}[found.pays]
         head, colon, rest = found.words.partition(" here")
@@ -468,22 +350,6 @@ def _beside(simulated: Numbers, measured: Numbers | None, rates: Sequence[float]
     return f" <span class='ps-badge' title='simulated tokens/s against measured'>{text}</span>"
 
 
-def _bound(slider: ipw.IntRangeSlider, low: int, high: int, value: tuple[int, int] | None) -> None:
-    """Give a slider other ends, and a value between them: all of them unless one is given."""
-    # No moment at which an end lies beyond the value: the widget would refuse it.
-    slider.min, slider.max = min(low, slider.min), max(high, slider.max)
-    slider.value = value or (low, high)
-    slider.min, slider.max = low, high
-
-
 def vars_of(scenario: Scenario) -> dict[str, Any]:
     """A choice as plain values."""
     return {name: getattr(scenario, name) for name in scenario.__dataclass_fields__}
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    """The kernel's loop, when a message of the page is being handled; None in tests and in other threads."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None

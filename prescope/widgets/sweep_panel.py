@@ -7,9 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from html import escape
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ipywidgets as ipw
 import pandas as pd
@@ -17,11 +16,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML, display
 
 from ..errors import PrescopeError, UnsupportedOption
-from ..tuning import OBJECTIVES, Progress, Proof, Runner, Space, Sweep, SweepJob, load_sweep, open_sweep
-from ..tuning.code import code_of
-from ..tuning.estimate import estimate
-from ..tuning.record import FOLDER
-from ..tuning.search import Known
+from ..tuning import Progress, Proof, Sweep, SweepJob, load_sweep
 from ..views.sweep_points import told_of_points
 from .copy_button import CopyButton
 from .figures import is_headless
@@ -31,37 +26,13 @@ from .sweep_chosen import SweepChosen
 from .sweep_controls import SweepControls
 from .sweep_estimate import SweepEstimate
 from .sweep_figures import SweepFigures
+from .sweep_plan import Place, Plan, runners_of
 from .sweep_proof import Prover, SweepProof
 from .sweep_run import SweepRun
+from .sweep_studies import SweepStudies, free_name
 
-NEW = "a new one"
 #: Between two redraws while a sweep runs: this, or so many times what the last redraw took.
 REDRAW_S, REDRAW_SHARE = 1.0, 5.0
-
-
-class Place(NamedTuple):
-    """Where points can be tried.
-
-    Attributes:
-        runner: tries them; None where that is not possible. why_not: the reason then. code: Python that makes it.
-        prepare: called before a sweep begins there.
-    """
-
-    runner: Runner | None
-    why_not: str = ""
-    code: str = ""
-    prepare: Callable[[], None] | None = None
-
-
-class Plan(NamedTuple):
-    """What the controls ask for; the study that is open cannot be changed, only gone on with."""
-
-    where: str
-    space: Space
-    objectives: tuple[str, ...]
-    method: str
-    seed: int
-    fixed: dict[str, Any]
 
 
 class SweepPanel:
@@ -93,16 +64,14 @@ class SweepPanel:
         self._redrawn = self._took_s = 0.0
         self._is_quiet = self._is_closed = False
         self._lock = threading.RLock()
-        self.controls = SweepControls(_runners(places), kept, self._on_move)
+        self.controls = SweepControls(runners_of(places), kept, self._on_move)
         self.estimate = SweepEstimate(self._estimate, lambda: not self.controls.runner.is_here)
         self.run = SweepRun(self.start, self._on_progress)
         self.chosen = SweepChosen(shows, self._settings_of)
         self.proof = SweepProof(prover)
         self.figures = SweepFigures(self.chosen.open, self._show_chosen)
-        self.study = ipw.Dropdown(
-            options=[NEW], tooltip="A study that is there: its points are shown, Start goes on"
-        )
-        self.study.layout.width = "170px"
+        self._studies = SweepStudies(self._on_study)
+        self.study = self._studies.menu
         self.code = CopyButton()
         self.report_button = ipw.Button(
             description="Report", icon="file", layout={"width": "auto"}, disabled=True
@@ -111,7 +80,6 @@ class SweepPanel:
         self.told = ipw.HTML()
         self.part = self._laid_out()
         self.view = panel(self.part)
-        self.study.observe(self._on_study, "value")
         self.report_button.on_click(lambda _: self._in_background(self.write_report))
         self.refresh()
         self.estimate.moved()
@@ -189,21 +157,8 @@ class SweepPanel:
         if plan == self._asked and typed in ("", open_name):
             name = open_name
         else:  # a study is about one thing: what was changed is another one
-            name = typed if typed and typed != open_name else _free_name()
-        place = self._places[plan.where]
-        runner = place.runner
-        assert runner is not None, "places that cannot be used are not offered"
-        if place.prepare is not None:
-            place.prepare()
-        sweep = open_sweep(
-            name,
-            plan.space,
-            runner,
-            objectives=plan.objectives,
-            method=plan.method,
-            seed=plan.seed,
-            fixed=plan.fixed,
-        )
+            name = typed if typed and typed != open_name else free_name()
+        sweep = plan.open(name, self._places[plan.where])
         self._take(sweep)
         self._asked = plan
         self._is_quiet = True
@@ -222,7 +177,7 @@ class SweepPanel:
         """Sweep another trace from now on; a run that is under way goes on."""
         self._places = dict(places)
         self.proof.use(prover)
-        self.controls.use(_runners(places))
+        self.controls.use(runners_of(places))
         self._on_move()
 
     def state(self) -> dict[str, Any]:
@@ -245,7 +200,7 @@ class SweepPanel:
             if self._is_closed:  # a run's last word may come later
                 return
             begin = time.monotonic()
-            self._offer_studies()
+            self._studies.show(None if self.sweep is None else self.sweep.name)
             if self.sweep is not None:
                 self._points = self.sweep.points()
                 self.figures.show(self._points, self._objectives, self._importances(self.sweep))
@@ -279,28 +234,18 @@ class SweepPanel:
             self._say()
             self.estimate.moved()
 
-    def _on_study(self, _change: Any) -> None:
+    def _on_study(self, name: str | None) -> None:
         if self._is_quiet:
             return
-        if self.study.value == NEW:
+        if name is None:
             self._take(None)
             self._asked, self.controls.name.value = None, ""
             self.refresh()
             return
         try:
-            self.open(self.study.value)
+            self.open(name)
         except PrescopeError as error:
             self.run.fail(error)
-
-    def _offer_studies(self) -> None:
-        former, self._is_quiet = self._is_quiet, True
-        names = _studies_here()
-        mine = NEW if self.sweep is None else self.sweep.name
-        options = [NEW, *names, *([] if mine in (NEW, *names) else [mine])]
-        if list(self.study.options) != options:
-            self.study.options = options
-        self.study.value = mine
-        self._is_quiet = former
 
     def _say(self) -> None:
         try:
@@ -326,18 +271,12 @@ class SweepPanel:
         """What the controls ask for will take, in words."""
         if self.run.is_running:
             return ""
-        plan, limits = self.plan, self.controls.limits
-        directions = [OBJECTIVES[name].direction for name in plan.objectives]
-        known = Known(plan.space, plan.seed, directions, plan.objectives, ())
-        runner, workers = self.controls.runner, limits["workers"]
-        return str(estimate(runner, known, plan.method, plan.fixed, limits["points"], workers))
+        limits = self.controls.limits
+        return str(self.plan.estimate(self.controls.runner, limits["points"], limits["workers"]))
 
     def _code(self, plan: Plan) -> str:
-        name = self.controls.name.value.strip() or _free_name()
-        return code_of(
-            name, self._places[plan.where].code, plan.space, objectives=plan.objectives, method=plan.method,
-            seed=plan.seed, fixed=plan.fixed, limits=self.controls.limits,
-        )  # fmt: skip
+        name = self.controls.name.value.strip() or free_name()
+        return plan.code(name, self._places[plan.where], self.controls.limits)
 
     # -- a page ------------------------------------------------------------------------------------------------
 
@@ -377,18 +316,3 @@ class SweepPanel:
         display(HTML(page_html(words)))
         for figure in self.plain():
             display(figure)
-
-
-def _studies_here() -> list[str]:
-    """Names of the sweeps in the folder where they lie by default, the newest first."""
-    files = FOLDER.glob("*.db") if FOLDER.is_dir() else []
-    return [path.stem for path in sorted(files, key=lambda path: -path.stat().st_mtime)]
-
-
-def _free_name() -> str:
-    there = set(_studies_here())
-    return next(name for i in count(1) if (name := f"sweep {i}") not in there)
-
-
-def _runners(places: Mapping[str, Place]) -> dict[str, Runner | str]:
-    return {name: place.why_not if place.runner is None else place.runner for name, place in places.items()}

@@ -15,7 +15,8 @@ from ..tuning import EngineRunner, Proof, SimulatorRunner, Sweep, prove
 from ..tuning.prompts import checksum_of_prompt
 from ..views.lanes import lanes
 from .runner import Runner
-from .sweep_panel import Place, SweepPanel
+from .sweep_panel import SweepPanel
+from .sweep_plan import Place
 from .sweep_proof import Prover
 
 SIMULATOR, DEVICE = "simulator", "device"

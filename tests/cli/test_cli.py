@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from prescope.advice import advise
 from prescope.cli import main
 from prescope.cli.options import slots_of
 from prescope.cli.terminal import StatusLine
+from prescope.core.paths import embedded_model
 from prescope.engine import Engine
 from prescope.profile import HardwareProfile
 from prescope.traces.events import read_events
@@ -323,3 +325,29 @@ def test_ctrl_c_ends_a_text_which_is_printed_to_there(tmp_path):
     assert rest.endswith("\n")
     assert "cancelled after" in errors
     assert "TTFT" in errors
+
+
+def test_a_proof_whose_schedules_need_a_calibration_says_so_before_the_search(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    storage = tmp_path / "sweep.db"
+    words = ["--vary", "schedule=fiddler,on-demand", "--method", "grid", "--storage", str(storage)]
+    assert main(["sweep", "early", *words, "--prove", str(embedded_model()), "--device", "null"]) == 1
+    captured = capsys.readouterr()
+    assert "has not been calibrated; run prescope.calibrate()" in captured.err
+    assert not storage.exists(), "no point was tried"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_sweep_from_the_shell_is_proved_to_its_end(tmp_path):
+    """The recording that is swept by default was made of own prompts: the proof's are others."""
+    process = started(
+        "sweep", "proved", "--vary", "cache=lfu", "--fix", "schedule=on-demand", "--method", "grid", "--device", "cpu",
+        "--prove", str(embedded_model()), "--storage", str(tmp_path / "sweep.db"), cwd=tmp_path,
+    )  # fmt: skip
+    printed, told = process.communicate(timeout=280)
+    assert process.returncode == 0, told
+    assert "Traceback" not in told
+    assert "simulator off %" in printed
+    assert "default" in told
+    assert re.search(r"the simulator said [\d.]+ tokens/s, [\d.]+ were measured", told)

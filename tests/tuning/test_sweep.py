@@ -152,7 +152,7 @@ def test_another_space_under_the_same_name_is_refused_with_the_way_round():
         ({"space": Space(slots=Range(1, 40))}, "space"),
         ({"objectives": ("gpu_bytes",)}, "objectives"),
         ({"fixed": {"width": 3}}, "fixed"),
-        ({"runner": Hill(version=2)}, "about .*version.*load_sweep"),
+        ({"runner": Hill(version=2)}, "about .*version.*load that recording again.*load_sweep"),
         ({"method": "random"}, "method"),
         ({"seed": 1}, "seed"),
     ):

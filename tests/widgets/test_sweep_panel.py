@@ -14,7 +14,9 @@ from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Machine, Scenarios
 from prescope.tuning import Choices, Range, SimulatorRunner, load_sweep
 from prescope.widgets import sweep_proof
-from prescope.widgets.sweep_panel import NEW, Place, SweepPanel
+from prescope.widgets.sweep_panel import SweepPanel
+from prescope.widgets.sweep_plan import Place
+from prescope.widgets.sweep_studies import NEW
 from prescope.widgets.tables import frame_html
 from tests.support.small_run import small_trace
 
