@@ -78,7 +78,10 @@ class Forwards:
         self._is_inside = True
         try:
             self._begin({**dict(zip(names, args, strict=False)), **kwargs})
-            return inner(*args, **kwargs)
+            out = inner(*args, **kwargs)
+            if self._runner.is_prefill:
+                self._runner.put_back()
+            return out
         finally:
             self._is_inside = False
             self._runner.recorder = former

@@ -227,6 +227,7 @@ def open_schedule_runner(
     resolved = resolve(
         config.schedule,
         num_experts=shape.num_experts,
+        top_k=shape.top_k,
         depth=0 if predictor is None else min(predictor.lookahead, shape.num_layers - 1),
         predictor="" if predictor is None else predictor.name,
         lookahead=None

@@ -137,7 +137,7 @@ def decide_layer(
     of_experts = slots.slot_of[moe_layer * E + experts]
     need = sort_need(experts, tokens, of_experts, slots.in_flight)
     num_prefetched = use_prefetched(slots.prefetched, of_experts)
-    learn(policy, slots.scores, tick, moe_layer, E, experts, weights)
+    learn(policy, slots.scores, tick, moe_layer, E, experts, weights, slots.slot_of)
     plan = plan_layer(settings, costs, moe_layer, need, backlog_us, slots, memory, tokens_dE, used_dE)
     return Decision(need, num_prefetched, plan)
 

@@ -125,6 +125,7 @@ class Scenarios:
         found = resolve(
             schedule.name,
             num_experts=E,
+            top_k=self.trace.top_k,
             depth=depth,
             predictor=predictor,
             lookahead=None if scenario.lookahead is None else min(scenario.lookahead, depth),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.num_slots import resolve_slots
-from ..cache.policies import CachePolicy, make_policy
+from ..cache.policies import by_frequency, make_policy
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE, Waiting, most_on_wire, prefetch_slots
 from ..cache.residency import ResidencyTable
 from ..core.types import MoEShape
@@ -39,7 +39,7 @@ class Settings(NamedTuple):
     num_slots: int
     cache: str
     most_in_flight: int
-    hindsight: bool  # "static" knows the frequencies of the very trace it is replayed on
+    hindsight: bool  # what is hot is told by the very trace that is replayed
 
 
 class Simulator:
@@ -110,10 +110,11 @@ class Simulator:
         Args:
             schedule: name in `scheduler.SCHEDULES`.
             slots: as of the engine: a count, a share of all experts, or a text such as "8GiB".
-            cache: "lru", "lfu", "score", "shallow", "static" or "next-use".
+            cache: name in `cache.policies.POLICIES`.
             lookahead, width, threshold: see `scheduler.Schedule`.
             cpu: whether the CPU lane is used; by schedules that can, if the costs have one, unless given.
-            frequencies: (L, E) that "static" goes by; those of this very trace unless given, which is said in `notes`.
+            frequencies: (L, E) that "static" goes by, and what a schedule has in slots from the start; those of this
+                very trace unless given, which is said in `notes`.
             least_bytes: on the link, for its full rate; 0 on an emulated link (`prefetch.most_on_wire`).
             most_in_flight: prefetches on the link at most; as the engine has it unless given.
             believed: costs that decisions go by, to see what a wrong calibration does; the clock's unless given.
@@ -127,9 +128,15 @@ class Simulator:
         settings = self._resolve(
             schedule, slots, cache, lookahead, width, threshold, cpu, frequencies, least_bytes, most_in_flight
         )
-        counts = self.trace.expert_counts() if frequencies is None else frequencies
-        policy = make_policy(settings.cache, self.shape, np.asarray(counts, dtype=np.float64))
-        log = self._replay(settings, policy, believed, resident)
+        counts = np.asarray(
+            self.trace.expert_counts() if frequencies is None else frequencies, dtype=np.float64
+        )
+        table = ResidencyTable(
+            self.shape, settings.num_slots, make_policy(settings.cache, self.shape, counts)
+        )
+        if settings.schedule.schedule.places:
+            table.placed = by_frequency(self.shape, counts)[-settings.num_slots :]
+        log = self._replay(settings, table, believed, resident)
         return SimResult(
             log=log,
             config=self._config(settings),
@@ -174,6 +181,7 @@ class Simulator:
         resolved = resolve(
             name,
             num_experts=self.shape.num_experts,
+            top_k=self.shape.top_k,
             depth=len(self.predicted.used_dSLE),
             predictor="" if self.predictor is None else self.predictor.name,
             lookahead=lookahead,
@@ -189,7 +197,13 @@ class Simulator:
             if most_in_flight < 0:
                 raise UnsupportedOption(f"most_in_flight is {most_in_flight}; a count is at least 0")
             most = min(most_in_flight, prefetch_slots(num_slots))
-        return Settings(resolved, num_slots, cache, most, hindsight=cache == "static" and frequencies is None)
+        return Settings(
+            resolved,
+            num_slots,
+            cache,
+            most,
+            frequencies is None and (cache == "static" or resolved.schedule.places),
+        )
 
     def _config(self, settings: Settings) -> dict[str, Any]:
         resolved = settings.schedule
@@ -216,7 +230,7 @@ class Simulator:
     def _notes(self, settings: Settings, believed: LayerCosts | None) -> list[str]:
         notes = []
         if settings.hindsight:
-            notes.append("the static cache knows how often this very trace uses each expert (hindsight)")
+            notes.append("what is hot is told by how often this very trace uses each expert (hindsight)")
         if settings.schedule.schedule.predictor != "none" and self.predictor is None:
             notes.append(
                 f"{settings.schedule.schedule.title} ran without predictions: the simulator was given no predictor"
@@ -230,11 +244,11 @@ class Simulator:
     def _replay(
         self,
         settings: Settings,
-        policy: CachePolicy,
+        table: ResidencyTable,
         believed: LayerCosts | None,
         resident: NDArray[np.bool_] | None,
     ) -> Log:
-        table = ResidencyTable(self.shape, settings.num_slots, policy)
+        policy = table.policy
         if resident is not None:
             _fill(table, resident)
         resolved = settings.schedule
@@ -273,13 +287,17 @@ class Simulator:
     def _prefill(self, table: ResidencyTable, prefills: list[int], is_first: bool) -> None:
         """The first prompt's walk starts cold and depends on little, so it is remembered: a slider comes back to it."""
         policy = table.policy
-        key = table.num_slots, policy.name, policy.scores.tobytes() if policy.name == "static" else b""
+        by = policy.scores.tobytes() if policy.name == "static" else b""
+        key = table.num_slots, policy.name, by + table.placed.tobytes()
         if is_first and key in self._warm:
             table.slot_of[:], table.key_of[:], table.prefetched[:], policy.scores[:], tick = self._warm[key]
             policy.tick = int(tick)
             return
+        if is_first:
+            _put_back(table)
         for step in prefills:
             prefill(table, self.trace, step)
+        _put_back(table)
         if is_first:
             kept = (
                 table.slot_of.copy(),
@@ -324,6 +342,12 @@ def _together(first_us: float, second_us: float) -> float:
 
 
 NO_WEIGHTS = np.zeros((0, 0, 0), np.float32)
+
+
+def _put_back(table: ResidencyTable) -> None:
+    """Off the clock: the engine does it with the prompt."""
+    for _, _, slots in table.put_back():
+        table.landed(slots)
 
 
 def _fill(table: ResidencyTable, resident_LE: NDArray[np.bool_]) -> None:
