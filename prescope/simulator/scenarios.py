@@ -321,7 +321,11 @@ class Scenarios:
 
     def bounds(self, scenario: Scenario) -> pd.DataFrame:
         """What no schedule can beat with these slots on this machine."""
-        found = self.simulator(scenario).bounds(scenario.slots, cpu=scenario.cpu and self.has_cpu(scenario))
+        found = self.simulator(scenario).bounds(
+            scenario.slots,
+            cpu=scenario.cpu and self.has_cpu(scenario),
+            placed=schedule_named(scenario.schedule).places,
+        )
         needed = max(1, int((self.simulator(scenario).needs.tokens_SLE > 0).sum()))
         rows = [
             (

@@ -82,7 +82,7 @@ class Simulator:
         )
         self._segments = _segments(trace, self.needs)
         self._warm: dict[tuple[int, str, bytes], tuple[NDArray[np.generic], ...]] = {}
-        self._bounds: dict[tuple[int, bool], Bounds] = {}
+        self._bounds: dict[tuple[int, bool, bool], Bounds] = {}
 
     @property
     def batch(self) -> int:
@@ -147,15 +147,21 @@ class Simulator:
             notes=self._notes(settings, believed),
             needs=self.needs,
             streams=settings.schedule.schedule.streams,
-            find_bounds=lambda: self.bounds(settings.num_slots, cpu=settings.schedule.cpu),
+            find_bounds=lambda: self.bounds(
+                settings.num_slots, cpu=settings.schedule.cpu, placed=settings.schedule.schedule.places
+            ),
         )
 
-    def bounds(self, slots: int | float | str = 0.25, *, cpu: bool = False) -> Bounds:
-        """What no schedule can beat with so many slots, with or without the CPU lane."""
+    def bounds(self, slots: int | float | str = 0.25, *, cpu: bool = False, placed: bool = False) -> Bounds:
+        """What no schedule can beat with so many slots, with or without the CPU lane.
+
+        Args:
+            placed: slots may hold any experts before the trace begins: each of them saves one miss at most.
+        """
         num_slots, _ = self._num_slots(slots)
-        key = num_slots, cpu
+        key = num_slots, cpu, placed
         if key not in self._bounds:
-            self._bounds[key] = self._find_bounds(num_slots, cpu)
+            self._bounds[key] = self._find_bounds(num_slots, cpu, num_slots if placed else 0)
         return self._bounds[key]
 
     # -- settings ----------------------------------------------------------------------------------------------
@@ -310,10 +316,10 @@ class Simulator:
             if len(self._warm) > MOST_WARM:
                 del self._warm[next(iter(self._warm))]
 
-    def _find_bounds(self, num_slots: int, cpu: bool) -> Bounds:
+    def _find_bounds(self, num_slots: int, cpu: bool, num_placed: int) -> Bounds:
         costs, S = self.costs, len(self.needs.steps)
-        misses = belady_misses(self.trace, num_slots).misses_decode
-        fewest = belady_misses(self.trace, num_slots, bypass=True).misses_decode
+        misses = max(0, belady_misses(self.trace, num_slots).misses_decode - num_placed)
+        fewest = max(0, belady_misses(self.trace, num_slots, bypass=True).misses_decode - num_placed)
         needed = int((self.needs.tokens_SLE > 0).sum())
         link_ms = misses * costs.link_us / S / 1e3
         has_lane = cpu and len(costs.cpu_us) > 1
