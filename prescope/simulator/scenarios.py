@@ -326,7 +326,7 @@ class Scenarios:
             cpu=scenario.cpu and self.has_cpu(scenario),
             placed=schedule_named(scenario.schedule).places,
         )
-        needed = max(1, int((self.simulator(scenario).needs.tokens_SLE > 0).sum()))
+        needed = max(1, len(self.simulator(scenario).needs.experts))
         rows = [
             (
                 "misses of the best cache that loads on demand (Belady)",

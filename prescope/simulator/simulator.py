@@ -4,6 +4,7 @@ Pure: a trace, costs and a predictor in, a `SimResult` out. Only decode steps ar
 the slots into the state that the engine's prefill leaves.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,10 +25,12 @@ from ..scheduler.types import Memory
 from ..traces.bounds import belady_misses, static_misses
 from ..traces.routing import RoutingTrace
 from .prefill import prefill, prefill_steps
-from .prepare import LOOKAHEAD, Needs, Predicted, needs_of, predictions_of
-from .replay import Demand, Log, State, replay
+from .prepare import LOOKAHEAD, PART_BYTES, Needs, Predicted, Predictions, needs_of
+from .replay import STEP, Demand, Log, State, begin, replay
 from .result import Bounds, SimResult
 
+#: Steps replayed at once, at most: the copies of a part are counted as it goes.
+MOST_STEPS = 256
 #: States after the first prompt that are kept, one for each number of slots and cache.
 MOST_WARM = 256
 
@@ -77,12 +80,15 @@ class Simulator:
         self.label = label or trace.model
         self.shape = MoEShape(trace.num_layers, trace.num_experts, trace.top_k, row_bytes)
         self.needs = needs_of(trace)
-        self.predicted = (
-            _nothing(self.needs) if predictor is None else predictions_of(predictor, trace, lookahead)
-        )
+        self.predictions = Predictions(predictor, trace, lookahead)
         self._segments = _segments(trace, self.needs)
         self._warm: dict[tuple[int, str, bytes], tuple[NDArray[np.generic], ...]] = {}
         self._bounds: dict[tuple[int, bool, bool], Bounds] = {}
+
+    @property
+    def predicted(self) -> Predicted:
+        """All that the predictor says of the decode steps, as two arrays: large where there are many."""
+        return self.predictions.of(slice(0, len(self.needs.steps)))
 
     @property
     def batch(self) -> int:
@@ -188,7 +194,7 @@ class Simulator:
             name,
             num_experts=self.shape.num_experts,
             top_k=self.shape.top_k,
-            depth=len(self.predicted.used_dSLE),
+            depth=self.predictions.depth,
             predictor="" if self.predictor is None else self.predictor.name,
             lookahead=lookahead,
             width=width,
@@ -268,27 +274,39 @@ class Simulator:
                 self._prefill(table, prefills, is_first=i == 0)
             tick = np.array([policy.tick], np.int64)
             state = State(table.arrays, tick, memory, Waiting.none(self.shape.total_experts))
-            demand = Demand(
-                self.needs.tokens_SLE[steps],
-                self.needs.weights_SLE[steps] if settings.cache == "score" else NO_WEIGHTS,
-                self.predicted.expected_dSLE[:depth, steps],
-                self.predicted.used_dSLE[:depth, steps],
-            )
-            logs.append(
-                replay(
-                    resolved.settings,
-                    costs,
-                    by,
-                    policy.kind,
-                    settings.most_in_flight,
-                    self.step_us,
-                    now,
-                    state,
-                    demand,
-                )
-            )
+            clock, wire = begin(table.num_slots, settings.most_in_flight, now)
+            for part in self._parts(steps):
+                demand = self._demand(part, depth, with_weights=settings.cache == "score")
+                logs.append(
+                    replay(
+                        resolved.settings, costs, by, policy.kind, settings.most_in_flight, self.step_us, state, demand,
+                        clock, wire,
+                    )
+                )  # fmt: skip
+            table.unprotect()
+            table.in_flight[:] = False  # whatever follows waits for all copies first
             policy.tick, now = int(state.tick[0]), float(logs[-1].step_end_us[-1])
         return _joined(logs)
+
+    def _parts(self, steps: slice) -> Iterator[slice]:
+        """Steps whose predictions are in memory at once."""
+        most = max(1, min(MOST_STEPS, PART_BYTES // max(1, self.predictions.step_bytes)))
+        for first in range(steps.start, steps.stop, most):
+            yield slice(first, min(first + most, steps.stop))
+
+    def _demand(self, steps: slice, depth: int, *, with_weights: bool) -> Demand:
+        needs, L = self.needs, self.shape.num_layers
+        first = needs.first[steps.start * L : steps.stop * L + 1]
+        here = slice(int(first[0]), int(first[-1]))
+        predicted = self.predictions.of(steps) if depth else Predicted(NOTHING_PREDICTED, NOTHING_PREDICTED)
+        return Demand(
+            first - first[0],
+            needs.experts[here],
+            needs.tokens[here],
+            needs.weights[here] if with_weights else NO_WEIGHTS,
+            predicted.expected_dSLE[:depth],
+            predicted.used_dSLE[:depth],
+        )
 
     def _prefill(self, table: ResidencyTable, prefills: list[int], is_first: bool) -> None:
         """The first prompt's walk starts cold and depends on little, so it is remembered: a slider comes back to it."""
@@ -320,7 +338,7 @@ class Simulator:
         costs, S = self.costs, len(self.needs.steps)
         misses = max(0, belady_misses(self.trace, num_slots).misses_decode - num_placed)
         fewest = max(0, belady_misses(self.trace, num_slots, bypass=True).misses_decode - num_placed)
-        needed = int((self.needs.tokens_SLE > 0).sum())
+        needed = len(self.needs.experts)
         link_ms = misses * costs.link_us / S / 1e3
         has_lane = cpu and len(costs.cpu_us) > 1
         both_us = _together(costs.link_us, costs.cpu_us[1]) if has_lane else float("nan")
@@ -347,7 +365,8 @@ def _together(first_us: float, second_us: float) -> float:
     return 0.0 if min(first_us, second_us) == 0 else 1.0 / (1.0 / first_us + 1.0 / second_us)
 
 
-NO_WEIGHTS = np.zeros((0, 0, 0), np.float32)
+NO_WEIGHTS = np.zeros(0, np.float32)
+NOTHING_PREDICTED = np.zeros((0, 0, 0, 0), np.float32)
 
 
 def _put_back(table: ResidencyTable) -> None:
@@ -368,11 +387,6 @@ def _fill(table: ResidencyTable, resident_LE: NDArray[np.bool_]) -> None:
         table.landed(table.take(layer, np.flatnonzero(resident_LE[layer])))
 
 
-def _nothing(needs: Needs) -> Predicted:
-    empty = np.zeros((0, *needs.tokens_SLE.shape), np.float32)
-    return Predicted(empty, empty)
-
-
 def _segments(trace: RoutingTrace, needs: Needs) -> list[tuple[list[int], slice]]:
     """Prefill steps and the decode steps after them, in order: several pairs where runs were joined."""
     prefills = prefill_steps(trace)
@@ -391,11 +405,12 @@ def _joined(logs: list[Log]) -> Log:
     if len(logs) == 1:
         return logs[0]
     firsts = np.cumsum([0, *(len(log.step_end_us) for log in logs[:-1])])
-    copies = [log.copies + np.array([first, 0, 0, 0]) for log, first in zip(logs, firsts, strict=True)]
+    for log, first in zip(logs, firsts.tolist(), strict=True):
+        log.copies[:, STEP] += first
     return Log(
         np.concatenate([log.times_us for log in logs]),
         np.concatenate([log.counts for log in logs]),
         np.concatenate([log.step_end_us for log in logs]),
-        np.concatenate(copies),
+        np.concatenate([log.copies for log in logs]),
         np.concatenate([log.copy_us for log in logs]),
     )
