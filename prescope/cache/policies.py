@@ -24,6 +24,8 @@ SCORE_DECAY = 0.9
 LRU_KIND, LFU_KIND, STATIC_KIND, SCORE_KIND, SHALLOW_KIND = range(1, 6)
 #: After those of `next_use` and `arc`.
 CLASS_LRU_KIND = 9
+#: Policies that change scores of other layers than the one they learn from.
+CHANGES_ALL = (ARC_KIND, SHALLOW_ARC_KIND)
 #: Tokens after which a use counts half in the `class-lru` policy.
 HALF_LIFE_TOKENS = 128.0
 

@@ -324,7 +324,7 @@ def _serve(
             late_us = max(late_us, wire.ready_us[slot])
     if num_load == 0:
         return late_us + here * costs.gpu_us, 1
-    capacity = len(slots.key_of) - (slots.in_flight.sum() - need.num_late)
+    capacity = len(slots.key_of) - (wire.ends[1] - wire.ends[0] - need.num_late)  # of those on the link
     chunk = max(1, min(ROUND_EXPERTS, capacity // 2))
     if num_load <= ROUND_EXPERTS and here + num_load <= capacity:
         chunk = num_load

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.num_slots import resolve_slots
-from ..cache.policies import by_frequency, make_policy
+from ..cache.policies import CHANGES_ALL, by_frequency, make_policy
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE, Waiting, most_on_wire, prefetch_slots
 from ..cache.residency import ResidencyTable
+from ..cache.slots import bounds_of
 from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 from ..predictor.base import Predictor
@@ -273,7 +274,10 @@ class Simulator:
             if i > 0 or resident is None:
                 self._prefill(table, prefills, is_first=i == 0)
             tick = np.array([policy.tick], np.int64)
-            state = State(table.arrays, tick, memory, Waiting.none(self.shape.total_experts))
+            slots = table.arrays
+            if policy.kind not in CHANGES_ALL:
+                slots = slots._replace(lowest=bounds_of(slots, self.shape.num_layers))
+            state = State(slots, tick, memory, Waiting.none(self.shape.total_experts))
             clock, wire = begin(table.num_slots, settings.most_in_flight, now)
             for part in self._parts(steps):
                 demand = self._demand(part, depth, with_weights=settings.cache == "score")
