@@ -34,7 +34,7 @@ from prescope.profile import SLOWER_LINKS, HardwareProfile, markdown
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import SimResult, Simulator, as_decode
-from prescope.simulator.prepare import Predicted, predictions_of
+from prescope.simulator.prepare import Predicted, Predictions, predictions_of
 from prescope.traces.metrics import PhaseMetrics
 from prescope.traces.result import RunResult
 from prescope.traces.routing import RoutingTrace
@@ -311,7 +311,8 @@ def replay(engine: Engine, cell: dict[str, Any], case: Case, told: Told, run: Ru
     which = "oracle" if cell["schedule"] == ORACLE else "recall"
     way = SCHEDULES[cell["schedule"].partition("+")[0]]
     if way.predictor != "none" and which in case.predicted:
-        simulator.predicted = Predicted(*(part[:, :steps] for part in case.predicted[which]))
+        known = Predicted(*(part[:, :steps] for part in case.predicted[which]))
+        simulator.predictions = Predictions.given(known, simulator.trace)
     frequencies = case.frequencies.astype(np.float64)
     return simulator.run(
         way.name,

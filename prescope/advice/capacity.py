@@ -206,8 +206,8 @@ def _head_us(size: ModelSize, spec: MachineSpec) -> float:
 
 def _needs_of_a_step(scenarios: Scenarios) -> float:
     """Mean of distinct experts that a decode step needs, all layers."""
-    tokens = scenarios.simulator(Scenario(slots=1, machine=next(iter(scenarios.machines)))).needs.tokens_SLE
-    return float((tokens > 0).sum() / len(tokens))
+    needs = scenarios.simulator(Scenario(slots=1, machine=next(iter(scenarios.machines)))).needs
+    return len(needs.experts) / len(needs.steps)
 
 
 def _replays(scenarios: Scenarios, slots: int) -> _Ways:

@@ -9,8 +9,13 @@ from ..errors import BadProfile, UnsupportedOption
 from ..profile import HardwareProfile
 from ..scheduler.costs import LayerCosts
 
-#: GPU -> memory in GiB and its rate in GB/s, by its maker's data sheet; a profile does not measure them.
-GPUS = {"NVIDIA H200": (140.4, 4800.0), "NVIDIA H100 80GB HBM3": (79.6, 3350.0)}
+#: GPU -> memory in GiB and its rate in GB/s, by its maker's data sheet; a profile does not measure them. Of the A100
+#: what PreScope's authors left of its memory.
+GPUS = {
+    "NVIDIA H200": (140.4, 4800.0),
+    "NVIDIA H100 80GB HBM3": (79.6, 3350.0),
+    "NVIDIA A100, 24 GB of it": (22.4, 1555.0),
+}
 #: Where nothing is measured: launches of a captured, uncompiled layer (H200: 159 to 172 us, hidden 2048 and 4096).
 LAUNCHES_US = 150.0
 #: Share of a GPU memory's rate that one expert's product reaches with few tokens, and its launch.

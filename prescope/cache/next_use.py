@@ -87,6 +87,9 @@ class NextUse:
         self.scores = np.zeros(3 * shape.total_experts + 2)
         self.tick = 0
 
+    def serves(self, slot_of: IntArray, num_slots: int) -> None:
+        """It does not look at the slots."""
+
     def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
         """Learn one layer's needs; `weights` are tokens."""
         self.tick += 1

@@ -15,12 +15,19 @@ import numpy as np
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray, MoEShape
 from ..errors import UnsupportedOption
+from .arc import ARC, ARC_KIND, SHALLOW_ARC_KIND, ShallowARC, learn_arc
 from .next_use import NEXT_USE_KIND, NextUse, learn_next_use
 
 #: Weight of the past in the `score` policy, per use of the layer. 0.9 remembers about ten tokens.
 SCORE_DECAY = 0.9
 #: Numbers of the policies in compiled code.
 LRU_KIND, LFU_KIND, STATIC_KIND, SCORE_KIND, SHALLOW_KIND = range(1, 6)
+#: After those of `next_use` and `arc`.
+CLASS_LRU_KIND = 9
+#: Policies that change scores of other layers than the one they learn from.
+CHANGES_ALL = (ARC_KIND, SHALLOW_ARC_KIND)
+#: Tokens after which a use counts half in the `class-lru` policy.
+HALF_LIFE_TOKENS = 128.0
 
 
 @jit
@@ -32,16 +39,23 @@ def learn(
     num_experts: int,
     experts: IntArray,
     weights: FloatArray,
+    slot_of: IntArray,
 ) -> None:
     """What a policy of this kind makes of one layer's needs; `tick` counts the layers learned from, this one too.
 
     Args:
-        scores: (L * E,), changed. `experts`: (n,) distinct, `weights`: (n,) sums of their router weights.
+        scores: (L * E,) and more, changed. `experts`: (n,) distinct, `weights`: (n,) sums of their router weights.
+        slot_of: (L * E,) slot of each key, -1 for none; as it was before the layer's copies.
     """
     if kind == NEXT_USE_KIND:  # `weights` are tokens
         learn_next_use(scores, tick, moe_layer, num_experts, experts, weights)
         return
+    if kind in (ARC_KIND, SHALLOW_ARC_KIND):
+        learn_arc(scores, moe_layer, num_experts, experts, slot_of, kind == SHALLOW_ARC_KIND)
+        return
     first = moe_layer * num_experts
+    if kind == CLASS_LRU_KIND:  # `weights` are tokens, and the last score the experts that each uses
+        scores[first : first + num_experts] *= 0.5 ** (weights.sum() / scores[-1] / HALF_LIFE_TOKENS)
     if kind == SCORE_KIND:
         for i in range(first, first + num_experts):
             scores[i] *= SCORE_DECAY
@@ -58,6 +72,8 @@ def learn(
         elif kind == SHALLOW_KIND:
             # Layers before recency: the deepest layer's experts go first. Ticks stay below 1e9.
             scores[key] = last / 1e9 - moe_layer
+        elif kind == CLASS_LRU_KIND:
+            scores[key] += weights[i]
 
 
 class CachePolicy(Protocol):
@@ -66,12 +82,16 @@ class CachePolicy(Protocol):
     name: str
     kind: int  # number in compiled code
     runs_on_gpu: bool  # captured steps can run it without the host, by the same number
-    scores: FloatArray  # (L * E,), the lowest is evicted first
+    scores: FloatArray  # (L * E,) and whatever else it knows; the lowest is evicted first
     tick: int  # layers learned from so far
 
     @classmethod
     def make(cls, shape: MoEShape, frequencies: FloatArray | None) -> "CachePolicy":
         """One for a model; `frequencies`: see `make_policy`."""
+        ...
+
+    def serves(self, slot_of: IntArray, num_slots: int) -> None:
+        """The table that it decides for: slot of each key (L * E,), changed in place, and how many there are."""
         ...
 
     def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
@@ -81,6 +101,10 @@ class CachePolicy(Protocol):
     def reset(self) -> None:
         """Forget what was learned in this run; what was given at the start stays."""
         ...
+
+
+#: For policies that do not look at the slots.
+NO_SLOTS = np.empty(0, dtype=np.int64)
 
 
 class _Learned:
@@ -100,9 +124,12 @@ class _Learned:
         self.scores = np.zeros(shape.total_experts)
         self.tick = 0
 
+    def serves(self, slot_of: IntArray, num_slots: int) -> None:
+        """It does not look at the slots."""
+
     def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
         self.tick += 1
-        learn(self.kind, self.scores, self.tick, moe_layer, self._experts, experts, weights)
+        learn(self.kind, self.scores, self.tick, moe_layer, self._experts, experts, weights, NO_SLOTS)
 
     def reset(self) -> None:
         self.scores[:] = 0.0
@@ -135,6 +162,24 @@ class ShallowFirst(_Learned):
     name, kind = "shallow", SHALLOW_KIND
 
 
+class ClassLRU(_Learned):
+    """Evict the expert with the lowest score: uses by tokens, each worth half after 128 tokens more (after llama.cpp's
+    cache of experts). Scores outlive eviction. All slots are of one size here, so there is one class of them.
+    """
+
+    name, kind = "class-lru", CLASS_LRU_KIND
+
+    def __init__(self, shape: MoEShape) -> None:
+        self._experts = shape.num_experts
+        self.scores = np.zeros(shape.total_experts + 1)
+        self.scores[-1] = max(1, shape.top_k)
+        self.tick = 0
+
+    def reset(self) -> None:
+        self.scores[:-1] = 0.0
+        self.tick = 0
+
+
 class StaticFrequency:
     """Evict the expert that a recorded trace used least; what this run does teaches it nothing.
 
@@ -157,16 +202,14 @@ class StaticFrequency:
         return cls(shape, frequencies)
 
     def __init__(self, shape: MoEShape, frequencies: FloatArray) -> None:
-        if frequencies.shape != (shape.num_layers, shape.num_experts):
-            raise UnsupportedOption(
-                f"frequencies have shape {frequencies.shape}, the model has "
-                f"{shape.num_layers} MoE layers x {shape.num_experts} experts; record a trace with this model"
-            )
         # Ranks, so that no two are equal.
-        order = np.argsort(frequencies.ravel(), kind="stable")
+        order = by_frequency(shape, frequencies)
         self.scores = np.empty(order.size)
         self.scores[order] = np.arange(order.size)
         self.tick = 0
+
+    def serves(self, slot_of: IntArray, num_slots: int) -> None:
+        pass
 
     def use(self, moe_layer: int, experts: IntArray, weights: FloatArray) -> None:
         self.tick += 1
@@ -175,9 +218,27 @@ class StaticFrequency:
         pass
 
 
+def by_frequency(shape: MoEShape, frequencies: FloatArray) -> IntArray:
+    """Keys (L * E,) by how often they are used, the most frequent last.
+
+    Args:
+        frequencies: (L, E) uses per expert.
+
+    Raises:
+        UnsupportedOption: they are another model's.
+    """
+    if frequencies.shape != (shape.num_layers, shape.num_experts):
+        raise UnsupportedOption(
+            f"frequencies have shape {frequencies.shape}, the model has "
+            f"{shape.num_layers} MoE layers x {shape.num_experts} experts; record a trace with this model"
+        )
+    return np.argsort(frequencies.ravel(), kind="stable")
+
+
 #: By the name a user gives. Another one is a class with a number of its own, and a branch in `learn`.
 POLICIES: dict[str, type[CachePolicy]] = {
-    policy.name: policy for policy in (LRU, LFU, StaticFrequency, DecayedScore, ShallowFirst, NextUse)
+    policy.name: policy
+    for policy in (LRU, LFU, StaticFrequency, DecayedScore, ShallowFirst, NextUse, ARC, ShallowARC, ClassLRU)
 }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..core.jit import jit
 from ..core.types import IntArray
-from .slots import Slots, slots_to_give
+from .slots import Slots, keep_bound, slots_to_give
 
 #: Copies below this do not reach the link's rate: PCIe 5 gave 53 GB/s at 4 MiB, 48 at 1 MiB (benchmarks/async_io.py).
 LEAST_BYTES_ON_WIRE = 4 << 20
@@ -92,6 +92,7 @@ def next_prefetch(waiting: Waiting, slots: Slots, num_on_wire: int, most: int) -
         if evicted >= 0:
             slots.slot_of[evicted] = -1
         slots.key_of[slot], slots.slot_of[key] = key, slot
+        keep_bound(slots, key, evicted < 0)
         return key, slot, evicted
     return -1, -1, -1
 

@@ -4,6 +4,7 @@ Pure numpy and shared by engine and simulator. Knows nothing of bytes, streams o
 holds one expert at most and that a slot in use or in flight is protected.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +63,9 @@ class ResidencyTable:
         #: Counts the changes of each layer's row of `slot_of`, so that copies of it know when they are stale.
         self.versions = np.zeros(shape.num_layers, dtype=np.int64)
         self.protected = np.zeros(num_slots, dtype=bool)
+        policy.serves(self.slot_of, num_slots)
+        #: Keys that belong into slots from the start (`put_back`).
+        self.placed = NOTHING
         #: The same arrays, for compiled code; they are changed in place only.
         self.arrays = Slots(
             self.slot_of, self.key_of, self.in_flight, self.prefetched, self.protected, policy.scores
@@ -125,6 +129,17 @@ class ResidencyTable:
             if changed >= 0:
                 self.versions[changed // self.shape.num_experts] += 1
         return key, slot
+
+    def put_back(self) -> Iterator[tuple[int, IntArray, IntArray]]:
+        """Give a slot to each of the experts that are `placed` and have none: layer, experts (n,), slots (n,).
+
+        They become IN_FLIGHT, and make room among the others. All that was in flight must have landed.
+        """
+        keys = self.placed[self.slot_of[self.placed] < 0]
+        for layer in np.unique(keys // self.shape.num_experts).tolist():
+            first = layer * self.shape.num_experts
+            experts = np.sort(keys[(keys >= first) & (keys < first + self.shape.num_experts)]) - first
+            yield layer, experts, self.take(layer, experts, self.placed)
 
     def can_take(self, count: int) -> bool:
         """Whether `count` slots are free or may be evicted now."""

@@ -132,7 +132,9 @@ def _prompts(unless: Collection[str] = ()) -> list[str]:
     from ..tuning.prompts import checksum_of_prompt
 
     groups = own_prompts(*DOMAINS).values()
-    first = (next((text for text in group if checksum_of_prompt(text) not in unless), None) for group in groups)
+    first = (
+        next((text for text in group if checksum_of_prompt(text) not in unless), None) for group in groups
+    )
     return [text for text in first if text is not None]
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache.policies import make_policy
+from ..cache.policies import CachePolicy, by_frequency, make_policy
+from ..cache.residency import NOTHING
 from ..core.html import facts_html
 from ..core.jit import IS_COMPILED, behind
 from ..core.machine import machine_facts
-from ..core.types import ExpertSize, NeedOutcome
+from ..core.types import ExpertSize, IntArray, NeedOutcome
 from ..core.units import format_bytes
 from ..core.worker import process_id, require_process, to_the_end
 from ..device import Device, open_device, resolve_device
@@ -37,6 +38,7 @@ from ..hf import Attachment, MoELayer, find_moe_layers, owner_of, require_whole,
 from ..kernels import make_kernel
 from ..predictor import Predictor
 from ..profile import HardwareProfile
+from ..scheduler import schedule_named
 from ..scheduler.costs import LayerCosts
 from ..traces.result import RunResult
 from ..traces.routing import RoutingTrace
@@ -85,7 +87,8 @@ class Engine:
         layers: its MoE layers, in order. `shape`: sizes of its MoE part.
         num_slots: places for experts on the device.
         form: of packed experts, "" where they are as they are computed with; `is_lossy`: packing has changed them.
-        frequencies: (L, E) uses per expert that cache="static" goes by, or None.
+        frequencies: (L, E) uses per expert that cache="static" goes by, and schedules that have the most frequent in
+            slots from the start; or None.
         fingerprint: identity of the model, written into traces.
         turn: whose it is to run; a job of several calls keeps it over all of them.
     """
@@ -162,6 +165,7 @@ class Engine:
             self._predictings = Predictings()
             self.runner.open_slots(self.num_slots, policy)
             self._open_schedule(config, predictor, costs)
+            self._place(self._placed(config, frequencies, self.num_slots))
             self.turn = self.runner.turn
             self.forwards = Forwards(self.runner)
             self.forwards.open(model, layers)
@@ -241,6 +245,7 @@ class Engine:
         config = replace(config, cache=cache)
         count, reason = _count_slots(config, self.shape, self.layers)
         policy = make_policy(config.cache, self.shape, hot)
+        placed = self._placed(config, hot, count)
         if slots is not None:
             self._require_memory(count, self.num_slots * self.shape.row_bytes)
         self._device.synchronize()
@@ -253,8 +258,12 @@ class Engine:
         )
         self.config, self.frequencies, self.chosen_cache = config, hot, chosen
         self.reasons["cache"] = cache_reason
-        if not is_new:
-            return
+        if is_new:
+            self._renew_slots(count, reason, policy)
+        self._place(placed)
+
+    def _renew_slots(self, count: int, reason: str, policy: CachePolicy) -> None:
+        """Free all slots, or take another number of them; the former number if so many cannot be had."""
         if count == self.num_slots:
             self.runner.renew_slots(policy)
             self.reasons["slots"] = reason
@@ -268,6 +277,26 @@ class Engine:
             self.runner.open_slots(*former)
             raise
         self.num_slots, self.reasons["slots"] = count, reason
+
+    def _placed(self, config: EngineConfig, frequencies: np.ndarray | None, num_slots: int) -> IntArray:
+        """Keys of the experts that are in slots from the start: all if there is room on a GPU, as a model is that fits;
+        else those that the schedule places, none where nothing is known of them.
+        """
+        if self._device.captures_steps and num_slots >= self.shape.total_experts:
+            frequencies = np.zeros((self.shape.num_layers, self.shape.num_experts))
+        elif frequencies is None or not schedule_named(config.schedule).places:
+            return NOTHING
+        assert frequencies is not None
+        keys = by_frequency(self.shape, np.asarray(frequencies, dtype=np.float64))
+        layer, expert = np.divmod(keys, self.shape.num_experts)
+        num_experts = np.array([one.num_experts for one in self.layers])
+        return keys[expert < num_experts[layer]][-num_slots:]
+
+    def _place(self, placed: IntArray) -> None:
+        """Copy them before a run; they are put back behind each prompt."""
+        self.runner.residency.placed = placed
+        self.runner.put_back()
+        self._device.synchronize()
 
     def _open_schedule(
         self, config: EngineConfig, predictor: Predictor | None, costs: LayerCosts | None

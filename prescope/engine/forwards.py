@@ -80,6 +80,8 @@ class Forwards:
             self._begin({**dict(zip(names, args, strict=False)), **kwargs})
             output = inner(*args, **kwargs)
             self._runner.read_routing()
+            if self._runner.is_prefill:
+                self._runner.put_back()
             return output
         finally:
             self._is_inside = False

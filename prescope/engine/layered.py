@@ -16,7 +16,7 @@ from ..cache.policies import CachePolicy
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE, most_on_wire
 from ..cache.residency import NOTHING, LayerNeed, ResidencyTable, distinct
 from ..cache.rounds import Act, What, walk
-from ..core.types import FloatArray, IntArray, MoEShape, NeedOutcome
+from ..core.types import FloatArray, IntArray, MoEShape, NeedOutcome, Reason
 from ..device import Device
 from ..hf import MoELayer
 from ..kernels import LayerWeights, Work, combine, layer_weights, make_kernel
@@ -118,6 +118,17 @@ class LayeredRunner:
         self.residency.clear()
         self.residency.policy.reset()
         self.loader.clear()
+
+    def put_back(self) -> None:
+        """Copy the experts that belong into slots from the start (`ResidencyTable.placed`) and have none."""
+        table, recorder = self.residency, self.recorder
+        if not len(table.placed):
+            return
+        self.loader.wait(np.flatnonzero(table.in_flight))
+        timed = recorder is not None and recorder.timed
+        for moe_layer, experts, slots in table.put_back():
+            self.recorded(self.loader.load(moe_layer, experts, slots, Reason.STREAM, timed))
+        self.loader.wait(np.flatnonzero(table.in_flight))
 
     def recover(self) -> None:
         """Make the lanes usable after an interrupt or a failed copy; the slots are cold afterwards."""

@@ -224,6 +224,7 @@ def open_schedule_runner(
     resolved = resolve(
         config.schedule,
         num_experts=shape.num_experts,
+        top_k=shape.top_k,
         depth=depth,
         predictor="" if predictor is None else predictor.name,
         lookahead=None

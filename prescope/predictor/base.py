@@ -116,6 +116,15 @@ class Predictor(Protocol):
         ...
 
 
+@runtime_checkable
+class ReplaysRows(Protocol):
+    """A predictor that scores each row of a trace by itself, so that a long trace can be replayed in parts."""
+
+    def replay_rows(self, trace: RoutingTrace, lookahead: int, rows: IdArray) -> ScoreArray:
+        """As `Predictor.replay`, of the rows (n,) alone: (n, L - lookahead, E)."""
+        ...
+
+
 def targets_of(moe_layer: int, shape: MoEShape, lookahead: int) -> Iterator[tuple[int, int]]:
     """(lookahead, layer) for each coming layer that exists."""
     for ahead in range(1, lookahead + 1):

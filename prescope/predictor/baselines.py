@@ -29,6 +29,7 @@ from .base import (
     TINY,
     Cost,
     FastPath,
+    IdArray,
     Prediction,
     ScoreArray,
     require_inputs,
@@ -231,6 +232,10 @@ class EarlyRouter(Baseline):
                 )
         return out
 
+    def replay_rows(self, trace: RoutingTrace, lookahead: int, rows: IdArray) -> ScoreArray:
+        """As `replay`, of some rows."""
+        return self.replay(trace.take(rows), lookahead)
+
     def cost(self) -> Cost:
         """One router product for each lookahead; its weights are the model's own."""
         numbers = self.routers.weight_LED[0].numel() * self.lookahead
@@ -257,7 +262,12 @@ class Frequency(Baseline):
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`; a read-only view."""
         self._check(trace, lookahead)
-        return np.broadcast_to(self.rate_LE[lookahead:], (len(trace), *self.rate_LE[lookahead:].shape))
+        return self.replay_rows(trace, lookahead, np.arange(len(trace)))
+
+    def replay_rows(self, trace: RoutingTrace, lookahead: int, rows: IdArray) -> ScoreArray:
+        """As `replay`, of some rows."""
+        self._check(trace, lookahead)
+        return np.broadcast_to(self.rate_LE[lookahead:], (len(rows), *self.rate_LE[lookahead:].shape))
 
 
 class PreviousToken(Baseline):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..core.types import MoEShape
 from ..errors import BadTrace
 from ..traces.routing import RoutingTrace
-from .base import ScoreArray, used_mask
+from .base import IdArray, ScoreArray, used_mask
 from .baselines import Baseline, LayerInput, Scorer
 
 
@@ -27,7 +27,12 @@ class Oracle(Baseline):
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`: exactly what was used."""
         self._check(trace, lookahead)
-        return used_mask(trace.expert_ids, self.shape.num_experts)[:, lookahead:].astype(np.float32)
+        return self.replay_rows(trace, lookahead, np.arange(len(trace)))
+
+    def replay_rows(self, trace: RoutingTrace, lookahead: int, rows: IdArray) -> ScoreArray:
+        """As `replay`, of some rows."""
+        self._check(trace, lookahead)
+        return used_mask(trace.expert_ids[rows, lookahead:], self.shape.num_experts).astype(np.float32)
 
 
 class Chance(Baseline):

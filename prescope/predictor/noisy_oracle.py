@@ -20,8 +20,9 @@ from .baselines import PRIOR_TOKENS, Baseline, LayerInput, Scorer
 
 IdArray = NDArray[np.int16]
 
-#: Rows whose wrong guesses are drawn at once: bounds the memory at about ROWS x L x E floats.
-ROWS = 1024
+#: Numbers drawn at once for wrong guesses, one for each row, layer and expert: bounds the memory at 16 times as many
+#: bytes.
+MOST_DRAWN = 1 << 22
 #: An expert that was not guessed scores at most so much of what a guessed one does: the guesses stay the best K.
 MOST_BELOW = 0.999
 
@@ -61,17 +62,18 @@ class NoisyOracle(Baseline):
         self._live: list[torch.Tensor] | None = None
         self._num_tokens = 0
         chance = self.shape.top_k / self.shape.num_experts
-        uses_LE = used_mask(trace.expert_ids, self.shape.num_experts).sum(axis=0)
+        uses_LE = trace.expert_counts()
         rate_LE = (uses_LE + PRIOR_TOKENS * chance) / (len(trace) + PRIOR_TOKENS)
         # Where all tokens use an expert its odds are infinite, and nobody can guess it wrongly.
         self._odds_LE = (rate_LE / np.maximum(1.0 - rate_LE, 1e-6)).astype(np.float32)
         rng = np.random.default_rng(seed)
+        at_once = max(1, MOST_DRAWN // self._odds_LE.size)
         #: The right guess at a place is lost where recall falls below this.
         self._luck_RLK = rng.random(trace.expert_ids.shape, dtype=np.float32)
         self._wrong_RLK = np.concatenate(
             [
-                _wrong_guesses(trace.expert_ids[i : i + ROWS], self._odds_LE, rng)
-                for i in range(0, len(trace), ROWS)
+                _wrong_guesses(trace.expert_ids[i : i + at_once], self._odds_LE, rng)
+                for i in range(0, len(trace), at_once)
             ]
         )
 
@@ -118,15 +120,23 @@ class NoisyOracle(Baseline):
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`. Raises TraceMismatch when it is another trace than the one it knows."""
+        self._require(trace, lookahead)
+        return self._scores(slice(0, len(trace)), slice(lookahead, self.shape.num_layers), lookahead)
+
+    def replay_rows(self, trace: RoutingTrace, lookahead: int, rows: NDArray[np.int64]) -> ScoreArray:
+        """As `replay`, of some rows."""
+        self._require(trace, lookahead)
+        return self._scores(rows, slice(lookahead, self.shape.num_layers), lookahead)
+
+    def _require(self, trace: RoutingTrace, lookahead: int) -> None:
         self._check(trace, lookahead)
         if trace is not self._trace and not np.array_equal(trace.expert_ids, self._trace.expert_ids):
             raise TraceMismatch(
                 f"{self.name} knows the trace of {self._trace.model} it was made with, and no other; "
                 f"make one for this trace"
             )
-        return self._scores(slice(0, len(trace)), slice(lookahead, self.shape.num_layers), lookahead)
 
-    def _scores(self, rows: slice, layers: slice, lookahead: int) -> ScoreArray:
+    def _scores(self, rows: slice | NDArray[np.int64], layers: slice, lookahead: int) -> ScoreArray:
         """(rows, layers, E) scores of the layers, made `lookahead` layers before them."""
         recall = self.recall_at(lookahead)
         used = self._trace.expert_ids[rows, layers]

@@ -83,16 +83,25 @@ class RecordedPredictor(Baseline):
         Raises:
             TraceMismatch: it is another trace than the one they were recorded with.
         """
+        self._require(trace, lookahead)
+        made = self._scores[lookahead - 1]
+        out = np.zeros((len(trace), *made.shape[1:]), np.float32)
+        out[trace.phase == DECODE] = made
+        return out
+
+    def replay_rows(self, trace: RoutingTrace, lookahead: int, rows: NDArray[np.int64]) -> ScoreArray:
+        """As `replay`, of some rows of decode steps."""
+        self._require(trace, lookahead)
+        at = np.searchsorted(np.flatnonzero(trace.phase == DECODE), rows)
+        return self._scores[lookahead - 1][at].astype(np.float32)
+
+    def _require(self, trace: RoutingTrace, lookahead: int) -> None:
         self._check(trace, lookahead)
         if digest(trace) != self.routed:
             raise TraceMismatch(
                 f"the recorded predictions of {self.name} belong to another trace than this one of {trace.model}; "
                 f"load both from one recording"
             )
-        made = self._scores[lookahead - 1]
-        out = np.zeros((len(trace), *made.shape[1:]), np.float32)
-        out[trace.phase == DECODE] = made
-        return out
 
     def save(self, path: str | Path) -> Path:
         """Write scores and name as safetensors, by a rename."""

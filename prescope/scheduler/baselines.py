@@ -5,7 +5,7 @@ published, and what is not known, stands beside each name in `scheduler.SCHEDULE
 """
 
 from ..core.jit import jit
-from ..core.types import IntArray
+from ..core.types import FloatArray, IntArray
 from .types import Costs, cpu_time
 
 
@@ -21,7 +21,7 @@ def fiddler(costs: Costs, tokens: IntArray) -> int:
 
 
 @jit
-def hybrimoe(costs: Costs, tokens: IntArray, num_here: int, backlog_us: float) -> int:
+def hybrimoe(costs: Costs, tokens: IntArray | FloatArray, num_here: int, backlog_us: float) -> int:
     """Greedy from both ends: the link takes the hottest, the CPU the coldest; whichever ends sooner takes the next."""
     if len(costs.cpu_us) < 2:
         return len(tokens)
@@ -35,4 +35,27 @@ def hybrimoe(costs: Costs, tokens: IntArray, num_here: int, backlog_us: float) -
             cpu, end = by_cpu, end - 1
         else:
             link, k = link + costs.link_us, k + 1
+    return k
+
+
+@jit
+def static_split(costs: Costs, tokens: IntArray) -> int:
+    """Nothing is copied; without a CPU lane everything is."""
+    return len(tokens) if len(costs.cpu_us) < 2 else 0
+
+
+@jit
+def artefact(costs: Costs, tokens: IntArray) -> int:
+    """Hottest first: copied while it is sooner on the GPU, behind the copies before it, than the CPU is done with it
+    and all that follow.
+    """
+    if len(costs.cpu_us) < 2:
+        return len(tokens)
+    left = 0.0
+    for i in range(len(tokens)):
+        left += cpu_time(costs.cpu_us, tokens[i])
+    k = 0
+    while k < len(tokens) and (1 + k) * costs.link_us + costs.gpu_us < left:
+        left -= cpu_time(costs.cpu_us, tokens[k])
+        k += 1
     return k

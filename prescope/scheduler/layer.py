@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..cache.policies import learn
-from ..cache.slots import Slots, SortedNeed, sort_need, use_prefetched
+from ..cache.slots import Slots, SortedNeed, renew_bound, sort_need, use_prefetched
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .learn import discount, learn_reuse, learn_trust, reuse_lasts
@@ -137,7 +137,8 @@ def decide_layer(
     of_experts = slots.slot_of[moe_layer * E + experts]
     need = sort_need(experts, tokens, of_experts, slots.in_flight)
     num_prefetched = use_prefetched(slots.prefetched, of_experts)
-    learn(policy, slots.scores, tick, moe_layer, E, experts, weights)
+    learn(policy, slots.scores, tick, moe_layer, E, experts, weights, slots.slot_of)
+    renew_bound(slots, moe_layer)
     plan = plan_layer(settings, costs, moe_layer, need, backlog_us, slots, memory, tokens_dE, used_dE)
     return Decision(need, num_prefetched, plan)
 

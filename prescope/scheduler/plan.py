@@ -9,11 +9,16 @@ import numpy as np
 from ..cache.slots import Slots, SortedNeed
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
-from .baselines import fiddler, hybrimoe
+from .baselines import artefact, fiddler, hybrimoe, static_split
+from .impact import by_impact
 from .presched import split
 from .types import Costs, Plan, ScheduleSettings, cpu_time
 
-ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED = range(8)
+(
+    ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED, STATIC_SPLIT, ARTEFACT
+) = range(10)  # fmt: skip
+#: Sequences of a step above which the artefact prefetches.
+ARTEFACT_BATCH = 16
 
 #: Share by which the planned time may be wrong: experts that are almost certain to be used are prefetched for so much
 #: more link time. They are copied only while the link is idle, and dropped when the next router has chosen.
@@ -142,6 +147,8 @@ def make_plan(
     if settings.schedule == ON_DEMAND or settings.schedule == FIDDLER:
         k = fiddler(costs, missing) if settings.schedule == FIDDLER else n
         return Plan(k, nothing, nothing)
+    if settings.schedule == STATIC_SPLIT:
+        return Plan(static_split(costs, missing), nothing, nothing)
     if settings.schedule == STREAMING or settings.schedule == KLOTSKI:
         if moe_layer + 1 == num_layers:
             return Plan(n, nothing, nothing)
@@ -162,7 +169,15 @@ def make_plan(
     if settings.schedule == FATE or settings.schedule == MOE_INFINITY:
         return Plan(n, candidates, keep)
     if settings.schedule == HYBRIMOE:
-        return Plan(hybrimoe(costs, missing, here, backlog_us), candidates, keep)
+        k = hybrimoe(costs, missing, here, backlog_us)
+        gains = by_impact(
+            settings, costs, moe_layer, need, k, backlog_us, slots, tokens_dE[:ahead], used_dE[:ahead]
+        )
+        return Plan(k, gains, keep)
+    if settings.schedule == ARTEFACT:
+        k = artefact(costs, missing)
+        is_batch = need.tokens.sum() > ARTEFACT_BATCH * settings.top_k
+        return Plan(k, candidates, keep) if is_batch else Plan(k, nothing, nothing)
     first = (moe_layer + 1) * E
     is_lasting, others, least = lasting >= LONG_LASTING, nothing, settings.threshold
     if is_lasting:

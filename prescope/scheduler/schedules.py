@@ -7,7 +7,18 @@ machine at hand; `same` and `unknown` say of each how far that makes it the publ
 from dataclasses import dataclass
 
 from ..errors import UnsupportedOption
-from .plan import FATE, FIDDLER, HYBRIMOE, KLOTSKI, MOE_INFINITY, ON_DEMAND, PRESCHED, STREAMING
+from .plan import (
+    ARTEFACT,
+    FATE,
+    FIDDLER,
+    HYBRIMOE,
+    KLOTSKI,
+    MOE_INFINITY,
+    ON_DEMAND,
+    PRESCHED,
+    STATIC_SPLIT,
+    STREAMING,
+)
 
 #: Predictors a schedule names; "none" for those that look at no prediction.
 PREDICTORS = ("none", "early router", "frequency", "transition", "llapor")
@@ -25,6 +36,8 @@ class Schedule:
             `threshold`: least probability of use of an expert worth prefetching.
         lag: it decides a layer by predictions that were made this many layers before. With 1 no layer waits for its
             predictor; the layer's own predictions then only choose the prefetches.
+        places: the most frequent experts are in slots before a run and put back behind each prompt, if frequencies are
+            given.
         same: what is as published. `unknown`: what is not known, or ours. `source`: where it is published.
     """
 
@@ -38,6 +51,7 @@ class Schedule:
     width: int | None = None
     threshold: float = 0.0
     lag: int = 0
+    places: bool = False
     same: str
     unknown: str
     source: str
@@ -96,14 +110,15 @@ _ALL = (
         name="fate",
         title="Fate-like",
         number=FATE,
-        cache="shallow",
+        cache="shallow-arc",
         predictor="early router",
         uses_cpu=False,
         lookahead=1,
         threshold=0.5,
-        same="the next layer's router on this layer's input says what to prefetch; the cache favours shallow layers",
-        unknown="how it weighs depth against recency, and its quantised copies: ours evicts the deepest layer first "
-        "and copies experts whole",
+        same="the next layer's router on this layer's input says what to prefetch; the cache favours shallow layers "
+        "and evicts by ARC",
+        unknown="how it shares the slots out among the layers: ours evicts from the deepest layer first, there by ARC, "
+        "whose lists are one pair for the model. Its quantised copies: ours copies experts whole",
         source="Fate, arXiv 2502.12224",
     ),
     Schedule(
@@ -113,9 +128,11 @@ _ALL = (
         cache="static",
         predictor="none",
         uses_cpu=True,
-        same="each expert for itself: on the CPU if that is sooner done than moving it; popular experts stay on the "
-        "GPU; no prefetch",
-        unknown="it never replaces the popular set; ours takes the slot of the least popular for what is copied",
+        places=True,
+        same="each expert for itself: on the CPU if that is sooner done than moving it; popular experts are on the GPU "
+        "from the start and stay; no prefetch",
+        unknown="it copies beside the popular set; ours takes the slot of the least popular for what is copied, and "
+        "the next copy takes that one again",
         source="Fiddler, arXiv 2402.07033",
     ),
     Schedule(
@@ -125,12 +142,14 @@ _ALL = (
         cache="score",
         predictor="early router",
         uses_cpu=True,
-        lookahead=1,
+        lookahead=3,
         threshold=0.5,
-        same="a greedy split of each layer between CPU and GPU by cost; prefetch of the next layer by router scores; "
-        "score-aware cache",
-        unknown="how it measures a prefetch's impact: ours takes the experts with most expected tokens first; it looks "
-        "further than one layer, ours does not",
+        same="a greedy split of each layer between CPU and GPU by cost; prefetches for the next three layers by "
+        "their impact: the greedy split of a coming layer is simulated with and without the expert, and the greatest "
+        "gains go first; score-aware cache",
+        unknown="when it stops: ours when a gain, by the probability of use, is less than what the copy costs this "
+        "layer and the next one's copies. Its experts' scores: ours are decayed sums of router weights, its own "
+        "count only the best of a token",
         source="HybriMoE, arXiv 2504.05897",
     ),
     Schedule(
@@ -146,6 +165,42 @@ _ALL = (
         unknown="it compares the activations of whole requests; ours counts which expert follows which from one layer "
         "to the next. Its cache weighs activation ratio and depth, ours is LRU",
         source="MoE-Infinity, arXiv 2401.14361",
+    ),
+    Schedule(
+        name="static-split",
+        title="Static split",
+        number=STATIC_SPLIT,
+        cache="static",
+        predictor="none",
+        uses_cpu=True,
+        places=True,
+        same="no published system: the best fixed experts on the GPU, all others computed on the CPU, nothing "
+        "copied, as users of llama.cpp's -ncmoe run",
+        unknown="-ncmoe fixes whole layers; ours fixes the most frequent experts of all layers, which finds more of "
+        "what is needed. A prompt copies what it misses, as under any schedule, and the set is put back behind it. "
+        "Without a CPU lane what has no slot is copied",
+        source="ours",
+    ),
+    Schedule(
+        name="artefact",
+        title="Artefact's rule",
+        number=ARTEFACT,
+        cache="static",
+        predictor="early router",
+        uses_cpu=True,
+        lookahead=1,
+        width=2,
+        threshold=0.5,
+        places=True,
+        same="the rule of a public repository that is very probably PreScope's: misses by token count, descending, are "
+        "copied while (1 + i) copies and the expert on the GPU end before the CPU would be done with it and all that "
+        "follow; prefetches in decode for more than 16 sequences, two experts of the next layer at most, by the early "
+        "router; on-demand copies come first",
+        unknown="constants are this machine's costs, not the repository's. Its prefetches copy nothing (they sleep) "
+        "and experts under way are replaced by others; ours copies, and no token changes. Hot experts are in slots "
+        "from the start, as in the paper; who gives up a slot is not described, so the least frequent does. For "
+        "Mixtral it prefetches above 8 sequences",
+        source="github.com/nezha-Anonymous/LayerScope, read 2026-11; arXiv 2509.23638",
     ),
     Schedule(
         name="presched",

@@ -27,6 +27,7 @@ def resolve(
     *,
     num_experts: int,
     depth: int,
+    top_k: int = 1,
     predictor: str = "",
     lookahead: int | None = None,
     width: int | None = None,
@@ -39,7 +40,7 @@ def resolve(
     A schedule that looks at no predictions has none made, whatever lookahead is given.
 
     Args:
-        num_experts: of a layer.
+        num_experts: of a layer. `top_k`: of them that a token uses.
         depth: layers ahead that predictions can be had for; 0 without a predictor. `predictor`: its name.
         cpu: None: where the schedule uses it and it is there. `has_cpu`: whether it is there.
 
@@ -69,7 +70,7 @@ def resolve(
     lag = schedule.lag if lookahead else 0
     return Resolved(
         schedule,
-        ScheduleSettings(schedule.number, lookahead, width, threshold, lag),
+        ScheduleSettings(schedule.number, lookahead, width, threshold, lag, top_k),
         min(lookahead + lag, depth),
         schedule.uses_cpu and has_cpu if cpu is None else cpu,
     )

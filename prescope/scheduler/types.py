@@ -34,6 +34,7 @@ class ScheduleSettings(NamedTuple):
     width: int  # experts prefetched for one layer at most
     threshold: float  # least probability of use of an expert worth prefetching
     lag: int = 0  # a layer is decided by predictions made this many layers before; its prefetches by its own
+    top_k: int = 1  # experts that a token uses in a layer
 
 
 class Plan(NamedTuple):

@@ -97,14 +97,8 @@ class _UpToHere(Simulator):
 
     def __init__(self, whole: Simulator, s: int, layer: int) -> None:
         self.__dict__.update(whole.__dict__)
-        tokens = whole.needs.tokens_SLE.copy()
-        tokens[s, layer:] = 0
-        expected, used = (array.copy() for array in whole.predicted)
-        for ahead in range(len(used)):
-            first = layer + ahead + 1  # of those that the layer itself makes
-            used[ahead, s, first:] = expected[ahead, s, first:] = 0.0
-        self.needs = whole.needs._replace(tokens_SLE=tokens)
-        self.predicted = whole.predicted._replace(expected_dSLE=expected, used_dSLE=used)
+        self.needs = whole.needs.until(s, layer)
+        self.predictions = whole.predictions.until(s, layer)
         self._segments = [
             (prefills, slice(steps.start, min(steps.stop, s + 1)))
             for prefills, steps in whole._segments
@@ -134,16 +128,16 @@ def _experts(
     """One row an expert: those needed, by where they were and by tokens, then those prefetched in vain."""
     E, log = simulator.shape.num_experts, result.log
     why_ahead = str(Reason.STREAM if result.streams else Reason.PREFETCH)
-    tokens_E = simulator.needs.tokens_SLE[s, layer]
+    needed = dict(zip(*(part.tolist() for part in simulator.needs.at(s, layer)), strict=True))
     looked = log.times_us[s, layer, LOOKED]
     mine = (log.copies[:, STEP] == s) & (log.copies[:, AT_LAYER] == layer)
     ahead = mine & (log.copies[:, REASON] == AHEAD)
     landing = dict(zip((log.copies[ahead, KEY] % E).tolist(), log.copy_us[ahead, 1].tolist(), strict=True))
     demanded = set((log.copies[mine & ~ahead, KEY] % E).tolist())
-    used = simulator.predicted.used_dSLE[:1, s, layer]  # what its prefetches went by
+    used = simulator.predictions.of(slice(s, s + 1)).used_dSLE[:1, 0, layer]  # what its prefetches went by
     rows = []
-    for expert in sorted(set(np.flatnonzero(tokens_E).tolist()) | landing.keys()):
-        tokens = int(tokens_E[expert])
+    for expert in sorted(needed.keys() | landing.keys()):
+        tokens = needed.get(expert, 0)
         was = IN_SLOT if slot_of_E[expert] >= 0 else ON_HOST
         # Streaming decides without predictions, so that its slots are not those of this decision; it has no CPU lane.
         gone = was == ON_HOST and not result.streams

@@ -153,7 +153,7 @@ def _with_link(costs: LayerCosts, factor: float) -> LayerCosts:
 def shipped_machines(shape: MoEShape, batch: int) -> list[Machine]:
     """All machines whose profiles come with prescope, with each size of experts that whole layers are known of.
 
-    Machines with a GPU also behind the slower links that they can emulate.
+    Machines with a GPU behind PCIe 5 also behind the slower links that they can emulate.
     """
     found = []
     for file in shipped_files():
@@ -169,6 +169,8 @@ def shipped_machines(shape: MoEShape, batch: int) -> list[Machine]:
 
 def _behind_links(profile: HardwareProfile, name: str) -> Iterator[tuple[str, HardwareProfile]]:
     yield name, profile
-    if profile.link_gb_per_s is None and profile.link_factor == 1:
+    # What a link that is slower by half or three quarters stands for is known of this one alone.
+    is_fast = profile.place.link.startswith("PCIe 5")
+    if is_fast and profile.link_gb_per_s is None and profile.link_factor == 1:
         for factor, link in SLOWER_LINKS.items():
             yield f"{name} behind emulated {link}", profile.emulated(factor, link)

@@ -3,6 +3,7 @@
 Shapes: R rows, S decode steps, L MoE layers, E experts, K top-k, d layers ahead.
 """
 
+from copy import copy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadTrace, UnsupportedOption
-from ..predictor.base import Predictor
+from ..predictor.base import Predictor, ReplaysRows, ScoreArray
 from ..traces.events import PHASES
 from ..traces.routing import RoutingTrace
 
@@ -19,13 +20,52 @@ DECODE = PHASES.index("decode")
 LOOKAHEAD = 4
 
 
+#: Predictions are kept if they take no more, else made again for each replay, in parts of `PART_BYTES`. A model of 94
+#: layers of 512 experts, 4,096 steps and four layers ahead would keep 6.3 GB.
+KEPT_BYTES, PART_BYTES = 256 << 20, 32 << 20
+
+
 class Needs(NamedTuple):
-    """What each decode step needs."""
+    """What each decode step needs: n entries, one for each expert that a layer of a step uses, in this order."""
 
     steps: NDArray[np.int64]  # (S,) numbers of the steps in the trace
     tokens_S: NDArray[np.int64]  # tokens of each step
-    tokens_SLE: NDArray[np.int32]  # of these, those that use the expert
-    weights_SLE: NDArray[np.float32]  # sums of their router weights
+    num_experts: int
+    first: NDArray[np.int64]  # (S * L + 1,) of each layer's entries, and behind the last one
+    experts: NDArray[np.int32]  # (n,) ascending within a layer
+    tokens: NDArray[np.int32]  # (n,) tokens that use the expert
+    weights: NDArray[np.float32]  # (n,) sums of their router weights
+
+    def at(self, s: int, layer: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Experts (n,) that a layer of the s-th step needs, and the tokens of each."""
+        i = s * self.num_layers + layer
+        here = slice(int(self.first[i]), int(self.first[i + 1]))
+        return self.experts[here], self.tokens[here]
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return (len(self.first) - 1) // len(self.steps)
+
+    @property
+    def tokens_SLE(self) -> NDArray[np.int32]:
+        """The tokens as one array with all experts, (S, L, E): made anew at each call."""
+        S, L, E = len(self.steps), self.num_layers, self.num_experts
+        out = np.zeros((S * L, E), np.int32)
+        out[np.repeat(np.arange(S * L), np.diff(self.first)), self.experts] = self.tokens
+        return out.reshape(S, L, E)
+
+    def until(self, s: int, layer: int) -> "Needs":
+        """Nothing is needed by this layer of the s-th step, and those after it in the step."""
+        begin, end = s * self.num_layers + layer, (s + 1) * self.num_layers
+        gone = int(self.first[end] - self.first[begin])
+        first = self.first.copy()
+        first[begin : end + 1] = first[begin]
+        first[end + 1 :] -= gone
+        keep = np.r_[: self.first[begin], self.first[end] : len(self.experts)]
+        return self._replace(
+            first=first, experts=self.experts[keep], tokens=self.tokens[keep], weights=self.weights[keep]
+        )
 
 
 class Predicted(NamedTuple):
@@ -49,36 +89,124 @@ def needs_of(trace: RoutingTrace) -> Needs:
         )
     steps, step_R, tokens_S = np.unique(trace.step[decode], return_inverse=True, return_counts=True)
     S, L, E = len(steps), trace.num_layers, trace.num_experts
-    ids = trace.expert_ids[decode].astype(np.int64)
+    ids = trace.expert_ids[decode]
     cell = (step_R[:, None] * L + np.arange(L))[:, :, None] * E + ids
     is_used = ids >= 0
-    tokens = np.bincount(cell[is_used], minlength=S * L * E)
-    weights = np.bincount(cell[is_used], trace.weights[decode][is_used], minlength=S * L * E)
+    used, at = np.unique(cell[is_used], return_inverse=True)
     return Needs(
         steps.astype(np.int64),
         tokens_S,
-        tokens.astype(np.int32).reshape(S, L, E),
-        weights.astype(np.float32).reshape(S, L, E),
+        E,
+        np.searchsorted(used, np.arange(S * L + 1) * E),
+        (used % E).astype(np.int32),
+        np.bincount(at).astype(np.int32),
+        np.bincount(at, trace.weights[decode][is_used]).astype(np.float32),
     )
 
 
+class Predictions:
+    """A predictor's scores for the decode steps of a trace, summed over each step's tokens.
+
+    All are kept where they fit into `KEPT_BYTES`, or the predictor scores whole traces alone; else each part is made
+    when a replay comes to it.
+
+    Args:
+        predictor: None: nothing is predicted.
+    """
+
+    def __init__(self, predictor: Predictor | None, trace: RoutingTrace, lookahead: int = LOOKAHEAD) -> None:
+        # One that reads router inputs needs nothing else of the past; others may know it from the prompt.
+        told = trace.select(phase="decode") if predictor is not None and predictor.needs_inputs else trace
+        asked: object = predictor
+        self._predictor, self._trace = predictor, told
+        self._by_rows = asked if isinstance(asked, ReplaysRows) else None
+        self._rows = np.flatnonzero(told.phase == DECODE)
+        steps, first = np.unique(told.step[self._rows], return_index=True)
+        self._first = np.append(first, len(self._rows))
+        most = 0 if predictor is None else predictor.lookahead
+        self.depth = min(lookahead, most, trace.num_layers - 1)
+        self._size = (len(steps), trace.num_layers, trace.num_experts)
+        self._until: tuple[int, int] | None = None
+        self._kept: Predicted | None = None
+        if self._by_rows is None or len(steps) * self.step_bytes <= KEPT_BYTES:
+            self._kept = self._made(0, len(steps))
+
+    @classmethod
+    def given(cls, predicted: Predicted, trace: RoutingTrace) -> "Predictions":
+        """Some that were made before, for the decode steps of a trace."""
+        made = cls(None, trace)
+        made.depth, made._kept = len(predicted.used_dSLE), predicted
+        return made
+
+    @property
+    def step_bytes(self) -> int:
+        """Of the numbers of one step."""
+        return 2 * 4 * self.depth * self._size[1] * self._size[2]
+
+    def until(self, s: int, layer: int) -> "Predictions":
+        """The same, but behind this layer of the s-th step nothing is predicted for the layers after it."""
+        other = copy(self)
+        other._until = s, layer
+        return other
+
+    def of(self, steps: slice) -> Predicted:
+        """Of some steps, by their ranks; both ends given. Not to be changed."""
+        begin, end = steps.start, steps.stop
+        if self._kept is None:
+            found = self._made(begin, end)
+        else:
+            found = Predicted(*(np.ascontiguousarray(part[:, begin:end]) for part in self._kept))
+        if self._until is not None and begin <= self._until[0] < end:
+            s, layer = self._until
+            found = Predicted(*(part.copy() for part in found))
+            for part in found:
+                for ahead in range(self.depth):  # of those that the layer itself makes
+                    part[ahead, s - begin, layer + ahead + 1 :] = 0.0
+        return found
+
+    def _made(self, begin: int, end: int) -> Predicted:
+        _, L, E = self._size
+        shape = (self.depth, end - begin, L, E)
+        expected, used = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        trace = self._trace
+        most = max(1, PART_BYTES // (4 * L * E))  # rows scored at once
+        for ahead in range(1, self.depth + 1):
+            if self._by_rows is None:
+                assert self._predictor is not None
+                scores = self._predictor.replay(trace, ahead)
+                scores = scores if len(self._rows) == len(trace) else scores[self._rows]
+                _sum_up(scores, self._first[:-1], expected[ahead - 1, :, ahead:], used[ahead - 1, :, ahead:])
+                continue
+            first = begin
+            while first < end:
+                last = int(np.searchsorted(self._first, self._first[first] + most, "right")) - 1
+                last = min(end, max(first + 1, last))
+                rows = self._rows[self._first[first] : self._first[last]]
+                here = slice(first - begin, last - begin)
+                _sum_up(
+                    self._by_rows.replay_rows(trace, ahead, rows),
+                    self._first[first:last] - self._first[first],
+                    expected[ahead - 1, here, ahead:],
+                    used[ahead - 1, here, ahead:],
+                )
+                first = last
+        return Predicted(expected, used)
+
+
+def _sum_up(
+    scores: ScoreArray, first: NDArray[np.int64], expected: NDArray[np.float32], used: NDArray[np.float32]
+) -> None:
+    """Of rows (R, L, E), steps of which begin at `first` (S,): fills (S, L, E) expected tokens and probabilities."""
+    expected[:] = np.add.reduceat(scores, first, axis=0)
+    with np.errstate(divide="ignore"):  # a probability of 1: log 0 = -inf, and exp(-inf) = 0
+        unused = np.exp(np.add.reduceat(np.log1p(-np.minimum(scores, 1.0)), first, axis=0))
+    used[:] = 1.0 - unused
+
+
 def predictions_of(predictor: Predictor, trace: RoutingTrace, lookahead: int = LOOKAHEAD) -> Predicted:
-    """A predictor's scores for the decode steps of a trace, summed over each step's tokens."""
-    # One that reads router inputs needs nothing else of the past; others may know it from the prompt.
-    told = trace.select(phase="decode") if predictor.needs_inputs else trace
-    rows = np.flatnonzero(told.phase == DECODE)
-    steps, first = np.unique(told.step[rows], return_index=True)
-    depth = min(lookahead, predictor.lookahead, trace.num_layers - 1)
-    shape = (depth, len(steps), trace.num_layers, trace.num_experts)
-    expected, used = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    for ahead in range(1, depth + 1):
-        scores = predictor.replay(told, ahead)
-        scores = scores if len(rows) == len(told) else scores[rows]
-        expected[ahead - 1, :, ahead:] = np.add.reduceat(scores, first, axis=0)
-        with np.errstate(divide="ignore"):  # a probability of 1: log 0 = -inf, and exp(-inf) = 0
-            unused = np.exp(np.add.reduceat(np.log1p(-np.minimum(scores, 1.0)), first, axis=0))
-        used[ahead - 1, :, ahead:] = 1.0 - unused
-    return Predicted(expected, used)
+    """A predictor's scores for all decode steps of a trace, summed over each step's tokens."""
+    made = Predictions(predictor, trace, lookahead)
+    return made.of(slice(0, made._size[0]))
 
 
 def as_decode(trace: RoutingTrace, batch: int = 1) -> RoutingTrace:

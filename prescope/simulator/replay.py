@@ -46,12 +46,14 @@ class State(NamedTuple):
 
 
 class Demand(NamedTuple):
-    """What each step needs, and what was predicted of it."""
+    """What some steps need, and what was predicted of them; see `prepare.Needs`."""
 
-    tokens_SLE: NDArray[np.int32]
-    weights_SLE: NDArray[
+    first: IntArray  # (S * L + 1,)
+    experts: NDArray[np.int32]  # (n,)
+    tokens: NDArray[np.int32]  # (n,)
+    weights: NDArray[
         np.float32
-    ]  # sums of router weights; (0, 0, 0) when the cache policy does not look at them
+    ]  # (n,) sums of router weights; (0,) when the cache policy does not look at them
     #: Predictions for layer l made `a + 1` layers before it, zeros where there is no such layer; (0, ...) for none.
     expected_dSLE: NDArray[np.float32]  # tokens
     used_dSLE: NDArray[np.float32]  # probability that any token uses it
@@ -63,11 +65,15 @@ class Log(NamedTuple):
     times_us: FloatArray  # (S, L, 8)
     counts: IntArray  # (S, L, 7)
     step_end_us: FloatArray  # (S,)
-    copies: IntArray  # (n, 4)
+    copies: NDArray[np.int32]  # (n, 4)
     copy_us: FloatArray  # (n, 2) start and end
 
 
-class _Wire(NamedTuple):
+#: Places in the clock: a layer begins, its predictions are there, the host has decided, and prefetches are wanted.
+NOW, FORESEEN, LAST_DECIDED, WANTED = range(4)
+
+
+class Wire(NamedTuple):
     """The link and what is on it. On-demand copies are waited for by their layer, so only prefetches are in flight."""
 
     ready_us: FloatArray  # (slots,) when the bytes are there
@@ -75,9 +81,24 @@ class _Wire(NamedTuple):
     ends: IntArray  # (2,) how many left the queue, how many entered it
     free_us: FloatArray  # (1,) the link is done with all it was given
     cpu_us: FloatArray  # (1,) the CPU is done
-    copies: IntArray  # (n, 4) as `Log`
+    copies: NDArray[np.int32]  # (n, 4) as `Log`, of the steps that are replayed together
     copy_us: FloatArray  # (n, 2)
     num_copies: IntArray  # (1,)
+
+
+def begin(num_slots: int, most_in_flight: int, start_us: float) -> tuple[FloatArray, Wire]:
+    """Clock and link, all idle, for the steps that follow a prompt."""
+    wire = Wire(
+        np.zeros(num_slots),
+        np.empty(most_in_flight + 1, np.int64),
+        np.zeros(2, np.int64),
+        np.full(1, start_us),
+        np.full(1, start_us),
+        np.empty((1024, 4), np.int32),
+        np.empty((1024, 2)),
+        np.zeros(1, np.int64),
+    )
+    return np.full(4, start_us), wire
 
 
 @jit
@@ -88,37 +109,27 @@ def replay(
     policy: int,
     most_in_flight: int,
     step_us: float,
-    start_us: float,
     state: State,
     demand: Demand,
+    clock: FloatArray,
+    wire: Wire,
 ) -> Log:
-    """Run all steps from `start_us` on; `step_us` is what a step takes besides its layers.
+    """Run some steps, which may be followed by others; `step_us` is what a step takes besides its layers.
 
     Args:
         costs: of the clock. `believed`: what decisions go by.
         policy: kind of the cache policy. `most_in_flight`: prefetches under way at most; 0 forbids them.
+        clock, wire: as `begin` makes them, or the steps before left them; changed.
     """
-    S, L, E = demand.tokens_SLE.shape
+    L, E = state.memory.former_LE.shape
+    S = (len(demand.first) - 1) // L
     d = len(demand.used_dSLE)
     slots = state.slots
-    num_slots = len(slots.key_of)
     times, counts = np.full((S, L, LOOKED + 1), np.nan), np.zeros((S, L, PREFETCHED + 1), np.int64)
     step_end = np.zeros(S)
-    wire = _Wire(
-        np.zeros(num_slots),
-        np.empty(most_in_flight + 1, np.int64),
-        np.zeros(2, np.int64),
-        np.full(1, start_us),
-        np.full(1, start_us),
-        np.empty((1024 + 2 * E * (d + 1), 4), np.int64),
-        np.empty((1024 + 2 * E * (d + 1), 2)),
-        np.zeros(1, np.int64),
-    )
-    slots.protected[:] = slots.in_flight[:] = False
-    state.waiting.counts[:] = 0
-    wanted_us = start_us
+    wire.num_copies[0] = 0
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
-    now = foreseen = decided = start_us
+    now, foreseen, decided, wanted_us = clock
     for s in range(S):
         for layer in range(L):
             wire = _with_room(wire, E * (d + 2))
@@ -129,13 +140,13 @@ def replay(
             _prefetch(wanted_us, looked, s, most_in_flight, E, costs, state, wire)
             # -- the decision
             slots.protected[:] = False
-            tokens_E = demand.tokens_SLE[s, layer]
-            experts = np.flatnonzero(tokens_E).astype(np.int64)
-            tokens = tokens_E[experts].astype(np.int64)
+            begin, end = demand.first[s * L + layer], demand.first[s * L + layer + 1]
+            experts = demand.experts[begin:end].astype(np.int64)
+            tokens = demand.tokens[begin:end].astype(np.int64)
             state.tick[0] += 1
             weights = tokens.astype(np.float64)
-            if len(demand.weights_SLE):
-                weights = demand.weights_SLE[s, layer][experts].astype(np.float64)
+            if len(demand.weights):
+                weights = demand.weights[begin:end].astype(np.float64)
             for a in range(d):
                 of = layer - settings.lag + a + 1
                 there = layer >= settings.lag and of < L
@@ -206,7 +217,7 @@ def replay(
             now = done
         now += step_us
         step_end[s] = now
-    slots.protected[:] = slots.in_flight[:] = False  # whatever follows waits for all copies first
+    clock[NOW], clock[FORESEEN], clock[LAST_DECIDED], clock[WANTED] = now, foreseen, decided, wanted_us
     count = wire.num_copies[0]
     return Log(times, counts, step_end, wire.copies[:count].copy(), wire.copy_us[:count].copy())
 
@@ -220,7 +231,7 @@ def _prefetch(
     E: int,
     costs: Costs,
     state: State,
-    wire: _Wire,
+    wire: Wire,
 ) -> None:
     """Give waiting prefetches to the link as earlier ones land, from `wanted_us` on; what landed is not in flight."""
     issue = wanted_us
@@ -242,7 +253,7 @@ def _prefetch(
 
 
 @jit
-def _all_there(at_us: float, keys: IntArray, state: State, wire: _Wire) -> bool:
+def _all_there(at_us: float, keys: IntArray, state: State, wire: Wire) -> bool:
     """Whether the bytes of experts in slots were there at a time."""
     for key in keys:  # noqa: SIM110 - compiled code has no generators
         if wire.ready_us[state.slots.slot_of[key]] > at_us:
@@ -251,7 +262,7 @@ def _all_there(at_us: float, keys: IntArray, state: State, wire: _Wire) -> bool:
 
 
 @jit
-def _land(until_us: float, state: State, wire: _Wire) -> None:
+def _land(until_us: float, state: State, wire: Wire) -> None:
     """Prefetches whose bytes are there leave the queue; the link ends them in order."""
     while wire.ends[0] < wire.ends[1]:
         slot = wire.queue[wire.ends[0] % len(wire.queue)]
@@ -271,7 +282,7 @@ def _copy(
     ask_us: float,
     ends_batch: bool,
     costs: Costs,
-    wire: _Wire,
+    wire: Wire,
 ) -> None:
     """One copy, after all others; slower while the CPU reads the same memory."""
     begin = max(ask_us, wire.free_us[0])
@@ -300,7 +311,7 @@ def _serve(
     E: int,
     costs: Costs,
     state: State,
-    wire: _Wire,
+    wire: Wire,
     keep: IntArray,
 ) -> tuple[float, int]:
     """Copy a layer's first `num_load` misses, compute them and what is here: when the GPU is done, and the rounds."""
@@ -313,7 +324,7 @@ def _serve(
             late_us = max(late_us, wire.ready_us[slot])
     if num_load == 0:
         return late_us + here * costs.gpu_us, 1
-    capacity = len(slots.key_of) - (slots.in_flight.sum() - need.num_late)
+    capacity = len(slots.key_of) - (wire.ends[1] - wire.ends[0] - need.num_late)  # of those on the link
     chunk = max(1, min(ROUND_EXPERTS, capacity // 2))
     if num_load <= ROUND_EXPERTS and here + num_load <= capacity:
         chunk = num_load
@@ -344,14 +355,14 @@ def _serve(
 
 
 @jit
-def _with_room(wire: _Wire, more: int) -> _Wire:
+def _with_room(wire: Wire, more: int) -> Wire:
     """Room for so many copies more."""
     count, size = wire.num_copies[0], len(wire.copies)
     if count + more <= size:
         return wire
-    copies, copy_us = np.empty((2 * size + more, 4), np.int64), np.empty((2 * size + more, 2))
+    copies, copy_us = np.empty((2 * size + more, 4), np.int32), np.empty((2 * size + more, 2))
     copies[:count], copy_us[:count] = wire.copies[:count], wire.copy_us[:count]
-    return _Wire(
+    return Wire(
         wire.ready_us,
         wire.queue,
         wire.ends,

@@ -130,6 +130,7 @@ class Scenarios:
         found = resolve(
             schedule.name,
             num_experts=E,
+            top_k=self.trace.top_k,
             depth=depth,
             predictor=predictor,
             lookahead=None if scenario.lookahead is None else min(scenario.lookahead, depth),
@@ -325,8 +326,12 @@ class Scenarios:
 
     def bounds(self, scenario: Scenario) -> pd.DataFrame:
         """What no schedule can beat with these slots on this machine."""
-        found = self.simulator(scenario).bounds(scenario.slots, cpu=scenario.cpu and self.has_cpu(scenario))
-        needed = max(1, int((self.simulator(scenario).needs.tokens_SLE > 0).sum()))
+        found = self.simulator(scenario).bounds(
+            scenario.slots,
+            cpu=scenario.cpu and self.has_cpu(scenario),
+            placed=schedule_named(scenario.schedule).places,
+        )
+        needed = max(1, len(self.simulator(scenario).needs.experts))
         rows = [
             (
                 "misses of the best cache that loads on demand (Belady)",

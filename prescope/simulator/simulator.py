@@ -4,6 +4,7 @@ Pure: a trace, costs and a predictor in, a `SimResult` out. Only decode steps ar
 the slots into the state that the engine's prefill leaves.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.num_slots import resolve_slots
-from ..cache.policies import CachePolicy, make_policy
+from ..cache.policies import CHANGES_ALL, by_frequency, make_policy
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE, Waiting, most_on_wire, prefetch_slots
 from ..cache.residency import ResidencyTable
+from ..cache.slots import bounds_of
 from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 from ..predictor.base import Predictor
@@ -24,10 +26,12 @@ from ..scheduler.types import Memory
 from ..traces.bounds import belady_misses, static_misses
 from ..traces.routing import RoutingTrace
 from .prefill import prefill, prefill_steps
-from .prepare import LOOKAHEAD, Needs, Predicted, needs_of, predictions_of
-from .replay import Demand, Log, State, replay
+from .prepare import LOOKAHEAD, PART_BYTES, Needs, Predicted, Predictions, needs_of
+from .replay import STEP, Demand, Log, State, begin, replay
 from .result import Bounds, SimResult
 
+#: Steps replayed at once, at most: the copies of a part are counted as it goes.
+MOST_STEPS = 256
 #: States after the first prompt that are kept, one for each number of slots and cache.
 MOST_WARM = 256
 
@@ -39,7 +43,7 @@ class Settings(NamedTuple):
     num_slots: int
     cache: str
     most_in_flight: int
-    hindsight: bool  # "static" knows the frequencies of the very trace it is replayed on
+    hindsight: bool  # what is hot is told by the very trace that is replayed
 
 
 class Simulator:
@@ -77,12 +81,15 @@ class Simulator:
         self.label = label or trace.model
         self.shape = MoEShape(trace.num_layers, trace.num_experts, trace.top_k, row_bytes)
         self.needs = needs_of(trace)
-        self.predicted = (
-            _nothing(self.needs) if predictor is None else predictions_of(predictor, trace, lookahead)
-        )
+        self.predictions = Predictions(predictor, trace, lookahead)
         self._segments = _segments(trace, self.needs)
         self._warm: dict[tuple[int, str, bytes], tuple[NDArray[np.generic], ...]] = {}
-        self._bounds: dict[tuple[int, bool], Bounds] = {}
+        self._bounds: dict[tuple[int, bool, bool], Bounds] = {}
+
+    @property
+    def predicted(self) -> Predicted:
+        """All that the predictor says of the decode steps, as two arrays: large where there are many."""
+        return self.predictions.of(slice(0, len(self.needs.steps)))
 
     @property
     def batch(self) -> int:
@@ -110,10 +117,11 @@ class Simulator:
         Args:
             schedule: name in `scheduler.SCHEDULES`.
             slots: as of the engine: a count, a share of all experts, or a text such as "8GiB".
-            cache: "lru", "lfu", "score", "shallow", "static" or "next-use".
+            cache: name in `cache.policies.POLICIES`.
             lookahead, width, threshold: see `scheduler.Schedule`.
             cpu: whether the CPU lane is used; by schedules that can, if the costs have one, unless given.
-            frequencies: (L, E) that "static" goes by; those of this very trace unless given, which is said in `notes`.
+            frequencies: (L, E) that "static" goes by, and what a schedule has in slots from the start; those of this
+                very trace unless given, which is said in `notes`.
             least_bytes: on the link, for its full rate; 0 on an emulated link (`prefetch.most_on_wire`).
             most_in_flight: prefetches on the link at most; as the engine has it unless given.
             believed: costs that decisions go by, to see what a wrong calibration does; the clock's unless given.
@@ -127,9 +135,15 @@ class Simulator:
         settings = self._resolve(
             schedule, slots, cache, lookahead, width, threshold, cpu, frequencies, least_bytes, most_in_flight
         )
-        counts = self.trace.expert_counts() if frequencies is None else frequencies
-        policy = make_policy(settings.cache, self.shape, np.asarray(counts, dtype=np.float64))
-        log = self._replay(settings, policy, believed, resident)
+        counts = np.asarray(
+            self.trace.expert_counts() if frequencies is None else frequencies, dtype=np.float64
+        )
+        table = ResidencyTable(
+            self.shape, settings.num_slots, make_policy(settings.cache, self.shape, counts)
+        )
+        if settings.schedule.schedule.places:
+            table.placed = by_frequency(self.shape, counts)[-settings.num_slots :]
+        log = self._replay(settings, table, believed, resident)
         return SimResult(
             log=log,
             config=self._config(settings),
@@ -140,15 +154,21 @@ class Simulator:
             notes=self._notes(settings, believed),
             needs=self.needs,
             streams=settings.schedule.schedule.streams,
-            find_bounds=lambda: self.bounds(settings.num_slots, cpu=settings.schedule.cpu),
+            find_bounds=lambda: self.bounds(
+                settings.num_slots, cpu=settings.schedule.cpu, placed=settings.schedule.schedule.places
+            ),
         )
 
-    def bounds(self, slots: int | float | str = 0.25, *, cpu: bool = False) -> Bounds:
-        """What no schedule can beat with so many slots, with or without the CPU lane."""
+    def bounds(self, slots: int | float | str = 0.25, *, cpu: bool = False, placed: bool = False) -> Bounds:
+        """What no schedule can beat with so many slots, with or without the CPU lane.
+
+        Args:
+            placed: slots may hold any experts before the trace begins: each of them saves one miss at most.
+        """
         num_slots, _ = self._num_slots(slots)
-        key = num_slots, cpu
+        key = num_slots, cpu, placed
         if key not in self._bounds:
-            self._bounds[key] = self._find_bounds(num_slots, cpu)
+            self._bounds[key] = self._find_bounds(num_slots, cpu, num_slots if placed else 0)
         return self._bounds[key]
 
     # -- settings ----------------------------------------------------------------------------------------------
@@ -174,7 +194,8 @@ class Simulator:
         resolved = resolve(
             name,
             num_experts=self.shape.num_experts,
-            depth=len(self.predicted.used_dSLE),
+            top_k=self.shape.top_k,
+            depth=self.predictions.depth,
             predictor="" if self.predictor is None else self.predictor.name,
             lookahead=lookahead,
             width=width,
@@ -189,7 +210,13 @@ class Simulator:
             if most_in_flight < 0:
                 raise UnsupportedOption(f"most_in_flight is {most_in_flight}; a count is at least 0")
             most = min(most_in_flight, prefetch_slots(num_slots))
-        return Settings(resolved, num_slots, cache, most, hindsight=cache == "static" and frequencies is None)
+        return Settings(
+            resolved,
+            num_slots,
+            cache,
+            most,
+            frequencies is None and (cache == "static" or resolved.schedule.places),
+        )
 
     def _config(self, settings: Settings) -> dict[str, Any]:
         resolved = settings.schedule
@@ -216,7 +243,7 @@ class Simulator:
     def _notes(self, settings: Settings, believed: LayerCosts | None) -> list[str]:
         notes = []
         if settings.hindsight:
-            notes.append("the static cache knows how often this very trace uses each expert (hindsight)")
+            notes.append("what is hot is told by how often this very trace uses each expert (hindsight)")
         if settings.schedule.schedule.predictor != "none" and self.predictor is None:
             notes.append(
                 f"{settings.schedule.schedule.title} ran without predictions: the simulator was given no predictor"
@@ -230,11 +257,11 @@ class Simulator:
     def _replay(
         self,
         settings: Settings,
-        policy: CachePolicy,
+        table: ResidencyTable,
         believed: LayerCosts | None,
         resident: NDArray[np.bool_] | None,
     ) -> Log:
-        table = ResidencyTable(self.shape, settings.num_slots, policy)
+        policy = table.policy
         if resident is not None:
             _fill(table, resident)
         resolved = settings.schedule
@@ -247,39 +274,58 @@ class Simulator:
             if i > 0 or resident is None:
                 self._prefill(table, prefills, is_first=i == 0)
             tick = np.array([policy.tick], np.int64)
-            state = State(table.arrays, tick, memory, Waiting.none(self.shape.total_experts))
-            demand = Demand(
-                self.needs.tokens_SLE[steps],
-                self.needs.weights_SLE[steps] if settings.cache == "score" else NO_WEIGHTS,
-                self.predicted.expected_dSLE[:depth, steps],
-                self.predicted.used_dSLE[:depth, steps],
-            )
-            logs.append(
-                replay(
-                    resolved.settings,
-                    costs,
-                    by,
-                    policy.kind,
-                    settings.most_in_flight,
-                    self.step_us,
-                    now,
-                    state,
-                    demand,
-                )
-            )
+            slots = table.arrays
+            if policy.kind not in CHANGES_ALL:
+                slots = slots._replace(lowest=bounds_of(slots, self.shape.num_layers))
+            state = State(slots, tick, memory, Waiting.none(self.shape.total_experts))
+            clock, wire = begin(table.num_slots, settings.most_in_flight, now)
+            for part in self._parts(steps):
+                demand = self._demand(part, depth, with_weights=settings.cache == "score")
+                logs.append(
+                    replay(
+                        resolved.settings, costs, by, policy.kind, settings.most_in_flight, self.step_us, state, demand,
+                        clock, wire,
+                    )
+                )  # fmt: skip
+            table.unprotect()
+            table.in_flight[:] = False  # whatever follows waits for all copies first
             policy.tick, now = int(state.tick[0]), float(logs[-1].step_end_us[-1])
         return _joined(logs)
+
+    def _parts(self, steps: slice) -> Iterator[slice]:
+        """Steps whose predictions are in memory at once."""
+        most = max(1, min(MOST_STEPS, PART_BYTES // max(1, self.predictions.step_bytes)))
+        for first in range(steps.start, steps.stop, most):
+            yield slice(first, min(first + most, steps.stop))
+
+    def _demand(self, steps: slice, depth: int, *, with_weights: bool) -> Demand:
+        needs, L = self.needs, self.shape.num_layers
+        first = needs.first[steps.start * L : steps.stop * L + 1]
+        here = slice(int(first[0]), int(first[-1]))
+        predicted = self.predictions.of(steps) if depth else Predicted(NOTHING_PREDICTED, NOTHING_PREDICTED)
+        return Demand(
+            first - first[0],
+            needs.experts[here],
+            needs.tokens[here],
+            needs.weights[here] if with_weights else NO_WEIGHTS,
+            predicted.expected_dSLE[:depth],
+            predicted.used_dSLE[:depth],
+        )
 
     def _prefill(self, table: ResidencyTable, prefills: list[int], is_first: bool) -> None:
         """The first prompt's walk starts cold and depends on little, so it is remembered: a slider comes back to it."""
         policy = table.policy
-        key = table.num_slots, policy.name, policy.scores.tobytes() if policy.name == "static" else b""
+        by = policy.scores.tobytes() if policy.name == "static" else b""
+        key = table.num_slots, policy.name, by + table.placed.tobytes()
         if is_first and key in self._warm:
             table.slot_of[:], table.key_of[:], table.prefetched[:], policy.scores[:], tick = self._warm[key]
             policy.tick = int(tick)
             return
+        if is_first:
+            _put_back(table)
         for step in prefills:
             prefill(table, self.trace, step)
+        _put_back(table)
         if is_first:
             kept = (
                 table.slot_of.copy(),
@@ -292,11 +338,11 @@ class Simulator:
             if len(self._warm) > MOST_WARM:
                 del self._warm[next(iter(self._warm))]
 
-    def _find_bounds(self, num_slots: int, cpu: bool) -> Bounds:
+    def _find_bounds(self, num_slots: int, cpu: bool, num_placed: int) -> Bounds:
         costs, S = self.costs, len(self.needs.steps)
-        misses = belady_misses(self.trace, num_slots).misses_decode
-        fewest = belady_misses(self.trace, num_slots, bypass=True).misses_decode
-        needed = int((self.needs.tokens_SLE > 0).sum())
+        misses = max(0, belady_misses(self.trace, num_slots).misses_decode - num_placed)
+        fewest = max(0, belady_misses(self.trace, num_slots, bypass=True).misses_decode - num_placed)
+        needed = len(self.needs.experts)
         link_ms = misses * costs.link_us / S / 1e3
         has_lane = cpu and len(costs.cpu_us) > 1
         both_us = _together(costs.link_us, costs.cpu_us[1]) if has_lane else float("nan")
@@ -323,7 +369,14 @@ def _together(first_us: float, second_us: float) -> float:
     return 0.0 if min(first_us, second_us) == 0 else 1.0 / (1.0 / first_us + 1.0 / second_us)
 
 
-NO_WEIGHTS = np.zeros((0, 0, 0), np.float32)
+NO_WEIGHTS = np.zeros(0, np.float32)
+NOTHING_PREDICTED = np.zeros((0, 0, 0, 0), np.float32)
+
+
+def _put_back(table: ResidencyTable) -> None:
+    """Off the clock: the engine does it with the prompt."""
+    for _, _, slots in table.put_back():
+        table.landed(slots)
 
 
 def _fill(table: ResidencyTable, resident_LE: NDArray[np.bool_]) -> None:
@@ -336,11 +389,6 @@ def _fill(table: ResidencyTable, resident_LE: NDArray[np.bool_]) -> None:
         )
     for layer in range(shape.num_layers):
         table.landed(table.take(layer, np.flatnonzero(resident_LE[layer])))
-
-
-def _nothing(needs: Needs) -> Predicted:
-    empty = np.zeros((0, *needs.tokens_SLE.shape), np.float32)
-    return Predicted(empty, empty)
 
 
 def _segments(trace: RoutingTrace, needs: Needs) -> list[tuple[list[int], slice]]:
@@ -361,11 +409,12 @@ def _joined(logs: list[Log]) -> Log:
     if len(logs) == 1:
         return logs[0]
     firsts = np.cumsum([0, *(len(log.step_end_us) for log in logs[:-1])])
-    copies = [log.copies + np.array([first, 0, 0, 0]) for log, first in zip(logs, firsts, strict=True)]
+    for log, first in zip(logs, firsts.tolist(), strict=True):
+        log.copies[:, STEP] += first
     return Log(
         np.concatenate([log.times_us for log in logs]),
         np.concatenate([log.counts for log in logs]),
         np.concatenate([log.step_end_us for log in logs]),
-        np.concatenate(copies),
+        np.concatenate([log.copies for log in logs]),
         np.concatenate([log.copy_us for log in logs]),
     )

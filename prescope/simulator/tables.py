@@ -166,15 +166,15 @@ def _step_rows(log: Log) -> _Rows:
 
 
 def _copy_rows(log: Log, needs: Needs, row_bytes: int, streams: bool) -> _Rows:
-    E = needs.tokens_SLE.shape[2]
+    E, copies = needs.num_experts, log.copies.astype(np.int64)
     ahead = REASONS.index(str(Reason.STREAM if streams else Reason.PREFETCH))
-    reasons = np.where(log.copies[:, REASON] == 0, REASONS.index(str(Reason.ON_DEMAND)), ahead)
+    reasons = np.where(copies[:, REASON] == 0, REASONS.index(str(Reason.ON_DEMAND)), ahead)
     return _Rows(
         str(Lane.H2D),
         "transfer",
-        log.copies[:, STEP],
-        log.copies[:, AT_LAYER],
-        log.copies[:, KEY] % E,
+        copies[:, STEP],
+        copies[:, AT_LAYER],
+        copies[:, KEY] % E,
         reasons,
         row_bytes,
         log.copy_us[:, 0],

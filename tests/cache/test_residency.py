@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prescope.cache.num_slots import resolve_slots
-from prescope.cache.policies import make_policy
+from prescope.cache.policies import POLICIES, make_policy
 from prescope.cache.residency import ResidencyTable, distinct
 from prescope.core.types import MoEShape
 from prescope.errors import SlotPoolTooSmall, UnsupportedOption
@@ -14,7 +14,6 @@ from prescope.traces.bounds import belady_misses
 from prescope.traces.routing import RoutingTrace
 
 SHAPE = MoEShape(num_layers=3, num_experts=8, top_k=2, row_bytes=1024)
-POLICIES = ["lru", "lfu", "score", "static", "shallow"]
 
 
 def table_of(policy: str, num_slots: int) -> ResidencyTable:
@@ -86,7 +85,7 @@ def replay(trace: RoutingTrace, policy: str, num_slots: int) -> int:
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(sorted(POLICIES)),
     num_slots=st.integers(2, SHAPE.total_experts),
     tokens=st.integers(1, 9),
 )

@@ -41,7 +41,7 @@ def model():
 
 
 @pytest.mark.parametrize("device", ["cpu", "null"])
-@pytest.mark.parametrize("cache", ["lru", "lfu", "score", "static"])
+@pytest.mark.parametrize("cache", sorted(POLICIES))
 @pytest.mark.parametrize("slots", [TOP_K, TOP_K + 1, 7, TOTAL])
 def test_tokens_are_the_plain_models_whatever_slots_cache_and_device(model, device, cache, slots):
     """The first promise: offloading changes when bytes move, never what is computed."""

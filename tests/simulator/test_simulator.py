@@ -259,6 +259,22 @@ def test_no_schedule_is_faster_than_the_bound(simulators, schedule):
         assert run.tokens_per_s <= run.bounds.tokens_per_s + 1e-9
 
 
+def test_experts_that_were_there_before_the_prompt_are_in_the_bound(simulators):
+    """A prompt of one token leaves little in the slots, and the text is short: a set that was placed misses fewer than
+    any cache that started empty.
+    """
+    trace = LIVELY.generate(prompt_tokens=1, new_tokens=5, batch=1, seed=0)
+    costs = replace(COSTS, rest_us=1.0, decide_us=0.0, cpu_us=(0.0, 170.0, 171.0), cpu_base_us=0.0)
+    sim = Simulator(trace, costs, row_bytes=ROW_BYTES)
+    for slots in (0.25, 0.5, 1.0):
+        run = sim.run("static-split", slots=slots)
+        empty = sim.bounds(slots, cpu=True)
+        assert run.tokens_per_s <= run.bounds.tokens_per_s + 1e-9
+        assert run.bounds.bypass_misses == max(0, empty.bypass_misses - run.config["num_slots"])
+        assert run.counts.misses >= run.bounds.bypass_misses
+    assert run.counts.misses == 0 < empty.bypass_misses and run.tokens_per_s > empty.tokens_per_s
+
+
 # -- as the engine ---------------------------------------------------------------------------------------------
 
 
