@@ -532,7 +532,9 @@ def arguments() -> argparse.Namespace:
     add("--own-tokens", type=int, default=16384, help="of text the model writes itself")
     add("--epochs", type=int, default=6)
     add("--hidden", type=int, default=0, help="width of the networks; 0 the default")
-    add("--train-batch", type=int, default=512, help="tokens")
+    add(
+        "--train-batch", type=int, default=None, help="tokens of a step; as `TrainConfig` has it unless given"
+    )
     add("--batch-tokens", type=int, default=8192 if on_gpu else 1024, help="of a pass when recording")
     add("--turn", type=float, default=0.0, help="radians by which each layer is rotated against the former")
     add("--seed", type=int, default=0)

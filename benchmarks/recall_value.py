@@ -9,7 +9,7 @@ traces    tiny-moe: its own routing of the prompts that come along, an expert co
           (9.4 MB); medium: routing recorded on an H200, 3 prompts, at batch 1; qwen-like: made up, 16 layers of 128
           experts, top-8
 formats   bf16; int4: 4.13 bits a weight over the link, experts on the CPU in 0.63 of bf16's time (measured on another
-          CPU, cpu_packed_xeon_2cores_2026-11-29.md), on the GPU in the same time
+          CPU, benchmarks/results/cpu_packed_xeon_2cores_2026-11-29.md), on the GPU in the same time
 schedule  PreSched with its CPU lane, predictions up to 4 layers ahead; a prediction takes 20 us beside the layer
 recall    the same at each lookahead, errors independent from token to token: `NoisyOracle`. Errors of real predictors
           come together in hard tokens, and their recall falls with the lookahead; the early router (and LLaPor on the

@@ -26,7 +26,7 @@ class LlaporConfig:
         dropout: share of hidden units dropped in training.
         residual: early-router logits + learned correction; needs the model's routers.
         trust: the residual variant's correction fades with a state's mean squared whitened distance from the training
-            states (which lie at 1 on average): it counts in full up to the distance that `trainer.fit_trust` finds for
+            states (which lie at 1 on average): it counts in full up to the distance that `held_out.fit_trust` finds for
             each layer: this many times the errors it corrects over those it leaves; 0: always in full.
         use_choice: the chosen experts and their weights are inputs too.
         focal_lambda, focal_gamma: weight and exponent of the focal loss in the outer groups.

@@ -18,10 +18,11 @@ _ANY_COSTS = LayerCosts(link_us=1.0, gpu_us=0.0, rest_us=0.0, source="of no acco
 
 def missed_by_cache(on_demand: SimResult) -> NDArray[np.bool_]:
     """(S, L, E) what a replay without prefetches and CPU experts copied: what its cache missed in each of S steps."""
-    missed = np.zeros(on_demand.needs.tokens_SLE.shape, dtype=bool)
+    needs = on_demand.needs.tokens_SLE
+    missed = np.zeros_like(needs, dtype=bool)
     copies = on_demand.log.copies
     copies = copies[copies[:, REASON] == ON_DEMAND]
-    missed[copies[:, STEP], copies[:, AT_LAYER], copies[:, KEY] % missed.shape[2]] = True
+    missed[copies[:, STEP], copies[:, AT_LAYER], copies[:, KEY] % needs.shape[2]] = True
     return missed
 
 

@@ -8,7 +8,7 @@ costs are a profile's (`HardwareProfile.costs`), or any that are stated; their s
 Shapes: S steps, L MoE layers, E experts, U units: prompts at batch 1, groups of `batch` prompts otherwise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,11 +193,20 @@ def schedule_cards(
                 batch=batch,
                 threshold=config["threshold"],
                 domains=domains,
-                sums={name: np.bincount(unit_S, values, len(domains)) for name, values in per_step.items()},
+                sums=_by_unit(unit_S, per_step, len(domains)),
                 source=costs.source,
             )
         )
     return cards
+
+
+def _by_unit(
+    unit_S: NDArray[np.int64], per_step: Mapping[str, FloatArray], num_units: int
+) -> dict[str, FloatArray]:
+    """Each sum by unit (U,)."""
+    return {
+        name: np.bincount(unit_S, values, num_units).astype(np.float64) for name, values in per_step.items()
+    }
 
 
 def _units(steps: RoutingTrace, batch: int) -> tuple[NDArray[np.int64], NDArray[np.str_]]:
@@ -234,7 +243,8 @@ def _spent(with_it: SimResult, without: SimResult, least: SimResult) -> dict[str
     """Per step: tokens, times, stalls, and bytes that were prefetched."""
     tokens = with_it.needs.tokens_S.astype(np.float64)
     copies = with_it.log.copies
-    issued = np.bincount(copies[copies[:, REASON] != ON_DEMAND, STEP], minlength=len(tokens))
+    ahead = copies[copies[:, REASON] != ON_DEMAND, STEP]
+    issued = np.bincount(ahead, minlength=len(tokens)).astype(np.float64)
     used = with_it.log.counts[..., PREFETCHED].sum(axis=1).astype(np.float64)
     return {
         "tokens": tokens,

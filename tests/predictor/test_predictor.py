@@ -22,8 +22,10 @@ from prescope.predictor import (
     TooFewPrompts,
 )
 from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
+from prescope.traces.routing import used_mask
 from prescope.training import TrainConfig, record_trace, routers_of, rows_of, split_by_prompt, train
-from prescope.training.trainer import fit_trust
+from prescope.training.held_out import fit_trust
+from prescope.training.misses import absent_pairs
 from tests.support.models import EXPERTS, LAYERS, TOP_K, VOCABULARY, tiny_moe
 
 SHAPE = MoEShape(LAYERS, EXPERTS, TOP_K)
@@ -170,6 +172,20 @@ def test_training_stops_when_the_held_out_recall_no_longer_rises(recorded):
     assert len(quick(recorded, training=still).history) == 3
 
 
+def test_the_objective_of_misses_is_another_one(recorded, trained):
+    """With slots for all experts only first uses are misses; the scores stay probabilities either way."""
+    found = [
+        quick(recorded, training=replace(QUICK, objective="misses", slots=slots)).predictor
+        for slots in (0.3, 1.0)
+    ]
+    assert not same(trained, found[0]) and not same(*found)
+    counted = absent_pairs(recorded[0], slots=0.3)[:, 1:]
+    used = used_mask(recorded[0].expert_ids, EXPERTS)[:, 1:]
+    said = [p.replay(recorded[0], 1)[counted].mean() for p in (trained, found[0])]
+    truth = used[counted].mean()
+    assert abs(said[1] - truth) < abs(said[0] - truth), "of experts without a slot"
+
+
 def test_no_prompt_is_trained_on_and_held_out(recorded):
     trace, _ = recorded
     split = split_by_prompt(trace, 0.3, seed=0)
@@ -286,7 +302,10 @@ def test_wrong_settings_are_refused():
     for wrong in ({"lookahead": 0}, {"dropout": 1.0}, {"trust": -1.0}):
         with pytest.raises(UnsupportedOption):
             LlaporConfig(**wrong)
-    for wrong in ({"epochs": 0}, {"hold_out": 1.0}, {"learning_rate": 0.0}):
+    for wrong in (
+        {"epochs": 0}, {"hold_out": 1.0}, {"learning_rate": 0.0}, {"objective": "hits"}, {"slots": 0.0},
+        {"batch_tokens": 0},
+    ):  # fmt: skip
         with pytest.raises(UnsupportedOption):
             TrainConfig(**wrong)
 
