@@ -131,14 +131,17 @@ def qwen_like() -> Case:
 CASES = {"tiny-moe": tiny_moe, "medium": medium, "qwen-like": qwen_like}
 
 
-def machines(case: Case, batch: int) -> Iterator[tuple[str, str, LayerCosts, int]]:
-    """Link, format, costs and bytes of an expert."""
-    nbytes, width, expert_width = case.expert
-    profile = HardwareProfile.load(case.profile)
-    links = {"PCIe 5": profile} | {name: profile.emulated(n, name) for n, name in SLOWER_LINKS.items()}
-    shape = MoEShape(*case.trace.shape[:3], nbytes)
+def machines(
+    profile: str, expert: tuple[int, int, int], shape: MoEShape, batch: int
+) -> Iterator[tuple[str, str, LayerCosts, int]]:
+    """Link, format, costs and bytes of an expert; `expert` in bf16: bytes, D, F."""
+    nbytes, width, expert_width = expert
+    known = HardwareProfile.load(profile)
+    links = {"PCIe 5": known} | {name: known.emulated(n, name) for n, name in SLOWER_LINKS.items()}
     for link, seen in links.items():
-        costs = seen.costs(shape, width=width, expert_width=expert_width, batch=batch)
+        costs = seen.costs(
+            shape._replace(row_bytes=nbytes), width=width, expert_width=expert_width, batch=batch
+        )
         costs = costs.with_predictor(PREDICT_US)
         yield link, "bf16", costs, nbytes
         packed = int(nbytes * INT4_BITS / 16)
@@ -186,7 +189,7 @@ def measure(case: Case, batch: int, seeds: int) -> list[Cell]:
     ]
     recalls = [recall_of(one, steps) for one in case.real]
     found = []
-    for link, form, costs, nbytes in machines(case, batch):
+    for link, form, costs, nbytes in machines(case.profile, case.expert, case.trace.shape, batch):
         replays = Replays(steps, batch, costs, nbytes)
         noisy = [[replays.seconds(one) for one in group] for group in oracles]
         without = replays.seconds(None)

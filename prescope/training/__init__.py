@@ -5,6 +5,7 @@
 prediction fail on purpose, `savings` says whether it pays.
 """
 
+from .artefact import train_artefact
 from .failures import Inverted, Shift, adversarial_trace, domain_shift, joined_stream, random_predictor
 from .intervals import Interval
 from .pipeline import TrainedPredictor, baselines, comparison, train_on_trace, train_predictor
@@ -47,6 +48,7 @@ __all__ = [
     "score",
     "split_by_prompt",
     "train",
+    "train_artefact",
     "train_on_trace",
     "train_predictor",
 ]

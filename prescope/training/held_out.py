@@ -85,8 +85,10 @@ def calibrate(predictor: Llapor, trace: RoutingTrace, counted_RLE: NDArray[np.bo
         for ahead in range(1, predictor.lookahead + 1):
             for layer in range(predictor.shape.num_layers - ahead):
                 z, used = z_LRN[layer, :, predictor.columns(ahead)], used_RLE[:, layer + ahead]
-                if counted_RLE is not None:
-                    pairs = counted_RLE[:, layer + ahead]
+                pairs = None if counted_RLE is None else counted_RLE[:, layer + ahead]
+                if (
+                    pairs is not None and pairs.any()
+                ):  # where none counts, all do: nothing else is known of the layer
                     z, used = z[pairs][:, None], used[pairs][:, None]
                 platt[layer, ahead - 1] = torch.tensor(fit_platt(z, used))
         predictor.tensors[name] = platt.to(predictor.device)
