@@ -207,7 +207,7 @@ class Study:
         rows = []
         for link, form, costs, nbytes in machines("h200", QWEN_EXPERT, trace.shape, 1):
             by_name = {p.name: schedule_cards(p, trace, costs, row_bytes=nbytes) for p in everyone}
-            for name, cards in by_name.items():
+            for cards in by_name.values():
                 for card, base in zip(cards, by_name[early.name], strict=True):
                     gain = card.gain(base)
                     row = {"link": link, "format": form, **card.row()}

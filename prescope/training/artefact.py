@@ -1,10 +1,11 @@
 """A predictor by the recipe of a public repository that is probably the paper's, to stand beside LLaPor in score cards.
 
 Re-implemented from a description of it (https://github.com/nezha-Anonymous/LayerScope, read 2026-11; it has no licence,
-none of its code is used). As there: 256 PCA dimensions of a layer's state beside a 0/1 vector of the experts chosen there; one
-network a layer, for the next layer only; layers grouped by 8/27 and 20/27 of the depth; hidden 128, in the middle 256
-and two more layers with a residual, noise on the input; dropout 0.3 (output 0.4); binary cross-entropy weighted by
-inverse frequency + 0.3 x focal loss; AdamW with rates and decays by group, cosine, batches of 64, clip 1, patience 5.
+none of its code is used). As there: 256 PCA dimensions of a layer's state beside a 0/1 vector of the experts chosen
+there; one network a layer, for the next layer only; layers grouped by 8/27 and 20/27 of the depth; hidden 128, in the
+middle 256 and two more layers with a residual, noise on the input; dropout 0.3 (output 0.4); binary cross-entropy
+weighted by inverse frequency + 0.3 x focal loss; AdamW with rates and decays by group, cosine, batches of 64, clip 1,
+patience 5.
 Ours, where it is not known: the state is the router's input, GELU, and a Platt scaling of each layer, so that schedules
 can use its scores. It takes no part in a run: it is a row of a table.
 
