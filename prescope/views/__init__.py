@@ -20,6 +20,7 @@ from .layers import layers
 from .link_use import link_use
 from .load import load
 from .outcomes import outcomes
+from .recall_value import recall_value
 from .savings import savings
 from .schedule_pair import schedule_pair
 from .score_map import domain_map, score_map
@@ -49,6 +50,7 @@ __all__ = [
     "link_use",
     "load",
     "outcomes",
+    "recall_value",
     "savings",
     "schedule_pair",
     "score_map",
