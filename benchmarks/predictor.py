@@ -12,6 +12,8 @@ shifts    trained on one domain alone (--only), scored on the others: dialogue -
 ablation  the same training without one thing each: trust, own text, distillation, the chosen experts
 online    the text changes in mid-stream, with and without online tuning
 failures  inverted, random and adversarial predictions
+slots     what recall is worth: recall at the slots, coverage of a cache's misses, stalls, bytes, tokens/s, on text of
+          unknown kinds, by an H200's costs (an expert counts as one of Qwen3-30B-A3B's), gains with intervals
 worth     milliseconds saved per token by the cost model, for the machine of --link-us, --gpu-us and --rest-us
 cost      time and size of one prediction at Qwen3-30B-A3B's shape on this machine: eager, and in a CUDA graph
 training  time of `prescope.train_predictor`, all of it, for a model of the --shape with random weights and tokens
@@ -34,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from _models import open_model
+from recall_value import QWEN_EXPERT, machines
 
 import prescope
 from prescope.core.machine import machine_facts
@@ -67,8 +70,11 @@ from prescope.training import (
     routers_of,
     rows_of,
     savings,
+    schedule_cards,
     score,
+    split_by_prompt,
     train,
+    train_artefact,
 )
 from prescope.training.score_card import ScoreCard
 
@@ -154,7 +160,12 @@ class Study:
 
     def scored(self, title: str, everyone: list[Any], trace: RoutingTrace, domain: str | None = None) -> None:
         """Cards of several predictors on one trace, the early router among them, as a table."""
-        cards = {p.name: score(p, trace, lookaheads=LOOKAHEADS, groups=self.groups) for p in everyone}
+        cards = {
+            p.name: score(
+                p, trace, lookaheads=[a for a in LOOKAHEADS if a <= p.lookahead], groups=self.groups
+            )
+            for p in everyone
+        }
         cells = [cell(card, cards["early router"], domain) for card in cards.values()]
         self.report.setdefault("scores", []).append({"title": title, "cells": cells})
         self.report.setdefault("by_layer", {})[title] = {
@@ -172,9 +183,10 @@ class Study:
         full = self.trained("llapor", trace, self.own)
         paper = self.trained("llapor plain", trace, self.own, paper=True)
         early, *others = baselines(trace, self.routers, full)
+        self.artefact = train_artefact(trace, split_by_prompt(trace, 0.15, self.args.seed))
         always, never = (full.trusting(distance) for distance in (ALWAYS_TRUST, NEVER_TRUST))
         always.name, never.name = "llapor, always in full", "llapor, never"
-        forms = [full, paper, always, never, early]
+        forms = [full, paper, always, never, self.artefact, early]
         self.scored(
             "all domains -> held-out text of the same domains", [*forms, *others], self.traces["valid"]
         )
@@ -185,6 +197,26 @@ class Study:
         rows = [{"text": text, **shares(full, trace)} for text, trace in texts.items()]
         self.report["shares"] = rows
         self.tables.append(markdown("Share of the correction that counts, mean over tokens, by layer", rows))
+        print(self.tables[-1], flush=True)
+
+    def slots(self) -> None:
+        """In the cache and the schedule, on text of kinds that were not trained on."""
+        full, trace = self.predictors["llapor"], self.traces["ood"]
+        early, *others = baselines(self.traces["train"], self.routers, full)
+        everyone = [early, full, self.artefact, *others]
+        rows = []
+        for link, form, costs, nbytes in machines("h200", QWEN_EXPERT, trace.shape, 1):
+            by_name = {p.name: schedule_cards(p, trace, costs, row_bytes=nbytes) for p in everyone}
+            for cards in by_name.values():
+                for card, base in zip(cards, by_name[early.name], strict=True):
+                    gain = card.gain(base)
+                    row = {"link": link, "format": form, **card.row()}
+                    row["gain"] = f"{100 * gain.value:+.2f} % [{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]"
+                    rows.append({k: v for k, v in row.items() if k not in ("schedule", "cache", "source")})
+        self.report["slots"] = rows
+        self.tables.append(
+            markdown("In the cache and by PreSched, gain in tokens/s over the early router", rows)
+        )
         print(self.tables[-1], flush=True)
 
     def shifts(self) -> None:
@@ -243,7 +275,7 @@ class Study:
         self.tables.append(markdown("Failures on purpose", rows))
         print(self.tables[-1], flush=True)
 
-    def savings(self) -> None:
+    def worth(self) -> None:
         """Would a predictor pay on the machine that the arguments describe?"""
         args, good = self.args, self.predictors["llapor"]
         everyone = [good, *baselines(self.traces["train"], self.routers, good), Inverted(good)]
@@ -370,27 +402,36 @@ def cell(card: ScoreCard, early: ScoreCard, domain: str | None) -> dict[str, Any
             "recall": card.recall_interval(ahead, domain=domain)._asdict(),
             "recall_double": card.recall(ahead, double=True, domain=domain),
             "gain": difference(card, early, ahead, domain=domain)._asdict(),
+            "exact": card.exact_frac(ahead, domain=domain),
             "hot": card.hot(ahead, domain=domain),
             "count_error_frac": card.count_error_frac(ahead, domain=domain),
-            "ece": card.ece(ahead),
+            "ece": card.ece(ahead, domain=domain),
         }
     return out
 
 
 def table_of(title: str, cells: list[dict[str, Any]]) -> str:
-    """Recall@K at each lookahead, the gain over the early router, then 2K, hot 4 in 6, count error and ECE."""
+    """Recall@K at each lookahead, the gain over the early router, exact sets, 2K, hot 4 in 6, count error, ECE."""
     rows = []
     for one in cells:
         row: dict[str, Any] = {"predictor": one["predictor"]}
         for ahead in LOOKAHEADS:
-            c = one[f"@{ahead}"]
-            g = c["gain"]
-            row[f"recall @{ahead}"] = c["recall"]["value"]
-            row[f"gain @{ahead}"] = f"{g['value']:+.3f} [{g['low']:+.3f}, {g['high']:+.3f}]"
-            row[f"2K @{ahead}"], row[f"hot @{ahead}"] = c["recall_double"], c["hot"]
-            row[f"count err @{ahead}"], row[f"ECE @{ahead}"] = c["count_error_frac"], c["ece"]
+            row |= columns_of(one.get(f"@{ahead}"), ahead)
         rows.append(row)
     return markdown(title, rows)
+
+
+def columns_of(metrics: dict[str, Any] | None, ahead: int) -> dict[str, Any]:
+    """Of one lookahead; dashes where a predictor does not look so far."""
+    names = ("recall", "gain", "exact", "2K", "hot", "count err", "ECE")
+    if metrics is None:
+        return {f"{name} @{ahead}": "-" for name in names}
+    gain = metrics["gain"]
+    values = (
+        metrics["recall"]["value"], f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]",
+        metrics["exact"], metrics["recall_double"], metrics["hot"], metrics["count_error_frac"], metrics["ece"],
+    )  # fmt: skip
+    return {f"{name} @{ahead}": value for name, value in zip(names, values, strict=True)}
 
 
 def markdown(title: str, rows: list[dict[str, Any]]) -> str:
@@ -518,7 +559,11 @@ def arguments() -> argparse.Namespace:
     )
     add("--out", default="", help="JSON; a .md is written beside it")
     add("--shape", default="qwen3-30b-a3b-cut16", help="of the part `training`")
-    add("--parts", nargs="*", default=["all", "shifts", "online", "failures", "worth", "cost", "ablation"])
+    add(
+        "--parts",
+        nargs="*",
+        default=["all", "slots", "shifts", "online", "failures", "worth", "cost", "ablation"],
+    )
     add(
         "--only",
         nargs="*",
@@ -532,7 +577,9 @@ def arguments() -> argparse.Namespace:
     add("--own-tokens", type=int, default=16384, help="of text the model writes itself")
     add("--epochs", type=int, default=6)
     add("--hidden", type=int, default=0, help="width of the networks; 0 the default")
-    add("--train-batch", type=int, default=512, help="tokens")
+    add(
+        "--train-batch", type=int, default=None, help="tokens of a step; as `TrainConfig` has it unless given"
+    )
     add("--batch-tokens", type=int, default=8192 if on_gpu else 1024, help="of a pass when recording")
     add("--turn", type=float, default=0.0, help="radians by which each layer is rotated against the former")
     add("--seed", type=int, default=0)

@@ -36,7 +36,7 @@ def train(
         str | None,
         typer.Option("--shape", metavar="L,E,K", help="Of a foreign trace's model.", show_default=False),
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="At most.")] = 5,
+    epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=1, help="At most.")] = 4,
     max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Of a prompt.")] = 128,
     own_tokens: Annotated[
         int | None,

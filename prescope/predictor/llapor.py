@@ -40,7 +40,7 @@ from .base import (
     require_shape,
     targets_of,
 )
-from .baselines import Routers
+from .baselines import Routers, above_threshold
 from .files import check_tensors, read_tensors, require_finite_tensors, write_tensors
 from .layer_groups import LayerGroups
 from .llapor_config import FIXED, LlaporConfig, ModelTag, tensor_shapes
@@ -248,8 +248,17 @@ class Llapor:
         if share_LT1 is not None:
             faded = self.tensors["platt_faded"][at][:, None, :, None, :]
             platt = torch.lerp(faded, platt, share_LT1[..., None, None])
+        return torch.sigmoid(torch.addcmul(platt[..., 1], platt[..., 0], self.comparable(z_LTN)))
+
+    def comparable(self, z_LTN: torch.Tensor) -> torch.Tensor:
+        """(L, T, lookahead, E) of logits, above each token's threshold if `relative`: what Platt scaling reads.
+
+        The networks learn each token's experts apart from the others; the level of a token's logits says little. Plain
+        logits covered 0.83 of a cache's misses with half a useless copy a token and layer, as the early router did;
+        these 0.89 (docs/log/predictor.md).
+        """
         z = z_LTN.unflatten(-1, (self.config.lookahead, self.shape.num_experts))
-        return torch.sigmoid(torch.addcmul(platt[..., 1], platt[..., 0], z))
+        return above_threshold(z, self.shape.top_k) if self.config.relative else z
 
     # -- ways in -------------------------------------------------------------------------------------------------
 
@@ -331,9 +340,12 @@ class Llapor:
 
     @torch.no_grad()
     def replay_logits(self, trace: RoutingTrace) -> torch.Tensor:
-        """(L, R, N) logits of a whole trace, on the CPU; for calibration. Raises as `replay`."""
+        """(L, R, N) `comparable` logits of a whole trace, on the CPU; for calibration. Raises as `replay`."""
         self.check_trace(trace, self.lookahead)
-        parts = [self.forward(*self.batch_of(trace, rows)).cpu() for rows in _chunks(len(trace))]
+        parts = [
+            self.comparable(self.forward(*self.batch_of(trace, rows))).flatten(-2).cpu()
+            for rows in _chunks(len(trace))
+        ]
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
@@ -408,7 +420,8 @@ class Llapor:
         """
         tensors, metadata = read_tensors(Path(path), FORMAT)
         try:
-            config = LlaporConfig(**metadata["config"])
+            # Files of before do not say it: their scalings are of plain logits.
+            config = LlaporConfig(**{"relative": False, **metadata["config"]})
             shape = MoEShape(**metadata["shape"])
             start, stop, reason = metadata["groups"]
             if not all(type(n) is int and n > 0 for n in shape.routing[:3]):

@@ -26,8 +26,11 @@ class LlaporConfig:
         dropout: share of hidden units dropped in training.
         residual: early-router logits + learned correction; needs the model's routers.
         trust: the residual variant's correction fades with a state's mean squared whitened distance from the training
-            states (which lie at 1 on average): it counts in full up to the distance that `trainer.fit_trust` finds for
+            states (which lie at 1 on average): it counts in full up to the distance that `held_out.fit_trust` finds for
             each layer: this many times the errors it corrects over those it leaves; 0: always in full.
+        relative: scores are scaled from a logit's distance to its token's own threshold, the middle between its K-th
+            best and the next (`baselines.above_threshold`), so that experts of easy and of hard tokens compare. Ranks
+            within a token are the same either way; across tokens those of the plain logits are much worse.
         use_choice: the chosen experts and their weights are inputs too.
         focal_lambda, focal_gamma: weight and exponent of the focal loss in the outer groups.
         distill: weight of the cross-entropy to the coming router's own probabilities, which say more than the K
@@ -42,6 +45,7 @@ class LlaporConfig:
     dropout: float = 0.1
     residual: bool = True
     trust: float = 1.5
+    relative: bool = True
     use_choice: bool = True
     focal_lambda: float = 0.5
     focal_gamma: float = 2.0

@@ -1,8 +1,8 @@
-"""LLaPor's networks for a few tokens in three to five launches a layer.
+"""LLaPor's networks for a few tokens in four to six launches a layer.
 
 As torch launches it, a prediction is some fifty small kernels: 62 us for a layer of Qwen3-30B-A3B's shape, where these
-take 19. On a branch of the step's graph, those cost each layer of the medium model 10 us, these 2 (batch 1, H200,
-docs/log/kernels.md). The same sums as `Llapor.predict`, in another order.
+take 19 (before `_scale` was a launch of its own). On a branch of the step's graph, those cost each layer of the medium
+model 10 us, these 2 (batch 1, H200, docs/log/kernels.md). The same sums as `Llapor.predict`, in another order.
 
 Shapes: T tokens, D width, P compressed width, H hidden, B width of the block, E experts, K top-k, d layers ahead,
 N = lookahead * E.
@@ -161,48 +161,78 @@ def _close_block(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _judge(  # type: ignore[no-untyped-def]
-    h, share, base, head, head_bias, skip, platt, faded, out, num_tokens, hidden, num_experts, num_outputs, num_ahead,
+    h, share, base, head, head_bias, skip, z_out, num_tokens, hidden, num_experts, num_outputs, num_ahead,
     RESIDUAL: tl.constexpr, TRUST: tl.constexpr, EXPERTS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out (d, 2, E): expected tokens and probability that any uses an expert; zero beyond the last layer."""
+    """z_out (T, num_ahead, E): logits, before they are compared within a token and scaled."""
     token = tl.arange(0, TOKENS)
     here = token < num_tokens
     ahead = tl.program_id(1)
     expert = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_expert = expert < num_experts
+    # Beyond the layer's own experts the head's next columns are another layer's: read, and never stored.
+    column = ahead * num_experts + expert
+    z = _product(
+        h, h, head, column, num_tokens, hidden, num_outputs, num_outputs, 1, False, TOKENS, ROWS, COLUMNS
+    )
+    if TRUST:
+        z *= tl.load(share + token, mask=here, other=1.0)[:, None]
+    z += tl.load(head_bias + column, mask=is_expert, other=0.0)[None, :]
+    if RESIDUAL:
+        all = tl.arange(0, EXPERTS)
+        row = base + token[:, None] * (num_ahead * num_experts) + ahead * num_experts
+        mask = here[:, None] & (all < num_experts)[None, :]
+        values = tl.load(row + all[None, :], mask=mask, other=-float("inf"))
+        values = tl.where(here[:, None], values, 0.0)
+        most = tl.max(values, 1)
+        total = most + tl.log(tl.sum(tl.exp(values - most[:, None]), 1))
+        mine = tl.load(row + expert[None, :], mask=here[:, None] & is_expert[None, :], other=0.0)
+        z += tl.load(skip + column, mask=is_expert, other=0.0)[None, :] * (mine - total[:, None])
+    place = z_out + token[:, None] * (num_ahead * num_experts) + column[None, :]
+    tl.store(place, z, mask=here[:, None] & is_expert[None, :])
+
+
+@triton.jit
+def _scale(  # type: ignore[no-untyped-def]
+    z_in, share, platt, faded, out, num_tokens, num_experts, num_ahead, top_k,
+    TRUST: tl.constexpr, RELATIVE: tl.constexpr, ALL: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """out (d, 2, E): expected tokens and probability that any uses an expert; zero beyond the last layer."""
+    token = tl.arange(0, TOKENS)
+    here = token < num_tokens
+    ahead = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS)
+    is_expert = expert < num_experts
     target = out + ahead * 2 * num_experts + expert
     if ahead >= num_ahead:
-        tl.store(target, tl.zeros((COLUMNS,), tl.float32), mask=is_expert)
-        tl.store(target + num_experts, tl.zeros((COLUMNS,), tl.float32), mask=is_expert)
+        tl.store(target, tl.zeros((EXPERTS,), tl.float32), mask=is_expert)
+        tl.store(target + num_experts, tl.zeros((EXPERTS,), tl.float32), mask=is_expert)
     else:
-        # Beyond the layer's own experts the head's next columns are another layer's: read, and never stored.
-        column = ahead * num_experts + expert
-        z = _product(
-            h, h, head, column, num_tokens, hidden, num_outputs, num_outputs, 1, False, TOKENS, ROWS, COLUMNS
-        )
+        both = here[:, None] & is_expert[None, :]
+        place = z_in + token[:, None] * (num_ahead * num_experts) + ahead * num_experts + expert[None, :]
+        z = tl.load(place, mask=both, other=-float("inf"))
+        z = tl.where(here[:, None], z, 0.0)
+        if RELATIVE and ALL:
+            z -= tl.min(tl.where(is_expert[None, :], z, float("inf")), 1)[:, None] - 1.0
+        elif RELATIVE:
+            # As `baselines.above_threshold`: the best is taken out K times, one at a time, whatever is tied.
+            rest = z
+            last = tl.max(rest, 1)
+            for _ in range(top_k):
+                last = tl.max(rest, 1)
+                at = tl.argmax(rest, 1)
+                rest = tl.where(expert[None, :] == at[:, None], -float("inf"), rest)
+            z -= (0.5 * (last + tl.max(rest, 1)))[:, None]
         scale, offset = tl.load(platt + 2 * ahead), tl.load(platt + 2 * ahead + 1)
         scale_T = tl.zeros((TOKENS,), tl.float32) + scale
         offset_T = tl.zeros((TOKENS,), tl.float32) + offset
         if TRUST:
             counts = tl.load(share + token, mask=here, other=1.0)
-            z *= counts[:, None]
             scale_0, offset_0 = tl.load(faded + 2 * ahead), tl.load(faded + 2 * ahead + 1)
             scale_T = scale_0 + counts * (scale - scale_0)
             offset_T = offset_0 + counts * (offset - offset_0)
-        z += tl.load(head_bias + column, mask=is_expert, other=0.0)[None, :]
-        if RESIDUAL:
-            all = tl.arange(0, EXPERTS)
-            row = base + token[:, None] * (num_ahead * num_experts) + ahead * num_experts
-            mask = here[:, None] & (all < num_experts)[None, :]
-            values = tl.load(row + all[None, :], mask=mask, other=-float("inf"))
-            values = tl.where(here[:, None], values, 0.0)
-            most = tl.max(values, 1)
-            total = most + tl.log(tl.sum(tl.exp(values - most[:, None]), 1))
-            mine = tl.load(row + expert[None, :], mask=here[:, None] & is_expert[None, :], other=0.0)
-            z += tl.load(skip + column, mask=is_expert, other=0.0)[None, :] * (mine - total[:, None])
-        p = tl.sigmoid(offset_T[:, None] + scale_T[:, None] * z)
-        p = tl.where(here[:, None], p, 0.0)
+        p = tl.where(both, tl.sigmoid(offset_T[:, None] + scale_T[:, None] * z), 0.0)
         tl.store(target, tl.sum(p, 0), mask=is_expert)
         tl.store(target + num_experts, 1.0 - tl.reduce(1.0 - p, 0, _times), mask=is_expert)
 
@@ -302,10 +332,16 @@ class LlaporKernels:
                 h, t["up"][i], t["up_bias"][i], t["gate"][i], t["gate_bias"][i], inner, T, H, B, **sizes
             )
             _close_block[(programs(H),)](inner, t["down"][i], h, T, H, B, **sizes)
-        _judge[(programs(E), d)](
+        z = torch.empty((T, num_ahead * E), device=x_TD.device)
+        _judge[(programs(E), num_ahead)](
             h, share, base, t["head"][moe_layer], t["head_bias"][moe_layer],
-            t["skip"][moe_layer] if config.residual else f, t["platt"][moe_layer],
-            t["platt_faded"][moe_layer] if config.residual else f, out, T, H, E, N, num_ahead,
+            t["skip"][moe_layer] if config.residual else f, z, T, H, E, N, num_ahead,
             RESIDUAL=config.residual, TRUST=has_trust, EXPERTS=triton.next_power_of_2(E), **sizes,
+        )  # fmt: skip
+        _scale[(d,)](
+            z, share, t["platt"][moe_layer], t["platt_faded"][moe_layer] if config.residual else f, out,
+            T, E, num_ahead, predictor.shape.top_k, TRUST=has_trust,
+            RELATIVE=config.relative, ALL=predictor.shape.top_k >= E,
+            EXPERTS=triton.next_power_of_2(E), TOKENS=tokens, num_warps=4,
         )  # fmt: skip
         return out

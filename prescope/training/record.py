@@ -28,7 +28,7 @@ PromptSet = Sequence[Prompt] | Mapping[str, Sequence[Prompt]]
 #: Tokens of one forward pass when recording.
 RECORD_TOKENS = 1024
 #: Texts the model writes side by side, and tokens of each at most.
-OWN_BATCH, OWN_TOKENS = 64, 128
+OWN_BATCH, OWN_TOKENS = 128, 128
 OWN_DOMAIN = "own text"
 
 

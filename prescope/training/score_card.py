@@ -3,12 +3,14 @@
 Everything is summed per prompt first (`score_sums`), so any grouping is a sum, a ratio of sums, and the bootstrap
 resamples prompts: tokens of one text are not independent.
 
-Shapes: R rows, E experts, K top-k, L MoE layers, Q prompts, A lookaheads, B bins, G batches of tokens.
+What a prediction is worth to a cache and a schedule is another card: `score_schedule`.
+
+Shapes: R rows, E experts, K top-k, L MoE layers, Q prompts, A lookaheads, N domains, B bins, G batches of tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,21 +21,8 @@ from ..errors import TraceMismatch
 from ..predictor.base import Predictor, ScoreArray, require_lookahead
 from ..predictor.layer_groups import LayerGroups
 from ..traces.routing import RoutingTrace
+from .intervals import Interval, interval_of, resamples
 from .score_sums import BATCH_TOKENS, NUM_BINS, FloatArray, Sums, best_mask, ratio
-
-#: Resamples of a 95 % interval: its ends move by about 1 % of its width from seed to seed.
-RESAMPLES = 2000
-
-
-class Interval(NamedTuple):
-    """A value and its 95 % percentile interval over resampled prompts."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,10 +37,12 @@ class ScoreCard:
         prompts: numbers of the Q prompts. `domains`: of each.
         used: (A, L, Q) experts used. `hits`, `hits_double`: of these, found among the best K and 2K.
         predicted: (A, L, Q) experts predicted by taking the best K: K for each token.
+        tokens, exact: (A, L, Q) tokens that used the layer, and those whose best K hold all that they used.
         hot_right, hot_total: (A, L, G) hot experts found and predicted in each batch of tokens.
         count_error, count_total: (A, L, G) sum over experts of |expected - true tokens|, and the true tokens.
-        batch_domains: of each of the G batches.
-        bins: (A, L, B, 3) pairs of token and expert by predicted probability: how many, sum of probability, used.
+        batch_domains, batch_size: domain and tokens of each of the G batches, one token of a prompt at most.
+        bins: (A, L, N, B, 3) pairs of token and expert by domain and predicted probability: how many, sum of
+            probability, used. `bin_domains`: the N domains.
     """
 
     predictor: str
@@ -66,11 +57,15 @@ class ScoreCard:
     hits: FloatArray
     hits_double: FloatArray
     predicted: FloatArray
+    tokens: FloatArray
+    exact: FloatArray
     hot_right: FloatArray
     hot_total: FloatArray
     count_error: FloatArray
     count_total: FloatArray
     batch_domains: NDArray[np.str_]
+    batch_size: NDArray[np.int64]
+    bin_domains: NDArray[np.str_]
     bins: FloatArray
     notes: list[str] = field(default_factory=list)
 
@@ -92,14 +87,22 @@ class ScoreCard:
 
     def recall_interval(self, lookahead: int, *, domain: str | None = None, seed: int = 0) -> Interval:
         """Recall@K with its 95 % interval over prompts."""
-        weights = _resamples(self._in_domain(domain), seed)
+        weights = resamples(self._in_domain(domain), seed)
         values = self._recall_of(weights, lookahead, False, None, None)
-        return _interval(self.recall(lookahead, domain=domain), values)
+        return interval_of(self.recall(lookahead, domain=domain), values)
+
+    def exact_frac(self, lookahead: int, *, domain: str | None = None) -> float:
+        """Share of tokens whose best K are exactly the experts that they use, mean over layers."""
+        a, layers = self.lookaheads.index(lookahead), self.shape.num_layers - lookahead
+        chosen = self._in_domain(domain)
+        exact, tokens = (part[a, :layers][:, chosen].sum(axis=1) for part in (self.exact, self.tokens))
+        return float((exact / np.maximum(tokens, 1e-12)).mean())
 
     def hot(self, lookahead: int, *, domain: str | None = None) -> float:
         """The paper's metric: share of the predicted hot Top-4 of a batch of tokens that are in its true Top-6.
 
-        Loose: on 8 experts of which 2 are used, chance scores 0.75. Mean over layers and batches.
+        Loose: on 8 experts of which 2 are used, chance scores 0.75. Mean over layers and batches. A batch holds one
+        token of each prompt (`batch_size`), so few prompts make small batches, which are harder.
         """
         a, layers, batches = self._at(lookahead, domain)
         return ratio(
@@ -116,9 +119,9 @@ class ScoreCard:
             self.count_error[a, :layers][:, batches].sum(), self.count_total[a, :layers][:, batches].sum()
         )
 
-    def reliability(self, lookahead: int) -> pd.DataFrame:
+    def reliability(self, lookahead: int, *, domain: str | None = None) -> pd.DataFrame:
         """Calibration table: bin, from, to, pairs (token, expert), mean probability, share used; all layers."""
-        bins = self.bins[self.lookaheads.index(lookahead)].sum(axis=0)
+        bins = self._bins_of(lookahead, domain)
         pairs = np.maximum(bins[:, 0], 1)
         edges = np.linspace(0, 1, NUM_BINS + 1)
         return pd.DataFrame(
@@ -132,13 +135,15 @@ class ScoreCard:
             }
         )
 
-    def ece(self, lookahead: int) -> float:
+    def ece(self, lookahead: int, *, domain: str | None = None) -> float:
         """Expected calibration error: mean over pairs of |probability - share used| of their bin, 10 equal bins."""
-        bins = self.bins[self.lookaheads.index(lookahead)].sum(axis=0)
+        bins = self._bins_of(lookahead, domain)
         return ratio(np.abs(bins[:, 1] - bins[:, 2]).sum(), bins[:, 0].sum())
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each lookahead, layer and domain: recall@K, recall@2K, precision@K and the batch metrics."""
+        """One row for each lookahead, layer and domain: recall@K, recall@2K, precision@K, exact sets and the batch
+        metrics.
+        """
         rows: list[dict[str, Any]] = []
         for a, ahead in enumerate(self.lookaheads):
             for layer in range(self.shape.num_layers - ahead):
@@ -164,11 +169,36 @@ class ScoreCard:
             "recall": ratio(hits, used),
             "recall_double": ratio(self.hits_double[a, layer, q].sum(), used),
             "precision": ratio(hits, self.predicted[a, layer, q].sum()),
+            "exact_frac": ratio(self.exact[a, layer, q].sum(), self.tokens[a, layer, q].sum()),
             "hot": ratio(self.hot_right[a, layer, g].sum(), self.hot_total[a, layer, g].sum()),
             "count_error_frac": ratio(
                 self.count_error[a, layer, g].sum(), self.count_total[a, layer, g].sum()
             ),
         }
+
+    def by_domain(self, lookahead: int, *, seed: int = 0) -> pd.DataFrame:
+        """One row for each kind of text: prompts, recall@K with its interval, exact sets, hot, ECE."""
+        rows = []
+        for domain in np.unique(self.domains).tolist():
+            recall = self.recall_interval(lookahead, domain=domain, seed=seed)
+            rows.append(
+                {
+                    "domain": domain,
+                    "prompts": int((self.domains == domain).sum()),
+                    **dict(zip(("recall", "low", "high"), recall, strict=True)),
+                    "exact_frac": self.exact_frac(lookahead, domain=domain),
+                    "hot": self.hot(lookahead, domain=domain),
+                    "ece": self.ece(lookahead, domain=domain),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def _bins_of(self, lookahead: int, domain: str | None) -> FloatArray:
+        """(B, 3) of all layers and of one domain, or of all."""
+        self._in_domain(domain)
+        kept = self.bins[self.lookaheads.index(lookahead)].sum(axis=0)
+        bins: FloatArray = kept.sum(axis=0) if domain is None else kept[self.bin_domains == domain][0]
+        return bins
 
     def _in_domain(self, domain: str | None) -> NDArray[np.bool_]:
         chosen = np.ones(len(self.prompts), dtype=bool) if domain is None else self.domains == domain
@@ -249,12 +279,12 @@ def difference(
         raise TraceMismatch(
             f"{first.predictor} and {second.predictor} were scored on different traces; score both on one"
         )
-    weights = _resamples(first._in_domain(domain), seed)
+    weights = resamples(first._in_domain(domain), seed)
     values = first._recall_of(weights, lookahead, False, None, None) - second._recall_of(
         weights, lookahead, False, None, None
     )
     point = first.recall(lookahead, domain=domain) - second.recall(lookahead, domain=domain)
-    return _interval(point, values)
+    return interval_of(point, values)
 
 
 def recall_at(scores_TE: ScoreArray, used_TE: NDArray[np.bool_], k: int) -> float:
@@ -266,18 +296,3 @@ def recall_at(scores_TE: ScoreArray, used_TE: NDArray[np.bool_], k: int) -> floa
 def expected_chance_recall(shape: MoEShape, k: int) -> float:
     """Recall@k of a random order: k / E."""
     return min(1.0, k / shape.num_experts)
-
-
-def _resamples(chosen: NDArray[np.bool_], seed: int) -> FloatArray:
-    """(RESAMPLES, Q) how often each prompt is drawn, with replacement, among the chosen ones."""
-    n = int(chosen.sum())
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES)
-    weights = np.zeros((RESAMPLES, len(chosen)))
-    weights[:, chosen] = drawn
-    return weights
-
-
-def _interval(value: float, resampled: FloatArray) -> Interval:
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    # The percentile interval of few, skewed prompts can miss the point; it never should.
-    return Interval(value, min(float(low), value), max(float(high), value))

@@ -1,6 +1,6 @@
 """What a score card is made of: hits, uses and errors summed per prompt, per batch of tokens and per bin.
 
-Shapes: R rows, E experts, K top-k, L MoE layers, Q prompts, A lookaheads, B bins, G batches of tokens.
+Shapes: R rows, E experts, K top-k, L MoE layers, Q prompts, A lookaheads, N domains, B bins, G batches of tokens.
 """
 
 import zlib
@@ -15,11 +15,13 @@ from .prepare import prompt_keys
 
 FloatArray = NDArray[np.float64]
 
-#: Tokens scored together in the metrics of batches; the paper's batches are 4 to 64 sequences.
+#: Tokens scored together in the metrics of batches, at most; the paper's batches are 4 to 64 sequences.
 BATCH_TOKENS = 64
 #: The paper's "hot Top-4": right if among the true Top-6.
 HOT_PREDICTED, HOT_TRUE = 4, 6
 NUM_BINS = 10
+#: What is summed per prompt; see `ScoreCard`.
+PER_PROMPT = ("used", "hits", "hits_double", "predicted", "tokens", "exact")
 
 
 def best_mask(scores: NDArray[Any], k: int) -> NDArray[np.bool_]:
@@ -50,13 +52,17 @@ class Sums:
             [by_sequence[s] if s < len(by_sequence) else "all" for s in trace.sequence[self.real].tolist()]
         )
         self.domains = np.array([row_domain[self.prompt_R == q][0] for q in range(len(self.prompts))])
-        self.batch_R, self.batch_domains = _batches(trace, self.real, row_domain, batch_tokens)
+        self.batch_R, self.batch_domains = _batches(
+            trace.position[self.real], self.prompt_R, row_domain, batch_tokens
+        )
+        self.batch_size = np.bincount(self.batch_R, minlength=len(self.batch_domains))
+        self.bin_domains, self.domain_R = np.unique(row_domain, return_inverse=True)
         A, L, Q, G = len(lookaheads), trace.num_layers, len(self.prompts), len(self.batch_domains)
-        self.per_prompt = {name: np.zeros((A, L, Q)) for name in ("used", "hits", "hits_double", "predicted")}
+        self.per_prompt = {name: np.zeros((A, L, Q)) for name in PER_PROMPT}
         self.per_batch = {
             name: np.zeros((A, L, G)) for name in ("hot_right", "hot_total", "count_error", "count_total")
         }
-        self.bins = np.zeros((A, L, NUM_BINS, 3))
+        self.bins = np.zeros((A, L, len(self.bin_domains), NUM_BINS, 3))
 
     def add(self, a: int, ahead: int, scores_RLE: ScoreArray) -> None:
         """Scores for layer l + ahead at [:, l]."""
@@ -78,6 +84,8 @@ class Sums:
             "hits_double": found.sum(1),
             # A row without experts (the layer did not run for it) needs no prediction.
             "predicted": np.where(used.any(1), self.K, 0),
+            "tokens": used.any(1),
+            "exact": used.any(1) & (found[:, : self.K].sum(1) == used.sum(1)),
         }
         for name, per_row in values.items():
             self.per_prompt[name][a, layer] = np.bincount(self.prompt_R, per_row, Q)
@@ -100,9 +108,12 @@ class Sums:
 
     def _calibration(self, a: int, layer: int, scores: ScoreArray, used: NDArray[np.bool_]) -> None:
         p = np.clip(scores.ravel().astype(np.float64), 0.0, 1.0)
-        which = np.minimum((p * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+        N = len(self.bin_domains)
+        which = np.repeat(self.domain_R, self.E) * NUM_BINS
+        which += np.minimum((p * NUM_BINS).astype(np.int64), NUM_BINS - 1)
         columns = (np.ones_like(p), p, used.ravel().astype(np.float64))
-        self.bins[a, layer] = np.stack([np.bincount(which, c, NUM_BINS) for c in columns], axis=1)
+        sums = [np.bincount(which, c, N * NUM_BINS).reshape(N, NUM_BINS) for c in columns]
+        self.bins[a, layer] = np.stack(sums, axis=-1)
 
     def arrays(self) -> dict[str, Any]:
         return {
@@ -112,23 +123,43 @@ class Sums:
             "prompts": self.prompts,
             "domains": self.domains,
             "batch_domains": self.batch_domains,
+            "batch_size": self.batch_size,
+            "bin_domains": self.bin_domains,
             "bins": self.bins,
         }
 
 
 def _batches(
-    trace: RoutingTrace, real: NDArray[np.intp], domain_R: NDArray[np.str_], batch_tokens: int
+    position_R: NDArray[np.integer[Any]],
+    prompt_R: NDArray[np.integer[Any]],
+    domain_R: NDArray[np.str_],
+    batch_tokens: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.str_]]:
-    """A batch number for each row and each batch's domain: tokens at (nearly) one position of different prompts, as
-    a decode step of a large batch has them; of one domain each.
+    """A batch number for each row and each batch's domain: tokens at one position of different prompts, as a decode
+    step has them; of one domain each, and as many prompts as there are, up to `batch_tokens`.
+
+    No prompt is twice in a batch. Where batches held several positions of a prompt, what its previous tokens used was
+    mostly used in the same batch, and "previous token" scored 1.00 by no foresight.
     """
     names, domain_index = np.unique(domain_R, return_inverse=True)
-    order = np.lexsort((trace.sequence[real], trace.position[real], domain_index))
-    batch_R = np.zeros(len(real), dtype=np.int64)
-    domains: list[str] = []
-    for d, name in enumerate(names.tolist()):
-        rows = order[domain_index[order] == d]
-        numbers = np.arange(len(rows)) // batch_tokens
-        batch_R[rows] = numbers + len(domains)
-        domains += [name] * (int(numbers.max(initial=-1)) + 1)
-    return batch_R, np.array(domains)
+    # A prompt that several sequences share is there once more for each of them: one after the other.
+    again = _place_in(position_R.astype(np.int64) * (int(prompt_R.max(initial=0)) + 1) + prompt_R)
+    step = (domain_index * (int(position_R.max(initial=0)) + 1) + position_R) * (
+        int(again.max(initial=0)) + 1
+    )
+    kinds, step_R = np.unique(step + again, return_inverse=True)
+    parts = -(-np.bincount(step_R, minlength=len(kinds)) // batch_tokens)
+    # A step's rows are dealt to its batches in turn, so that their sizes differ by one at most.
+    batch_R = (np.cumsum(parts) - parts)[step_R] + _place_in(step_R) % parts[step_R]
+    domains = np.empty(int(parts.sum()), dtype=names.dtype)
+    domains[batch_R] = names[domain_index]
+    return batch_R, domains
+
+
+def _place_in(group_R: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """(R,) how many rows of the same group come before each row."""
+    order = np.argsort(group_R, kind="stable")
+    _, sizes = np.unique(group_R, return_counts=True)
+    place = np.empty(len(group_R), dtype=np.int64)
+    place[order] = np.arange(len(group_R)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return place

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,18 +23,23 @@ from ..predictor.base import BadPredictor, BadState, IdArray, require_inputs, us
 from ..predictor.baselines import Routers
 from ..predictor.files import check_tensors, read_tensors, write_tensors
 from ..predictor.layer_groups import LayerGroups, find_groups
-from ..predictor.llapor import ALWAYS_TRUST, NEVER_TRUST, Llapor
+from ..predictor.llapor import Llapor
 from ..predictor.llapor_config import LlaporConfig, ModelTag
-from ..predictor.platt import fit_platt
 from ..traces.routing import RoutingTrace
+from .held_out import calibrate, fit_trust, layer_recalls, mean_recall
+from .misses import absent_pairs
 from .prepare import PCA_ROWS, Split, fit_pca, rows_of, split_by_prompt, spread
 
 CHECKPOINT_FORMAT = "prescope-predictor-checkpoint-1"
 #: Frequency weights of the balanced loss stay within this factor, or an expert that is never used would dominate it.
 MAX_BALANCE = 4.0
 CLIP_NORM = 1.0
-#: Share of errors that a correction is taken to leave at least: a few hundred held-out tokens do not show fewer.
-MIN_ERROR = 0.01
+#: Steps of an epoch when a step's tokens are not given, and the least and most tokens that a step then has. 5,700
+#: tokens in 11 steps an epoch gave a gain over the early router of 0.017 / 0.030 / 0.049 on text of other kinds, in 44
+#: steps at twice the rate 0.028 / 0.053 / 0.086 (docs/log/predictor.md).
+STEPS_OF_EPOCH, BATCH_TOKENS = 128, (128, 512)
+#: Weight of a pair of token and expert whose expert the cache has, under the objective "misses"; the others have 1.
+WEIGHT_OF_RESIDENTS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,26 +48,39 @@ class TrainConfig:
 
     Args:
         epochs: at most. `patience`: epochs without a better held-out recall after which it stops.
-        batch_tokens: tokens of a step, each with all layers.
+        batch_tokens: tokens of a step, each with all layers. None: as many as make `STEPS_OF_EPOCH` steps an epoch,
+            within `BATCH_TOKENS`: on little text the number of steps is what recall depends on.
         learning_rate: AdamW's peak, with a linear warm-up over 5 % of the steps and a cosine to zero.
             `weight_decay`: AdamW's.
         hold_out: share of the prompts held out; half of them to stop by, half to calibrate on.
         seed: of weights, split, order and dropout.
+        objective: "used": which experts each token uses. "misses": those that a cache would not have, which is what a
+            schedule pays for: experts that have a slot count `WEIGHT_OF_RESIDENTS`, epochs are compared by the misses
+            among the best K, and scores are calibrated on experts without a slot. It gained nothing on text of
+            other kinds, and no speed (docs/log/predictor.md).
+        slots: share of all experts that this cache, PreSched's, has; replayed over the very trace.
     """
 
-    epochs: int = 5
+    epochs: int = 4
     patience: int = 2
-    batch_tokens: int = 512
-    learning_rate: float = 2e-3
+    batch_tokens: int | None = None
+    learning_rate: float = 4e-3
     weight_decay: float = 0.05
     hold_out: float = 0.15
     seed: int = 0
+    objective: Literal["used", "misses"] = "used"
+    slots: float = 0.25
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.patience, self.batch_tokens) < 1:
+        if min(self.epochs, self.patience, 1 if self.batch_tokens is None else self.batch_tokens) < 1:
             raise UnsupportedOption("epochs, patience and batch_tokens are at least 1")
         if not 0.0 < self.hold_out < 1.0:
             raise UnsupportedOption(f"hold_out is {self.hold_out}; it is a share of the prompts, in (0, 1)")
+        if self.objective not in ("used", "misses") or not 0.0 < self.slots <= 1.0:
+            raise UnsupportedOption(
+                f'objective is {self.objective!r} with slots {self.slots}; choose "used" or "misses", and a share of '
+                f"all experts in (0, 1]"
+            )
         if not self.learning_rate > 0:
             raise UnsupportedOption(f"learning_rate is {self.learning_rate}; it is positive")
 
@@ -187,6 +205,9 @@ class _TrainingRun:
             [layer not in groups.middle for layer in range(shape.num_layers)], device=self.device
         ).float()[:, None, None]
         self._balance_LE = self._balance()
+        self._absent_RLE = (
+            absent_pairs(trace, slots=training.slots) if training.objective == "misses" else None
+        )
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.predictor.trained().items()}
@@ -205,7 +226,7 @@ class _TrainingRun:
         """One pass over the training rows, then the held-out recall."""
         rng = np.random.default_rng([self.training.seed, self.epoch])
         order = rng.permutation(self.split.train)
-        size = min(self.training.batch_tokens, len(order))
+        size = min(self._batch_tokens(len(order)), len(order))
         batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
         losses = []
         # Dropout draws from torch's global generator: seeded for this epoch, and given back as it was.
@@ -232,6 +253,13 @@ class _TrainingRun:
         )
         return self.history[-1]
 
+    def _batch_tokens(self, num_rows: int) -> int:
+        """Tokens of a step."""
+        if self.training.batch_tokens is not None:
+            return self.training.batch_tokens
+        least, most = BATCH_TOKENS
+        return min(most, max(least, num_rows // STEPS_OF_EPOCH))
+
     def _step(self, rows: IdArray, done: float) -> torch.Tensor:
         warm = min(1.0, (done + 1e-3) / 0.05)
         for group in self.optimizer.param_groups:
@@ -240,7 +268,8 @@ class _TrainingRun:
         x_LTD, choice = self.predictor.batch_of(self.trace, rows)
         z_LTN = self.predictor.forward(x_LTD, choice, training=True)
         ids = torch.from_numpy(self.trace.expert_ids[rows]).to(self.device).transpose(0, 1)
-        loss = self._loss(z_LTN, used_mask_torch(ids, self.trace.num_experts), self._teacher(x_LTD))
+        used_LTE = used_mask_torch(ids, self.trace.num_experts)
+        loss = self._loss(z_LTN, used_LTE, self._teacher(x_LTD), self._weights(rows))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self.predictor.trained().values()), CLIP_NORM)
@@ -254,8 +283,20 @@ class _TrainingRun:
         with torch.no_grad():
             return torch.stack([self.routers.choice(layer, x).softmax(-1) for layer, x in enumerate(x_LTD)])
 
+    def _weights(self, rows: IdArray) -> torch.Tensor | None:
+        """(L, T, E) of each pair in the loss, 1 on average in each layer; None: all alike."""
+        if self._absent_RLE is None:
+            return None
+        absent = torch.from_numpy(self._absent_RLE[rows]).to(self.device).transpose(0, 1).float()
+        weight = torch.lerp(torch.full_like(absent, WEIGHT_OF_RESIDENTS), torch.ones_like(absent), absent)
+        return weight / weight.mean((1, 2), keepdim=True)
+
     def _loss(
-        self, z_LTN: torch.Tensor, used_LTE: torch.Tensor, teacher: torch.Tensor | None
+        self,
+        z_LTN: torch.Tensor,
+        used_LTE: torch.Tensor,
+        teacher: torch.Tensor | None,
+        weight_LTE: torch.Tensor | None,
     ) -> torch.Tensor:
         """Mean over lookaheads of: balanced BCE + lambda x focal outside, BCE in the middle, + distillation.
 
@@ -272,6 +313,8 @@ class _TrainingRun:
             focal = (1.0 - torch.exp(-bce)).pow(self.config.focal_gamma) * bce
             balance = self._balance_LE[ahead:, None, :]
             weighted = (1.0 - outer) * bce + outer * (balance * bce + self.config.focal_lambda * focal)
+            if weight_LTE is not None:
+                weighted = weighted * weight_LTE[ahead:]
             loss = weighted.sum(-1).mean() / self.predictor.shape.top_k
             if teacher is not None:
                 cross = -(teacher[ahead:] * torch.log_softmax(z, dim=-1)).sum(-1).mean()
@@ -280,8 +323,9 @@ class _TrainingRun:
         return torch.stack(losses).mean()
 
     def _validation_recall(self) -> float:
-        """recall@K of the validation rows, mean over layers and lookaheads."""
-        return _mean(layer_recalls(self.predictor, self.trace, self.split.validation))
+        """recall@K of what counts of the validation rows, mean over layers and lookaheads."""
+        rows = self.split.validation
+        return mean_recall(layer_recalls(self.predictor, self.trace, rows, self._absent_RLE))
 
     def finish(self) -> Llapor:
         """The best weights, with their trust, calibrated."""
@@ -290,8 +334,12 @@ class _TrainingRun:
             predictor.tensors[name] = tensor.detach()
         if self.config.residual:
             fit_trust(predictor, self.trace, self.split.validation)
-        predictor.validation_error = 1.0 - self._validation_recall()
-        calibrate(predictor, rows_of(self.trace, self.split.calibration))
+        predictor.validation_error = 1.0 - mean_recall(
+            layer_recalls(predictor, self.trace, self.split.validation)
+        )
+        rows = np.sort(self.split.calibration)
+        counted = None if self._absent_RLE is None else self._absent_RLE[rows]
+        calibrate(predictor, rows_of(self.trace, rows), counted)
         return predictor
 
     # -- checkpoints -------------------------------------------------------------------------------------------
@@ -357,65 +405,3 @@ class _TrainingRun:
         self.epoch, self.epochs_since_best = int(metadata["epoch"]), int(metadata["epochs_since_best"])
         self.best_recall = float(metadata["best_recall"])
         self.history = [TrainingProgress(*entry) for entry in metadata["history"]]
-
-
-@torch.no_grad()
-def layer_recalls(predictor: Llapor, trace: RoutingTrace, rows: IdArray) -> torch.Tensor:
-    """(lookahead, L) recall@K of some rows by source layer; NaN where there is no layer to predict."""
-    L, _, K = predictor.shape[:3]
-    hits, total = torch.zeros(2, predictor.lookahead, L, device=predictor.device)
-    for first in range(0, len(rows), 2048):
-        part = rows[first : first + 2048]
-        z_LTN = predictor.forward(*predictor.batch_of(trace, part))
-        ids = torch.from_numpy(trace.expert_ids[part]).to(predictor.device).transpose(0, 1)
-        used = used_mask_torch(ids, trace.num_experts)
-        for ahead in range(1, predictor.lookahead + 1):
-            best = z_LTN[: L - ahead, :, predictor.columns(ahead)].topk(K, dim=-1).indices
-            hits[ahead - 1, : L - ahead] += used[ahead:].gather(-1, best).sum((1, 2))
-            total[ahead - 1, : L - ahead] += used[ahead:].sum((1, 2))
-    exists = torch.arange(L) < L - torch.arange(1, predictor.lookahead + 1)[:, None]
-    return torch.where(exists, (hits / total.clamp_min(1)).cpu(), torch.nan)
-
-
-def _mean(recalls: torch.Tensor) -> float:
-    """Over layers, then over lookaheads."""
-    return float(recalls.nanmean(1).mean())
-
-
-def fit_trust(predictor: Llapor, trace: RoutingTrace, rows: IdArray) -> None:
-    """Find how far each layer's correction may be trusted: `LlaporConfig.trust` times the errors it corrects over those
-    it leaves.
-
-    On unfamiliar text errors are added to those left, so a correction that removes many errors and leaves few is still
-    useful further out than one that improves a good early router only a little. One number serves all lookaheads of a
-    layer: the best one differs more from model to model than from lookahead to lookahead (docs/log/predictor.md).
-    """
-    errors = [
-        1.0 - layer_recalls(predictor.trusting(trust), trace, rows).nanmean(0)
-        for trust in (NEVER_TRUST, ALWAYS_TRUST)
-    ]
-    mended, left = errors[0] - errors[1], errors[1].clamp_min(MIN_ERROR)
-    # The last layer predicts nothing.
-    trust = (predictor.config.trust * mended / left).nan_to_num(ALWAYS_TRUST).clamp_min(NEVER_TRUST)
-    predictor.tensors["trust"] = trust.view(-1, 1, 1).to(predictor.device)
-
-
-def calibrate(predictor: Llapor, trace: RoutingTrace) -> None:
-    """Fit Platt scaling of each layer and lookahead on a trace the networks were not trained on.
-
-    Where corrections fade, one for those that count in full and one for those that do not count; in between
-    `probabilities` interpolates.
-    """
-    used_RLE = used_mask(trace.expert_ids, trace.num_experts)
-    parts = {"platt": predictor}
-    if predictor.config.residual:
-        parts = {"platt": predictor.trusting(ALWAYS_TRUST), "platt_faded": predictor.trusting(NEVER_TRUST)}
-    for name, part in parts.items():
-        z_LRN = part.replay_logits(trace).numpy()
-        platt = predictor.tensors[name].cpu().clone()
-        for ahead in range(1, predictor.lookahead + 1):
-            for layer in range(predictor.shape.num_layers - ahead):
-                z = z_LRN[layer, :, predictor.columns(ahead)]
-                platt[layer, ahead - 1] = torch.tensor(fit_platt(z, used_RLE[:, layer + ahead]))
-        predictor.tensors[name] = platt.to(predictor.device)
-    predictor.is_calibrated = True

@@ -24,6 +24,7 @@ from .load import load
 from .outcomes import outcomes
 from .recall_by_layer import recall_by_layer
 from .recall_by_shape import recall_by_shape
+from .recall_value import recall_value
 from .savings import savings
 from .schedule_pair import schedule_pair
 from .score_map import domain_map, score_map
@@ -57,6 +58,7 @@ __all__ = [
     "outcomes",
     "recall_by_layer",
     "recall_by_shape",
+    "recall_value",
     "savings",
     "schedule_pair",
     "score_map",

@@ -50,8 +50,8 @@ def case(tokens: int, dtype: torch.dtype):
 @pytest.mark.parametrize("tokens", [1, 3, 16])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"trust": 0.0}, {"use_choice": False}, {"residual": False, "distill": 0.0}],
-    ids=["default", "always trusted", "without the choice", "the paper's"],
+    [{}, {"trust": 0.0}, {"use_choice": False}, {"residual": False, "distill": 0.0}, {"relative": False}],
+    ids=["default", "always trusted", "without the choice", "the paper's", "plain logits"],
 )
 def test_scores_are_those_of_the_torch_networks(settings, tokens):
     predictor = made(**settings)
@@ -66,6 +66,20 @@ def test_scores_are_those_of_the_torch_networks(settings, tokens):
             torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
     spread = predictor.predict(0, x, ids, weights)[0].scores_TE
     assert spread.max() - spread.min() > 0.2, "scores that are all alike would test nothing"
+
+
+@pytest.mark.parametrize("top_k", [1, SHAPE.num_experts - 1, SHAPE.num_experts])
+def test_thresholds_are_right_at_any_top_k_and_with_ties(top_k):
+    """Experts of equal logits: the K-th and the next one may be the same number. With K = E nobody is beyond it."""
+    predictor = made()
+    predictor.shape = SHAPE._replace(top_k=top_k)
+    predictor.tensors["head"][..., 1::2] = predictor.tensors["head"][..., ::2].clone()
+    predictor.tensors["skip"].zero_()
+    predictor.tensors["head_bias"].zero_()
+    x, ids, weights = case(3, torch.float32)
+    found = llapor_triton.LlaporKernels(predictor, 3)(1, x, ids, weights)
+    expected = of_step(predictor.predict(1, x, ids, weights), 3, SHAPE.num_experts, x.device)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-5)
 
 
 def test_corrections_of_strange_states_fade_alike():

@@ -1,5 +1,6 @@
 """Laws of LLaPor and of its training, on a small random MoE: that it learns is tested in test_learning.py."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -20,10 +21,13 @@ from prescope.predictor import (
     LlaporConfig,
     ModelTag,
     TooFewPrompts,
+    files,
 )
 from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
+from prescope.traces.routing import used_mask
 from prescope.training import TrainConfig, record_trace, routers_of, rows_of, split_by_prompt, train
-from prescope.training.trainer import fit_trust
+from prescope.training.held_out import fit_trust
+from prescope.training.misses import absent_pairs
 from tests.support.models import EXPERTS, LAYERS, TOP_K, VOCABULARY, tiny_moe
 
 SHAPE = MoEShape(LAYERS, EXPERTS, TOP_K)
@@ -170,6 +174,20 @@ def test_training_stops_when_the_held_out_recall_no_longer_rises(recorded):
     assert len(quick(recorded, training=still).history) == 3
 
 
+def test_the_objective_of_misses_is_another_one(recorded, trained):
+    """With slots for all experts only first uses are misses; the scores stay probabilities either way."""
+    found = [
+        quick(recorded, training=replace(QUICK, objective="misses", slots=slots)).predictor
+        for slots in (0.3, 1.0)
+    ]
+    assert not same(trained, found[0]) and not same(*found)
+    counted = absent_pairs(recorded[0], slots=0.3)[:, 1:]
+    used = used_mask(recorded[0].expert_ids, EXPERTS)[:, 1:]
+    said = [p.replay(recorded[0], 1)[counted].mean() for p in (trained, found[0])]
+    truth = used[counted].mean()
+    assert abs(said[1] - truth) < abs(said[0] - truth), "of experts without a slot"
+
+
 def test_no_prompt_is_trained_on_and_held_out(recorded):
     trace, _ = recorded
     split = split_by_prompt(trace, 0.3, seed=0)
@@ -210,6 +228,33 @@ def test_a_file_of_the_version_before_is_refused_with_the_remedy(trained, tmp_pa
     save_file(load_file(path), path, metadata | {"format": "prescope-predictor-2"})
     with pytest.raises(BadPredictor, match=r"prescope-predictor-2.*train again"):
         Llapor.load(path)
+
+
+def test_a_file_of_plain_logits_scores_as_it_did(recorded, trained, tmp_path):
+    """Files that do not know `relative` were scaled without it."""
+    plain = quick(recorded, config=replace(SMALL, relative=False)).predictor
+    path = plain.save(tmp_path / "p.safetensors")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    known = json.loads(metadata["prescope"])
+    del known["config"]["relative"]
+    tensors, header = load_file(path), {**metadata, "prescope": json.dumps(known)}
+    header["checksum"] = files._checksum({k: v for k, v in header.items() if k != "checksum"}, tensors)
+    save_file(tensors, path, header)
+    loaded = Llapor.load(path)
+    assert not loaded.config.relative
+    np.testing.assert_array_equal(loaded.replay(recorded[0], 1), plain.replay(recorded[0], 1))
+    assert not np.array_equal(plain.replay(recorded[0], 1), trained.replay(recorded[0], 1))
+
+
+def test_scores_compare_across_tokens(recorded, trained):
+    """A level that all experts of a token share says nothing of any of them: scores do not change with it."""
+    z = torch.randn(LAYERS, 5, 2 * EXPERTS)
+    level = torch.randn(LAYERS, 5, 1).repeat(1, 1, 2 * EXPERTS)
+    torch.testing.assert_close(trained.probabilities(z + level, None), trained.probabilities(z, None))
+    for ahead in (1, 2):
+        sums = trained.replay(recorded[0], ahead).sum(-1)
+        assert abs(sums.mean() - TOP_K) < 0.2 and sums.std() < 0.4
 
 
 def test_a_predictor_of_another_model_is_refused(trained, tmp_path):
@@ -286,7 +331,10 @@ def test_wrong_settings_are_refused():
     for wrong in ({"lookahead": 0}, {"dropout": 1.0}, {"trust": -1.0}):
         with pytest.raises(UnsupportedOption):
             LlaporConfig(**wrong)
-    for wrong in ({"epochs": 0}, {"hold_out": 1.0}, {"learning_rate": 0.0}):
+    for wrong in (
+        {"epochs": 0}, {"hold_out": 1.0}, {"learning_rate": 0.0}, {"objective": "hits"}, {"slots": 0.0},
+        {"batch_tokens": 0},
+    ):  # fmt: skip
         with pytest.raises(UnsupportedOption):
             TrainConfig(**wrong)
 

@@ -201,6 +201,49 @@ def test_a_long_trace_is_sampled_by_whole_prompts(trace):
     assert some_prompts(trace, len(trace) + 1, batch=1) is trace
 
 
+def test_a_batch_holds_one_token_of_a_prompt(trace):
+    """Where it held neighbouring tokens of a prompt, "previous token" found the batch's own experts: 1.00."""
+    drawn = np.argsort(np.random.default_rng(0).random((len(trace), LAYERS, EXPERTS)), axis=-1)[..., :TOP_K]
+    noise = replace(trace, expert_ids=drawn, sequence=np.arange(len(trace)) // LENGTH)
+    cards = [score(one, noise) for one in (PreviousToken(SHAPE, 1), Chance(SHAPE, 1))]
+    assert cards[0].hot(1) == pytest.approx(cards[1].hot(1), abs=0.06)
+    for card in cards:
+        assert card.batch_size.max() == PROMPTS / 2  # a domain's prompts
+        assert card.batch_size.sum() == (trace.position >= 0).sum()
+
+
+def test_sequences_of_one_text_are_not_in_one_batch(trace):
+    twice = RoutingTrace.concat([trace, trace])
+    shared = replace(twice, prompts=[{"text": str(i % PROMPTS), "domain": "all"} for i in range(2 * PROMPTS)])
+    assert score(Chance(SHAPE, 1), shared).batch_size.max() == PROMPTS
+
+
+def test_large_batches_are_dealt_evenly(trace):
+    one = replace(trace, prompts=[])
+    sizes = score(Chance(SHAPE, 1), one, batch_tokens=12).batch_size
+    assert set(sizes.tolist()) <= {9, 10} and sizes.sum() == (trace.position >= 0).sum()
+
+
+def test_exact_sets_are_whole_sets(trace):
+    """Two experts of two: both must be among the best two; by chance once in 66 times."""
+    card = score(Transition(trace, 1), trace)
+    assert card.exact_frac(1) <= card.recall(1) <= (1 + card.exact_frac(1)) / 2 + 1e-9
+    assert score(Chance(SHAPE, 1), trace).exact_frac(1) == pytest.approx(1 / 66, abs=0.01)
+    assert score(Oracle(SHAPE, 1), trace).exact_frac(1, domain="odd") == 1.0
+
+
+def test_kinds_of_text_add_up_to_all_text(trace):
+    card = score(Frequency(rows_of(trace, np.flatnonzero(trace.sequence % 2 == 0)), 1), trace)
+    table = card.by_domain(1).set_index("domain")
+    assert table["prompts"].sum() == PROMPTS
+    assert (
+        table.loc["even", "recall"] > table.loc["odd", "recall"] + 0.1
+    )  # what it counted, and what it did not
+    assert table.loc["even", "ece"] < table.loc["odd", "ece"]
+    whole, parts = card.reliability(1), [card.reliability(1, domain=name) for name in ("even", "odd")]
+    assert (sum(part["pairs"] for part in parts) == whole["pairs"]).all()
+
+
 def test_the_made_trace_is_one_trace(trace):
     """The tests above lean on it: 4 rows of padding in one sequence, both domains."""
     assert (trace.position < 0).sum() == 4

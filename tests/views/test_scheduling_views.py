@@ -18,6 +18,7 @@ from prescope.views.lanes import MAX_BARS, MEANINGS, lanes_info, lanes_layout, l
 from prescope.views.link_use import link_use_info
 from prescope.views.numbers import bound_numbers, change, formatted, numbers, numbers_frame
 from prescope.views.outcomes import outcomes_info, outcomes_traces
+from prescope.views.recall_value import recall_value_info
 from prescope.views.schedule_pair import schedule_pair_info, schedule_pair_traces
 from prescope.views.step_times import step_times_info, step_times_traces
 from prescope.views.threshold import threshold_info
@@ -168,6 +169,21 @@ def test_a_threshold_trades_recall_for_precision_as_scores_say(scenarios):
     assert all(0 <= value <= 100 for value in (*info.precision_pct, *info.recall_pct, *info.covered_pct))
     with pytest.raises(UnsupportedOption, match="nothing is predicted"):
         threshold_info(scenarios, Scenario(schedule="on-demand", slots=12, machine="test"))
+
+
+def test_the_worth_of_recall_is_what_the_simulator_says_at_each_recall(scenarios):
+    scenario = Scenario(slots=12, machine="test", predictor="frequency")
+    info = recall_value_info(scenarios, scenario, recalls=(0.5, 0.8, 1.0))
+    assert info.tokens_per_s[-1] == scenarios.run(replace(scenario, predictor="oracle")).tokens_per_s
+    assert info.without == scenarios.run(replace(scenario, predictor="none")).tokens_per_s
+    (frequency,) = info.real
+    assert frequency.tokens_per_s == scenarios.run(scenario).tokens_per_s
+    assert 0.0 < frequency.recall < 1.0
+    assert info.pct_a_point == pytest.approx(2.0 * (info.tokens_per_s[-1] / info.tokens_per_s[0] - 1.0))
+    figure = views.recall_value(scenarios, scenario, (0.5, 1.0))
+    assert "no predictions" in figure.layout.title.text and figure.layout.xaxis.title.text
+    with pytest.raises(UnsupportedOption, match="looks at no prediction"):
+        views.recall_value(scenarios, replace(scenario, schedule="on-demand"))
 
 
 @pytest.mark.parametrize("schedule", ["presched", "on-demand", "fiddler"])

@@ -1,0 +1,39 @@
+"""95 % intervals by resampling prompts: tokens of one text are not independent, so whole prompts are drawn.
+
+Shapes: Q prompts.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Resamples of a 95 % interval: its ends move by about 1 % of its width from seed to seed.
+RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """A value and its 95 % percentile interval over resampled prompts."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def resamples(chosen: NDArray[np.bool_], seed: int) -> NDArray[np.float64]:
+    """(RESAMPLES, Q) how often each prompt is drawn, with replacement, among the chosen (Q,)."""
+    n = int(chosen.sum())
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES)
+    weights = np.zeros((RESAMPLES, len(chosen)))
+    weights[:, chosen] = drawn
+    return weights
+
+
+def interval_of(value: float, resampled: NDArray[np.float64]) -> Interval:
+    """The 95 % percentile interval of resampled values (RESAMPLES,) around a value."""
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    # The percentile interval of few, skewed prompts can miss the point; it never should.
+    return Interval(value, min(float(low), value), max(float(high), value))
