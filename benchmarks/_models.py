@@ -81,6 +81,11 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> BenchMode
     return BenchModel(name.rstrip("/").rsplit("/", 1)[-1], "trained", name, model)
 
 
+def open_shape(name: str, device: torch.device, dtype: torch.dtype, num_experts: int) -> PreTrainedModel:
+    """A shape by name with random weights, with so many experts in each layer."""
+    return _random_model(name, device, dtype, num_experts=num_experts)
+
+
 class RowModel(NamedTuple):
     """A published shape whose experts are nowhere but in host rows, to be given to `Engine`."""
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from _models import _random_model
+from _models import open_shape
 
 import prescope
 from prescope.engine.engine import Engine
@@ -54,7 +54,7 @@ def runs(args: Any, keep: Callable[[dict[str, Any]], None]) -> None:
     for name in ("embedded model", "embedded model, again"):
         keep(cold_start(name, args.device))
     device = torch.device(args.device)
-    model = _random_model(args.model, device, torch.bfloat16, num_experts=args.experts)
+    model = open_shape(args.model, device, torch.bfloat16, args.experts)
     for compiled in (False, True) if args.device == "cuda" else (False,):
         settings: dict[str, Any] = {"link_gb_per_s": 50.0} if args.device == "cpu" else {}
         began = time.perf_counter()

@@ -54,8 +54,8 @@ class EngineConfig:
         width: experts prefetched for one layer at most; None: the schedule's own.
         threshold: experts less likely to be used are not prefetched, in [0, 1]; None: the schedule's own.
         cpu_threads: threads that compute experts on the CPU, where the schedule does; None: all cores but two; 0: none.
-        compiled: compile the layers around the experts before the graph is captured (torch.compile, half a minute
-            once per model and batch size).
+        compiled: compile the layers around the experts before the graph is captured (torch.compile; once for all
+            layers that are alike, for each batch size and length of the cache).
         events: record the timeline (costs at most 2 % of a token's time, see benchmarks/).
         record_routing: keep each step's expert ids and weights for `RunResult.trace`.
         record_inputs: keep the router inputs too (D values per token and layer), to train predictors.

@@ -95,11 +95,6 @@ class Predicting:
         return self.forced is not None and self.forced.scores is not None
 
     @property
-    def is_made_for_graphs(self) -> bool:
-        """Whether it says so itself, by a fast path; the others are tried."""
-        return self._fast_path is not None
-
-    @property
     def most_fast_tokens(self) -> int:
         """Tokens that the fast path takes at most; 0 without one."""
         return 0 if self._fast_path is None else self._fast_path.most_tokens

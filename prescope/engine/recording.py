@@ -101,6 +101,7 @@ def put_right(engine: Served, error: BaseException) -> None:
         return
     clear_frames(error.__traceback__)  # they hold activations; without them the next run has room
     engine.runner.recover()
+    engine.decoder.forget()  # so do the caches of captured steps
     num_slots = engine.runner.residency.num_slots
     slots, said = (
         format_bytes(num_slots * engine.shape.row_bytes),

@@ -96,8 +96,8 @@ def tile_of(num_tokens: int, in_dim: int, bytes_each: int) -> tuple[int, int, in
     """Rows and columns of a program's tile, warps, stages.
 
     The fastest, or within 0.2 us of it, for weights of 2,048 and 4,096 columns in bfloat16 on an H200: 7.0 us for
-    query, key and value of 5,120 rows (cuBLAS 19.1), 6.1 for 2,048 x 4,096 (9.9), 1.7 for a router of 128 (4.8);
-    with eight tokens 9.2, 10.0 and 5.2 (18.7, 10.1 and 5.0).
+    query, key and value of 5,120 rows (cuBLAS 19.1), 6.1 for 2,048 x 4,096 (9.9), 1.7 for a router of 128 (4.8); with
+    eight tokens 9.2, 10.0 and 5.2 (18.7, 10.1 and 5.0).
     """
     most = max(16, triton.next_power_of_2(in_dim))
     if num_tokens == 1:

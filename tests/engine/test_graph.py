@@ -5,6 +5,7 @@ the host.
 """
 
 import ctypes
+from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -80,11 +81,15 @@ def test_a_sliding_window_is_captured_where_it_does_not_slide(gpu, window, is_ca
     )  # fmt: skip
     model, ids = MixtralForCausalLM(config).eval(), prompt()
     expected = plain_tokens(model, ids, new=8)
+    said = nullcontext() if is_captured else pytest.warns(UserWarning, match="layer by layer: its cache")
     with prescope.attach(model, slots=5, **gpu) as engine:
-        runs = [engine.generate(ids, max_new_tokens=8) for _ in range(2)]
+        with said:
+            runs = [engine.generate(ids, max_new_tokens=8)]
+        runs.append(engine.generate(ids, max_new_tokens=8))  # which is said once
     for run in runs:
         assert run.tokens == expected
         assert run.config["reasons"]["decode"].startswith("layered") != is_captured, run.config["reasons"]
+        assert run.label.endswith("decode layer by layer") != is_captured
 
 
 def test_the_score_policy_needs_the_host(model, gpu):

@@ -73,7 +73,8 @@ def test_a_predictor_on_the_host_runs_beside_the_graph_and_is_said_to(
         assert reasons["predictor"].startswith("beside the graph: it reads a number back")
     note = next(note for note in again.notes if "were decided with one" in note)
     answers, decided = (int(text.split()[0]) for text in note.rpartition(": ")[2].split(" answers, and "))
-    assert answers > 0 and decided > 0
+    assert answers > 0
+    assert decided > 0 or torch.cuda.is_available(), "a real GPU is done with these layers before"
 
 
 @ASIDE

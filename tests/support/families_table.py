@@ -62,7 +62,7 @@ def graph(name: str) -> str:
         return ""
     try:
         # A handful of tokens: inside the window of every tiny model.
-        cache = static_cache(families.build(name), 1)
+        cache = static_cache(families.build(name), 1, 1)
     except UnsupportedOption as error:
         words = re.findall(r"\w+(?:Layer|attention)\b", str(error))
         return "no: " + (", ".join(words) or "a cache of its own")

@@ -69,6 +69,8 @@ def why_not_in_graph(
         return torch.stack([predicting.scores(layer, inputs, ids_TK, weights_TK) for layer in layers])
 
     try:
+        with torch.no_grad():
+            answers()  # what it does once, it has done
         with torch.no_grad(), _OnDevice(where):
             answers()
         with torch.no_grad():

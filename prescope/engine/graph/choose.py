@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 #: Captured steps that are kept, and the memory that caches of those not in use may take together, bytes. The one used
 #: longest ago goes first.
 MOST_STEPS, MOST_BYTES = 6, 2 << 30
-#: A step whose cache is so many times as long as needed is used rather than another one captured, which takes a second
-#: at 48 layers. Its attention reads the whole cache: at Qwen3-30B-A3B's shape 0.1 ms a step for 4,096 tokens.
-MOST_TOO_LONG = 4
+#: A step whose cache is at most so many times as long as needed is used rather than another one captured: that takes
+#: about as long as some ten tokens, but attention reads the whole cache in each step.
+MOST_TOO_LONG = 2
 #: Reasons that whoever set the engine up has chosen: they need not be told.
 ASKED_FOR = {"as given", "graphs need CUDA", "router inputs are recorded"}
 #: Settings of `generate` that captured steps understand; with others transformers' own loop runs.
