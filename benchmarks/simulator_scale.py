@@ -3,7 +3,7 @@
 Each cell runs in a process of its own, whose peak includes Python, numba and torch (`imports_mib`). Decisions are
 compiled before the clock starts. Routing is drawn by popularity, top-10 of 512 experts, batch 1.
 
-    python benchmarks/simulator_scale.py [--layers 12 24 48 94] [--tokens 4096] [--out benchmarks/results/...json]
+    python benchmarks/simulator_scale.py [--layers 12 24 48 94] [--tokens 4096] [--out scale.json]
 """
 
 import argparse

@@ -33,8 +33,9 @@ class EngineConfig:
         device: "cuda", or "cuda:1" for one GPU of several; "cpu" with an emulated link; "null" (virtual clock, for
             tests); "auto" takes CUDA when there is one and says so.
         cache: which expert gives up its slot: "lru", "lfu", "static" (least frequent by `frequencies`)
-            "score" (decayed router weight), "shallow" (first layers stay) or "next-use" (the one whose next use is
-            expected last); "auto": the schedule's own.
+            "score" (decayed router weight), "shallow" (first layers stay), "arc" (adaptive replacement; "shallow-arc"
+            with the first layers favoured), "class-lru" (uses that count half after 128 tokens) or "next-use" (the one
+            whose next use is expected last); "auto": the schedule's own.
         link_gb_per_s: bandwidth of the emulated link, GB/s; only with device="cpu" or "null". By default one
             expert takes a millisecond.
         link_factor: how many times each expert is copied, to study a slower link on a faster one: 2 on PCIe 5 is like

@@ -102,8 +102,10 @@ _ALL = (
         uses_cpu=False,
         lookahead=1,
         same="no prediction of single tokens; whole layers streamed behind compute, hot experts first",
-        unknown="its grouping of several batches into one pass is left to the user, who chooses the batch; which "
-        "experts it calls hot is ours: the most frequent of a recorded trace",
+        unknown="its pass over several batches: here they are one larger batch, for which each expert is copied once "
+        "as in its pass; what is missing is their order, attention of one batch after the other and experts computed "
+        "as they arrive, and so the memory it saves. What it would do with more batches is told by the trace regrouped "
+        "(simulator.as_decode). Which experts it calls hot is ours: the most frequent of a recorded trace",
         source="Klotski, arXiv 2502.06888",
     ),
     Schedule(
