@@ -166,7 +166,7 @@ def schedule_cards(
     """
     steps = as_decode(trace, batch)
     simulator = Simulator(steps, costs, row_bytes=row_bytes, predictor=predictor)
-    if not 1 <= lookahead <= len(simulator.predicted.used_dSLE):
+    if not 1 <= lookahead <= simulator.predictions.depth:
         raise UnsupportedOption(
             f"lookahead {lookahead} of {predictor.name}: choose 1 to {predictor.lookahead}"
         )

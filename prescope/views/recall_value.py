@@ -52,7 +52,7 @@ def recall_value_info(
     if not predicts(scenarios, noisy):
         raise UnsupportedOption("this schedule looks at no prediction; choose one that prefetches by them")
     curve = tuple(scenarios.run(replace(noisy, recall=recall)).tokens_per_s for recall in recalls)
-    shown = scenarios.run(replace(noisy, recall=recalls[-1]))
+    without = scenarios.run(replace(scenario, predictor=NONE))
     decode = scenarios.trace.select(phase="decode")
     real = tuple(
         RealPredictor(
@@ -66,11 +66,11 @@ def recall_value_info(
     return RecallValueInfo(
         tuple(recalls),
         curve,
-        scenarios.run(replace(scenario, predictor=NONE)).tokens_per_s,
+        without.tokens_per_s,
         real,
         100.0 * (curve[-1] / curve[0] - 1.0) / (100.0 * (recalls[-1] - recalls[0])),
-        settings_of(shown),
-        told_of(shown),
+        settings_of(without),
+        told_of(without),
     )
 
 
