@@ -40,8 +40,8 @@ MUTATED = [
     ROOT / "prescope" / name
     for name in ("cache", "scheduler", "weights/loader.py", "traces/metrics.py", "report")
 ]
-#: Begin of a path -> pytest's words for the tests that are to notice; of two that fit, the former holds. A browser's and a
-#: kernel's start take ten times as long as all others, so they are left to what they are about.
+#: Begin of a path -> pytest's words for the tests that are to notice; of two that fit, the former holds. A browser's
+#: and a kernel's start take ten times as long as all others, so they are left to what they are about.
 QUICK = ["-m", "not browser and not slow"]
 TESTS = {
     "prescope/cache": ["tests/cache"],

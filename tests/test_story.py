@@ -1,4 +1,4 @@
-"""What a page says of a run and of a setting: the answer, every row of numbers, figures or why not, and how to get it again."""
+"""What a page says of a run and of a setting: the answer, its numbers, figures or why not, and how to get it again."""
 
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ def test_a_run_has_its_words_its_numbers_and_all_five_figures(run):
     assert story.numbers == [numbers(run)]
     assert drawn(story.figures) == [True] * 5
     assert story.runs == [run] and story.trace is run.trace and story.commands == ()
-    assert LABEL in story.about["machine"] and story.about["commit"]
+    assert LABEL in story.about["machine"] and "commit" in story.about
     assert "12 slots" in story.about["settings"] and story.about["settings"].endswith("batch 2")
 
 
@@ -129,7 +129,8 @@ def test_the_code_of_a_run_gives_what_differs_from_the_defaults(run):
     trace = replace(run.trace, prompts=[{"text": "Once"}, {"text": "It's"}])
     code = story_of_run(replace(run, config=run.config | config, trace=trace)).code
     assert code.splitlines() == [
-        "import prescope", "", "engine = prescope.load('some/model', slots=12, cache='lru', schedule='fate', lookahead=1)",
+        "import prescope", "",
+        "engine = prescope.load('some/model', slots=12, cache='lru', schedule='fate', lookahead=1)",
         "engine.configure(predictor=...)  # early router",
         'run = engine.generate([\'Once\', "It\'s"], max_new_tokens=6)',
     ]  # fmt: skip
