@@ -165,4 +165,5 @@ def test_a_story_becomes_a_page_with_all_of_it(scenarios, tmp_path):
         "a small one: 4 MoE",
     ):
         assert words in page
+    assert f"<tr><th>machine</th><td>{HERE}: made for this test</td></tr>" in page
     assert "Download the trace" in page and page.count('class="plotly-graph-div"') == 3

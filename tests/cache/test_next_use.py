@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from prescope.cache.next_use import NextUse
+from prescope.cache.next_use import LAST_STEP_DECAY, LEAST_USE, NextUse
 from prescope.core.types import MoEShape
 
 
@@ -41,3 +41,30 @@ def test_next_use_gives_up_what_was_just_used_where_two_take_turns():
     for step in range(121):
         policy.use(0, np.array([step % 2]), np.ones(1))
     assert policy.scores[:8].argmax() == 1
+
+
+def test_slots_go_by_the_expected_next_use():
+    """As the module says: layers until its layer comes again + L * (1 / p - 1), p a share of steps mixed with the last."""
+    L, E = 5, 6
+    policy, rng = NextUse(MoEShape(L, E, 2, 1)), np.random.default_rng(0)
+    chance = rng.random((L, E))
+    for tick in range(1, 40 * L + 4):
+        layer = (tick - 1) % L
+        policy.use(layer, np.flatnonzero(rng.random(E) < chance[layer]), np.ones(E))
+    share, last, sums = (
+        policy.scores[L * E : 2 * L * E],
+        policy.scores[2 * L * E : 3 * L * E],
+        policy.scores[3 * L * E :],
+    )
+    worth = min(1.0, max(-0.3, sums[0] / (1.0 + sums[1])))
+    since = (layer - np.arange(L)) % L  # layers since it was passed
+    # Learned at their own layers with the worth of then, which changes by little within a step.
+    p = np.maximum((1.0 - worth) * share + worth * last, LEAST_USE)
+    layers_away = np.repeat(L - since, E) + L * (1.0 / p - 1.0)
+    assert LAST_STEP_DECAY > 0.9 and 0.0 < abs(worth) < 1.0
+    away = -policy.scores[: L * E]
+    assert np.corrcoef(np.argsort(np.argsort(away)), np.argsort(np.argsort(layers_away)))[0, 1] > 0.99
+    near = layers_away < 5 * L
+    assert np.allclose(
+        (away - away[near].min())[near], (layers_away - layers_away[near].min())[near], atol=0.7
+    )

@@ -13,7 +13,7 @@ from prescope.errors import UnsupportedOption
 from prescope.scheduler import PREDICTORS, SCHEDULES, schedule_named
 from prescope.scheduler.baselines import fiddler, hybrimoe
 from prescope.scheduler.learn import discount, learn_reuse, learn_trust, reuse_lasts
-from prescope.scheduler.plan import LEAST_LASTING, REUSES_OF_A_COPY, is_worth_copying, make_plan, worth_a_slot
+from prescope.scheduler.plan import LEAST_LASTING, is_worth_copying, make_plan, worth_a_slot
 from prescope.scheduler.presched import FORECAST, split
 from prescope.scheduler.types import FORMER_STEPS, Costs, ScheduleSettings, cpu_time
 from tests.support.slot_arrays import arrays
@@ -308,7 +308,7 @@ def test_experts_are_worth_a_slot_while_the_cache_would_rather_have_them(seed):
 
 
 def test_what_the_cpu_computes_is_copied_where_reuse_saves_more_than_the_copy_slows_it_down():
-    """2 experts of 50 us and a submission of 20: 60 us each, saved 1.5 times by what lasts. A copy of 100 us makes the
+    """2 experts of 50 us and a submission of 20: 60 us each, saved twice by what lasts. A copy of 100 us makes the
     CPU slower by a fifth of it, as far as the CPU is busy meanwhile.
     """
     two = np.ones(2, np.int64)
@@ -321,7 +321,7 @@ def test_what_the_cpu_computes_is_copied_where_reuse_saves_more_than_the_copy_sl
     assert not is_worth_copying(costs, two, 1_000.0, LEAST_LASTING - 0.01), "nothing lasts"
     assert not is_worth_copying(costs, two[:0], 100.0, 1.0), "the CPU computes nothing"
     for layer_us, lost_us in ((60.0, 20.0), (120.0, 20.0), (240.0, 10.0), (1_000.0, 2.4)):
-        least = max(LEAST_LASTING, lost_us / (REUSES_OF_A_COPY * 60.0))
+        least = max(LEAST_LASTING, lost_us / (2.0 * 60.0))
         assert is_worth_copying(costs, two, layer_us, least + 1e-6)
         assert not is_worth_copying(costs, two, layer_us, least - 1e-6)
     alone = costs._replace(cpu_alone_us=costs.cpu_us)
