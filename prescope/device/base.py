@@ -81,7 +81,7 @@ class Device(Protocol):
         ...
 
     def unpin(self, row: torch.Tensor) -> None:
-        """Undo `pin`; the memory must not be freed before."""
+        """Undo `pin`; the memory must not be freed before. A second time, after an interrupt, it does nothing."""
         ...
 
     def copy(

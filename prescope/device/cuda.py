@@ -25,6 +25,9 @@ MOST_GPU_S = 600.0
 #: So long a wait asks again and again, and then after a tenth of that each time.
 HOT_S = 2e-3
 
+#: cudaErrorHostMemoryNotRegistered.
+NOT_REGISTERED = 713
+
 Copies = Literal["torch", "driver"]
 #: "torch" is `Tensor.copy_`; "driver" calls cuMemcpyHtoDAsync directly, which spares the host torch's dispatch: 3.7
 #: instead of 7 us a copy (H200 machine, benchmarks/async_io.py). The link is idle until the first one is issued.
@@ -102,10 +105,7 @@ class CudaDevice:
         with self.as_current():
             code = torch.cuda.cudart().cudaHostRegister(row.data_ptr(), row.nbytes, 0)
         if int(code) != 0:
-            with suppress(
-                RuntimeError
-            ):  # the check of the next launch takes the error that the runtime remembers
-                torch.zeros(1, device=self.torch_device)
+            _forget_error(self.torch_device)
             raise NotEnoughMemory(
                 f"the system does not let {format_bytes(row.nbytes)} of host memory be pinned for the GPU's copies "
                 f"(cudaHostRegister: {code}). Raise the limit of locked memory (`ulimit -l unlimited`, docker's "
@@ -117,6 +117,9 @@ class CudaDevice:
     def unpin(self, row: torch.Tensor) -> None:
         with self.as_current():  # the garbage collector may call this, in any thread
             code = torch.cuda.cudart().cudaHostUnregister(row.data_ptr())
+        if int(code) == NOT_REGISTERED:
+            _forget_error(self.torch_device)
+            return
         assert int(code) == 0, f"cudaHostUnregister failed with {code}"
 
     def copy(
@@ -247,3 +250,9 @@ class CudaDevice:
                 )
             if waited_s > HOT_S:
                 time.sleep(HOT_S / 10)
+
+
+def _forget_error(device: torch.device) -> None:
+    """The check of the next launch takes the error that the runtime remembers of a call that failed."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device)

@@ -44,18 +44,14 @@ def test_next_use_gives_up_what_was_just_used_where_two_take_turns():
 
 
 def test_slots_go_by_the_expected_next_use():
-    """As the module says: layers until its layer comes again + L * (1 / p - 1), p a share of steps mixed with the last."""
+    """As the module says; p is the share of uses, mixed with the last one."""
     L, E = 5, 6
     policy, rng = NextUse(MoEShape(L, E, 2, 1)), np.random.default_rng(0)
     chance = rng.random((L, E))
     for tick in range(1, 40 * L + 4):
         layer = (tick - 1) % L
         policy.use(layer, np.flatnonzero(rng.random(E) < chance[layer]), np.ones(E))
-    share, last, sums = (
-        policy.scores[L * E : 2 * L * E],
-        policy.scores[2 * L * E : 3 * L * E],
-        policy.scores[3 * L * E :],
-    )
+    share, last, sums = np.split(policy.scores[L * E :], [L * E, 2 * L * E])
     worth = min(1.0, max(-0.3, sums[0] / (1.0 + sums[1])))
     since = (layer - np.arange(L)) % L  # layers since it was passed
     # Learned at their own layers with the worth of then, which changes by little within a step.

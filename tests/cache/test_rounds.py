@@ -41,7 +41,7 @@ def test_a_layer_is_computed_once_whatever_fits(num_slots, num_needed):
         missing = sorted(need.experts[need.num_hits + need.num_late :].tolist())
         assert set(missing) <= set(experts_of(acts, What.COPY, 0))
         kinds = [act.what for act in acts]
-        first = [act for act in acts if act.what is What.COMPUTE][0]
+        first = next(act for act in acts if act.what is What.COMPUTE)
         before = {e for act in acts[: kinds.index(What.COMPUTE)] for e in act.experts.tolist()}
         absent = set(first.experts.tolist()) & set(missing)
         assert absent <= before, "all of the first round's copies come before it is computed"
