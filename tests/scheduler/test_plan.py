@@ -110,6 +110,16 @@ def test_what_the_cpu_computed_is_copied_behind_while_it_lasts():
         assert made.prefetch.tolist() == copied
 
 
+def test_what_is_copied_behind_is_what_the_cpu_computed():
+    """Three are there, the link has time for one miss, and the CPU computes the others."""
+    key_of, scores = np.array([E, E + 1, E + 2, -1]), np.full(L * E, 1.0)
+    need = SortedNeed(np.arange(8), np.ones(8, np.int64), 3, 0)
+    slow_cpu = costs_of(link=120.0, rest=2_000.0)
+    made = plan_of("presched", need, layer=1, lasting=1.0, scores=scores, key_of=key_of, costs=slow_cpu)
+    assert made.num_load == 1
+    assert made.prefetch.tolist() == [E + 4], "the one free slot's, of those that were not loaded"
+
+
 def test_where_experts_last_the_unlikely_come_behind_and_the_unlikelier_not_at_all():
     key_of, scores = np.array([E, E + 1, E + 2, E + 3]), np.full(L * E, 1.0)
     scores[E + 6] = 3.0

@@ -186,3 +186,14 @@ def test_a_cpu_that_seemed_slow_is_tried_again():
     for _ in range(60):
         one.saw_cpu(0.0, 0.0)
     assert slow_us > 100.0 and one.costs.cpu_us[1] == pytest.approx(60.0, rel=0.1)
+
+
+def test_a_layers_own_predictions_are_kept_for_the_layers_they_are_about():
+    """They are compared with what those layers use, which is what trust goes by."""
+    one, table = planner("presched"), ResidencyTable(SHAPE, 14, make_policy("next-use", SHAPE))
+    experts, tokens = np.array([1, 4]), np.array([1, 1])
+    used = np.random.default_rng(0).random((D, E))
+    made = one.decide(0, experts, tokens, tokens.astype(float), table, 0.0, (used, used))
+    one.reconsider(0, made.plan, table)
+    for ahead in range(1, D + 1):
+        assert np.array_equal(one.memory.predicted_dLE[ahead - 1, ahead], used[ahead - 1])
