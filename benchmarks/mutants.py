@@ -7,8 +7,12 @@ cosmic-ray makes the changes; the runs are made here. mutmut changes no function
 decisions have one; cosmic-ray's own runner starts an interpreter for each mutant, where importing torch takes longer
 than most tests, and changes the working tree. Here the libraries are imported once, and each mutant gets a forked
 process and a copy of the tree. Compiled code runs as plain Python (NUMBA_DISABLE_JIT=1). A place in the code is drawn,
-then one of the changes possible there; annotations and numba's decorators are left alone. A mutant that runs out of
-time is counted as that. Prints each survivor as a diff.
+then one of the changes possible there; annotations and numba's decorators are left alone. A mutant may take some times
+what its tests take without one; one that runs out of time is counted as that. Prints each survivor as a diff.
+
+    python benchmarks/mutants.py --again mutants.json --out mutants.json
+
+tries those again that were not killed, after tests were added, and writes all results anew.
 """
 
 import argparse
@@ -31,13 +35,29 @@ os.environ.update(
     NUMBA_DISABLE_JIT="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"
 )
 ROOT = Path(__file__).resolve().parents[1]
-#: What is mutated -> the tests of its folder.
+#: What is mutated.
+MUTATED = [
+    ROOT / "prescope" / name
+    for name in ("cache", "scheduler", "weights/loader.py", "traces/metrics.py", "report")
+]
+#: Begin of a path -> pytest's words for the tests that are to notice; of two that fit, the former holds. A browser's
+#: and a kernel's start take ten times as long as all others, so they are left to what they are about.
+QUICK = ["-m", "not browser and not slow"]
 TESTS = {
     "prescope/cache": ["tests/cache"],
     "prescope/scheduler": ["tests/scheduler"],
     "prescope/weights/loader.py": ["tests/weights/test_loader.py"],
     "prescope/traces/metrics.py": ["tests/traces/test_metrics.py"],
-    "prescope/report": ["tests/test_report.py"],
+    "prescope/report/sweep.py": ["tests/test_sweep_report.py", *QUICK],
+    "prescope/report/runs.py": [
+        "tests/test_report.py",
+        "tests/test_story.py",
+        *QUICK,
+        "-k",
+        "not kernel and not cell",
+    ],
+    "prescope/report/story.py": ["tests/test_story.py"],
+    "prescope/report": ["tests/test_report.py", "-m", "not browser"],
 }
 #: They measure compiled code.
 LEFT_OUT = ["tests/scheduler/test_scheduler.py::test_a_decision_takes_microseconds"]
@@ -46,10 +66,15 @@ LIBRARIES = (
 )  # fmt: skip
 #: cosmic-ray 8.7.0 raises where it meets `except (A, B)`.
 UNFIT = {"core/ExceptionReplacer"}
+#: Seconds for a mutant: these, and so many times what its tests take without one.
+LEAST_S, TIMES = 20.0, 4.0
 #: Of address space for one mutant: some ask for as much memory as there is.
 MOST_BYTES = 16 << 30
 OUTPUT = "output_of_tests.txt"
 Place = tuple[tuple[int, int], tuple[int, int]]  # (line, column) of begin and end
+
+
+Result = dict[str, object]  # a mutant with its outcome and what it changes
 
 
 class Mutant(NamedTuple):
@@ -99,11 +124,7 @@ def places_of(path: str) -> dict[Place, list[Mutant]]:
 
 def drawn(count: int, seed: int) -> list[Mutant]:
     """Mutants of places drawn without repetition from all files."""
-    files = [
-        p
-        for name in TESTS
-        for p in sorted((ROOT / name).rglob("*.py") if (ROOT / name).is_dir() else [ROOT / name])
-    ]
+    files = [p for path in MUTATED for p in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     places = [
         changes for path in files for _, changes in sorted(places_of(str(path.relative_to(ROOT))).items())
     ]
@@ -113,6 +134,19 @@ def drawn(count: int, seed: int) -> list[Mutant]:
         flush=True,
     )
     return [rng.choice(changes) for changes in rng.sample(places, min(count, len(places)))]
+
+
+def of_former(result: Result) -> Mutant:
+    """A former run's mutant. Ends the program if its file has changed: another change would be tried."""
+    mutant = Mutant(*(result[name] for name in Mutant._fields))  # type: ignore[arg-type]
+    if diff_of(*mutated(mutant), mutant.path) != result["diff"]:
+        sys.exit(f"{mutant.path} has changed since; run all again")
+    return mutant
+
+
+def diff_of(before: str, after: str, path: str) -> str:
+    """What a mutant changes."""
+    return "\n".join(difflib.unified_diff(before.splitlines(), after.splitlines(), path, n=1, lineterm=""))
 
 
 def mutated(mutant: Mutant) -> tuple[str, str]:
@@ -126,9 +160,9 @@ def mutated(mutant: Mutant) -> tuple[str, str]:
     return code, after
 
 
-def tests_of(mutant: Mutant) -> list[str]:
-    """Of its folder."""
-    return next(tests for name, tests in TESTS.items() if mutant.path.startswith(name))
+def key_of(mutant: Mutant) -> str:
+    """Where its tests stand in `TESTS`."""
+    return next(name for name in TESTS if mutant.path.startswith(name))
 
 
 def run_tests(tree: Path, tests: list[str]) -> None:
@@ -169,7 +203,7 @@ def start(mutant: Mutant, tree: Path, most_s: float) -> tuple[int, Run]:
     pid = os.fork()
     if pid == 0:
         try:
-            run_tests(tree, tests_of(mutant))
+            run_tests(tree, TESTS[key_of(mutant)])
         finally:
             os._exit(70)
     return pid, Run(mutant, tree, before, after, time.monotonic() + most_s)
@@ -187,9 +221,13 @@ def outcome(pid: int, run: Run) -> str | None:
     return "out of time"
 
 
-def require_passing(tree: Path) -> None:
-    """Tests that fail on the code as it is would notice every mutant: the first run of this program did so."""
-    for tests in TESTS.values():
+def seconds_of_tests(tree: Path, mutants: list[Mutant]) -> dict[str, float]:
+    """How long the tests take on the code as it is. Ends the program if they fail: they would notice every mutant, as
+    in the first run of it.
+    """
+    took_s = {}
+    for name in sorted({key_of(mutant) for mutant in mutants}):
+        tests, begin = TESTS[name], time.monotonic()
         pid = os.fork()
         if pid == 0:
             try:
@@ -198,20 +236,23 @@ def require_passing(tree: Path) -> None:
                 os._exit(70)
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
             sys.exit(f"{' '.join(tests)} fail without a mutant:\n{(tree / OUTPUT).read_text()[-3000:]}")
+        took_s[name] = time.monotonic() - begin
+    print("seconds without a mutant:", {name: round(s, 1) for name, s in took_s.items()}, flush=True)
+    return took_s
 
 
-def test_all(mutants: list[Mutant], jobs: int, most_s: float, out: Path | None) -> list[dict[str, object]]:
-    """Run every mutant in one of `jobs` copies of the tree."""
-    results: list[dict[str, object]] = []
+def test_all(mutants: list[Mutant], jobs: int, results: list[Result], out: Path | None) -> None:
+    """Run every mutant in one of `jobs` copies of the tree; `results` grow, and are written as they do."""
     with tempfile.TemporaryDirectory() as folder:
         free = [Path(folder) / str(i) for i in range(jobs)]
         for tree in free:
             shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "__pycache__", "*.ipynb"))
-        require_passing(free[0])
+        took_s = seconds_of_tests(free[0], mutants)
         waiting, running = mutants[::-1], dict[int, Run]()
         while waiting or running:
             while waiting and free:
-                pid, run = start(waiting.pop(), free.pop(), most_s)
+                mutant = waiting.pop()
+                pid, run = start(mutant, free.pop(), LEAST_S + TIMES * took_s[key_of(mutant)])
                 running[pid] = run
             time.sleep(0.05)
             for pid, run in list(running.items()):
@@ -220,16 +261,12 @@ def test_all(mutants: list[Mutant], jobs: int, most_s: float, out: Path | None) 
                 (run.tree / run.mutant.path).write_text(run.before)
                 free.append(run.tree)
                 del running[pid]
-                lines = difflib.unified_diff(
-                    run.before.splitlines(), run.after.splitlines(), run.mutant.path, n=1, lineterm=""
-                )
-                diff = "\n".join(lines)
+                diff = diff_of(run.before, run.after, run.mutant.path)
                 results.append({**run.mutant._asdict(), "outcome": how, "diff": diff})
                 if out is not None:
                     out.write_text(json.dumps(results, indent=1) + "\n")
                 if how != "killed":
                     print(f"-- {how}, {run.mutant.operator}\n{diff}", flush=True)
-    return results
 
 
 def main() -> None:
@@ -240,20 +277,21 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--most-seconds", type=float, default=300.0, help="for one mutant")
-    parser.add_argument("--again", type=Path, help="JSON of a former run: only the survivors named there")
+    parser.add_argument("--again", type=Path, help="JSON of a former run: only what was not killed there")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     for name in LIBRARIES:
         __import__(name)
-    mutants = drawn(options.mutants, options.seed)
+    results: list[Result] = []
     if options.again:
         former = json.loads(options.again.read_text())
-        survived = [(r["path"], r["operator"], r["occurrence"]) for r in former if r["outcome"] == "survived"]
-        mutants = [mutant for mutant in mutants if mutant[:3] in survived]
-    results = test_all(mutants, options.jobs, options.most_seconds, options.out)
-    for name in TESTS:
-        counts = Counter(str(r["outcome"]) for r in results if str(r["path"]).startswith(name))
+        results = [result for result in former if result["outcome"] == "killed"]
+        mutants = [of_former(result) for result in former if result["outcome"] != "killed"]
+    else:
+        mutants = drawn(options.mutants, options.seed)
+    test_all(mutants, options.jobs, results, options.out)
+    for name in sorted({Path(str(result["path"])).parts[1] for result in results}):
+        counts = Counter(str(r["outcome"]) for r in results if Path(str(r["path"])).parts[1] == name)
         print(f"{name}: " + ", ".join(f"{count} {how}" for how, count in sorted(counts.items())))
     print("all:", dict(Counter(str(r["outcome"]) for r in results)))
 

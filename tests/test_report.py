@@ -13,11 +13,13 @@ import nbformat
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from nbclient.exceptions import CellExecutionError
 from plotly.offline import get_plotlyjs
 
 from prescope import views
-from prescope.report import NotebookFailed, badge, execute_notebook, write_report
+from prescope.report import NotebookFailed, badge, execute_notebook, parse_parameter, write_report
 from prescope.report.__main__ import main
+from prescope.report.notebook import _failure
 from tests.support.browser import count_plots, offline_page
 from tests.support.small_run import LABEL, small_run
 
@@ -62,6 +64,7 @@ def test_plotly_stands_in_the_report_once(report):
     page = report.read_text()
     assert page.count("plotly.js v") == 1
     assert len(page) < 6_000_000
+    assert set(re.findall(r'<table border="([^"]*)"', page)) <= {"0"}, "lines are the style sheet's"
 
 
 def test_the_report_says_where_its_figures_come_from(report, run):
@@ -170,6 +173,20 @@ def test_a_cell_that_hangs_is_ended(tmp_path):
     notebook = write_notebook(tmp_path / "n.ipynb", "pass", "import time; time.sleep(60)")
     with pytest.raises(NotebookFailed, match="CellTimeoutError"):
         execute_notebook(notebook, tmp_path / "n.html", timeout_s=2, log=lambda line: None)
+
+
+@pytest.mark.parametrize("text", ["=3", "a b=3", "3=a", "depth", "depth: 3", ""])
+def test_what_is_no_parameter_is_refused(text):
+    with pytest.raises(ValueError, match="is not name=value"):
+        parse_parameter(text)
+
+
+def test_the_cell_that_ended_it_is_named_and_not_one_that_was_let_fail():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in ("a", "b", "c")])
+    for cell, name in zip(notebook.cells, ("First", "Second"), strict=False):
+        cell.outputs = [nbformat.v4.new_output("error", ename=name, evalue="", traceback=[f"in {name}"])]
+    error = CellExecutionError("", "Second", "why")
+    assert _failure(notebook, error) == "cell 2 of 3 raised Second: why\nin Second"
 
 
 def test_an_unknown_parameter_is_refused_with_the_known_ones(tmp_path, capsys):

@@ -56,6 +56,17 @@ def test_the_page_says_what_was_found_and_that_nothing_was_proved(page, sweep):
     assert "<b>simulated</b>: 12 points" in text
     assert "sweep.run() # &lt;/script&gt;" in text
     assert len(text) < 10_000_000
+    assert text.count('class="plotly-graph-div"') == NUM_FIGURES, "two objectives have a front"
+    assert "<title>reported</title>" in text
+
+
+def test_the_heat_map_is_of_the_two_settings_that_matter_most(sweep):
+    class Told:
+        @staticmethod
+        def importances():
+            return {"slots": 0.1, "schedule": 0.2, "width": 0.7}
+
+    assert sweep_report._pair(Told, sweep.points()) == ("width", "schedule")
 
 
 def test_the_study_inside_is_the_study(page, sweep, tmp_path):

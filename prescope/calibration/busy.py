@@ -58,9 +58,13 @@ def copying(device: Device, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) 
     made_in: set[int] = set()
 
     def step() -> None:
-        if threading.get_ident() not in made_in:
-            torch.zeros(1, device=device.torch_device)
-            made_in.add(threading.get_ident())
+        with device.as_current():
+            if threading.get_ident() not in made_in:
+                torch.zeros(1, device=device.torch_device)
+                made_in.add(threading.get_ident())
+            look_after()
+
+    def look_after() -> None:
         while on_wire and device.is_done(on_wire[0]):
             on_wire.popleft()
         if len(on_wire) < BATCHES_AHEAD:

@@ -82,7 +82,7 @@ def calibrate(
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     subject = _subject(model_or_engine)
     kind, rate = _where(subject, device, link_gb_per_s)
-    with closing(open_device(kind, rate, subject.forms[0].layout.row_bytes)) as opened:
+    with closing(open_device(kind, rate, subject.forms[0].layout.row_bytes)) as opened, opened.as_current():
         described = opened.describe()
         run = _CalibrationRun(opened, subject, deadline, described.get("link_gb_per_s"), cpu)
         place = this_place(described)
@@ -156,6 +156,8 @@ def _where(subject: Subject, device: str, link_gb_per_s: float | None) -> tuple[
     engine = subject.engine
     if engine is not None and device == "auto":
         device, link_gb_per_s = engine.config.device, link_gb_per_s or engine.config.link_gb_per_s
+        if device == "cuda":  # the GPU that was current when the engine was made
+            device = str(engine.runner.device.torch_device)
         if not device.startswith("cuda") and link_gb_per_s is None:
             link_gb_per_s = emulated_link_gb_per_s(engine.shape.row_bytes)
     config = EngineConfig(device=device, link_gb_per_s=link_gb_per_s)

@@ -7,6 +7,7 @@ clock that completes copies in any order the protocol allows, for tests.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -57,6 +58,12 @@ class Device(Protocol):
     small_copies_are_slow: bool  # copies below some MiB do not reach the link's rate
     torch_device: torch.device  # where slots and the rest of the model live
 
+    def as_current(self) -> AbstractContextManager[object]:
+        """Everything that a thread does with the device happens inside: streams, events and Triton's launches are of
+        the thread's current GPU, which is the first one until it says otherwise.
+        """
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Facts for `RunResult.hardware`: device name, link ("measured", "emulated", "virtual") and its GB/s."""
         ...
@@ -74,7 +81,7 @@ class Device(Protocol):
         ...
 
     def unpin(self, row: torch.Tensor) -> None:
-        """Undo `pin`; the memory must not be freed before."""
+        """Undo `pin`; the memory must not be freed before. A second time, after an interrupt, it does nothing."""
         ...
 
     def copy(
@@ -171,6 +178,9 @@ class Device(Protocol):
 
 class WithoutGraphs:
     """What a device answers that computes at once, on the CPU, and captures nothing."""
+
+    def as_current(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def send(
         self: Device,

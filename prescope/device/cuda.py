@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from typing import Any, Literal
 
@@ -24,6 +24,9 @@ BUSY_CYCLES = 1_000_000
 MOST_GPU_S = 600.0
 #: So long a wait asks again and again, and then after a tenth of that each time.
 HOT_S = 2e-3
+
+#: cudaErrorHostMemoryNotRegistered.
+NOT_REGISTERED = 713
 
 Copies = Literal["torch", "driver"]
 #: "torch" is `Tensor.copy_`; "driver" calls cuMemcpyHtoDAsync directly, which spares the host torch's dispatch: 3.7
@@ -56,6 +59,9 @@ class CudaDevice:
         self._h2d = torch.cuda.Stream(self.torch_device)
         self.memcpy = open_memcpy() if copies == "driver" else None
         self._repeats = link_factor
+
+    def as_current(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.torch_device)
 
     def describe(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.torch_device)
@@ -95,14 +101,11 @@ class CudaDevice:
 
     def pin(self, row: torch.Tensor) -> bool:
         # Registering existing pages takes a tenth of the time of pin_memory=True (0.23 s against 2.4 s for 4 GiB on
-        # an H200 host) and does not round sizes up. By device: a helper thread calls this, whose current device is 0.
-        with torch.cuda.device(self.torch_device):
+        # an H200 host) and does not round sizes up. A helper thread calls this.
+        with self.as_current():
             code = torch.cuda.cudart().cudaHostRegister(row.data_ptr(), row.nbytes, 0)
         if int(code) != 0:
-            with suppress(
-                RuntimeError
-            ):  # the check of the next launch takes the error that the runtime remembers
-                torch.zeros(1, device=self.torch_device)
+            _forget_error(self.torch_device)
             raise NotEnoughMemory(
                 f"the system does not let {format_bytes(row.nbytes)} of host memory be pinned for the GPU's copies "
                 f"(cudaHostRegister: {code}). Raise the limit of locked memory (`ulimit -l unlimited`, docker's "
@@ -112,7 +115,11 @@ class CudaDevice:
         return True
 
     def unpin(self, row: torch.Tensor) -> None:
-        code = torch.cuda.cudart().cudaHostUnregister(row.data_ptr())
+        with self.as_current():  # the garbage collector may call this, in any thread
+            code = torch.cuda.cudart().cudaHostUnregister(row.data_ptr())
+        if int(code) == NOT_REGISTERED:
+            _forget_error(self.torch_device)
+            return
         assert int(code) == 0, f"cudaHostUnregister failed with {code}"
 
     def copy(
@@ -201,7 +208,9 @@ class CudaDevice:
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # A stream of this GPU: torch's own one is of the GPU that was the first to capture in this process.
+        stream = torch.cuda.Stream(self.torch_device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = run()
         return graph.replay, result
 
@@ -209,8 +218,7 @@ class CudaDevice:
         self.synchronize()
         # A busy GPU comes to both when both are queued. An idle one passes each when it comes, and Python takes 80 to
         # 170 us (H200) for the launch, tens for the mark: by so much copies were drawn late or early.
-        with torch.cuda.device(self.torch_device):
-            torch.cuda._sleep(BUSY_CYCLES)
+        torch.cuda._sleep(BUSY_CYCLES)
         now = stamp()
         return self.mark(timed=True), int(now)
 
@@ -242,3 +250,9 @@ class CudaDevice:
                 )
             if waited_s > HOT_S:
                 time.sleep(HOT_S / 10)
+
+
+def _forget_error(device: torch.device) -> None:
+    """The check of the next launch takes the error that the runtime remembers of a call that failed."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device=device)

@@ -144,37 +144,40 @@ class Engine:
         if self._device.captures_steps:  # while the experts are copied to host rows
             behind.start(compile_host_parts)
         self._attachment = Attachment(model, layers, self._device)
-        try:
-            self.runner = LayeredRunner(self._device, layers, self.shape, kernel.name, self._dtype)
-            self._require_memory(self.num_slots, _freed_bytes(model, layers, self._device.torch_device))
-            require_host_memory(
-                sum(layer.nbytes for layer in layers),
-                taken_bytes=sum(
-                    min(tensor.nbytes, tensor.untyped_storage().nbytes())  # a weight left out is one number
-                    for layer in layers
-                    for tensor in layer.tensors().values()
-                    if tensor.device.type == "cpu"
-                ),
-                ahead_bytes=max(layer.nbytes for layer in layers),
-            )
-            self._attachment.attach(self.runner.serve, self)
-            self.layers = layers
-            self.decoder = Decoder(model, self.runner)
-            self.runner.host = self._attachment.host
-            self._predictor, self._costs = predictor, costs
-            self._predictings = Predictings()
-            self.runner.open_slots(self.num_slots, policy)
-            self._open_schedule(config, predictor, costs)
-            self._place(self._placed(config, frequencies, self.num_slots))
-            self.turn = self.runner.turn
-            self.forwards = Forwards(self.runner)
-            self.forwards.open(model, layers)
-            self.fingerprint = self._attachment.host.fingerprint(
-                repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
-            )
-        except BaseException:
-            to_the_end(self._undo)
-            raise
+        with self._device.as_current():
+            try:
+                self.runner = LayeredRunner(self._device, layers, self.shape, kernel.name, self._dtype)
+                self._require_memory(self.num_slots, _freed_bytes(model, layers, self._device.torch_device))
+                require_host_memory(
+                    sum(layer.nbytes for layer in layers),
+                    taken_bytes=sum(
+                        min(
+                            tensor.nbytes, tensor.untyped_storage().nbytes()
+                        )  # a weight left out is one number
+                        for layer in layers
+                        for tensor in layer.tensors().values()
+                        if tensor.device.type == "cpu"
+                    ),
+                    ahead_bytes=max(layer.nbytes for layer in layers),
+                )
+                self._attachment.attach(self.runner.serve, self)
+                self.layers = layers
+                self.decoder = Decoder(model, self.runner)
+                self.runner.host = self._attachment.host
+                self._predictor, self._costs = predictor, costs
+                self._predictings = Predictings()
+                self.runner.open_slots(self.num_slots, policy)
+                self._open_schedule(config, predictor, costs)
+                self._place(self._placed(config, frequencies, self.num_slots))
+                self.turn = self.runner.turn
+                self.forwards = Forwards(self.runner)
+                self.forwards.open(model, layers)
+                self.fingerprint = self._attachment.host.fingerprint(
+                    repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
+                )
+            except BaseException:
+                to_the_end(self._undo)
+                raise
 
     def _undo(self) -> None:
         """Of an engine that could not be made, or was interrupted on the way; called again, it does what is left."""
@@ -407,7 +410,8 @@ class Engine:
                 if (
                     self.turn.holder is None or self.turn.is_mine
                 ):  # else the next forward puts right what this one left
-                    self.runner.recover()
+                    with self._device.as_current():
+                        self.runner.recover()
                 raise
             results.append(self.turn.run("the end of a recording", _recorded, (self, recorder)))
 

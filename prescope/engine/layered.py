@@ -74,7 +74,7 @@ class LayeredRunner:
         self._kernels, self._dtype, self._device_type = kernels, dtype, device.torch_device.type
         self.weights: list[LayerWeights] = []
         self.recorder: Recorder | None = None
-        self.turn = Turn()
+        self.turn = Turn(around=device.as_current)
         self.captured: GraphBuffers | None = None
         self.capturing_thread = 0
         self.is_in_graph = False

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -61,11 +62,15 @@ class Turn:
 
     A turn is given back whatever ends it, a `KeyboardInterrupt` between any two instructions included.
 
+    Args:
+        around: entered around every turn, in its thread.
+
     Attributes:
         owner: ident of the thread that has the turn, or 0. Asked in every layer, so no property.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, around: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
+        self._around = around
         # Owned by a thread: giving back what was never taken is an error instead of somebody else's loss.
         self._lock = threading.RLock()
         self._holder: Claim | None = None
@@ -136,13 +141,14 @@ class Turn:
             if not lock.acquire(False):
                 self._wait(claim, most_s)
             self._holder, self.owner = claim, claim.thread
-            try:
-                if claim.is_cancelled:
-                    raise CancelledError(f"{what} was cancelled before it began")
-                return function(*arguments, **keywords)
-            finally:
-                if claim.afterwards is not None:
-                    claim.afterwards()
+            with self._around():
+                try:
+                    if claim.is_cancelled:
+                        raise CancelledError(f"{what} was cancelled before it began")
+                    return function(*arguments, **keywords)
+                finally:
+                    if claim.afterwards is not None:
+                        claim.afterwards()
         finally:
             if self._holder is claim:
                 self._holder, self.owner = None, 0

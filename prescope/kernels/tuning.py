@@ -1,7 +1,8 @@
 """Kernel configurations tuned once per GPU and kept in the user's cache folder."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -49,8 +50,22 @@ def tune(
         return
     # Each candidate is compiled first, half a second or so: some seconds once per shape and GPU.
     bar = tqdm(candidates, desc=f"tuning expert kernels ({key})", leave=False)
-    times = [do_bench_cudagraph(partial(run, candidate), rep=5) for candidate in bar]
+    with _captured_on(device):
+        times = [do_bench_cudagraph(partial(run, candidate), rep=5) for candidate in bar]
     file = _file(device)
     known = _known(file)
     known[key] = list(candidates[times.index(min(times))])
     write_text(file, json.dumps(known, indent=1))
+
+
+@contextmanager
+def _captured_on(device: torch.device) -> Iterator[None]:
+    """Let graphs that name no stream be captured on this GPU: torch keeps one stream for them all, of the GPU that was
+    the first to capture in this process, and its kernels would be launched there.
+    """
+    former = torch.cuda.graph.default_capture_stream
+    torch.cuda.graph.default_capture_stream = torch.cuda.Stream(device)
+    try:
+        yield
+    finally:
+        torch.cuda.graph.default_capture_stream = former

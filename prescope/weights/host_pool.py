@@ -136,7 +136,10 @@ class HostLayer:
     def close(self) -> None:
         """Unpin and give the memory back; views of it must not be used afterwards."""
         if self._unpin is not None:
-            self._unpin()
+            # By hand: a finalizer that an interrupt has ended does not run again, and the memory would be given back
+            # while it is registered. Done twice it does no harm.
+            self._device.unpin(self.rows)
+            self._unpin.detach()
         self._pinned, self._unpin = False, None
         self._views = []
         self.rows = torch.empty(0, dtype=torch.uint8)

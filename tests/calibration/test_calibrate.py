@@ -20,7 +20,7 @@ from prescope.calibration.unfinished import Unfinished
 from prescope.core.machine import this_place
 from prescope.core.types import ExpertSize
 from prescope.device import EmulatedLinkDevice, NullDevice
-from prescope.errors import UnsupportedOption
+from prescope.errors import UnsupportedOption, WaitTimedOut
 from prescope.profile import Circumstances, HardwareProfile, own_file
 from prescope.profile.points import KINDS
 from tests.support.models import tiny_moe
@@ -267,3 +267,27 @@ def test_a_gpu_is_measured_in_all_kinds():
     assert profile.lanes.small_us("message") > 1.0
     assert 0.1 < profile.lanes.small_us("batch") < 100.0
     assert profile.place.device == torch.cuda.get_device_name()
+
+
+def test_work_beside_a_measurement_that_never_begins_or_ends_is_said(monkeypatch):
+    monkeypatch.setattr("prescope.core.worker.PATIENCE_S", 0.3)
+    release, calls = threading.Event(), []
+
+    def first() -> None:
+        release.wait(20.0)
+
+    def later() -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            release.wait(20.0)
+
+    try:
+        with pytest.raises(WaitTimedOut, match="round of work that ke"), repeating(first):
+            pytest.fail("it has not begun")
+        with (
+            pytest.raises(WaitTimedOut, match="the last round of work that kept the other lane busy"),
+            repeating(later),
+        ):
+            time.sleep(0.1)
+    finally:
+        release.set()

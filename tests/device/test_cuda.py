@@ -1,5 +1,6 @@
 """Memory that the system refuses: said with what to do, and everything works afterwards."""
 
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 
 import prescope
 from prescope.device import CudaDevice, EmulatedLinkDevice
-from prescope.errors import NotEnoughMemory
+from prescope.errors import NotEnoughMemory, WaitTimedOut
 from tests.support.models import plain_tokens, prompt, tiny_moe
 
 
@@ -48,6 +49,59 @@ def test_pinning_that_is_refused_gives_the_model_back_and_says_what_to_do(monkey
         assert engine.generate(ids, max_new_tokens=12).tokens == expected
 
 
+class InterruptedUnpinning(EmulatedLinkDevice):
+    """Ctrl-C comes the first time a layer is unpinned, before the driver has done it or behind."""
+
+    def __init__(self, is_done: bool) -> None:
+        super().__init__(50.0)
+        self.pinned, self.num_calls, self.is_done = set(), 0, is_done
+
+    def pin(self, row: torch.Tensor) -> bool:
+        self.pinned.add(row.data_ptr())
+        return True
+
+    def unpin(self, row: torch.Tensor) -> None:
+        self.num_calls += 1
+        if self.num_calls == 2:
+            if self.is_done:
+                self.pinned.remove(row.data_ptr())
+            raise KeyboardInterrupt
+        self.pinned.discard(row.data_ptr())
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+def test_ctrl_c_while_memory_is_unpinned_leaves_none_pinned(monkeypatch, is_done):
+    """Pinned memory that was given back: whoever gets its pages next can pin nothing there."""
+    model, ids = tiny_moe(), prompt()
+    expected, device = plain_tokens(model, ids), InterruptedUnpinning(is_done)
+    monkeypatch.setattr("prescope.engine.engine.open_device", lambda *_: device)
+    engine = prescope.attach(model, slots=5, device="cpu")
+    assert len(device.pinned) == 3
+    with pytest.raises(KeyboardInterrupt):
+        engine.detach()
+    engine.detach()
+    assert not device.pinned and device.num_calls == 4
+    assert plain_tokens(model, ids) == expected
+
+
+def test_pinning_that_does_not_end_is_said(monkeypatch):
+    release = threading.Event()
+
+    class Stuck(EmulatedLinkDevice):
+        def pin(self, row: torch.Tensor) -> bool:
+            release.wait(20.0)
+            return False
+
+    monkeypatch.setattr("prescope.engine.engine.open_device", lambda *_: Stuck(50.0))
+    monkeypatch.setattr("prescope.hf.attach.MOST_PIN_S", 0.1)
+    monkeypatch.setattr("prescope.core.worker.PATIENCE_S", 0.3)
+    try:
+        with pytest.raises(WaitTimedOut, match=r"pinning|pinned memory for MoE layer 0"):
+            prescope.attach(tiny_moe(), slots=5, device="cpu")
+    finally:
+        release.set()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_refusal_leaves_no_error_for_the_next_kernel():
@@ -61,3 +115,5 @@ def test_a_refusal_leaves_no_error_for_the_next_kernel():
         assert int(torch.ones(8, device=device.torch_device).sum()) == 8
     finally:
         device.unpin(row)
+    device.unpin(row)  # as after an interrupt
+    assert int(torch.ones(8, device=device.torch_device).sum()) == 8

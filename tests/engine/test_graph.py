@@ -5,6 +5,7 @@ the host.
 """
 
 import ctypes
+import time
 from contextlib import nullcontext
 from importlib import import_module
 
@@ -370,3 +371,24 @@ def test_copies_are_drawn_before_the_end_of_the_wait_for_them():
     asked = begun.merge(events[events["kind"] == "host_wait"][[*key, "start_us"]])
     after_us = asked["copying_us"] - asked["start_us"]
     assert len(asked) > 20 and 0.0 < after_us.median() < 100.0, after_us.describe()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="for the interpreted GPU, whose steps take milliseconds"
+)
+def test_compiling_decisions_is_in_no_captured_step(gpu, monkeypatch):
+    """A step that waited for the compiler would look like one that waited for the host."""
+    compiled = []
+
+    def slowly(*_: object) -> None:
+        compiled.append(time.perf_counter())
+        time.sleep(3.0)
+
+    monkeypatch.setattr("prescope.engine.graph.host_driver.compile_first", slowly)
+    model = tiny_moe(num_hidden_layers=1)
+    with prescope.attach(model, slots=6, decode="host-driven", **gpu) as engine:
+        run = engine.generate(prompt(), max_new_tokens=6)
+    assert compiled and run.config["reasons"]["decode"].startswith("host-driven")
+    decode = run.steps[run.steps["phase"] == "decode"]
+    # The first decode step runs layer by layer, before anything is captured.
+    assert len(decode) == 5 and (decode["dur_us"].iloc[1:] < 2.5e6).all()

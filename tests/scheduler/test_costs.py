@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from prescope.errors import BadTrace, UnsupportedOption
-from prescope.scheduler.costs import LayerCosts, costs_of_run
+from prescope.scheduler.costs import LayerCosts, compiled_costs, costs_of_run
 from tests.support.small_run import small_run
 
 COSTS = LayerCosts(link_us=100.0, gpu_us=10.0, rest_us=50.0, source="by hand")
@@ -45,3 +45,25 @@ def test_the_cpu_lane_of_costs_is_off_unless_given():
         replace(COSTS, cpu_us=(0.0, -1.0))
     with pytest.raises(UnsupportedOption, match="without tokens"):
         replace(COSTS, cpu_us=(3.0, 4.0))
+    for alone in ((0.0,), (0.0, 1.0, 2.0)):
+        with pytest.raises(UnsupportedOption, match="cpu_alone_us has"):
+            replace(COSTS, cpu_us=(0.0, 1.0), cpu_alone_us=alone)
+    assert replace(COSTS, cpu_us=(0.0, 2.0), cpu_alone_us=(0.0, 1.0)).cpu_alone_us == (0.0, 1.0)
+
+
+def test_a_layer_computed_on_the_cpu_alone_says_nothing_of_the_gpu():
+    run = small_run(steps=8)
+    layers = run.layers.copy()
+    layers.loc[layers["moe_layer"] < 3, "on_cpu"] = layers["needed"]
+    assert costs_of_run(replace(run, layers=layers)).gpu_us == pytest.approx(12.0)
+
+
+def test_where_the_host_launches_each_layer_it_is_in_each_layers_way():
+    """From a graph predictions are made beside the layer, and decisions while the GPU waits."""
+    costs = replace(COSTS, predict_us=7.0, decide_us=3.0)
+    graph, layered = (
+        compiled_costs(c, cpu=True, predicts=True) for c in (costs, replace(costs, is_layered=True))
+    )
+    assert (graph.rest_us, graph.predict_us, graph.decide_us) == (50.0, 7.0, 3.0)
+    assert (layered.rest_us, layered.predict_us, layered.decide_us) == (60.0, 0.0, 0.0)
+    assert compiled_costs(costs, cpu=True, predicts=False).predict_us == 0.0

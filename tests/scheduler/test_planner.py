@@ -11,6 +11,7 @@ from prescope.engine.graph.host_loop import take_for_layer
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts, compiled_costs
 from prescope.scheduler.layer import count_experts, decide_layer, reconsider
+from prescope.scheduler.learn import reuse_lasts
 from prescope.scheduler.planner import MOST_CONTENTION, NEWEST, Planner
 from prescope.scheduler.settings import resolve
 
@@ -95,6 +96,39 @@ def test_an_engine_that_serves_layer_by_layer_decides_as_a_captured_step_does(sc
     assert (num_changed > 0) == (whole.settings.lag > 0), "a layer's own predictions say something new"
 
 
+def test_a_layer_without_predictions_is_planned_as_without_a_predictor():
+    """The first ones after a prompt, say."""
+    with_one, without = planner("presched"), planner("presched")
+    without.restart()
+    tables = [ResidencyTable(SHAPE, 14, make_policy("next-use", SHAPE)) for _ in range(2)]
+    experts, tokens = np.array([1, 4, 7]), np.array([1, 2, 3])
+    bare = Planner(with_one.settings, with_one.costs, SHAPE, 0)
+    for layer in range(L):
+        plans = [
+            one.decide(layer, experts, tokens, tokens.astype(float), table, 0.0, None).plan
+            for one, table in zip((with_one, bare), tables, strict=True)
+        ]
+        assert plans[0].num_load == plans[1].num_load and len(plans[0].prefetch) == len(plans[1].prefetch)
+
+
+def test_reuse_is_measured_against_the_experts_in_slots():
+    """Four of twelve are needed in turn, two steps each; four that nobody wants have the slots of the layer."""
+    one, table = planner("presched"), ResidencyTable(SHAPE, 14, make_policy("lru", SHAPE))
+    table.landed(table.take(0, np.arange(8, 12)))
+    for step in range(400):
+        expert = np.array([step // 2 % 4])
+        one.decide(0, expert, np.ones(1, np.int64), np.ones(1), table, 0.0, None)
+    assert reuse_lasts(one.memory.reuse) == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_factor_of_the_cpu_does_not_depend_on_how_small_its_experts_are():
+    small, large = planner("presched"), planner("presched")
+    for _ in range(5):
+        small.saw_cpu(0.4, 0.2)
+        large.saw_cpu(400.0, 200.0)
+    assert small.cpu_factor == pytest.approx(large.cpu_factor) and small.cpu_factor > 1.1
+
+
 def test_costs_follow_what_the_steps_show():
     one = planner("presched")
     for _ in range(40):
@@ -152,3 +186,14 @@ def test_a_cpu_that_seemed_slow_is_tried_again():
     for _ in range(60):
         one.saw_cpu(0.0, 0.0)
     assert slow_us > 100.0 and one.costs.cpu_us[1] == pytest.approx(60.0, rel=0.1)
+
+
+def test_a_layers_own_predictions_are_kept_for_the_layers_they_are_about():
+    """They are compared with what those layers use, which is what trust goes by."""
+    one, table = planner("presched"), ResidencyTable(SHAPE, 14, make_policy("next-use", SHAPE))
+    experts, tokens = np.array([1, 4]), np.array([1, 1])
+    used = np.random.default_rng(0).random((D, E))
+    made = one.decide(0, experts, tokens, tokens.astype(float), table, 0.0, (used, used))
+    one.reconsider(0, made.plan, table)
+    for ahead in range(1, D + 1):
+        assert np.array_equal(one.memory.predicted_dLE[ahead - 1, ahead], used[ahead - 1])

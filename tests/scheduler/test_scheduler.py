@@ -1,4 +1,4 @@
-"""Decisions: the window's optimum, what is evicted, whom a layer's misses go to, how far predictions are trusted."""
+"""Decisions: the window's optimum, whom a layer's misses go to, how far predictions are trusted."""
 
 import time
 from itertools import product
@@ -8,18 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prescope.cache.next_use import NextUse
-from prescope.cache.slots import Slots, sort_need, take_slots
-from prescope.core.types import MoEShape
+from prescope.cache.slots import sort_need, take_slots
 from prescope.errors import UnsupportedOption
 from prescope.scheduler import PREDICTORS, SCHEDULES, schedule_named
 from prescope.scheduler.baselines import fiddler, hybrimoe
 from prescope.scheduler.learn import discount, learn_reuse, learn_trust, reuse_lasts
-from prescope.scheduler.plan import LEAST_LASTING, REUSES_OF_A_COPY, is_worth_copying, make_plan, worth_a_slot
+from prescope.scheduler.plan import LEAST_LASTING, is_worth_copying, make_plan, worth_a_slot
 from prescope.scheduler.presched import FORECAST, split
 from prescope.scheduler.types import FORMER_STEPS, Costs, ScheduleSettings, cpu_time
+from tests.support.slot_arrays import arrays
 
-NONE = np.empty(0, dtype=np.int64)
 NUMBERS = {name: schedule.number for name, schedule in SCHEDULES.items()}
 
 
@@ -151,85 +149,6 @@ def test_no_copy_is_made_that_slows_the_cpu_down_by_more_than_it_saves():
         assert (k + p == 0) == is_quiet
 
 
-# -- who gives up a slot ---------------------------------------------------------------------------------------
-
-
-@st.composite
-def tables(draw):
-    L, E = draw(st.integers(1, 3)), draw(st.integers(1, 8))
-    S = draw(st.integers(1, L * E))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    key_of = rng.permutation(L * E)[:S]
-    key_of[rng.random(S) < 0.3] = -1
-    slot_of = np.full(L * E, -1)
-    slot_of[key_of[key_of >= 0]] = np.flatnonzero(key_of >= 0)
-    absent = rng.permutation(np.flatnonzero(slot_of < 0))
-    keys = absent[: draw(st.integers(0, len(absent)))]
-    fixed = rng.random(S) < draw(st.sampled_from([0.0, 0.3, 0.9]))
-    keep = rng.permutation(L * E)[: draw(st.integers(0, L * E))]
-    scores = rng.integers(-4, 4, L * E).astype(np.float64)  # ties are common
-    return keys, key_of, slot_of, fixed, keep, scores
-
-
-def arrays(slot_of, key_of, scores) -> Slots:
-    """As a residency table holds them; nothing is on its way or in use."""
-    flags = np.zeros((3, len(key_of)), dtype=bool)
-    return Slots(slot_of, key_of, *flags, scores)
-
-
-def taken_by_sorting(keys, key_of, slot_of, fixed, keep, scores):
-    kept = {int(slot_of[key]) for key in keep if slot_of[key] >= 0}
-    rank = [
-        (s in kept, -np.inf if key_of[s] < 0 else scores[key_of[s]], s)
-        for s in range(len(key_of))
-        if not fixed[s]
-    ]
-    return [slot for _, _, slot in sorted(rank)][: len(keys)]
-
-
-@settings(max_examples=300, deadline=None)
-@given(tables())
-def test_slots_are_taken_as_sorting_them_would(table):
-    keys, key_of, slot_of, fixed, keep, scores = table
-    expected = taken_by_sorting(*table)
-    before = key_of.copy()
-    slots = take_slots(keys, fixed, keep, arrays(slot_of, key_of, scores))
-    assert slots.tolist() == expected
-    assert not fixed[slots].any(), "a fixed slot was given up"
-    assert (key_of[slots] == keys[: len(slots)]).all() and (slot_of[keys[: len(slots)]] == slots).all()
-    untouched = np.setdiff1d(np.arange(len(key_of)), slots)
-    assert (key_of[untouched] == before[untouched]).all()
-    owned = np.flatnonzero(key_of >= 0)
-    assert (slot_of[key_of[owned]] == owned).all() and (slot_of >= 0).sum() == len(owned)
-
-
-@settings(max_examples=100, deadline=None)
-@given(tables())
-def test_what_is_kept_goes_only_when_there_is_nothing_else(table):
-    keys, key_of, slot_of, fixed, keep, scores = table
-    kept = np.zeros(len(key_of), dtype=bool)
-    kept[slot_of[keep][slot_of[keep] >= 0]] = True
-    slots = take_slots(keys, fixed, keep, arrays(slot_of, key_of, scores))
-    if kept[slots].any():
-        assert np.isin(np.flatnonzero(~fixed & ~kept), slots).all()
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_a_need_is_sorted_by_where_then_by_tokens(data):
-    E = data.draw(st.integers(1, 12))
-    experts = np.array(sorted(data.draw(st.sets(st.integers(0, E - 1), min_size=1))), dtype=np.int64)
-    n = len(experts)
-    tokens = np.array(data.draw(st.lists(st.integers(1, 3), min_size=n, max_size=n)), dtype=np.int64)
-    slots = np.array(data.draw(st.lists(st.integers(-1, 5), min_size=n, max_size=n)), dtype=np.int64)
-    in_flight = np.array(data.draw(st.lists(st.booleans(), min_size=6, max_size=6)))
-    need = sort_need(experts, tokens, slots, in_flight)
-    where = np.where(slots < 0, 2, in_flight[slots].astype(int))
-    order = np.lexsort((experts, -tokens, where))
-    assert need.experts.tolist() == experts[order].tolist() and need.tokens.tolist() == tokens[order].tolist()
-    assert (need.num_hits, need.num_late) == ((where == 0).sum(), (where == 1).sum())
-
-
 # -- the schedules ---------------------------------------------------------------------------------------------
 
 
@@ -335,46 +254,6 @@ def test_trust_falls_to_the_share_of_predictions_that_came_true():
     assert discount(trust, 2) == 1.0, "layer 1 has no layer two before it"
 
 
-# -- the cache policy ------------------------------------------------------------------------------------------
-
-
-def test_next_use_evicts_the_layer_just_passed_before_the_one_that_comes():
-    """All experts alike: LRU would evict those of the layer that comes next."""
-    policy = NextUse(MoEShape(4, 2, 1, 1))
-    experts, tokens = np.array([0, 1]), np.ones(2)
-    for step in range(50):
-        for layer in range(4):
-            policy.use(layer, experts, tokens)
-            if step == 49 and layer == 1:
-                order = np.argsort(policy.scores[:8]) // 2
-                assert order.tolist() == [1, 1, 0, 0, 3, 3, 2, 2]
-
-
-def test_next_use_evicts_the_rarely_used_first():
-    policy = NextUse(MoEShape(2, 3, 1, 1))
-    for step in range(100):
-        policy.use(0, np.array([0, 1]) if step % 10 == 0 else np.array([0]), np.ones(2))
-        policy.use(1, np.array([2]), np.ones(1))
-    assert np.argsort(policy.scores[:3]).tolist() == [2, 1, 0]
-    policy.reset()
-    assert not policy.scores.any() and policy.tick == 0
-
-
-def test_next_use_keeps_a_newcomer_where_tokens_repeat_each_others_choice():
-    """Each expert serves twenty tokens in a row: the new one's first use says more than all those of the one before."""
-    policy = NextUse(MoEShape(1, 8, 1, 1))
-    for step in range(121):
-        policy.use(0, np.array([step // 20 % 6]), np.ones(1))
-    assert policy.scores[:8].argmax() == 0
-
-
-def test_next_use_gives_up_what_was_just_used_where_two_take_turns():
-    policy = NextUse(MoEShape(1, 8, 1, 1))
-    for step in range(121):
-        policy.use(0, np.array([step % 2]), np.ones(1))
-    assert policy.scores[:8].argmax() == 1
-
-
 # -- what a decision costs -------------------------------------------------------------------------------------
 
 
@@ -429,7 +308,7 @@ def test_experts_are_worth_a_slot_while_the_cache_would_rather_have_them(seed):
 
 
 def test_what_the_cpu_computes_is_copied_where_reuse_saves_more_than_the_copy_slows_it_down():
-    """2 experts of 50 us and a submission of 20: 60 us each, saved 1.5 times by what lasts. A copy of 100 us makes the
+    """2 experts of 50 us and a submission of 20: 60 us each, saved twice by what lasts. A copy of 100 us makes the
     CPU slower by a fifth of it, as far as the CPU is busy meanwhile.
     """
     two = np.ones(2, np.int64)
@@ -442,7 +321,7 @@ def test_what_the_cpu_computes_is_copied_where_reuse_saves_more_than_the_copy_sl
     assert not is_worth_copying(costs, two, 1_000.0, LEAST_LASTING - 0.01), "nothing lasts"
     assert not is_worth_copying(costs, two[:0], 100.0, 1.0), "the CPU computes nothing"
     for layer_us, lost_us in ((60.0, 20.0), (120.0, 20.0), (240.0, 10.0), (1_000.0, 2.4)):
-        least = max(LEAST_LASTING, lost_us / (REUSES_OF_A_COPY * 60.0))
+        least = max(LEAST_LASTING, lost_us / (2.0 * 60.0))
         assert is_worth_copying(costs, two, layer_us, least + 1e-6)
         assert not is_worth_copying(costs, two, layer_us, least - 1e-6)
     alone = costs._replace(cpu_alone_us=costs.cpu_us)

@@ -54,6 +54,15 @@ def test_ten_events_give_exactly_these_phase_figures(metrics):
     assert decode.miss_rate + decode.late_rate + decode.hit_rate == pytest.approx(1.0)
 
 
+def test_figures_are_read_with_their_units(metrics):
+    rows = {line[:20].strip(): line[20:].split() for line in str(metrics).splitlines()[2:]}
+    shown = {name: " ".join(cells) for name, cells in rows.items()}
+    assert shown["wall time"].endswith("1 ms 0.8 ms 1.8 ms")
+    assert shown["hit rate"].endswith("60.0 %")
+    assert shown["copied H2D"].endswith("5.72 MiB 2.86 MiB 8.58 MiB")
+    assert shown["experts needed"].endswith("5 10 15") and shown["link bandwidth"].endswith("10 GB/s")
+
+
 def test_without_events_the_counts_still_stand_and_the_rest_is_nan():
     metrics = compute_metrics(event_frame([]), layer_frame(LAYERS), step_frame(STEPS), 2, 6)
     assert (metrics.hits, metrics.hit_rate, metrics.tpot_ms) == (9, pytest.approx(0.6), pytest.approx(0.4))
