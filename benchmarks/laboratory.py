@@ -1,20 +1,31 @@
-"""Every schedule under every cache policy on the simulator: who is ahead in which cell, and by how much.
+"""Every schedule on the simulator: who is ahead in which cell, and by how much.
 
-No GPU: costs are stated below, traces are synthetic or tiny-moe's own (its early router predicts, an expert counts as
-9.4 MB).
-Tokens/s of a simulator are no results of a machine; what is compared here is decisions.
+No GPU. Tokens/s of a simulator are no results of a machine; what is compared here is decisions. By cache policy (costs
+are stated below, traces are synthetic or tiny-moe's own: its early router predicts, an expert counts as 9.4 MB):
 
-    python benchmarks/laboratory.py [--traces olmoe-like qwen-like skewed tiny-moe] [--no-cpu]
+    python benchmarks/laboratory.py [caches] [--traces olmoe-like qwen-like skewed tiny-moe] [--no-cpu]
+
+By link, shape, batch, share of slots and predictor (`_cells`), PreSched against every other schedule, in parts of less
+than three minutes on one core, which are put together afterwards:
+
+    python benchmarks/laboratory.py cells --part 1/3 --out part1.json      # and 2/3, 3/3
+    python benchmarks/laboratory.py merge part1.json part2.json part3.json
 """
 
 import argparse
+import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from _cell_report import report as cell_report
+from _cells import LINKS, RECORDED, SHAPES, STEPS, tasks, text_of
+from _cells import measure as measure_cells
 
 import prescope
 from prescope.predictor import EarlyRouter, NoisyOracle, Predictor
@@ -159,12 +170,8 @@ def report(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--traces", nargs="+", default=[*SPECS, "tiny-moe"], choices=[*SPECS, "tiny-moe"])
-    parser.add_argument("--no-cpu", action="store_true", help="without a CPU lane")
-    options = parser.parse_args()
+def caches(options: argparse.Namespace) -> None:
+    """Print the tables by cache policy."""
     costs = replace(COSTS, cpu_us=(), source=COSTS.source + ", no CPU lane") if options.no_cpu else COSTS
     rows = []
     for name in options.traces:
@@ -172,6 +179,60 @@ def main() -> None:
             rows += measure(case, costs)
     print(f"Simulated; costs {costs.source}.\n")
     print(report(pd.DataFrame(rows)))
+
+
+def cells(options: argparse.Namespace) -> None:
+    """Replay one part of the cells and keep or print what came of it."""
+    i, n = (int(word) for word in options.part.split("/"))
+    chosen = tasks(tuple(options.batch), tuple(options.shapes), tuple(options.links))[i - 1 :: n]
+    rows: list[dict] = []
+    habits = {}
+    begin = time.perf_counter()
+    for task in chosen:
+        habits[f"{task.shape}, batch {task.batch}"] = text_of(task.shape, task.batch, options.seed).habits
+        rows += measure_cells(task, options.seed)
+    print(f"part {options.part}: {len(rows)} replays, {time.perf_counter() - begin:.0f} s")
+    part = {"seed": options.seed, "habits": habits, "rows": rows}
+    if options.out:
+        Path(options.out).write_text(json.dumps(part))
+    else:
+        print(_cells_text([part]))
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Print what several parts say together."""
+    print(_cells_text([json.loads(Path(name).read_text()) for name in options.files]))
+
+
+def _cells_text(parts: list[dict]) -> str:
+    seeds = sorted({part["seed"] for part in parts})
+    rows = pd.DataFrame([row for part in parts for row in part["rows"]])
+    keys = ["shape", "batch", "link", "slots", "predictor", "schedule"]
+    if len(seeds) > 1 or rows.duplicated(keys).any():
+        raise SystemExit(f"these are not parts of one run: seeds {seeds}, or a cell is there twice")
+    habits = {name: text for part in parts for name, text in part["habits"].items()}
+    lines = [f"Simulated. Seed of the traces: {seeds[0]}.", ""]
+    lines += [f"- {name}: {text}" for name, text in sorted(habits.items())]
+    return "\n".join([*lines, "", cell_report(rows)])
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mode", nargs="?", default="caches", choices=["caches", "cells", "merge"])
+    parser.add_argument("files", nargs="*", help="merge: what `cells --out` wrote")
+    group = parser.add_argument_group("caches")
+    group.add_argument("--traces", nargs="+", default=[*SPECS, "tiny-moe"], choices=[*SPECS, "tiny-moe"])
+    group.add_argument("--no-cpu", action="store_true", help="without a CPU lane")
+    group = parser.add_argument_group("cells")
+    group.add_argument("--part", default="1/1", help="i/n: the i-th of n parts")
+    group.add_argument("--out", help="file for the part's figures, JSON; printed if none is given")
+    group.add_argument("--seed", type=int, default=20261129, help="of the traces and their habits")
+    group.add_argument("--shapes", nargs="+", default=[*SHAPES, RECORDED], choices=[*SHAPES, RECORDED])
+    group.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64], choices=list(STEPS))
+    group.add_argument("--links", nargs="+", default=list(LINKS), choices=list(LINKS))
+    options = parser.parse_args()
+    {"caches": caches, "cells": cells, "merge": merge}[options.mode](options)
 
 
 if __name__ == "__main__":

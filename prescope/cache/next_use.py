@@ -20,6 +20,7 @@ import numpy as np
 
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray, MoEShape
+from ..errors import UnsupportedOption
 
 #: Number in compiled code, after those of `policies`.
 NEXT_USE_KIND = 6
@@ -79,13 +80,14 @@ class NextUse:
 
     @classmethod
     def make(cls, shape: MoEShape, frequencies: FloatArray | None) -> Self:
-        """It needs no frequencies."""
-        return cls(shape)
+        """One that begins with what a recorded run used, if its (L, E) `frequencies` are known."""
+        return cls(shape, frequencies)
 
-    def __init__(self, shape: MoEShape) -> None:
+    def __init__(self, shape: MoEShape, frequencies: FloatArray | None = None) -> None:
         self._experts = shape.num_experts
         self.scores = np.zeros(3 * shape.total_experts + 2)
-        self.tick = 0
+        self._prior = None if frequencies is None else _prior(shape, frequencies)
+        self.reset()
 
     def serves(self, slot_of: IntArray, num_slots: int) -> None:
         """It does not look at the slots."""
@@ -96,6 +98,23 @@ class NextUse:
         learn_next_use(self.scores, self.tick, moe_layer, self._experts, experts, weights)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything that this run has shown."""
         self.scores[:] = 0.0
         self.tick = 0
+        if self._prior is not None:
+            size = len(self._prior)
+            # As if the last step had been like all others: it says nothing of what the last step is worth.
+            self.scores[size : 2 * size] = self.scores[2 * size : 3 * size] = self._prior
+            self.scores[:size] = -(size // self._experts) / np.maximum(self._prior, LEAST_USE)
+
+
+def _prior(shape: MoEShape, frequencies: FloatArray) -> FloatArray:
+    """Share of the steps of one token that use each expert (L * E,), by what a recorded run used."""
+    if frequencies.shape != (shape.num_layers, shape.num_experts):
+        raise UnsupportedOption(
+            f"frequencies have shape {frequencies.shape}, the model has "
+            f"{shape.num_layers} MoE layers x {shape.num_experts} experts; record a trace with this model"
+        )
+    sums = np.maximum(frequencies.sum(axis=1, keepdims=True), 1e-9)
+    prior: FloatArray = np.minimum(1.0, shape.top_k * frequencies / sums).ravel()
+    return prior

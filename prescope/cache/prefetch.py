@@ -101,6 +101,8 @@ def next_prefetch(waiting: Waiting, slots: Slots, num_on_wire: int, most: int) -
 def on_the_way(slots: Slots, slot: int) -> None:
     """The copy of a prefetch into its slot is issued."""
     slots.in_flight[slot] = slots.prefetched[slot] = True
+    slots.order[-1] += 1
+    slots.order[slot] = slots.order[-1]
 
 
 @jit

@@ -68,8 +68,9 @@ class ResidencyTable:
         self.placed = NOTHING
         #: The same arrays, for compiled code; they are changed in place only.
         self.arrays = Slots(
-            self.slot_of, self.key_of, self.in_flight, self.prefetched, self.protected, policy.scores
-        )
+            self.slot_of, self.key_of, self.in_flight, self.prefetched, self.protected, policy.scores,
+            np.zeros(num_slots + 1, dtype=np.int64),
+        )  # fmt: skip
 
     def need(
         self, moe_layer: int, experts: IntArray, tokens: IntArray, weights: NDArray[np.float64]

@@ -18,7 +18,7 @@ NO_BOUNDS = np.empty(0)
 class SortedNeed(NamedTuple):
     """A layer's distinct experts, by where they are, then by tokens."""
 
-    experts: IntArray  # (n,) hits, late ones, misses
+    experts: IntArray  # (n,) hits, late ones, misses; each by tokens, or late ones by `by_landing`
     tokens: IntArray  # (n,)
     num_hits: int
     num_late: int
@@ -33,6 +33,7 @@ class Slots(NamedTuple):
     prefetched: NDArray[np.bool_]  # (S,) brought by a prefetch, and not used since
     protected: NDArray[np.bool_]  # (S,) in use: not given up
     scores: FloatArray  # (L * E,) and more, as the cache policy has them
+    order: IntArray  # (S + 1,) number of each slot's last prefetch; behind them, how many there were
     #: (L + 1,) see `bounds_of`; empty: each eviction looks at every slot.
     lowest: FloatArray = NO_BOUNDS
 
@@ -60,6 +61,40 @@ def sort_need(
                 place += 1
                 counts[rank] += 1
     return SortedNeed(sorted_experts, sorted_tokens, counts[0], counts[1])
+
+
+@jit
+def by_landing(need: SortedNeed, first: int, slots: Slots) -> None:
+    """Put a need's late ones into the order in which they land: the link makes one copy after the other.
+
+    Args:
+        need: changed. `first`: key of its layer's expert 0.
+    """
+    begin = need.num_hits
+    for i in range(begin + 1, begin + need.num_late):
+        expert, tokens = need.experts[i], need.tokens[i]
+        order, at = slots.order[slots.slot_of[first + expert]], i
+        while at > begin and slots.order[slots.slot_of[first + need.experts[at - 1]]] > order:
+            need.experts[at], need.tokens[at] = need.experts[at - 1], need.tokens[at - 1]
+            at -= 1
+        need.experts[at], need.tokens[at] = expert, tokens
+
+
+@jit
+def landing_us(need: SortedNeed, first: int, slots: Slots, backlog_us: float, link_us: float) -> FloatArray:
+    """When each of a need's late ones (n,) lands: as much before the link is free as there are copies behind it.
+
+    Args:
+        need: as `by_landing` left it. `backlog_us`: until the link is free; `link_us`: one copy.
+    """
+    found = np.zeros(need.num_late)
+    for i in range(need.num_late):
+        slot = slots.slot_of[first + need.experts[need.num_hits + i]]
+        behind = 0
+        for other in range(len(slots.in_flight)):
+            behind += slots.in_flight[other] and slots.order[other] > slots.order[slot]
+        found[i] = max(0.0, backlog_us - behind * link_us)
+    return found
 
 
 @jit

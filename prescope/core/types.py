@@ -37,8 +37,8 @@ class NeedOutcome(StrEnum):
     """Outcome of one expert a layer needs in one step. Late is neither a hit nor a miss."""
 
     HIT = "hit"  # resident when needed
-    LATE = "late"  # in flight when needed
-    MISS = "miss"  # absent when needed
+    LATE = "late"  # in flight when needed, and waited for
+    MISS = "miss"  # absent when needed, or in flight and computed on the CPU meanwhile
 
 
 class Reason(StrEnum):

@@ -252,7 +252,8 @@ class LayeredRunner:
                 self._load(act, timed)
                 continue
             if work is None:
-                work = self._begin(layer, need, rounds, x_TD, ids_TK, host_ids)
+                cold = need.experts[here + num_load :]
+                work = self._begin(layer, need, rounds, x_TD, ids_TK, host_ids, cold)
                 self._record_begin(layer, need, len(rounds), num_load, x_TD, host_ids, weights_TK, timed)
             num_computed += 1
             if schedule_runner is not None and plan is not None and num_computed == len(rounds):
@@ -325,8 +326,13 @@ class LayeredRunner:
         x_TD: torch.Tensor,
         ids_TK: torch.Tensor,
         host_ids: np.ndarray,
+        cold: IntArray,
     ) -> Work:
-        """Call when the first round's slots are taken."""
+        """Call when the first round's slots are taken. `cold`: experts (n,) that the CPU computes."""
+        row, version = self.residency.row(layer.moe_layer), int(self.residency.versions[layer.moe_layer])
+        if (row[cold] >= 0).any():  # on their way, and not waited for
+            row, version = row.copy(), -1
+            row[cold] = -1
         work = Work(
             x_TD=x_TD,
             ids_TK=ids_TK.contiguous(),
@@ -335,8 +341,8 @@ class LayeredRunner:
             num_experts=layer.num_experts,
             out_PD=self._pair_outputs(x_TD, need, host_ids.size, layer),
             num_rounds=len(rounds),
-            slot_row=self.residency.row(layer.moe_layer),
-            version=int(self.residency.versions[layer.moe_layer]),
+            slot_row=row,
+            version=version,
         )
         self._kernel.prepare(work)
         return work

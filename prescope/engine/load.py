@@ -38,7 +38,7 @@ def load(
         model: folder written by `save_pretrained`, or a hub id; None or "tiny-moe": the model that comes with prescope.
         dtype: of the weights, also by name ("bf16"); "auto" keeps the checkpoint's. `torch_dtype` is the same.
         frequencies: (L, E) uses per expert, for cache="static" and for schedules that have the most frequent in slots
-            from the start ("fiddler", "static-split", "artefact").
+            from the start ("fiddler", "static-split", "artefact"); "next-use" begins with them.
         predictor: for schedules that prefetch by predictions.
         costs: of a layer on this machine, for schedules that weigh them; by default as `prescope.calibrate` saved them.
         settings: of the engine, see `EngineConfig`: slots, experts, device, cache, link_gb_per_s, kernels, ...

@@ -76,8 +76,8 @@ class Work:
     num_experts: int
     out_PD: torch.Tensor  # rows of pairs without an expert stay as they are
     num_rounds: int
-    slot_row: IntArray  # (E,) slot of each expert, -1 for none: the residency table's own row
-    version: int  # of that row
+    slot_row: IntArray  # (E,) slot of each expert, -1 for none: the residency table's own row unless it has no version
+    version: int  # of that row; -1 for none
 
 
 class StepLog(NamedTuple):

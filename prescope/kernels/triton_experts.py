@@ -189,7 +189,7 @@ class TritonKernel:
     ) -> torch.Tensor:
         """The layer's row of the residency table on the device, uploaded only when it has changed."""
         known, row = self._rows.get(moe_layer, (-1, torch.empty(0)))
-        if known != version:
+        if known != version or version < 0:
             row = _upload(slot_row, device)
             self._rows[moe_layer] = version, row
         return row

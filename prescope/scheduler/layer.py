@@ -8,10 +8,20 @@ from typing import NamedTuple
 import numpy as np
 
 from ..cache.policies import learn
-from ..cache.slots import Slots, SortedNeed, renew_bound, sort_need, use_prefetched
+from ..cache.slots import Slots, SortedNeed, by_landing, renew_bound, sort_need, use_prefetched
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
-from .learn import discount, learn_reuse, learn_trust, reuse_lasts
+from .fill import Habits
+from .learn import (
+    discount,
+    learn_returns,
+    learn_reuse,
+    learn_trust,
+    learn_uses,
+    misses_return,
+    reuse_lasts,
+    share_lasts,
+)
 from .plan import make_plan
 from .types import Costs, Memory, Plan, ScheduleSettings
 
@@ -39,7 +49,11 @@ def plan_layer(
     for expert in range(E):
         num_absent += slots.slot_of[moe_layer * E + expert] < 0
     num_misses = len(need.experts) - need.num_hits - need.num_late
+    learn_uses(
+        memory.shares, memory.uses_LE, memory.former_LE[moe_layer], slots.slot_of, moe_layer, need.experts
+    )
     learn_reuse(memory.reuse, memory.former_LE[moe_layer], need.experts, num_misses, num_absent)
+    learn_returns(memory.returns, memory.missed_LE[moe_layer], need)
     if d:
         counts_E = np.zeros(E, np.int64)
         for i in range(len(need.experts)):
@@ -49,7 +63,7 @@ def plan_layer(
     lag = min(settings.lag, d)
     return make_plan(
         settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE[lag:], used_dE[lag:],
-        reuse_lasts(memory.reuse),
+        _habits(memory),
     )  # fmt: skip
 
 
@@ -76,8 +90,20 @@ def reconsider(
     num_layers = memory.predicted_dLE.shape[1]
     return make_plan(
         settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE, used_dE,
-        reuse_lasts(memory.reuse), num_load,
+        _habits(memory), num_load,
     )  # fmt: skip
+
+
+@jit
+def _habits(memory: Memory) -> Habits:
+    return Habits(
+        reuse_lasts(memory.reuse),
+        misses_return(memory.returns, memory.reuse),
+        memory.uses_LE.ravel(),
+        share_lasts(memory.shares),
+        1.0 / max(1.0, memory.shares[0]),
+        memory.uses_LE.shape[1],
+    )
 
 
 @jit
@@ -104,7 +130,7 @@ def take_down(memory: Memory, moe_layer: int, lag: int, tokens_dE: FloatArray, u
 class Decision(NamedTuple):
     """What is decided about one layer."""
 
-    need: SortedNeed
+    need: SortedNeed  # late ones that are not waited for are misses, behind those that are copied
     num_prefetched: int  # as in `residency.LayerNeed`
     plan: Plan
 
@@ -136,11 +162,27 @@ def decide_layer(
     E = memory.former_LE.shape[1]
     of_experts = slots.slot_of[moe_layer * E + experts]
     need = sort_need(experts, tokens, of_experts, slots.in_flight)
-    num_prefetched = use_prefetched(slots.prefetched, of_experts)
+    by_landing(need, moe_layer * E, slots)
     learn(policy, slots.scores, tick, moe_layer, E, experts, weights, slots.slot_of)
     renew_bound(slots, moe_layer)
     plan = plan_layer(settings, costs, moe_layer, need, backlog_us, slots, memory, tokens_dE, used_dE)
-    return Decision(need, num_prefetched, plan)
+    need = _as_served(need, plan)
+    here = need.experts[: need.num_hits + need.num_late]
+    return Decision(need, use_prefetched(slots.prefetched, slots.slot_of[moe_layer * E + here]), plan)
+
+
+@jit
+def _as_served(need: SortedNeed, plan: Plan) -> SortedNeed:
+    """A need with the late ones that are not waited for behind the misses that are copied."""
+    begin = need.num_hits + plan.num_wait
+    late = need.num_late - plan.num_wait
+    if late == 0:
+        return need
+    experts, tokens = need.experts.copy(), need.tokens.copy()
+    for one, other in ((need.experts, experts), (need.tokens, tokens)):
+        other[begin : begin + plan.num_load] = one[begin + late : begin + late + plan.num_load]
+        other[begin + plan.num_load : begin + plan.num_load + late] = one[begin : begin + late]
+    return SortedNeed(experts, tokens, need.num_hits, plan.num_wait)
 
 
 @jit

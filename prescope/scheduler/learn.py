@@ -1,11 +1,16 @@
 """Learn from layer to layer how far predictions can be trusted, and how long experts stay in use."""
 
+import numpy as np
+
+from ..cache.slots import SortedNeed
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .types import FORMER_STEPS
 
 #: Weight of the past in `learn_trust` and `learn_reuse`, per layer of a step: remembers about a hundred layers.
 TRUST_DECAY = 0.99
+#: Steps that the share of uses remembers, and for which it is believed.
+USE_STEPS = 20.0
 
 
 @jit
@@ -65,6 +70,84 @@ def learn_reuse(
         former_E[expert] = (former_E[expert] << 1) & ((1 << FORMER_STEPS) - 1)
     for expert in experts:
         former_E[expert] |= 1
+
+
+@jit
+def learn_uses(
+    shares: FloatArray,
+    uses_LE: FloatArray,
+    former_E: IntArray,
+    slot_of: IntArray,
+    moe_layer: int,
+    experts: IntArray,
+) -> None:
+    """Keep the share of steps that use each expert, now that a layer needs experts (n,), and learn what it is worth:
+    of experts that have no slot, and that the last steps did not use, how much likelier those with a larger share are
+    used. (Among all experts the popular ones would decide, which have slots for good.)
+
+    Args:
+        shares: (3,) steps that the shares remember, and the decayed sums of the regression of a use on the share before
+            it; changed. Its slope is 1 where experts differ for good, 0 where they differ by chance.
+        uses_LE: decayed; the layer's are changed. `former_E`: as `learn_reuse` left it a step ago. `slot_of`: by key.
+    """
+    uses_E, first = uses_LE[moe_layer], moe_layer * uses_LE.shape[1]
+    mean, count = 0.0, 0
+    for expert in range(len(uses_E)):
+        if former_E[expert] == 0 and slot_of[first + expert] < 0:
+            mean, count = mean + uses_E[expert], count + 1
+    mean /= max(1, count)
+    shares *= TRUST_DECAY
+    for expert in range(len(uses_E)):
+        if former_E[expert] == 0 and slot_of[first + expert] < 0:
+            shares[2] += (uses_E[expert] - mean) ** 2
+    for expert in experts:
+        if former_E[expert] == 0 and slot_of[first + expert] < 0:
+            shares[1] += uses_E[expert] - mean
+    shares[0] = shares[0] / TRUST_DECAY
+    shares[0] += (USE_STEPS - shares[0]) / (USE_STEPS * len(uses_LE))
+    # Each of the first steps counts as much as the others: a mean of what there is.
+    weight = 1.0 / max(1.0, shares[0])
+    uses_E *= 1.0 - weight
+    for expert in experts:
+        uses_E[expert] += weight
+
+
+@jit
+def share_lasts(shares: FloatArray) -> float:
+    """What a larger share of uses says of the steps to come: 1 all of it, 0 nothing; see `learn_uses`."""
+    return min(1.0, max(0.0, shares[1] / max(shares[2], 1e-9)))
+
+
+@jit
+def learn_returns(returns: FloatArray, missed_E: IntArray, need: SortedNeed) -> None:
+    """Find out how many of the experts that a layer missed in the last steps it needs now.
+
+    Args:
+        returns: (FORMER_STEPS + 1,) decayed sums: of those it missed 1, 2, ... steps ago, how many are needed; and how
+            many it misses in a step.
+        missed_E: bit m: missed m + 1 steps ago; changed.
+    """
+    returns *= TRUST_DECAY
+    begin = need.num_hits + need.num_late
+    returns[FORMER_STEPS] += len(need.experts) - begin
+    for expert in need.experts:
+        for m in range(FORMER_STEPS):
+            returns[m] += missed_E[expert] >> m & 1
+    for expert in range(len(missed_E)):
+        missed_E[expert] = (missed_E[expert] << 1) & ((1 << FORMER_STEPS) - 1)
+    for expert in need.experts[begin:]:
+        missed_E[expert] |= 1
+
+
+@jit
+def misses_return(returns: FloatArray, reuse: FloatArray) -> float:
+    """How much likelier a missed expert is needed again m steps later, for the best m, than one without a slot.
+
+    A standard error less than found: the best of several shares is one that chance has favoured.
+    """
+    missed = max(1.0, returns[FORMER_STEPS])
+    share = min(1.0, returns[:FORMER_STEPS].max() / missed)
+    return share - np.sqrt(share * (1.0 - share) / missed) - reuse[1] / max(1.0, reuse[2])
 
 
 @jit

@@ -6,13 +6,14 @@ layer, L MoE layers, S slots, d layers ahead. Keys are flat: moe_layer * E + exp
 
 import numpy as np
 
-from ..cache.slots import Slots, SortedNeed
+from ..cache.slots import Slots, SortedNeed, landing_us
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .baselines import artefact, fiddler, hybrimoe, static_split
+from .fill import Habits, cpu_of, pays, price_us, worth_a_copy
 from .impact import by_impact
 from .presched import split
-from .types import Costs, Plan, ScheduleSettings, cpu_time
+from .types import Costs, Plan, ScheduleSettings
 
 (
     ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED, STATIC_SPLIT, ARTEFACT
@@ -28,10 +29,6 @@ ERROR_MARGIN = 0.3
 #: Least probability of use of an expert that is almost certain. With 0.75 an inverted predictor cost 6 % at batch 64,
 #: with 0.85 it costs 2 %.
 CERTAIN = 0.85
-#: An expert that the CPU computed saves its time so many times once it is in a slot, weighed by `reuse_lasts`; below
-#: the second number it is not copied. 1.5 loses up to 14 % at batch 1 of tiny-moe's own text without a predictor, 2.5
-#: another 1 % at batch 4; a fixed bound of 0.35, as it was, lost a third at batch 1 (simulated, docs/log/scheduler.md).
-REUSES_OF_A_COPY, LEAST_LASTING = 2.0, 0.05
 #: From this `reuse_lasts` on, experts predicted with less than the first probability are copied after those that the
 #: CPU computed, and with less than the second not at all: the experts in slots are likelier to be used.
 LONG_LASTING = 0.35
@@ -71,51 +68,6 @@ def likely(settings: ScheduleSettings, moe_layer: int, num_layers: int, used_dE:
 
 
 @jit
-def is_worth_copying(costs: Costs, tokens: IntArray, layer_us: float, lasting: float) -> bool:
-    """Whether to copy experts that the CPU computes, with their tokens (n,), while the link is idle.
-
-    A copy saves the CPU's time when the expert is used again, and slows the CPU down meanwhile: both read the same
-    memory.
-
-    Args:
-        layer_us: until the next router has chosen. `lasting`: see `reuse_lasts`.
-    """
-    n = len(tokens)
-    if n == 0 or lasting < LEAST_LASTING:
-        return False
-    cpu_us = costs.cpu_base_us
-    for i in range(n):
-        cpu_us += cpu_time(costs.cpu_us, tokens[i])
-    slower = 1.0 - costs.cpu_alone_us[1] / max(costs.cpu_us[1], 1e-9)
-    lost_us = cpu_us / max(cpu_us, layer_us, 1e-9) * costs.link_us * slower
-    return lasting * REUSES_OF_A_COPY * cpu_us / n >= lost_us
-
-
-@jit
-def worth_a_slot(keys: IntArray, most: int, slots: Slots) -> IntArray:
-    """Of experts (n,) without a slot, at most `most` that the cache rates above its lowest ones, the best first.
-
-    The i-th best must be better than the i-th least of those in slots.
-    """
-    most = min(most, len(keys))
-    least = np.full(most, np.inf)
-    for key in slots.key_of:
-        score = -np.inf if key < 0 else slots.scores[key]
-        at = most
-        while at > 0 and least[at - 1] > score:
-            if at < most:
-                least[at] = least[at - 1]
-            at -= 1
-        if at < most:
-            least[at] = score
-    order = np.argsort(-slots.scores[keys], kind="mergesort")
-    count = 0
-    while count < most and slots.scores[keys[order[count]]] > least[count]:
-        count += 1
-    return keys[order[:count]]
-
-
-@jit
 def make_plan(
     settings: ScheduleSettings,
     costs: Costs,
@@ -126,16 +78,16 @@ def make_plan(
     slots: Slots,
     tokens_dE: FloatArray,
     used_dE: FloatArray,
-    lasting: float,
+    habits: Habits,
     num_load: int = -1,
 ) -> Plan:
     """Decide about one layer, when its router has chosen.
 
     Args:
-        need: of this layer. `backlog_us`: until the link is done with what is on the wire.
+        need: of this layer, late ones by when they land. `backlog_us`: until the link is done with what is on the wire.
         tokens_dE, used_dE: predictions for the d layers after this one: expected number of tokens that use an expert,
             and probability that any does; rows beyond the last layer hold zeros.
-        lasting: see `reuse_lasts`.
+        habits: for PreSched.
         num_load: how many misses are copied, if that is decided and only prefetches are asked for (PreSched).
     """
     nothing = np.empty(0, np.int64)
@@ -146,19 +98,22 @@ def make_plan(
     ahead = min(settings.lookahead, d, num_layers - 1 - moe_layer)
     if settings.schedule == ON_DEMAND or settings.schedule == FIDDLER:
         k = fiddler(costs, missing) if settings.schedule == FIDDLER else n
-        return Plan(k, nothing, nothing)
+        return Plan(need.num_late, k, nothing, nothing)
     if settings.schedule == STATIC_SPLIT:
-        return Plan(static_split(costs, missing), nothing, nothing)
+        return Plan(need.num_late, static_split(costs, missing), nothing, nothing)
     if settings.schedule == STREAMING or settings.schedule == KLOTSKI:
         if moe_layer + 1 == num_layers:
-            return Plan(n, nothing, nothing)
+            return Plan(need.num_late, n, nothing, nothing)
         row = np.zeros(E)
         if settings.schedule == KLOTSKI and d > 0:  # hottest first
             row[:] = tokens_dE[0]
         whole = ScheduleSettings(settings.schedule, 1, E, 0.0)
         first = (moe_layer + 1) * E
         return Plan(
-            n, wanted(whole, moe_layer + 1, slots.slot_of, row, np.ones(E)), np.arange(first, first + E)
+            need.num_late,
+            n,
+            wanted(whole, moe_layer + 1, slots.slot_of, row, np.ones(E)),
+            np.arange(first, first + E),
         )
     candidates = nothing
     if ahead > 0:
@@ -167,64 +122,140 @@ def make_plan(
     # LRU order it would be the first to go (docs/log/scheduler.md: the others gain 2 to 10 % by it, PreSched 0.5 %).
     keep = likely(settings, moe_layer, num_layers, used_dE)
     if settings.schedule == FATE or settings.schedule == MOE_INFINITY:
-        return Plan(n, candidates, keep)
+        return Plan(need.num_late, n, candidates, keep)
     if settings.schedule == HYBRIMOE:
         k = hybrimoe(costs, missing, here, backlog_us)
         gains = by_impact(
             settings, costs, moe_layer, need, k, backlog_us, slots, tokens_dE[:ahead], used_dE[:ahead]
         )
-        return Plan(k, gains, keep)
+        return Plan(need.num_late, k, gains, keep)
     if settings.schedule == ARTEFACT:
         k = artefact(costs, missing)
         is_batch = need.tokens.sum() > ARTEFACT_BATCH * settings.top_k
-        return Plan(k, candidates, keep) if is_batch else Plan(k, nothing, nothing)
-    first = (moe_layer + 1) * E
-    is_lasting, others, least = lasting >= LONG_LASTING, nothing, settings.threshold
-    if is_lasting:
+        return Plan(need.num_late, k, candidates if is_batch else nothing, keep if is_batch else nothing)
+    return _presched(
+        settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE, used_dE, habits, num_load, ahead,
+        candidates, keep,
+    )  # fmt: skip
+
+
+@jit
+def _presched(
+    settings: ScheduleSettings,
+    costs: Costs,
+    moe_layer: int,
+    num_layers: int,
+    need: SortedNeed,
+    backlog_us: float,
+    slots: Slots,
+    tokens_dE: FloatArray,
+    used_dE: FloatArray,
+    habits: Habits,
+    num_load: int,
+    ahead: int,
+    candidates: IntArray,
+    keep: IntArray,
+) -> Plan:
+    """The window's optimum, and what the link copies while it has nothing else to do; arguments as of `make_plan`.
+
+    Args:
+        ahead: layers that predictions are looked at for. `candidates`: of the next one.
+    """
+    E = used_dE.shape[1]
+    own, first = moe_layer * E, (moe_layer + 1) * E
+    others, least, has_cpu = candidates[:0], settings.threshold, len(costs.cpu_us) > 1
+    if habits.lasting >= LONG_LASTING:
         least = max(least, LEAST_BESIDE_REUSE)
-    likelier = ScheduleSettings(settings.schedule, settings.lookahead, settings.width, least, settings.lag)
-    if is_lasting and ahead > 0:
-        next_E = used_dE[0][candidates - first]
-        others = candidates[(next_E < LIKELY) & (next_E >= least)]
-        candidates = candidates[next_E >= LIKELY]
+        if ahead > 0:
+            next_E = used_dE[0][candidates - first]
+            others = candidates[(next_E < LIKELY) & (next_E >= least)]
+            candidates = candidates[next_E >= LIKELY]
     m = len(candidates)
-    next_tokens, next_used = np.empty(m), np.empty(m)
-    # The next layer serves the same tokens. A predictor that expects more of them errs by that factor, and the CPU
-    # would seem so slow that everything is prefetched: an inverted one cost 43 % at batch 64 before
-    # (docs/log/scheduler.md).
-    scale = min(1.0, need.tokens.sum() / max(1e-9, tokens_dE[0].sum())) if m > 0 else 1.0
-    for j in range(m):
-        next_tokens[j] = scale * tokens_dE[0, candidates[j] - first]
-        next_used[j] = used_dE[0, candidates[j] - first]
-    k, p, window_us, done_us, free_us = split(
-        costs, missing, here, need.num_late, backlog_us, next_tokens, next_used, num_load
-    )
-    most = min(m, p + int(ERROR_MARGIN * window_us / costs.link_us))
-    end = p
-    while end < most and next_used[end] >= CERTAIN:
+    next_tokens, next_used = _of_next(need.tokens, candidates - first, tokens_dE, used_dE)
+    late_us = landing_us(need, own, slots, backlog_us, costs.link_busy_us)
+    unsure = need.tokens[need.num_hits :]
+    linked, p, window_us, done_us, free_us = split(
+        costs, unsure, need.num_hits, late_us, backlog_us, next_tokens, next_used,
+        -1 if num_load < 0 else need.num_late + num_load,
+    )  # fmt: skip
+    wait, k = min(linked, need.num_late), max(0, linked - need.num_late)
+    cold, cpu_us = need.experts[need.num_hits + linked :], cpu_of(costs, unsure[linked:])
+    layer_us = done_us + costs.rest_us + costs.decide_us
+    price = price_us(costs, cpu_us, layer_us)
+    end, most = p, min(m, p + int(ERROR_MARGIN * window_us / costs.link_us))
+    while end < most and next_used[end] >= CERTAIN and pays(costs, next_tokens[end], next_used[end], price):
         end += 1
     prefetch = candidates[:end]
-    left = free_us - m * costs.link_us
-    if p < m or left <= 0:
-        return Plan(k, prefetch, keep)
+    # While the CPU computes whatever is missing, a copy that is under way when the next router has chosen is in
+    # nobody's way, however long it takes.
+    is_free = has_cpu and k == 0 and (len(cold) > 0 or costs.cpu_us[1] <= costs.link_us)
+    left = free_us - (p if is_free else m) * costs.link_us
+    if left <= 0 or (p < m and not is_free):
+        return Plan(wait, k, prefetch, keep)
     # What the CPU computes would never come into the slots, however often it is used again: 7 to 44 points of hits
     # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated,
     # docs/log/cache.md).
-    cold = moe_layer * E + need.experts[here + k :]
-    layer_us = done_us + costs.rest_us + costs.decide_us
-    room = int(left / costs.link_us) if is_worth_copying(costs, missing[k:], layer_us, lasting) else 0
-    again = worth_a_slot(cold, room, slots)
+    room = int(left / costs.link_us) + (1 if is_free else 0)
+    absent = own + cold
+    absent = absent[slots.slot_of[absent] < 0]  # late ones come without a further copy
+    again = worth_a_copy(absent, cpu_us / max(1, len(cold)), price, room, habits, slots)
     others = others[: max(0, int(left / costs.link_us) - len(again))]
     left -= (len(again) + len(others)) * costs.link_us
     prefetch = np.concatenate((prefetch, again, others))
     # Link time that the next layer has no use for goes to the layers after it.
+    likelier = ScheduleSettings(settings.schedule, settings.lookahead, settings.width, least, settings.lag)
     for further in range(2, ahead + 1):
         if left <= 0:
             break
-        more = wanted(
-            likelier, moe_layer + further, slots.slot_of, tokens_dE[further - 1], used_dE[further - 1]
-        )
-        more = more[: int(left / costs.link_us) + 1]
+        more = _further(
+            likelier, costs, moe_layer, further, left, layer_us, price, slots.slot_of, tokens_dE[further - 1],
+            used_dE[further - 1],
+        )  # fmt: skip
         left -= len(more) * costs.link_us
         prefetch = np.concatenate((prefetch, more))
-    return Plan(k, prefetch, keep)
+    return Plan(wait, k, prefetch, keep)
+
+
+@jit
+def _of_next(
+    tokens: IntArray, candidates: IntArray, tokens_dE: FloatArray, used_dE: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Expected tokens and probability of use of the next layer's candidates (m,); `tokens` of what this layer needs."""
+    m = len(candidates)
+    if m == 0:
+        return np.empty(0), np.empty(0)
+    # The next layer serves the same tokens. A predictor that expects more of them errs by that factor, and the CPU
+    # would seem so slow that everything is prefetched: an inverted one cost 43 % at batch 64 before
+    # (docs/log/scheduler.md).
+    scale = min(1.0, tokens.sum() / max(1e-9, tokens_dE[0].sum()))
+    return scale * tokens_dE[0][candidates], used_dE[0][candidates]
+
+
+@jit
+def _further(
+    settings: ScheduleSettings,
+    costs: Costs,
+    moe_layer: int,
+    further: int,
+    left_us: float,
+    layer_us: float,
+    price: float,
+    slot_of: IntArray,
+    tokens_E: FloatArray,
+    used_E: FloatArray,
+) -> IntArray:
+    """Keys of a layer `further` layers ahead that land before it asks, and save more than their copies cost.
+
+    Args:
+        left_us: link time before the next router has chosen; one copy may outlast it. `layer_us`: of one layer.
+    """
+    layer = moe_layer + further
+    more = wanted(settings, layer, slot_of, tokens_E, used_E)
+    in_time = int((left_us + (further - 1) * layer_us) / costs.link_us)
+    most, count = min(len(more), int(left_us / costs.link_us) + 1, in_time), 0
+    while count < most:
+        expert = more[count] - layer * len(used_E)
+        if not pays(costs, tokens_E[expert], used_E[expert], price):
+            break
+        count += 1
+    return more[:count]

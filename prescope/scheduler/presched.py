@@ -1,23 +1,26 @@
 """PreSched: the exact optimum over two layers, by one scan (arXiv 2509.23638 as we re-implement it).
 
-The router of layer l has chosen its experts. R of them are in slots; u_1 >= u_2 >= ... are missing, by token count. V
-are predicted for layer l + 1 and have no slot. The first k of u are copied, the rest are computed on the CPU, and p of
-V are prefetched:
+The router of layer l has chosen its experts. R of them are in slots. Of the others the link brings, in this order,
+those that are on their way (late ones, by when they land) and those that are copied on demand (by token count): v_1,
+v_2, ... The layer waits for the first k of v, the rest are computed on the CPU; late ones among these land later, for
+later steps. V are predicted for layer l + 1 and have no slot; p of them are prefetched:
 
-    F(k) = d + k * t_io                          the link is done with what it owes, d of it from before
-    G(k) = F(k) + (R + k) * t_g                  GPU done (no wait for the link when nothing comes)
-    C(k, p) = sum of c(u_j), j > k               CPU done: slower until the link is, at F(k) + p * t_io (`cpu_done`)
+    F(k) = d + k' * t_io                         link done with what it owes: d from before, k' on demand among the k
+    W(k)                                         the k-th of v is there: as it lands, or F(k) if copied on demand
+    G(k) = W(k) + (R + k) * t_g                  GPU done (no wait for the link when nothing comes)
+    C(k, p) = sum of c(v_j), j > k               CPU done: slower until the link is, at F(k) + p * t_io (`cpu_done`)
     T(k, p) = max(G(k), C(k, p))                 layer l done
-    S(k, p) = T(k, p) + A - F(k)                 link time that is free before router l + 1 has chosen; less of it where
-                                                 copies are slower, beside the CPU
+    S(k, p) = T(k, p) + A - F(k)                 link time that is free before router l + 1 has chosen; less of it
+                                                 beside the CPU, where copies are slower; below 0: still owed then
     d'   = max(0, p * t_io - S(k, p))
     N    = min over s of max(d' + copies of V_p+1..V_s + t_g, CPU time of the rest)   (t_g if bytes are waited for)
 
-and (k, p) minimises T(k, p) + FORECAST * N. Three things differ from the paper. N has a weight. G was
-max(R * t_g, F(k)) + t_g, but our engine computes a layer's experts together, when all of them are there. And link and
-CPU read the same memory, so a copy slows the CPU down. Prefetches beyond S(k, p) only move work from one layer to the
-next, so p ends with the first prefetch that finds no free time. An expert of V that is not prefetched costs its time by
-the probability of its use; a prefetch costs its whole time.
+and (k, p) minimises T(k, p) + FORECAST * N. Four things differ from the paper. N has a weight. G was
+max(R * t_g, F(k)) + t_g, but our engine computes a layer's experts together, when all of them are there. Link and
+CPU read the same memory, so a copy slows the CPU down. And a late copy is waited for only if that is sooner than
+computing its expert on the CPU. Prefetches beyond S(k, p) only move work from one layer to the next, so p ends with
+the first prefetch that finds no free time. An expert of V that is not prefetched costs its time by the probability of
+its use; a prefetch costs its whole time.
 """
 
 import numpy as np
@@ -51,23 +54,24 @@ def cpu_done(beside_us: float, share: float, link_us: float) -> float:
 def split(
     costs: Costs,
     tokens: IntArray,
-    num_here: int,
-    num_late: int,
+    num_hits: int,
+    late_us: FloatArray,
     backlog_us: float,
     next_tokens: FloatArray,
     next_used: FloatArray,
-    num_load: int = -1,
+    num_linked: int = -1,
 ) -> tuple[int, int, float, float, float]:
-    """Best (k, p), its T + FORECAST * N, T itself, and the link's free time S before any prefetch, us.
+    """Best (k, p), its T + FORECAST * N, T itself, and the link's free time S before any prefetch, us (below 0: what it
+    owes).
 
     Args:
-        tokens: (n,) of the missing experts, descending.
-        num_here: experts that are in slots or in flight, `num_late` of them in flight.
+        tokens: (n,) of v: the late ones, the first to land first, then the missing ones, descending.
+        num_hits: experts in slots. `late_us`: (l,) when the late ones land.
         backlog_us: rest of what is on the wire.
         next_tokens, next_used: (m,) of the candidates of layer l + 1, the most wanted first.
-        num_load: k, if that is decided.
+        num_linked: k, if that is decided.
     """
-    n, m = len(tokens), len(next_tokens)
+    n, m, num_late = len(tokens), len(next_tokens), len(late_us)
     has_cpu = len(costs.cpu_us) > 1
     # Sums from the end: CPU time of u_k+1..u_n, and of V_p+1..V_m by probability; beside the link, and the share of it
     # that it takes alone.
@@ -94,21 +98,21 @@ def split(
             alone_us += submit + next_used[j] * cpu_time(costs.cpu_alone_us, each)
             share_next[j] = share_alone(cpu_next[j], alone_us)
     best_k, best_p, best_us, best_done, best_free = n, 0, np.inf, 0.0, 0.0
-    most = n if num_load < 0 else num_load
-    least = most if num_load >= 0 or not has_cpu else 0
+    most = n if num_linked < 0 else num_linked
+    least = most if num_linked >= 0 or not has_cpu else 0
     slower = 1.0 - costs.link_us / max(costs.link_busy_us, 1e-9)
     for k in range(most, least - 1, -1):
-        link = backlog_us + k * (costs.link_busy_us if k < n else costs.link_us)
-        gpu = (num_here + k) * costs.gpu_us
-        if k > 0 or num_late > 0:
-            gpu += link
+        link = backlog_us + max(0, k - num_late) * (costs.link_busy_us if k < n else costs.link_us)
+        gpu = (num_hits + k) * costs.gpu_us
+        if k > 0:
+            gpu += link if k > num_late else late_us[k - 1]
         for p in range(m + 1):
             cpu = cpu_done(cpu_rest[k], share_rest[k], link + p * costs.link_busy_us)
             done = max(gpu, cpu)
             if done >= best_us:  # what follows costs something too, and a further prefetch more
                 break
-            free = max(0.0, done + costs.rest_us + costs.decide_us - link)
-            free -= slower * min(free, max(0.0, cpu - link))
+            free = done + costs.rest_us + costs.decide_us - link
+            free -= slower * max(0.0, min(free, cpu - link))
             owed = max(0.0, p * costs.link_us - free)
             if next_us[p] < 0.0:
                 next_us[p] = _next_layer(costs, has_cpu, p, 0.0, link_next, cpu_next, share_next)
@@ -137,16 +141,16 @@ def _next_layer(
 ) -> float:
     """Expected time of what layer l + 1 will miss when the first p candidates were prefetched."""
     m = len(link_next) - 1
-    late_us = costs.gpu_us if owed_us > 0.0 else 0.0  # what comes late is computed late
-    if p == m:
-        return owed_us + late_us
+    if p == m:  # what comes late is computed late
+        return owed_us + costs.gpu_us if owed_us > 0.0 and p > 0 else 0.0
     if not has_cpu:
         return owed_us + link_next[m] - link_next[p] + costs.gpu_us
     # Not only where link and CPU end together: a CPU that is fast while the link is idle had better do all.
     best = np.inf
     for s in range(p, m + 1):
         link = owed_us + link_next[s] - link_next[p]
-        gpu = link + (costs.gpu_us if s > p else late_us)
+        # The last prefetch is waited for; what the link owes before all of them is not.
+        gpu = link + costs.gpu_us if s > p or (p > 0 and owed_us > 0.0) else 0.0
         if gpu >= best:
             break
         best = min(best, max(gpu, cpu_done(cpu_next[s], share_next[s], link)))

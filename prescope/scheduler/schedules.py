@@ -218,11 +218,11 @@ _ALL = (
         "CPU, so that both are done soonest, in O(n) after a sort; costs are profiled",
         unknown="no code is public. Ours: the formulas of the window, probabilities in them; a layer is answered by "
         "predictions of the one before, so that it waits for no predictor, and prefetches by its own, some us later; "
-        "further layers when the link is idle, a margin for costs "
-        "that are wrong, an eviction that knows the plan and a cache that knows the order of the layers, experts "
-        "computed on the CPU copied for later when choices last, and trust in the predictor by what its likeliest "
-        "experts were worth. Its defaults do not depend on the batch: no other was better by more than 1 %, simulated "
-        "(docs/log/scheduler.md)",
+        "late copies waited for only if the CPU would take longer; further layers when the link is idle, a margin "
+        "for costs that are wrong, an eviction that knows the plan and a cache that knows the order of the layers, "
+        "experts computed on the CPU copied for later when choices last, and trust in the predictor by what its "
+        "likeliest experts were worth. Its defaults do not depend on the batch: no other was better by more than 1 %, "
+        "simulated (docs/log/scheduler.md)",
         source="PreScope, arXiv 2509.23638",
     ),
 )

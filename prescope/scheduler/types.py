@@ -40,6 +40,9 @@ class ScheduleSettings(NamedTuple):
 class Plan(NamedTuple):
     """What to do about one layer whose router has chosen."""
 
+    num_wait: (
+        int  # of the late ones, how many (those that land first) are waited for; the CPU computes the others
+    )
     num_load: int  # of the misses, how many (the first ones) are copied on demand; the rest go to the CPU
     prefetch: IntArray  # (p,) flat keys (moe_layer * E + expert), the most wanted first
     keep: IntArray  # flat keys that are evicted last meanwhile
@@ -55,7 +58,11 @@ class Memory(NamedTuple):
     trust: FloatArray  # (d, 2), see `learn.learn_trust`
     predicted_dLE: FloatArray  # the last probability of use
     reuse: FloatArray  # (FORMER_STEPS + 4,), see `learn.learn_reuse`
+    returns: FloatArray  # (FORMER_STEPS + 1,), see `learn.learn_returns`
     former_LE: IntArray  # bit m: each layer used it m + 1 steps ago
+    missed_LE: IntArray  # bit m: it missed it then
+    uses_LE: FloatArray  # decayed share of the steps that used it
+    shares: FloatArray  # (3,), see `learn.learn_uses`
 
     @classmethod
     def fresh(cls, lookahead: int, num_layers: int, num_experts: int) -> "Memory":
@@ -64,7 +71,11 @@ class Memory(NamedTuple):
             np.zeros((lookahead, 2)),
             np.zeros((lookahead, num_layers, num_experts)),
             np.zeros(FORMER_STEPS + 4),
+            np.zeros(FORMER_STEPS + 1),
             np.zeros((num_layers, num_experts), np.int64),
+            np.zeros((num_layers, num_experts), np.int64),
+            np.zeros((num_layers, num_experts)),
+            np.zeros(3),
         )
 
 

@@ -17,7 +17,7 @@ from ..scheduler import SCHEDULES
 from ..scheduler.costs import compiled_costs
 from ..scheduler.presched import cpu_done, share_alone
 from ..scheduler.types import Costs, cpu_time
-from .replay import AHEAD, AT_LAYER, DECIDED, DONE, KEY, LOOKED, ON_CPU, REASON, STEP
+from .replay import AHEAD, AT_LAYER, DECIDED, DONE, KEY, LATE, LOOKED, ON_CPU, REASON, STEP
 from .result import SimResult
 from .simulator import Simulator
 
@@ -31,8 +31,9 @@ class LayerExplanation(NamedTuple):
     Attributes:
         experts: one row an expert, needed or prefetched: expert, tokens, was, decision, reason (`core.types.Reason`),
             by_link_us, by_cpu_us, predicted.
-        splits: one row for each number of misses that could have been copied: copied, on_cpu, link_us, gpu_us, cpu_us,
-            layer_us, chosen. Without prefetches for the next layer, which PreSched weighs too.
+        splits: one row for each number of experts that the link could have brought, late ones before misses: copied,
+            waited, on_cpu, link_us, gpu_us, cpu_us, layer_us, chosen. Without prefetches for the next layer, which
+            PreSched weighs too.
         backlog_us: until the link was done with what it had been given before.
         layer_us: from the decision to the end of the layer.
         words: the decision in one sentence.
@@ -64,17 +65,22 @@ def explain_layer(simulator: Simulator, result: SimResult, step: int, moe_layer:
     s, log, config = int(found[0]), result.log, result.config
     costs = compiled_costs(simulator.costs, cpu=config["cpu"], predicts=config["lookahead"] > 0)
     slot_of_E, link_free_us = _before(simulator, result, s, moe_layer)
+    late = _late(result, s, moe_layer, slot_of_E, simulator.needs.tokens_SLE[s, moe_layer])
     decided = float(log.times_us[s, moe_layer, DECIDED])
     backlog = max(0.0, link_free_us - float(log.times_us[s, moe_layer, LOOKED]))
-    experts = _experts(simulator, result, s, moe_layer, slot_of_E)
-    missing = experts[(experts["was"] == ON_HOST) & (experts["tokens"] > 0)]
-    here = experts[(experts["was"] != ON_HOST) & (experts["tokens"] > 0)]
-    num_late = int((here["was"] == ON_LINK).sum())
+    experts = _experts(simulator, result, s, moe_layer, slot_of_E, late)
+    is_missing = (experts["was"] == ON_HOST) & (experts["tokens"] > 0)
+    missing = experts[is_missing & ~experts["expert"].isin(list(late))]
+    hits = int(((experts["was"] == IN_SLOT) & (experts["tokens"] > 0)).sum())
     tokens = missing["tokens"].to_numpy().astype(np.int64)
-    by_link, by_cpu = _each(costs, tokens, len(here), backlog)
+    by_link, by_cpu = _each(costs, tokens, hits + len(late), backlog)
     experts.loc[missing.index, "by_link_us"], experts.loc[missing.index, "by_cpu_us"] = by_link, by_cpu
     num_cpu = int(log.counts[s, moe_layer, ON_CPU])
-    splits = splits_of(costs, tokens, len(here), num_late, backlog, len(tokens) - num_cpu)
+    late_tokens = simulator.needs.tokens_SLE[s, moe_layer][list(late)].astype(np.int64)
+    splits = splits_of(
+        costs, np.concatenate([late_tokens, tokens]), hits, list(late.values()), backlog,
+        len(late) + len(tokens) - num_cpu,
+    )  # fmt: skip
     return LayerExplanation(
         step,
         moe_layer,
@@ -122,8 +128,35 @@ def _before(simulator: Simulator, result: SimResult, s: int, layer: int) -> tupl
     return part.slot_of[layer * E : (layer + 1) * E], float(log.copy_us[before, 1].max(initial=0.0))
 
 
+def _late(
+    result: SimResult, s: int, layer: int, slot_of_E: NDArray[np.int64], tokens_E: NDArray[np.integer]
+) -> dict[int, float]:
+    """Experts that a layer needed while their copies were on the link, the first to land first: how long after the
+    host had looked.
+    """
+    log, looked = result.log, float(result.log.times_us[s, layer, LOOKED])
+    on_link = (
+        (log.copies[:, REASON] == AHEAD) & (log.copies[:, AT_LAYER] == layer) & (log.copies[:, STEP] <= s)
+    )
+    on_link &= log.copy_us[:, 1] > looked
+    return {
+        expert: end - looked
+        for expert, end in zip(
+            (log.copies[on_link, KEY] % len(slot_of_E)).tolist(),
+            log.copy_us[on_link, 1].tolist(),
+            strict=True,
+        )
+        if tokens_E[expert] and (slot_of_E[expert] >= 0 or result.streams)
+    }
+
+
 def _experts(
-    simulator: Simulator, result: SimResult, s: int, layer: int, slot_of_E: NDArray[np.int64]
+    simulator: Simulator,
+    result: SimResult,
+    s: int,
+    layer: int,
+    slot_of_E: NDArray[np.int64],
+    late: dict[int, float],
 ) -> pd.DataFrame:
     """One row an expert: those needed, by where they were and by tokens, then those prefetched in vain."""
     E, log = simulator.shape.num_experts, result.log
@@ -133,6 +166,7 @@ def _experts(
     mine = (log.copies[:, STEP] == s) & (log.copies[:, AT_LAYER] == layer)
     ahead = mine & (log.copies[:, REASON] == AHEAD)
     landing = dict(zip((log.copies[ahead, KEY] % E).tolist(), log.copy_us[ahead, 1].tolist(), strict=True))
+    waited = list(late)[: int(log.counts[s, layer, LATE])]
     demanded = set((log.copies[mine & ~ahead, KEY] % E).tolist())
     used = simulator.predictions.of(slice(s, s + 1)).used_dSLE[:1, 0, layer]  # what its prefetches went by
     rows = []
@@ -143,6 +177,11 @@ def _experts(
         gone = was == ON_HOST and not result.streams
         if expert in demanded:
             was, decision, reason = ON_HOST, "copied on demand", str(Reason.ON_DEMAND)
+        elif expert in late and expert not in waited:
+            was, reason = ON_HOST, str(Reason.CPU)
+            decision = f"computed on the CPU: copied ahead, {late[expert]:,.0f} us late"
+        elif expert in late:
+            was, decision, reason = ON_LINK, f"copied ahead, {late[expert]:,.0f} us late", why_ahead
         elif expert in landing and not (tokens and gone):
             was = ON_LINK if landing[expert] > looked else IN_SLOT
             wait = f"{landing[expert] - looked:,.0f} us late" if was == ON_LINK else "in time"
@@ -175,29 +214,32 @@ def _each(
 
 
 def splits_of(
-    costs: Costs, tokens: NDArray[np.int64], here: int, late: int, backlog_us: float, chosen: int
+    costs: Costs, tokens: NDArray[np.int64], hits: int, late_us: list[float], backlog_us: float, chosen: int
 ) -> pd.DataFrame:
-    """What each split of a layer's misses would take by itself: T(k, 0) of `scheduler.presched`, one row a k.
+    """What each split of a layer's experts without bytes would take by itself: T(k, 0) of `scheduler.presched`, one row
+    a k.
 
     Args:
-        tokens: of the misses, descending. `here`: other experts needed, `late` of them in flight.
-        chosen: misses that were copied.
+        tokens: of the late ones, the first to land first, then of the misses, descending. `hits`: other experts needed.
+        late_us: when the late ones land.
+        chosen: experts that the link brought.
     """
-    n, has_cpu = len(tokens), len(costs.cpu_us) > 1
+    n, late, has_cpu = len(tokens), len(late_us), len(costs.cpu_us) > 1
     rows = []
-    for copied in range(0 if has_cpu else n, n + 1):
-        link = backlog_us + copied * (costs.link_us if copied == n else costs.link_busy_us)
-        waits = copied > 0 or late > 0
-        gpu = (here + copied) * costs.gpu_us + (link if waits else 0.0)
+    for linked in range(0 if has_cpu else n, n + 1):
+        copied, waited = max(0, linked - late), min(linked, late)
+        link = backlog_us + copied * (costs.link_us if linked == n else costs.link_busy_us)
+        there = link if copied else late_us[linked - 1] if linked else 0.0
+        gpu = (hits + linked) * costs.gpu_us + there
         beside, alone = (
-            costs.cpu_base_us + sum(cpu_time(cpu_us, t) for t in tokens[copied:].tolist())
-            if copied < n
+            costs.cpu_base_us + sum(cpu_time(cpu_us, t) for t in tokens[linked:].tolist())
+            if linked < n
             else 0.0
             for cpu_us in (costs.cpu_us, costs.cpu_alone_us)
         )
         cpu = cpu_done(beside, share_alone(beside, alone), link)
-        rows.append((copied, n - copied, link if waits else 0.0, gpu, cpu, max(gpu, cpu), copied == chosen))
-    columns = ["copied", "on_cpu", "link_us", "gpu_us", "cpu_us", "layer_us", "chosen"]
+        rows.append((copied, waited, n - linked, there, gpu, cpu, max(gpu, cpu), linked == chosen))
+    columns = ["copied", "waited", "on_cpu", "link_us", "gpu_us", "cpu_us", "layer_us", "chosen"]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -135,14 +135,13 @@ class Simulator:
         settings = self._resolve(
             schedule, slots, cache, lookahead, width, threshold, cpu, frequencies, least_bytes, most_in_flight
         )
-        counts = np.asarray(
-            self.trace.expert_counts() if frequencies is None else frequencies, dtype=np.float64
-        )
-        table = ResidencyTable(
-            self.shape, settings.num_slots, make_policy(settings.cache, self.shape, counts)
-        )
-        if settings.schedule.schedule.places:
-            table.placed = by_frequency(self.shape, counts)[-settings.num_slots :]
+        if settings.hindsight:
+            frequencies = self.trace.expert_counts()
+        known = None if frequencies is None else np.asarray(frequencies, dtype=np.float64)
+        policy = make_policy(settings.cache, self.shape, known)
+        table = ResidencyTable(self.shape, settings.num_slots, policy)
+        if known is not None and settings.schedule.schedule.places:
+            table.placed = by_frequency(self.shape, known)[-settings.num_slots :]
         log = self._replay(settings, table, believed, resident)
         return SimResult(
             log=log,
@@ -315,7 +314,7 @@ class Simulator:
     def _prefill(self, table: ResidencyTable, prefills: list[int], is_first: bool) -> None:
         """The first prompt's walk starts cold and depends on little, so it is remembered: a slider comes back to it."""
         policy = table.policy
-        by = policy.scores.tobytes() if policy.name == "static" else b""
+        by = policy.scores.tobytes() if policy.scores.any() else b""
         key = table.num_slots, policy.name, by + table.placed.tobytes()
         if is_first and key in self._warm:
             table.slot_of[:], table.key_of[:], table.prefetched[:], policy.scores[:], tick = self._warm[key]

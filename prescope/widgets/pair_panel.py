@@ -124,6 +124,7 @@ def why_html(why: LayerExplanation) -> str:
     )
     splits = why.splits.rename(
         columns={
+            "waited": "late, waited for",
             "on_cpu": "on the CPU",
             "link_us": "link done, us",
             "gpu_us": "GPU done, us",

@@ -11,6 +11,7 @@ from prescope.core.native import address_of, clock_address
 from prescope.device import LinkFunctions
 from prescope.engine.graph import host_state as at
 from prescope.engine.graph.host_link import land, pump
+from prescope.engine.graph.host_messages import reply
 from prescope.kernels.cpu import LaneFunctions
 from prescope.scheduler.plan import FATE
 from prescope.scheduler.types import Costs, Memory, ScheduleSettings
@@ -41,7 +42,9 @@ class Host:
         self.slot_of[self.key_of] = np.arange(SLOTS)
         scores = np.where(np.arange(L * E) == VICTIM, 1.0, 2.0)
         flags = np.zeros(SLOTS, np.bool_)
-        self.slots = Slots(self.slot_of, self.key_of, flags, flags.copy(), flags.copy(), scores)
+        self.slots = Slots(
+            self.slot_of, self.key_of, flags, flags.copy(), flags.copy(), scores, numbers(SLOTS + 1)
+        )
         looked = numbers(L)
         looked[has_looked] = NUMBER
         self.addresses = at.Addresses(
@@ -114,3 +117,13 @@ def test_another_steps_look_keeps_nothing():
     host.addresses.looked[1] = NUMBER - 1
     host.pump()
     assert host.slot_of[WANTED] == 2
+
+
+def test_what_the_cpu_computes_has_no_slot_for_its_layer():
+    """Its copy may be on the way: the GPU would read a slot whose bytes are not there."""
+    host = Host(1, [0])
+    reply(host.addresses, 1, NUMBER, host.slot_of, 7, np.array([2]))
+    words = host.addresses.answers[1]
+    assert (words >> 32 == NUMBER + 1).all()
+    assert words.astype(np.int32).tolist() == [7, 1, 3, -1, -1, -1]
+    assert host.slot_of[VICTIM] == 2, "the table still knows"

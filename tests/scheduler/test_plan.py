@@ -7,8 +7,9 @@ from prescope.cache.slots import SortedNeed, sort_need
 from prescope.errors import UnsupportedOption
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.baselines import hybrimoe
+from prescope.scheduler.fill import Habits
 from prescope.scheduler.learn import learn_trust
-from prescope.scheduler.plan import LONG_LASTING, make_plan, wanted, worth_a_slot
+from prescope.scheduler.plan import LONG_LASTING, make_plan, wanted
 from prescope.scheduler.presched import split
 from prescope.scheduler.settings import resolve
 from prescope.scheduler.types import Costs, ScheduleSettings, cpu_time
@@ -39,7 +40,8 @@ def plan_of(
     slot_of[key_of[key_of >= 0]] = np.flatnonzero(key_of >= 0)
     slots = arrays(slot_of, key_of, np.zeros(L * E) if scores is None else scores)
     settings = ScheduleSettings(NUMBERS[name], lookahead, E, 0.1)
-    return make_plan(settings, costs or costs_of(), layer, L, need, backlog, slots, tokens, used, lasting)
+    habits = Habits(lasting, lasting, np.zeros(L * E), 0.0, 0.0, E)
+    return make_plan(settings, costs or costs_of(), layer, L, need, backlog, slots, tokens, used, habits)
 
 
 @pytest.mark.parametrize("layer", range(L))
@@ -136,17 +138,11 @@ def test_where_experts_last_the_unlikely_come_behind_and_the_unlikelier_not_at_a
     assert set(brief) >= {likely, maybe, hardly} and brief[0] == likely
 
 
-def test_a_slot_of_expert_0_is_no_free_slot():
-    scores = np.array([9.0, 1.0, 2.0, 3.0])
-    slots = arrays(np.array([0, -1, -1, -1]), np.array([0]), scores)
-    assert not len(worth_a_slot(np.array([1, 2, 3]), 3, slots))
-
-
 def test_decided_loads_stay_as_they_were_decided():
     """Also none at all, when prefetches are reconsidered."""
     nothing = np.empty(0)
     for num_load in range(4):
-        k, *_ = split(costs_of(link=1.0), np.array([3, 2, 1]), 3, 0, 0.0, nothing, nothing, num_load)
+        k, *_ = split(costs_of(link=1.0), np.array([3, 2, 1]), 3, nothing, 0.0, nothing, nothing, num_load)
         assert k == num_load
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from prescope.cache.policies import make_policy
+from prescope.cache.prefetch import Waiting, want
 from prescope.cache.residency import ResidencyTable
 from prescope.core.types import MoEShape
 from prescope.engine.graph.host_cpu import pairs_of
@@ -62,7 +63,7 @@ def test_an_engine_that_serves_layer_by_layer_decides_as_a_captured_step_does(sc
         for one, other in zip(decision.need, need, strict=True):
             assert np.array_equal(one, other)
         assert decision.num_prefetched == found.num_prefetched
-        assert decision.plan.num_load == plan.num_load
+        assert (decision.plan.num_wait, decision.plan.num_load) == (plan.num_wait, plan.num_load)
         assert decision.plan.prefetch.tolist() == plan.prefetch.tolist()
         here, first = need.num_hits + need.num_late, layer * E
         load, cold = need.experts[here : here + plan.num_load], need.experts[here + plan.num_load :]
@@ -127,6 +128,32 @@ def test_a_factor_of_the_cpu_does_not_depend_on_how_small_its_experts_are():
         small.saw_cpu(0.4, 0.2)
         large.saw_cpu(400.0, 200.0)
     assert small.cpu_factor == pytest.approx(large.cpu_factor) and small.cpu_factor > 1.1
+
+
+@pytest.mark.parametrize("schedule", ["presched", "hybrimoe"])
+@pytest.mark.parametrize(("backlog_us", "is_soon"), [(50.0, True), (5_000.0, False)])
+def test_a_copy_that_lands_too_late_is_left_to_later_steps(schedule, backlog_us, is_soon):
+    """PreSched has its expert computed on the CPU, where it is a miss; the copy goes on, and counts as used when it
+    is. The others wait, as they are published.
+    """
+    one = planner(schedule)
+    table = ResidencyTable(SHAPE, 8, make_policy("lru", SHAPE))
+    table.landed(table.take(1, np.array([3])))
+    waiting = Waiting.none(SHAPE.total_experts)
+    want(waiting, np.array([E + 5]), np.empty(0, np.int64))
+    _, slot = table.take_prefetch(waiting, 0, 1)
+    tokens = np.ones(3, np.int64)
+    one.issued(1, 0.0)
+    one._link_free_us = backlog_us
+    one.costs = one.costs._replace(link_busy_us=backlog_us)
+    decision = one.decide(1, np.array([3, 5, 7]), tokens, tokens.astype(np.float64), table, 0.0, None)
+    need, here = decision.need, decision.need.num_hits + decision.need.num_late
+    assert need.num_hits == 1 and need.experts[0] == 3
+    is_awaited = is_soon or schedule == "hybrimoe"
+    assert need.num_late == int(is_awaited) == decision.num_prefetched
+    if not is_awaited:
+        assert 5 in need.experts[here + decision.plan.num_load :], "it is the CPU's"
+    assert table.in_flight[slot] and table.prefetched[slot] != is_awaited
 
 
 def test_costs_follow_what_the_steps_show():

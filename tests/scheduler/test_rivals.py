@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from prescope.cache.slots import Slots, sort_need
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.baselines import artefact, hybrimoe, static_split
+from prescope.scheduler.fill import Habits
 from prescope.scheduler.impact import delay_us, split_us
 from prescope.scheduler.plan import ARTEFACT_BATCH, make_plan
 from prescope.scheduler.types import Costs, ScheduleSettings, cpu_time
@@ -28,11 +29,14 @@ def need_of(tokens, slots=None):
     return sort_need(np.arange(n), np.array(tokens, dtype=np.int64), where, np.zeros(L * E, dtype=bool))
 
 
+NO_HABITS = Habits(0.0, 0.0, np.zeros(L * E), 0.0, 0.0, E)
+
+
 def plan(name, need, used, *, costs=None, layer=0, slot_of=None, tokens=None, **settings):
     schedule = SCHEDULES[name]
     slot_of = np.full(L * E, -1) if slot_of is None else slot_of
     flags = np.zeros((3, 4), dtype=bool)
-    slots = Slots(slot_of, np.full(4, -1), *flags, np.zeros(L * E))
+    slots = Slots(slot_of, np.full(4, -1), *flags, np.zeros(L * E), np.zeros(5, np.int64))
     told = ScheduleSettings(
         schedule.number,
         settings.get("lookahead", schedule.lookahead),
@@ -42,7 +46,9 @@ def plan(name, need, used, *, costs=None, layer=0, slot_of=None, tokens=None, **
         K,
     )
     tokens = used if tokens is None else tokens
-    return make_plan(told, costs or costs_of(), layer, L, need, 0.0, slots, tokens.copy(), used.copy(), 0.0)
+    return make_plan(
+        told, costs or costs_of(), layer, L, need, 0.0, slots, tokens.copy(), used.copy(), NO_HABITS
+    )
 
 
 # -- HybriMoE's impact -----------------------------------------------------------------------------------------

@@ -8,12 +8,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prescope.cache.slots import sort_need, take_slots
+from prescope.cache.slots import SortedNeed, by_landing, landing_us, sort_need, take_slots
 from prescope.errors import UnsupportedOption
 from prescope.scheduler import PREDICTORS, SCHEDULES, schedule_named
 from prescope.scheduler.baselines import fiddler, hybrimoe
-from prescope.scheduler.learn import discount, learn_reuse, learn_trust, reuse_lasts
-from prescope.scheduler.plan import LEAST_LASTING, is_worth_copying, make_plan, worth_a_slot
+from prescope.scheduler.fill import (
+    DOUBT,
+    LEAST_LASTING,
+    LEAST_USES,
+    REUSES_OF_A_COPY,
+    Habits,
+    cpu_of,
+    price_us,
+    worth_a_copy,
+)
+from prescope.scheduler.learn import (
+    USE_STEPS,
+    discount,
+    learn_returns,
+    learn_reuse,
+    learn_trust,
+    learn_uses,
+    misses_return,
+    reuse_lasts,
+    share_lasts,
+)
+from prescope.scheduler.plan import make_plan
 from prescope.scheduler.presched import FORECAST, split
 from prescope.scheduler.types import FORMER_STEPS, Costs, ScheduleSettings, cpu_time
 from tests.support.slot_arrays import arrays
@@ -45,17 +65,11 @@ def windows(draw):
     candidates.sort(key=lambda pair: -pair[0] * pair[1])
     used = np.array([used for used, _ in candidates])
     expected = np.array([used * each for used, each in candidates])
-    num_late = draw(st.integers(0, 2))
-    here = num_late + draw(st.integers(0, 8))
-    return (
-        costs,
-        np.array(tokens, dtype=np.int64),
-        here,
-        num_late,
-        draw(st.floats(0.0, 600.0)),
-        expected,
-        used,
-    )
+    backlog = draw(st.floats(0.0, 600.0))
+    late_us = np.array(sorted(draw(st.lists(st.floats(0.0, 1.0), max_size=2)))) * backlog
+    tokens = [draw(st.integers(1, 30)) for _ in late_us] + tokens
+    hits = draw(st.integers(0, 8))
+    return costs, np.array(tokens, dtype=np.int64), hits, late_us, backlog, expected, used
 
 
 def cpu_us_of(costs, beside, alone, link):
@@ -63,10 +77,12 @@ def cpu_us_of(costs, beside, alone, link):
     return beside if beside <= link else link + (beside - link) * alone / beside
 
 
-def layer_us(costs, tokens, here, num_late, backlog, k, p):
+def layer_us(costs, tokens, hits, late_us, backlog, k, p):
     """F(k), C(k, p) and T(k, p) of the formulas in `presched`'s docstring."""
-    link = backlog + k * (costs.link_busy_us if k < len(tokens) else costs.link_us)
-    gpu = (here + k) * costs.gpu_us + (link if k or num_late else 0.0)
+    copied = max(0, k - len(late_us))
+    link = backlog + copied * (costs.link_busy_us if k < len(tokens) else costs.link_us)
+    there = link if copied else late_us[k - 1] if k else 0.0
+    gpu = (hits + k) * costs.gpu_us + there
     if k == len(tokens):
         return link, 0.0, gpu
     beside, alone = (
@@ -80,8 +96,8 @@ def layer_us(costs, tokens, here, num_late, backlog, k, p):
 def next_us(costs, expected, used, owed, p, s):
     """N when V_p+1..V_s are copied and the rest goes to the CPU."""
     link = owed + sum(used[p:s]) * costs.link_us
-    gpu = link + (costs.gpu_us if s > p or owed > 0 else 0.0)
-    if len(costs.cpu_us) == 0:
+    gpu = link + costs.gpu_us if s > p or (p > 0 and owed > 0) else 0.0
+    if len(costs.cpu_us) == 0 or p == len(used):
         return gpu
     beside, alone = (
         costs.cpu_base_us * min(1.0, sum(used[s:]))
@@ -91,11 +107,11 @@ def next_us(costs, expected, used, owed, p, s):
     return max(gpu, cpu_us_of(costs, beside, alone, link))
 
 
-def window_us(costs, tokens, here, num_late, backlog, expected, used, k, p):
+def window_us(costs, tokens, hits, late_us, backlog, expected, used, k, p):
     """T + FORECAST * N of a choice (k, p), the best s in it."""
-    link, cpu, done = layer_us(costs, tokens, here, num_late, backlog, k, p)
-    free = max(0.0, done + costs.rest_us + costs.decide_us - link)
-    free -= (1.0 - costs.link_us / costs.link_busy_us) * min(free, max(0.0, cpu - link))
+    link, cpu, done = layer_us(costs, tokens, hits, late_us, backlog, k, p)
+    free = done + costs.rest_us + costs.decide_us - link
+    free -= (1.0 - costs.link_us / costs.link_busy_us) * max(0.0, min(free, cpu - link))
     owed = max(0.0, p * costs.link_us - free)
     rest = min(
         next_us(costs, expected, used, owed, p, s)
@@ -118,8 +134,7 @@ def test_the_split_is_the_windows_optimum(window):
     k, p, found_us, done_us, _ = split(*window)
     assert found_us == pytest.approx(best, abs=1e-9)
     assert window_us(*window, k, p) == pytest.approx(found_us, abs=1e-9)
-    costs, tokens, here, num_late, backlog, *_ = window
-    assert done_us == pytest.approx(layer_us(costs, tokens, here, num_late, backlog, k, p)[2], abs=1e-9)
+    assert done_us == pytest.approx(layer_us(*window[:5], k, p)[2], abs=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
@@ -135,7 +150,9 @@ def test_the_split_is_never_worse_than_a_simple_choice(window):
 
 def test_nothing_is_prefetched_where_nothing_is_predicted():
     nothing = np.empty(0)
-    k, p, window, done_us, free_us = split(costs_of(cpu=False), np.array([3, 1]), 4, 0, 0.0, nothing, nothing)
+    k, p, window, done_us, free_us = split(
+        costs_of(cpu=False), np.array([3, 1]), 4, nothing, 0.0, nothing, nothing
+    )
     assert (k, p) == (2, 0)
     assert window == done_us == 2 * 172.0 + 6 * 5.0 and free_us == 6 * 5.0 + 90.0 + 60.0
 
@@ -145,8 +162,54 @@ def test_no_copy_is_made_that_slows_the_cpu_down_by_more_than_it_saves():
     tokens, surely = np.array([4, 4, 4]), np.ones(2)
     for alone, is_quiet in ((0.5, True), (1.0, False)):
         costs = costs_of(6400.0, 1.2, 90.0, 200.0, 40.0, 70.0, 4400.0, 60.0, alone=alone)
-        k, p, *_ = split(costs, tokens, 4, 0, 0.0, 4.0 * surely, surely)
+        k, p, *_ = split(costs, tokens, 4, np.empty(0), 0.0, 4.0 * surely, surely)
         assert (k + p == 0) == is_quiet
+
+
+@settings(max_examples=200, deadline=None)
+@given(windows())
+def test_a_late_copy_is_waited_for_only_if_that_is_sooner_than_the_cpu(window):
+    """What is on its way is one more way to get an expert, never a reason to be slower than without it."""
+    costs, tokens, hits, late_us, backlog, *_ = window
+    nothing = np.empty(0)
+    k, _, _, done_us, _ = split(costs, tokens, hits, late_us, backlog, nothing, nothing)
+    if len(costs.cpu_us):
+        alone = layer_us(costs, tokens, hits, late_us, backlog, 0, 0)[2]
+        assert done_us <= alone + 1e-9
+        if 0 < k <= len(late_us):
+            assert late_us[k - 1] < alone
+    else:
+        assert k == len(tokens)
+
+
+def test_a_copy_that_outlasts_layers_is_left_alone():
+    """Mixtral's expert over PCIe 3: 25 ms to come, 2.7 on the CPU."""
+    costs = costs_of(25_400.0, 1.15, 117.0, 160.0, 21.0, 430.0, 2_600.0, 100.0)
+    nothing, one = np.empty(0), np.array([1])
+    assert split(costs, one, 1, np.array([22_000.0]), 22_000.0, nothing, nothing)[0] == 0
+    assert split(costs, one, 1, np.array([1_000.0]), 1_000.0, nothing, nothing)[0] == 1
+    two = np.array([1, 1])
+    assert split(costs, two, 1, np.array([500.0, 24_000.0]), 24_000.0, nothing, nothing)[0] == 1
+
+
+# -- who gives up a slot ---------------------------------------------------------------------------------------
+
+
+def habits(lasting=0.0, returning=0.0, uses=None, share_lasts=0.0, newest=0.0, E=8) -> Habits:
+    return Habits(lasting, returning, np.zeros(1024) if uses is None else uses, share_lasts, newest, E)
+
+
+def test_late_ones_stand_in_the_order_in_which_they_land():
+    """Three copies are under way, one of them for another layer: what lands last, lands when the link is free."""
+    slot_of = np.full(16, -1)
+    slot_of[[8, 9, 10, 3]] = 0, 1, 2, 3
+    slots = arrays(slot_of, np.array([8, 9, 10, 3]), np.zeros(16))
+    slots.in_flight[[0, 2, 3]] = True
+    slots.order[:] = [7, 1, 5, 6, 7]
+    need = sort_need(np.array([0, 1, 2]), np.array([5, 1, 2]), slot_of[8:11], slots.in_flight)
+    by_landing(need, 8, slots)
+    assert need.experts.tolist() == [1, 2, 0] and need.tokens.tolist() == [1, 2, 5]
+    assert landing_us(need, 8, slots, 250.0, 100.0).tolist() == [50.0, 250.0]
 
 
 # -- the schedules ---------------------------------------------------------------------------------------------
@@ -174,7 +237,7 @@ def one_plan(
     slot_of = np.full(L * E, -1) if slot_of is None else slot_of
     slots = arrays(slot_of, np.full(4, -1), np.zeros(L * E))
     settings = ScheduleSettings(NUMBERS[name], lookahead, E, threshold)
-    return make_plan(settings, costs or costs_of(), layer, L, need, backlog, slots, used, used, 0.0)
+    return make_plan(settings, costs or costs_of(), layer, L, need, backlog, slots, used, used, habits())
 
 
 def need_of(tokens):
@@ -235,8 +298,8 @@ def test_a_predictor_that_expects_too_many_tokens_is_scaled_to_those_there_are()
     slot_of = np.full(24, -1)
     settings = ScheduleSettings(NUMBERS["presched"], 1, 8, 0.1)
     slots = arrays(slot_of, np.full(4, -1), np.zeros(24))
-    honest = make_plan(settings, costs_of(), 0, 3, need, 0.0, slots, right, used, 0.0)
-    wild = make_plan(settings, costs_of(), 0, 3, need, 0.0, slots, 50.0 * right, used, 0.0)
+    honest = make_plan(settings, costs_of(), 0, 3, need, 0.0, slots, right, used, habits())
+    wild = make_plan(settings, costs_of(), 0, 3, need, 0.0, slots, 50.0 * right, used, habits())
     assert (wild.num_load, wild.prefetch.tolist()) == (honest.num_load, honest.prefetch.tolist())
 
 
@@ -272,6 +335,7 @@ def test_a_decision_takes_microseconds():
     tokens, in_flight = tokens[experts], np.zeros(S, dtype=bool)
     used = rng.random((d, E))
     settings, costs = ScheduleSettings(NUMBERS["presched"], 2, E, 0.1), costs_of()
+    known = habits(0.5, 0.5, rng.random(L * E), 0.5, 0.05, E)
     best_us = np.inf
     for i in range(60_000):
         if i >= 300 and best_us < 50.0:
@@ -280,7 +344,7 @@ def test_a_decision_takes_microseconds():
         start = time.perf_counter()
         need = sort_need(experts, tokens, table[5 * E + experts], in_flight)
         slots = arrays(table, key_of, scores)
-        made = make_plan(settings, costs, 5, L, need, 0.0, slots, 4.0 * used, used, 0.5)
+        made = make_plan(settings, costs, 5, L, need, 0.0, slots, 4.0 * used, used, known)
         wanted = 5 * E + need.experts[need.num_hits :][: made.num_load]
         take_slots(wanted, in_flight, made.keep, slots)
         best_us = min(best_us, 1e6 * (time.perf_counter() - start))
@@ -298,7 +362,9 @@ def test_experts_are_worth_a_slot_while_the_cache_would_rather_have_them(seed):
     slot_of[key_of[key_of >= 0]] = np.flatnonzero(key_of >= 0)
     absent = np.flatnonzero(slot_of < 0)[: rng.integers(0, 9)]
     for most in (0, 1, 3, 20):
-        found = worth_a_slot(absent, most, arrays(slot_of, key_of, scores))
+        found = worth_a_copy(
+            absent, 100.0, 10.0, most, habits(returning=1.0), arrays(slot_of, key_of, scores)
+        )
         least = np.sort(np.where(key_of < 0, -np.inf, scores[key_of]))
         best = np.sort(scores[absent])[::-1]
         n = min(most, len(absent), S)
@@ -307,25 +373,82 @@ def test_experts_are_worth_a_slot_while_the_cache_would_rather_have_them(seed):
         assert np.array_equal(scores[found], best[:count])
 
 
-def test_what_the_cpu_computes_is_copied_where_reuse_saves_more_than_the_copy_slows_it_down():
-    """2 experts of 50 us and a submission of 20: 60 us each, saved twice by what lasts. A copy of 100 us makes the
-    CPU slower by a fifth of it, as far as the CPU is busy meanwhile.
-    """
-    two = np.ones(2, np.int64)
+def test_a_copy_costs_the_cpu_what_it_is_slower_beside_it():
+    """A copy of 100 us makes the CPU slower by a fifth of it, as far as the CPU is busy meanwhile."""
     costs = costs_of()._replace(
         link_us=100.0,
         cpu_base_us=20.0,
         cpu_us=np.array([0.0, 50.0, 60.0]),
         cpu_alone_us=np.array([0.0, 40.0, 48.0]),
     )
-    assert not is_worth_copying(costs, two, 1_000.0, LEAST_LASTING - 0.01), "nothing lasts"
-    assert not is_worth_copying(costs, two[:0], 100.0, 1.0), "the CPU computes nothing"
-    for layer_us, lost_us in ((60.0, 20.0), (120.0, 20.0), (240.0, 10.0), (1_000.0, 2.4)):
-        least = max(LEAST_LASTING, lost_us / (2.0 * 60.0))
-        assert is_worth_copying(costs, two, layer_us, least + 1e-6)
-        assert not is_worth_copying(costs, two, layer_us, least - 1e-6)
-    alone = costs._replace(cpu_alone_us=costs.cpu_us)
-    assert is_worth_copying(alone, two, 60.0, LEAST_LASTING), "such a copy costs nothing"
+    cpu_us = cpu_of(costs, np.ones(2, np.int64))
+    assert cpu_us == 120.0 and cpu_of(costs, np.ones(0, np.int64)) == 0.0
+    for layer_us, lost_us in ((60.0, 20.0), (120.0, 20.0), (240.0, 10.0), (1_200.0, 2.0)):
+        assert price_us(costs, cpu_us, layer_us) == pytest.approx(lost_us)
+    assert price_us(costs._replace(cpu_alone_us=costs.cpu_us), cpu_us, 60.0) == 0.0, (
+        "such a copy costs nothing"
+    )
+    assert price_us(costs_of(cpu=False), 0.0, 60.0) == 0.0
+
+
+def test_what_the_cpu_computes_is_copied_where_it_saves_more_than_that():
+    """By what comes back within steps, by what is used more often for good, or into a slot that nobody has."""
+    E = 8
+    slot_of = np.full(E, -1)
+    slot_of[0] = 0
+    slots = arrays(slot_of, np.array([0]), np.arange(E, dtype=np.float64))
+
+    def is_copied(known, price, slots=slots):
+        return len(worth_a_copy(np.array([5]), 100.0, price, 1, known, slots)) == 1
+
+    least = DOUBT * 150.0 / (REUSES_OF_A_COPY * 100.0)
+    assert is_copied(habits(returning=least + 1e-6), 150.0) and not is_copied(
+        habits(returning=least - 1e-6), 150.0
+    )
+    assert not is_copied(habits(returning=LEAST_LASTING - 0.01), 0.0), "nothing comes back"
+    assert is_copied(habits(returning=LEAST_USES), 0.0) and not is_copied(
+        habits(returning=LEAST_USES / 2.1), 0.0
+    )
+    uses = np.zeros(E)
+    uses[5], uses[0] = 0.4, 0.15
+    often = habits(uses=uses, share_lasts=0.5, newest=0.05)
+    more = USE_STEPS * 0.5 * (0.4 - 0.05 - 0.15) * 100.0 / DOUBT
+    assert is_copied(often, more - 1e-6) and not is_copied(often, more + 1e-6)
+    assert not is_copied(often._replace(share_lasts=0.0), 0.0), "by chance"
+    free = slots._replace(slot_of=np.full(E, -1), key_of=np.array([-1]))
+    mean = uses.mean()
+    alone = USE_STEPS * (mean + 0.5 * (0.4 - mean)) * 100.0 / DOUBT
+    assert is_copied(often, alone - 1e-6, free) and not is_copied(often, alone + 1e-6, free)
+
+
+def learned_shares(draws, E=32):
+    """What shares of uses are said to be worth after steps of one layer that all its experts miss."""
+    uses, former, shares = np.zeros((1, E)), np.zeros(E, np.int64), np.zeros(3)
+    absent = np.full(E, -1)
+    for experts in draws:
+        learn_uses(shares, uses, former, absent, 0, experts)
+        learn_reuse(np.zeros(FORMER_STEPS + 4), former, experts, len(experts), E)
+    return share_lasts(shares), uses[0]
+
+
+def test_shares_of_uses_are_worth_something_where_experts_differ_for_good():
+    rng = np.random.default_rng(0)
+    alike = [np.sort(rng.permutation(32)[:3]) for _ in range(3000)]
+    odds = np.where(np.arange(32) < 8, 4.0, 0.25)
+    differ = [np.sort(rng.choice(32, 3, replace=False, p=odds / odds.sum())) for _ in range(3000)]
+    assert learned_shares(alike)[0] < 0.3
+    worth, uses = learned_shares(differ)
+    assert worth > 0.5 and uses[:8].mean() > 4 * uses[8:].mean()
+
+
+@pytest.mark.parametrize("period", range(1, FORMER_STEPS + 1))
+def test_what_was_missed_some_steps_ago_returns_if_it_is_needed_again(period):
+    missed, returns, reuse = np.zeros(8, np.int64), np.zeros(FORMER_STEPS + 1), np.zeros(FORMER_STEPS + 4)
+    for step in range(400):
+        experts = np.array([step % period, 4 + step % period])
+        learn_returns(returns, missed, SortedNeed(experts, np.ones(2, np.int64), 0, 0))
+        found = misses_return(returns, reuse)
+    assert found == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize("period", range(1, FORMER_STEPS + 1))

@@ -84,10 +84,11 @@ def test_the_best_of_the_splits_is_the_one_presched_finds(cpu):
             predicts=False,
         )
         tokens = -np.sort(-rng.integers(1, 5, rng.integers(1, 7)))
-        here = int(rng.integers(0, 4))
-        late, backlog = int(rng.integers(0, here + 1)), float(rng.uniform(0, 300))
-        copied, _, best_us, _, _ = split(costs, tokens, here, late, backlog, none, none)
-        table = splits_of(costs, tokens, here, late, backlog, copied)
+        hits, backlog = int(rng.integers(0, 4)), float(rng.uniform(0, 300))
+        late_us = np.sort(rng.uniform(0, backlog, rng.integers(0, 3)))
+        tokens = np.concatenate([rng.integers(1, 5, len(late_us)), tokens])
+        linked, _, best_us, _, _ = split(costs, tokens, hits, late_us, backlog, none, none)
+        table = splits_of(costs, tokens, hits, late_us.tolist(), backlog, linked)
         assert table["layer_us"].min() == pytest.approx(best_us)
         assert table[table["chosen"]]["layer_us"].item() == pytest.approx(best_us)
 

@@ -190,7 +190,7 @@ def serve(
             last_copy = 0
             for expert in need.experts[need.num_hits : here]:
                 last_copy = max(last_copy, state.copy_of[slots.slot_of[layer * E + expert]])
-        reply(addresses, layer, step, slots.slot_of, last_copy, len(cold))
+        reply(addresses, layer, step, slots.slot_of, last_copy, cold)
         # -- the GPU knows what to wait for: what follows is not waited for
         counts[FORESEEN] += is_foreseen
         counts[ASKED] = layer + 1

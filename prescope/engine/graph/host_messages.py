@@ -76,14 +76,18 @@ def reply(
     step: int,
     slot_of: IntArray,
     last_copy: int,
-    num_on_cpu: int,
+    cold: IntArray,
 ) -> None:
-    """Let a layer go on: its slots, the batch of copies to wait for, the CPU's part."""
+    """Let a layer go on: its slots, the batch of copies to wait for, and what the CPU computes, experts (n,): they have
+    no slot for the layer, also where a copy is on its way.
+    """
     message, head = addresses.answers[layer], addresses.head
     E = len(message) - head
     number = (step + 1) << 32
-    for expert in range(E):
-        message[head + expert] = number | (slot_of[layer * E + expert] & 0xFFFFFFFF)
-    message[1] = number | num_on_cpu
+    row = slot_of[layer * E : (layer + 1) * E].copy()
+    row[cold] = -1
+    for expert in range(E):  # each word once: one that carries the number is taken as it is
+        message[head + expert] = number | (row[expert] & 0xFFFFFFFF)
+    message[1] = number | len(cold)
     # Whatever the order in which they arrive; but none may be kept back.
     store_int64(message.ctypes.data, number | last_copy)

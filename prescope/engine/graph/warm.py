@@ -34,7 +34,7 @@ def serve_arguments() -> tuple[Any, ...]:
     shape = MoEShape(num_layers=1, num_experts=1, top_k=1, row_bytes=1)
     planner = on_demand(shape).planner
     flags = np.zeros(1, np.bool_)
-    slots = Slots(_numbers(1), _numbers(1), flags, flags.copy(), flags.copy(), np.zeros(1))
+    slots = Slots(_numbers(1), _numbers(1), flags, flags.copy(), flags.copy(), np.zeros(1), _numbers(2))
     functions = at.Functions(_link(), LaneFunctions.without().addresses, 0)
     state = at.HostState(
         counts=_numbers(at.NUM_COUNTS), times=np.zeros(at.NUM_TIMES), shown_in=_numbers(1), loaded=_numbers(1),
