@@ -185,9 +185,11 @@ def test_trust_looks_at_what_is_prefetched():
 
 def test_who_uses_the_cpu_and_who_predicts():
     assert {name for name, schedule in SCHEDULES.items() if schedule.uses_cpu} == {
+        "artefact",
         "fiddler",
         "hybrimoe",
         "presched",
+        "static-split",
     }
     for schedule in SCHEDULES.values():
         assert schedule.predictor == "none" or schedule.lookahead >= 1
