@@ -87,6 +87,17 @@ def test_presched_prefetches_the_next_layer_by_the_next_layers_predictions():
     assert E + 5 in made.prefetch
 
 
+@pytest.mark.parametrize(("tokens", "copied"), [(1.0, []), (8.0, [E + 5])])
+def test_how_many_tokens_the_next_layer_has_decides_and_not_the_layer_after_it(tokens, copied):
+    """The CPU is quick with one token of an expert and slow with eight."""
+    used, expected = np.zeros((2, E)), np.zeros((2, E))
+    used[0, 5], expected[0, 5], expected[1, 5] = 1.0, tokens, 9.0 - tokens
+    made = plan_of(
+        "presched", need_of(7, 5), used=used, tokens=expected, costs=costs_of(link=288.0, rest=0.0)
+    )
+    assert made.prefetch.tolist() == copied
+
+
 def test_link_time_that_is_left_goes_to_further_layers_and_no_more_than_is_left():
     used = np.zeros((2, E))
     used[1] = 0.9

@@ -12,9 +12,10 @@ from prescope.engine.graph.host_loop import take_for_layer
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts, compiled_costs
 from prescope.scheduler.layer import count_experts, decide_layer, reconsider
-from prescope.scheduler.learn import reuse_lasts
+from prescope.scheduler.learn import learn_reuse, reuse_lasts
 from prescope.scheduler.planner import MOST_CONTENTION, NEWEST, Planner
 from prescope.scheduler.settings import resolve
+from prescope.scheduler.types import FORMER_STEPS
 
 L, E, K, D = 4, 12, 3, 2
 SHAPE = MoEShape(L, E, K, 1000)
@@ -116,10 +117,13 @@ def test_reuse_is_measured_against_the_experts_in_slots():
     """Four of twelve are needed in turn, two steps each; four that nobody wants have the slots of the layer."""
     one, table = planner("presched"), ResidencyTable(SHAPE, 14, make_policy("lru", SHAPE))
     table.landed(table.take(0, np.arange(8, 12)))
+    former, reuse = np.zeros(E, np.int64), np.zeros(FORMER_STEPS + 4)
     for step in range(400):
         expert = np.array([step // 2 % 4])
         one.decide(0, expert, np.ones(1, np.int64), np.ones(1), table, 0.0, None)
+        learn_reuse(reuse, former, expert, num_misses=1, num_absent=8)
     assert reuse_lasts(one.memory.reuse) == pytest.approx(0.5, abs=0.05)
+    assert np.allclose(one.memory.reuse, reuse)
 
 
 def test_a_factor_of_the_cpu_does_not_depend_on_how_small_its_experts_are():
