@@ -168,6 +168,10 @@ class Device:
         """Its own settings."""
         self.engine.configure(**self.default)
 
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        """Put a setting in place; the engine goes on with its former one where it refuses."""
+        self.engine.configure(**self.keywords(settings))
+
     def keywords(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """For `Engine.configure`: the default with these settings in it."""
         given = {name: value for name, value in settings.items() if name not in ("batch", "cpu")}
@@ -208,7 +212,7 @@ class Device:
         is_cancelled: Callable[[], bool],
     ) -> Timed:
         engine = self.engine
-        engine.configure(**self.keywords(settings))
+        self.configure(settings)
         batch = settings.get("batch") or 1
         groups = [list(prompts[i : i + batch]) for i in range(0, len(prompts), batch)]
         length = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}

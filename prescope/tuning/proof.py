@@ -185,7 +185,7 @@ class _Trial:
         """All blocks of all candidates; call it in the engine's turn."""
         try:
             for one in self._chosen:  # what the engine refuses is said before minutes are spent on the others
-                self._device.engine.configure(**self._device.keywords(one.settings))
+                self._device.configure(one.settings)
             simulated = simulated_default(self._sweep, self._device, self._default, self._notes)
             candidates, timed = [], self._measure(self._default)  # the first run of all is nobody's
             for one in self._chosen:

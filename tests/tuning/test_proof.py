@@ -126,6 +126,10 @@ class MadeUp:
     def keywords(self, settings):
         return dict(settings)
 
+    def configure(self, settings):
+        if settings.get("slots", 10) not in self.speeds:
+            raise UnsupportedOption("it is refused")
+
     def restore(self):
         self.ran.append("restored")
 
@@ -153,6 +157,13 @@ def test_the_best_of_several_is_kept_and_each_is_run_against_the_default(made_up
     assert MadeUp.ran == [10, *[10, 20, 20, 10] * 2, *[10, 30, 30, 10] * 2, "restored"]
     assert list(proof.table()["gain %"]) == pytest.approx([20, 10])
     assert "keep it" in str(proof)
+
+
+def test_a_candidate_that_the_engine_refuses_is_told_before_anything_runs(made_up):
+    MadeUp.speeds = {10: 100.0, 20: 120.0}
+    with pytest.raises(UnsupportedOption, match="it is refused"):
+        prove([{"slots": 20}, {"slots": 40}], made_up, PROMPTS, repeats=2)
+    assert MadeUp.ran == ["restored"]
 
 
 def test_where_nothing_beats_the_default_the_default_is_the_answer(made_up):
