@@ -60,7 +60,7 @@ def test_every_shape_that_comes_with_prescope_can_be_advised_on(path):
 
 @pytest.fixture(scope="module")
 def offload():
-    return advise(BIG_EXPERTS, desktop(gpu_gib=2.0), context=64, gpu_gib=2.0)
+    return advise(BIG_EXPERTS, desktop(gpu_gib=2.0, link_gb_per_s=50), context=64, gpu_gib=2.0)
 
 
 def test_the_curve_obeys_its_laws(offload):
