@@ -217,9 +217,8 @@ def _random_model(
 def _to_empty(model: PreTrainedModel, device: torch.device) -> None:
     """Memory for all that is on meta."""
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta:
-                    empty = torch.empty_like(tensor, device=device)
-                    is_weight = isinstance(tensor, torch.nn.Parameter)
-                    tensors[name] = torch.nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_meta:
+                empty = torch.empty_like(tensor, device=device)
+                is_weight = isinstance(tensor, torch.nn.Parameter)
+                setattr(module, name, torch.nn.Parameter(empty, tensor.requires_grad) if is_weight else empty)

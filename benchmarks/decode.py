@@ -162,22 +162,26 @@ def run_plain(
 
 
 class DecodeClock(StoppingCriteria):
-    """Wall time of the decode phase: from the first token to the end, both after the GPU is done."""
+    """Wall time of the decode phase: from the first token to the end, both after the GPU is done.
+
+    Attributes:
+        first_s: when the first token was there, by `time.perf_counter`.
+    """
 
     def __init__(self) -> None:
-        self._first: float | None = None
+        self.first_s: float | None = None
         self._tokens = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **keywords: Any) -> torch.Tensor:
         self._tokens += 1
-        if self._first is None:
-            self._first = self._now()
+        if self.first_s is None:
+            self.first_s = self._now()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def tpot_ms(self) -> float:
         """Call when `generate` has returned."""
-        assert self._first is not None, "no token was generated"
-        return (self._now() - self._first) / (self._tokens - 1) * 1e3
+        assert self.first_s is not None, "no token was generated"
+        return (self._now() - self.first_s) / (self._tokens - 1) * 1e3
 
     @staticmethod
     def _now() -> float:

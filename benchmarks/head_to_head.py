@@ -190,7 +190,7 @@ def transformers_cell(model: Any, prompt: torch.Tensor, args: argparse.Namespace
         )  # fmt: skip
         if i >= 2:
             steps.append(clock.tpot_ms())
-            first.append((clock._first - start) * 1e3 if clock._first else float("nan"))
+            first.append((clock.first_s - start) * 1e3 if clock.first_s else float("nan"))
     batch, step = prompt.shape[0], statistics.median(steps)
     return {
         "who": "transformers, compiled", "batch": batch, "slots": "all", "tokens_per_s": batch * 1e3 / step,

@@ -63,6 +63,7 @@ ROOT_MODULES = {"errors", "session"}
 LATE_IMPORTS: dict[tuple[str, str], str] = {
     ("prescope/kernels/__init__.py", "prescope.kernels.triton_experts"): "triton exists only where a GPU is",
     ("prescope/kernels/__init__.py", "prescope.kernels.graph_buffers"): "triton exists only where a GPU is",
+    ("prescope/kernels/__init__.py", "prescope.kernels.inductor_pass"): "triton exists only where a GPU is",
     ("prescope/predictor/llapor.py", "prescope.predictor.llapor_triton"): "triton exists only where a GPU is",
     ("prescope/calibration/bench.py", "prescope.kernels.round_trip"): "triton exists only where a GPU is",
     (
