@@ -4,7 +4,8 @@
 
 Opens notebooks/01_where_does_time_go.ipynb in headless Chromium and presses an arrow on the slider of slots. Of each
 move two times are taken, from the key's event to the frame after plotly's of a finished plot: of the lanes, and of the
-last of three figures. Needs playwright and a Chromium. Browser, server and kernel share the machine: run it on an idle one.
+last of three figures. Needs playwright and a Chromium. Browser, server and kernel share the machine: run it on an
+idle one.
 """
 
 import argparse
