@@ -291,3 +291,6 @@ def test_work_beside_a_measurement_that_never_begins_or_ends_is_said(monkeypatch
             time.sleep(0.1)
     finally:
         release.set()
+        for thread in threading.enumerate():
+            if thread.name == "prescope-calibration":
+                thread.join(20.0)

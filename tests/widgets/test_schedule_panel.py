@@ -3,7 +3,7 @@
 import threading
 import time
 from dataclasses import replace
-from html import unescape
+from html import escape, unescape
 from types import SimpleNamespace
 
 import plotly.graph_objects as go
@@ -405,7 +405,7 @@ def test_a_tab_shows_the_settings_when_it_is_opened_and_follows_them(board, tab)
         assert "nothing is predicted" in board.predictor_told.value
     else:
         for schedule in SCHEDULES.values():
-            assert schedule.title in board.schedules_table.value
+            assert escape(schedule.title) in board.schedules_table.value
         assert "nan" not in board.schedules_table.value.lower()
         assert board.pair is not None
 
