@@ -34,7 +34,7 @@ docs: $(STAMP)  ## Build site/: executed notebooks, API reference, pages; opens 
 	$(BIN)/python docs/build_site.py --out site
 
 test: $(STAMP)  ## Run the tests and the notebooks (no GPU needed; GPU tests skip themselves)
-	$(PYTEST) -m "not slow" tests $(NOTEBOOKS)
+	$(PYTEST) -m "not slow" tests $(NOTEBOOKS) --ignore notebooks/06_paper_experiments.ipynb
 
 test-all: $(STAMP)  ## The same with the tests that take long, those in a real browser among them
 	$(PYTEST) tests $(NOTEBOOKS)

@@ -618,7 +618,7 @@ def test_a_predictor_is_summed_over_the_tokens_of_a_step():
 
 @pytest.mark.parametrize(("batch", "most_ms"), [(1, 60.0), (16, 150.0)])
 def test_a_slider_feels_live(batch, most_ms):
-    """128 tokens x 16 layers x 64 experts, every schedule: 6 to 25 ms at batch 1, 13 to 71 ms at batch 16 on one idle
+    """128 tokens x 16 layers x 64 experts, every schedule: 15 to 40 ms at batch 1, 16 to 89 ms at batch 16 on one idle
     core of 2.x GHz. The best of five by the thread's own time, since other work shares the machine.
     """
     spec = SyntheticSpec(num_layers=16, num_experts=64, top_k=8, zipf=0.7, persistence=0.3, diversity=0.3)
