@@ -286,11 +286,11 @@ class Engine:
         else those that the schedule places, none where nothing is known of them.
         """
         if self._device.captures_steps and num_slots >= self.shape.total_experts:
-            frequencies = np.zeros((self.shape.num_layers, self.shape.num_experts))
+            keys = np.arange(self.shape.total_experts)
         elif frequencies is None or not schedule_named(config.schedule).places:
             return NOTHING
-        assert frequencies is not None
-        keys = by_frequency(self.shape, np.asarray(frequencies, dtype=np.float64))
+        else:
+            keys = by_frequency(self.shape, np.asarray(frequencies, dtype=np.float64))
         layer, expert = np.divmod(keys, self.shape.num_experts)
         num_experts = np.array([one.num_experts for one in self.layers])
         return keys[expert < num_experts[layer]][-num_slots:]

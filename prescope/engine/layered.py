@@ -330,7 +330,7 @@ class LayeredRunner:
     ) -> Work:
         """Call when the first round's slots are taken. `cold`: experts (n,) that the CPU computes."""
         row, version = self.residency.row(layer.moe_layer), int(self.residency.versions[layer.moe_layer])
-        if (row[cold] >= 0).any():  # on their way, and not waited for
+        if len(cold) and (row[cold] >= 0).any():  # on their way, and not waited for
             row, version = row.copy(), -1
             row[cold] = -1
         work = Work(

@@ -7,6 +7,7 @@ accumulation, one rounding to the weights' dtype after each linear. The gate bet
 A pair's result depends on neither the slots nor the rounds: the tile shapes are a function of the problem's sizes.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -357,10 +358,8 @@ def tune_pairs(
     """
     if linear.matrix_bytes * len(ids) < LEAST_TUNED_BYTES:
         return
-    if isinstance(linear, PackedLinear):
-        tune(linear.x.device, linear.key, linear.candidates, partial(linear.pairs, ids, slot_of, num_experts))
-    else:
-        tune(linear.x.device, linear.key, linear.candidates, partial(linear.pairs, ids, slot_of, num_experts))
+    run: Callable[..., None] = partial(linear.pairs, ids, slot_of, num_experts)
+    tune(linear.x.device, linear.key, linear.candidates, run)
 
 
 def _slot_table(num_experts: int, experts: IntArray, slots: IntArray) -> IntArray:
