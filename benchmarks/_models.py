@@ -10,6 +10,10 @@ from typing import NamedTuple
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -41,6 +45,9 @@ FAMILIES: dict[str, tuple[type[PreTrainedModel], type[PreTrainedConfig]]] = {
     "olmoe-1b-7b": (OlmoeForCausalLM, OlmoeConfig),
     "qwen3-30b-a3b": (Qwen3MoeForCausalLM, Qwen3MoeConfig),
     "mixtral-8x7b-v0.1": (MixtralForCausalLM, MixtralConfig),
+    "gpt-oss-20b": (GptOssForCausalLM, GptOssConfig),
+    "gpt-oss-120b": (GptOssForCausalLM, GptOssConfig),
+    "glm-4.5-air": (Glm4MoeForCausalLM, Glm4MoeConfig),
     "toy": (Qwen3MoeForCausalLM, Qwen3MoeConfig),
 }
 #: A few seconds on any machine: to try the scripts themselves.
@@ -49,10 +56,19 @@ TOY = {
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     "num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True,
 }  # fmt: skip
+#: What transformers names as data/configs does.
 SAME_NAME = [
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "num_experts_per_tok", "norm_topk_prob", "rms_norm_eps", "tie_word_embeddings",
 ]  # fmt: skip
+#: What it names otherwise, by class: experts of a layer, width of an expert, and that of dense layers if there are any.
+OTHER_NAMES: dict[type[PreTrainedConfig], tuple[str, str, str | None]] = {
+    OlmoeConfig: ("num_experts", "intermediate_size", None),
+    MixtralConfig: ("num_local_experts", "intermediate_size", None),
+    GptOssConfig: ("num_local_experts", "intermediate_size", None),
+    Qwen3MoeConfig: ("num_experts", "moe_intermediate_size", "intermediate_size"),
+    Glm4MoeConfig: ("n_routed_experts", "moe_intermediate_size", "intermediate_size"),
+}
 
 
 def shape_of(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -62,13 +78,21 @@ def shape_of(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     values = {key: facts[key] for key in SAME_NAME if key in facts}
     if layers:
         values["num_hidden_layers"] = int(layers)
-    width = facts["moe_intermediate_size"]
     model, config = FAMILIES[base]
-    if config is Qwen3MoeConfig:
-        values |= {"moe_intermediate_size": width, "intermediate_size": facts["dense_intermediate_size"]}
-    else:
-        values["intermediate_size"] = width
-    values["num_local_experts" if config is MixtralConfig else "num_experts"] = facts["num_experts"]
+    experts, width, dense = OTHER_NAMES[config]
+    values |= {experts: facts["num_experts"], width: facts["moe_intermediate_size"]}
+    if dense is not None:
+        values[dense] = facts["dense_intermediate_size"]
+    if config is GptOssConfig:
+        values["sliding_window"] = facts["sliding_window"]
+    if (
+        config is Glm4MoeConfig
+    ):  # a dense first layer, a shared expert; what is not in the file are its class's defaults
+        values |= {
+            "n_shared_experts": facts["num_shared_experts"],
+            "first_k_dense_replace": facts["first_dense_layers"],
+            "attention_bias": True,
+        }
     return model, config(**values)
 
 
@@ -184,7 +208,7 @@ def _random_model(
     scale = float(name.partition("~")[2] or 0.5)
     cls, config = shape_of(name)
     if num_experts is not None:
-        config.num_experts = num_experts
+        setattr(config, OTHER_NAMES[type(config)][0], num_experts)
     config.eos_token_id = config.pad_token_id = config.bos_token_id = None
     with torch.device("meta"):
         model = cls._from_config(config, dtype=dtype)
@@ -207,6 +231,10 @@ def _random_model(
             parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
             if key.endswith("o_proj.weight"):
                 parameter.mul_(scale)
+    for module in model.modules():  # a router's correction of its scores
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                buffer.zero_()
     with device:  # its buffers are computed, not loaded, and memory alone was taken for them
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.generation_config.eos_token_id = None

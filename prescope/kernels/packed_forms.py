@@ -61,8 +61,10 @@ class Form(NamedTuple):
 def form_of(format: Format, columns: int) -> Form | None:
     """The form of a format whose rows have that many weights; None for a format that the kernels do not know."""
     match format:
-        case Int8():
+        case Int8(None):
             return Form(INT8, FLOAT_SCALE, 0, 1, 1, "_scale", False)
+        case Int8(int(group)):
+            return Form(INT8, FLOAT_SCALE, group, 1, 0, "", False)
         case Fp8(block_rows, block_columns) if block_columns >= columns:
             return Form(E4M3, FLOAT_SCALE, 0, 1, block_rows, "_scale", False)
         case Fp8(block_rows, block_columns):

@@ -17,8 +17,8 @@ packed_linear = pytest.importorskip("prescope.kernels.packed_linear")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = [
-    Int8(), Fp8(128, 128), Fp8(32, 128), Fp8(16, 48), Fp8(1, 192), Fp8(160, 192), Int4(16), Int4(32),
-    Int4(64, torch.float16),    Int4(96, torch.float32, True), Int4(32, torch.float16, True), Mxfp4(), Nvfp4(),
+    Int8(), Int8(48), Fp8(128, 128), Fp8(32, 128), Fp8(16, 48), Fp8(1, 32), Fp8(1, 192), Fp8(160, 192), Int4(16),
+    Int4(32), Int4(64, torch.float16), Int4(96, torch.float32, True), Int4(32, torch.float16, True), Mxfp4(), Nvfp4(),
 ]  # fmt: skip
 #: Of the largest: float32 sums of 192 terms. A wrong scale, order or nibble gives 1e-1.
 TOLERANCE = 2e-5

@@ -186,6 +186,41 @@ def nvfp4(weight: torch.Tensor, rng: np.random.Generator) -> Packed:
     return {".weight_packed": packed, ".weight_scale": scale, ".weight_global_scale": whole}, values
 
 
+def mxfp4_words(weight: torch.Tensor, rng: np.random.Generator) -> Packed:
+    """compressed-tensors: bytes of two e2m1 as for NVFP4, and exponents plus 127 of 32."""
+    rows, columns = weight.shape
+    q, exponents = rng.integers(0, 16, (rows, columns)), rng.integers(121, 126, (rows, columns // 32))
+    values = E2M1[q] * np.repeat(np.float32(2.0) ** (exponents - 127), 32, axis=1).astype(np.float32)
+    packed = torch.from_numpy((q[:, 0::2] | (q[:, 1::2] << 4)).astype(np.uint8))
+    scale = torch.from_numpy(exponents.astype(np.uint8))
+    return {".weight_packed": packed, ".weight_scale": scale}, torch.from_numpy(values)
+
+
+def mxfp8(weight: torch.Tensor, rng: np.random.Generator) -> Packed:
+    """compressed-tensors: e4m3 weights, and exponents plus 127 of 32."""
+    groups = weight.unflatten(1, (-1, 32))
+    exponents = (groups.abs().amax(-1) / 448).log2().ceil()
+    q = (groups / torch.exp2(exponents).unsqueeze(-1)).to(torch.float8_e4m3fn)
+    values = (q.float() * torch.exp2(exponents).unsqueeze(-1)).flatten(1)
+    return {".weight": q.flatten(1), ".weight_scale": (exponents + 127).to(torch.uint8)}, values
+
+
+def int8_words(weight: torch.Tensor, rng: np.random.Generator) -> Packed:
+    """compressed-tensors: four numbers plus 128 in a word, from the low end; bfloat16 scales of 32."""
+    groups = weight.unflatten(1, (-1, 32))
+    scale = (groups.abs().amax(-1) / 127).bfloat16()
+    q = (groups / scale.float().unsqueeze(-1)).round().clamp(-128, 127)
+    stored = (q.flatten(1) + 128).numpy().astype(np.uint64).reshape(len(weight), -1, 4)
+    words = (stored << np.arange(0, 32, 8, dtype=np.uint64)).sum(-1).astype(np.uint32).view(np.int32)
+    shape = torch.tensor(weight.shape)
+    packed = {
+        ".weight_packed": torch.from_numpy(words.copy()),
+        ".weight_scale": scale,
+        ".weight_shape": shape,
+    }
+    return packed, (q * scale.float().unsqueeze(-1)).flatten(1)
+
+
 def mxfp4(
     rows: int, columns: int, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -220,13 +255,20 @@ LAYOUTS: dict[str, tuple[Callable[[], PreTrainedModel], Pack | None, dict[str, A
     "mixtral awq": (mixtral, awq, AWQ),
     "mixtral gptq": (mixtral, gptq, GPTQ),
     "qwen3 nvfp4": (qwen3, nvfp4, compressed("nvfp4-pack-quantized", num_bits=4, type="float")),
+    "mixtral mxfp4": (mixtral, mxfp4_words, compressed("mxfp4-pack-quantized", num_bits=4, type="float")),
+    "glm mxfp8": (glm, mxfp8, compressed("mxfp8-quantized", num_bits=8, type="float")),
+    "qwen3 int8 words": (
+        qwen3,
+        int8_words,
+        compressed("pack-quantized", symmetric=True, **GROUPS | {"num_bits": 8}),
+    ),
     "gpt-oss mxfp4": (gpt_oss, None, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
 }
 #: Forms of rows that the layouts become.
 FORMS = {
     "qwen3 fp8": "fp8", "deepseek fp8": "fp8", "glm fp8 channel": "fp8", "glm int8": "int8", "qwen3 int4": "int4",
     "glm int4 zeros": "int4", "mixtral awq": "int4", "mixtral gptq": "int4", "qwen3 nvfp4": "nvfp4",
-    "gpt-oss mxfp4": "mxfp4",
+    "mixtral mxfp4": "mxfp4", "glm mxfp8": "fp8", "qwen3 int8 words": "int8", "gpt-oss mxfp4": "mxfp4",
 }  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from prescope.weights.formats.fp4 import E2M1, e8m0
 from prescope.weights.layout import PackedMatrix, pack, packed_layout
 
 FORMATS = [
-    Int8(), Fp8(128, 128), Fp8(32, 128), Fp8(1, 192), Int4(32), Int4(64, torch.float16), Int4(64, torch.float32, True),
-    Mxfp4(), Nvfp4(),
+    Int8(), Int8(64), Fp8(128, 128), Fp8(32, 128), Fp8(1, 32), Fp8(1, 192), Int4(32),
+    Int4(64, torch.float16), Int4(64, torch.float32, True), Mxfp4(), Nvfp4(),
 ]  # fmt: skip
 SHAPE = (160, 192)
 #: Largest error as a share of the largest weight of a scale: half a step of each format.

@@ -1,4 +1,6 @@
-"""Published floats: FP8 with scales of blocks, channels or tensors; MXFP4 of gpt-oss; NVFP4."""
+"""Published floats: FP8 with scales of blocks, channels or tensors; MXFP4; NVFP4."""
+
+from abc import abstractmethod
 
 import torch
 
@@ -80,10 +82,43 @@ class GptOssMxfp4(Published):
         return {"": tensors["blocks"].flatten(-2), "_scale": tensors["scale"].view(torch.uint8)}
 
 
-class PackedNvfp4(Published):
-    """NVFP4 as compressed-tensors writes it: scales of 16 weights, divided by one of the matrix."""
+class PackedFp4(Published):
+    """Weights of 4 bits as compressed-tensors writes them: two in a byte (N, K / 2), scales of `group` weights."""
 
-    label = "NVFP4 of compressed-tensors"
+    group: int
+
+    def shape(self, entries: Entries) -> tuple[int, ...]:
+        *rows, half = entries["weight"].shape
+        return (*rows, 2 * half)
+
+    def format(self, entries: Entries) -> Format:
+        *rows, columns = self.shape(entries)
+        if columns % self.group or entries["scale"].shape != (*rows, columns // self.group):
+            raise UnsupportedExperts(f"scales are {entries['scale'].shape}, weights ({rows}, {columns})")
+        return self.held_as()
+
+    @abstractmethod
+    def held_as(self) -> Format:
+        """The format of their rows."""
+
+
+class PackedMxfp4(PackedFp4):
+    """MXFP4 of compressed-tensors: scales are e8m0."""
+
+    label, group = "MXFP4 of compressed-tensors", 32
+    namings = (Naming({"weight": ".weight_packed", "scale": ".weight_scale"}, {}, ".weight"),)
+
+    def held_as(self) -> Format:
+        return Mxfp4()
+
+    def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+        return {"": tensors["weight"], "_scale": tensors["scale"].view(torch.uint8)}
+
+
+class PackedNvfp4(PackedFp4):
+    """NVFP4 of compressed-tensors: scales are e4m3, divided by one of the matrix."""
+
+    label, group = "NVFP4 of compressed-tensors", 16
     namings = (
         Naming(
             {"weight": ".weight_packed", "scale": ".weight_scale", "global": ".weight_global_scale"},
@@ -92,14 +127,7 @@ class PackedNvfp4(Published):
         ),
     )
 
-    def shape(self, entries: Entries) -> tuple[int, ...]:
-        *rows, half = entries["weight"].shape
-        return (*rows, 2 * half)
-
-    def format(self, entries: Entries) -> Format:
-        *rows, columns = self.shape(entries)
-        if columns % 16 or entries["scale"].shape != (*rows, columns // 16):
-            raise UnsupportedExperts(f"scales are {entries['scale'].shape}, weights ({rows}, {columns})")
+    def held_as(self) -> Format:
         return Nvfp4()
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:

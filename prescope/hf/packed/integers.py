@@ -1,6 +1,6 @@
 """Published integers of 4 bits in words of 32: compressed-tensors, AWQ, GPTQ; and of 8 bits by channel.
 
-Each is brought to `Int4`, which holds the same numbers: no value changes.
+Each is brought to `Int4` or `Int8`, which hold the same numbers: no value changes.
 """
 
 import sys
@@ -26,7 +26,7 @@ def nibbles_of(words: torch.Tensor) -> torch.Tensor:
 
 
 def bytes_of(words: torch.Tensor) -> torch.Tensor:
-    """Bytes (N, K / 2) of words (N, K / 8) whose lowest bits are the first column: in memory they are that already."""
+    """Bytes (N, 4 x words) of words whose lowest bits are the first column: in memory they are that already."""
     assert sys.byteorder == "little", "torch has no other machines"
     return words.contiguous().view(torch.uint8)
 
@@ -55,9 +55,12 @@ class PackQuantized(Published):
         ),
     )
 
+    #: Numbers in a word.
+    per_word = 8
+
     def shape(self, entries: Entries) -> tuple[int, ...]:
         *rows, words = entries["weight"].shape
-        return (*rows, 8 * words)
+        return (*rows, self.per_word * words)
 
     def format(self, entries: Entries) -> Format:
         if "order" in entries:
@@ -67,9 +70,10 @@ class PackQuantized(Published):
 
     def check(self, tensors: Tensors, where: str) -> None:
         rows, words = tensors["weight"].shape
-        if "shape" in tensors and tensors["shape"].tolist() != [rows, 8 * words]:
+        if "shape" in tensors and tensors["shape"].tolist() != [rows, self.per_word * words]:
             raise UnsupportedExperts(
-                f"{where} holds a weight of {tensors['shape'].tolist()} in ({rows}, {words}) words: not 4 bits each"
+                f"{where} holds a weight of {tensors['shape'].tolist()} in ({rows}, {words}) words: "
+                f"not {32 // self.per_word} bits each"
             )
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -84,6 +88,29 @@ class PackQuantized(Published):
                 zero = zero + MIDDLE
             parts["_zero"] = zero.to(torch.uint8)
         return parts
+
+
+class PackQuantized8(PackQuantized):
+    """The same with 8 bits: words of 4 columns (N, K / 4), numbers stored as q + 128; symmetric."""
+
+    label = "int8 of compressed-tensors, in words"
+    per_word = 4
+
+    def format(self, entries: Entries) -> Format:
+        if "order" in entries:
+            raise UnsupportedExperts(_FIXED_ORDER)
+        if "zero" in entries:
+            raise UnsupportedExperts("8 bits with zeros are not served, symmetric ones are")
+        columns, groups = self.shape(entries)[-1], entries["scale"].shape[-1]
+        if groups == 0 or columns % groups:
+            raise UnsupportedExperts(f"{groups} scales do not divide rows of {columns} weights")
+        return Int8(None if groups == 1 else columns // groups)
+
+    def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+        stored, scale = bytes_of(tensors["weight"]), tensors["scale"].float()
+        scale = scale.expand(*stored.shape[:-1], scale.shape[-1])
+        # 128 less, in bytes that count modulo 256, is the highest bit turned over.
+        return {"": (stored ^ 0x80).view(torch.int8), "_scale": scale.squeeze(-1)}
 
 
 class ChannelInt8(Published):

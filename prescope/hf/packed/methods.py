@@ -7,8 +7,8 @@ import torch
 
 from ...errors import UnsupportedExperts
 from ...weights.formats import Format, Fp8, Int4, Int8, Mxfp4, Nvfp4
-from .floats import BlockFp8, GptOssMxfp4, PackedNvfp4
-from .integers import Awq, ChannelInt8, Gptq, PackQuantized
+from .floats import BlockFp8, GptOssMxfp4, PackedMxfp4, PackedNvfp4
+from .integers import Awq, ChannelInt8, Gptq, PackQuantized, PackQuantized8
 from .published import Published
 
 SERVED = "fp8 (block, channel or tensor scales), mxfp4 (gpt-oss), compressed-tensors, awq and gptq"
@@ -48,15 +48,18 @@ def format_said(config: Mapping[str, Any], columns: int) -> Format:
     published = published_of(config)
     if isinstance(published, BlockFp8):
         return Fp8(*published.block) if published.block is not None else Fp8(1, columns)
-    if isinstance(published, GptOssMxfp4):
-        return Mxfp4()
-    if isinstance(published, PackedNvfp4):
-        return Nvfp4()
-    if isinstance(published, ChannelInt8):
-        return Int8()
+    match published:
+        case GptOssMxfp4() | PackedMxfp4():
+            return Mxfp4()
+        case PackedNvfp4():
+            return Nvfp4()
+        case ChannelInt8():
+            return Int8()
     groups = list((config.get("config_groups") or {}).values())
     said = (groups[0].get("weights") or {}) if groups else config
     group = int(said.get("group_size") or -1)
+    if isinstance(published, PackQuantized8):
+        return Int8(group if 0 < group < columns else None)
     has_zeros = isinstance(published, Awq | Gptq) or said.get("symmetric") is False
     return Int4(group if group > 0 else columns, torch.bfloat16, has_zeros)
 
@@ -85,8 +88,11 @@ def _compressed(config: Mapping[str, Any]) -> Published:
     match name:
         case "pack-quantized":
             for args in weights:
-                _require(args, num_bits=(4,), type=("int", None))
-            return PackQuantized()
+                _require(args, num_bits=(4, 8), type=("int", None))
+            bits = {args["num_bits"] for args in weights}
+            if len(bits) != 1:
+                raise UnsupportedExperts("compressed-tensors with weights of 4 and of 8 bits")
+            return PackQuantized() if bits == {4} else PackQuantized8()
         case "float-quantized" | "naive-quantized" if all(args.get("type") == "float" for args in weights):
             blocks = {tuple(args.get("block_structure") or ()) for args in weights}
             block = next(iter(blocks)) if len(blocks) == 1 else ()
@@ -99,6 +105,10 @@ def _compressed(config: Mapping[str, Any]) -> Published:
             return ChannelInt8()
         case "nvfp4-pack-quantized":
             return PackedNvfp4()
+        case "mxfp4-pack-quantized":
+            return PackedMxfp4()
+        case "mxfp8-quantized":
+            return BlockFp8("MXFP8 of compressed-tensors", (1, 32), "weight_scale")
     raise UnsupportedExperts(f"compressed-tensors in the format {name!r}")
 
 

@@ -18,7 +18,7 @@ _SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3
 #: A group at least as wide as every row: one scale for all of it.
 _WHOLE = 1 << 62
 #: Weights of 4 bits share a word of 8 with others of one scale, those of 8 bits a block of 128.
-_LEAST_GROUP = {_INT4: 8, _E2M1: 8, _E4M3: 128}
+_LEAST_GROUP = {_INT4: 8, _E2M1: 8, _INT8: 128, _E4M3: 128}
 
 
 class Packed(ctypes.Structure):
@@ -62,8 +62,8 @@ def packed_as(layout: RowLayout, name: str) -> Packed:
 def _form(format: Format, shape: tuple[int, int]) -> tuple[int, int, int]:
     """Kind of weights, and how many of a row and how many rows share a scale."""
     match format:
-        case Int8():
-            return _INT8, _WHOLE, 1
+        case Int8(group):
+            return _INT8, _WHOLE if group is None else group, 1
         case Fp8(block_rows, block_columns):
             return _E4M3, _WHOLE if block_columns >= shape[1] else block_columns, block_rows
         case Int4(group):

@@ -1,4 +1,4 @@
-"""Whole numbers of 8 bits with a scale for each output channel."""
+"""Whole numbers of 8 bits with a scale for each output channel, or for each group of weights in it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,19 +10,31 @@ from .base import Format, Part
 
 @dataclass(frozen=True)
 class Int8(Format):
-    """Weights (N, K) from -127 to 127, times scales (N,)."""
+    """Weights (N, K) from -128 to 127, times scales (N,), or (N, K / group).
+
+    Attributes:
+        group: weights of a row that share a scale; None: all of them.
+    """
+
+    group: int | None = None
 
     @property
     def name(self) -> str:
         return "int8"
 
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
-        return Part("", shape, torch.int8), Part("_scale", shape[:1], torch.float32)
+        scales = shape[:1] if self.group is None else (shape[0], shape[1] // self.group)
+        return Part("", shape, torch.int8), Part("_scale", scales, torch.float32)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-        return parts[""].float() * parts["_scale"].unsqueeze(-1)
+        return (self._grouped(parts[""].float()) * parts["_scale"].unsqueeze(-1)).reshape(parts[""].shape)
 
     def pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        scale = weights.float().abs().amax(-1) / 127
-        steps = weights.float() / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
-        return {"": steps.round().clamp(-127, 127).to(torch.int8), "_scale": scale}
+        groups = self._grouped(weights.float())
+        scale = groups.abs().amax(-1) / 127
+        steps = groups / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
+        return {"": steps.round().clamp(-127, 127).to(torch.int8).reshape(weights.shape), "_scale": scale}
+
+    def _grouped(self, weights: torch.Tensor) -> torch.Tensor:
+        """What shares a scale in the last dimension."""
+        return weights if self.group is None else weights.unflatten(-1, (-1, self.group))

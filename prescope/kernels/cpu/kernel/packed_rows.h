@@ -192,6 +192,7 @@ INLINE void packed_dots(const PackedBlock *block, const int first, const float *
 
 typedef void (*PackedDots)(const PackedBlock *, const float *const *, const Packing *, int64_t, float (*)[TOKENS]);
 PACKED_DOTS_OF(int8_rows, INT8, false, false)
+PACKED_DOTS_OF(int8_groups, INT8, true, false)
 PACKED_DOTS_OF(e4m3_rows, E4M3, false, false)
 PACKED_DOTS_OF(e4m3_groups, E4M3, true, false)
 PACKED_DOTS_OF(int4_groups, INT4, true, false)
@@ -201,7 +202,7 @@ PACKED_DOTS_OF(e2m1_groups, E2M1, true, false)
 /* By the number of pairs of token and expert, less one. */
 INLINE const PackedDots *packed_dots_of(const Packing *p) {
     switch (p->kind) {
-    case INT8: return int8_rows;
+    case INT8: return p->scale < 0 ? int8_rows : int8_groups;
     case E4M3: return p->scale < 0 ? e4m3_rows : e4m3_groups;
     case INT4: return p->zero < 0 ? int4_groups : int4_zeros;
     default: return e2m1_groups;
