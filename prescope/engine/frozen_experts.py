@@ -24,7 +24,6 @@ class FrozenExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         x_TD: torch.Tensor,
         weights_TK: torch.Tensor,
         ids_TK: torch.Tensor,
@@ -33,9 +32,24 @@ class FrozenExperts(torch.autograd.Function):
         host: HostPool,
         *trained: torch.nn.Parameter,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x_TD, weights_TK, ids_TK)
-        ctx.layer, ctx.host = layer, host
         return serve(layer.moe_layer, x_TD.detach(), ids_TK, weights_TK.detach())
+
+    # Apart from `forward`, so that transforms of torch.func find it.
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x_TD, weights_TK, ids_TK, _, ctx.layer, ctx.host, *_ = inputs
+        ctx.save_for_backward(x_TD, weights_TK, ids_TK)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[torch.Tensor, int]:
+        """Over one more dimension: experts know no order of tokens, so it becomes more of them."""
+        size = info.batch_size
+        folded = [
+            (value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)).flatten(0, 1)
+            for value, dim in zip(inputs[:3], in_dims, strict=False)
+        ]
+        out: torch.Tensor = FrozenExperts.apply(*folded, *inputs[3:])
+        return out.unflatten(0, (size, -1)), 0
 
     @staticmethod
     @once_differentiable
