@@ -112,7 +112,8 @@ class Recorder:
         self._start = device.mark(timed=True)
         self._start_ns = time.perf_counter_ns()  # the same moment by the host's clock, on an idle device
         self._last: Mark = self._start  # end of the last thing on the compute lane
-        self._compiled_us = compiling_us()  # by the end of the last span of the compute lane
+        self._compiled_before_us = compiling_us()
+        self._compiled_us = self._compiled_before_us  # by the end of the last span of the compute lane
         self._not_finite: dict[str, IntArray] = {}  # (L,) tokens, by what of theirs is NaN or infinite
         self._anchor: tuple[Mark, int] | None = (
             None  # one moment by both clocks: a mark, and the GPU's own in ns
@@ -470,13 +471,21 @@ class Recorder:
         )
 
     def notes(self) -> list[str]:
-        """What a reader of the trace must know; call it after `trace`."""
-        return [
+        """What a reader of the figures and of the trace must know; call it after `trace`."""
+        return self._notes_of_warm_up() + [
             f"{what} of {count} tokens {NOT_FINITE} in MoE layer {layer} (NaN or infinite); the trace has 0 for them"
             for what, of_layer in self._not_finite.items()
             for layer, count in enumerate(of_layer.tolist())
             if count
         ]
+
+    def _notes_of_warm_up(self) -> list[str]:
+        """Without a timeline nothing tells warm-up from the steps it was in."""
+        warm_up_us = 0.0 if self.timed else compiling_us() - self._compiled_before_us
+        return [
+            f"decisions were compiled, or read from the disk, for {warm_up_us / 1e6:.2g} s of this run, once in a "
+            f"process; without events its times hold that"
+        ] * (warm_up_us > 0)
 
     def _step_rows(self, index: int, num_layers: int, num_experts: int, top_k: int) -> dict[str, np.ndarray]:
         step = self._steps[index]

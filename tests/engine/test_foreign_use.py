@@ -179,6 +179,10 @@ TRANSFORMS = {
 }
 
 
+# torch itself, of the plain model's experts
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop because we have not yet implemented the batching rule"
+)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_of_torch_func_are_the_plain_models(transform, model):
     """They hand the experts tensors that are none, with a dimension that nobody sees."""

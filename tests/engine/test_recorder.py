@@ -204,3 +204,18 @@ def test_compiling_decisions_is_warm_up_and_in_no_figure_of_speed(monkeypatch):
     assert metrics.tpot_ms == pytest.approx(metrics.decode.wall_ms - 7.7)
     assert metrics.tokens_per_s == pytest.approx(1e3 / metrics.tpot_ms)
     assert metrics.end_to_end_s == pytest.approx((metrics.ttft_ms + metrics.tpot_ms) / 1e3)
+
+
+def test_warm_up_that_no_event_tells_apart_is_said(monkeypatch):
+    compiled_us = [5.0]
+    monkeypatch.setattr("prescope.engine.recorder.compiling_us", lambda: compiled_us[0])
+
+    def notes(events: bool) -> list[str]:
+        recorder = Recorder(NullDevice(), events=events, routing=False, inputs=False)
+        assert recorder.notes() == []
+        compiled_us[0] += 2_500_000.0
+        return recorder.notes()
+
+    assert notes(events=True) == []
+    (note,) = notes(events=False)
+    assert "for 2.5 s of this run" in note and "its times hold that" in note
