@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,15 +45,37 @@ if numba is not None:
 IS_COMPILED = numba is not None and not numba.config.DISABLE_JIT
 
 
+class _Spent(threading.local):
+    """What one thread has spent in numba's compiler, or waiting for it; calls of it lie in one another."""
+
+    depth, begin_s, total_s = 0, 0.0, 0.0
+
+
+_spent = _Spent()
+
 if numba is not None:
-    # Also held while a function is read from numba's cache on disk, which takes most of a second for all of them.
-    _compiling = event.TimingListener()
-    event.register("numba:compiler_lock", _compiling)
+
+    class _Compiling(event.Listener):
+        """Told of the compiler's lock, by the thread that takes it. It is also held while a function is read from
+        numba's cache on disk, which takes most of a second for all of them.
+        """
+
+        def on_start(self, event: Any) -> None:
+            if _spent.depth == 0:
+                _spent.begin_s = time.perf_counter()
+            _spent.depth += 1
+
+        def on_end(self, event: Any) -> None:
+            _spent.depth -= 1
+            if _spent.depth == 0:
+                _spent.total_s += time.perf_counter() - _spent.begin_s
+
+    event.register("numba:compiler_lock", _Compiling())
 
 
 def compiling_us() -> float:
-    """Time that this process has spent compiling decisions, or reading them from the disk, so far, microseconds."""
-    return float(_compiling.duration) * 1e6 if numba is not None and _compiling.done else 0.0
+    """Time that this thread has spent compiling decisions, or reading them from the disk, so far, microseconds."""
+    return _spent.total_s * 1e6
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Names that modules of prescope had before they were sorted into folders: an import of one gives the module of today.
+"""Names of prescope from before it was sorted into folders: an import of one gives the module, or the class, of today.
 
 Standard library only: `import prescope` loads this.
 """
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 #: Former name -> name, both below `prescope`.
 RENAMED = {
@@ -35,6 +36,29 @@ RENAMED = {
     "units": "core.units",
     "workbench": "session",
 }
+#: Package -> former names in it that users had, by where they are below `prescope` today.
+MOVED = {
+    "cache": {"make_policy": "cache.policies.make_policy"},
+    "core": {
+        "ExpertKey": "core.types.ExpertKey",
+        "Lane": "core.types.Lane",
+        "MoEShape": "core.types.MoEShape",
+        "Need": "core.types.NeedOutcome",
+        "Reason": "core.types.Reason",
+    },
+    "predictor": {"Shape": "core.types.MoEShape"},
+}
+
+
+def moved(package: str, former: str) -> Any:
+    """What was once called `prescope.<package>.<former>`, with a warning; for the package's `__getattr__`."""
+    if former not in MOVED[package]:
+        raise AttributeError(f"module 'prescope.{package}' has no attribute {former!r}")
+    module, _, name = MOVED[package][former].rpartition(".")
+    warnings.warn(
+        f"prescope.{package}.{former} is called prescope.{module}.{name} now", FutureWarning, stacklevel=3
+    )
+    return getattr(import_module(f"prescope.{module}"), name)
 
 
 def module_renamed(former: str) -> ModuleType:

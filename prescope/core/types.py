@@ -4,7 +4,7 @@ Shapes used everywhere: T tokens, D model width, F expert width, E experts, K to
 """
 
 from enum import IntEnum, StrEnum
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,11 @@ class MoEShape(NamedTuple):
     num_experts: int  # E, the most experts any layer has
     top_k: int  # K, the most experts one token uses in a layer; 0 until the first forward shows it
     row_bytes: int = 0  # bytes of the largest expert, all projections and biases, padded; 0 where nobody asks
+
+    @classmethod
+    def of(cls, trace: Any) -> "MoEShape":
+        """Of a routing trace, or whatever else has these three sizes."""
+        return cls(trace.num_layers, trace.num_experts, trace.top_k)
 
     @property
     def total_experts(self) -> int:

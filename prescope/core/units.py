@@ -6,6 +6,8 @@ GB = 10**9
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 _FACTORS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": GB, "kib": KIB, "mib": MIB, "gib": GIB}
+#: Characters of a size that anything could have.
+LONGEST_SIZE = 64
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmg]?i?b)\s*", re.IGNORECASE)
 
 
@@ -16,8 +18,8 @@ def parse_bytes(text: str) -> int:
         ValueError: no number, or a unit other than B, kB, MB, GB, KiB, MiB, GiB.
     """
     match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write it like '8GiB', '512MiB' or '1.5GB'")
+    if match is None or len(text) > LONGEST_SIZE:
+        raise ValueError(f"{text!r:.80} is not a size; write it like '8GiB', '512MiB' or '1.5GB'")
     return int(float(match[1]) * _FACTORS[match[2].lower()])
 
 

@@ -3,10 +3,13 @@
 The names to choose from are those of the registries: of devices, cache policies and schedules.
 """
 
+import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+import numpy as np
 
 from ..cache.num_slots import require_slots_setting
 from ..cache.policies import POLICIES
@@ -29,7 +32,7 @@ class EngineConfig:
 
     Args:
         slots: places for experts on the device: an int is a count, a float in (0, 1] a share of all
-            experts of the model, a text such as "8GiB" the memory they may take.
+            experts of the model (or "25%"), a text such as "8GiB" the memory they may take.
         device: "cuda", or "cuda:1" for one GPU of several; "cpu" with an emulated link; "null" (virtual clock, for
             tests); "auto" takes CUDA when there is one and says so.
         cache: which expert gives up its slot: "lru", "lfu", "static" (least frequent by `frequencies`)
@@ -81,6 +84,9 @@ class EngineConfig:
     record_inputs: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # numpy's numbers are Python's here
+            if isinstance(value := getattr(self, field.name), np.generic):
+                object.__setattr__(self, field.name, value.item())
         if not (isinstance(self.device, str) and _ONE_GPU.fullmatch(self.device)):
             _one_of("device", self.device, ("auto", *DEVICES))
         _one_of("cache", self.cache, ("auto", *POLICIES))
@@ -93,32 +99,30 @@ class EngineConfig:
                 f"decode={self.decode!r} leaves decisions to the GPU, which only on-demand loading can; "
                 f"schedule={self.schedule!r} needs decode='auto', 'host-driven' or 'layered'"
             )
-        if (
-            isinstance(self.link_factor, bool)
-            or not isinstance(self.link_factor, int)
-            or self.link_factor < 1
-        ):
+        for name in ("compiled", "events", "record_routing", "record_inputs"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UnsupportedOption(f"{name} is {value!r}; it is True or False")
+        if not _is_number(self.link_factor, int) or self.link_factor < 1:
             raise UnsupportedOption(f"link_factor is {self.link_factor!r}; it counts copies: 1, 2, 4, ...")
         if self.link_factor > 1 and self.decode == "gpu-driven":
             raise UnsupportedOption(
                 "decode='gpu-driven' reads experts itself, once; link_factor needs decode='auto', 'copy-engine', "
                 "'host-driven' or 'layered'"
             )
-        if self.lookahead is not None and self.lookahead < 1:
-            raise UnsupportedOption(
-                f"lookahead is {self.lookahead}; predictions are for 1 layer ahead or more"
-            )
-        if self.width is not None and self.width < 0:
-            raise UnsupportedOption(
-                f"width is {self.width}; 0 prefetches nothing, more is a number of experts"
-            )
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise UnsupportedOption(f"threshold is {self.threshold}; a probability lies in [0, 1]")
-        if self.cpu_threads is not None and self.cpu_threads < 0:
-            raise UnsupportedOption(f"cpu_threads is {self.cpu_threads}; 0 switches the CPU lane off")
+        for name, least, meaning in (
+            ("lookahead", 1, "predictions are for 1 layer ahead or more"),
+            ("width", 0, "0 prefetches nothing, more is a number of experts"),
+            ("cpu_threads", 0, "0 switches the CPU lane off, more is a number of threads"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value, int) and value >= least):
+                raise UnsupportedOption(f"{name} is {value!r}; {meaning}")
+        if self.threshold is not None and not (_is_number(self.threshold) and 0 <= self.threshold <= 1):
+            raise UnsupportedOption(f"threshold is {self.threshold!r}; a probability lies in [0, 1]")
         require_slots_setting(self.slots)
-        if self.link_gb_per_s is not None and not self.link_gb_per_s > 0:
-            raise UnsupportedOption(f"link_gb_per_s is {self.link_gb_per_s}; a bandwidth is positive")
+        link = self.link_gb_per_s
+        if link is not None and not (_is_number(link) and 0 < link < math.inf):
+            raise UnsupportedOption(f"link_gb_per_s is {link!r}; a bandwidth is a positive number of GB/s")
         if self.link_gb_per_s is not None and self.device.startswith("cuda"):
             raise UnsupportedOption(
                 "link_gb_per_s sets the emulated link of device='cpu'; CUDA's link is real"
@@ -132,6 +136,10 @@ class EngineConfig:
         return asdict(self)
 
 
-def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
+def _is_number(value: Any, kinds: Any = int | float) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
         raise UnsupportedOption(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")

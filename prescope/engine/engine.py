@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..cache.frequencies import require_frequencies
 from ..cache.policies import CachePolicy, by_frequency, make_policy
 from ..cache.residency import NOTHING
 from ..core.html import facts_html
@@ -53,7 +54,7 @@ from .predicting import Predictings
 from .prompts import Prompts
 from .recorder import Recorder
 from .recording import recording, result_of
-from .resolve import _cache_of, _count_slots, _form_of, _shape_of, _unpacked_by
+from .resolve import _cache_of, _count_slots, _form_of, _shape_of, _unpacked_by, require_kinds
 from .schedule import open_schedule_runner
 from .turn import in_turn
 
@@ -109,10 +110,13 @@ class Engine:
         packing: str = "",
     ) -> None:
         layers = find_moe_layers(model) if layers is None else layers
+        require_kinds(predictor=predictor, costs=costs, tokenizer=tokenizer)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
         self.shape = _shape_of(layers, top_k_of(model))
+        if frequencies is not None:
+            frequencies = require_frequencies(self.shape, frequencies)
         self.num_slots, slots_reason = _count_slots(config, self.shape, layers)
         kind, device_reason = resolve_device(config.device, config.link_gb_per_s, model.device)
         self.chosen_cache = config.cache
@@ -242,7 +246,8 @@ class Engine:
         given: dict[str, Any] = {"slots": slots, "cache": cache, "decode": decode, "compiled": compiled}
         given = {name: value for name, value in given.items() if value is not None}
         config = replace(self.config, **({"cache": self.chosen_cache} | given), **schedule)
-        hot = self.frequencies if frequencies is None else frequencies
+        require_kinds(predictor=None if predictor == "none" else predictor, costs=costs)
+        hot = self.frequencies if frequencies is None else require_frequencies(self.shape, frequencies)
         chosen = config.cache
         cache, cache_reason = _cache_of(config, hot)
         config = replace(config, cache=cache)
@@ -290,7 +295,7 @@ class Engine:
         elif frequencies is None or not schedule_named(config.schedule).places:
             return NOTHING
         else:
-            keys = by_frequency(self.shape, np.asarray(frequencies, dtype=np.float64))
+            keys = by_frequency(self.shape, frequencies)
         layer, expert = np.divmod(keys, self.shape.num_experts)
         num_experts = np.array([one.num_experts for one in self.layers])
         return keys[expert < num_experts[layer]][-num_slots:]
@@ -343,6 +348,10 @@ class Engine:
 
     def _costs_by(self, profile: HardwareProfile | str | Path) -> LayerCosts:
         """What a layer costs by a profile of this machine."""
+        if not isinstance(profile, HardwareProfile | str | Path):
+            raise UnsupportedOption(
+                f"profile is a {type(profile).__name__}; give a HardwareProfile, its file, or the name of a shipped one"
+            )
         found = profile if isinstance(profile, HardwareProfile) else HardwareProfile.load(profile)
         _, width, expert_width = self.expert_size
         return found.behind(self._device.describe()).costs(self.shape, width=width, expert_width=expert_width)

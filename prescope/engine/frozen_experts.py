@@ -24,7 +24,6 @@ class FrozenExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         x_TD: torch.Tensor,
         weights_TK: torch.Tensor,
         ids_TK: torch.Tensor,
@@ -33,9 +32,19 @@ class FrozenExperts(torch.autograd.Function):
         host: HostPool,
         *trained: torch.nn.Parameter,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x_TD, weights_TK, ids_TK)
-        ctx.layer, ctx.host = layer, host
         return serve(layer.moe_layer, x_TD.detach(), ids_TK, weights_TK.detach())
+
+    # Apart from `forward`, so that transforms of torch.func find it.
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x_TD, weights_TK, ids_TK, _, ctx.layer, ctx.host, *_ = inputs
+        ctx.save_for_backward(x_TD, weights_TK, ids_TK)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[torch.Tensor, int]:
+        """Over one more dimension: experts know no order of tokens, so it becomes more of them."""
+        out: torch.Tensor = FrozenExperts.apply(*_folded(info.batch_size, in_dims, inputs[:3]), *inputs[3:])
+        return out.unflatten(0, (info.batch_size, -1)), 0
 
     @staticmethod
     @once_differentiable
@@ -50,10 +59,46 @@ class FrozenExperts(torch.autograd.Function):
             )
         x_TD, weights_TK, ids_TK = ctx.saved_tensors
         rows: HostLayer = ctx.host.layers[layer.moe_layer]
-        found = gradients(layer, rows, x_TD, ids_TK, weights_TK, grads[0])
+        found = _Gradients.apply(x_TD, ids_TK, weights_TK, grads[0], layer, rows)
         needed = zip(found, ctx.needs_input_grad, strict=False)
         wanted = [grad if is_needed else None for grad, is_needed in needed]
         return (*wanted, *(None for _ in ctx.needs_input_grad[len(wanted) :]))
+
+
+class _Gradients(torch.autograd.Function):
+    """`gradients` as a function of its tensors: to it, too, transforms of torch.func hand their own."""
+
+    @staticmethod
+    def forward(
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        grad_TD: torch.Tensor,
+        layer: MoELayer,
+        rows: HostLayer,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradients(layer, rows, x_TD, ids_TK, weights_TK, grad_TD)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass  # it is not differentiated itself
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[int, int]]:
+        found = _Gradients.apply(*_folded(info.batch_size, in_dims, inputs[:4]), *inputs[4:])
+        return tuple(grad.unflatten(0, (info.batch_size, -1)) for grad in found), (0, 0)
+
+
+def _folded(
+    size: int, in_dims: tuple[int | None, ...], values: tuple[torch.Tensor, ...]
+) -> list[torch.Tensor]:
+    """Tensors of tokens with one more dimension of a size as tensors of so many times more tokens."""
+    return [
+        (value.expand(size, *value.shape) if dim is None else value.movedim(dim, 0)).flatten(0, 1)
+        for value, dim in zip(values, in_dims, strict=False)
+    ]
 
 
 def gradients(

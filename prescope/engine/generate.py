@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -18,7 +19,10 @@ from .recorder import Recorder
 from .recording import put_right, recorded, result_of
 from .served import Served
 from .stopping import Progress, watched_criteria
+from .tokenized import NOT_FOR_MODELS
 
+#: What `generate` takes as a setting.
+SETTINGS = frozenset(vars(GenerationConfig()))
 #: Settings that need the tokenizer while tokens are chosen.
 NEED_TOKENIZER = ("stop_strings", "token_healing")
 
@@ -34,7 +38,7 @@ class Settings(NamedTuple):
     def eos(self) -> list[int]:
         """Ids that end a sequence."""
         eos = self.in_force.eos_token_id
-        return [] if eos is None else [eos] if isinstance(eos, int) else [int(token) for token in eos]
+        return [] if eos is None else [int(token) for token in np.atleast_1d(eos)]
 
     def length(self, prompt_length: int) -> int | None:
         """Most tokens of a sequence, prompt included; None if neither call nor model says."""
@@ -179,15 +183,20 @@ def settle(engine: Served, keywords: Mapping[str, Any]) -> Settings:
     Raises:
         UnsupportedOption: one needs a tokenizer and there is none.
     """
-    model, given = engine.model, dict(keywords)
+    model, given = engine.model, {name: _plain(name, value) for name, value in keywords.items()}
     config = given.pop("generation_config", None)
     if config is None:
         given.setdefault("do_sample", False)
+    elif not isinstance(config, GenerationConfig):
+        raise UnsupportedOption(
+            f"generation_config is a {type(config).__name__}; it is a transformers.GenerationConfig"
+        )
     else:
-        config = deepcopy(config)
+        config = _of_plain_values(deepcopy(config))
         if config.do_sample is None:
             config.do_sample = False
     in_force, others = model._prepare_generation_config(config, **given)
+    in_force = _of_plain_values(in_force)
     standard = GenerationConfig()
     standard.update(**standard._get_default_generation_params(), defaults_only=True)
     defaults = standard.to_dict()
@@ -204,6 +213,24 @@ def settle(engine: Served, keywords: Mapping[str, Any]) -> Settings:
                 raise UnsupportedOption(f"{name} needs a tokenizer; give it as tokenizer=... with the call")
             names.add(name)
     return Settings(given, in_force, names | {name for name, value in others.items() if value is not None})
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A setting of numbers as Python's own, where it comes as an array or a tensor; anything else as it is.
+
+    As a tensor such a setting has no truth value, and cannot be written into a result.
+    """
+    return (
+        value.tolist()
+        if name in SETTINGS and isinstance(value, torch.Tensor | np.ndarray | np.generic)
+        else value
+    )
+
+
+def _of_plain_values(config: GenerationConfig) -> GenerationConfig:
+    for name, value in vars(config).items():
+        setattr(config, name, _plain(name, value))
+    return config
 
 
 def _with_pad(engine: Served, settings: Settings, is_masked: bool) -> dict[str, Any]:
@@ -233,7 +260,7 @@ def encoder_of(engine: Served, settings: Settings) -> Encoder:
         vocabulary=vocabulary,
         width=width,
         pad=next(int(pad) for pad in pads if pad is not None),
-        unwanted={"token_type_ids"} - inspect.signature(model.forward).parameters.keys(),
+        unwanted=NOT_FOR_MODELS - inspect.signature(model.forward).parameters.keys(),
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch._C import _are_functorch_transforms_active as is_transformed
 
 from ..cache.policies import CachePolicy
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE, most_on_wire
@@ -162,7 +163,7 @@ class LayeredRunner:
             x.dtype is not self._dtype
         ):  # under autocast, say: experts compute in their own, as in transformers
             x_TD = x_TD.to(self._dtype)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_transformed():
             layer = self.layers[moe_layer]
             trained = [p for p in layer.module.parameters() if p.requires_grad]
             out = FrozenExperts.apply(x_TD, weights_TK, ids_TK, self.serve_values, layer, self.host, *trained)

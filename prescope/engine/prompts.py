@@ -6,15 +6,17 @@ left, whatever the tokenizer would do: the next token follows the last one of th
 Shapes: B prompts, T tokens of the longest, D model width.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UnsupportedOption
+from .tokenized import field_of, is_tokenized, row_of
 
 #: One prompt, or several: text, token ids, a chat (messages with "role" and "content"), what a tokenizer returns.
 Prompts = (
@@ -108,19 +110,22 @@ class Encoder:
     def _ids(self, prompts: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Ids (B, T) and, where padding is known or put in here, a mask."""
         if isinstance(prompts, np.ndarray):
-            prompts = prompts.tolist() if prompts.dtype.kind in "OUS" else torch.from_numpy(np.array(prompts))
+            prompts = self._array(prompts)
         if isinstance(prompts, torch.Tensor):
             return self._tensor(prompts), None
         if isinstance(prompts, str):
             return self._padded(self._texts([prompts]))
-        if isinstance(prompts, bytes | Set) or not isinstance(prompts, Iterable):
+        if is_tokenized(prompts):
+            return self._padded([self._row(row_of(prompts, 0), 0)])
+        # A frame is gone through by the names of its columns.
+        if isinstance(prompts, bytes | Set | pd.DataFrame) or not isinstance(prompts, Iterable):
             raise UnsupportedOption(f"prompts are a {type(prompts).__name__}; pass {FORMS}")
         items = list(prompts)
         if not items:
             raise UnsupportedOption(f"no prompt is given; pass {FORMS}")
         if all(isinstance(item, str) for item in items):
             return self._padded(self._texts(items))
-        if all(isinstance(item, Mapping) for item in items):
+        if all(isinstance(item, Mapping) and not is_tokenized(item) for item in items):
             return self._padded(self._chats([items]))
         if all(_is_id(item) for item in items):
             return self._padded([self._row(items, 0)])
@@ -131,6 +136,8 @@ class Encoder:
 
     def _item(self, item: Any, position: int) -> list[int]:
         """One prompt of several that are neither all texts nor all messages."""
+        if is_tokenized(item):
+            return self._row(row_of(item, position), position)
         if isinstance(item, torch.Tensor | np.ndarray) and (item.ndim == 1 or item.shape[:-1] == (1,)):
             # (1, T) is what a tokenizer returns for one text.
             ids = self._tensor(torch.as_tensor(item))[0].tolist() if item.shape[-1] else []
@@ -145,6 +152,8 @@ class Encoder:
         )
 
     def _texts(self, texts: Sequence[str]) -> list[list[int]]:
+        for position, text in enumerate(texts):
+            _require_whole_characters(text, f"prompt {position}")
         rows: list[list[int]] = self._need_tokenizer("text")(list(texts), return_attention_mask=False)[
             "input_ids"
         ]
@@ -174,6 +183,7 @@ class Encoder:
                 raise UnsupportedOption(
                     f"the chat template of {self._name} refuses this chat: {error}"
                 ) from error
+            _require_whole_characters(text, "a message")
             rows.append(tokenizer(text, add_special_tokens=False)["input_ids"])
         return rows
 
@@ -194,6 +204,15 @@ class Encoder:
                 f"prompt {position} has the token id {wrong}; {self._name} has ids 0 to {self._vocabulary - 1}"
             )
         return row
+
+    def _array(self, prompts: np.ndarray) -> Any:
+        if prompts.dtype.kind in "OUS":
+            return prompts.tolist()
+        if prompts.dtype.kind not in "biufc":
+            raise UnsupportedOption(
+                f"token ids are integers of shape (T,) or (B, T), these are {prompts.dtype}"
+            )
+        return torch.from_numpy(np.array(prompts))
 
     def _tensor(self, ids: torch.Tensor) -> torch.Tensor:
         if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex() or ids.dim() not in (1, 2):
@@ -253,16 +272,25 @@ class Encoder:
             raise UnsupportedOption(
                 "attention_mask or inputs_embeds is given twice, in the prompts and beside them"
             )
-        inputs = {
-            name: value.to(self._device) if isinstance(value, torch.Tensor) else value
-            for name, value in fields.items()
-        }
+        length = len(ids) if isinstance(ids, Sized) and len(ids) and all(map(_is_id, ids)) else None
+        inputs = {name: field_of(value, length, self._device) for name, value in fields.items()}
         return (
             ids,
             attention_mask if mask is None else mask,
             embeds if inner_embeds is None else inner_embeds,
             inputs,
         )
+
+
+def _require_whole_characters(text: str, what: str) -> None:
+    """Half of a surrogate pair, as a text that was cut has it, is no character to any tokenizer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedOption(
+            f"{what} has {text[error.start]!a} at {error.start}, which is no character; "
+            f'text.encode("utf-8", "replace").decode() puts a question mark there'
+        ) from None
 
 
 def _is_id(value: Any) -> bool:
@@ -276,7 +304,7 @@ def _is_written(prompts: Any) -> bool:
     if isinstance(prompts, str):
         return True
     first = prompts[0] if isinstance(prompts, list | tuple) and prompts else None
-    return isinstance(first, str | Mapping) or (
+    return (isinstance(first, str | Mapping) and not is_tokenized(first)) or (
         first is not None and first is not prompts and _is_written(first)
     )
 

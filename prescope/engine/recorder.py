@@ -38,6 +38,7 @@ class _Span(NamedTuple):
     nbytes: int
     start: Mark | float  # a float is microseconds since the run's start
     end: Mark | float
+    warm_up_us: float = 0.0  # the part of it in which its thread compiled decisions
 
 
 @dataclass
@@ -111,9 +112,8 @@ class Recorder:
         self._start = device.mark(timed=True)
         self._start_ns = time.perf_counter_ns()  # the same moment by the host's clock, on an idle device
         self._last: Mark = self._start  # end of the last thing on the compute lane
-        #: Microseconds that decisions were compiled, of the host wait of (step, layer); and compiled before by then.
-        self._warm_up: dict[tuple[int, int], float] = {}
-        self._compiled_us = compiling_us()
+        self._compiled_before_us = compiling_us()
+        self._compiled_us = self._compiled_before_us  # by the end of the last span of the compute lane
         self._not_finite: dict[str, IntArray] = {}  # (L,) tokens, by what of theirs is NaN or infinite
         self._anchor: tuple[Mark, int] | None = (
             None  # one moment by both clocks: a mark, and the GPU's own in ns
@@ -230,8 +230,12 @@ class Recorder:
             self._span(Lane.GPU, "dense", -1, self._last, end)
 
     def _span(self, lane: Lane, kind: str, moe_layer: int, start: Mark, end: Mark) -> None:
+        """One of the compute lane. Whatever it was for, no compute is in it while decisions were compiled."""
         if self.timed:
-            self._spans.append(_Span(lane, kind, len(self._steps) - 1, moe_layer, -1, "", 0, start, end))
+            former_us, self._compiled_us = self._compiled_us, compiling_us()
+            warm_up_us = self._compiled_us - former_us
+            step = len(self._steps) - 1
+            self._spans.append(_Span(lane, kind, step, moe_layer, -1, "", 0, start, end, warm_up_us))
 
     def routed(self, moe_layer: int, mark: Mark) -> None:
         """The router of a layer has spoken: what came before was dense compute."""
@@ -240,9 +244,6 @@ class Recorder:
 
     def decided(self, moe_layer: int, mark: Mark) -> None:
         """The host has read the routing and issued what it decided."""
-        if (compiled_us := compiling_us()) != self._compiled_us:
-            self._warm_up[len(self._steps) - 1, moe_layer] = compiled_us - self._compiled_us
-            self._compiled_us = compiled_us
         self._span(Lane.HOST, "host_wait", moe_layer, self._last, mark)
         self._last = mark
 
@@ -361,21 +362,19 @@ class Recorder:
         events = []
         for span in self._spans:
             start = time_us(span.start, span.step)
-            events.append(
-                Event(
-                    span.lane,
-                    span.kind,
-                    span.step,
-                    self._steps[span.step].phase,
-                    span.moe_layer,
-                    span.expert,
-                    span.reason,
-                    span.nbytes,
-                    start,
-                    max(0.0, time_us(span.end, span.step) - start),
-                )
+            event = Event(
+                span.lane,
+                span.kind,
+                span.step,
+                self._steps[span.step].phase,
+                span.moe_layer,
+                span.expert,
+                span.reason,
+                span.nbytes,
+                start,
+                max(0.0, time_us(span.end, span.step) - start),
             )
-        events = [part for one in events for part in self._without_warm_up(one)]
+            events += [event] if not span.warm_up_us else _parted(event, span.warm_up_us)
         link_free = 0.0
         for step, t, first, end in self._batches:
             # Issued while the link was busy, a batch begins when it is free.
@@ -400,17 +399,6 @@ class Recorder:
                 )
             )
         return Tables(event_frame(events), layer_frame(self._layers), step_frame(steps))
-
-    def _without_warm_up(self, event: Event) -> list[Event]:
-        """A host wait in two parts, where decisions were compiled in it: that happens once in a process."""
-        compiled_us = self._warm_up.get((event.step, event.moe_layer), 0.0)
-        if event.kind != "host_wait" or not compiled_us:
-            return [event]
-        compiled_us = min(compiled_us, event.dur_us)
-        return [
-            event._replace(kind="warm_up", dur_us=compiled_us),
-            event._replace(start_us=event.start_us + compiled_us, dur_us=event.dur_us - compiled_us),
-        ]
 
     def _take_down(self, served: _Served, row_bytes: list[int]) -> None:
         """The rows of one served step."""
@@ -483,13 +471,21 @@ class Recorder:
         )
 
     def notes(self) -> list[str]:
-        """What a reader of the trace must know; call it after `trace`."""
-        return [
+        """What a reader of the figures and of the trace must know; call it after `trace`."""
+        return self._notes_of_warm_up() + [
             f"{what} of {count} tokens {NOT_FINITE} in MoE layer {layer} (NaN or infinite); the trace has 0 for them"
             for what, of_layer in self._not_finite.items()
             for layer, count in enumerate(of_layer.tolist())
             if count
         ]
+
+    def _notes_of_warm_up(self) -> list[str]:
+        """Without a timeline nothing tells warm-up from the steps it was in."""
+        warm_up_us = 0.0 if self.timed else compiling_us() - self._compiled_before_us
+        return [
+            f"decisions were compiled, or read from the disk, for {warm_up_us / 1e6:.2g} s of this run, once in a "
+            f"process; without events its times hold that"
+        ] * (warm_up_us > 0)
 
     def _step_rows(self, index: int, num_layers: int, num_experts: int, top_k: int) -> dict[str, np.ndarray]:
         step = self._steps[index]
@@ -544,6 +540,15 @@ class Recorder:
                     half_TD = x_TD.clamp(-most, most).where(is_finite_TD, 0.0).half()
                     rows[:, layer, : x_TD.shape[1]] = half_TD.cpu().numpy()
         return inputs
+
+
+def _parted(event: Event, warm_up_us: float) -> list[Event]:
+    """A span of the compute lane in two parts: first decisions were compiled, which happens once in a process."""
+    warm_up_us = min(warm_up_us, event.dur_us)
+    return [
+        event._replace(lane=Lane.HOST, kind="warm_up", dur_us=warm_up_us),
+        event._replace(start_us=event.start_us + warm_up_us, dur_us=event.dur_us - warm_up_us),
+    ]
 
 
 def _take_out_not_finite(values_RLK: NDArray[np.floating]) -> IntArray:

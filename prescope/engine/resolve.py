@@ -1,13 +1,18 @@
 """What an engine's settings mean for a model: its shape, its cache policy, its number of slots."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..cache.num_slots import resolve_slots
 from ..core.types import MoEShape
 from ..core.units import format_bytes
+from ..errors import UnsupportedOption
 from ..hf import PROGRESS_BYTES, MoELayer
 from ..scheduler import schedule_named
+from ..scheduler.costs import LayerCosts
 from ..weights.host_pool import require_host_memory
 from .config import EngineConfig
 
@@ -37,6 +42,26 @@ def _check_early(config: EngineConfig, layers: list[MoELayer], top_k: int, packi
         tqdm.write(
             f"{packing}. Experts take {format_bytes(rows_bytes)} of host memory, {num_slots} slots "
             f"{format_bytes(num_slots * shape.row_bytes)} of the device"
+        )
+
+
+def require_kinds(*, predictor: Any = None, costs: Any = None, tokenizer: Any = None) -> None:
+    """Raise UnsupportedOption where the name or the values of something are given in its place.
+
+    Predictors and tokenizers of one's own are not asked for their class; whether they work is seen when they are used.
+    """
+    no_object = str | bytes | int | float | Path | list | tuple | dict
+    if isinstance(predictor, no_object):
+        raise UnsupportedOption(
+            f"predictor is a {type(predictor).__name__}; it is an object such as prescope.train_predictor returns"
+        )
+    if isinstance(tokenizer, no_object):
+        raise UnsupportedOption(
+            f"tokenizer is a {type(tokenizer).__name__}; it is an object such as AutoTokenizer.from_pretrained returns"
+        )
+    if not isinstance(costs, LayerCosts | None):
+        raise UnsupportedOption(
+            f"costs are a {type(costs).__name__}; they are the LayerCosts of a HardwareProfile, which profile=... names"
         )
 
 

@@ -40,7 +40,13 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor 
 
 
 class HostParameter(nn.Parameter):
-    """A parameter without values of its own. Shape, dtype, device and `requires_grad` can be asked for and set."""
+    """A parameter without values of its own. Shape, dtype, device and `requires_grad` can be asked for and set.
+
+    Attributes:
+        has_values: whether there are any, elsewhere.
+    """
+
+    has_values = True
 
     @staticmethod
     def standing_for(parameter: nn.Parameter, device: torch.device) -> "HostParameter":
@@ -55,9 +61,9 @@ class HostParameter(nn.Parameter):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if (
-            func == _DATA
-        ):  # where libraries look for the dtype; writing to it is refused as writing to this is
+        # Where libraries look for the dtype, and what a wrapper's state_dict holds: writing to it is refused as writing
+        # to this is, and so is reading.
+        if func == _DATA or (func is torch.Tensor.detach and cls.has_values):
             return args[0]
         if func not in _FACTS:
             name = getattr(func, "__name__", str(func))
@@ -84,6 +90,8 @@ class HostParameter(nn.Parameter):
 
 class LostParameter(HostParameter):
     """The same after its engine was closed, of experts that the model never held: they were packed in host rows."""
+
+    has_values = False
 
     @classmethod
     def refuse(cls, what: str) -> NoReturn:

@@ -8,6 +8,9 @@ finds the layer groups. Trained and judged in `prescope.training`.
 Imports no model code: routers come in as tensors, states as a `RoutingTrace`.
 """
 
+from typing import Any
+
+from ..core.renamed import moved
 from .base import BadPredictor, BadState, Cost, Prediction, Predictor, TooFewPrompts, measure_us
 from .baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
 from .checked import BadPrediction
@@ -49,3 +52,7 @@ __all__ = [
     "measure_cues",
     "measure_us",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return moved("predictor", name)

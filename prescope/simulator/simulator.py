@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cache.frequencies import require_frequencies
 from ..cache.num_slots import resolve_slots
 from ..cache.policies import CHANGES_ALL, by_frequency, make_policy
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE, Waiting, most_on_wire, prefetch_slots
@@ -137,7 +138,7 @@ class Simulator:
         )
         if settings.hindsight:
             frequencies = self.trace.expert_counts()
-        known = None if frequencies is None else np.asarray(frequencies, dtype=np.float64)
+        known = None if frequencies is None else require_frequencies(self.shape, frequencies)
         policy = make_policy(settings.cache, self.shape, known)
         table = ResidencyTable(self.shape, settings.num_slots, policy)
         if known is not None and settings.schedule.schedule.places:

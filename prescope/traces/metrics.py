@@ -20,12 +20,12 @@ NAN = float("nan")
 
 #: name -> formula and unit. Docs, tooltips and the report quote these.
 METRIC_DEFINITIONS: dict[str, str] = {
-    "ttft_ms": "time to first token: run start to end of the last prefill step, ms",
+    "ttft_ms": "time to first token: run start to end of the last prefill step, without warm-up, ms",
     "tpot_ms": "time per output token: (end-to-end - TTFT) / (output tokens of the longest sequence - 1), "
     "ms; where nobody counted tokens, a decode step stands for one. NaN without decode steps",
-    "tokens_per_s": "tokens of all sequences produced in the decode phase / wall time of that phase, 1/s; "
-    "the first token of each sequence comes from the prefill and is not counted",
-    "end_to_end_s": "run start to end of the last step, s",
+    "tokens_per_s": "tokens of all sequences produced in the decode phase / wall time of that phase without warm-up, "
+    "1/s; the first token of each sequence comes from the prefill and is not counted",
+    "end_to_end_s": "run start to end of the last step, without warm-up, s",
     "batch": "sequences generated together",
     "output_tokens": "tokens generated, all sequences, first tokens included",
     "wall_ms": "wall time of the phase's steps, ms",
@@ -49,7 +49,8 @@ METRIC_DEFINITIONS: dict[str, str] = {
     "cpu_wait_ms": "time the compute lane waited for experts on the CPU, ms",
     "stall_frac": "stall time / wall time of the phase",
     "host_wait_ms": "time the compute lane waited for the host to read the routing and decide, ms",
-    "warm_up_ms": "time the compute lane waited while decisions were compiled or read from disk, ms; once in a process",
+    "warm_up_ms": "time the compute lane waited while decisions were compiled or read from disk (once), ms. "
+    "In the phases' wall times, not in the run's own; without events it is not known, and is in all of them",
     "dense_gpu_ms": "compute lane: attention, router and all that is no expert, ms",
     "experts_gpu_ms": "compute lane: experts, ms",
     "experts_cpu_ms": "experts computed on the CPU lane, ms",
@@ -259,8 +260,9 @@ def compute_metrics(
     """
     ends = (steps["start_us"] + steps["dur_us"]).to_numpy()
     is_prefill = (steps["phase"] == "prefill").to_numpy()
-    end_us = ends.max() if len(ends) else NAN
-    ttft_us = ends[is_prefill].max() if is_prefill.any() else NAN
+    warm_up = events[(events["kind"] == "warm_up").to_numpy()]
+    end_us = _without(warm_up, ends.max()) if len(ends) else NAN
+    ttft_us = _without(warm_up, ends[is_prefill].max()) if is_prefill.any() else NAN
     prefill, decode = (
         _phase_metrics(
             events[events["phase"] == phase],
@@ -271,18 +273,24 @@ def compute_metrics(
         for phase in ("prefill", "decode")
     )
     total = _phase_metrics(events, layers, steps, events)
+    decode_ms = decode.wall_ms - float(warm_up.loc[warm_up["phase"] == "decode", "dur_us"].sum()) / 1e3
     after_first = decode.num_steps if longest is None else longest - 1
     return Metrics(
         **total.to_dict(),  # type: ignore[arg-type]  # ints stay ints
         ttft_ms=float(ttft_us / 1e3),
         tpot_ms=float((end_us - ttft_us) / 1e3 / after_first) if decode.num_steps and after_first else NAN,
-        tokens_per_s=_ratio(output_tokens - batch, decode.wall_ms / 1e3) if decode.num_steps else NAN,
+        tokens_per_s=_ratio(output_tokens - batch, decode_ms / 1e3) if decode.num_steps else NAN,
         end_to_end_s=float(end_us / 1e6),
         batch=batch,
         output_tokens=output_tokens,
         prefill=prefill,
         decode=decode,
     )
+
+
+def _without(warm_up: pd.DataFrame, at_us: float) -> float:
+    """The time from the run's start to a moment, without what was warm-up."""
+    return float(at_us - warm_up.loc[warm_up["start_us"] < at_us, "dur_us"].sum())
 
 
 def _phase_metrics(

@@ -3,11 +3,13 @@
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from prescope.core.jit import IS_COMPILED
+from prescope.core.jit import IS_COMPILED, compiling_us
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPTS = 10_000
@@ -25,3 +27,24 @@ def test_an_interrupt_of_a_compiled_call_is_noticed_after_it():
     )
     assert child.returncode == 0, f"ended with {child.returncode}: {child.stderr[-2000:]}"
     assert f"{INTERRUPTS} survived" in child.stdout
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="nothing is compiled here")
+def test_a_thread_is_told_of_its_own_compiling_alone():
+    """A run's warm-up would be what another thread compiles meanwhile."""
+    from numba.core.compiler_lock import global_compiler_lock
+
+    def compile_for_a_while() -> None:
+        before_us = compiling_us()
+        with global_compiler_lock, global_compiler_lock:
+            time.sleep(0.02)
+        spent_us.append(compiling_us() - before_us)
+
+    spent_us: list[float] = []
+    before_us = compiling_us()
+    other = threading.Thread(target=compile_for_a_while)
+    other.start()
+    other.join()
+    assert compiling_us() == before_us
+    compile_for_a_while()
+    assert min(spent_us) >= 20_000 and compiling_us() - before_us == spent_us[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import prescope
-from prescope.core.renamed import RENAMED
+from prescope.core.renamed import MOVED, RENAMED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +38,18 @@ def test_a_former_name_gives_the_module_of_today_and_says_so(former):
     assert today.__spec__.name == f"prescope.{RENAMED[former]}", "the module itself is not renamed"
     with pytest.warns(FutureWarning, match=f"called prescope.{RENAMED[former]} now"):
         assert prescope.__getattr__(former) is today
+
+
+@pytest.mark.parametrize(
+    "package, former, today", [(package, *names) for package in MOVED for names in MOVED[package].items()]
+)
+def test_a_former_name_in_a_package_gives_what_it_is_today_and_says_so(package, former, today):
+    module, _, name = today.rpartition(".")
+    found = getattr(import_module(f"prescope.{module}"), name)
+    with pytest.warns(FutureWarning, match=f"called prescope.{today} now"):
+        assert getattr(import_module(f"prescope.{package}"), former) is found
+    with pytest.raises(AttributeError, match="nothing_such"):
+        import_module(f"prescope.{package}").nothing_such  # noqa: B018
 
 
 def test_a_name_that_never_was_is_an_error():

@@ -369,12 +369,37 @@ def test_slots_beyond_the_devices_memory_are_refused(model, monkeypatch):
         {"link_factor": 0}, {"link_factor": 1.5}, {"device": "cpu", "link_factor": 2},
         {"link_factor": 2, "decode": "gpu-driven"},
         {"record_inputs": True, "record_routing": False}, {"cache": "static"}, {"kernels": "triton", "device": "cpu"},
+        {"slots": True}, {"slots": "150%"}, {"slots": "0 %"}, {"slots": "9" * 400 + "GiB"}, {"slots": np.array([6])},
+        {"link_gb_per_s": "20"}, {"link_gb_per_s": [2.0]}, {"link_gb_per_s": float("inf")}, {"link_gb_per_s": True},
+        {"lookahead": 1.5}, {"lookahead": "1"}, {"lookahead": float("nan")}, {"lookahead": True}, {"width": 1.5},
+        {"width": "2"}, {"cpu_threads": 1.5}, {"cpu_threads": "2"}, {"threshold": "0.5"}, {"threshold": True},
+        {"threshold": float("nan")}, {"events": "no"}, {"events": None}, {"record_routing": 1}, {"compiled": "yes"},
+        {"schedule": {}}, {"cache": ["lru"]}, {"device": None}, {"predictor": "early"}, {"costs": "h200"},
+        {"tokenizer": "gpt2"}, {"frequencies": [[1] * 8] * 2}, {"frequencies": "hot"},
+        {"frequencies": np.full((3, 8), np.nan)}, {"frequencies": -np.ones((3, 8)), "cache": "static"},
     ],
 )  # fmt: skip
 def test_a_bad_setting_is_refused_with_the_choices(model, setting):
     with pytest.raises(UnsupportedOption):
         prescope.attach(model, **setting)
     assert not model.model.layers[0].mlp.experts.gate_up_proj.is_meta
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"slots": np.int64(6)}, {"slots": np.float32(0.25)}, {"slots": "25%"}, {"slots": " 25.0 %"},
+        {"link_gb_per_s": np.float32(50.0)}, {"lookahead": np.int32(1)}, {"threshold": np.float32(0.5)},
+        {"events": np.True_}, {"frequencies": [[1] * 8] * 3, "cache": "static"},
+    ],
+)  # fmt: skip
+def test_numbers_of_numpy_shares_in_per_cent_and_nested_lists_are_settings(model, setting):
+    expected = plain_tokens(model, prompt(), 3)
+    with prescope.attach(model, **{"slots": 6, **FAST_LINK, **setting}) as engine:
+        assert engine.num_slots == 6
+        assert engine.generate(prompt(), max_new_tokens=3).tokens == expected
+        values = [value for value in engine.config.to_dict().values() if value is not None]
+        assert {type(value) for value in values} <= {bool, int, float, str}
 
 
 def test_settings_come_as_one_object_or_as_keywords(model):

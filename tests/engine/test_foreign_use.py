@@ -171,6 +171,34 @@ def test_gradients_go_through_frozen_experts(slots, cache, checkpointing, model)
         engine.check_integrity()
 
 
+TRANSFORMS = {
+    "grad": lambda logits: torch.func.grad(lambda x: logits(x).sum()),
+    "vmap": torch.func.vmap,
+    "grad of each": lambda logits: torch.func.vmap(torch.func.grad(lambda x: logits(x).sum())),
+    "jacobian": lambda logits: torch.func.jacrev(lambda x: logits(x)[..., -1, :3]),
+}
+
+
+# torch itself, of the plain model's experts
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop because we have not yet implemented the batching rule"
+)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_torch_func_are_the_plain_models(transform, model):
+    """They hand the experts tensors that are none, with a dimension that nobody sees."""
+    model.requires_grad_(False)
+    x_BTD = model.get_input_embeddings()(prompt(2, 4)).detach()
+
+    def logits(embeds):
+        whole = embeds if embeds.dim() == 3 else embeds[None]
+        return model(inputs_embeds=whole, use_cache=False).logits.reshape(*embeds.shape[:-1], -1)
+
+    want = TRANSFORMS[transform](logits)(x_BTD)
+    with attach(model) as engine:
+        torch.testing.assert_close(TRANSFORMS[transform](logits)(x_BTD), want, rtol=1e-4, atol=1e-4)
+        engine.check_integrity()
+
+
 def test_training_the_experts_is_refused_before_any_gradient_is_kept_from_them(model):
     with attach(model):
         loss = model(input_ids=prompt(), labels=prompt()).loss

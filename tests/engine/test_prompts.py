@@ -77,6 +77,12 @@ SINGLE = {
     "BatchEncoding": lambda ids: BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)}),
     "with token types": lambda ids: {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)},
     "UserDict": lambda ids: UserDict(input_ids=ids),
+    "with what a tokenizer tells of its work": lambda ids: {
+        "input_ids": ids, "special_tokens_mask": torch.zeros_like(ids), "length": torch.tensor([9]),
+        "offset_mapping": torch.zeros(1, 9, 2), "overflow_to_sample_mapping": torch.tensor([0]),
+    },
+    "with positions as a list": lambda ids: {"input_ids": ids[0].tolist(), "position_ids": list(range(9))},
+    "with positions as an array": lambda ids: {"input_ids": ids.numpy(), "position_ids": np.arange(9)[None]},
 }  # fmt: skip
 SEVERAL = {
     "lists": lambda ids: ids.tolist(),
@@ -90,6 +96,11 @@ SEVERAL = {
     "array (B, T)": lambda ids: ids.numpy(),
     "array that may not be written": lambda ids: np.broadcast_to(ids.numpy(), tuple(ids.shape)),
     "values of a dict": lambda ids: dict(enumerate(ids.tolist())).values(),
+    "list of BatchEncodings": lambda ids: [BatchEncoding({"input_ids": row[None]}) for row in ids],
+    "list of dicts, one of them padded": lambda ids: [
+        {"input_ids": [0, *row, 0], "attention_mask": [0] + [1] * 9 + [0]} if i == 1 else {"input_ids": row}
+        for i, row in enumerate(ids.tolist())
+    ],
 }  # fmt: skip
 
 
@@ -207,10 +218,14 @@ def test_text_is_padded_on_the_left_whatever_the_tokenizer_would_do(story, side)
         forms = {
             "list": TEXTS, "tuple": tuple(TEXTS), "array": np.array(TEXTS), "series": pd.Series(TEXTS),
             "encoding": left, "encoding of lists": tokenizer(TEXTS), "unpacked": dict(left),
+            "one encoding a text": [tokenizer(text) for text in TEXTS],
+            "of the library below": tokenizer.backend_tokenizer.encode_batch(TEXTS),
         }  # fmt: skip
         for form, given in forms.items():
             assert engine.generate(given, max_new_tokens=NEW, min_new_tokens=NEW).tokens == expected, form
         one = engine.generate(TEXTS[1], max_new_tokens=NEW, min_new_tokens=NEW)
+        below = engine.generate(tokenizer(TEXTS[1]).encodings[0], max_new_tokens=NEW, min_new_tokens=NEW)
+        assert below.tokens == one.tokens
     assert (one.tokens, one.text) == (expected[1:], [tokenizer.decode(expected[1], skip_special_tokens=True)])
     assert (before[0], side) == (tokenizer.__dict__["_pad_token_type_id"], tokenizer.padding_side)
 
@@ -287,6 +302,11 @@ REFUSED = {
     "prompts of several rows each": ({"prompts": [torch.ones(2, 4).long()]}, "prompt 0 is of type Tensor"),
     "an empty row of a tokenizer": ({"prompts": [torch.zeros(1, 0).long()]}, "prompt 0 is empty"),
     "embeddings of another width": ({"inputs_embeds": torch.rand(1, 4, 7)}, "7 wide"),
+    "a frame": ({"prompts": pd.DataFrame({"text": ["The"]})}, "DataFrame"),
+    "dates": ({"prompts": np.array(["2026-01-01"], dtype="datetime64[D]")}, "datetime64"),
+    "several texts' output among others": ({"prompts": [{"input_ids": IDS}, {"input_ids": [5]}]}, "for 2 texts"),
+    "pictures beside one prompt of several": ({"prompts": [{"input_ids": [5], "pixels": [1]}]}, "'pixels'"),
+    "a mask of another length": ({"prompts": [{"input_ids": [5], "attention_mask": [1, 1]}]}, "2 values"),
     "embeddings of two dimensions": ({"inputs_embeds": torch.rand(3, 32)}, r"\(B, T, D\)"),
 }  # fmt: skip
 
@@ -305,6 +325,8 @@ def test_texts_and_chats_that_cannot_be_are_refused(story):
         for call, words in [
             ({"prompts": ["The", ""]}, "prompt 1 is empty"),
             ({"prompts": ""}, "prompt 0 is empty"),
+            ({"prompts": ["The", "Th\ud800e"]}, r"prompt 1 has '\\ud800' at 2"),
+            ({"prompts": [{"role": "user", "content": "\udc00"}]}, "a message has"),
             ({"prompts": TEXTS, "attention_mask": [[1], [1]]}, "leave attention_mask out"),
             ({"prompts": [{"content": "Hello"}]}, 'lacks "role" or "content"'),
             ({"prompts": [{"role": "user"}]}, 'lacks "role" or "content"'),

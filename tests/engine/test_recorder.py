@@ -167,23 +167,55 @@ def test_recorded_inputs_saturate_and_what_is_not_finite_is_said():
         assert inputs == [[[0.0, 1.5]]] and "router inputs of 1 tokens are not finite in MoE layer 0" in note
 
 
-def test_compiling_decisions_is_warm_up_and_no_host_wait(monkeypatch):
-    """Seconds on the first call of a process; they were shown as a host that waits."""
+def test_compiling_decisions_is_warm_up_and_in_no_figure_of_speed(monkeypatch):
+    """Seconds on the first call of a process, wherever in a layer that is; they were shown as a host that waits."""
     compiled_us = [5.0]
     monkeypatch.setattr("prescope.engine.recorder.compiling_us", lambda: compiled_us[0])
     device = NullDevice()
     recorder = Recorder(device, events=True, routing=False, inputs=False)
-    recorder.begin_step(Forward(1, 4, 0, "prefill", object()))
-    for layer, us in enumerate((0.0, 700.0, 0.0)):
-        recorder.routed(layer, device.mark(True))
-        device.now_us += 950.0  # and a mark takes 50
+
+    def passes(us: float = 0.0) -> None:
+        device.now_us += 950.0 + us  # and a mark takes 50
         compiled_us[0] += us
-        recorder.decided(layer, device.mark(True))
-    events = recorder.tables([1, 1, 1]).events
-    waits = events[events["lane"] == "host"]
-    waited = {(row.moe_layer, row.kind): row.dur_us for row in waits.itertuples()}
-    assert waited == {
-        (0, "host_wait"): 1000.0, (1, "warm_up"): 700.0, (1, "host_wait"): 300.0, (2, "host_wait"): 1000.0
-    }  # fmt: skip
-    both = waits[waits["moe_layer"] == 1]
-    assert both["start_us"].iloc[0] + both["dur_us"].iloc[0] == both["start_us"].iloc[1]
+
+    for phase in ("prefill", "decode"):
+        recorder.begin_step(Forward(1, 4, 0, phase, object()))
+        for layer, us in enumerate((0.0, 700.0, 0.0)):
+            passes(10 * us)  # a copy that follows the layer before
+            recorder.routed(layer, device.mark(True))
+            passes(us)
+            recorder.decided(layer, device.mark(True))
+            passes()
+            recorder.computed(layer, device.mark(True))
+    tables = recorder.tables([1, 1, 1])
+    events = tables.events[tables.events["moe_layer"] == 1]
+    first = [(row.lane, row.kind, row.dur_us) for row in events[events["step"] == 0].itertuples()]
+    assert sorted(first) == [
+        ("gpu", "dense", 1000.0), ("gpu", "experts", 1000.0), ("host", "host_wait", 1000.0),
+        ("host", "warm_up", 700.0), ("host", "warm_up", 7000.0),
+    ]  # fmt: skip
+    ends = (tables.events["start_us"] + tables.events["dur_us"]).sort_values().to_numpy()
+    starts = tables.events["start_us"].sort_values().to_numpy()
+    assert (ends[:-1] == starts[1:]).all(), "the compute lane's rows follow one another"
+    metrics = compute_metrics(*tables, batch=1, output_tokens=2)
+    # Per step nine spans and a mark at its begin, 50 us each of which the last span's is beside.
+    assert metrics.prefill.warm_up_ms == metrics.decode.warm_up_ms == 7.7
+    assert metrics.ttft_ms == pytest.approx(metrics.prefill.wall_ms - 7.7 + tables.steps["start_us"][0] / 1e3)
+    assert metrics.tpot_ms == pytest.approx(metrics.decode.wall_ms - 7.7)
+    assert metrics.tokens_per_s == pytest.approx(1e3 / metrics.tpot_ms)
+    assert metrics.end_to_end_s == pytest.approx((metrics.ttft_ms + metrics.tpot_ms) / 1e3)
+
+
+def test_warm_up_that_no_event_tells_apart_is_said(monkeypatch):
+    compiled_us = [5.0]
+    monkeypatch.setattr("prescope.engine.recorder.compiling_us", lambda: compiled_us[0])
+
+    def notes(events: bool) -> list[str]:
+        recorder = Recorder(NullDevice(), events=events, routing=False, inputs=False)
+        assert recorder.notes() == []
+        compiled_us[0] += 2_500_000.0
+        return recorder.notes()
+
+    assert notes(events=True) == []
+    (note,) = notes(events=False)
+    assert "for 2.5 s of this run" in note and "its times hold that" in note

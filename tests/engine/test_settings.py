@@ -49,7 +49,8 @@ def check_counts(run, expected):
     after_first_s = metrics.end_to_end_s - metrics.ttft_ms / 1e3
     if max(lengths) > 1:
         assert np.isclose(metrics.tpot_ms, 1e3 * after_first_s / (max(lengths) - 1))
-        rate = (sum(lengths) - len(lengths)) / metrics.decode.wall_ms * 1e3
+        decode_ms = metrics.decode.wall_ms - metrics.decode.warm_up_ms
+        rate = (sum(lengths) - len(lengths)) / decode_ms * 1e3
         assert np.isclose(metrics.tokens_per_s, rate)
 
 
@@ -112,6 +113,30 @@ def test_settings_hold_whoever_gives_them(name, own_end):
         model.generation_config = GenerationConfig(**({"pad_token_id": 0} | settings))
         by_model = engine.generate(IDS)
     check_counts(by_model, alone(model))
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+@pytest.mark.parametrize("by", ["keyword", "object", "model"])
+def test_numbers_may_come_as_tensors_and_arrays(kind, by):
+    """A tensor of several ends has no truth value; numpy's integers are no `int`."""
+    model = tiny_moe(pad_token_id=0)
+    full = tokens_of_full_run(model)
+    ends, most = [full[0][3], full[1][6]], 7
+    expected = alone(model, max_new_tokens=most, eos_token_id=ends)
+    given = {"max_new_tokens": kind(most), "eos_token_id": kind(ends), "do_sample": kind(False)}
+    with prescope.attach(model, slots=6, **FAST_LINK) as engine:
+        if by == "model":
+            model.generation_config.eos_token_id = kind(ends)
+            run = engine.generate(IDS, max_new_tokens=most)
+        elif by == "object":
+            run = engine.generate(IDS, generation_config=GenerationConfig(**given))
+        else:
+            run = engine.generate(IDS, **given)
+        check_counts(run, expected)
+        one = engine.generate(IDS[:1], max_new_tokens=most, eos_token_id=np.int64(ends[0]))
+        check_counts(one, alone(model, IDS[:1], max_new_tokens=most, eos_token_id=ends[0]))
+        with pytest.raises(UnsupportedOption, match="GenerationConfig"):
+            engine.generate(IDS, generation_config={"max_new_tokens": 3})
 
 
 @pytest.mark.parametrize("way", ["keyword", "config"])

@@ -198,6 +198,42 @@ def test_files_are_not_written_without_the_experts(tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+class Adapted(nn.Module):
+    """A wrapper with weights of its own, as an adapter's is."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.scale = base, nn.Parameter(torch.full((2,), 3.0))
+
+
+def test_a_wrapper_saves_its_own_weights_and_nothing_of_the_experts(tmp_path):
+    """Who saves an adapter takes its weights out of the whole state; refused, what was trained could not be kept."""
+    model = tiny_moe()
+    plain = Adapted(tiny_moe()).state_dict()
+    with prescope.attach(model, **SETTINGS) as engine:
+        wrapper = Adapted(model)
+        state = wrapper.state_dict()
+        assert state.keys() == plain.keys()
+        experts = {name for name in state if ".experts." in name}
+        assert len(experts) == 6 and all("host rows" in repr(state[name]) for name in experts)
+        assert all(torch.equal(state[name], plain[name]) for name in state.keys() - experts)
+        save_file({"scale": state["scale"]}, tmp_path / "adapter.safetensors")
+        for work in (
+            lambda: save_file(state, tmp_path / "a.safetensors"),
+            lambda: save_model(wrapper, str(tmp_path / "b.safetensors")),
+            lambda: torch.save(state, tmp_path / "c.pt"),
+            lambda: torch.save(wrapper.state_dict(), tmp_path / "d.pt"),
+            lambda: Adapted(tiny_moe()).load_state_dict(state),
+            lambda: wrapper.load_state_dict(plain),
+            lambda: {name: weight.clone() for name, weight in state.items()},
+        ):
+            with pytest.raises((PrescopeError, RuntimeError), match=r"detach\(\)"):
+                work()
+        engine.check_integrity()
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["adapter.safetensors"]
+    assert all(torch.equal(weight, plain[name]) for name, weight in Adapted(model).state_dict().items())
+
+
 # -- every family ----------------------------------------------------------------------------------------------------
 
 
