@@ -1,13 +1,16 @@
 """Orders that the GPU writes for the copy engine, followed by the host."""
 
 import ctypes
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from prescope.core.native import address_of, clock_address
 from prescope.device import LinkFunctions
-from prescope.engine.graph.copy_driver import Orders, follow_orders
+from prescope.engine.graph.copy_driver import Orders, follow_orders, require_running
 from prescope.engine.graph.host_state import NOBODY_ASKED, SERVED
+from prescope.errors import TransferFailed
 
 STEP, NUMBER, ROW = 3, 4, 16
 _int64 = ctypes.c_int64
@@ -46,3 +49,12 @@ def test_orders_that_come_late_are_followed_once():
     assert [nbytes for _, nbytes in copied] == [ROW, ROW, 4], "each once, and behind them that they are there"
     assert (pool[1] == rows[3]).all() and (pool[2] == rows[0]).all()
     assert ack.tolist() == [STEP + 1, 0] and served[0] == STEP + 1
+
+
+def test_a_gpu_is_taken_for_stopped_only_if_its_messages_were_looked_for_once_more():
+    """It may write the last one and be done between the host's look for messages and that for work left."""
+    runner, is_idle = SimpleNamespace(device=SimpleNamespace(is_idle=lambda: True)), False
+    is_idle = require_running(runner, NOBODY_ASKED, 0, 0, 1, is_idle)
+    assert is_idle
+    with pytest.raises(TransferFailed, match="stopped"):
+        require_running(runner, NOBODY_ASKED, 0, 0, 2, is_idle)

@@ -126,14 +126,15 @@ class CopyDriver:
         self._progress[:] = layer = 0
         number = self._captured.number(step)
         arguments = self._link, clock_address(), self._orders, self._progress, self._words, step, number
-        num_idle = 0
+        num_idle, is_idle = 0, False
         while (code := follow_orders(*arguments, len(side_tasks))) != SERVED:
             if code == PAUSED:
                 side_tasks.popleft()()
                 continue
-            num_idle = num_idle + 1 if layer == self._progress[0] else 0
-            layer = int(self._progress[0])
-            require_running(self._runner, code, int(self._progress[1]), layer, num_idle)
+            is_same = layer == self._progress[0]
+            num_idle, layer = num_idle + 1 if is_same else 0, int(self._progress[0])
+            failure = int(self._progress[1])
+            is_idle = require_running(self._runner, code, failure, layer, num_idle, is_same and is_idle)
 
     def abandon(self, step: int) -> None:
         """Let a step that is still waiting run to its end, with whatever weights there are."""
@@ -143,11 +144,16 @@ class CopyDriver:
             self._runner.device.send([self._captured.acknowledgement(layer, step)], None)
 
 
-def require_running(runner: LayeredRunner, code: int, failure: int, layer: int, num_idle: int) -> None:
+def require_running(
+    runner: LayeredRunner, code: int, failure: int, layer: int, num_idle: int, was_idle: bool
+) -> bool:
     """After `serve` or `follow_orders` came back before the end.
 
     Args:
         layer: that is waited for. `num_idle`: how often they came back for it before.
+        was_idle: what this returned then.
+
+    Returns: whether the GPU has nothing left to do: what it said last may have come since they looked.
 
     Raises:
         TransferFailed: the driver refused a copy with `failure`, or the GPU stopped.
@@ -157,7 +163,8 @@ def require_running(runner: LayeredRunner, code: int, failure: int, layer: int, 
         raise TransferFailed(
             f"the CUDA driver refused a copy to the GPU with {failure}; the slots are cold now, run again"
         )
-    if runner.device.is_idle():
+    if was_idle:
         raise TransferFailed("the GPU stopped without a message; the CUDA error is above, if there is one")
     if num_idle * WAIT_US > PATIENCE_S * 1e6:
         raise WaitTimedOut(f"the GPU did not come to MoE layer {layer} within {PATIENCE_S:.0f} s; run again")
+    return runner.device.is_idle()
