@@ -1,5 +1,6 @@
 """CUDA: the compute lane is the current stream, the H2D lane a stream of its own, marks are CUDA events."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -207,10 +208,11 @@ class CudaDevice:
         return DriverEvents()
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        self.synchronize()
-        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.torch_device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            result = run()
+        with _one_capture:
+            self.synchronize()
+            graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.torch_device)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = run()
         return graph.replay, result
 
     def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[torch.cuda.Event, int]:
@@ -249,6 +251,10 @@ class CudaDevice:
                 )
             if waited_s > HOT_S:
                 time.sleep(HOT_S / 10)
+
+
+#: torch captures one graph at a time in a process, whichever engine's.
+_one_capture = threading.Lock()
 
 
 @cache
