@@ -10,8 +10,24 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session")
+def host_parts():
+    """What an engine on a GPU compiles in a thread is compiled before: numba catches warnings meanwhile, which takes
+    other threads' along, and the filters of the test that runs.
+    """
+    from prescope.engine.graph.warm import compile_host_parts
+
+    compile_host_parts()
+
+
+@pytest.fixture(autouse=True)
+def compiled_before_gpu(request):
+    if request.node.get_closest_marker("gpu") is not None:
+        request.getfixturevalue("host_parts")
+
+
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(host_parts, monkeypatch):
     """`attach(device="cpu")` gives the interpreted GPU."""
     from tests.support.interpreted_gpu import (
         InterpretedGpu,  # imports Triton's neighbours: after the line above

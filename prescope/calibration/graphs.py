@@ -1,6 +1,7 @@
 """GPU experts as a captured decode step computes them: from a graph, so that launches cost what they cost there."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -17,25 +18,33 @@ LAYERS = 4
 REPLAYS = 5
 
 
+class _Graph(NamedTuple):
+    """A captured round of layers. A graph knows addresses alone: what lies there lives as long as `layers`."""
+
+    replay: Callable[[], None]
+    num_layers: int
+    layers: Callable[[], torch.Tensor]
+
+
 class GraphLane:
     """Layers whose experts are all resident, captured once for each number of experts and tokens."""
 
     def __init__(self, form: ExpertForm, host: HostLayer, pool: torch.Tensor, device: Device) -> None:
         self._form, self._host, self._pool, self._device = form, host, pool, device
-        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], int]] = {}
+        self._graphs: dict[tuple[int, int], _Graph] = {}
 
     def us(self, num: int, tokens: int) -> float:
         """One layer in which each of `tokens` tokens uses the same `num` experts, microseconds."""
-        replay, num_layers = self._graphs.get((num, tokens)) or self._capture(num, tokens)
+        graph = self._graphs.get((num, tokens)) or self._capture(num, tokens)
         start = self._device.mark(True)
         for _ in range(REPLAYS):
-            replay()
+            graph.replay()
         end = self._device.mark(True)
         self._device.synchronize()
-        return self._device.elapsed_us(start, end) / REPLAYS / num_layers
+        return self._device.elapsed_us(start, end) / REPLAYS / graph.num_layers
 
     @torch.no_grad()
-    def _capture(self, num: int, tokens: int) -> tuple[Callable[[], None], int]:
+    def _capture(self, num: int, tokens: int) -> _Graph:
         num_layers = max(1, min(LAYERS, len(self._pool) // num))
         shape = MoEShape(num_layers, num, num, self._form.layout.row_bytes)
         residency = ResidencyTable(shape, num_layers * num, make_policy("lru", shape))
@@ -62,5 +71,5 @@ class GraphLane:
         replay, _ = self._device.capture(layers)
         replay()
         self._device.synchronize()
-        self._graphs[num, tokens] = replay, num_layers
-        return self._graphs[num, tokens]
+        graph = self._graphs[num, tokens] = _Graph(replay, num_layers, layers)
+        return graph

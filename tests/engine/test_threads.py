@@ -10,12 +10,17 @@ from transformers.generation.streamers import BaseStreamer
 
 import prescope
 from prescope.errors import NotAttached, UnsupportedOption
-from prescope.session import Session
 from tests.support.models import EXPERTS, LAYERS, plain_tokens, prompt, tiny_moe
 
 FAST_LINK = {"device": "cpu", "link_gb_per_s": 50.0}
 TOTAL = LAYERS * EXPERTS
 NEW = 10
+
+
+def session_of(model):
+    """A notebook's; its figures need the extra "lab"."""
+    sessions = pytest.importorskip("prescope.session", exc_type=ImportError)
+    return sessions.Session(prescope.attach(model, slots=4, **FAST_LINK))
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +280,7 @@ def test_a_job_and_a_cell_wait_for_one_another(model):
     """The session's runs, jobs and the model's own forwards go by one turn."""
     ids = prompt()
     expected = plain_tokens(model, ids, new=NEW)
-    with Session(prescope.attach(model, slots=4, **FAST_LINK)) as session:
+    with session_of(model) as session:
         jobs = [session.job(ids, max_new_tokens=NEW) for _ in range(2)]
         assert by_model(session.engine, ids) == expected
         assert session.run(ids, max_new_tokens=NEW).tokens == expected
@@ -285,7 +290,7 @@ def test_a_job_and_a_cell_wait_for_one_another(model):
 
 def test_a_job_that_waits_can_be_cancelled_and_the_run_goes_on(model):
     ids = prompt()
-    with Session(prescope.attach(model, slots=4, **FAST_LINK)) as session:
+    with session_of(model) as session:
         begun, go = threading.Event(), threading.Event()
 
         def hold(tokens):

@@ -115,7 +115,8 @@ def test_on_cuda_it_is_said_who_unpacks(written):
     ids = prompt(3)
     with prescope.load(folder, slots=9, dtype="float32", device="cuda", kernels="torch") as engine:
         assert "unpacked by torch" in engine.reasons["experts"]
-        run = engine.generate(ids, max_new_tokens=4)
+        with pytest.warns(UserWarning, match="layer by layer: kernels='torch'"):
+            run = engine.generate(ids, max_new_tokens=4)
         assert any("layer by layer" in note for note in run.notes)
         assert run.tokens == plain_tokens(plain, ids, 4)
     with prescope.load(folder, slots=9, dtype="float32", device="cuda") as engine:

@@ -182,6 +182,8 @@ def test_a_host_driven_step_asks_for_its_experts_and_goes_on_when_they_are_there
     # The host shows that nothing is missing now, so that nobody has to answer.
     world.step.messages().shown[:] = world.host_table.slot_of
     world.step.begin()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # a branch of its own looks
     assert world.step.messages().looked[0] == world.step.number(0)
     world.step.reply(0, 7, np.full(E, -1), last_copy=99, num_on_cpu=3)
     out = world.launch(0, x, ids, weights)
@@ -246,5 +248,7 @@ def test_predictions_reach_the_host_with_the_number_of_their_step():
     assert not words.any(), "nothing has been predicted"
     world.step.reply(0, 0, world.host_table.slot_of[:E], last_copy=0, num_on_cpu=0)
     world.launch(0, x, ids, weights)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # a branch of its own predicts
     assert (words[0] >> 32 == world.step.number(0)).all() and not words[1].any()
     assert words[0].view(np.float32)[::2].tolist() == scores.ravel().tolist()

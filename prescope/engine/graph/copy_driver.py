@@ -54,7 +54,8 @@ def follow_orders(
     """Serve the layers of a running step from progress[0] on; call again if nobody asked.
 
     Args:
-        progress: (2,) the layer, and the driver's code if it failed. `words`: (2,) for the clock.
+        progress: (3,) the layer, the driver's code if it failed, and how many of the layer's orders, and the word
+            before them, were followed: each once. `words`: (2,) for the clock.
         step: since the buffers' restart; `number`: the same in messages. `side_tasks`: as in `serve`.
 
     Returns: SERVED, PAUSED, NOBODY_ASKED or LINK_FAILED.
@@ -64,14 +65,14 @@ def follow_orders(
         layer = progress[0]
         address = orders.orders[layer].ctypes.data
         begin = now_us(clock, words)
-        i, count = 0, 0
-        while i <= count:  # the first word says how many follow
-            word = load_int64(address + 8 * i)
+        count = load_int64(address) & 0xFFFF if progress[2] > 0 else 0  # the first word says how many follow
+        while progress[2] <= count:
+            word = load_int64(address + 8 * progress[2])
             if word >> 48 != number:
                 if now_us(clock, words) - begin > WAIT_US:
                     return NOBODY_ASKED
                 continue
-            if i == 0:
+            if progress[2] == 0:
                 count = word & 0xFFFF
             else:
                 nbytes = orders.row_bytes_L[layer]
@@ -81,14 +82,14 @@ def follow_orders(
                     progress[1] = call(link.memcpy, (target, source, nbytes, link.stream)) & 0xFFFFFFFF
                     if progress[1] != 0:
                         return LINK_FAILED
-            i += 1
+            progress[2] += 1
         if count > 0:
             orders.ack_sources[layer] = step + 1  # its last copy is over: the GPU has gone on since
             source = orders.ack_sources.ctypes.data + 4 * layer
             progress[1] = call(link.memcpy, (orders.ack + 4 * layer, source, 4, link.stream)) & 0xFFFFFFFF
             if progress[1] != 0:
                 return LINK_FAILED
-        progress[0] += 1
+        progress[0], progress[2] = layer + 1, 0
         if has_time(side_tasks, L - progress[0], count > 0):
             return PAUSED
     store_int32(orders.served.ctypes.data, np.int32(step + 1))
@@ -114,7 +115,7 @@ class CopyDriver:
             pool=pool.data_ptr(),
             slot_bytes=pool.stride(0),
         )
-        self._progress, self._words = np.zeros(2, np.int64), np.zeros(2, np.int64)
+        self._progress, self._words = np.zeros(3, np.int64), np.zeros(2, np.int64)
 
     def run(self, step: int, side_tasks: SideTasks) -> None:
         """Serve all layers of a step that is running, with chores between them.
@@ -122,17 +123,18 @@ class CopyDriver:
         Raises:
             TransferFailed: the GPU stopped, or the driver refused a copy.
         """
-        self._progress[0] = layer = 0
+        self._progress[:] = layer = 0
         number = self._captured.number(step)
         arguments = self._link, clock_address(), self._orders, self._progress, self._words, step, number
-        num_idle = 0
+        num_idle, is_idle = 0, False
         while (code := follow_orders(*arguments, len(side_tasks))) != SERVED:
             if code == PAUSED:
                 side_tasks.popleft()()
                 continue
-            num_idle = num_idle + 1 if layer == self._progress[0] else 0
-            layer = int(self._progress[0])
-            require_running(self._runner, code, int(self._progress[1]), layer, num_idle)
+            is_same = layer == self._progress[0]
+            num_idle, layer = num_idle + 1 if is_same else 0, int(self._progress[0])
+            failure = int(self._progress[1])
+            is_idle = require_running(self._runner, code, failure, layer, num_idle, is_same and is_idle)
 
     def abandon(self, step: int) -> None:
         """Let a step that is still waiting run to its end, with whatever weights there are."""
@@ -142,11 +144,16 @@ class CopyDriver:
             self._runner.device.send([self._captured.acknowledgement(layer, step)], None)
 
 
-def require_running(runner: LayeredRunner, code: int, failure: int, layer: int, num_idle: int) -> None:
+def require_running(
+    runner: LayeredRunner, code: int, failure: int, layer: int, num_idle: int, was_idle: bool
+) -> bool:
     """After `serve` or `follow_orders` came back before the end.
 
     Args:
         layer: that is waited for. `num_idle`: how often they came back for it before.
+        was_idle: what this returned then.
+
+    Returns: whether the GPU has nothing left to do: what it said last may have come since they looked.
 
     Raises:
         TransferFailed: the driver refused a copy with `failure`, or the GPU stopped.
@@ -156,7 +163,8 @@ def require_running(runner: LayeredRunner, code: int, failure: int, layer: int, 
         raise TransferFailed(
             f"the CUDA driver refused a copy to the GPU with {failure}; the slots are cold now, run again"
         )
-    if runner.device.is_idle():
+    if was_idle:
         raise TransferFailed("the GPU stopped without a message; the CUDA error is above, if there is one")
     if num_idle * WAIT_US > PATIENCE_S * 1e6:
         raise WaitTimedOut(f"the GPU did not come to MoE layer {layer} within {PATIENCE_S:.0f} s; run again")
+    return runner.device.is_idle()

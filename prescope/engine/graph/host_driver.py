@@ -183,7 +183,7 @@ class HostDriver:
         if self._listening is not None:
             self._listening.begin_step(step, captured.number(step))
         arguments = self._arguments(step, captured.number(step), row)
-        layer, num_idle = 0, 0
+        layer, num_idle, is_idle = 0, 0, False
         while True:
             code = serve(*(*arguments, len(side_tasks)))  # one tuple: mypy cannot count two
             if self._listening is not None and code in (at.SERVED, at.PAUSED):
@@ -195,9 +195,10 @@ class HostDriver:
                 continue
             if code == at.CPU_FAILED:
                 self._lane.explain()
-            num_idle = num_idle + 1 if layer == counts[at.LAYER] else 0
-            layer = int(counts[at.LAYER])
-            require_running(runner, code, int(counts[at.FAILURE]), layer, num_idle)
+            is_same = layer == counts[at.LAYER]
+            num_idle, layer = num_idle + 1 if is_same else 0, int(counts[at.LAYER])
+            failure = int(counts[at.FAILURE])
+            is_idle = require_running(runner, code, failure, layer, num_idle, is_same and is_idle)
         table.policy.tick = int(counts[at.TICK])
         needs = self._state.needs.copy()
         self._served[step] = needs, self._log()

@@ -52,7 +52,7 @@ def order_arguments() -> tuple[Any, ...]:
     """The same of `follow_orders`; `CopyDriver` makes the real ones."""
     words = np.zeros(1, np.int32)
     orders = Orders(_numbers(1, 2), words, 0, words.copy(), _numbers(1), _numbers(1), 0, 0)
-    return _link(), 0, orders, _numbers(2), _numbers(2), 0, 0, 0
+    return _link(), 0, orders, _numbers(3), _numbers(2), 0, 0, 0
 
 
 def _addresses() -> at.Addresses:
