@@ -1,13 +1,14 @@
-"""Compiled functions under signals: Ctrl-C may come at any moment, and a notebook sends it often."""
+"""Compiled functions under signals, for Ctrl-C may come at any moment; and what is said while they are compiled."""
 
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from prescope.core.jit import IS_COMPILED
+from prescope.core.jit import IS_COMPILED, said_if_compiled_first
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPTS = 10_000
@@ -25,3 +26,22 @@ def test_an_interrupt_of_a_compiled_call_is_noticed_after_it():
     )
     assert child.returncode == 0, f"ended with {child.returncode}: {child.stderr[-2000:]}"
     assert f"{INTERRUPTS} survived" in child.stdout
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="nothing is compiled here")
+def test_whoever_waits_for_the_first_compilation_is_told_and_nobody_else(capsys, tmp_path, monkeypatch):
+    """A first dashboard came after two minutes without a word: it looked as if it hung."""
+    monkeypatch.setattr("prescope.core.jit.cache_dir", lambda: str(tmp_path))
+    new = SimpleNamespace(signatures=[], __name__="replay", py_func=len_of)
+    with said_if_compiled_first(new, "the simulator"):
+        pass
+    assert "compiling the simulator: a minute or two" in capsys.readouterr().err
+    (tmp_path / "test_jit.replay-1.py311.nbi").touch()
+    for known in (new, SimpleNamespace(signatures=["(int64,)"])):
+        with said_if_compiled_first(known, "the simulator"):
+            pass
+    assert capsys.readouterr().err == ""
+
+
+def len_of(_things):
+    """Stands for a function whose file names what is kept of it."""
