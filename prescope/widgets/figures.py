@@ -41,7 +41,7 @@ export default () => {
   return {
     initialize(props) {
       // Returns at once: of a model that takes two seconds anywidget 0.11 drops all messages for good, and on a busy
-      // machine the bundle takes longer (an empty figure that nothing could fill). What is said meanwhile is said again.
+      // machine the bundle takes longer (an empty figure that nothing could fill). What is said meanwhile is kept.
       const { model } = props, kept = [];
       const ears = SAID.map((name) => [`change:${name}`, () => kept.push([name, model.get(name)])]);
       ears.forEach(([event, note]) => model.on(event, note));

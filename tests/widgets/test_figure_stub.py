@@ -11,13 +11,19 @@ async (stub) => {
   class Model {
     values = { _bundle_ref: "IPY_MODEL_7" }; ears = {};
     get(name) { return this.values[name]; }
-    set(name, value) { if (this.values[name] !== value) { this.values[name] = value; (this.ears[`change:${name}`] ?? []).slice().forEach((f) => f()); } }
+    set(name, value) {
+      if (this.values[name] === value) return;
+      this.values[name] = value;
+      (this.ears[`change:${name}`] ?? []).slice().forEach((f) => f());
+    }
     on(event, f) { (this.ears[event] ??= []).push(f); }
     off(event, f) { this.ears[event] = (this.ears[event] ?? []).filter((g) => g !== f); }
   }
   globalThis.heard = [];
   const code = `export default () => ({
-    initialize({ model }) { model.on("change:_py2js_update", () => globalThis.heard.push(model.get("_py2js_update"))); },
+    initialize({ model }) {
+      model.on("change:_py2js_update", () => globalThis.heard.push(model.get("_py2js_update")));
+    },
     render({ el }) { el.textContent = JSON.stringify(globalThis.heard); },
   })`;
   const model = new Model(), bundle = new Model();
