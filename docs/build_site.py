@@ -10,6 +10,7 @@ import argparse
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -56,7 +57,10 @@ def build_api(out: Path, modules: Sequence[str] = ()) -> None:
     is what pdoc would go by.
     """
     pdoc.render.configure(docformat="google", show_source=False, footer_text=f"prescope {__version__}")
-    pdoc.pdoc(*(modules or all_modules()), output_directory=out)
+    with warnings.catch_warnings():
+        # A package without `__all__` brings its modules along, and they are named once more.
+        warnings.filterwarnings("ignore", "The module specification")
+        pdoc.pdoc(*(modules or all_modules()), output_directory=out)
 
 
 def all_modules() -> list[str]:

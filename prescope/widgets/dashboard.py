@@ -256,7 +256,7 @@ class Dashboard:
         where = "this machine" if machine.is_here else machine.name
         self._head.value = (
             f"<div class='ps-head'><span><b>{escape(scenarios.label)}</b> · {escape(experts)}</span>"
-            f"<span class='ps-badge'>{escape(where)}: {escape(machine.costs.source)}</span></div>"
+            f"<span class='ps-badge'>{escape(_costs_of(where, machine.costs.source))}</span></div>"
         )
 
     def _in_background(self, work: Callable[[], None]) -> None:
@@ -286,6 +286,11 @@ class Dashboard:
         display(HTML(page_html(f"{self._head.value}{self.live.numbers.text}")))
         for figure in self.plain():
             display(figure)
+
+
+def _costs_of(machine: str, source: str) -> str:
+    """Whose costs, and where they come from; a machine that the source names is not named twice."""
+    return f"costs: {source}" if machine.partition(",")[0] in source else f"{machine}: {source}"
 
 
 def _shapes() -> list[str]:

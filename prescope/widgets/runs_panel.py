@@ -194,7 +194,8 @@ def _differences(one: RunResult, other: RunResult) -> str:
     apart = frame_html(settings) if len(settings) else "<p class='ps-soft'>Their settings are the same.</p>"
     layers = _layers_apart(one, other)
     text = "; ".join(
-        f"layer {layer}: {ms:+.3f} ms per token, {misses:+.2f} misses" for layer, ms, misses in layers
+        f"layer {layer}: {formatted(ms, signed=True)} ms per token, {formatted(misses, signed=True)} misses"
+        for layer, ms, misses in layers
     )
     where = f"<p>Layers where they differ most: {escape(text)}</p>" if layers else ""
     same = one.trace is not None and other.trace is not None and one.tokens == other.tokens
@@ -203,7 +204,7 @@ def _differences(one: RunResult, other: RunResult) -> str:
         if same
         else "<p class='ps-soft'>The two runs wrote different text, so they needed different experts.</p>"
     )
-    return f"<div class='ps-row'>{table}{apart}</div>{where}{note}"
+    return f"<div class='ps-row ps-top'>{table}{apart}</div>{where}{note}"
 
 
 def _settings_apart(one: RunResult, other: RunResult) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from ..engine.job import Job, NamedPrompts
 from ..errors import PrescopeError
 from ..simulator import Scenario, Scenarios, SimResult, verdict
 from ..traces.result import RunResult
-from ..views.numbers import NO_BOUND, Numbers, bound_numbers, formatted, numbers, numbers_there, spread_frac
+from ..views.numbers import NO_BOUND, Numbers, bound_numbers, numbers, numbers_there, spread_frac
 from .figures import is_headless
 from .measured_beside import MeasuredBeside
 from .numbers_table import NumbersTable
@@ -346,7 +346,7 @@ def _beside(simulated: Numbers, measured: Numbers | None, rates: Sequence[float]
     spread = spread_frac(rates)
     text = f"simulated {off:+.0f} %"
     if spread == spread:
-        text += f"; {len(rates)} runs spread {formatted(100 * spread)} %"
+        text += f"; {len(rates)} runs spread {100 * spread:.0f} %"
     return f" <span class='ps-badge' title='simulated tokens/s against measured'>{text}</span>"
 
 

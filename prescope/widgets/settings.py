@@ -15,6 +15,8 @@ from .field import Field
 from .style import boxed
 
 _OWN = "the schedule's own"
+#: How a predictor's name is written where people read it.
+_WRITTEN = {"llapor": "LLaPor"}
 HELP = {
     "schedule": "Who decides, after each router has spoken, what is copied, what the CPU computes, what is prefetched.",
     "predictor": "What foresees the experts of coming layers: LLaPor is trained; an oracle knows the recorded future.",
@@ -109,7 +111,7 @@ class Settings:
             self._scenarios = scenarios
             trace = scenarios.trace
             self.predictor.options, self.machine.options = (
-                scenarios.predictor_names,
+                [(_WRITTEN.get(name, name), name) for name in scenarios.predictor_names],
                 list(scenarios.machines),
             )
             self.machine.value = next(iter(scenarios.machines))

@@ -20,6 +20,7 @@ CSS = f"""
 .prescope .widget-html, .prescope .widget-html-content, .prescope .jupyter-widgets {{ color: var(--ps-text);
   font-size: 13px; line-height: 1.45; }}
 .prescope .widget-html-content {{ overflow: visible; }}
+.prescope :is(select, input, button, .lm-TabBar-tab) {{ font-family: {FONT}; }}
 {figures_css(".prescope", "var(--ps-text)")}
 .prescope.jupyter-widgets-disconnected::before {{ content: "The session is gone: run the notebook's first cells again.";
   display: block; padding: 8px 12px; border: 1px solid var(--ps-bad); border-radius: 4px; color: var(--ps-bad);
@@ -27,6 +28,7 @@ CSS = f"""
 .prescope.jupyter-widgets-disconnected > * {{ opacity: .55; pointer-events: none; }}
 .prescope.jupyter-widgets-disconnected .ps-job {{ display: none; }}
 .ps-row {{ display: flex; flex-flow: row wrap; align-items: center; gap: 6px 12px; overflow: visible; }}
+.ps-top {{ align-items: flex-start; }}
 .ps-side {{ display: grid !important; grid-template-columns: minmax(0, 1fr); gap: 8px 20px; overflow: visible; }}
 .ps-controls {{ display: grid !important; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr));
   gap: 6px 20px; align-content: start; align-items: start; overflow: visible; }}
