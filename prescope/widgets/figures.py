@@ -55,17 +55,25 @@ export default () => {
       ready.catch(() => {}); // told where it is drawn
     },
     async render(props) {
+      const { model, el } = props, names = "change:_dom_classes";
+      // anywidget takes the page's ears off the model before it draws: a figure's classes would stay as they were.
+      const dress = () => {
+        el.classList.remove(...[...el.classList].filter((name) => name.startsWith("ps-")));
+        el.classList.add(...(model.get("_dom_classes") ?? []));
+      };
+      dress();
+      model.on(names, dress);
       const widget = await ready;
       // Drawn when it has a width: before that, plotly measures texts as nothing and takes 700 pixels.
       let clean, width = 0;
       const observer = new ResizeObserver(() => {
-        if (!props.el.clientWidth || props.el.clientWidth === width) return;
-        width = props.el.clientWidth;
+        if (!el.clientWidth || el.clientWidth === width) return;
+        width = el.clientWidth;
         if (clean) globalThis.dispatchEvent(new Event("resize")); // Lab's side bars resize no window
         else clean = widget.render(props);
       });
-      observer.observe(props.el);
-      return () => { observer.disconnect(); clean?.(); };
+      observer.observe(el);
+      return () => { model.off(names, dress); observer.disconnect(); clean?.(); };
     },
   };
 };

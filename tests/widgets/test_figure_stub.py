@@ -39,12 +39,16 @@ async (stub) => {
   ]);
   for (const value of [{ n: 1 }, null, { n: 2 }, null]) model.set("_py2js_update", value);
   const el = document.body.appendChild(document.createElement("div"));
+  el.className = "lm-Widget ps-hidden";
+  model.values._dom_classes = ["ps-hidden"];
   const rendered = figure.render({ model, el });
   come();
   await rendered;
+  const hidden = el.className;
+  model.set("_dom_classes", []);
   for (let i = 0; i < 100 && !el.textContent; i++) await new Promise((done) => setTimeout(done, 20));
   model.set("_py2js_update", { n: 3 });
-  return [begun, el.textContent, JSON.stringify(globalThis.heard)];
+  return [begun, el.textContent, JSON.stringify(globalThis.heard), [hidden, el.className]];
 }
 """
 
@@ -56,8 +60,9 @@ def test_what_is_said_before_plotly_has_come_is_drawn():
     machine, and no slider could fill them.
     """
     with chromium() as (page, _, errors):
-        begun, drawn, heard = page.evaluate(PAGE, SlimFigureWidget._esm)
+        begun, drawn, heard, classes = page.evaluate(PAGE, SlimFigureWidget._esm)
     assert begun == "at once"
     assert drawn == '[{"n":1},null,{"n":2},null]'
     assert heard == '[{"n":1},null,{"n":2},null,{"n":3}]', "later messages are heard once"
+    assert classes == ["lm-Widget ps-hidden", "lm-Widget"], "anywidget itself follows no class that changes"
     assert errors == []
