@@ -13,6 +13,7 @@ from ..scheduler import SCHEDULES
 from ..traces.result import RunResult
 from ..views.numbers import COLUMNS, NAN, change, formatted, numbers
 from ..views.schedule_pair import plot_schedule_pair, schedule_pair_info
+from ..views.theme import written
 from .field import Field
 from .figures import SlimFigureWidget
 from .runner import Runner
@@ -146,7 +147,7 @@ def name_of_run(run: RunResult, number: int) -> str:
         config["cache"],
     ]
     if config.get("predictor", "none") != "none":
-        parts.append(f"{config['predictor']}, {config['lookahead']} ahead")
+        parts.append(f"{written(config['predictor'])}, {config['lookahead']} ahead")
     if config.get("cpu_threads"):
         parts.append("CPU lane")
     return f"{number + 1}: " + ", ".join(map(str, parts))

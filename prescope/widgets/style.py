@@ -11,12 +11,19 @@ from ..views.theme import FONT, figures_css
 #: Below this width of a cell controls stand above the figures, from it on beside them; px.
 WIDE_PX = 1100
 
+#: Lab's own arrow of a menu is as dark as its dark ground.
+ARROW = (
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E"
+    "%3Cpath fill='%23ddd' d='M5.2 5.9 9 9.7l3.8-3.8 1.2 1.2-5 4.9-5-4.9z'/%3E%3C/svg%3E"
+)
+
 CSS = f"""
 .prescope {{ --ps-text: var(--jp-ui-font-color1, #222); --ps-soft: var(--jp-ui-font-color2, #555);
   --ps-ground: var(--jp-layout-color1, #fff); --ps-line: var(--jp-border-color2, #ddd); --ps-good: #00694c;
   --ps-bad: #a33e00; font: 13px/1.45 {FONT}; color: var(--ps-text); container: prescope / inline-size;
   overflow: visible; }}
 [data-jp-theme-light="false"] .prescope {{ --ps-good: #3ecf9f; --ps-bad: #ff9a57; }}
+[data-jp-theme-light="false"] .prescope {{ --jp-widgets-dropdown-arrow: url("{ARROW}"); }}
 .prescope .widget-html, .prescope .widget-html-content, .prescope .jupyter-widgets {{ color: var(--ps-text);
   font-size: 13px; line-height: 1.45; }}
 .prescope .widget-html-content {{ overflow: visible; }}
