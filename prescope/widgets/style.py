@@ -31,7 +31,8 @@ CSS = f"""
 {figures_css(".prescope", "var(--ps-text)")}
 .prescope.jupyter-widgets-disconnected::before {{ content: "The session is gone: run the notebook's first cells again.";
   display: block; padding: 8px 12px; border: 1px solid var(--ps-bad); border-radius: 4px; color: var(--ps-bad);
-  font-weight: 600; }}
+  font: 600 14px {FONT}; }}
+.prescope.jupyter-widgets-disconnected .jupyter-widgets-disconnected::before {{ display: none; }}
 .prescope.jupyter-widgets-disconnected > * {{ opacity: .55; pointer-events: none; }}
 .prescope.jupyter-widgets-disconnected .ps-job {{ display: none; }}
 .ps-row {{ display: flex; flex-flow: row wrap; align-items: center; gap: 6px 12px; overflow: visible; }}
@@ -80,6 +81,7 @@ CSS = f"""
 .prescope .ps-table tbody tr {{ border-top: 1px solid var(--ps-line); background: none; }}
 .prescope .ps-table thead th {{ vertical-align: bottom; white-space: normal; font-weight: 500; color: var(--ps-soft); }}
 .prescope .ps-numbers tbody tr {{ border-top: 1px solid var(--ps-line); background: none; }}
+.prescope .ps-numbers td:first-child {{ white-space: normal; }}
 .prescope .ps-numbers .ps-first td {{ font-weight: 600; }}
 .prescope .ps-numbers td:nth-child(2) {{ font-size: 15px; }}
 .ps-soft {{ color: var(--ps-soft); }} .ps-good {{ color: var(--ps-good); font-weight: 600; }}

@@ -44,7 +44,7 @@ DOORS: dict[str, set[str]] = {
     "plotly": {"views", "report", "widgets"},
     "ipywidgets": {"widgets"},
     "anywidget": {"widgets"},
-    "IPython": {"widgets", "report"},
+    "IPython": {"views", "widgets", "report"},
     "triton": {"kernels", "predictor"},
     "optuna": {"tuning"},
     "scipy": {"tuning"},
