@@ -91,7 +91,9 @@ def as_html(page: Path, pages: Sequence[Path]) -> str:
         target = here.get(path, path if path == "" or "://" in path else None)
         return match["text"] if target is None else f'<a href="{target}{mark}{part}">{match["text"]}</a>'
 
-    body = markdown2.markdown(page.read_text("utf-8"), extras=["tables", "fenced-code-blocks", "header-ids"])
+    # Without "code-friendly" the underscores of a file's name make its middle slant.
+    extras = ["tables", "fenced-code-blocks", "header-ids", "code-friendly"]
+    body = markdown2.markdown(page.read_text("utf-8"), extras=extras)
     return framed(title_of(page), LINK.sub(linked, body))
 
 

@@ -447,6 +447,9 @@ class Session:
     def __repr__(self) -> str:
         return f"<Session of {self.engine!r}, {len(self.runs)} runs>"
 
+    def _repr_html_(self) -> str:
+        return self.engine._repr_html_()
+
 
 def _is_recorded(run: RunResult) -> bool:
     """Whether a run can be simulated: on demand, with routing and events of decode steps that copied something."""

@@ -33,6 +33,7 @@ COLORS: dict[str, str] = {
     "simulated": "#8da0cb",
     "measured": "#b15928",
     "other": "#eeedea",
+    "nothing": "rgba(128,128,128,.28)",  # stands back on a dark page too, where "other" is the brightest
     "line": "#7c6fb0",
     "bound": "#c2185b",
 }

@@ -103,7 +103,7 @@ def plot_threshold(info: ThresholdInfo) -> go.Figure:
         )  # fmt: skip
     for name, values, color, shape in (
         ("prefetched and used", info.useful_mb, "prefetch", ""),
-        ("prefetched for nothing", info.wasted_mb, "on_demand", "/"),
+        ("prefetched for nothing", info.wasted_mb, "prefetch", "/"),
     ):
         fig.add_bar(
             x=info.thresholds, y=values, name=name, width=0.035,
