@@ -10,6 +10,7 @@ import argparse
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -56,7 +57,10 @@ def build_api(out: Path, modules: Sequence[str] = ()) -> None:
     is what pdoc would go by.
     """
     pdoc.render.configure(docformat="google", show_source=False, footer_text=f"prescope {__version__}")
-    pdoc.pdoc(*(modules or all_modules()), output_directory=out)
+    with warnings.catch_warnings():
+        # A package without `__all__` brings its modules along, and they are named once more.
+        warnings.filterwarnings("ignore", "The module specification")
+        pdoc.pdoc(*(modules or all_modules()), output_directory=out)
 
 
 def all_modules() -> list[str]:
@@ -87,7 +91,9 @@ def as_html(page: Path, pages: Sequence[Path]) -> str:
         target = here.get(path, path if path == "" or "://" in path else None)
         return match["text"] if target is None else f'<a href="{target}{mark}{part}">{match["text"]}</a>'
 
-    body = markdown2.markdown(page.read_text("utf-8"), extras=["tables", "fenced-code-blocks", "header-ids"])
+    # Without "code-friendly" the underscores of a file's name make its middle slant.
+    extras = ["tables", "fenced-code-blocks", "header-ids", "code-friendly"]
+    body = markdown2.markdown(page.read_text("utf-8"), extras=extras)
     return framed(title_of(page), LINK.sub(linked, body))
 
 

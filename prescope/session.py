@@ -42,7 +42,7 @@ from .simulator import (
 from .traces.metrics import METRIC_DEFINITIONS
 from .traces.result import RunResult
 from .training.record import device_of
-from .widgets import CapacityPanel, Dashboard, PairPanel, SchedulePanel, SlotsPanel, show_in_both_forms
+from .widgets import CapacityPanel, Dashboard, PairPanel, SchedulePanel, SlotsPanel
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -90,7 +90,6 @@ class Session:
             self.engine = model
         else:
             self.engine = load(model, **settings)
-        show_in_both_forms()
         self.runs: list[RunResult] = []
         self._remembered: np.ndarray | None = (
             None  # the newest run's frequencies, unless the engine was told others
@@ -447,6 +446,9 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<Session of {self.engine!r}, {len(self.runs)} runs>"
+
+    def _repr_html_(self) -> str:
+        return self.engine._repr_html_()
 
 
 def _is_recorded(run: RunResult) -> bool:

@@ -50,12 +50,15 @@ def test_the_reference_is_of_every_module(build_site):
 
 def test_links_of_a_page_lead_to_pages_of_the_site_or_away(build_site, tmp_path):
     page, other = tmp_path / "a.md", tmp_path / "b.md"
-    page.write_text("# First\n\n[b](b.md#part), [code](../x/y.py), [out](https://example.org)\n")
+    page.write_text(
+        "# First\n\n[b](b.md#part), [code](../x/y.py), [out](https://example.org), [a_b_c.md](../a_b_c.md)\n"
+    )
     other.write_text("# Second\n")
     text = build_site.as_html(page, [page, other])
     assert '<a href="b.html#part">b</a>' in text
     assert '<a href="https://example.org">out</a>' in text
     assert "y.py" not in text
+    assert "a_b_c.md" in text, "the underscores of a file's name are no emphasis"
     assert "code" in text
     assert "<title>First</title>" in text
 

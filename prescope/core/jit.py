@@ -120,7 +120,8 @@ def said_if_compiled_first(function: Any, what: str) -> Iterator[None]:
     if is_known:
         yield
         return
-    with tqdm(total=1, desc=f"compiling {what}, once", bar_format="{desc} ({elapsed})", leave=False) as bar:
+    words = f"compiling {what}: a minute or two, on this machine the first time only"
+    with tqdm(total=1, desc=words, bar_format="{desc}", leave=False) as bar:
         yield
         bar.update()
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import BadModelFolder, PrescopeError, UnsupportedExperts
 
 SAID = 400  # characters of somebody else's error that are quoted
+BAR_AFTER_S = 2.0  # what is read sooner needs no progress bar
 
 
 @contextmanager
@@ -39,6 +41,21 @@ def naming(what: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Transformers' progress bars come only where one has to wait, in our words, and go when they are full."""
+
+    def later(make: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        words = {"desc": "reading weights"} if named.get("desc") == "Loading weights" else {}
+        return make(*positional, **{**named, **words, "delay": BAR_AFTER_S, "leave": False})
+
+    former = logging.set_tqdm_hook(later)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(former)
+
+
 def read_model(
     name: str | Path,
     found: Any,
@@ -48,7 +65,7 @@ def read_model(
     **keywords: Any,
 ) -> PreTrainedModel:
     """The model with its weights, by transformers: from where `name` says, or from a state that is given."""
-    with reading(f"{name} cannot be loaded"):
+    with reading(f"{name} cannot be loaded"), quiet_bars():
         model, info = found.from_pretrained(
             name if state_dict is None else None,
             dtype=dtype,

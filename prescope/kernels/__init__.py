@@ -39,9 +39,8 @@ __all__ = [
     "layer_options",
     "layer_weights",
     "make_device_table",
-    "make_foresight",
+    "make_host_options",
     "make_kernel",
-    "make_scheduled",
 ]
 
 #: Most pairs of token and expert in one layer of a captured step: one program sorts them.

@@ -71,7 +71,7 @@ Plotly.newPlot("{{ id }}", figure.data, figure.layout, config).then(
 """
 _NOTEBOOK_CSS = f"""{SHARED_CSS}
 body.jp-Notebook {{ max-width: 1080px; margin: 0 auto; padding: 1em; --jp-content-font-family: {FONT}; }}
-details.code > summary {{ cursor: pointer; opacity: .6; font-size: 12.5px; padding: 2px 0 2px 8px; }}
+details.code > summary {{ cursor: pointer; opacity: .6; font: 12.5px {FONT}; padding: 2px 0 2px 8px; }}
 .in-short {{ border: 1px solid #8886; border-radius: 6px; padding: 10px 16px; margin: 0 0 1.2em; }}
 .in-short .ps-verdict {{ font-size: 16px; font-weight: 600; }}
 .plotly-figure {{ width: 100%; }} .jp-OutputArea-child > .jp-OutputArea-output {{ width: 100%; }}

@@ -18,6 +18,7 @@ from ..cache.policies import CHANGES_ALL, by_frequency, make_policy
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE, Waiting, most_on_wire, prefetch_slots
 from ..cache.residency import ResidencyTable
 from ..cache.slots import bounds_of
+from ..core.jit import said_if_compiled_first
 from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 from ..predictor.base import Predictor
@@ -281,12 +282,12 @@ class Simulator:
             clock, wire = begin(table.num_slots, settings.most_in_flight, now)
             for part in self._parts(steps):
                 demand = self._demand(part, depth, with_weights=settings.cache == "score")
-                logs.append(
-                    replay(
+                with said_if_compiled_first(replay, "the simulator"):
+                    log = replay(
                         resolved.settings, costs, by, policy.kind, settings.most_in_flight, self.step_us, state, demand,
                         clock, wire,
-                    )
-                )  # fmt: skip
+                    )  # fmt: skip
+                logs.append(log)
             table.unprotect()
             table.in_flight[:] = False  # whatever follows waits for all copies first
             policy.tick, now = int(state.tick[0]), float(logs[-1].step_end_us[-1])

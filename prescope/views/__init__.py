@@ -12,6 +12,7 @@ except ImportError as error:
 
 from .capacity import capacity
 from .cases import cases, steps_ms, told_of_all
+from .forms import show_in_both_forms
 from .gpu_idle import gpu_idle
 from .hit_rate import hit_rate
 from .lanes import lanes, lanes_info
@@ -37,6 +38,8 @@ from .sweep_importances import sweep_importances
 from .sweep_parallel import sweep_parallel
 from .text_shift import text_shift
 from .threshold import threshold
+
+show_in_both_forms()
 
 #: The lanes by the name that notebooks know them by.
 timeline = lanes

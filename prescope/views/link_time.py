@@ -19,13 +19,13 @@ PARTS: dict[By, dict[str, tuple[str, str]]] = {
     "purpose": {
         "on_demand": ("on_demand", "copied on demand"),
         "used": ("prefetch", "prefetched and used"),
-        "wasted": ("stall", "prefetched for nothing"),
-        "idle": ("other", "nothing to copy"),
+        "wasted": ("prefetch", "prefetched for nothing"),
+        "idle": ("nothing", "nothing to copy"),
     },
     "overlap": {
         "hidden": ("prefetch", "while the GPU computes"),
         "exposed": ("stall", "while the GPU does not"),
-        "idle": ("other", "nothing to copy"),
+        "idle": ("nothing", "nothing to copy"),
     },
 }
 TITLES: dict[By, str] = {
@@ -112,7 +112,10 @@ def plot_link_time(info: LinkTimeInfo) -> go.Figure:
     for part, (color, words) in PARTS[info.by].items():
         fig.add_bar(
             x=info.ms[part], y=info.names, orientation="h", name=words,
-            marker={"color": COLORS[color], "line": {"width": 0}},
+            marker={
+                "color": COLORS[color], "line": {"width": 0},
+                "pattern": {"shape": "/" if part == "wasted" else "", "size": 6},
+            },
             hovertemplate=f"{words}: %{{x:.3g}} ms per step<extra>%{{y}}</extra>",
         )  # fmt: skip
     for i, (name, step) in enumerate(zip(info.names, info.step_ms, strict=True)):
@@ -124,7 +127,7 @@ def plot_link_time(info: LinkTimeInfo) -> go.Figure:
         height=200 + 34 * len(info.names), top=100,
     )  # fmt: skip
     fig.update_layout(barmode="stack", bargap=0.3, hovermode="closest", margin_r=40)
-    fig.update_xaxes(title_text="ms per decode step", range=[0, 1.35 * max(info.step_ms)])
+    fig.update_xaxes(title_text="ms per decode step", range=[0, 1.55 * max(info.step_ms)])
     fig.update_yaxes(showgrid=False, autorange="reversed", type="category")
     return fig
 

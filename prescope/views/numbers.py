@@ -156,6 +156,8 @@ def formatted(value: float, signed: bool = False, field: str = "") -> str:
     """Three digits, or as many as a person reads; "-" where nothing is known. Memory has its unit with it."""
     if value != value:
         return "-"
+    if field == "slots_gib" and signed and not value:
+        return "0"
     if field == "slots_gib":
         mark = "-" if value < 0 else "+" if signed else ""
         return f"{mark}{format_bytes(abs(value) * GIB)}"

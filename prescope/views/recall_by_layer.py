@@ -82,7 +82,7 @@ def plot_recall_by_layer(found: Sequence[Recalls], lookahead: int = 1, told: str
     ahead = "the next layer" if lookahead == 1 else f"{lookahead} layers ahead"
     style(
         fig, title="How well is each layer predicted?",
-        subtitle=f"recall@K {ahead}; {', '.join(f'{DASHES[i % 3]}: {p}' for i, p in enumerate(predictors))}<br>{told}",
+        subtitle=f"recall@K, {ahead}; {', '.join(f'{DASHES[i % 3]}: {p}' for i, p in enumerate(predictors))}<br>{told}",
         height=430, top=100, bottom=120,
     )  # fmt: skip
     fig.update_layout(hovermode="closest")

@@ -1,5 +1,6 @@
 """Latency of every token: bars by cause, as measured over them where a run is given, and the bound as a line."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,9 @@ from prescope.traces.result import RunResult
 from .lanes import OUTLINES
 from .theme import COLORS, NAMES, settings_of, source_of, style, titled, told_of
 
+#: More steps than this are stepped areas instead of bars: seven shapes, which a browser draws at once, instead of
+#: over a thousand, which took most of the time of a slider's move.
+MOST_BARS = 64
 CAUSES = ("dense", "experts", "stall", "cpu_wait", "host_wait", "warm_up", "other")
 
 
@@ -106,23 +110,23 @@ def _causes(
 
 
 def step_times_traces(info: StepTimesInfo) -> list[dict[str, Any]]:
-    """Always as many: a bar of each cause ("other" is all where causes are not known), the measured line, the bound."""
+    """Always as many: each cause as bars and as a stepped area, of which one is empty ("other" is all where causes are
+    not known), then the measured line and the bound.
+    """
     measured = info.measured or Times((), (), 0.0, "measured", {})
     line = {"color": COLORS["measured"], "width": 2}
     steps, source = list(info.times.steps), info.times.source
     causes = info.times.cause_ms or {**dict.fromkeys(CAUSES, ()), "other": info.times.step_ms}
-    bars = [
-        {
-            "type": "bar", "x": steps, "y": list(causes[cause]), "name": NAMES[cause],
-            "marker": {"color": COLORS[cause], "line": OUTLINES.get(cause, {"width": 0})},
-            "hovertemplate": f"%{{y:.3f}} ms {NAMES[cause]}, {source}<extra></extra>",
-            "showlegend": any(causes[cause]),
-        }
-        for cause in CAUSES
-    ]  # fmt: skip
+    are_many = len(steps) > MOST_BARS
+    bars = [_cause(cause, steps, causes[cause], source, are_many, as_area=False) for cause in CAUSES]
+    # From the middle of the first step to that of the last a line would go: half a step is added at both ends.
+    ends = [steps[0] - 0.5, *steps, steps[-1] + 0.5]
+    values = {name: [*ms[:1], *ms, *ms[-1:]] for name, ms in causes.items()}
+    areas = [_cause(cause, ends, values[cause], source, not are_many, as_area=True) for cause in CAUSES]
     has_bound = info.bound_ms == info.bound_ms
     return [
         *bars,
+        *areas,
         {
             "type": "scatter", "x": list(measured.steps), "y": list(measured.step_ms), "name": measured.source,
             "mode": "lines+markers", "line": line, "marker": {"size": 6, "color": COLORS["measured"]},
@@ -136,6 +140,24 @@ def step_times_traces(info: StepTimesInfo) -> list[dict[str, Any]]:
             "hovertemplate": "%{y:.3f} ms: no mean step is shorter<extra></extra>",
         },
     ]  # fmt: skip
+
+
+def _cause(
+    cause: str, x: Sequence[float], ms: Sequence[float], source: str, is_empty: bool, *, as_area: bool
+) -> dict[str, Any]:
+    """One cause of all steps; empty where the other form shows them."""
+    line = OUTLINES.get(cause, {"width": 0})
+    looks: dict[str, Any] = (
+        {"type": "scatter", "mode": "lines", "stackgroup": "causes", "fillcolor": COLORS[cause],
+            "line": {**line, "shape": "hvh"}}
+        if as_area
+        else {"type": "bar", "marker": {"color": COLORS[cause], "line": line}}
+    )  # fmt: skip
+    return {
+        **looks, "x": [] if is_empty else list(x), "y": [] if is_empty else list(ms), "name": NAMES[cause],
+        "hovertemplate": f"%{{y:.3f}} ms {NAMES[cause]}, {source}<extra></extra>",
+        "showlegend": not is_empty and any(ms),
+    }  # fmt: skip
 
 
 def step_times_layout(

@@ -89,6 +89,7 @@ def plot_sweep_history(info: SweepHistoryInfo, *, brief: bool = False) -> go.Fig
         top=BRIEF_TOP if brief else 88,
     )
     fig.update_layout(hovermode="closest", hoverlabel=HOVER)
-    fig.update_xaxes(title_text="point, in the order in which they were tried")
+    few = {"dtick": 1} if len(info.numbers) < 9 else {}  # there is no point 0.5
+    fig.update_xaxes(title_text="point, in the order in which they were tried", **few)
     fig.update_yaxes(title_text=info.objective)
     return fig

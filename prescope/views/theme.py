@@ -33,6 +33,7 @@ COLORS: dict[str, str] = {
     "simulated": "#8da0cb",
     "measured": "#b15928",
     "other": "#eeedea",
+    "nothing": "rgba(128,128,128,.28)",  # stands back on a dark page too, where "other" is the brightest
     "line": "#7c6fb0",
     "bound": "#c2185b",
 }
@@ -56,6 +57,8 @@ NAMES: dict[str, str] = {
     "measured": "measured",
     "other": "other",
 }
+#: Predictors whose names people write otherwise than code does.
+_WRITTEN = {"llapor": "LLaPor"}
 TEXT = "#6b7280"
 GRID = "rgba(128,128,128,.18)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
@@ -119,6 +122,11 @@ def told_of(result: RunResult | SimResult) -> str:
     return f"<b>{source}</b>: {label}"
 
 
+def written(predictor: str) -> str:
+    """A predictor's name as people write it."""
+    return _WRITTEN.get(predictor, predictor)
+
+
 def settings_of(result: RunResult | SimResult) -> str:
     """Schedule, slots, cache and CPU lane in one line; the predictor where it is known."""
     config = result.config
@@ -127,7 +135,7 @@ def settings_of(result: RunResult | SimResult) -> str:
     parts.append(f"{config['num_slots']} slots ({100 * config['slots_frac']:.0f} % of the experts)")
     parts.append(str(config["cache"]))
     if config.get("predictor", "none") != "none":
-        parts.append(f"{config['predictor']}, {config['lookahead']} layers ahead")
+        parts.append(f"{written(config['predictor'])}, {config['lookahead']} layers ahead")
     if config.get("cpu"):
         parts.append("CPU lane")
     return " · ".join(parts)

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from prescope.errors import UnsupportedOption
 from prescope.simulator import Scenario, Scenarios, SimResult, predicts
 
-from .theme import COLORS, settings_of, style, told_of
+from .theme import COLORS, settings_of, style, told_of, written
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -91,19 +91,19 @@ def plot_threshold(info: ThresholdInfo) -> go.Figure:
     """Shares above, megabytes in the middle, milliseconds below."""
     fig = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.07)
     shares = [
-        ("precision", info.precision_pct, "experts", "solid"),
-        ("recall", info.recall_pct, "prefetch", "dash"),
-        ("misses covered", info.covered_pct, "stall", "dot"),
+        ("precision: predicted ones that are used", info.precision_pct, "experts", "solid"),
+        ("recall: used ones that are predicted", info.recall_pct, "prefetch", "dash"),
+        ("misses that a prefetch covers", info.covered_pct, "stall", "dot"),
     ]
     for name, values, color, dash in shares:
         fig.add_scatter(
             x=info.thresholds, y=values, name=name, mode="lines+markers",
             line={"color": COLORS[color], "width": 2.2, "dash": dash},
-            hovertemplate="%{y:.1f} % " + name + "<extra></extra>", row=1, col=1,
+            hovertemplate="%{y:.1f} % " + name.partition(":")[0] + "<extra></extra>", row=1, col=1,
         )  # fmt: skip
     for name, values, color, shape in (
-        ("useful", info.useful_mb, "prefetch", ""),
-        ("wasted", info.wasted_mb, "stream", "/"),
+        ("prefetched and used", info.useful_mb, "prefetch", ""),
+        ("prefetched for nothing", info.wasted_mb, "prefetch", "/"),
     ):
         fig.add_bar(
             x=info.thresholds, y=values, name=name, width=0.035,
@@ -115,12 +115,13 @@ def plot_threshold(info: ThresholdInfo) -> go.Figure:
         line={"color": COLORS["dense"], "width": 2.2}, hovertemplate="%{y:.3f} ms per token<extra></extra>", row=3,
         col=1,
     )  # fmt: skip
+    ahead = f"{info.lookahead} layer{'s' if info.lookahead > 1 else ''} ahead"
     best = info.thresholds[int(np.argmin(info.ms_per_token))]
     style(
         fig,
         title="How sure must a prediction be?",
-        subtitle=f"{info.predictor}, {info.lookahead} layer{'s' if info.lookahead > 1 else ''} ahead · fastest at "
-        f"threshold {best:g}, chosen {info.chosen:g}<br>{info.settings}<br>{info.told}",
+        subtitle=f"{written(info.predictor)}, {ahead} · fastest at threshold {best:g}, chosen {info.chosen:g}"
+        f"<br>{info.settings}<br>{info.told}",
         height=590,
         top=124,
     )
@@ -128,6 +129,6 @@ def plot_threshold(info: ThresholdInfo) -> go.Figure:
     fig.update_layout(barmode="stack", hovermode="x unified", barcornerradius=0)
     fig.update_xaxes(title_text="threshold: least probability of use", row=3, col=1)
     fig.update_yaxes(title_text="%", range=[0, 103], row=1, col=1)
-    fig.update_yaxes(title_text="prefetched, MB per token", rangemode="tozero", row=2, col=1)
+    fig.update_yaxes(title_text="MB per token", rangemode="tozero", row=2, col=1)
     fig.update_yaxes(title_text="ms per token", row=3, col=1)
     return fig

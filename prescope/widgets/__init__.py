@@ -15,7 +15,6 @@ from .figures import SlimFigureWidget, is_headless
 from .pair_panel import PairPanel
 from .runs_panel import RunsPanel
 from .schedule_panel import SchedulePanel
-from .showing import show_in_both_forms
 from .slots_panel import SlotsPanel
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "SlimFigureWidget",
     "SlotsPanel",
     "is_headless",
-    "show_in_both_forms",
 ]

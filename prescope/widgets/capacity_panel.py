@@ -75,6 +75,7 @@ class CapacityPanel:
             Field("budget, GiB", self.budget, "GPU memory that may be used; 0 for all of it."),
             *(Field(NUMBERS[name][0], widget, NUMBERS[name][1]) for name, widget in self.numbers.items()),
         ]
+        fields[4].say("0: all of it")
         self.words, self.table = ipw.HTML(), ipw.HTML()
         self.figure = SlimFigureWidget()
         controls = boxed(ipw.Box([field.view for field in fields]), "ps-controls")

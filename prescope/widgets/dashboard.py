@@ -254,10 +254,8 @@ class Dashboard:
             f"{format_bytes(scenarios.num_experts * machine.row_bytes)}, top-{trace.top_k}"
         )
         where = "this machine" if machine.is_here else machine.name
-        self._head.value = (
-            f"<div class='ps-head'><span><b>{escape(scenarios.label)}</b> · {escape(experts)}</span>"
-            f"<span class='ps-badge'>{escape(where)}: {escape(machine.costs.source)}</span></div>"
-        )
+        costs = f"<span class='ps-badge'>{escape(_costs_of(where, machine.costs.source))}</span>"
+        self._head.value = f"<div class='ps-head'><b>{escape(experts)}</b>{costs}</div>"
 
     def _in_background(self, work: Callable[[], None]) -> None:
         def run() -> None:
@@ -275,17 +273,27 @@ class Dashboard:
         self.told.value = "writing the report …"
         self.told.value = f"written: <code>{escape(str(self._report(self.live)))}</code>"
 
+    def _page_head(self) -> str:
+        """What a page without the menu of traces says above the figures."""
+        name = escape(self.live.scenarios.label)
+        return f"<p><b>{name}</b></p>{self._head.value}{self.live.numbers.text}"
+
     def plain(self) -> list[go.Figure]:
         """The figures of the live tab without widgets."""
         return self.live.plain()
 
     def _ipython_display_(self) -> None:
         if not is_headless():
-            show_panel(self.view, f"{self._head.value}{self.live.numbers.text}", self.plain())
+            show_panel(self.view, self._page_head(), self.plain())
             return
-        display(HTML(page_html(f"{self._head.value}{self.live.numbers.text}")))
+        display(HTML(page_html(self._page_head())))
         for figure in self.plain():
             display(figure)
+
+
+def _costs_of(machine: str, source: str) -> str:
+    """Whose costs, and where they come from; a machine that the source names is not named twice."""
+    return f"costs: {source}" if machine.partition(",")[0] in source else f"{machine}: {source}"
 
 
 def _shapes() -> list[str]:

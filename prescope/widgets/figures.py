@@ -33,24 +33,47 @@ async function plotly(model) {
   })().catch((error) => { delete globalThis.__prescope_plotly__; throw error; });
   return (await globalThis.__prescope_plotly__).default;
 }
+// What Python says of a figure; plotly's part of the page listens to these.
+const SAID = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate",
+  "removeLayoutProps", "removeTraceProps"].map((name) => `_py2js_${name}`);
 export default () => {
-  let widget;
+  let ready;
   return {
-    async initialize(props) {
-      widget = (await plotly(props.model))();
-      return widget.initialize(props);
+    initialize(props) {
+      // Returns at once: of a model that takes two seconds anywidget 0.11 drops all messages for good, and on a busy
+      // machine the bundle takes longer (an empty figure that nothing could fill). What is said meanwhile is kept.
+      const { model } = props, kept = [];
+      const ears = SAID.map((name) => [`change:${name}`, () => kept.push([name, model.get(name)])]);
+      ears.forEach(([event, note]) => model.on(event, note));
+      ready = plotly(model).then((make) => {
+        const widget = make();
+        ears.forEach(([event, note]) => model.off(event, note));
+        widget.initialize(props);
+        kept.forEach(([name, value]) => model.set(name, value));
+        return widget;
+      });
+      ready.catch(() => {}); // told where it is drawn
     },
-    render(props) {
+    async render(props) {
+      const { model, el } = props, names = "change:_dom_classes";
+      // anywidget takes the page's ears off the model before it draws: a figure's classes would stay as they were.
+      const dress = () => {
+        el.classList.remove(...[...el.classList].filter((name) => name.startsWith("ps-")));
+        el.classList.add(...(model.get("_dom_classes") ?? []));
+      };
+      dress();
+      model.on(names, dress);
+      const widget = await ready;
       // Drawn when it has a width: before that, plotly measures texts as nothing and takes 700 pixels.
       let clean, width = 0;
       const observer = new ResizeObserver(() => {
-        if (!props.el.clientWidth || props.el.clientWidth === width) return;
-        width = props.el.clientWidth;
+        if (!el.clientWidth || el.clientWidth === width) return;
+        width = el.clientWidth;
         if (clean) globalThis.dispatchEvent(new Event("resize")); // Lab's side bars resize no window
         else clean = widget.render(props);
       });
-      observer.observe(props.el);
-      return () => { observer.disconnect(); clean?.(); };
+      observer.observe(el);
+      return () => { model.off(names, dress); observer.disconnect(); clean?.(); };
     },
   };
 };

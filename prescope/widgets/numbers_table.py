@@ -9,6 +9,12 @@ from ..views.numbers import COLUMNS, MORE_IS_BETTER, NAN, Numbers, change, forma
 
 #: Rows that are always there, with "-" before there is anything to say.
 ROWS = ("simulated", "measured", "pinned", "bound")
+#: Start of a row's name -> what it means.
+MEANS = {
+    "simulated": "What the recorded tokens would take with the settings below",
+    "measured": "What a run with these very settings took",
+    "bound": "What no schedule can beat with these slots on this machine; each column for itself",
+}
 
 
 class NumbersTable:
@@ -62,7 +68,8 @@ class NumbersTable:
     @staticmethod
     def _pinned(simulated: Numbers, measured: Numbers | None, pinned: Numbers | None, name: str) -> str:
         if pinned is None:
-            hint = "<span class='ps-soft'>against a pinned baseline</span>"
+            how = "Pin as baseline keeps the numbers above"
+            hint = f"<span class='ps-soft' title='{how}'>against a pinned baseline</span>"
             return f"<tr><td>{hint}</td>{'<td>-</td>' * len(COLUMNS)}</tr>"
         new = simulated if pinned.row == "simulated" or measured is None else measured
         delta = change(new, pinned)
@@ -92,7 +99,8 @@ def _cells(name: str, row: Numbers | None, is_first: bool, note: str = "") -> st
         f"<td>{formatted(NAN if row is None else getattr(row, field), field=field)}</td>" for field in COLUMNS
     )
     kind = " class='ps-first'" if is_first else ""
-    return f"<tr{kind}><td>{escape(name)}{note}</td>{cells}</tr>"
+    means = next((words for start, words in MEANS.items() if name.startswith(start)), "")
+    return f"<tr{kind}><td><span title='{means}'>{escape(name)}</span>{note}</td>{cells}</tr>"
 
 
 def _mood(field: str, delta: float, old: Numbers) -> str:

@@ -51,7 +51,7 @@ class RealRun:
         self._others = OthersWork()
         self.prompts = ipw.Textarea(
             value="\n---\n".join(_listed(prompts)),
-            rows=4,
+            rows=6,
             layout={"width": "100%"},
             placeholder="prompts, with --- between them",
         )
@@ -62,6 +62,7 @@ class RealRun:
         self.live = ipw.HTML()
         self.text = ipw.HTML()
         self.figure = SlimFigureWidget(_live_figure())
+        self.figure.add_class("ps-hidden")  # axes without a token say nothing
         words = ipw.HTML(
             "<span title='One prompt, or several with a line of --- between them'>prompts</span>"
         )
@@ -136,7 +137,7 @@ class RealRun:
             f"<b>running</b>: {recent:.3g} ms per token, {1e3 * len(job.tokens) / recent:,.3g} tokens/s (median of the "
             f"last {len(last)}, between two tokens on the host's clock){_hits(self._needs, engine.needs)}"
         )
-        self.figure.show_parts(_live_traces(gaps[-MOST_BARS:], max(0, len(gaps) - MOST_BARS)), {})
+        self._draw(gaps[-MOST_BARS:], max(0, len(gaps) - MOST_BARS))
 
     def _shown(self, job: Job) -> str:
         run = job.result()
@@ -145,8 +146,12 @@ class RealRun:
         if not (run.steps["phase"] == "decode").any():
             return "before the second token; the figures show the former run"
         steps = run.steps[run.steps["phase"] == "decode"]["dur_us"].to_numpy() / 1e3
-        self.figure.show_parts(_live_traces(steps.tolist()), {})
+        self._draw(steps.tolist())
         return self._finished(run)
+
+    def _draw(self, ms: list[float], first: int = 0) -> None:
+        self.figure.show_parts(_live_traces(ms, first), {})
+        self.figure.remove_class("ps-hidden")
 
 
 def _listed(prompts: NamedPrompts) -> list[str]:

@@ -13,6 +13,7 @@ from ..scheduler import SCHEDULES
 from ..traces.result import RunResult
 from ..views.numbers import COLUMNS, NAN, change, formatted, numbers
 from ..views.schedule_pair import plot_schedule_pair, schedule_pair_info
+from ..views.theme import written
 from .field import Field
 from .figures import SlimFigureWidget
 from .runner import Runner
@@ -146,7 +147,7 @@ def name_of_run(run: RunResult, number: int) -> str:
         config["cache"],
     ]
     if config.get("predictor", "none") != "none":
-        parts.append(f"{config['predictor']}, {config['lookahead']} ahead")
+        parts.append(f"{written(config['predictor'])}, {config['lookahead']} ahead")
     if config.get("cpu_threads"):
         parts.append("CPU lane")
     return f"{number + 1}: " + ", ".join(map(str, parts))
@@ -194,7 +195,8 @@ def _differences(one: RunResult, other: RunResult) -> str:
     apart = frame_html(settings) if len(settings) else "<p class='ps-soft'>Their settings are the same.</p>"
     layers = _layers_apart(one, other)
     text = "; ".join(
-        f"layer {layer}: {ms:+.3f} ms per token, {misses:+.2f} misses" for layer, ms, misses in layers
+        f"layer {layer}: {formatted(ms, signed=True)} ms per token, {formatted(misses, signed=True)} misses"
+        for layer, ms, misses in layers
     )
     where = f"<p>Layers where they differ most: {escape(text)}</p>" if layers else ""
     same = one.trace is not None and other.trace is not None and one.tokens == other.tokens
@@ -203,7 +205,7 @@ def _differences(one: RunResult, other: RunResult) -> str:
         if same
         else "<p class='ps-soft'>The two runs wrote different text, so they needed different experts.</p>"
     )
-    return f"<div class='ps-row'>{table}{apart}</div>{where}{note}"
+    return f"<div class='ps-row ps-top'>{table}{apart}</div>{where}{note}"
 
 
 def _settings_apart(one: RunResult, other: RunResult) -> pd.DataFrame:

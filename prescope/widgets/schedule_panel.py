@@ -15,7 +15,7 @@ from ..engine.job import Job, NamedPrompts
 from ..errors import PrescopeError
 from ..simulator import Scenario, Scenarios, SimResult, verdict
 from ..traces.result import RunResult
-from ..views.numbers import NO_BOUND, Numbers, bound_numbers, formatted, numbers, numbers_there, spread_frac
+from ..views.numbers import NO_BOUND, Numbers, bound_numbers, numbers, numbers_there, spread_frac
 from .figures import is_headless
 from .measured_beside import MeasuredBeside
 from .numbers_table import NumbersTable
@@ -109,7 +109,8 @@ class SchedulePanel:
     def _laid_out(self) -> dict[str, ipw.Widget]:
         for button in (self.pin_button, self.fit_button):
             button.layout.width = "auto"
-        tools = row(self.fit_button, self.pin_button, self.presets.view, self.told)
+        tools = row(self.fit_button, self.pin_button, self.presets.view)
+        self.drawing.ranges.children = (*self.drawing.ranges.children, self.told)
         drawn = [self.figures[name] for name in ("step_times", "lanes", "outcomes")]
         shown = boxed(ipw.VBox([tools, self.drawing.ranges, *drawn]), "ps-figures")
         live = boxed(ipw.Box([self.settings.view, shown]), "ps-side")
@@ -344,10 +345,11 @@ def _beside(simulated: Numbers, measured: Numbers | None, rates: Sequence[float]
         return ""
     off = 100 * (simulated.tokens_per_s / measured.tokens_per_s - 1)
     spread = spread_frac(rates)
-    text = f"simulated {off:+.0f} %"
+    text, means = f"simulated {off:+.0f} %", "simulated tokens/s against measured"
     if spread == spread:
-        text += f"; {len(rates)} runs spread {formatted(100 * spread)} %"
-    return f" <span class='ps-badge' title='simulated tokens/s against measured'>{text}</span>"
+        text += f", spread {100 * spread:.0f} %"
+        means += f"; how far the {len(rates)} runs of this setting lie apart"
+    return f" <span class='ps-badge' title='{means}'>{text}</span>"
 
 
 def vars_of(scenario: Scenario) -> dict[str, Any]:

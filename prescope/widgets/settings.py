@@ -11,6 +11,7 @@ from ..cache.policies import POLICIES
 from ..core.units import format_bytes
 from ..scheduler import SCHEDULES
 from ..simulator import NOISY, Scenario, Scenarios
+from ..views.theme import written
 from .field import Field
 from .style import boxed
 
@@ -109,7 +110,7 @@ class Settings:
             self._scenarios = scenarios
             trace = scenarios.trace
             self.predictor.options, self.machine.options = (
-                scenarios.predictor_names,
+                [(written(name), name) for name in scenarios.predictor_names],
                 list(scenarios.machines),
             )
             self.machine.value = next(iter(scenarios.machines))
@@ -157,7 +158,11 @@ class Settings:
         nobody = ignores or ("nothing is predicted: choose a predictor" if full.predictor == "none" else "")
         streams = f"{way.title} copies whole layers" if way.streams else ""
         self.fields["predictor"].allow(ignores)
-        self.fields["recall"].allow("" if full.predictor == NOISY and not ignores else "of the noisy oracle")
+        is_noisy = full.predictor == NOISY and not ignores  # of any other predictor recall is what it is
+        self.fields["recall"].allow("" if is_noisy else "of the noisy oracle")
+        (self.fields["recall"].view.remove_class if is_noisy else self.fields["recall"].view.add_class)(
+            "ps-hidden"
+        )
         self.fields["lookahead"].allow(nobody)
         for name in ("width", "threshold"):
             self.fields[name].allow(nobody or streams)
@@ -169,7 +174,7 @@ class Settings:
         self.fields["cache"].allow(note="" if self.cache.value != _OWN else f"{way.title}: {way.cache}")
         count, total = self.slots.value, scenarios.num_experts
         size = format_bytes(count * scenarios.machine(full).row_bytes)
-        self.fields["slots"].say(f"<b>{100 * count / total:.0f} %</b> = {count} of {total} experts = {size}")
+        self.fields["slots"].say(f"<b>{100 * count / total:.0f} %</b> of {total:,}, {size}")
 
     def published(self, schedule: str) -> Scenario:
         """Another schedule with these slots on this machine, all else its own."""

@@ -11,22 +11,32 @@ from ..views.theme import FONT, figures_css
 #: Below this width of a cell controls stand above the figures, from it on beside them; px.
 WIDE_PX = 1100
 
+#: Lab's own arrow of a menu is as dark as its dark ground.
+ARROW = (
+    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E"
+    "%3Cpath fill='%23ddd' d='M5.2 5.9 9 9.7l3.8-3.8 1.2 1.2-5 4.9-5-4.9z'/%3E%3C/svg%3E"
+)
+
 CSS = f"""
 .prescope {{ --ps-text: var(--jp-ui-font-color1, #222); --ps-soft: var(--jp-ui-font-color2, #555);
   --ps-ground: var(--jp-layout-color1, #fff); --ps-line: var(--jp-border-color2, #ddd); --ps-good: #00694c;
   --ps-bad: #a33e00; font: 13px/1.45 {FONT}; color: var(--ps-text); container: prescope / inline-size;
   overflow: visible; }}
 [data-jp-theme-light="false"] .prescope {{ --ps-good: #3ecf9f; --ps-bad: #ff9a57; }}
+[data-jp-theme-light="false"] .prescope {{ --jp-widgets-dropdown-arrow: url("{ARROW}"); }}
 .prescope .widget-html, .prescope .widget-html-content, .prescope .jupyter-widgets {{ color: var(--ps-text);
   font-size: 13px; line-height: 1.45; }}
 .prescope .widget-html-content {{ overflow: visible; }}
+.prescope :is(select, input, button, .lm-TabBar-tab) {{ font-family: {FONT}; }}
 {figures_css(".prescope", "var(--ps-text)")}
 .prescope.jupyter-widgets-disconnected::before {{ content: "The session is gone: run the notebook's first cells again.";
   display: block; padding: 8px 12px; border: 1px solid var(--ps-bad); border-radius: 4px; color: var(--ps-bad);
-  font-weight: 600; }}
+  font: 600 14px {FONT}; }}
+.prescope.jupyter-widgets-disconnected .jupyter-widgets-disconnected::before {{ display: none; }}
 .prescope.jupyter-widgets-disconnected > * {{ opacity: .55; pointer-events: none; }}
 .prescope.jupyter-widgets-disconnected .ps-job {{ display: none; }}
 .ps-row {{ display: flex; flex-flow: row wrap; align-items: center; gap: 6px 12px; overflow: visible; }}
+.ps-top {{ align-items: flex-start; }}
 .ps-side {{ display: grid !important; grid-template-columns: minmax(0, 1fr); gap: 8px 20px; overflow: visible; }}
 .ps-controls {{ display: grid !important; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr));
   gap: 6px 20px; align-content: start; align-items: start; overflow: visible; }}
@@ -71,6 +81,7 @@ CSS = f"""
 .prescope .ps-table tbody tr {{ border-top: 1px solid var(--ps-line); background: none; }}
 .prescope .ps-table thead th {{ vertical-align: bottom; white-space: normal; font-weight: 500; color: var(--ps-soft); }}
 .prescope .ps-numbers tbody tr {{ border-top: 1px solid var(--ps-line); background: none; }}
+.prescope .ps-numbers td:first-child {{ white-space: normal; }}
 .prescope .ps-numbers .ps-first td {{ font-weight: 600; }}
 .prescope .ps-numbers td:nth-child(2) {{ font-size: 15px; }}
 .ps-soft {{ color: var(--ps-soft); }} .ps-good {{ color: var(--ps-good); font-weight: 600; }}

@@ -51,6 +51,9 @@ class SweepFigures:
         )
         parts = {name: ipw.VBox([self._notes[name], self.figures[name]]) for name in NAMES}
         parts["heat"].children = (self._pair, *parts["heat"].children)
+        for box in parts.values():
+            box.add_class("ps-hidden")  # empty axes say nothing: nothing stands there before the first point
+        self._parts = parts
         grid = boxed(ipw.Box([parts[name] for name in NAMES[1:]]), "ps-pairs")
         self.view = boxed(ipw.VBox([parts["parallel"], grid]), "ps-figures")
 
@@ -66,6 +69,8 @@ class SweepFigures:
             objectives: of the sweep, its first gives the colours. importances: setting -> share; empty: not known yet.
         """
         self._points, self._objectives, self._importances = points, tuple(objectives), importances
+        for box in self._parts.values():
+            (box.remove_class if len(points) else box.add_class)("ps-hidden")
         self._offer_pair(moved_in(points) if len(points) else [])
         self._draw("parallel", self._parallel)
         self._draw("heat", self._heat)
@@ -83,6 +88,7 @@ class SweepFigures:
         self._info = None
         for name in NAMES:
             self.figures[name].data = ()
+            self._parts[name].add_class("ps-hidden")
             self._say(name, "no point yet")
 
     def close(self) -> None:

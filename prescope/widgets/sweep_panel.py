@@ -253,7 +253,7 @@ class SweepPanel:
             wanted = self.controls.limits["points"]
             is_all = is_same and len(self._points) >= wanted and not self.run.is_running
             reason = f"its {wanted:,} points are there; ask for more" if is_all else ""
-            self.run.allow(reason, "Go on" if is_same else "Start")
+            self.run.allow(reason, "Running" if self.run.is_running else "Go on" if is_same else "Start")
             self.code.text = self._code(self.plan)
         except PrescopeError as error:
             self.run.allow(str(error))

@@ -1,4 +1,4 @@
-"""Compiled functions under signals: Ctrl-C may come at any moment, and a notebook sends it often."""
+"""Compiled functions under signals, for Ctrl-C may come at any moment; and what is said while they are compiled."""
 
 import signal
 import subprocess
@@ -6,10 +6,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from prescope.core.jit import IS_COMPILED, compiling_us
+from prescope.core.jit import IS_COMPILED, compiling_us, said_if_compiled_first
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERRUPTS = 10_000
@@ -48,3 +49,22 @@ def test_a_thread_is_told_of_its_own_compiling_alone():
     assert compiling_us() == before_us
     compile_for_a_while()
     assert min(spent_us) >= 20_000 and compiling_us() - before_us == spent_us[1]
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="nothing is compiled here")
+def test_whoever_waits_for_the_first_compilation_is_told_and_nobody_else(capsys, tmp_path, monkeypatch):
+    """A first dashboard came after two minutes without a word: it looked as if it hung."""
+    monkeypatch.setattr("prescope.core.jit.cache_dir", lambda: str(tmp_path))
+    new = SimpleNamespace(signatures=[], __name__="replay", py_func=len_of)
+    with said_if_compiled_first(new, "the simulator"):
+        pass
+    assert "compiling the simulator: a minute or two" in capsys.readouterr().err
+    (tmp_path / "test_jit.replay-1.py311.nbi").touch()
+    for known in (new, SimpleNamespace(signatures=["(int64,)"])):
+        with said_if_compiled_first(known, "the simulator"):
+            pass
+    assert capsys.readouterr().err == ""
+
+
+def len_of(_things):
+    """Stands for a function whose file names what is kept of it."""

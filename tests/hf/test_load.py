@@ -53,6 +53,17 @@ def test_bytes_in_host_rows_equal_the_bytes_on_disk(folder):
                 assert torch.equal(rows.tensor(name), weights[f"model.layers.{layer}.mlp.experts.{name}"])
 
 
+def test_a_short_load_prints_nothing_and_a_long_one_a_bar_that_goes(folder, capsys, monkeypatch):
+    with prescope.load(folder, **SETTINGS):
+        said = capsys.readouterr()
+    assert said.out + said.err == ""
+    monkeypatch.setattr("prescope.hf.reading.BAR_AFTER_S", 0.0)
+    with prescope.load(folder, **SETTINGS):
+        bar = capsys.readouterr().err
+    assert "reading weights" in bar and "Loading" not in bar
+    assert not bar.endswith("\n"), "the bar stays in the notebook for good"
+
+
 def test_the_dtype_can_be_chosen(folder):
     with prescope.load(folder, dtype=torch.bfloat16, **SETTINGS) as engine:
         assert engine.hardware()["dtype"] == "bfloat16"

@@ -167,6 +167,13 @@ def test_no_tracked_file_names_a_package_registry():
     assert not found, "\n".join(found)
 
 
+def test_no_tracked_file_is_one_that_runs_leave():
+    git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
+    tracked()  # skips where there is no checkout
+    command = [*git, "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(command, capture_output=True, check=True, text=True).stdout == ""
+
+
 def test_no_tracked_file_is_heavy():
     limit = {True: 16 * MIB, False: MIB}
     heavy = [

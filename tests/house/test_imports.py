@@ -44,7 +44,7 @@ DOORS: dict[str, set[str]] = {
     "plotly": {"views", "report", "widgets"},
     "ipywidgets": {"widgets"},
     "anywidget": {"widgets"},
-    "IPython": {"widgets", "report"},
+    "IPython": {"views", "widgets", "report"},
     "triton": {"kernels", "predictor"},
     "optuna": {"tuning"},
     "scipy": {"tuning"},
@@ -332,3 +332,24 @@ def test_the_door_opens_on_every_public_name():
         assert name in dir(prescope)
     with pytest.raises(AttributeError, match="public names"):
         prescope.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("door", sorted(PACKAGE.glob("*/__init__.py")), ids=lambda path: path.parent.name)
+def test_what_a_folder_offers_is_there(door):
+    """A name that was renamed away makes `from prescope.kernels import *` fail, and the reference warn."""
+    tree = ast.parse(door.read_text("utf-8"))
+    bound, offered = set(), []
+    for node in tree.body:
+        inner = [node, *(getattr(node, "body", []) if isinstance(node, ast.If | ast.Try) else [])]
+        for one in inner:
+            if isinstance(one, ast.FunctionDef | ast.ClassDef):
+                bound.add(one.name)
+            elif isinstance(one, ast.Import | ast.ImportFrom):
+                bound.update((alias.asname or alias.name).partition(".")[0] for alias in one.names)
+            elif isinstance(one, ast.Assign | ast.AnnAssign):
+                targets = one.targets if isinstance(one, ast.Assign) else [one.target]
+                bound.update(target.id for target in targets if isinstance(target, ast.Name))
+                if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+                    assert one.value is not None
+                    offered = ast.literal_eval(one.value)
+    assert [name for name in offered if name not in bound] == []

@@ -20,7 +20,16 @@ from prescope.views.numbers import bound_numbers, change, formatted, numbers, nu
 from prescope.views.outcomes import outcomes_info, outcomes_traces
 from prescope.views.recall_value import recall_value_info
 from prescope.views.schedule_pair import schedule_pair_info, schedule_pair_traces
-from prescope.views.step_times import step_times_info, step_times_traces
+from prescope.views.step_times import (
+    CAUSES,
+    MOST_BARS,
+    StepTimesInfo,
+    Times,
+    step_times_info,
+    step_times_layout,
+    step_times_traces,
+)
+from prescope.views.theme import NAMES
 from prescope.views.threshold import threshold_info
 from prescope.widgets import SlimFigureWidget
 from tests.support.small_run import small_run, small_trace
@@ -259,3 +268,21 @@ def test_a_pair_has_each_meaning_once_in_the_legend(results):
     shown = [trace["name"] for trace in schedule_pair_traces(info) if trace.get("showlegend")]
     assert len(shown) == len(set(shown))
     assert info.end_ms == max(info.upper.end_ms, info.lower.end_ms)
+
+
+@pytest.mark.parametrize(("count", "form"), [(MOST_BARS, "bar"), (MOST_BARS + 1, "scatter")])
+def test_many_steps_are_areas_of_the_same_height_as_bars(count, form):
+    steps = tuple(range(3, 3 + count))
+    causes = dict.fromkeys(CAUSES, (0.0,) * count) | {"dense": (1.0,) * count, "stall": (0.5,) * count}
+    info = StepTimesInfo(Times(steps, (1.5,) * count, 9.0, "simulated", causes), "", "", None, float("nan"))
+    causes_drawn = step_times_traces(info)[: 2 * len(CAUSES)]
+    filled = [trace for trace in causes_drawn if trace["x"]]
+    assert {trace["type"] for trace in filled} == {form}
+    assert [trace["name"] for trace in filled if trace["showlegend"]] == [NAMES["dense"], NAMES["stall"]]
+    height = {x: sum(trace["y"][i] for trace in filled) for i, x in enumerate(filled[0]["x"])}
+    assert {height[step] for step in steps} == {1.5}
+    low, high = step_times_layout(info)["xaxis"]["range"]
+    if form == "scatter":
+        assert (min(height), max(height)) == (low, high), (
+            "the first and the last step are as broad as the others"
+        )

@@ -14,10 +14,28 @@ TOGETHER = {
 }
 
 
+def on(ground: str, colour: str) -> str:
+    """The colour as it is seen on a ground that shines through."""
+    if colour.startswith("#"):
+        return colour
+    *parts, alpha = (float(part) for part in colour.removeprefix("rgba(").removesuffix(")").split(","))
+    below = [int(ground[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(
+        f"{round(alpha * a + (1 - alpha) * b):02x}" for a, b in zip(parts, below, strict=True)
+    )
+
+
 @pytest.mark.parametrize("meanings", TOGETHER.values(), ids=TOGETHER)
 def test_colours_that_meet_are_told_apart_by_all_eyes(meanings):
     apart, *which = closest([COLORS[name] for name in meanings])
     assert apart >= 20, which
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#111111", "#212121"])
+def test_what_is_nothing_stands_back(ground):
+    """Light grey was the brightest of all on a dark page."""
+    seen = contrast(on(ground, COLORS["nothing"]), ground)
+    assert 1.15 <= seen <= 2, seen
 
 
 def test_text_reads_on_white():

@@ -359,7 +359,7 @@ def test_what_was_measured_where_the_trace_was_recorded_stands_beside_the_simula
     board = session.dashboard(PROMPTS, scenarios=scenarios, max_new_tokens=4)
     try:
         assert "measured there" in board.live.numbers.text, "it opens with a setting that was measured"
-        assert "2 runs spread" in board.live.numbers.text
+        assert "the 2 runs of this setting" in board.live.numbers.text
         board.tabs.selected_index = TABS.index("Schedules")
         assert "measured there, tokens/s" in board.schedules_table.value
         board.live.settings.slots.value -= 1
