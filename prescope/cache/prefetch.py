@@ -77,10 +77,10 @@ def next_prefetch(waiting: Waiting, slots: Slots, num_on_wire: int, most: int) -
 
     Returns: (-1, -1, -1) if none waits, the link has no room, or no slot can be had; nothing is changed then.
     """
-    counts = waiting.counts
+    counts, keys, slot_of = waiting.counts, waiting.keys, slots.slot_of
     while counts[NUM_WAITING] > 0 and num_on_wire < most:
-        key = waiting.keys[counts[NUM_WAITING] - 1]
-        if slots.slot_of[key] >= 0:
+        key = keys[counts[NUM_WAITING] - 1]
+        if slot_of[key] >= 0:
             counts[NUM_WAITING] -= 1
             continue
         keep = waiting.keep[: counts[NUM_KEPT]]
@@ -90,8 +90,8 @@ def next_prefetch(waiting: Waiting, slots: Slots, num_on_wire: int, most: int) -
         slot, counts[NUM_WAITING] = found[0], counts[NUM_WAITING] - 1
         evicted = slots.key_of[slot]
         if evicted >= 0:
-            slots.slot_of[evicted] = -1
-        slots.key_of[slot], slots.slot_of[key] = key, slot
+            slot_of[evicted] = -1
+        slots.key_of[slot], slot_of[key] = key, slot
         keep_bound(slots, key, evicted < 0)
         return key, slot, evicted
     return -1, -1, -1

@@ -37,9 +37,9 @@ class Habits(NamedTuple):
 @jit
 def cpu_of(costs: Costs, tokens: IntArray) -> float:
     """The CPU's time for experts with their tokens (n,), in one submission; 0 for none."""
-    total = costs.cpu_base_us if len(tokens) else 0.0
+    total, cpu_us = costs.cpu_base_us if len(tokens) else 0.0, costs.cpu_us
     for i in range(len(tokens)):
-        total += cpu_time(costs.cpu_us, tokens[i])
+        total += cpu_time(cpu_us, tokens[i])
     return total
 
 

@@ -22,7 +22,7 @@ from .learn import (
     reuse_lasts,
     share_lasts,
 )
-from .plan import make_plan
+from .plan import PRESCHED, make_plan
 from .types import Costs, Memory, Plan, ScheduleSettings
 
 
@@ -45,19 +45,12 @@ def plan_layer(
         tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers after that one; changed.
     """
     d, num_layers, E = memory.predicted_dLE.shape
-    num_absent = 0
-    for expert in range(E):
-        num_absent += slots.slot_of[moe_layer * E + expert] < 0
-    num_misses = len(need.experts) - need.num_hits - need.num_late
-    learn_uses(
-        memory.shares, memory.uses_LE, memory.former_LE[moe_layer], slots.slot_of, moe_layer, need.experts
-    )
-    learn_reuse(memory.reuse, memory.former_LE[moe_layer], need.experts, num_misses, num_absent)
-    learn_returns(memory.returns, memory.missed_LE[moe_layer], need)
+    if settings.schedule == PRESCHED:  # the others do not ask for habits
+        _learn_habits(memory, moe_layer, need, slots.slot_of)
     if d:
-        counts_E = np.zeros(E, np.int64)
-        for i in range(len(need.experts)):
-            counts_E[need.experts[i]] = need.tokens[i]
+        counts_E, experts, tokens = np.zeros(E, np.int64), need.experts, need.tokens
+        for i in range(len(experts)):
+            counts_E[experts[i]] = tokens[i]
         learn_trust(memory.trust, moe_layer, counts_E, memory.predicted_dLE, settings.threshold)
     take_down(memory, moe_layer, settings.lag, tokens_dE, used_dE)
     lag = min(settings.lag, d)
@@ -92,6 +85,18 @@ def reconsider(
         settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE, used_dE,
         _habits(memory), num_load,
     )  # fmt: skip
+
+
+@jit
+def _learn_habits(memory: Memory, moe_layer: int, need: SortedNeed, slot_of: IntArray) -> None:
+    former_E, num_absent = memory.former_LE[moe_layer], 0
+    first = moe_layer * len(former_E)
+    for key in range(first, first + len(former_E)):
+        num_absent += slot_of[key] < 0
+    num_misses = len(need.experts) - need.num_hits - need.num_late
+    learn_uses(memory.shares, memory.uses_LE, former_E, slot_of, moe_layer, need.experts)
+    learn_reuse(memory.reuse, former_E, need.experts, num_misses, num_absent)
+    learn_returns(memory.returns, memory.missed_LE[moe_layer], need)
 
 
 @jit

@@ -32,10 +32,12 @@ def learn_trust(
             forgotten, so that none counts twice where the next ones come too late.
     """
     for ahead in range(min(len(trust), moe_layer)):
-        row = predicted_dLE[ahead, moe_layer]
-        if row.max() <= 0.0:
+        row, most = predicted_dLE[ahead, moe_layer], 0.0
+        for expert in range(len(row)):
+            most = max(most, row[expert])
+        if most <= 0.0:
             continue
-        least = max(threshold, 0.5 * row.max())
+        least = max(threshold, 0.5 * most)
         expected, found = 0.0, 0.0
         for expert in range(len(counts_E)):
             if row[expert] >= least:
@@ -91,23 +93,27 @@ def learn_uses(
         uses_LE: decayed; the layer's are changed. `former_E`: as `learn_reuse` left it a step ago. `slot_of`: by key.
     """
     uses_E, first = uses_LE[moe_layer], moe_layer * uses_LE.shape[1]
-    mean, count = 0.0, 0
-    for expert in range(len(uses_E)):
-        if former_E[expert] == 0 and slot_of[first + expert] < 0:
-            mean, count = mean + uses_E[expert], count + 1
+    absent, count, mean = np.empty(len(uses_E) + 1, np.int64), 0, 0.0
+    for expert in range(len(uses_E)):  # without branches, which nobody could foresee
+        absent[count] = expert
+        count += former_E[expert] == 0 and slot_of[first + expert] < 0
+    for i in range(count):
+        mean += uses_E[absent[i]]
     mean /= max(1, count)
-    shares *= TRUST_DECAY
-    for expert in range(len(uses_E)):
-        if former_E[expert] == 0 and slot_of[first + expert] < 0:
-            shares[2] += (uses_E[expert] - mean) ** 2
+    found, spread = TRUST_DECAY * shares[1], TRUST_DECAY * shares[2]
+    for i in range(count):
+        spread += (uses_E[absent[i]] - mean) ** 2
     for expert in experts:
         if former_E[expert] == 0 and slot_of[first + expert] < 0:
-            shares[1] += uses_E[expert] - mean
-    shares[0] = shares[0] / TRUST_DECAY
-    shares[0] += (USE_STEPS - shares[0]) / (USE_STEPS * len(uses_LE))
+            found += uses_E[expert] - mean
+    # Rounded as if the sums were decayed together.
+    steps = TRUST_DECAY * shares[0] / TRUST_DECAY
+    steps += (USE_STEPS - steps) / (USE_STEPS * len(uses_LE))
+    shares[0], shares[1], shares[2] = steps, found, spread
     # Each of the first steps counts as much as the others: a mean of what there is.
-    weight = 1.0 / max(1.0, shares[0])
-    uses_E *= 1.0 - weight
+    weight = 1.0 / max(1.0, steps)
+    for expert in range(len(uses_E)):
+        uses_E[expert] *= 1.0 - weight
     for expert in experts:
         uses_E[expert] += weight
 

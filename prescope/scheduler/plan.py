@@ -42,12 +42,11 @@ def wanted(
     """Keys of a coming layer that are worth prefetching: absent, likely enough, most tokens first."""
     E = len(tokens_E)
     first = moe_layer * E
-    found, negative = np.empty(E, np.int64), np.empty(E)
+    found, negative = np.empty(E + 1, np.int64), np.empty(E + 1)
     count = 0
-    for expert in range(E):
-        if used_E[expert] >= settings.threshold and used_E[expert] > 0 and slot_of[first + expert] < 0:
-            found[count], negative[count] = first + expert, -tokens_E[expert]
-            count += 1
+    for expert in range(E):  # without branches, which nobody could foresee
+        found[count], negative[count] = first + expert, -tokens_E[expert]
+        count += (used_E[expert] >= settings.threshold) & (used_E[expert] > 0) & (slot_of[first + expert] < 0)
     order = np.argsort(negative[:count], kind="mergesort")
     return found[order[: settings.width]]
 
@@ -56,14 +55,13 @@ def wanted(
 def likely(settings: ScheduleSettings, moe_layer: int, num_layers: int, used_dE: FloatArray) -> IntArray:
     """Keys of coming layers that are likely to be used there, be they in slots or still to come."""
     d, E = used_dE.shape
-    found = np.empty(d * E, np.int64)
+    found = np.empty(d * E + 1, np.int64)
     count = 0
     for ahead in range(1, min(settings.lookahead, d, num_layers - 1 - moe_layer) + 1):
         first = (moe_layer + ahead) * E
         for expert in range(E):
-            if used_dE[ahead - 1, expert] >= settings.threshold and used_dE[ahead - 1, expert] > 0:
-                found[count] = first + expert
-                count += 1
+            found[count], used = first + expert, used_dE[ahead - 1, expert]
+            count += (used >= settings.threshold) & (used > 0)
     return found[:count]
 
 

@@ -72,7 +72,8 @@ def split(
         num_linked: k, if that is decided.
     """
     n, m, num_late = len(tokens), len(next_tokens), len(late_us)
-    has_cpu = len(costs.cpu_us) > 1
+    cpu_us, cpu_alone_us = costs.cpu_us, costs.cpu_alone_us
+    has_cpu = len(cpu_us) > 1
     # Sums from the end: CPU time of u_k+1..u_n, and of V_p+1..V_m by probability; beside the link, and the share of it
     # that it takes alone.
     cpu_rest, share_rest = np.zeros(n + 1), np.ones(n + 1)
@@ -85,8 +86,8 @@ def split(
         for j in range(n - 1, -1, -1):
             # The cost of a submission is there as soon as there is one.
             submit = costs.cpu_base_us if j == n - 1 else 0.0
-            cpu_rest[j] = cpu_rest[j + 1] + submit + cpu_time(costs.cpu_us, tokens[j])
-            alone_us += submit + cpu_time(costs.cpu_alone_us, tokens[j])
+            cpu_rest[j] = cpu_rest[j + 1] + submit + cpu_time(cpu_us, tokens[j])
+            alone_us += submit + cpu_time(cpu_alone_us, tokens[j])
             share_rest[j] = share_alone(cpu_rest[j], alone_us)
         alone_us = 0.0
         for j in range(m - 1, -1, -1):
@@ -94,8 +95,8 @@ def split(
             # As soon as any of them is used.
             submit = (min(1.0, any_next + next_used[j]) - min(1.0, any_next)) * costs.cpu_base_us
             any_next += next_used[j]
-            cpu_next[j] = cpu_next[j + 1] + submit + next_used[j] * cpu_time(costs.cpu_us, each)
-            alone_us += submit + next_used[j] * cpu_time(costs.cpu_alone_us, each)
+            cpu_next[j] = cpu_next[j + 1] + submit + next_used[j] * cpu_time(cpu_us, each)
+            alone_us += submit + next_used[j] * cpu_time(cpu_alone_us, each)
             share_next[j] = share_alone(cpu_next[j], alone_us)
     best_k, best_p, best_us, best_done, best_free = n, 0, np.inf, 0.0, 0.0
     most = n if num_linked < 0 else num_linked

@@ -123,7 +123,8 @@ def replay(
     """
     L, E = state.memory.former_LE.shape
     S = (len(demand.first) - 1) // L
-    d = len(demand.used_dSLE)
+    expected_dSLE, used_dSLE = demand.expected_dSLE, demand.used_dSLE
+    d = len(used_dSLE)
     slots = state.slots
     times, counts = np.full((S, L, LOOKED + 1), np.nan), np.zeros((S, L, PREFETCHED + 1), np.int64)
     step_end = np.zeros(S)
@@ -151,8 +152,8 @@ def replay(
                 of = layer - settings.lag + a + 1
                 there = layer >= settings.lag and of < L
                 for e in range(E):
-                    used_dE[a, e] = demand.used_dSLE[a, s, of, e] if there else 0.0
-                    tokens_dE[a, e] = demand.expected_dSLE[a, s, of, e] if there else 0.0
+                    used_dE[a, e] = used_dSLE[a, s, of, e] if there else 0.0
+                    tokens_dE[a, e] = expected_dSLE[a, s, of, e] if there else 0.0
             backlog = max(0.0, wire.free_us[0] - looked)
             decision = decide_layer(
                 settings, believed, policy, state.tick[0], layer, experts, tokens, weights, backlog, slots,
@@ -165,8 +166,8 @@ def replay(
                 for a in range(d):
                     of = layer + a + 1
                     for e in range(E):
-                        used_dE[a, e] = demand.used_dSLE[a, s, of, e] if of < L else 0.0
-                        tokens_dE[a, e] = demand.expected_dSLE[a, s, of, e] if of < L else 0.0
+                        used_dE[a, e] = used_dSLE[a, s, of, e] if of < L else 0.0
+                        tokens_dE[a, e] = expected_dSLE[a, s, of, e] if of < L else 0.0
                 ahead = reconsider(
                     settings,
                     believed,
@@ -186,9 +187,10 @@ def replay(
             beside, by_itself = 0.0, 0.0  # time on the CPU, the link being busy or idle
             if here + k < n:
                 beside = by_itself = costs.cpu_base_us
-                for i in range(here + k, n):
-                    beside += cpu_time(costs.cpu_us, need.tokens[i])
-                    by_itself += cpu_time(costs.cpu_alone_us, need.tokens[i])
+                cpu_us, cpu_alone_us, cold = costs.cpu_us, costs.cpu_alone_us, need.tokens[here + k :]
+                for i in range(len(cold)):
+                    beside += cpu_time(cpu_us, cold[i])
+                    by_itself += cpu_time(cpu_alone_us, cold[i])
                 wire.cpu_us[0] = decided + beside
             goes_on = decided
             if need.num_hits == n and _all_there(routed, layer * E + need.experts, state, wire):
@@ -255,8 +257,9 @@ def _prefetch(
 @jit
 def _all_there(at_us: float, keys: IntArray, state: State, wire: Wire) -> bool:
     """Whether the bytes of experts in slots were there at a time."""
+    ready_us, slot_of = wire.ready_us, state.slots.slot_of
     for key in keys:  # noqa: SIM110 - compiled code has no generators
-        if wire.ready_us[state.slots.slot_of[key]] > at_us:
+        if ready_us[slot_of[key]] > at_us:
             return False
     return True
 
@@ -290,13 +293,8 @@ def _copy(
     if ends_batch:
         end += costs.batch_us
     wire.free_us[0] = wire.ready_us[slot] = end
-    i = wire.num_copies[0]
-    wire.copies[i, STEP], wire.copies[i, AT_LAYER], wire.copies[i, KEY], wire.copies[i, REASON] = (
-        step,
-        layer,
-        key,
-        reason,
-    )
+    i, copies = wire.num_copies[0], wire.copies
+    copies[i, STEP], copies[i, AT_LAYER], copies[i, KEY], copies[i, REASON] = step, layer, key, reason
     wire.copy_us[i, 0], wire.copy_us[i, 1] = begin, end
     wire.num_copies[0] += 1
 
@@ -317,11 +315,13 @@ def _serve(
     """Copy a layer's first `num_load` misses, compute them and what is here: when the GPU is done, and the rounds."""
     here, first = need.num_hits + need.num_late, layer * E
     slots, late_us = state.slots, decided
+    slot_of, protected, prefetched = slots.slot_of, slots.protected, slots.prefetched
+    experts, ready_us = need.experts, wire.ready_us
     for i in range(here):
-        slot = slots.slot_of[first + need.experts[i]]
-        slots.protected[slot] = True
+        slot = slot_of[first + experts[i]]
+        protected[slot] = True
         if i >= need.num_hits:
-            late_us = max(late_us, wire.ready_us[slot])
+            late_us = max(late_us, ready_us[slot])
     if num_load == 0:
         return late_us + here * costs.gpu_us, 1
     capacity = len(slots.key_of) - (wire.ends[1] - wire.ends[0] - need.num_late)  # of those on the link
@@ -332,23 +332,23 @@ def _serve(
     if chunk < num_load and here:
         computed, rounds = late_us + here * costs.gpu_us, 1
         late_us, here = decided, 0
-    misses = first + need.experts[need.num_hits + need.num_late :][:num_load]
+    misses = first + experts[need.num_hits + need.num_late :][:num_load]
     for begin in range(0, num_load, chunk):
         keys, ask_us = misses[begin : begin + chunk], decided
         got = 0
         while got < len(keys):
-            taken = take_slots(keys[got:], slots.protected | slots.in_flight, keep, slots)
+            taken = take_slots(keys[got:], protected | slots.in_flight, keep, slots)
             for slot in taken:
                 # The host hands over the first one before it answers, the others behind that.
                 ends_batch = got == 0 or got == len(keys) - 1
                 _copy(keys[got], layer, slot, ON_DEMAND, step, ask_us, ends_batch, costs, wire)
-                slots.protected[slot], slots.prefetched[slot] = True, False
+                protected[slot], prefetched[slot] = True, False
                 got += 1
             if got < len(keys):  # what earlier rounds have computed may go, when it is computed
                 ask_us = computed
-                slots.protected[:] = False
+                protected[:] = False
                 for key in keys[:got]:
-                    slots.protected[slots.slot_of[key]] = True
+                    protected[slot_of[key]] = True
         computed = max(computed, late_us, wire.free_us[0]) + (here + len(keys)) * costs.gpu_us
         here, rounds = 0, rounds + 1
     return computed, rounds
