@@ -3,8 +3,8 @@
     python benchmarks/simulator_against_engine.py --settings 48 --json out.json --md out.md   # the GPU, else emulated
     python benchmarks/simulator_against_engine.py --clock virtual                             # rules alone, no times
 
-Of each batch two runs are known to the simulator: one on demand and one whose schedule decides without predictions; they
-say what a layer takes, a calibration says it of the CPU's experts. All settings that are drawn are held out. The engine
+Of each batch two runs are known to the simulator: one on demand and one whose schedule decides without predictions.
+They say what a layer takes, a calibration says it of the CPU's experts. All settings that are drawn are held out. The engine
 runs each from cold slots, by the same costs that the simulator believes. Predictors: those that need no training, one
 that is right as often as --recall says (its predictions are forced upon the engine), and with --train a LLaPor.
 
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tests.support.virtual_clock import virtual_clock
 
 import prescope
 from prescope.cache.policies import POLICIES
@@ -40,6 +39,7 @@ from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import HERE, NOISY, NONE, Machine, Scenario, Scenarios, SimResult, machine_of_run
 from prescope.traces.result import RunResult
 from prescope.training import own_prompts, record_trace, routers_of
+from tests.support.virtual_clock import virtual_clock
 
 SHARES = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75)
 LOOKAHEAD = 4
@@ -271,14 +271,14 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
     ]
     if args.clock != "virtual":
         lines += [
-            f"Tokens/s inside the interval in {inside} ({100 * inside / n:.0f} %); its width, median: {100 * width:.0f} % "
-            f"of the simulated tokens/s, which are {100 * statistics.median(off):+.1f} % off in the median "
+            f"Tokens/s inside the interval in {inside} ({100 * inside / n:.0f} %); its width, median: {100 * width:.0f} "
+            f"% of the simulated tokens/s, which are {100 * statistics.median(off):+.1f} % off in the median "
             f"({100 * statistics.median(map(abs, off)):.1f} % without sign).",
         ]
         if busy > BUSY or load > (os.cpu_count() or 1):
             lines.append(
-                f"**The machine was busy**: others took {100 * busy:.0f} % of a core's time (median), load {load:.1f} on "
-                f"{os.cpu_count()} cores; tokens/s, and hits of what is prefetched, say little."
+                f"**The machine was busy**: others took {100 * busy:.0f} % of a core's time (median), load {load:.1f} "
+                f"on {os.cpu_count()} cores; tokens/s, and hits of what is prefetched, say little."
             )
     different = [row for row in rows if row["same_routing"] < 1.0]
     if different:
@@ -328,10 +328,8 @@ def main() -> None:
         }
         args.json.write_text(json.dumps(contents, indent=1, default=str) + "\n")
     if args.md:
-        args.md.write_text(
-            "\n".join([f"# Simulator against engine: {facts}", "", *said, "", *head(), *map(line, rows)])
-            + "\n"
-        )
+        title = f"# Simulator against engine: {facts}"
+        args.md.write_text("\n".join([title, "", *said, "", *head(), *map(line, rows)]) + "\n")
 
 
 def head() -> list[str]:
