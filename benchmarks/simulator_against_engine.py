@@ -4,9 +4,9 @@
     python benchmarks/simulator_against_engine.py --clock virtual                             # rules alone, no times
 
 Of each batch two runs are known to the simulator: one on demand and one whose schedule decides without predictions.
-They say what a layer takes, a calibration says it of the CPU's experts. All settings that are drawn are held out. The engine
-runs each from cold slots, by the same costs that the simulator believes. Predictors: those that need no training, one
-that is right as often as --recall says (its predictions are forced upon the engine), and with --train a LLaPor.
+They say what a layer takes, a calibration says it of the CPU's experts. All settings that are drawn are held out. The
+engine runs each from cold slots, by the same costs that the simulator believes. Predictors: those that need no
+training, one that is right as often as --recall says (forced upon the engine), and with --train a LLaPor.
 
 On a virtual clock the engine computes for real and link, layers and experts take stated times: what differs there is a
 rule, what differs on the real clock alone is a time. Between cells the script measures which share of a core's time
@@ -136,10 +136,11 @@ def case_of(
     engine.force_routing(None)
     alone = generate(engine, prompts, new, schedule="on-demand", slots=0.5, **plain)
     assert alone.trace is not None
-    engine.configure(frequencies=alone.trace.expert_counts())
+    hot = alone.trace.expert_counts()
+    engine.configure(frequencies=hot)
     if args.clock == "virtual":
         machine = Machine(HERE, STATED, engine.shape.row_bytes, 0.0, 0, is_here=True)
-        return Case(prompts, Scenarios(alone.trace, [machine], predictors), alone, new)
+        return Case(prompts, Scenarios(alone.trace, [machine], predictors, frequencies=hot), alone, new)
     machine = machine_of_run(alone, engine.shape, engine.expert_size, args.profile)
     decided = generate(
         engine,
@@ -156,7 +157,9 @@ def case_of(
     width = alone.trace.inputs.shape[2] if alone.trace.inputs is not None else 0
     device = str(engine.model.device)
     spent = {one.name: measure_us(one, width, tokens=len(prompts), device=device) for one in predictors}
-    return Case(prompts, Scenarios(alone.trace, [machine], predictors, predict_us=spent), alone, new)
+    return Case(
+        prompts, Scenarios(alone.trace, [machine], predictors, predict_us=spent, frequencies=hot), alone, new
+    )
 
 
 def scenario_of(setting: dict[str, Any], engine: Engine, recall: float) -> Scenario:
@@ -271,9 +274,9 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
     ]
     if args.clock != "virtual":
         lines += [
-            f"Tokens/s inside the interval in {inside} ({100 * inside / n:.0f} %); its width, median: {100 * width:.0f} "
-            f"% of the simulated tokens/s, which are {100 * statistics.median(off):+.1f} % off in the median "
-            f"({100 * statistics.median(map(abs, off)):.1f} % without sign).",
+            f"Tokens/s inside the interval in {inside} ({100 * inside / n:.0f} %). Its width is {100 * width:.0f} % of "
+            f"the simulated tokens/s (median); these are {100 * statistics.median(off):+.1f} % off in the median, "
+            f"{100 * statistics.median(map(abs, off)):.1f} % without sign.",
         ]
         if busy > BUSY or load > (os.cpu_count() or 1):
             lines.append(

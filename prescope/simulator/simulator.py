@@ -138,7 +138,7 @@ class Simulator:
         settings = self._resolve(
             schedule, slots, cache, lookahead, width, threshold, cpu, frequencies, least_bytes, most_in_flight
         )
-        if settings.hindsight:
+        if frequencies is None and settings.hindsight:
             frequencies = self.trace.expert_counts()
         known = None if frequencies is None else np.asarray(frequencies, dtype=np.float64)
         log = self._replay(settings, known, self.costs, believed, resident)
@@ -214,8 +214,12 @@ class Simulator:
             num_slots,
             cache,
             most,
-            frequencies is None and (cache == "static" or resolved.schedule.places),
+            self._is_hindsight(frequencies, cache == "static" or resolved.schedule.places),
         )
+
+    def _is_hindsight(self, frequencies: NDArray[np.floating] | None, is_needed: bool) -> bool:
+        """Whether what is hot is told by the trace itself."""
+        return is_needed and (frequencies is None or np.array_equal(frequencies, self.trace.expert_counts()))
 
     def _config(self, settings: Settings) -> dict[str, Any]:
         resolved = settings.schedule
