@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from _models import open_model
 from decode import DecodeClock, link_rate
-from schedules import scores_of
 
 from prescope import HardwareProfile, attach
 from prescope.core.machine import machine_facts
@@ -110,7 +109,7 @@ def offloaded(
         if recall:
             ahead = {1: recall, 2: recall - 0.06 * (recall < 1), 4: recall - 0.15 * (recall < 1)}
             oracle = NoisyOracle(trace, {a: r for a, r in ahead.items() if a < shape.num_layers})
-            engine.force_routing(trace, scores_of(predictions_of(oracle, trace)))
+            engine.force_routing(trace, predictions_of(oracle, trace).forced())
             engine.configure(schedule="presched", predictor=oracle, costs=costs)
         else:
             engine.configure(schedule="presched", predictor="none", costs=costs)

@@ -181,7 +181,7 @@ def measure(
     engine.configure(slots=slots, cache=cache, schedule="on-demand", frequencies=case.frequencies)
     scores = None
     if case.forced is not None and predictor is not None:
-        scores = scores_of(case.predicted[which])
+        scores = case.predicted[which].forced()
     engine.force_routing(case.forced, scores)
     if way.name != "on-demand":
         engine.configure(schedule=way.name, predictor=predictor, costs=costs)
@@ -410,16 +410,6 @@ def excerpts(
             engine.tokenizer(text[i : i + 12 * tokens])["input_ids"][1 : tokens + 1] for i in starts
         ]
     return found
-
-
-def scores_of(predicted: Predicted) -> np.ndarray:
-    """(S, L, d, 2, E) by the layer that predicts, from arrays by the layer predicted."""
-    d, S, L, E = predicted.used_dSLE.shape
-    scores = np.zeros((S, L, d, 2, E), np.float32)
-    for ahead in range(1, d + 1):
-        for kind, values in enumerate(predicted):
-            scores[:, : L - ahead, ahead - 1, kind] = values[ahead - 1][:, ahead:]
-    return scores
 
 
 def plain(name: str) -> str:

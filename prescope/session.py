@@ -259,6 +259,7 @@ class Session:
             ],
             predictors,
             predict_us=spent,
+            frequencies=self.engine.frequencies,
         )
 
     def _remember_hot(self, run: RunResult) -> None:

@@ -1,6 +1,7 @@
 """`advise`: sizes and a machine in, made-up routing in between, advice out. Pure but for reading the config."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from ..errors import NoProfile, UnsupportedOption
 from ..predictor import NoisyOracle
 from ..profile import HardwareProfile
 from ..scheduler import SCHEDULES
+from ..scheduler.costs import Spread
 from ..simulator import HERE, NONE, ORACLE, Machine, Scenario, Scenarios, SimResult
 from ..simulator.verdict import limit_of, name_of
 from ..traces.routing import RoutingTrace
@@ -37,6 +39,9 @@ WORTH_IT = 0.05
 LAYER_STEPS = 1200
 #: Tokens of the made-up prompt: it leaves in the slots what a run finds there after some seconds.
 PROMPT_TOKENS = 192
+#: Least spread of a layer's times: those of an expert's size that nobody measured are scaled, or typed in. With what the
+#: simulator may be wrong by it makes `INTERVAL`.
+GUESSED = 0.3
 #: How far tokens/s of engine runs may lie from a point, as a share of it: of tiny-moe on a shared machine of two cores
 #: calibrated minutes before they did (tests/advice). With a recorded trace hit rates are the engine's own.
 INTERVAL = 0.35
@@ -193,7 +198,8 @@ def _scenarios(size: ModelSize, spec: MachineSpec, batch: int, trace: RoutingTra
     recall = {ahead: value for ahead, value in RECALL.items() if ahead <= depth} or {1: RECALL[1]}
     predictor = NoisyOracle(trace, recall)
     predictor.name = "llapor"  # stands in for it: a schedule asks for it by this name
-    costs = spec.costs(shape, size.expert, size.layer_bytes, batch)
+    known = spec.costs(shape, size.expert, size.layer_bytes, batch)
+    costs = replace(known, spread=Spread(*(max(share, GUESSED) for share in known.spread)))
     machine = Machine(spec.name, costs, shape.row_bytes, _head_us(size, spec), LEAST_BYTES_ON_WIRE)
     return Scenarios(trace, [machine], [predictor], predict_us={"llapor": PREDICT_US}, label=size.name)
 
@@ -252,8 +258,8 @@ def _choice(
     if slots == total and ways is not None:
         need = (fixed + size.experts_bytes) / GIB
         return "all on the GPU", (
-            f"All {total:,} experts fit: {need:.3g} of {budget:.3g} GiB, {ways.best.tokens_per_s:,.3g} tokens/s. There "
-            f"is nothing to offload."
+            f"All {total:,} experts fit: {need:.3g} of {budget:.3g} GiB, {ways.best.speed}. There is "
+            f"nothing to offload."
         )
     if ways is None or slots is None:
         return "not with this machine", (
@@ -277,14 +283,14 @@ def _choice(
     most = max(ways.perfect.tokens_per_s / ways.without.tokens_per_s - 1, gain, 0.0)
     if ways.without is ways.split and gain < WORTH_IT:
         return "static split", (
-            f"With {at} about {ways.split.tokens_per_s:,.3g} tokens/s: the most used experts on the GPU, the others "
+            f"With {at} about {ways.split.speed}: the most used experts on the GPU, the others "
             f"computed where they lie. Prediction would add {100 * gain:+.0f} %, a perfect one {100 * most:.0f} % at "
             f"most; {rules}, {100 * share:.0f} % of the time."
         )
     who = "PreSched with a trained predictor" if gain >= WORTH_IT else SCHEDULES["on-demand"].title
-    rate = ways.ahead.tokens_per_s if gain >= WORTH_IT else ways.without.tokens_per_s
+    chosen = ways.ahead if gain >= WORTH_IT else ways.without
     return "offload", (
-        f"With {at} and {who} about {rate:,.3g} tokens/s, {100 * gain:+.0f} % by prediction and {100 * most:.0f} % at "
+        f"With {at} and {who} about {chosen.speed}, {100 * gain:+.0f} % by prediction and {100 * most:.0f} % at "
         f"most by a perfect one; {rules}, {100 * share:.0f} % of the time. On demand it is "
         f"{ways.on_demand.tokens_per_s:,.3g}."
     )

@@ -472,7 +472,8 @@ class Engine:
 
     @in_turn("clear_cache")
     def clear_cache(self) -> None:
-        """Empty all slots and forget what the cache policy learned: the next run starts cold."""
+        """Empty all slots and forget what cache policy and schedule learned of a text: the next run starts cold. What
+        they learned of the machine stays."""
         self._require_attached()
         self._device.synchronize()
         self.runner.clear()

@@ -115,10 +115,12 @@ class LayeredRunner:
         self.loader.close()
 
     def clear(self) -> None:
-        """Empty all slots and forget what the cache policy learned; both lanes must be idle."""
+        """Empty all slots and forget what cache policy and schedule learned of a text; both lanes must be idle."""
         self.residency.clear()
         self.residency.policy.reset()
         self.loader.clear()
+        if self.schedule_runner is not None:
+            self.schedule_runner.planner.restart()
 
     def put_back(self) -> None:
         """Copy the experts that belong into slots from the start (`ResidencyTable.placed`) and have none."""
@@ -245,7 +247,7 @@ class LayeredRunner:
             on_cpu = schedule_runner.submit(moe_layer, cold, host_ids, x_TD.detach().contiguous().cpu())
         served = need._replace(experts=need.experts[: here + num_load], tokens=need.tokens[: here + num_load])
         rounds = self.residency.rounds(served)
-        following = self._following(moe_layer) if schedule_runner is None else None
+        following = self._following(moe_layer) if self.is_prefill else None
         keep = NOTHING if plan is None else plan.keep
         work, num_computed = None, 0
         for act in walk(self.residency, served, rounds, layer.num_experts, following, keep):

@@ -1,6 +1,6 @@
 """All curves through one machine's points: what copies, CPU experts, GPU experts and the host take. Pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -95,6 +95,17 @@ class Lanes:
     def small_us(self, kind: str) -> float:
         """A cost by itself: "batch", "enqueue", "read" or "message"; 0.0 where it was not measured."""
         return next((point.us for point in self.of(kind)), 0.0)
+
+    def spread(self, kinds: Collection[str], expert: ExpertSize | None = None) -> float:
+        """By what share times of some kinds vary: half of the median spread of their points; 0.0 where none is known.
+
+        Args:
+            expert: of this size alone, if any of this size were measured.
+        """
+        points = [point for point in self._points if point.of.kind in kinds]
+        of_size = [point for point in points if point.of.expert == expert]
+        spreads = [point.spread for point in of_size or points]
+        return float(np.median(spreads)) / 2 if spreads else 0.0
 
     def dram_gb_per_s(self, busy_link: bool = False) -> float:
         """Rate at which all threads read host memory; NaN where it was not measured."""

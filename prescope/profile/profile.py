@@ -15,7 +15,7 @@ from ..core.html import facts_html
 from ..core.machine import Place, this_place
 from ..core.types import ExpertSize, MoEShape
 from ..errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
-from ..scheduler.costs import LayerCosts
+from ..scheduler.costs import LayerCosts, Spread
 from .files import named_file, own_file, read_json, shipped_files, write_json
 from .form import from_plain, to_plain
 from .lanes import nearest
@@ -108,6 +108,14 @@ class HardwareProfile(Measurements):
             else lanes.small_us("message") or lanes.small_us("read"),
             batch_us=lanes.small_us("batch"),
             copy_us=enqueue_us,
+            # An emulated link has the CPU for a GPU, where the host launches each layer.
+            is_layered=self.link_gb_per_s is not None,
+            spread=Spread(
+                lanes.spread(["h2d"]),
+                lanes.spread(["gpu"], expert),
+                lanes.spread(["cpu"], expert),
+                lanes.spread(["rest"], expert),
+            ),
             source=f"{self.label}, {self.measured}{scaled}",
         )
 

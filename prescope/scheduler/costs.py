@@ -4,6 +4,7 @@ Pure: numbers in, numbers out; measured by others and handed in with their origi
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,19 @@ import pandas as pd
 from ..errors import BadTrace, UnsupportedOption
 from ..traces.result import RunResult
 from .types import Costs
+
+
+class Spread(NamedTuple):
+    """By how much times vary, as shares of themselves: t lies between t / (1 + share) and t * (1 + share)."""
+
+    link: float = 0.0
+    gpu: float = 0.0  # experts there
+    cpu: float = 0.0  # experts there
+    rest: float = 0.0  # of layers and steps; decisions and predictions too
+
+
+#: Stated times, and such whose spread nobody knows.
+EXACT = Spread()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +49,7 @@ class LayerCosts:
             the simulator; decisions use copy times as measured, which include it.
         copy_us: host time to enqueue one copy.
         is_layered: the host launches each layer, so that its decisions and predictions are in every layer's way.
+        spread: how far they vary on this machine: the simulator says of its tokens/s what follows from it.
         source: where the numbers come from, in words.
     """
 
@@ -50,9 +65,13 @@ class LayerCosts:
     batch_us: float = 0.0
     copy_us: float = 0.0
     is_layered: bool = False
+    spread: Spread = EXACT
     source: str
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spread", Spread(*self.spread))  # a file has a plain list
+        if min(self.spread) < 0:
+            raise UnsupportedOption(f"{self.spread}: a share of a time is not negative")
         times = (
             self.link_us, self.link_busy_us or 0.0, self.batch_us, self.gpu_us, self.rest_us, self.predict_us
         )  # fmt: skip
@@ -70,6 +89,29 @@ class LayerCosts:
         """The same machine with a predictor of this cost in each layer."""
         return replace(self, predict_us=predict_us)
 
+    def at_worst(self) -> "LayerCosts":
+        """All times as long as they may be, by their spread."""
+        return self._scaled(*(1.0 + share for share in self.spread))
+
+    def at_best(self) -> "LayerCosts":
+        """All times as short as they may be, by their spread."""
+        return self._scaled(*(1.0 / (1.0 + share) for share in self.spread))
+
+    def _scaled(self, link: float, gpu: float, cpu: float, rest: float) -> "LayerCosts":
+        return replace(
+            self,
+            link_us=link * self.link_us,
+            link_busy_us=None if self.link_busy_us is None else link * self.link_busy_us,
+            batch_us=link * self.batch_us,
+            gpu_us=gpu * self.gpu_us,
+            rest_us=rest * self.rest_us,
+            predict_us=rest * self.predict_us,
+            decide_us=rest * self.decide_us,
+            cpu_us=tuple(cpu * us for us in self.cpu_us),
+            cpu_alone_us=tuple(cpu * us for us in self.cpu_alone_us),
+            cpu_base_us=cpu * self.cpu_base_us,
+        )
+
 
 def costs_of_run(run: RunResult) -> LayerCosts:
     """Costs of the decode steps of a run with a timeline: medians, since one interrupted step says nothing of the rest.
@@ -86,23 +128,33 @@ def costs_of_run(run: RunResult) -> LayerCosts:
             "generate two tokens or more with fewer slots than experts"
         )
     num_layers = int(run.layers["moe_layer"].max()) + 1
+    experts = _expert_us(run)
     return LayerCosts(
         link_us=float(copies.median()),
-        gpu_us=_expert_us(run),
+        gpu_us=float(experts.median()) if len(experts) else 0.0,
         rest_us=float(rest.median()) / num_layers,
+        spread=Spread(
+            link=_spread(copies), gpu=_spread(experts.groupby("step").median()), rest=_spread(rest)
+        ),
         source=f"medians of {run.metrics.decode.num_steps} decode steps, {run.label}",
     )
 
 
-def _expert_us(run: RunResult) -> float:
-    """Median over layers and decode steps: the device's time for experts by how many it computed."""
+def _expert_us(run: RunResult) -> pd.Series:
+    """Of each layer and decode step: the device's time for experts by how many it computed."""
     keys = ["step", "moe_layer"]
     events = run.events[(run.events["lane"] == "gpu") & (run.events["kind"] == "experts")]
     layers = run.layers[run.layers["phase"] == "decode"].set_index(keys)
     computed = (layers["needed"].astype("int64") - layers["on_cpu"]).rename("computed")
     each = pd.concat([events.groupby(keys)["dur_us"].sum(), computed], axis=1, join="inner")
     each = each[each["computed"] > 0]
-    return float((each["dur_us"] / each["computed"]).median()) if len(each) else 0.0
+    return each["dur_us"] / each["computed"]
+
+
+def _spread(times: pd.Series) -> float:
+    """Half of what lies between the tenth part that is shortest and the tenth that is longest, by the median."""
+    low, middle, high = times.quantile([0.1, 0.5, 0.9]) if len(times) else (0.0, 0.0, 0.0)
+    return float((high - low) / 2 / middle) if middle > 0 else 0.0
 
 
 def compiled_costs(costs: LayerCosts, *, cpu: bool, predicts: bool) -> Costs:

@@ -14,7 +14,7 @@ from .hostile import hostile
 from .machines import HERE, Machine, machine_of_profile, machine_of_run, machine_with_link, shipped_machines
 from .prepare import as_decode
 from .recording import Recording, shipped_recordings
-from .result import Bounds, Counts, SimResult
+from .result import Bounds, Counts, Interval, SimResult
 from .scenario import NOISY, NONE, ORACLE, Scenario
 from .scenarios import Scenarios
 from .simulator import Simulator
@@ -28,6 +28,7 @@ __all__ = [
     "WHERE",
     "Bounds",
     "Counts",
+    "Interval",
     "LayerExplanation",
     "Machine",
     "Recording",

@@ -96,6 +96,7 @@ def machine_of_run(
             cpu_base_us=known.cpu_base_us,
             cpu_alone_us=known.cpu_alone_us,
             copy_us=known.copy_us,
+            spread=costs.spread._replace(cpu=known.spread.cpu),
             source=f"{costs.source}; CPU experts calibrated",
         )
     return Machine(

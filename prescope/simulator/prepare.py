@@ -74,6 +74,15 @@ class Predicted(NamedTuple):
     expected_dSLE: NDArray[np.float32]  # tokens that use the expert
     used_dSLE: NDArray[np.float32]  # probability that any token uses it
 
+    def forced(self) -> NDArray[np.float32]:
+        """The same by the layer that predicts, (S, L, d, 2, E), as `Engine.force_routing` takes them."""
+        d, S, L, E = self.used_dSLE.shape
+        scores = np.zeros((S, L, d, 2, E), np.float32)
+        for ahead in range(1, d + 1):
+            for kind, values in enumerate(self):
+                scores[:, : L - ahead, ahead - 1, kind] = values[ahead - 1][:, ahead:]
+        return scores
+
 
 def needs_of(trace: RoutingTrace) -> Needs:
     """Needs of a trace's decode steps.

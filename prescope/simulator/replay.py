@@ -9,6 +9,9 @@ later. It then gives on-demand copies to the link at once, and prefetches only w
 `most_in_flight` of them are under way. A layer whose experts are all in slots does not wait for the host. The slots of
 a layer are safe until the next router has chosen. A layer that misses many, or does not fit, is served in rounds, as
 the engine serves it (`rounds.walk`).
+
+Where the host launches each layer (`is_layered`) it has no time to watch the link: it gives prefetches to it twice a
+layer, behind the copies of the layer's last round and when its experts are computed, when their slots are safe no more.
 """
 
 from typing import NamedTuple
@@ -108,6 +111,7 @@ def replay(
     believed: Costs,
     policy: int,
     most_in_flight: int,
+    is_layered: bool,
     step_us: float,
     state: State,
     demand: Demand,
@@ -119,6 +123,7 @@ def replay(
     Args:
         costs: of the clock. `believed`: what decisions go by.
         policy: kind of the cache policy. `most_in_flight`: prefetches under way at most; 0 forbids them.
+        is_layered: the host launches each layer (`LayerCosts.is_layered`).
         clock, wire: as `begin` makes them, or the steps before left them; changed.
     """
     L, E = state.memory.former_LE.shape
@@ -138,7 +143,10 @@ def replay(
             foreseen = max(routed, foreseen) + costs.predict_us
             looked = max(routed if settings.lag else foreseen, decided)
             decided = looked + costs.decide_us
-            _prefetch(wanted_us, looked, s, most_in_flight, E, costs, state, wire)
+            if is_layered:
+                _land(looked, state, wire)
+            else:
+                _prefetch(wanted_us, looked, s, most_in_flight, E, costs, state, wire)
             # -- the decision
             slots.protected[:] = False
             begin, end = demand.first[s * L + layer], demand.first[s * L + layer + 1]
@@ -161,6 +169,21 @@ def replay(
             )  # fmt: skip
             need, chosen = decision.need, decision.plan
             counts[s, layer, PREFETCHED] = decision.num_prefetched
+            # -- the clock
+            here, n, k = need.num_hits + need.num_late, len(need.experts), chosen.num_load
+            beside, by_itself = 0.0, 0.0  # time on the CPU, the link being busy or idle
+            if here + k < n:
+                beside = by_itself = costs.cpu_base_us
+                cpu_us, cpu_alone_us, cold = costs.cpu_us, costs.cpu_alone_us, need.tokens[here + k :]
+                for i in range(len(cold)):
+                    beside += cpu_time(cpu_us, cold[i])
+                    by_itself += cpu_time(cpu_alone_us, cold[i])
+                wire.cpu_us[0] = decided + beside
+            goes_on = decided
+            if need.num_hits == n and _all_there(routed, layer * E + need.experts, state, wire):
+                goes_on = routed
+            computed, rounds, served = _serve(layer, s, goes_on, k, need, E, costs, state, wire, chosen.keep)
+            # -- what is prefetched: by what the layer itself predicts, when its own copies have their slots
             ahead, wanted_us = chosen, decided
             if settings.lag and d > 0 and layer + 1 < L:
                 for a in range(d):
@@ -182,20 +205,10 @@ def replay(
                 )
                 wanted_us = max(decided, foreseen)
             want(state.waiting, ahead.prefetch, ahead.keep)
-            # -- the clock
-            here, n, k = need.num_hits + need.num_late, len(need.experts), chosen.num_load
-            beside, by_itself = 0.0, 0.0  # time on the CPU, the link being busy or idle
-            if here + k < n:
-                beside = by_itself = costs.cpu_base_us
-                cpu_us, cpu_alone_us, cold = costs.cpu_us, costs.cpu_alone_us, need.tokens[here + k :]
-                for i in range(len(cold)):
-                    beside += cpu_time(cpu_us, cold[i])
-                    by_itself += cpu_time(cpu_alone_us, cold[i])
-                wire.cpu_us[0] = decided + beside
-            goes_on = decided
-            if need.num_hits == n and _all_there(routed, layer * E + need.experts, state, wire):
-                goes_on = routed
-            computed, rounds = _serve(layer, s, goes_on, k, need, E, costs, state, wire, chosen.keep)
+            if is_layered:
+                _prefetch(served, served, s, most_in_flight, E, costs, state, wire)
+                slots.protected[:] = False
+                _prefetch(computed, computed, s, most_in_flight, E, costs, state, wire)
             if beside > 0.0:
                 # Prefetches follow on the link, while the CPU computes.
                 link_us = max(decided, wire.free_us[0]) + len(ahead.prefetch) * costs.link_busy_us
@@ -311,47 +324,68 @@ def _serve(
     state: State,
     wire: Wire,
     keep: IntArray,
-) -> tuple[float, int]:
-    """Copy a layer's first `num_load` misses, compute them and what is here: when the GPU is done, and the rounds."""
+) -> tuple[float, int, float]:
+    """Copy a layer's first `num_load` misses and compute them and what is here, in the order of `rounds.walk`: when the
+    GPU is done, the rounds, and when the host came to the last one.
+    """
     here, first = need.num_hits + need.num_late, layer * E
     slots, late_us = state.slots, decided
-    slot_of, protected, prefetched = slots.slot_of, slots.protected, slots.prefetched
-    experts, ready_us = need.experts, wire.ready_us
+    slot_of, protected, experts, there_us = slots.slot_of, slots.protected, need.experts, wire.ready_us
     for i in range(here):
         slot = slot_of[first + experts[i]]
         protected[slot] = True
         if i >= need.num_hits:
-            late_us = max(late_us, ready_us[slot])
+            late_us = max(late_us, there_us[slot])
     if num_load == 0:
-        return late_us + here * costs.gpu_us, 1
+        return late_us + here * costs.gpu_us, 1, decided
     capacity = len(slots.key_of) - (wire.ends[1] - wire.ends[0] - need.num_late)  # of those on the link
-    chunk = max(1, min(ROUND_EXPERTS, capacity // 2))
-    if num_load <= ROUND_EXPERTS and here + num_load <= capacity:
-        chunk = num_load
+    is_one = num_load <= ROUND_EXPERTS and here + num_load <= capacity
+    chunk = num_load if is_one else max(1, min(ROUND_EXPERTS, capacity // 2))
+    # Of the misses the first `end` have slots; what is here is a round of its own, unless there is one only.
+    keys = first + experts[: here + num_load]
+    begin, end = 0, here if here and not is_one else here + chunk
     computed, rounds = decided, 0
-    if chunk < num_load and here:
-        computed, rounds = late_us + here * costs.gpu_us, 1
-        late_us, here = decided, 0
-    misses = first + experts[need.num_hits + need.num_late :][:num_load]
-    for begin in range(0, num_load, chunk):
-        keys, ask_us = misses[begin : begin + chunk], decided
-        got = 0
-        while got < len(keys):
-            taken = take_slots(keys[got:], protected | slots.in_flight, keep, slots)
-            for slot in taken:
-                # The host hands over the first one before it answers, the others behind that.
-                ends_batch = got == 0 or got == len(keys) - 1
-                _copy(keys[got], layer, slot, ON_DEMAND, step, ask_us, ends_batch, costs, wire)
-                protected[slot], prefetched[slot] = True, False
-                got += 1
-            if got < len(keys):  # what earlier rounds have computed may go, when it is computed
-                ask_us = computed
-                protected[:] = False
-                for key in keys[:got]:
-                    protected[slot_of[key]] = True
-        computed = max(computed, late_us, wire.free_us[0]) + (here + len(keys)) * costs.gpu_us
-        here, rounds = 0, rounds + 1
-    return computed, rounds
+    ready_us = max(late_us, _load(keys[here:end], layer, step, decided, costs, state, wire, keep))
+    while True:
+        asked, then = computed, min(end + chunk, len(keys))
+        is_early = then - end <= len(slots.key_of) - (protected | slots.in_flight).sum()
+        next_us = ready_us
+        if is_early:
+            next_us = _load(keys[end:then], layer, step, computed, costs, state, wire, keep)
+        computed = max(computed, ready_us) + (end - begin) * costs.gpu_us
+        rounds += 1
+        if then == end:
+            return computed, rounds, asked
+        _land(computed, state, wire)
+        for key in keys[begin:end]:
+            protected[slot_of[key]] = False
+        if not is_early:
+            next_us = _load(keys[end:then], layer, step, computed, costs, state, wire, keep)
+        begin, end, ready_us = end, then, next_us
+
+
+@jit
+def _load(
+    keys: IntArray,
+    layer: int,
+    step: int,
+    ask_us: float,
+    costs: Costs,
+    state: State,
+    wire: Wire,
+    keep: IntArray,
+) -> float:
+    """Slots and copies on demand for experts that are missing, keys (n,): when the last one is there."""
+    slots = state.slots
+    if len(keys) == 0:
+        return ask_us
+    taken = take_slots(keys, slots.protected | slots.in_flight, keep, slots)
+    for i in range(len(keys)):
+        # The host hands over the first one before it answers, the others behind that.
+        ends_batch = i == 0 or i == len(keys) - 1
+        _copy(keys[i], layer, taken[i], ON_DEMAND, step, ask_us, ends_batch, costs, wire)
+        slots.protected[taken[i]], slots.prefetched[taken[i]] = True, False
+    return wire.free_us[0]
 
 
 @jit

@@ -54,6 +54,13 @@ class Bounds(NamedTuple):
     tokens_per_s: float  # at `step_ms`
 
 
+class Interval(NamedTuple):
+    """What tokens/s are to be expected of a real run, in nine of ten."""
+
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SimResult:
     """One replay. Looks like a `RunResult` to figures: events, layers, steps, metrics, config, label.
@@ -77,12 +84,13 @@ class SimResult:
     needs: Needs
     streams: bool
     find_bounds: Callable[[], Bounds]
+    find_interval: Callable[[], Interval]
 
     def __repr__(self) -> str:
         config, counts = self.config, self.counts
         return (
             f"<SimResult {config['schedule']}, {config['num_slots']} slots, {config['cache']}, batch {self.batch}: "
-            f"{self.tokens_per_s:.1f} tokens/s, hit {counts.hit_rate:.3f}, {self.label}>"
+            f"{self.speed}, hit {counts.hit_rate:.3f}, {self.label}>"
         )
 
     # -- numbers that cost nothing -----------------------------------------------------------------------------
@@ -101,6 +109,18 @@ class SimResult:
     def tokens_per_s(self) -> float:
         """Tokens of all sequences over the time of the decode steps."""
         return 1e6 * self.num_tokens / self.total_us
+
+    @cached_property
+    def interval(self) -> Interval:
+        """Tokens/s between which a real run is to be expected: two more replays, all times as long and as short as the
+        spread of the costs makes them, and what the simulator itself may be wrong by (`simulator.LEAST_OFF`).
+        """
+        return self.find_interval()
+
+    @property
+    def speed(self) -> str:
+        """Tokens/s as a person reads them: with their interval."""
+        return f"{_digits(self.tokens_per_s)} tokens/s ({_digits(self.interval.low)} to {_digits(self.interval.high)})"
 
     @property
     def step_us(self) -> NDArray[np.float64]:
@@ -172,3 +192,7 @@ class SimResult:
     def save_perfetto(self, path: str | Path) -> Path:
         """As `RunResult.save_perfetto`."""
         return write_perfetto(self, path)
+
+
+def _digits(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"

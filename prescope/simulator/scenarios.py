@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ..errors import UnsupportedOption
 from ..predictor import NoisyOracle, Oracle, Predictor, RecordedPredictor
@@ -42,6 +44,8 @@ class Scenarios:
         label: of the trace, for titles.
         measured: runs of the first machine, as `Recording` keeps them.
         commands: what to type to record the trace again.
+        frequencies: (L, E) by which the engine at hand knows hot experts, for caches and schedules that ask; without,
+            those that need them go by this very trace's.
     """
 
     def __init__(
@@ -54,9 +58,10 @@ class Scenarios:
         label: str = "",
         measured: Sequence[Mapping[str, Any]] = (),
         commands: Sequence[str] = (),
+        frequencies: NDArray[np.floating] | None = None,
     ) -> None:
         self._measured, self.commands = measured, tuple(commands)
-        self.trace, self.label = trace, label or trace.model
+        self.trace, self.label, self._frequencies = trace, label or trace.model, frequencies
         self.machines = {machine.name: machine for machine in machines}
         lookahead = min(LOOKAHEAD, max(1, trace.num_layers - 1))
         self.predictors: dict[str, Predictor] = {predictor.name: predictor for predictor in predictors}
@@ -276,6 +281,7 @@ class Scenarios:
             width=full.width,
             threshold=full.threshold,
             cpu=full.cpu,
+            frequencies=self._frequencies,
             least_bytes=self.machine(full).least_bytes if least_bytes is None else least_bytes,
             most_in_flight=most_in_flight,
         )

@@ -30,10 +30,13 @@ from ..traces.routing import RoutingTrace
 from .prefill import prefill, prefill_steps
 from .prepare import LOOKAHEAD, PART_BYTES, Needs, Predicted, Predictions, needs_of
 from .replay import STEP, Demand, Log, State, begin, replay
-from .result import Bounds, SimResult
+from .result import Bounds, Interval, SimResult
 
 #: Steps replayed at once, at most: the copies of a part are counted as it goes.
 MOST_STEPS = 256
+#: Tokens/s may be wrong by this share however exact the costs are: of 76 cells on an H200 that the costs had not been
+#: fitted to, the worst was 3.6 % off, half of them 0.6 % (docs/log/simulator.md).
+LEAST_OFF = 0.04
 #: States after the first prompt that are kept, one for each number of slots and cache.
 MOST_WARM = 256
 
@@ -137,14 +140,10 @@ class Simulator:
         settings = self._resolve(
             schedule, slots, cache, lookahead, width, threshold, cpu, frequencies, least_bytes, most_in_flight
         )
-        if settings.hindsight:
+        if frequencies is None and settings.hindsight:
             frequencies = self.trace.expert_counts()
         known = None if frequencies is None else require_frequencies(self.shape, frequencies)
-        policy = make_policy(settings.cache, self.shape, known)
-        table = ResidencyTable(self.shape, settings.num_slots, policy)
-        if known is not None and settings.schedule.schedule.places:
-            table.placed = by_frequency(self.shape, known)[-settings.num_slots :]
-        log = self._replay(settings, table, believed, resident)
+        log = self._replay(settings, known, self.costs, believed, resident)
         return SimResult(
             log=log,
             config=self._config(settings),
@@ -158,6 +157,7 @@ class Simulator:
             find_bounds=lambda: self.bounds(
                 settings.num_slots, cpu=settings.schedule.cpu, placed=settings.schedule.schedule.places
             ),
+            find_interval=partial(self._find_interval, settings, known, believed, resident),
         )
 
     def bounds(self, slots: int | float | str = 0.25, *, cpu: bool = False, placed: bool = False) -> Bounds:
@@ -216,8 +216,12 @@ class Simulator:
             num_slots,
             cache,
             most,
-            frequencies is None and (cache == "static" or resolved.schedule.places),
+            self._is_hindsight(frequencies, cache == "static" or resolved.schedule.places),
         )
+
+    def _is_hindsight(self, frequencies: NDArray[np.floating] | None, is_needed: bool) -> bool:
+        """Whether what is hot is told by the trace itself."""
+        return is_needed and (frequencies is None or np.array_equal(frequencies, self.trace.expert_counts()))
 
     def _config(self, settings: Settings) -> dict[str, Any]:
         resolved = settings.schedule
@@ -258,16 +262,22 @@ class Simulator:
     def _replay(
         self,
         settings: Settings,
-        table: ResidencyTable,
+        known: NDArray[np.float64] | None,
+        clock_costs: LayerCosts,
         believed: LayerCosts | None,
         resident: NDArray[np.bool_] | None,
+        step_us: float | None = None,
     ) -> Log:
-        policy = table.policy
+        policy = make_policy(settings.cache, self.shape, known)
+        table = ResidencyTable(self.shape, settings.num_slots, policy)
+        if known is not None and settings.schedule.schedule.places:
+            table.placed = by_frequency(self.shape, known)[-settings.num_slots :]
         if resident is not None:
             _fill(table, resident)
         resolved = settings.schedule
         form = partial(compiled_costs, cpu=resolved.cpu, predicts=resolved.predicts > 0)
-        costs, by = form(self.costs), form(self.costs if believed is None else believed)
+        costs, by = form(clock_costs), form(self.costs if believed is None else believed)
+        step_us = self.step_us if step_us is None else step_us
         depth = resolved.predicts
         memory = Memory.fresh(depth, self.shape.num_layers, self.shape.num_experts)
         logs, now = [], 0.0
@@ -284,14 +294,31 @@ class Simulator:
                 demand = self._demand(part, depth, with_weights=settings.cache == "score")
                 with said_if_compiled_first(replay, "the simulator"):
                     log = replay(
-                        resolved.settings, costs, by, policy.kind, settings.most_in_flight, self.step_us, state, demand,
-                        clock, wire,
+                        resolved.settings, costs, by, policy.kind, settings.most_in_flight, self.costs.is_layered,
+                        step_us, state, demand, clock, wire,
                     )  # fmt: skip
                 logs.append(log)
             table.unprotect()
             table.in_flight[:] = False  # whatever follows waits for all copies first
             policy.tick, now = int(state.tick[0]), float(logs[-1].step_end_us[-1])
         return _joined(logs)
+
+    def _find_interval(
+        self,
+        settings: Settings,
+        known: NDArray[np.float64] | None,
+        believed: LayerCosts | None,
+        resident: NDArray[np.bool_] | None,
+    ) -> Interval:
+        tokens, share = int(self.needs.tokens_S.sum()), 1.0 + self.costs.spread.rest
+        ends = [
+            float(self._replay(settings, known, costs, believed or self.costs, resident, step_us).step_end_us[-1])
+            for costs, step_us in (
+                (self.costs.at_worst(), self.step_us * share), (self.costs.at_best(), self.step_us / share)
+            )
+        ]  # fmt: skip
+        low, high = (1e6 * tokens / end for end in ends)
+        return Interval(low / (1 + LEAST_OFF), high * (1 + LEAST_OFF))
 
     def _parts(self, steps: slice) -> Iterator[slice]:
         """Steps whose predictions are in memory at once."""

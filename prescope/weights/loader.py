@@ -98,7 +98,9 @@ class Loader:
         # Many slots share one mark: a layer releases all of its own at once.
         after = {id(mark): mark for mark in self._released[slots] if mark is not None}
         self._released[slots] = None
-        joinable = nbytes < MIN_COPY_BYTES and nbytes == self.pool.shape[1]
+        # Joined prefetches land together: where small copies have the link's rate that is later than need be.
+        is_small = self._device.small_copies_are_slow and nbytes < MIN_COPY_BYTES
+        joinable = is_small and nbytes == self.pool.shape[1]
         most = -(-MIN_COPY_BYTES // nbytes) if joinable else 1
         runs = adjacent_runs(experts.tolist(), slots.tolist(), most)
         pairs = [self._pair(moe_layer, run, nbytes) for run in runs]

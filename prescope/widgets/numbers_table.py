@@ -5,6 +5,7 @@ from html import escape
 
 import ipywidgets as ipw
 
+from ..simulator import Interval
 from ..views.numbers import COLUMNS, MORE_IS_BETTER, NAN, Numbers, change, formatted
 
 #: Rows that are always there, with "-" before there is anything to say.
@@ -38,14 +39,16 @@ class NumbersTable:
         *,
         pinned_name: str = "",
         note: str = "",
+        interval: Interval | None = None,
     ) -> None:
         """Put the numbers in.
 
         Args:
             pinned: shown as the change of the measured row against it, or of the simulated one where it was simulated.
             pinned_name: what was pinned. `note`: html behind the measured row's name.
+            interval: of the simulated tokens/s, where it is known.
         """
-        rows = [_cells("simulated", simulated, True)]
+        rows = [_cells("simulated", simulated, True, interval=interval)]
         rows.append(_cells(measured.row if measured else "measured", measured, False, note))
         rows.append(self._pinned(simulated, measured, pinned, pinned_name))
         rows.append(_cells("bound", bound, False))
@@ -94,10 +97,17 @@ def table_html(rows: Sequence[str]) -> str:
     )
 
 
-def _cells(name: str, row: Numbers | None, is_first: bool, note: str = "") -> str:
-    cells = "".join(
-        f"<td>{formatted(NAN if row is None else getattr(row, field), field=field)}</td>" for field in COLUMNS
-    )
+def _cells(
+    name: str, row: Numbers | None, is_first: bool, note: str = "", interval: Interval | None = None
+) -> str:
+    texts = {field: formatted(NAN if row is None else getattr(row, field), field=field) for field in COLUMNS}
+    if interval is not None:
+        low, high = map(formatted, interval)
+        why = "expected of a run here: by how far measured times vary, and the simulator's own error"
+        texts["tokens_per_s"] += (
+            f" <span class='ps-soft' title='{escape(why, quote=True)}'>({low} to {high})</span>"
+        )
+    cells = "".join(f"<td>{text}</td>" for text in texts.values())
     kind = " class='ps-first'" if is_first else ""
     means = next((words for start, words in MEANS.items() if name.startswith(start)), "")
     return f"<tr{kind}><td><span title='{means}'>{escape(name)}</span>{note}</td>{cells}</tr>"

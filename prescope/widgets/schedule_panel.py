@@ -301,11 +301,15 @@ class SchedulePanel:
         elif there is not None:
             measured = numbers_there(there, self._scenarios.machine(self.scenario).row_bytes)
             rates = there["tokens_per_s_runs"]
-        self.numbers.show(now, measured, pinned, bound, pinned_name=name, note=_beside(now, measured, rates))
+        interval = self.result.interval if self._knows_bounds() else None
+        note = _beside(now, measured, rates)
+        self.numbers.show(now, measured, pinned, bound, pinned_name=name, note=note, interval=interval)
 
     def _knows_bounds(self) -> bool:
-        """Bounds of slots that nobody asked about take longer than the simulation: a slider does not wait for them."""
-        return "bounds" in self.result.__dict__ or is_alone()
+        """Bounds and the interval, which nobody asked about before, take longer than the simulation: a slider does not
+        wait for them.
+        """
+        return {"bounds", "interval"} <= self.result.__dict__.keys() or is_alone()
 
     # -- the line of advice ------------------------------------------------------------------------------------
 
@@ -317,7 +321,7 @@ class SchedulePanel:
     def _advise(self) -> None:
         scenario, scenarios = self.scenario, self._scenarios
         found = verdict(scenarios, scenario)
-        assert self.result.bounds  # found here, in the background
+        assert self.result.bounds and self.result.interval  # found here, in the background
         if scenario != self.scenario or scenarios is not self._scenarios:
             return  # moved meanwhile: the next rest asks again
         with self._lock:

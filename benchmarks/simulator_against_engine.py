@@ -1,0 +1,375 @@
+"""The engine against the simulator, at settings drawn by a seed: hits, late ones, tokens/s inside the stated interval.
+
+    python benchmarks/simulator_against_engine.py --settings 48 --json out.json --md out.md   # the GPU, else emulated
+    python benchmarks/simulator_against_engine.py --clock virtual                             # rules alone, no times
+
+Of each batch two runs are known to the simulator: one on demand and one whose schedule decides without predictions.
+They say what a layer takes, a calibration says it of the CPU's experts. All settings that are drawn are held out. The
+engine runs each from cold slots, by the same costs that the simulator believes. Predictors: those that need no
+training, one that is right as often as --recall says (forced upon the engine), and with --train a LLaPor.
+
+On a virtual clock the engine computes for real and link, layers and experts take stated times: what differs there is a
+rule, what differs on the real clock alone is a time. Between cells the script measures which share of a core's time
+others take; on a busy machine the table says so, and its tokens/s say little.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import prescope
+from prescope.cache.policies import POLICIES
+from prescope.core.machine import machine_facts
+from prescope.engine.engine import Engine
+from prescope.predictor import EarlyRouter, Frequency, Predictor, Transition
+from prescope.predictor.base import measure_us
+from prescope.scheduler import SCHEDULES
+from prescope.scheduler.costs import LayerCosts
+from prescope.simulator import HERE, NOISY, NONE, Machine, Scenario, Scenarios, SimResult, machine_of_run
+from prescope.traces.result import RunResult
+from prescope.training import own_prompts, record_trace, routers_of
+from tests.support.virtual_clock import virtual_clock
+
+SHARES = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75)
+LOOKAHEAD = 4
+#: Of the virtual clock: the copy of an expert takes as long as a layer, so that many prefetches are late.
+STATED = LayerCosts(
+    link_us=1000.0,
+    gpu_us=50.0,
+    rest_us=700.0,
+    decide_us=100.0,
+    cpu_us=(0.0, *(400.0 + 100.0 * n for n in range(1, 65))),
+    cpu_base_us=100.0,
+    is_layered=True,
+    source="stated",
+)
+#: From this share on, the time that others take of a core is said.
+BUSY = 0.1
+#: Points by which hits may differ.
+CLOSE = 1.0
+
+
+class Case(NamedTuple):
+    """One batch: its prompts, its recorded trace under any setting, and the length of its runs."""
+
+    prompts: list[str]
+    scenarios: Scenarios
+    run: RunResult
+    new: int
+
+
+def drawn(
+    count: int, batches: list[int], predictors: list[str], rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Settings; each schedule comes equally often."""
+    names = [list(SCHEDULES)[i % len(SCHEDULES)] for i in range(count)]
+    found = []
+    for name in names:
+        way = SCHEDULES[name]
+        is_predicting = way.predictor != "none"
+        found.append(
+            {
+                "batch": int(rng.choice(batches)),
+                "schedule": name,
+                "share": float(rng.choice(SHARES)),
+                "cache": str(rng.choice(list(POLICIES))) if rng.random() < 0.4 else None,
+                "cpu": bool(way.uses_cpu and rng.random() < 0.6),
+                "predictor": str(rng.choice(predictors)) if is_predicting else NONE,
+                "lookahead": int(rng.choice([1, 2, 4])) if is_predicting and rng.random() < 0.4 else None,
+                "threshold": float(rng.choice([0.1, 0.3, 0.5]))
+                if is_predicting and rng.random() < 0.3
+                else None,
+            }
+        )
+    return sorted(found, key=lambda one: one["batch"])
+
+
+# -- the engine ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[Engine]:
+    """An engine on the clock that is asked for."""
+    is_virtual = args.clock == "virtual"
+    clock = virtual_clock(STATED) if is_virtual else nullcontext()
+    where = {"device": "null", "decode": "layered"} if is_virtual else {"device": args.device}
+    with clock, prescope.load(args.model, slots=0.5, record_inputs=True, **where) as engine:
+        yield engine
+
+
+def predictors_of(engine: Engine, texts: list[str], *, trained: bool) -> list[Predictor]:
+    """Made from prompts that the settings do not run."""
+    trace = record_trace(engine, texts, max_tokens=64)
+    made: list[Predictor] = [
+        EarlyRouter(trace.shape, routers_of(engine, trace), LOOKAHEAD),
+        Transition(trace, LOOKAHEAD),
+        Frequency(trace, LOOKAHEAD),
+    ]
+    return [prescope.train_predictor(engine, texts).predictor, *made] if trained else made
+
+
+def generate(engine: Engine, prompts: list[str], new: int, **settings: Any) -> RunResult:
+    """One run from cold slots, behind one that warms up."""
+    engine.configure(**settings)
+    engine.generate(prompts, max_new_tokens=new if engine.runner.device.captures_steps else 2)
+    engine.clear_cache()
+    return engine.generate(prompts, max_new_tokens=new, min_new_tokens=new)
+
+
+def case_of(
+    engine: Engine, prompts: list[str], predictors: list[Predictor], args: argparse.Namespace
+) -> Case:
+    """Record a batch, and what its layers take."""
+    new = args.new if len(prompts) <= 8 else max(8, args.new // 2)
+    plain = {"cache": "auto", "predictor": "none", "lookahead": None, "threshold": None, "width": None}
+    engine.force_routing(None)
+    alone = generate(engine, prompts, new, schedule="on-demand", slots=0.5, **plain)
+    assert alone.trace is not None
+    hot = alone.trace.expert_counts()
+    engine.configure(frequencies=hot)
+    if args.clock == "virtual":
+        machine = Machine(HERE, STATED, engine.shape.row_bytes, 0.0, 0, is_here=True)
+        return Case(prompts, Scenarios(alone.trace, [machine], predictors, frequencies=hot), alone, new)
+    machine = machine_of_run(alone, engine.shape, engine.expert_size, args.profile)
+    decided = generate(
+        engine,
+        prompts,
+        new,
+        schedule="hybrimoe",
+        slots=0.5,
+        cpu_threads=0,
+        costs=machine.costs_with(False),
+        **plain,
+    )
+    ahead = machine_of_run(decided, engine.shape, engine.expert_size, args.profile)
+    machine = ahead._replace(on_demand=machine.costs)
+    width = alone.trace.inputs.shape[2] if alone.trace.inputs is not None else 0
+    device = str(engine.model.device)
+    spent = {one.name: measure_us(one, width, tokens=len(prompts), device=device) for one in predictors}
+    return Case(
+        prompts, Scenarios(alone.trace, [machine], predictors, predict_us=spent, frequencies=hot), alone, new
+    )
+
+
+def scenario_of(setting: dict[str, Any], engine: Engine, recall: float) -> Scenario:
+    """The same, in the simulator's words."""
+    slots = max(engine.shape.top_k, round(setting["share"] * engine.shape.total_experts))
+    told = {
+        name: setting[name] for name in ("schedule", "cache", "cpu", "predictor", "lookahead", "threshold")
+    }
+    return Scenario(slots=slots, recall=recall, **told)
+
+
+def measure(engine: Engine, case: Case, setting: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """One setting, run and simulated."""
+    scenario = scenario_of(setting, engine, args.recall)
+    scenarios, is_forced = case.scenarios, setting["predictor"] == NOISY
+    stand_in = replace(scenario, predictor="frequency") if is_forced else scenario
+    engine.force_routing(None)
+    told = scenarios.engine_settings(stand_in)
+    engine.configure(**told)
+    trace = case.run.trace
+    if is_forced:
+        engine.force_routing(trace, scenarios.simulator(scenario).predicted.forced())
+    busy = taken_by_others()
+    runs = [generate(engine, case.prompts, case.new) for _ in range(args.runs)]
+    busy = max(busy, taken_by_others())
+    engine.force_routing(None)
+    result = scenarios.run(scenario)
+    assert trace is not None and runs[0].trace is not None
+    same = float((runs[0].trace.expert_ids == trace.expert_ids).mean())
+    return setting | row_of(runs, result) | {"same_routing": same, "busy": busy}
+
+
+def row_of(runs: list[RunResult], result: SimResult) -> dict[str, Any]:
+    """Both sides of one setting."""
+    decode, simulated = runs[0].metrics.decode, result.metrics.decode
+    rates = [run.metrics.tokens_per_s for run in runs]
+    rate = statistics.median(rates)
+    low, high = result.interval
+    return {
+        "slots": result.config["num_slots"],
+        "cache": result.config["cache"],
+        "hits": 100 * decode.hit_rate,
+        "simulated_hits": 100 * result.counts.hit_rate,
+        "late": 100 * decode.late / decode.needed,
+        "simulated_late": 100 * result.counts.late / result.counts.needed,
+        "tokens_per_s": rate,
+        "runs": rates,
+        "simulated": result.tokens_per_s,
+        "low": low,
+        "high": high,
+        "is_inside": bool(low <= rate <= high),
+        "shares": shares(decode),
+        "simulated_shares": shares(simulated),
+    }
+
+
+def shares(decode: Any) -> dict[str, float]:
+    """Of the decode phase's time, %."""
+    parts = {
+        "rest": decode.dense_gpu_ms,
+        "experts": decode.experts_gpu_ms,
+        "copies": decode.stall_ms,
+        "cpu": decode.cpu_wait_ms,
+        "host": decode.host_wait_ms,
+    }
+    return {name: 100 * ms / decode.wall_ms for name, ms in parts.items()}
+
+
+def taken_by_others(seconds: float = 0.05) -> float:
+    """Share of a core's time that this thread did not get while it asked for all of it."""
+    begin, used = time.perf_counter(), time.thread_time()
+    while time.perf_counter() - begin < seconds:
+        pass
+    return max(0.0, 1.0 - (time.thread_time() - used) / (time.perf_counter() - begin))
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+HEADS = (
+    "batch", "schedule", "predictor", "slots", "cache", "CPU", "hits %", "sim.", "diff", "late %", "sim.", "tok/s",
+    "sim.", "interval", "inside", "rest, experts, copies, CPU, host %", "sim.", "busy %",
+)  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    both = [
+        " ".join(f"{value:.0f}" for value in row[name].values()) for name in ("shares", "simulated_shares")
+    ]
+    values = [
+        row["batch"], row["schedule"], row["predictor"], f"{row['slots']} ({100 * row['share']:.0f} %)", row["cache"],
+        "yes" if row["cpu"] else "", f"{row['hits']:.1f}", f"{row['simulated_hits']:.1f}",
+        f"{row['simulated_hits'] - row['hits']:+.1f}", f"{row['late']:.1f}", f"{row['simulated_late']:.1f}",
+        f"{row['tokens_per_s']:.3g}", f"{row['simulated']:.3g}", f"{row['low']:.3g} to {row['high']:.3g}",
+        "yes" if row["is_inside"] else "no", *both, f"{100 * row['busy']:.0f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
+    """What it comes to."""
+    n = len(rows)
+    diffs = [abs(row["simulated_hits"] - row["hits"]) for row in rows]
+    close = sum(diff <= CLOSE for diff in diffs)
+    inside = sum(row["is_inside"] for row in rows)
+    width = statistics.median((row["high"] - row["low"]) / row["simulated"] for row in rows)
+    off = [row["simulated"] / row["tokens_per_s"] - 1 for row in rows]
+    busy, load = statistics.median(row["busy"] for row in rows), os.getloadavg()[0]
+    lines = [
+        f"{n} settings: hits within {CLOSE:g} point in {close} ({100 * close / n:.0f} %), median difference "
+        f"{statistics.median(diffs):.2f}, most {max(diffs):.1f} points.",
+    ]
+    if args.clock != "virtual":
+        lines += [
+            f"Tokens/s inside the interval in {inside} ({100 * inside / n:.0f} %). Its width is {100 * width:.0f} % of "
+            f"the simulated tokens/s (median); these are {100 * statistics.median(off):+.1f} % off in the median, "
+            f"{100 * statistics.median(map(abs, off)):.1f} % without sign.",
+        ]
+        if busy > BUSY or load > (os.cpu_count() or 1):
+            lines.append(
+                f"**The machine was busy**: others took {100 * busy:.0f} % of a core's time (median), load {load:.1f} "
+                f"on {os.cpu_count()} cores; tokens/s, and hits of what is prefetched, say little."
+            )
+    different = [row for row in rows if row["same_routing"] < 1.0]
+    if different:
+        lines.append(
+            f"{len(different)} runs had another routing than the one recorded (rounding in another order)."
+        )
+    return lines
+
+
+def main() -> None:
+    """Run all settings; print the table, write it."""
+    args = arguments()
+    rng = np.random.default_rng(args.seed)
+    started, rows = time.perf_counter(), []
+    texts = [text for several in own_prompts().values() for text in several]
+    order = rng.permutation(len(texts)).tolist()
+    kept, used = [texts[i] for i in order[: args.fitted]], [texts[i] for i in order[args.fitted :]]
+    with opened(args) as engine:
+        if args.clock == "real":
+            args.profile = args.profile or prescope.calibrate(engine, seconds=args.calibrate, save=False)
+        label = engine.hardware()["label"]
+        predictors = predictors_of(engine, kept, trained=args.train)
+        names = [one.name for one in predictors] + [NOISY]
+        settings, case = drawn(args.settings, args.batches, names, rng), None
+        print(f"# {engine.name} on {label}", flush=True)
+        print("\n".join(head()), flush=True)
+        for setting in settings:
+            if time.perf_counter() - started > args.seconds:
+                print(f"# out of time after {len(rows)} of {len(settings)} settings")
+                break
+            if case is None or len(case.prompts) != setting["batch"]:
+                chosen = rng.choice(len(used), setting["batch"], replace=setting["batch"] > len(used))
+                case = case_of(engine, [used[i][: args.prompt] for i in chosen], predictors, args)
+            rows.append(measure(engine, case, setting, args))
+            print(line(rows[-1]), flush=True)
+    said = summary(rows, args)
+    print("\n" + "\n".join(said))
+    facts = f"{label}; {datetime.now(UTC).date()}, seed {args.seed}, {args.new} new tokens, recall {args.recall:g}"
+    if args.json:
+        told = {name: value for name, value in vars(args).items() if name != "profile"}
+        contents = {
+            "command": sys.argv,
+            "arguments": told,
+            "label": label,
+            "machine": machine_facts(),
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(contents, indent=1, default=str) + "\n")
+    if args.md:
+        title = f"# Simulator against engine: {facts}"
+        args.md.write_text("\n".join([title, "", *said, "", *head(), *map(line, rows)]) + "\n")
+
+
+def head() -> list[str]:
+    """Of the table."""
+    return [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="folder or hub id; the embedded model when not given")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--clock", choices=["real", "virtual"], default="real")
+    parser.add_argument("--settings", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 3, 8, 16, 64])
+    parser.add_argument(
+        "--new", type=int, default=24, help="tokens of each prompt; half of them above batch 8"
+    )
+    parser.add_argument("--prompt", type=int, default=200, help="characters of each prompt, at most")
+    parser.add_argument("--fitted", type=int, default=24, help="prompts that predictors are made from")
+    parser.add_argument(
+        "--recall", type=float, default=0.8, help="of the predictor that is forced upon the engine"
+    )
+    parser.add_argument("--train", action="store_true", help="train a LLaPor as well")
+    parser.add_argument("--runs", type=int, default=1, help="of each setting; the median counts")
+    parser.add_argument("--calibrate", type=float, default=45.0, help="seconds of the calibration")
+    parser.add_argument(
+        "--profile", type=prescope.HardwareProfile.load, help="of this machine, instead of calibrating"
+    )
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no setting after so long")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--md", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The engine on a virtual clock: link, layers and experts take stated times, so that the simulator must agree exactly.
+
+What differs here is a rule that engine and simulator do not share; what differs on a real clock only is a time that was
+not as stated. Experts are computed for real, so text and routing are the model's own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prescope.device.base import WithoutGraphs
+from prescope.kernels import make_kernel
+from prescope.kernels.cpu import CpuExperts, ExpertBatch
+from prescope.kernels.reference import TorchKernel
+from prescope.scheduler.costs import LayerCosts, compiled_costs
+from prescope.scheduler.types import cpu_time
+
+
+class VirtualMark:
+    """A moment of the virtual clock."""
+
+    def __init__(self, time_us: float) -> None:
+        self.time_us = time_us
+
+
+class VirtualDevice(WithoutGraphs):
+    """A link that makes one copy after the other, and a clock that stands still but for what is stated.
+
+    Args:
+        costs: of a layer. Each read of a router's choice lets the rest of a layer pass, decision and prediction
+            included, as where the host launches each layer.
+    """
+
+    kind = "null"
+    captures_steps = small_copies_are_slow = False
+
+    def __init__(self, costs: LayerCosts) -> None:
+        self.torch_device = torch.device("cpu")
+        self.costs = costs
+        self.now_us = self._link_free_us = 0.0
+
+    def now(self) -> float:
+        """Microseconds."""
+        return self.now_us
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": "virtual", "link": "virtual", "label": "virtual clock"}
+
+    def free_bytes(self) -> int:
+        return 1 << 40
+
+    def allocate_slots(self, num_slots: int, row_bytes: int) -> torch.Tensor:
+        return torch.zeros((num_slots, row_bytes), dtype=torch.uint8)
+
+    def pin(self, row: torch.Tensor) -> bool:
+        return False
+
+    def unpin(self, row: torch.Tensor) -> None:
+        pass
+
+    def copy(
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        after: Sequence[VirtualMark],
+        timed: bool,
+        each: bool = True,
+    ) -> tuple[VirtualMark, list[VirtualMark]]:
+        at_us = max(self.now_us, self._link_free_us)
+        start, ready = VirtualMark(at_us), []
+        for slot, row in pairs:
+            slot.copy_(row)
+            at_us += self.costs.link_us
+            ready.append(VirtualMark(at_us))
+        self._link_free_us = at_us
+        return start, ready
+
+    def mark(self, timed: bool) -> VirtualMark:
+        return VirtualMark(self.now_us)
+
+    def wait(self, mark: VirtualMark) -> None:
+        self.now_us = max(self.now_us, mark.time_us)
+
+    def is_done(self, mark: VirtualMark) -> bool:
+        return mark.time_us <= self.now_us
+
+    def elapsed_us(self, start: VirtualMark, end: VirtualMark) -> float:
+        return end.time_us - start.time_us
+
+    def read(self, tensor: torch.Tensor) -> NDArray[Any]:
+        if not tensor.is_floating_point():
+            self.now_us += self.costs.rest_us + self.costs.decide_us + self.costs.predict_us
+        return tensor.numpy()
+
+    def synchronize(self) -> None:
+        self.now_us = max(self.now_us, self._link_free_us)
+
+    def recover(self) -> None:
+        self.synchronize()
+
+    def close(self) -> None:
+        pass
+
+
+class _Kernel(TorchKernel):
+    """Experts take `gpu_us` each."""
+
+    device: VirtualDevice
+
+    def run(self, work: Any, spec: Any, weights: Any, experts: Any, slots: Any) -> None:
+        super().run(work, spec, weights, experts, slots)
+        self.device.now_us += len(experts) * self.device.costs.gpu_us
+
+
+class _Job:
+    """Computed already; it ends later."""
+
+    def __init__(self, device: VirtualDevice, us: float) -> None:
+        self._device, self._begin_us, self._end_us = device, device.now_us, device.now_us + us
+
+    def done(self) -> bool:
+        return self._end_us <= self._device.now_us
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        self._device.now_us = max(self._device.now_us, self._end_us)
+
+    def cancel(self) -> None:
+        pass
+
+    def span_ns(self) -> tuple[int, int]:
+        return round(1e3 * self._begin_us), round(1e3 * self._end_us)
+
+
+class _CpuExperts(CpuExperts):
+    """The CPU lane; experts take what is stated, without regard to the link."""
+
+    device: VirtualDevice
+
+    def submit(self, moe_layer: int, expert_batch: ExpertBatch, *args: Any, **keywords: Any) -> Any:
+        super().submit(moe_layer, expert_batch, *args, **keywords).wait()
+        costs = compiled_costs(self.device.costs, cpu=True, predicts=False)
+        tokens = np.diff(expert_batch.first).tolist()
+        return _Job(self.device, costs.cpu_base_us + sum(cpu_time(costs.cpu_us, n) for n in tokens))
+
+
+@contextmanager
+def virtual_clock(costs: LayerCosts) -> Iterator[VirtualDevice]:
+    """The engine that is made inside runs on a virtual clock; give it decode="layered" and device="null"."""
+    device = VirtualDevice(costs)
+
+    def kernel(*args: Any) -> tuple[TorchKernel, str]:
+        _, reason = make_kernel(*args)
+        made = _Kernel()
+        made.device = device
+        return made, reason
+
+    def lane(*args: Any, **keywords: Any) -> _CpuExperts:
+        made = _CpuExperts(*args, **keywords, implementation="torch")
+        made.device = device
+        return made
+
+    places: dict[str, Callable[..., Any]] = {
+        "engine.engine.open_device": lambda *_: device,
+        "engine.layered.make_kernel": kernel,
+        "engine.schedule.CpuExperts": lane,
+        "engine.schedule._now_us": device.now,
+    }
+    with ExitStack() as stack:
+        for place, instead in places.items():
+            stack.enter_context(patch(f"prescope.{place}", instead))
+        yield device
