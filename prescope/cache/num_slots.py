@@ -2,21 +2,26 @@
 
 import re
 
+import numpy as np
+
 from ..core.units import format_bytes, parse_bytes
 from ..errors import SlotPoolTooSmall, UnsupportedOption
 
 _PER_CENT = re.compile(r"\s*([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%\s*")
 
 
-def _share_of(slots: int | float | str) -> int | float | str:
-    """A text such as "25%" as the share it is; everything else as it is."""
+def _plain(slots: int | float | str) -> int | float | str:
+    """A text such as "25%" as the share it is, numpy's numbers as Python's; everything else as it is."""
+    if isinstance(slots, np.generic):
+        found: int | float | str = slots.item()
+        return found
     match = _PER_CENT.fullmatch(slots) if isinstance(slots, str) else None
     return slots if match is None else float(match[1]) / 100
 
 
 def require_slots_setting(slots: int | float | str) -> None:
     """Raises UnsupportedOption unless it is a count, a share in (0, 1], or a text such as "25%" or "8GiB"."""
-    slots = _share_of(slots)
+    slots = _plain(slots)
     if isinstance(slots, bool) or not isinstance(slots, int | float | str):
         raise UnsupportedOption(f"slots is {slots!r}; give a count, a share such as 0.25 or '25%', or '8GiB'")
     if isinstance(slots, str):
@@ -44,7 +49,7 @@ def resolve_slots(
         UnsupportedOption: it is no such setting. SlotPoolTooSmall: fewer than top_k.
     """
     require_slots_setting(slots)
-    slots = _share_of(slots)
+    slots = _plain(slots)
     if isinstance(slots, str):
         count = parse_bytes(slots) // row_bytes
         meaning = f"{slots} / {format_bytes(row_bytes)} per expert"

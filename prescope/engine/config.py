@@ -13,6 +13,7 @@ import numpy as np
 
 from ..cache.num_slots import require_slots_setting
 from ..cache.policies import POLICIES
+from ..core.numbers import is_count, is_number
 from ..device import DEVICES
 from ..errors import UnsupportedOption
 from ..scheduler import SCHEDULES
@@ -102,7 +103,7 @@ class EngineConfig:
         for name in ("compiled", "events", "record_routing", "record_inputs"):
             if not isinstance(value := getattr(self, name), bool):
                 raise UnsupportedOption(f"{name} is {value!r}; it is True or False")
-        if not _is_number(self.link_factor, int) or self.link_factor < 1:
+        if not is_count(self.link_factor) or self.link_factor < 1:
             raise UnsupportedOption(f"link_factor is {self.link_factor!r}; it counts copies: 1, 2, 4, ...")
         if self.link_factor > 1 and self.decode == "gpu-driven":
             raise UnsupportedOption(
@@ -115,13 +116,13 @@ class EngineConfig:
             ("cpu_threads", 0, "0 switches the CPU lane off, more is a number of threads"),
         ):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value, int) and value >= least):
+            if value is not None and not (is_count(value) and value >= least):
                 raise UnsupportedOption(f"{name} is {value!r}; {meaning}")
-        if self.threshold is not None and not (_is_number(self.threshold) and 0 <= self.threshold <= 1):
+        if self.threshold is not None and not (is_number(self.threshold) and 0 <= self.threshold <= 1):
             raise UnsupportedOption(f"threshold is {self.threshold!r}; a probability lies in [0, 1]")
         require_slots_setting(self.slots)
         link = self.link_gb_per_s
-        if link is not None and not (_is_number(link) and 0 < link < math.inf):
+        if link is not None and not (is_number(link) and 0 < link < math.inf):
             raise UnsupportedOption(f"link_gb_per_s is {link!r}; a bandwidth is a positive number of GB/s")
         if self.link_gb_per_s is not None and self.device.startswith("cuda"):
             raise UnsupportedOption(
@@ -134,10 +135,6 @@ class EngineConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def _is_number(value: Any, kinds: Any = int | float) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:

@@ -125,6 +125,10 @@ def attach(
     """
     if config is not None and settings:
         raise UnsupportedOption(f"give either config or keywords, not both (keywords: {', '.join(settings)})")
+    if not isinstance(config, EngineConfig | None):
+        raise UnsupportedOption(
+            f"config is a {type(config).__name__}; it is an EngineConfig, or give settings: attach(model, slots=4)"
+        )
     inner, config = model_in(model), config or _config_of(settings)
     if config.experts not in ("auto", "plain"):
         raise UnsupportedOption(

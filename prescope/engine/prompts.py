@@ -6,7 +6,7 @@ left, whatever the tokenizer would do: the next token follows the last one of th
 Shapes: B prompts, T tokens of the longest, D model width.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set, Sized
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -272,7 +272,7 @@ class Encoder:
             raise UnsupportedOption(
                 "attention_mask or inputs_embeds is given twice, in the prompts and beside them"
             )
-        length = len(ids) if isinstance(ids, Sized) and len(ids) and all(map(_is_id, ids)) else None
+        length = _flat_length(ids)
         inputs = {name: field_of(value, length, self._device) for name, value in fields.items()}
         return (
             ids,
@@ -297,6 +297,13 @@ def _is_id(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.dim() == 0 and not (value.is_floating_point() or value.dtype == torch.bool)
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _flat_length(ids: Any) -> int | None:
+    """T of ids that are given flat, else None."""
+    if isinstance(ids, torch.Tensor | np.ndarray):
+        return len(ids) if ids.ndim == 1 else None
+    return len(ids) if isinstance(ids, list | tuple) and ids and all(map(_is_id, ids)) else None
 
 
 def _is_written(prompts: Any) -> bool:

@@ -31,6 +31,8 @@ def row_of(item: Any, position: int) -> list[int]:
     Raises:
         UnsupportedOption: it is for several, or something else than ids goes with it.
     """
+    ids: Any
+    mask: Any
     if isinstance(item, Encoding):
         ids, mask = item.ids, item.attention_mask
     else:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..core.html import facts_html
 from ..core.machine import Place, this_place
+from ..core.numbers import is_count
 from ..core.types import ExpertSize, MoEShape
 from ..errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
 from ..scheduler.costs import LayerCosts, Spread
@@ -203,9 +204,14 @@ class HardwareProfile(Measurements):
         Raises:
             UnsupportedOption: the factor is below 2, or the link is emulated already.
         """
-        if link_factor < 2 or self.link_factor != 1 or self.link_gb_per_s is not None:
+        if (
+            not is_count(link_factor)
+            or link_factor < 2
+            or self.link_factor != 1
+            or self.link_gb_per_s is not None
+        ):
             raise UnsupportedOption(
-                f"link_factor={link_factor} on {self.label}: give 2 or more, and a profile whose link is real"
+                f"link_factor={link_factor!r} on {self.label}: give 2 or more, and a profile whose link is real"
             )
         return replace(
             self,

@@ -3,12 +3,14 @@
 Pure: numbers in, numbers out; measured by others and handed in with their origin.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from ..core.numbers import is_number
 from ..errors import BadTrace, UnsupportedOption
 from ..traces.result import RunResult
 from .types import Costs
@@ -75,8 +77,13 @@ class LayerCosts:
         times = (
             self.link_us, self.link_busy_us or 0.0, self.batch_us, self.gpu_us, self.rest_us, self.predict_us
         )  # fmt: skip
-        if min(*times, *self.cpu_us, *self.cpu_alone_us, self.cpu_base_us, self.decide_us, self.copy_us) < 0:
-            raise UnsupportedOption("costs are times in microseconds; none is negative")
+        whole = (
+            *times, *self.cpu_us, *self.cpu_alone_us, self.cpu_base_us, self.decide_us, self.copy_us
+        )  # fmt: skip
+        if wrong := [us for us in whole if not (is_number(us) and 0 <= us < math.inf)]:
+            raise UnsupportedOption(
+                f"costs are times in microseconds, {wrong[0]!r} is none; none is negative"
+            )
         if self.cpu_alone_us and len(self.cpu_alone_us) != len(self.cpu_us):
             raise UnsupportedOption(
                 f"cpu_alone_us has {len(self.cpu_alone_us)} times, cpu_us {len(self.cpu_us)}; "

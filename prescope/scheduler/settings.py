@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
+from ..core.numbers import is_count, is_number
 from ..errors import UnsupportedOption
 from .schedules import Schedule, schedule_named
 from .types import ScheduleSettings
@@ -52,25 +55,28 @@ def resolve(
         depth = lookahead = 0
     if lookahead is None:
         lookahead = min(schedule.lookahead, depth)
-    if not 0 <= lookahead <= depth:
+    if not (is_count(lookahead) and 0 <= lookahead <= depth):
         by = f"{predictor} answers" if predictor else "there is no predictor, so choose one or None:"
-        raise UnsupportedOption(f"lookahead is {lookahead}; {by} for 0 to {depth} layers ahead here")
+        raise UnsupportedOption(f"lookahead is {lookahead!r}; {by} for 0 to {depth} layers ahead here")
     if width is None:
         width = num_experts if schedule.width is None else schedule.width
-    if not 0 <= width <= num_experts:
+    if not (is_count(width) and 0 <= width <= num_experts):
         raise UnsupportedOption(
-            f"width is {width}; a layer has {num_experts} experts: choose 0 to {num_experts}"
+            f"width is {width!r}; a layer has {num_experts} experts: choose 0 to {num_experts}"
         )
     threshold = schedule.threshold if threshold is None else threshold
-    if not 0.0 <= threshold <= 1.0:
-        raise UnsupportedOption(f"threshold is {threshold}; a probability lies in [0, 1]")
+    if not (is_number(threshold) and 0.0 <= threshold <= 1.0):
+        raise UnsupportedOption(f"threshold is {threshold!r}; a probability lies in [0, 1]")
+    if not isinstance(cpu, bool | np.bool_ | None):
+        raise UnsupportedOption(f"cpu is {cpu!r}; it is True, False, or None for the schedule's own")
     if cpu and not (schedule.uses_cpu and has_cpu):
         why = "the costs have no CPU times (cpu_us)" if schedule.uses_cpu else f"{name} never uses the CPU"
         raise UnsupportedOption(f"cpu=True, but {why}")
     lag = schedule.lag if lookahead else 0
     return Resolved(
         schedule,
-        ScheduleSettings(schedule.number, lookahead, width, threshold, lag, top_k),
-        min(lookahead + lag, depth),
-        schedule.uses_cpu and has_cpu if cpu is None else cpu,
+        # Compiled decisions are compiled anew for a number of another type.
+        ScheduleSettings(schedule.number, int(lookahead), int(width), float(threshold), lag, top_k),
+        min(int(lookahead) + lag, depth),
+        schedule.uses_cpu and has_cpu if cpu is None else bool(cpu),
     )

@@ -19,6 +19,7 @@ from ..cache.prefetch import LEAST_BYTES_ON_WIRE, Waiting, most_on_wire, prefetc
 from ..cache.residency import ResidencyTable
 from ..cache.slots import bounds_of
 from ..core.jit import said_if_compiled_first
+from ..core.numbers import is_count, is_number
 from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 from ..predictor.base import Predictor
@@ -79,7 +80,12 @@ class Simulator:
         step_us: float = 0.0,
         label: str = "",
     ) -> None:
-        if row_bytes < 1 or step_us < 0:
+        if not isinstance(trace, RoutingTrace) or not isinstance(costs, LayerCosts):
+            raise UnsupportedOption(
+                f"a simulator replays a RoutingTrace by LayerCosts, not a {type(trace).__name__} by a "
+                f"{type(costs).__name__}; RoutingTrace.load and HardwareProfile.costs make them"
+            )
+        if not (is_count(row_bytes) and row_bytes >= 1 and is_number(step_us) and step_us >= 0):
             raise UnsupportedOption("row_bytes is at least 1; step_us is a time in microseconds")
         self.trace, self.costs, self.predictor, self.row_bytes = trace, costs, predictor, row_bytes
         self.step_us = step_us
@@ -208,9 +214,9 @@ class Simulator:
         num_slots, _ = self._num_slots(slots)
         most = most_on_wire(self.row_bytes, num_slots, least_bytes)
         if most_in_flight is not None:
-            if most_in_flight < 0:
-                raise UnsupportedOption(f"most_in_flight is {most_in_flight}; a count is at least 0")
-            most = min(most_in_flight, prefetch_slots(num_slots))
+            if not is_count(most_in_flight) or most_in_flight < 0:
+                raise UnsupportedOption(f"most_in_flight is {most_in_flight!r}; a count is at least 0")
+            most = min(int(most_in_flight), prefetch_slots(num_slots))
         return Settings(
             resolved,
             num_slots,

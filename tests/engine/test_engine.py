@@ -405,6 +405,9 @@ def test_numbers_of_numpy_shares_in_per_cent_and_nested_lists_are_settings(model
 def test_settings_come_as_one_object_or_as_keywords(model):
     with pytest.raises(UnsupportedOption, match="not both"):
         prescope.attach(model, EngineConfig(slots=4), cache="lfu")
+    for config in ({"slots": 4}, 4):
+        with pytest.raises(UnsupportedOption, match="EngineConfig"):
+            prescope.attach(model, config)
 
 
 def test_a_model_cannot_be_attached_twice(model):

@@ -38,6 +38,14 @@ def test_a_run_without_copies_tells_no_cost():
         LayerCosts(link_us=-1.0, gpu_us=1.0, rest_us=1.0, source="")
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), "100", True])
+@pytest.mark.parametrize("name", ["link_us", "rest_us", "link_busy_us", "decide_us", "cpu_us"])
+def test_what_is_no_time_is_no_cost(name, wrong):
+    """NaN is less than nothing and more than nothing, so every comparison of a decision with it would be false."""
+    with pytest.raises(UnsupportedOption, match="times in microseconds"):
+        replace(COSTS, **{name: (0.0, wrong) if name == "cpu_us" else wrong})
+
+
 def test_the_cpu_lane_of_costs_is_off_unless_given():
     """Costs written before there was a CPU lane mean the same as before."""
     assert (COSTS.cpu_us, COSTS.cpu_base_us, COSTS.decide_us, COSTS.copy_us) == ((), 0.0, 0.0, 0.0)

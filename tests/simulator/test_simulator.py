@@ -514,6 +514,12 @@ def test_every_number_says_that_it_is_simulated(simulators, tmp_path):
         ({"schedule": "fate", "cpu": True}, "fate never uses the CPU"),
         ({"most_in_flight": -1}, "at least 0"),
         ({"slots": 1.5}, "share"),
+        ({"lookahead": "1"}, "lookahead is '1'"),
+        ({"width": 1.5}, "width is 1.5"),
+        ({"threshold": "0.5"}, "lies in"),
+        ({"cpu": "no"}, "True, False"),
+        ({"most_in_flight": 1.5}, "at least 0"),
+        ({"frequencies": np.full((1, 1), 1.0)}, "frequencies have shape"),
     ],
 )
 def test_a_setting_that_cannot_be_says_what_can(simulators, settings, message):
@@ -532,6 +538,11 @@ def test_settings_without_what_they_need_are_refused():
         without.run("presched", slots=3)
     with pytest.raises(UnsupportedOption, match="row_bytes"):
         Simulator(trace, COSTS, row_bytes=0)
+    for wrong in ("1000", 1.5, True):
+        with pytest.raises(UnsupportedOption, match="row_bytes"):
+            Simulator(trace, COSTS, row_bytes=wrong)
+    with pytest.raises(UnsupportedOption, match="a str by a LayerCosts"):
+        Simulator("trace.safetensors", COSTS, row_bytes=ROW_BYTES)
     assert any("without predictions" in note for note in without.run("fate").notes)
     assert any("hindsight" in note for note in without.run("streaming").notes)
 
