@@ -95,7 +95,7 @@ def real_run(page, lab: str) -> None:
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Run it for real").click()
     page.wait_for_function("document.querySelector('.ps-text')?.innerText.length > 500", timeout=90_000)
-    shoot(page, "real_run", 890)
+    shoot(page, "real_run", 1000)
 
 
 def taken(take, is_dark: bool = False) -> None:
