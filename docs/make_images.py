@@ -78,7 +78,9 @@ def will_it_run(page, lab: str) -> None:
     budget = fields.filter(has_text="budget").first.locator("input")
     budget.fill("24")
     budget.press("Tab")
-    page.wait_for_timeout(5_000)
+    page.wait_for_timeout(1_000)
+    page.wait_for_function("!document.body.innerText.includes('simulating …')", timeout=120_000)
+    page.wait_for_timeout(3_000)
     shoot(page, "will_it_run", 1252)
 
 
@@ -93,7 +95,7 @@ def real_run(page, lab: str) -> None:
     page.keyboard.press("Enter")
     page.get_by_role("button", name="Run it for real").click()
     page.wait_for_function("document.querySelector('.ps-text')?.innerText.length > 500", timeout=90_000)
-    shoot(page, "real_run", 890)
+    shoot(page, "real_run", 1000)
 
 
 def taken(take, is_dark: bool = False) -> None:

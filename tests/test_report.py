@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from prescope import views
 from prescope.report import NotebookFailed, badge, execute_notebook, parse_parameter, write_report
 from prescope.report.__main__ import main
-from prescope.report.notebook import _failure
+from prescope.report.notebook import _failure, _notebook_page
 from tests.support.browser import count_plots, offline_page
 from tests.support.small_run import LABEL, small_run
 
@@ -141,6 +141,17 @@ def test_an_executed_notebook_opens_offline_with_its_figure(tmp_path):
         assert page.title() == "n"
         assert (requests, errors) == ([], [])
     assert provenance(out.read_text())["parameters"] == {"depth": 7}
+
+
+def test_a_bar_that_is_over_leaves_no_words_on_the_page():
+    bar = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "compiling the simulator"}
+    outputs = [
+        nbformat.v4.new_output("display_data", data=data) for data in (bar, {"text/plain": "an answer"})
+    ]
+    cell = nbformat.v4.new_code_cell("1", outputs=outputs)
+    page = _notebook_page(nbformat.v4.new_notebook(cells=[cell]), "one", {})
+    assert "an answer" in page
+    assert "compiling the simulator" not in page
 
 
 def test_the_kernel_is_this_interpreter_headless_and_in_the_notebooks_folder(tmp_path):

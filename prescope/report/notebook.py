@@ -34,6 +34,7 @@ from .page import PRINT_JS, SHARED_CSS, json_script, provenance
 #: Of the line that says what the numbers mean, as panels write it.
 VERDICT_CLASS = "class='ps-verdict'"
 _PLOTLY_MIME = "application/vnd.plotly.v1+json"
+_WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
 
 class NotebookFailed(PrescopeError):
@@ -240,6 +241,7 @@ def _failure(notebook: nbformat.NotebookNode, error: CellExecutionError) -> str:
 
 
 def _notebook_page(notebook: nbformat.NotebookNode, name: str, facts: dict[str, Any]) -> str:
+    _drop_widgets(notebook)
     # A figure's HTML or text stand-in comes after the figure itself.
     kinds = [_PLOTLY_MIME, "text/html", "image/svg+xml", "image/png", "text/markdown", "text/plain"]
     exporter = HTMLExporter(
@@ -263,6 +265,13 @@ def _notebook_page(notebook: nbformat.NotebookNode, name: str, facts: dict[str, 
     }
     page, _ = exporter.from_notebook_node(notebook, resources=resources)
     return page
+
+
+def _drop_widgets(notebook: nbformat.NotebookNode) -> None:
+    """Nothing drives a widget on a page: of a bar that is over ("compiling the simulator") its words would stay."""
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if _WIDGET_MIME not in output.get("data", {})]
 
 
 def _in_short(notebook: nbformat.NotebookNode) -> str:

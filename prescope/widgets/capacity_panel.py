@@ -23,6 +23,7 @@ from .style import boxed, panel
 from .tables import frame_html
 
 TYPED = "typed in"
+SIMULATING = "<p class='ps-soft'>simulating …</p>"
 #: Field of `MachineSpec` -> name, help, step.
 NUMBERS = {
     "link_gb_per_s": ("link, GB/s", "Copies from pinned host memory to the GPU: PCIe 4 x16 gives 25, PCIe 5 55.", 1.0),
@@ -118,11 +119,18 @@ class CapacityPanel:
             self.figure.show_figure(capacity(advice))
             self._shown.children = (self.words, self.figure, self.table)
             self.table.value = frame_html(advice.table())
+            self._mark(is_former=False)
         return advice
+
+    def _mark(self, *, is_former: bool) -> None:
+        """Figure and table are of other settings than those shown, until the simulation is done."""
+        for part in (self.figure, self.table):
+            (part.add_class if is_former else part.remove_class)("ps-stale")
 
     def soon(self) -> None:
         """Redraw in the background: thousands of layers are simulated, which takes a second or some."""
-        self.words.value = "<p class='ps-soft'>simulating …</p>" + self.words.value
+        self.words.value = SIMULATING + self.words.value.removeprefix(SIMULATING)
+        self._mark(is_former=True)
         threading.Thread(target=self.redraw, name="prescope-advice", daemon=True).start()
 
     def close(self) -> None:

@@ -42,7 +42,8 @@ CSS = f"""
   gap: 6px 20px; align-content: start; align-items: start; overflow: visible; }}
 .ps-copy.widget-button {{ width: auto; }}
 @container prescope (min-width: {WIDE_PX}px) {{
-  .ps-side {{ grid-template-columns: 300px minmax(0, 1fr); }} .ps-side .ps-controls {{ grid-template-columns: 1fr; }} }}
+  .ps-side {{ grid-template-columns: 300px minmax(0, 1fr); }} .ps-side .ps-controls {{ grid-template-columns: 1fr; }}
+  .ps-side .ps-figures .ps-controls {{ grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) auto; }} }}
 .ps-field {{ display: grid !important; grid-template-columns: 92px minmax(0, 1fr); align-items: center;
   gap: 0 10px; overflow: visible; min-height: 30px; }}
 .ps-field > .ps-label {{ text-align: right; margin: 0; }}

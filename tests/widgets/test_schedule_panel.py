@@ -83,7 +83,7 @@ def test_every_control_reaches_the_simulator_and_the_figures_in_place(panel):
     config = panel.result.config
     assert (config["num_slots"], config["cache"], config["width"]) == (48, "lfu", 2)
     assert panel.figures == figures, "the same widgets"
-    assert "<b>38 %</b> = 48 of 128 experts" in settings.fields["slots"].note
+    assert settings.fields["slots"].note == "<b>38 %</b> of 128, 5.62 MiB"
     settings.schedule.value = "fiddler"
     assert panel.result.config["cache"] == SCHEDULES["fiddler"].cache, (
         "a schedule comes with its own settings"
