@@ -120,8 +120,8 @@ class Simulator:
             cache: name in `cache.policies.POLICIES`.
             lookahead, width, threshold: see `scheduler.Schedule`.
             cpu: whether the CPU lane is used; by schedules that can, if the costs have one, unless given.
-            frequencies: (L, E) that "static" goes by, and what a schedule has in slots from the start; those of this
-                very trace unless given, which is said in `notes`.
+            frequencies: (L, E) that "static" goes by, and what a schedule has in slots from the start. A schedule that
+                cannot do without is told those of this very trace unless given, which is said in `notes`.
             least_bytes: on the link, for its full rate; 0 on an emulated link (`prefetch.most_on_wire`).
             most_in_flight: prefetches on the link at most; as the engine has it unless given.
             believed: costs that decisions go by, to see what a wrong calibration does; the clock's unless given.
@@ -154,7 +154,7 @@ class Simulator:
             needs=self.needs,
             streams=settings.schedule.schedule.streams,
             find_bounds=lambda: self.bounds(
-                settings.num_slots, cpu=settings.schedule.cpu, placed=settings.schedule.schedule.places
+                settings.num_slots, cpu=settings.schedule.cpu, placed=len(table.placed) > 0
             ),
         )
 
@@ -214,7 +214,7 @@ class Simulator:
             num_slots,
             cache,
             most,
-            frequencies is None and (cache == "static" or resolved.schedule.places),
+            frequencies is None and resolved.schedule.lives_on_frequencies(cache),
         )
 
     def _config(self, settings: Settings) -> dict[str, Any]:
