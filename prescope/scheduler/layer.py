@@ -37,12 +37,14 @@ def plan_layer(
     memory: Memory,
     tokens_dE: FloatArray,
     used_dE: FloatArray,
+    is_revised: bool,
 ) -> Plan:
     """Plan one layer; predictions are weighed by how good earlier ones were.
 
     Args:
         memory: changed.
         tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers after that one; changed.
+        is_revised: see `decide_layer`.
     """
     d, num_layers, E = memory.predicted_dLE.shape
     if settings.schedule == PRESCHED:  # the others do not ask for habits
@@ -56,7 +58,7 @@ def plan_layer(
     lag = min(settings.lag, d)
     return make_plan(
         settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE[lag:], used_dE[lag:],
-        _habits(memory),
+        _habits(memory), -1, is_revised,
     )  # fmt: skip
 
 
@@ -155,6 +157,7 @@ def decide_layer(
     memory: Memory,
     tokens_dE: FloatArray,
     used_dE: FloatArray,
+    is_revised: bool = False,
 ) -> Decision:
     """Decide about one layer, now that its router has chosen; the cache policy learns what it needs.
 
@@ -163,6 +166,7 @@ def decide_layer(
         experts: (n,) distinct, ascending; `tokens` (n,) of each, `weights` (n,) what the cache policy weighs them by.
         backlog_us: until the link is done with what is on it. `memory`: changed.
         tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers after that one; changed.
+        is_revised: `reconsider` will say what is prefetched, or nothing is: the plan may name none.
     """
     E = memory.former_LE.shape[1]
     of_experts = slots.slot_of[moe_layer * E + experts]
@@ -170,7 +174,9 @@ def decide_layer(
     by_landing(need, moe_layer * E, slots)
     learn(policy, slots.scores, tick, moe_layer, E, experts, weights, slots.slot_of)
     renew_bound(slots, moe_layer)
-    plan = plan_layer(settings, costs, moe_layer, need, backlog_us, slots, memory, tokens_dE, used_dE)
+    plan = plan_layer(
+        settings, costs, moe_layer, need, backlog_us, slots, memory, tokens_dE, used_dE, is_revised
+    )
     need = _as_served(need, plan)
     here = need.experts[: need.num_hits + need.num_late]
     return Decision(need, use_prefetched(slots.prefetched, slots.slot_of[moe_layer * E + here]), plan)

@@ -78,6 +78,7 @@ def make_plan(
     used_dE: FloatArray,
     habits: Habits,
     num_load: int = -1,
+    is_revised: bool = False,
 ) -> Plan:
     """Decide about one layer, when its router has chosen.
 
@@ -87,6 +88,7 @@ def make_plan(
             and probability that any does; rows beyond the last layer hold zeros.
         habits: for PreSched.
         num_load: how many misses are copied, if that is decided and only prefetches are asked for (PreSched).
+        is_revised: prefetches will be asked for later, and only the misses are now (PreSched).
     """
     nothing = np.empty(0, np.int64)
     here = need.num_hits + need.num_late
@@ -132,8 +134,8 @@ def make_plan(
         is_batch = need.tokens.sum() > ARTEFACT_BATCH * settings.top_k
         return Plan(need.num_late, k, candidates if is_batch else nothing, keep if is_batch else nothing)
     return _presched(
-        settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE, used_dE, habits, num_load, ahead,
-        candidates, keep,
+        settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE, used_dE, habits, num_load,
+        is_revised, ahead, candidates, keep,
     )  # fmt: skip
 
 
@@ -150,6 +152,7 @@ def _presched(
     used_dE: FloatArray,
     habits: Habits,
     num_load: int,
+    is_revised: bool,
     ahead: int,
     candidates: IntArray,
     keep: IntArray,
@@ -177,6 +180,8 @@ def _presched(
         -1 if num_load < 0 else need.num_late + num_load,
     )  # fmt: skip
     wait, k = min(linked, need.num_late), max(0, linked - need.num_late)
+    if is_revised:
+        return Plan(wait, k, candidates[:0], keep)
     cold, cpu_us = need.experts[need.num_hits + linked :], cpu_of(costs, unsure[linked:])
     layer_us = done_us + costs.rest_us + costs.decide_us
     price = price_us(costs, cpu_us, layer_us)

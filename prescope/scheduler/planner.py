@@ -96,11 +96,13 @@ class Planner:
         under_way = now_us + int(table.in_flight.sum()) * self.costs.link_busy_us
         self._link_free_us = min(self._link_free_us, under_way)
         backlog_us = max(0.0, self._link_free_us - now_us)
+        is_revised = predicted is not None and self._is_revised(moe_layer)
         policy = table.policy
         policy.tick += 1
         decision = decide_layer(
             self.settings, self.costs, policy.kind, policy.tick, moe_layer, experts, tokens, weights, backlog_us,
             table.arrays, memory, np.array(tokens_dE, dtype=np.float64), np.array(used_dE, dtype=np.float64),
+            is_revised,
         )  # fmt: skip
         self._decided = decision.need, backlog_us
         return decision
@@ -109,7 +111,7 @@ class Planner:
         """The plan of the layer decided last, with the prefetches that its own predictions ask for, if it was decided
         without them.
         """
-        if not self.settings.lag or self._former is None or moe_layer + 1 == self._shape.num_layers:
+        if self._former is None or not self._is_revised(moe_layer):
             return plan
         need, backlog_us = self._decided
         tokens_dE, used_dE = (np.array(part, dtype=np.float64) for part in self._former)
@@ -118,6 +120,9 @@ class Planner:
             tokens_dE, used_dE,
         )  # fmt: skip
         return plan._replace(prefetch=again.prefetch, keep=again.keep)
+
+    def _is_revised(self, moe_layer: int) -> bool:
+        return self.settings.lag > 0 and moe_layer + 1 < self._shape.num_layers
 
     def calibrated_cpu(self) -> tuple[float, FloatArray]:
         """What the CPU was calibrated to take: for a submission, and for one expert by its tokens."""

@@ -71,7 +71,7 @@ def split(
         next_tokens, next_used: (m,) of the candidates of layer l + 1, the most wanted first.
         num_linked: k, if that is decided.
     """
-    n, m, num_late = len(tokens), len(next_tokens), len(late_us)
+    n, m = len(tokens), len(next_tokens)
     cpu_us, cpu_alone_us = costs.cpu_us, costs.cpu_alone_us
     has_cpu = len(cpu_us) > 1
     # Sums from the end: CPU time of u_k+1..u_n, and of V_p+1..V_m by probability; beside the link, and the share of it
@@ -102,15 +102,23 @@ def split(
     most = n if num_linked < 0 else num_linked
     least = most if num_linked >= 0 or not has_cpu else 0
     slower = 1.0 - costs.link_us / max(costs.link_busy_us, 1e-9)
+    # The k that has this layer done soonest is looked at before all, for a bound: most others need no closer look. What
+    # is beyond the bound is not chosen, so the choice is the same.
+    first, first_us = most, np.inf
     for k in range(most, least - 1, -1):
-        link = backlog_us + max(0, k - num_late) * (costs.link_busy_us if k < n else costs.link_us)
-        gpu = (num_hits + k) * costs.gpu_us
-        if k > 0:
-            gpu += link if k > num_late else late_us[k - 1]
+        link, gpu = _lanes(costs, k, n, num_hits, late_us, backlog_us)
+        done = max(gpu, cpu_done(cpu_rest[k], share_rest[k], link))
+        if done < first_us:
+            first, first_us = k, done
+    bound_us = np.inf
+    for turn in range(most + 1, least - 1, -1):
+        k = turn if turn <= most else first
+        link, gpu = _lanes(costs, k, n, num_hits, late_us, backlog_us)
         for p in range(m + 1):
             cpu = cpu_done(cpu_rest[k], share_rest[k], link + p * costs.link_busy_us)
             done = max(gpu, cpu)
-            if done >= best_us:  # what follows costs something too, and a further prefetch more
+            # What follows costs something too, and a further prefetch more.
+            if done >= min(best_us, bound_us):
                 break
             free = done + costs.rest_us + costs.decide_us - link
             free -= slower * max(0.0, min(free, cpu - link))
@@ -119,15 +127,30 @@ def split(
                 next_us[p] = _next_layer(costs, has_cpu, p, 0.0, link_next, cpu_next, share_next)
             # Fewer prefetches, and fewer experts on the CPU, unless more are better by something.
             total = done + FORECAST * next_us[p]
-            if owed > 0.0 and total < best_us - 1e-9:  # it can only be more
+            if owed > 0.0 and total < min(best_us, bound_us) - 1e-9:  # it can only be more
                 total = done + FORECAST * _next_layer(
                     costs, has_cpu, p, owed, link_next, cpu_next, share_next
                 )
-            if total < best_us - 1e-9:
+            if turn > most:
+                bound_us = min(bound_us, total + 1e-6)
+            elif total < best_us - 1e-9:
                 best_k, best_p, best_us, best_done, best_free = k, p, total, done, free
             if owed > 0.0:
                 break
     return best_k, best_p, best_us, best_done, best_free
+
+
+@jit
+def _lanes(
+    costs: Costs, k: int, n: int, num_hits: int, late_us: FloatArray, backlog_us: float
+) -> tuple[float, float]:
+    """F(k) and G(k): when the link is done with what it owes, and the GPU with the layer's share."""
+    on_demand = max(0, k - len(late_us))
+    link = backlog_us + on_demand * (costs.link_busy_us if k < n else costs.link_us)
+    gpu = (num_hits + k) * costs.gpu_us
+    if k > 0:
+        gpu += link if on_demand > 0 else late_us[k - 1]
+    return link, gpu
 
 
 @jit

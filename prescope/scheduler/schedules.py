@@ -37,7 +37,7 @@ class Schedule:
         lag: it decides a layer by predictions that were made this many layers before. With 1 no layer waits for its
             predictor; the layer's own predictions then only choose the prefetches.
         places: the most frequent experts are in slots before a run and put back behind each prompt, if frequencies are
-            given.
+            given. One that `lives_on_frequencies` is told the trace's own by the simulator where none are.
         same: what is as published. `unknown`: what is not known, or ours. `source`: where it is published.
     """
 
@@ -60,6 +60,10 @@ class Schedule:
     def needs_predictor(self) -> bool:
         """Without predictions it would be loading on demand."""
         return self.number in (FATE, MOE_INFINITY)
+
+    def lives_on_frequencies(self, cache: str | None) -> bool:
+        """Under this cache (None: its own) it goes by which experts are hot for the whole of a run."""
+        return "static" in (self.cache, cache)
 
     @property
     def streams(self) -> bool:
@@ -214,8 +218,10 @@ _ALL = (
         lookahead=2,
         threshold=0.2,
         lag=1,
+        places=True,
         same="this and the next layer are planned together: resident, prefetched, loaded on demand or computed on the "
-        "CPU, so that both are done soonest, in O(n) after a sort; costs are profiled",
+        "CPU, so that both are done soonest, in O(n) after a sort; costs are profiled; hot experts are in slots from "
+        "the start, where frequencies are known",
         unknown="no code is public. Ours: the formulas of the window, probabilities in them; a layer is answered by "
         "predictions of the one before, so that it waits for no predictor, and prefetches by its own, some us later; "
         "late copies waited for only if the CPU would take longer; further layers when the link is idle, a margin "

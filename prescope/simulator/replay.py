@@ -138,7 +138,8 @@ def replay(
     now, foreseen, decided, wanted_us = clock
     for s in range(S):
         for layer in range(L):
-            wire = _with_room(wire, E * (d + 2))
+            if wire.num_copies[0] + E * (d + 2) > len(wire.copies):
+                wire = _with_room(wire, E * (d + 2))
             routed = now + costs.rest_us
             foreseen = max(routed, foreseen) + costs.predict_us
             looked = max(routed if settings.lag else foreseen, decided)
@@ -156,16 +157,12 @@ def replay(
             weights = tokens.astype(np.float64)
             if len(demand.weights):
                 weights = demand.weights[begin:end].astype(np.float64)
-            for a in range(d):
-                of = layer - settings.lag + a + 1
-                there = layer >= settings.lag and of < L
-                for e in range(E):
-                    used_dE[a, e] = used_dSLE[a, s, of, e] if there else 0.0
-                    tokens_dE[a, e] = expected_dSLE[a, s, of, e] if there else 0.0
+            _read(expected_dSLE, used_dSLE, s, layer - settings.lag, tokens_dE, used_dE)
+            is_revised = settings.lag > 0 and d > 0 and layer + 1 < L
             backlog = max(0.0, wire.free_us[0] - looked)
             decision = decide_layer(
                 settings, believed, policy, state.tick[0], layer, experts, tokens, weights, backlog, slots,
-                state.memory, tokens_dE, used_dE,
+                state.memory, tokens_dE, used_dE, is_revised,
             )  # fmt: skip
             need, chosen = decision.need, decision.plan
             counts[s, layer, PREFETCHED] = decision.num_prefetched
@@ -185,12 +182,8 @@ def replay(
             computed, rounds, served = _serve(layer, s, goes_on, k, need, E, costs, state, wire, chosen.keep)
             # -- what is prefetched: by what the layer itself predicts, when its own copies have their slots
             ahead, wanted_us = chosen, decided
-            if settings.lag and d > 0 and layer + 1 < L:
-                for a in range(d):
-                    of = layer + a + 1
-                    for e in range(E):
-                        used_dE[a, e] = used_dSLE[a, s, of, e] if of < L else 0.0
-                        tokens_dE[a, e] = expected_dSLE[a, s, of, e] if of < L else 0.0
+            if is_revised:
+                _read(expected_dSLE, used_dSLE, s, layer, tokens_dE, used_dE)
                 ahead = reconsider(
                     settings,
                     believed,
@@ -235,6 +228,25 @@ def replay(
     clock[NOW], clock[FORESEEN], clock[LAST_DECIDED], clock[WANTED] = now, foreseen, decided, wanted_us
     count = wire.num_copies[0]
     return Log(times, counts, step_end, wire.copies[:count].copy(), wire.copy_us[:count].copy())
+
+
+@jit
+def _read(
+    expected_dSLE: NDArray[np.float32],
+    used_dSLE: NDArray[np.float32],
+    s: int,
+    made_at: int,
+    tokens_dE: FloatArray,
+    used_dE: FloatArray,
+) -> None:
+    """Fill in what was predicted in a step at a layer for those after it; nothing for layers that there are not."""
+    for a in range(len(used_dE)):
+        of = made_at + a + 1
+        tokens_E, used_E = tokens_dE[a], used_dE[a]
+        if made_at >= 0 and of < expected_dSLE.shape[2]:
+            tokens_E[:], used_E[:] = expected_dSLE[a, s, of], used_dSLE[a, s, of]
+        else:
+            tokens_E[:], used_E[:] = 0.0, 0.0
 
 
 @jit
@@ -390,10 +402,8 @@ def _load(
 
 @jit
 def _with_room(wire: Wire, more: int) -> Wire:
-    """Room for so many copies more."""
+    """Room for so many copies more, where there is none."""
     count, size = wire.num_copies[0], len(wire.copies)
-    if count + more <= size:
-        return wire
     copies, copy_us = np.empty((2 * size + more, 4), np.int32), np.empty((2 * size + more, 2))
     copies[:count], copy_us[:count] = wire.copies[:count], wire.copy_us[:count]
     return Wire(

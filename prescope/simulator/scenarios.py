@@ -332,10 +332,11 @@ class Scenarios:
 
     def bounds(self, scenario: Scenario) -> pd.DataFrame:
         """What no schedule can beat with these slots on this machine."""
+        schedule = schedule_named(scenario.schedule)
         found = self.simulator(scenario).bounds(
             scenario.slots,
             cpu=scenario.cpu and self.has_cpu(scenario),
-            placed=schedule_named(scenario.schedule).places,
+            placed=schedule.places and schedule.lives_on_frequencies(scenario.cache),
         )
         needed = max(1, len(self.simulator(scenario).needs.experts))
         rows = [

@@ -24,6 +24,7 @@ from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 from ..predictor.base import Predictor
 from ..scheduler.costs import LayerCosts, compiled_costs
+from ..scheduler.schedules import Schedule
 from ..scheduler.settings import Resolved, resolve
 from ..scheduler.types import Memory
 from ..traces.bounds import belady_misses, static_misses
@@ -131,8 +132,8 @@ class Simulator:
             cache: name in `cache.policies.POLICIES`.
             lookahead, width, threshold: see `scheduler.Schedule`.
             cpu: whether the CPU lane is used; by schedules that can, if the costs have one, unless given.
-            frequencies: (L, E) that "static" goes by, and what a schedule has in slots from the start; those of this
-                very trace unless given, which is said in `notes`.
+            frequencies: (L, E) that "static" goes by, and what a schedule has in slots from the start. A schedule that
+                cannot do without is told those of this very trace unless given, which is said in `notes`.
             least_bytes: on the link, for its full rate; 0 on an emulated link (`prefetch.most_on_wire`).
             most_in_flight: prefetches on the link at most; as the engine has it unless given.
             believed: costs that decisions go by, to see what a wrong calibration does; the clock's unless given.
@@ -161,7 +162,9 @@ class Simulator:
             needs=self.needs,
             streams=settings.schedule.schedule.streams,
             find_bounds=lambda: self.bounds(
-                settings.num_slots, cpu=settings.schedule.cpu, placed=settings.schedule.schedule.places
+                settings.num_slots,
+                cpu=settings.schedule.cpu,
+                placed=known is not None and settings.schedule.schedule.places,
             ),
             find_interval=partial(self._find_interval, settings, known, believed, resident),
         )
@@ -222,12 +225,17 @@ class Simulator:
             num_slots,
             cache,
             most,
-            self._is_hindsight(frequencies, cache == "static" or resolved.schedule.places),
+            self._is_hindsight(frequencies, resolved.schedule, cache),
         )
 
-    def _is_hindsight(self, frequencies: NDArray[np.floating] | None, is_needed: bool) -> bool:
+    def _is_hindsight(
+        self, frequencies: NDArray[np.floating] | None, schedule: Schedule, cache: str | None
+    ) -> bool:
         """Whether what is hot is told by the trace itself."""
-        return is_needed and (frequencies is None or np.array_equal(frequencies, self.trace.expert_counts()))
+        if frequencies is None:
+            return schedule.lives_on_frequencies(cache)
+        goes_by_them = schedule.places or schedule.lives_on_frequencies(cache)
+        return goes_by_them and np.array_equal(frequencies, self.trace.expert_counts())
 
     def _config(self, settings: Settings) -> dict[str, Any]:
         resolved = settings.schedule

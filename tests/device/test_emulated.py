@@ -47,12 +47,12 @@ def test_no_interrupt_leaves_a_copy_or_a_recovery_waiting_for_ever():
 
 
 def test_close_drops_what_has_not_begun_and_ends_every_wait():
-    device = EmulatedLinkDevice(0.1)
-    _, ready = device.copy(pairs(50, 1_000_000), [], timed=False)  # 0.5 s
+    device = EmulatedLinkDevice(0.01)
+    _, ready = device.copy(pairs(50, 1_000_000), [], timed=False)  # 5 s
     started = time.perf_counter()
     device.close()
     device.close()
-    assert time.perf_counter() - started < 0.4
+    assert time.perf_counter() - started < 4.0
     with pytest.raises(TransferFailed, match="closed before"):
         device.wait(ready[-1])
     with pytest.raises((TransferFailed, NotAttached, WaitTimedOut)):

@@ -68,6 +68,33 @@ def test_the_hot_experts_are_there_from_the_start_and_decode_steps_leave_them(
     assert simulated.notes == []
 
 
+def test_presched_begins_with_the_hot_experts_where_they_are_known_and_with_none_elsewhere(
+    model, frequencies
+):
+    """In the simulator alike, which tells it of no future: only what lives on a fixed set is told the trace's own."""
+    ids = prompt()
+    for known in (frequencies, None):
+        with prescope.attach(
+            model,
+            schedule="presched",
+            slots=SLOTS,
+            device="null",
+            costs=COSTS,
+            cpu_threads=1,
+            frequencies=known,
+        ) as engine:
+            assert held(engine) == ({-1} if known is None else hot(engine))
+            run = engine.generate(ids, max_new_tokens=8)
+            assert run.tokens == plain_tokens(model, ids, new=8)
+            engine.check_integrity()
+            simulator = Simulator(run.trace, COSTS, row_bytes=engine.shape.row_bytes)
+        simulated = simulator.run("presched", slots=SLOTS, frequencies=known)
+        assert not any("hindsight" in note for note in simulated.notes)
+        decode = run.layers[run.layers["phase"] == "decode"].reset_index(drop=True)
+        first = decode["step"] == decode["step"].min()
+        assert simulated.layers.loc[first, "hits"].sum() == decode.loc[first, "hits"].sum()
+
+
 def test_what_a_prompt_has_pushed_out_is_put_back_behind_it(model, frequencies):
     with prescope.attach(
         model,

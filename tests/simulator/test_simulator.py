@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +46,7 @@ from prescope.traces.routing import RoutingTrace
 from prescope.traces.synthetic import SyntheticSpec
 from prescope.training import Inverted, adversarial_trace
 from tests.support.models import EXPERTS, LAYERS, prompt, tiny_moe
+from tests.support.speed import assert_within, taken_ms
 
 ROOT = Path(__file__).resolve().parents[2]
 COSTS = LayerCosts(
@@ -627,22 +627,20 @@ def test_a_predictor_is_summed_over_the_tokens_of_a_step():
 # -- speed -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("batch", "most_ms"), [(1, 60.0), (16, 150.0)])
+@pytest.mark.parametrize(("batch", "most_ms"), [(1, 45.0), (16, 105.0)])
 def test_a_slider_feels_live(batch, most_ms):
-    """128 tokens x 16 layers x 64 experts, every schedule: 15 to 40 ms at batch 1, 16 to 89 ms at batch 16 on one idle
-    core of 2.x GHz. The best of five by the thread's own time, since other work shares the machine.
+    """128 tokens x 16 layers x 64 experts, every schedule: 6 to 31 ms at batch 1, 11 to 69 ms at batch 16 on a shared
+    core.
     """
     spec = SyntheticSpec(num_layers=16, num_experts=64, top_k=8, zipf=0.7, persistence=0.3, diversity=0.3)
     trace = spec.generate(prompt_tokens=16, new_tokens=129, batch=batch)
     sim = Simulator(trace, COSTS, row_bytes=ROW_BYTES, predictor=NoisyOracle(trace, {1: 0.8, 4: 0.6}))
     for schedule in SCHEDULES:
-        taken_ms = []
-        for _ in range(5):
-            start = time.thread_time()
-            sim.run(schedule, slots=0.25)
-            taken_ms.append(1e3 * (time.thread_time() - start))
-        print(f"batch {batch}, {schedule}: {min(taken_ms):.1f} ms")
-        assert min(taken_ms) <= most_ms, f"{schedule}: {taken_ms}"
+        sim.run(schedule, slots=0.25)  # whatever is made or compiled once
+        best_ms = assert_within(
+            most_ms, lambda name=schedule: taken_ms(lambda: sim.run(name, slots=0.25)), schedule
+        )
+        print(f"batch {batch}, {schedule}: {best_ms:.1f} ms")
 
 
 def test_a_prefetch_begins_only_after_a_plan(simulators):

@@ -157,6 +157,7 @@ def serve(
         decision = decide_layer(
             planner.settings, planner.costs, addresses.policy, counts[TICK], layer, experts, tokens, learned,
             backlog_us, slots, planner.memory, tokens_dE, used_dE,
+            planner.settings.lag > 0 and d > 0 and functions.bell == 0 and layer + 1 < L,
         )  # fmt: skip
         need, plan = decision.need, decision.plan
         here = need.num_hits + need.num_late
