@@ -9,8 +9,10 @@ engine runs each from cold slots, by the same costs that the simulator believes.
 training, one that is right as often as --recall says (forced upon the engine), and with --train a LLaPor.
 
 On a virtual clock the engine computes for real and link, layers and experts take stated times: what differs there is a
-rule, what differs on the real clock alone is a time. Between cells the script measures which share of a core's time
-others take; on a busy machine the table says so, and its tokens/s say little.
+rule, what differs on another clock alone is a time. With --clock processor only the link's time is stated (emulated),
+the rest takes the thread's processor time: an idle machine on a busy one, of one core beside link and CPU lane. On the
+real clock the script measures between cells which share of a core's time others take; on a busy machine the table says
+so, and its tokens/s say little.
 """
 
 import argparse
@@ -27,19 +29,31 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 import prescope
 from prescope.cache.policies import POLICIES
 from prescope.core.machine import machine_facts
 from prescope.engine.engine import Engine
+from prescope.engine.predicting import Predicting
 from prescope.predictor import EarlyRouter, Frequency, Predictor, Transition
 from prescope.predictor.base import measure_us
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts
-from prescope.simulator import HERE, NOISY, NONE, Machine, Scenario, Scenarios, SimResult, machine_of_run
+from prescope.simulator import (
+    HERE,
+    NOISY,
+    NONE,
+    Machine,
+    Scenario,
+    Scenarios,
+    SimResult,
+    Simulator,
+    machine_of_run,
+)
 from prescope.traces.result import RunResult
 from prescope.training import own_prompts, record_trace, routers_of
-from tests.support.virtual_clock import virtual_clock
+from tests.support.virtual_clock import ProcessorTimeDevice, VirtualDevice, virtual_clock
 
 SHARES = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.625, 0.75)
 LOOKAHEAD = 4
@@ -95,15 +109,23 @@ def drawn(
     return sorted(found, key=lambda one: one["batch"])
 
 
+def stated(args: argparse.Namespace) -> LayerCosts:
+    """Times of the virtual clock; of the processor's, only the link's is."""
+    return replace(STATED, link_us=args.link_us)
+
+
 # -- the engine ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def opened(args: argparse.Namespace) -> Iterator[Engine]:
     """An engine on the clock that is asked for."""
-    is_virtual = args.clock == "virtual"
-    clock = virtual_clock(STATED) if is_virtual else nullcontext()
-    where = {"device": "null", "decode": "layered"} if is_virtual else {"device": args.device}
+    kinds = {"virtual": VirtualDevice, "processor": ProcessorTimeDevice}
+    is_real = args.clock == "real"
+    clock = nullcontext() if is_real else virtual_clock(stated(args), kinds[args.clock])
+    where = {"device": args.device} if is_real else {"device": "null", "decode": "layered"}
+    if args.clock == "processor":
+        torch.set_num_threads(1)  # all of it is in one thread's time
     with clock, prescope.load(args.model, slots=0.5, record_inputs=True, **where) as engine:
         yield engine
 
@@ -139,7 +161,7 @@ def case_of(
     hot = alone.trace.expert_counts()
     engine.configure(frequencies=hot)
     if args.clock == "virtual":
-        machine = Machine(HERE, STATED, engine.shape.row_bytes, 0.0, 0, is_here=True)
+        machine = Machine(HERE, stated(args), engine.shape.row_bytes, 0.0, 0, is_here=True)
         return Case(prompts, Scenarios(alone.trace, [machine], predictors, frequencies=hot), alone, new)
     machine = machine_of_run(alone, engine.shape, engine.expert_size, args.profile)
     decided = generate(
@@ -154,12 +176,60 @@ def case_of(
     )
     ahead = machine_of_run(decided, engine.shape, engine.expert_size, args.profile)
     machine = ahead._replace(on_demand=machine.costs)
-    width = alone.trace.inputs.shape[2] if alone.trace.inputs is not None else 0
-    device = str(engine.model.device)
-    spent = {one.name: measure_us(one, width, tokens=len(prompts), device=device) for one in predictors}
+    if args.clock == "processor":
+        engine.runner.device.jobs.clear()
+        generate(
+            engine,
+            prompts,
+            new,
+            schedule="static-split",
+            slots=0.5,
+            cpu_threads=1,
+            costs=stated(args),
+            **plain,
+        )
+        ahead = ahead._replace(costs=with_cpu(ahead.costs, engine.runner.device.jobs, len(prompts)))
+    spent = {one.name: predict_us(one, alone, engine, args) for one in predictors}
+    spent[NOISY] = spent["frequency"]
     return Case(
         prompts, Scenarios(alone.trace, [machine], predictors, predict_us=spent, frequencies=hot), alone, new
     )
+
+
+def with_cpu(costs: LayerCosts, jobs: list[tuple[list[int], float]], batch: int) -> LayerCosts:
+    """Costs with a CPU lane whose jobs took so long: a submission, each expert, each of its tokens."""
+    parts = np.array([[1.0, len(tokens), sum(tokens)] for tokens, _ in jobs])
+    took = np.array([us for _, us in jobs])
+    fitted = np.maximum(0.0, np.linalg.lstsq(parts, took, rcond=None)[0])
+    fitted *= np.median(took / (parts @ fitted))
+    base, each, token = fitted.tolist()
+    low, high = np.quantile(took / (parts @ fitted), [0.05, 0.95])
+    return replace(
+        costs,
+        cpu_us=(0.0, *(each + token * n for n in range(1, max(batch, 16) + 1))),
+        cpu_base_us=base,
+        spread=costs.spread._replace(cpu=float(high - low) / 2),
+    )
+
+
+def predict_us(one: Predictor, run: RunResult, engine: Engine, args: argparse.Namespace) -> float:
+    """What a prediction takes in a layer's way."""
+    assert run.trace is not None and run.trace.inputs is not None
+    batch, device = run.metrics.batch, engine.model.device
+    if args.clock == "real":
+        return measure_us(one, run.trace.inputs.shape[2], tokens=batch, device=str(device))
+    asked = Predicting(one.to(device), LOOKAHEAD)
+    rows = [
+        torch.from_numpy(part[-batch:, 0])
+        for part in (run.trace.inputs, run.trace.expert_ids, run.trace.weights)
+    ]
+    x, ids, weights = rows[0].float(), rows[1].long(), rows[2]
+    took = []
+    for _ in range(30):
+        begin = time.thread_time()
+        asked.predict(0, x, ids, weights)
+        took.append(1e6 * (time.thread_time() - begin))
+    return statistics.median(took)
 
 
 def scenario_of(setting: dict[str, Any], engine: Engine, recall: float) -> Scenario:
@@ -189,7 +259,35 @@ def measure(engine: Engine, case: Case, setting: dict[str, Any], args: argparse.
     result = scenarios.run(scenario)
     assert trace is not None and runs[0].trace is not None
     same = float((runs[0].trace.expert_ids == trace.expert_ids).mean())
-    return setting | row_of(runs, result) | {"same_routing": same, "busy": busy}
+    own = 100 * by_own_times(engine, case, scenario, runs[0]).counts.hit_rate
+    return setting | row_of(runs, result) | {"same_routing": same, "busy": busy, "own_times_hits": own}
+
+
+def by_own_times(engine: Engine, case: Case, scenario: Scenario, run: RunResult) -> SimResult:
+    """The same setting where layers take what they took in this very run: what differs then is no matter of times."""
+    scenarios, simulator = case.scenarios, case.scenarios.simulator(scenario)
+    full, machine = scenarios.resolved(scenario), scenarios.machine(scenario)
+    costs, decode = simulator.costs, run.metrics.decode
+    layers = decode.num_steps * engine.shape.num_layers
+    inside = run.events[(run.events["phase"] == "decode") & (run.events["moe_layer"] >= 0)]
+    if costs.source != "stated":
+        computed = max(1, decode.needed - decode.on_cpu)
+        in_the_way = costs.predict_us if costs.is_layered and full.lookahead else 0.0
+        costs = replace(
+            costs,
+            rest_us=float(inside.loc[inside["kind"] == "dense", "dur_us"].sum()) / layers,
+            decide_us=max(0.0, 1e3 * decode.host_wait_ms / layers - in_the_way),
+            gpu_us=1e3 * decode.experts_gpu_ms / computed,
+        )
+    again = Simulator(
+        simulator.trace, costs, row_bytes=machine.row_bytes, predictor=simulator.predictor, lookahead=LOOKAHEAD,
+        step_us=simulator.step_us,
+    )  # fmt: skip
+    return again.run(
+        full.schedule, slots=full.slots, cache=full.cache, lookahead=full.lookahead, width=full.width,
+        threshold=full.threshold, cpu=full.cpu, frequencies=simulator.trace.expert_counts(),
+        least_bytes=machine.least_bytes, believed=simulator.costs,
+    )  # fmt: skip
 
 
 def row_of(runs: list[RunResult], result: SimResult) -> dict[str, Any]:
@@ -239,8 +337,8 @@ def taken_by_others(seconds: float = 0.05) -> float:
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 HEADS = (
-    "batch", "schedule", "predictor", "slots", "cache", "CPU", "hits %", "sim.", "diff", "late %", "sim.", "tok/s",
-    "sim.", "interval", "inside", "rest, experts, copies, CPU, host %", "sim.", "busy %",
+    "batch", "schedule", "predictor", "slots", "cache", "CPU", "hits %", "sim.", "diff", "by own times", "late %",
+    "sim.", "tok/s", "sim.", "interval", "inside", "rest, experts, copies, CPU, host %", "sim.", "busy %",
 )  # fmt: skip
 
 
@@ -249,12 +347,14 @@ def line(row: dict[str, Any]) -> str:
     both = [
         " ".join(f"{value:.0f}" for value in row[name].values()) for name in ("shares", "simulated_shares")
     ]
+    hits = row["hits"]
     values = [
         row["batch"], row["schedule"], row["predictor"], f"{row['slots']} ({100 * row['share']:.0f} %)", row["cache"],
-        "yes" if row["cpu"] else "", f"{row['hits']:.1f}", f"{row['simulated_hits']:.1f}",
-        f"{row['simulated_hits'] - row['hits']:+.1f}", f"{row['late']:.1f}", f"{row['simulated_late']:.1f}",
-        f"{row['tokens_per_s']:.3g}", f"{row['simulated']:.3g}", f"{row['low']:.3g} to {row['high']:.3g}",
-        "yes" if row["is_inside"] else "no", *both, f"{100 * row['busy']:.0f}",
+        "yes" if row["cpu"] else "", f"{hits:.1f}", f"{row['simulated_hits']:.1f}",
+        f"{row['simulated_hits'] - hits:+.1f}", f"{row['own_times_hits'] - hits:+.1f}", f"{row['late']:.1f}",
+        f"{row['simulated_late']:.1f}", f"{row['tokens_per_s']:.3g}", f"{row['simulated']:.3g}",
+        f"{row['low']:.3g} to {row['high']:.3g}", "yes" if row["is_inside"] else "no", *both,
+        f"{100 * row['busy']:.0f}",
     ]  # fmt: skip
     return f"| {' | '.join(map(str, values))} |"
 
@@ -270,7 +370,8 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
     busy, load = statistics.median(row["busy"] for row in rows), os.getloadavg()[0]
     lines = [
         f"{n} settings: hits within {CLOSE:g} point in {close} ({100 * close / n:.0f} %), median difference "
-        f"{statistics.median(diffs):.2f}, most {max(diffs):.1f} points.",
+        f"{statistics.median(diffs):.2f}, most {max(diffs):.1f} points. Where layers take what they took in the run "
+        f"itself: {sum(abs(row['own_times_hits'] - row['hits']) <= CLOSE for row in rows)}.",
     ]
     if args.clock != "virtual":
         lines += [
@@ -278,7 +379,7 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
             f"the simulated tokens/s (median); these are {100 * statistics.median(off):+.1f} % off in the median, "
             f"{100 * statistics.median(map(abs, off)):.1f} % without sign.",
         ]
-        if busy > BUSY or load > (os.cpu_count() or 1):
+        if args.clock == "real" and (busy > BUSY or load > (os.cpu_count() or 1)):
             lines.append(
                 f"**The machine was busy**: others took {100 * busy:.0f} % of a core's time (median), load {load:.1f} "
                 f"on {os.cpu_count()} cores; tokens/s, and hits of what is prefetched, say little."
@@ -319,7 +420,9 @@ def main() -> None:
             print(line(rows[-1]), flush=True)
     said = summary(rows, args)
     print("\n" + "\n".join(said))
-    facts = f"{label}; {datetime.now(UTC).date()}, seed {args.seed}, {args.new} new tokens, recall {args.recall:g}"
+    label += "" if args.clock == "real" else f", {args.link_us:g} us an expert"
+    about = f"seed {args.seed}, {args.new} new tokens, recall {args.recall:g}"
+    facts = f"{engine.name} on {label}; {datetime.now(UTC).date()}, {about}"
     if args.json:
         told = {name: value for name, value in vars(args).items() if name != "profile"}
         contents = {
@@ -347,7 +450,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", help="folder or hub id; the embedded model when not given")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--clock", choices=["real", "virtual"], default="real")
+    parser.add_argument("--clock", choices=["real", "processor", "virtual"], default="real")
+    parser.add_argument("--link-us", type=float, default=1000.0, help="of an expert, where times are stated")
     parser.add_argument("--settings", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 3, 8, 16, 64])

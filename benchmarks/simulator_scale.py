@@ -3,22 +3,26 @@
 Each cell runs in a process of its own, whose peak includes Python, numba and torch (`imports_mib`). Decisions are
 compiled before the clock starts. Routing is drawn by popularity, top-10 of 512 experts, batch 1.
 
-    python benchmarks/simulator_scale.py [--layers 12 24 48 94] [--tokens 4096] [--out scale.json]
+    python benchmarks/simulator_scale.py [--layers 24 48 94] [--tokens 4096] [--json scale.json] [--md scale.md]
+
+The first rows are what the house promises: the largest model with predictions made in parts takes 1 GB at most, and
+time grows with the layers, not with their square. No cell begins after --seconds.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prescope.core.machine import machine_facts
 from prescope.predictor import NoisyOracle
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Simulator
@@ -35,7 +39,7 @@ COSTS = LayerCosts(
 )
 EXPERTS, TOP_K = 512, 10
 #: Schedule, and whether it is predicted for.
-WAYS = (("on-demand", False), ("fiddler", False), ("presched", False), ("presched", True))
+WAYS = (("presched", True), ("on-demand", False), ("presched", False), ("fiddler", False))
 SLOTS = 0.25
 
 
@@ -97,39 +101,94 @@ def cell(layers: int, tokens: int, schedule: str, predicted: bool) -> dict[str, 
 def main() -> None:
     """Run all cells, each in a process."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48, 94])
+    parser.add_argument("--layers", type=int, nargs="+", default=[24, 48, 94])
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--ways", type=int, nargs="+", default=list(range(len(WAYS))), help="numbers in WAYS")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--ways", type=int, nargs="+", default=[0, 1, 2], help="numbers in WAYS")
+    parser.add_argument("--seconds", type=float, default=300.0, help="begin no cell after so long")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--md", type=Path)
     parser.add_argument("--cell", help="one cell as JSON, in this process: what the others are started with")
     args = parser.parse_args()
     if args.cell:
         print(json.dumps(cell(**json.loads(args.cell))))
         return
-    rows = []
+    rows, started = [], time.perf_counter()
+    print("\n".join(head()), flush=True)
     for way in args.ways:
         for layers in args.layers:
+            if time.perf_counter() - started > args.seconds:
+                print(f"# out of time before {WAYS[way]}, {layers} layers")
+                continue
             schedule, predicted = WAYS[way]
             told = {"layers": layers, "tokens": args.tokens, "schedule": schedule, "predicted": predicted}
             done = subprocess.run(
                 [sys.executable, __file__, "--cell", json.dumps(told)],
-                capture_output=True,
+                stdout=subprocess.PIPE,
                 text=True,
                 check=True,
             )
             rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(rows[-1], flush=True)
-    if args.out:
-        found = {
+            print(line(rows[-1]), flush=True)
+    said = f"{EXPERTS} experts, top-{TOP_K}, {100 * SLOTS:.0f} % in slots; costs {COSTS.source}"
+    print(f"\n{growth(rows)}\n{said}")
+    command = " ".join(["python", *sys.argv])
+    if args.json:
+        contents = {
             "date": datetime.now(UTC).date().isoformat(),
-            "command": " ".join(["python", *sys.argv]),
-            "experts": EXPERTS,
-            "top_k": TOP_K,
-            "slots": SLOTS,
-            "costs": replace(COSTS).source,
+            "command": command,
+            "machine": machine_facts(),
+            "load": os.getloadavg()[0],
+            "about": said,
             "rows": rows,
         }
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(contents, indent=1) + "\n")
+    if args.md:
+        title = f"# What the simulator takes for large models, {datetime.now(UTC).date()}"
+        about = f"`{command}`, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end; {said}."
+        args.md.write_text(
+            "\n".join([title, "", about, "", *head(), *map(line, rows), "", growth(rows)]) + "\n"
+        )
+
+
+def head() -> list[str]:
+    """Of the table."""
+    names = (
+        "layers",
+        "tokens",
+        "schedule",
+        "predicted",
+        "peak, MiB",
+        "of it imports",
+        "prepare, s",
+        "replay, s",
+    )
+    return [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table; seconds are the processor's."""
+    values = [row[name] for name in ("layers", "tokens", "schedule")]
+    values += [
+        "yes" if row["predicted"] else "",
+        row["peak_mib"],
+        row["imports_mib"],
+        row["prepare_s"],
+        row["replay_s"],
+    ]
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def growth(rows: list[dict[str, Any]]) -> str:
+    """Peak of all, and the power of the layers that a replay's time grows with, of each way."""
+    told = [f"Peak of all: {max(row['peak_mib'] for row in rows)} MiB."]
+    for schedule, predicted in WAYS:
+        own = [row for row in rows if (row["schedule"], row["predicted"]) == (schedule, predicted)]
+        own = [row for row in own if row["replay_s"] > 0]
+        if len({row["layers"] for row in own}) > 1:
+            layers, took = (np.log([row[name] for row in own]) for name in ("layers", "replay_s"))
+            name = f"{schedule}{' with predictions' if predicted else ''}"
+            told.append(f"Time of {name} grows with layers ^ {np.polyfit(layers, took, 1)[0]:.2f}.")
+    return " ".join(told)
 
 
 if __name__ == "__main__":

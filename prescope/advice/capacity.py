@@ -39,8 +39,8 @@ WORTH_IT = 0.05
 LAYER_STEPS = 1200
 #: Tokens of the made-up prompt: it leaves in the slots what a run finds there after some seconds.
 PROMPT_TOKENS = 192
-#: Least spread of a layer's times: those of an expert's size that nobody measured are scaled, or typed in. With what
-#: the simulator may be wrong by it makes `INTERVAL`.
+#: Least spread of a layer's times: those of sizes that nobody measured are scaled, or typed in. With what the
+#: simulator may be wrong by it makes `INTERVAL`.
 GUESSED = 0.3
 #: How far tokens/s of engine runs may lie from a point, as a share of it: of tiny-moe on a shared machine of two cores
 #: calibrated minutes before they did (tests/advice). With a recorded trace hit rates are the engine's own.

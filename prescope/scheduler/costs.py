@@ -159,8 +159,8 @@ def _expert_us(run: RunResult) -> pd.Series:
 
 
 def _spread(times: pd.Series) -> float:
-    """Half of what lies between the tenth part that is shortest and the tenth that is longest, by the median."""
-    low, middle, high = times.quantile([0.1, 0.5, 0.9]) if len(times) else (0.0, 0.0, 0.0)
+    """Half of the range in which nine of ten lie, by the median."""
+    low, middle, high = times.quantile([0.05, 0.5, 0.95]) if len(times) else (0.0, 0.0, 0.0)
     return float((high - low) / 2 / middle) if middle > 0 else 0.0
 
 

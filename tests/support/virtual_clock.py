@@ -1,9 +1,12 @@
-"""The engine on a virtual clock: link, layers and experts take stated times, so that the simulator must agree exactly.
+"""The engine on a clock that other processes cannot disturb; experts are computed for real, so text and routing are the
+model's own.
 
-What differs here is a rule that engine and simulator do not share; what differs on a real clock only is a time that was
-not as stated. Experts are computed for real, so text and routing are the model's own.
+On the virtual clock link, layers and experts take stated times, so the simulator must agree exactly: what differs here
+is a rule that the two do not share. On the clock of processor time only the link's time is stated: the rest takes what
+the thread's own processor time says, as on an idle machine of one core beside a link and a CPU lane.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +22,11 @@ from prescope.kernels.cpu import CpuExperts, ExpertBatch
 from prescope.kernels.reference import TorchKernel
 from prescope.scheduler.costs import LayerCosts, compiled_costs
 from prescope.scheduler.types import cpu_time
+
+LABELS = {
+    "VirtualDevice": "virtual clock, stated times",
+    "ProcessorTimeDevice": "emulated link of stated time, the rest by the thread's processor time",
+}
 
 
 class VirtualMark:
@@ -48,8 +56,18 @@ class VirtualDevice(WithoutGraphs):
         """Microseconds."""
         return self.now_us
 
+    def passed(self, us: float) -> None:
+        """So much was computed."""
+        self.now_us += us
+
+    def job(self, compute: Callable[[], object], tokens: list[int]) -> "_Job":
+        """Experts on the CPU, with `tokens` each: computed at once, and done when the lane would have been."""
+        compute()
+        costs = compiled_costs(self.costs, cpu=True, predicts=False)
+        return _Job(self, costs.cpu_base_us + sum(cpu_time(costs.cpu_us, n) for n in tokens))
+
     def describe(self) -> dict[str, Any]:
-        return {"device": "virtual", "link": "virtual", "label": "virtual clock"}
+        return {"device": "virtual", "link": "virtual", "label": LABELS[type(self).__name__]}
 
     def free_bytes(self) -> int:
         return 1 << 40
@@ -93,7 +111,7 @@ class VirtualDevice(WithoutGraphs):
 
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         if not tensor.is_floating_point():
-            self.now_us += self.costs.rest_us + self.costs.decide_us + self.costs.predict_us
+            self.passed(self.costs.rest_us + self.costs.decide_us + self.costs.predict_us)
         return tensor.numpy()
 
     def synchronize(self) -> None:
@@ -106,6 +124,46 @@ class VirtualDevice(WithoutGraphs):
         pass
 
 
+class ProcessorTimeDevice(VirtualDevice):
+    """What a thread computes takes its processor time; only copies take what is stated. For one thread.
+
+    Attributes:
+        jobs: of the CPU lane: the tokens of each expert, and the processor time of all.
+    """
+
+    def __init__(self, costs: LayerCosts) -> None:
+        self._waited_us = self._left_out_us = 0.0
+        self.jobs: list[tuple[list[int], float]] = []
+        super().__init__(costs)
+
+    @property
+    def now_us(self) -> float:  # type: ignore[override]
+        """The thread's processor time, and what it has waited."""
+        return 1e6 * time.thread_time() - self._left_out_us + self._waited_us
+
+    @now_us.setter
+    def now_us(self, to_us: float) -> None:
+        self._waited_us += max(0.0, to_us - self.now_us)
+
+    def passed(self, us: float) -> None:
+        pass
+
+    def copy(self, *args: Any, **keywords: Any) -> tuple[VirtualMark, list[VirtualMark]]:
+        begin, waited = time.thread_time(), self._waited_us
+        made = super().copy(*args, **keywords)
+        assert waited == self._waited_us
+        self._left_out_us += 1e6 * (time.thread_time() - begin)  # the link does it
+        return made
+
+    def job(self, compute: Callable[[], object], tokens: list[int]) -> "_Job":
+        begin, mine = time.process_time(), time.thread_time()
+        compute()
+        took_us = 1e6 * (time.process_time() - begin)  # of the lane's thread, and of this one that waits
+        self._left_out_us += 1e6 * (time.thread_time() - mine)
+        self.jobs.append((tokens, took_us))
+        return _Job(self, took_us)
+
+
 class _Kernel(TorchKernel):
     """Experts take `gpu_us` each."""
 
@@ -113,7 +171,7 @@ class _Kernel(TorchKernel):
 
     def run(self, work: Any, spec: Any, weights: Any, experts: Any, slots: Any) -> None:
         super().run(work, spec, weights, experts, slots)
-        self.device.now_us += len(experts) * self.device.costs.gpu_us
+        self.device.passed(len(experts) * self.device.costs.gpu_us)
 
 
 class _Job:
@@ -141,16 +199,18 @@ class _CpuExperts(CpuExperts):
     device: VirtualDevice
 
     def submit(self, moe_layer: int, expert_batch: ExpertBatch, *args: Any, **keywords: Any) -> Any:
-        super().submit(moe_layer, expert_batch, *args, **keywords).wait()
-        costs = compiled_costs(self.device.costs, cpu=True, predicts=False)
-        tokens = np.diff(expert_batch.first).tolist()
-        return _Job(self.device, costs.cpu_base_us + sum(cpu_time(costs.cpu_us, n) for n in tokens))
+        lane = super()
+
+        def compute() -> None:
+            lane.submit(moe_layer, expert_batch, *args, **keywords).wait()
+
+        return self.device.job(compute, np.diff(expert_batch.first).tolist())
 
 
 @contextmanager
-def virtual_clock(costs: LayerCosts) -> Iterator[VirtualDevice]:
-    """The engine that is made inside runs on a virtual clock; give it decode="layered" and device="null"."""
-    device = VirtualDevice(costs)
+def virtual_clock(costs: LayerCosts, kind: type[VirtualDevice] = VirtualDevice) -> Iterator[VirtualDevice]:
+    """The engine that is made inside runs on a clock of this kind; give it decode="layered" and device="null"."""
+    device = kind(costs)
 
     def kernel(*args: Any) -> tuple[TorchKernel, str]:
         _, reason = make_kernel(*args)
@@ -168,6 +228,7 @@ def virtual_clock(costs: LayerCosts) -> Iterator[VirtualDevice]:
         "engine.layered.make_kernel": kernel,
         "engine.schedule.CpuExperts": lane,
         "engine.schedule._now_us": device.now,
+        "engine.predicting._now_us": device.now,
     }
     with ExitStack() as stack:
         for place, instead in places.items():
