@@ -11,7 +11,7 @@ from prescope.scheduler import SCHEDULES
 from prescope.simulator import SimResult
 from prescope.traces.result import RunResult
 
-from .theme import COLORS, source_of, style, told_of
+from .theme import COLORS, NAMES, source_of, style, told_of
 
 By = Literal["purpose", "overlap"]
 #: Part -> its colour and what it means.
@@ -20,12 +20,12 @@ PARTS: dict[By, dict[str, tuple[str, str]]] = {
         "on_demand": ("on_demand", "copied on demand"),
         "used": ("prefetch", "prefetched and used"),
         "wasted": ("prefetch", "prefetched for nothing"),
-        "idle": ("nothing", "nothing to copy"),
+        "idle": ("nothing", NAMES["nothing"]),
     },
     "overlap": {
         "hidden": ("prefetch", "while the GPU computes"),
         "exposed": ("stall", "while the GPU does not"),
-        "idle": ("nothing", "nothing to copy"),
+        "idle": ("nothing", NAMES["nothing"]),
     },
 }
 TITLES: dict[By, str] = {

@@ -56,6 +56,7 @@ NAMES: dict[str, str] = {
     "simulated": "simulated",
     "measured": "measured",
     "other": "other",
+    "nothing": "nothing to copy",
 }
 #: Predictors whose names people write otherwise than code does.
 _WRITTEN = {"llapor": "LLaPor"}

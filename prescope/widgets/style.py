@@ -83,6 +83,7 @@ CSS = f"""
 .prescope .ps-table thead th {{ vertical-align: bottom; white-space: normal; font-weight: 500; color: var(--ps-soft); }}
 .prescope .ps-numbers tbody tr {{ border-top: 1px solid var(--ps-line); background: none; }}
 .prescope .ps-numbers td:first-child {{ white-space: normal; }}
+.prescope .ps-numbers td:first-child > span {{ white-space: nowrap; }}
 .prescope .ps-numbers .ps-first td {{ font-weight: 600; }}
 .prescope .ps-numbers td:nth-child(2) {{ font-size: 15px; }}
 .ps-soft {{ color: var(--ps-soft); }} .ps-good {{ color: var(--ps-good); font-weight: 600; }}
