@@ -81,7 +81,8 @@ def generate(
     if engine.runner.forced is not None:
         engine.runner.forced.restart()
     arguments = encoded.inputs | _with_pad(engine, settings, is_masked="attention_mask" in encoded.inputs)
-    said = {name: value for name, value in keywords.items() if not isinstance(value, torch.Tensor)}
+    given = {name: settings.given.get(name, value) for name, value in keywords.items()}
+    said = {name: value for name, value in given.items() if not isinstance(value, torch.Tensor)}
 
     def run(recorder: Recorder) -> RunResult:
         tokens = progress.tokens(_sequences(engine, arguments, progress, loop, recorder))
