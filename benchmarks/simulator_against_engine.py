@@ -1,6 +1,6 @@
 """The engine against the simulator, at settings drawn by a seed: hits, late ones, tokens/s inside the stated interval.
 
-    python benchmarks/simulator_against_engine.py --settings 48 --json out.json --md out.md   # the GPU, else emulated
+    python benchmarks/simulator_against_engine.py --settings 48 --json out.json --md ...      # the GPU, else emulated
     python benchmarks/simulator_against_engine.py --clock virtual                             # rules alone, no times
 
 Of each batch two runs are known to the simulator: one on demand and one whose schedule decides without predictions.

@@ -3,7 +3,7 @@
 Each cell runs in a process of its own, whose peak includes Python, numba and torch (`imports_mib`). Decisions are
 compiled before the clock starts. Routing is drawn by popularity, top-10 of 512 experts, batch 1.
 
-    python benchmarks/simulator_scale.py [--layers 24 48 94] [--tokens 4096] [--json scale.json] [--md scale.md]
+    python benchmarks/simulator_scale.py [--layers 24 48 94] [--tokens 4096] [--json scale.json] [--md ...]
 
 The first rows are what the house promises: the largest model with predictions made in parts takes 1 GB at most, and
 time grows with the layers, not with their square. No cell begins after --seconds.

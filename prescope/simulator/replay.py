@@ -177,7 +177,11 @@ def replay(
                     by_itself += cpu_time(cpu_alone_us, cold[i])
                 wire.cpu_us[0] = decided + beside
             goes_on = decided
-            if need.num_hits == n and _all_there(routed, layer * E + need.experts, state, wire):
+            if (
+                not is_layered
+                and need.num_hits == n
+                and _all_there(routed, layer * E + need.experts, state, wire)
+            ):
                 goes_on = routed
             computed, rounds, served = _serve(layer, s, goes_on, k, need, E, costs, state, wire, chosen.keep)
             # -- what is prefetched: by what the layer itself predicts, when its own copies have their slots

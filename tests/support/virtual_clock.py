@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from prescope.device.base import WithoutGraphs
+from prescope.engine.layered import LayeredRunner
 from prescope.kernels import make_kernel
 from prescope.kernels.cpu import CpuExperts, ExpertBatch
 from prescope.kernels.reference import TorchKernel
@@ -40,8 +41,8 @@ class VirtualDevice(WithoutGraphs):
     """A link that makes one copy after the other, and a clock that stands still but for what is stated.
 
     Args:
-        costs: of a layer. Each read of a router's choice lets the rest of a layer pass, decision and prediction
-            included, as where the host launches each layer.
+        costs: of a layer. Each read of a router's choice lets the rest of a layer pass, and a prediction; what follows
+            when the host has looked where the experts are is the decision.
     """
 
     kind = "null"
@@ -111,7 +112,7 @@ class VirtualDevice(WithoutGraphs):
 
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         if not tensor.is_floating_point():
-            self.passed(self.costs.rest_us + self.costs.decide_us + self.costs.predict_us)
+            self.passed(self.costs.rest_us + self.costs.predict_us)
         return tensor.numpy()
 
     def synchronize(self) -> None:
@@ -223,9 +224,16 @@ def virtual_clock(costs: LayerCosts, kind: type[VirtualDevice] = VirtualDevice) 
         made.device = device
         return made
 
+    def find(*args: Any, **keywords: Any) -> Any:
+        found = former(*args, **keywords)
+        device.passed(costs.decide_us)
+        return found
+
+    former = LayeredRunner.find
     places: dict[str, Callable[..., Any]] = {
         "engine.engine.open_device": lambda *_: device,
         "engine.layered.make_kernel": kernel,
+        "engine.layered.LayeredRunner.find": find,
         "engine.schedule.CpuExperts": lane,
         "engine.schedule._now_us": device.now,
         "engine.predicting._now_us": device.now,

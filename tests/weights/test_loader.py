@@ -274,6 +274,7 @@ def test_runs_cover_each_pair_once_and_stay_adjacent(pairs, most):
 
 def test_small_neighbours_travel_in_one_copy(device):
     """Rows of 1 KiB into an empty pool: one copy, whose time and bytes the transfers add up to."""
+    device.small_copies_are_slow = True  # as on a GPU: else there is no need
     bench = Bench(device, num_slots=LAYERS * EXPERTS, most_on_wire=100)
     transfers = bench.prefetch(1, [2, 3, 4])
     assert [t.expert for t in transfers] == [2, 3, 4]
@@ -284,6 +285,12 @@ def test_small_neighbours_travel_in_one_copy(device):
     assert times_us[0] >= 3 * ROW_US * 0.99
     assert sum(t.nbytes for t in transfers) == 3 * ROW_BYTES
     bench.check()
+
+
+def test_where_small_copies_have_the_full_rate_each_lands_by_itself():
+    """Joined prefetches would land together, the first of them later than need be."""
+    bench = Bench(NullDevice(LINK_GB_PER_S), num_slots=LAYERS * EXPERTS, most_on_wire=100)
+    assert len({id(transfer.end) for transfer in bench.prefetch(1, [2, 3, 4])}) == 3
 
 
 def test_runs_by_hand():

@@ -1,0 +1,58 @@
+"""The interval of simulated tokens/s: what follows from how far the costs vary."""
+
+from dataclasses import replace
+
+import pytest
+
+from prescope.errors import UnsupportedOption
+from prescope.scheduler.costs import LayerCosts, Spread
+from prescope.simulator import Simulator
+from prescope.simulator.simulator import LEAST_OFF
+from prescope.traces.synthetic import SyntheticSpec
+
+COSTS = LayerCosts(
+    link_us=172.0, gpu_us=5.0, rest_us=90.0, decide_us=60.0, cpu_us=(0.0, 140.0, 150.0), source="made up"
+)
+SPEC = SyntheticSpec(
+    num_layers=4, num_experts=16, top_k=4, zipf=0.8, persistence=0.3, correlation=0.3, diversity=0.3
+)
+TRACE = SPEC.generate(prompt_tokens=6, new_tokens=16, batch=2, seed=0)
+
+
+def run(spread: Spread, schedule: str = "on-demand", **settings):
+    return Simulator(TRACE, replace(COSTS, spread=spread), row_bytes=9_400_000).run(schedule, **settings)
+
+
+def test_exact_costs_leave_what_the_simulator_may_be_wrong_by():
+    result = run(Spread())
+    assert result.interval.low == pytest.approx(result.tokens_per_s / (1 + LEAST_OFF))
+    assert result.interval.high == pytest.approx(result.tokens_per_s * (1 + LEAST_OFF))
+
+
+@pytest.mark.parametrize(
+    ("lane", "schedule", "is_used"),
+    [
+        ("link", "on-demand", True), ("gpu", "on-demand", True), ("rest", "on-demand", True),
+        ("cpu", "on-demand", False), ("cpu", "static-split", True), ("link", "static-split", False),
+    ],
+)  # fmt: skip
+def test_each_lane_that_varies_widens_it_on_both_sides_where_it_is_used(lane, schedule, is_used):
+    """The CPU's speed says nothing of a run that does not use it."""
+    exact, wide = (run(spread, schedule) for spread in (Spread(), Spread(**{lane: 0.2})))
+    assert (wide.interval.low < exact.interval.low) == is_used
+    assert (wide.interval.high > exact.interval.high) == is_used
+    assert wide.tokens_per_s == exact.tokens_per_s
+
+
+def test_all_times_longer_by_a_fifth_are_its_lower_end():
+    result = run(Spread(0.2, 0.2, 0.2, 0.2))
+    assert result.interval.low == pytest.approx(result.tokens_per_s / 1.2 / (1 + LEAST_OFF))
+
+
+def test_a_person_reads_the_speed_with_its_interval():
+    assert run(Spread(rest=0.1)).speed.count(" to ") == 1
+
+
+def test_a_time_does_not_vary_by_less_than_nothing():
+    with pytest.raises(UnsupportedOption, match="not negative"):
+        replace(COSTS, spread=Spread(link=-0.1))
