@@ -231,10 +231,8 @@ def _random_model(
             parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
             if key.endswith("o_proj.weight"):
                 parameter.mul_(scale)
-    for module in model.modules():  # a router's correction of its scores
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                buffer.zero_()
+    for key in model.state_dict().keys() & dict(model.named_buffers()).keys():
+        model.get_buffer(key).zero_()  # a router's correction of its scores
     with device:  # its buffers are computed, not loaded, and memory alone was taken for them
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     model.generation_config.eos_token_id = None

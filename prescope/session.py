@@ -265,8 +265,8 @@ class Session:
     def _remember_hot(self, run: RunResult) -> None:
         """Which experts are hot, for cache="static", unless the engine was told when it was loaded."""
         if self.engine.frequencies is self._remembered and run.trace is not None:
-            self._remembered = run.trace.expert_counts()
-            self.engine.configure(frequencies=self._remembered)
+            self.engine.configure(frequencies=run.trace.expert_counts())
+            self._remembered = self.engine.frequencies
 
     def schedule_panel(self, scenarios: Scenarios, prompts: NamedPrompts, **keywords: Any) -> SchedulePanel:
         """Sliders for all settings of a schedule, and a button that runs them; a panel made before is closed.

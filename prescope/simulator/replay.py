@@ -364,7 +364,7 @@ def _serve(
     ready_us = max(late_us, _load(keys[here:end], layer, step, decided, costs, state, wire, keep))
     while True:
         asked, then = computed, min(end + chunk, len(keys))
-        is_early = then - end <= len(slots.key_of) - (protected | slots.in_flight).sum()
+        is_early = end < then <= end + len(slots.key_of) - (protected | slots.in_flight).sum()
         next_us = ready_us
         if is_early:
             next_us = _load(keys[end:then], layer, step, computed, costs, state, wire, keep)
