@@ -18,6 +18,9 @@ COSTS = LayerCosts(
 )  # fmt: skip
 ROW_BYTES, NEW = 9216, 8
 
+#: Schedules that between them prefetch, copy on demand, stream whole layers and compute on the CPU.
+QUICK = ("on-demand", "streaming", "hybrimoe", "presched")
+
 
 @pytest.fixture(scope="module")
 def runs():
@@ -56,7 +59,10 @@ def compare(engine, simulator, batch, schedule, **settings):
     return replayed
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES],
+)
 def test_the_simulator_finds_each_expert_where_the_engine_does(runs, schedule):
     """With and without CPU lane, at any batch and number of slots: what is in its slot, late, missing, prefetched."""
     engine, simulators = runs
