@@ -55,7 +55,9 @@ class Bounds(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """What tokens/s are to be expected of a real run, in nine of ten."""
+    """What tokens/s are to be expected of a real run. Meant for nine of ten; of 44 settings on a link of stated time,
+    on a shared machine of two cores, it held 33 (docs/log/simulator.md).
+    """
 
     low: float
     high: float

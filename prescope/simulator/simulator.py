@@ -293,9 +293,8 @@ class Simulator:
         costs, by = form(clock_costs), form(self.costs if believed is None else believed)
         if clock_costs.is_layered:
             # In every layer's way, and counted with its rest; but the host looks at what has landed before it decides.
-            costs = costs._replace(
-                rest_us=costs.rest_us - clock_costs.decide_us, decide_us=clock_costs.decide_us
-            )
+            decide_us = min(clock_costs.decide_us, costs.rest_us)
+            costs = costs._replace(rest_us=costs.rest_us - decide_us, decide_us=decide_us)
         step_us = self.step_us if step_us is None else step_us
         depth = resolved.predicts
         memory = Memory.fresh(depth, self.shape.num_layers, self.shape.num_experts)
