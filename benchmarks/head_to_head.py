@@ -37,8 +37,13 @@ from prescope.traces.synthetic import SyntheticSpec
 
 COLUMNS = [
     "who", "batch", "slots", "tok/s", "spread", "first token ms", "hit %", "Belady hit %", "on CPU %", "step ms",
-    "no prediction ms", "of it %", "overlapped ms", "of it %",
+    "no prediction ms", "of it %", "overlapped ms", "of it %", "ms: GPU", "bytes", "CPU", "host",
 ]  # fmt: skip
+#: Where a step's time goes on the compute lane: computing, waiting for bytes, for the CPU's experts, for decisions.
+PARTS = {
+    "gpu_ms": ("dense_gpu_ms", "experts_gpu_ms"), "stall_ms": ("stall_ms",), "cpu_wait_ms": ("cpu_wait_ms",),
+    "host_wait_ms": ("host_wait_ms",),
+}  # fmt: skip
 #: Of tiny-moe's routing, as `schedules.py` has them.
 HABITS = {"zipf": 1.05, "persistence": 0.07, "correlation": 0.29, "diversity": 1.0}
 TRIAL_LINK_GB_PER_S = 1.0  # emulated, with --device cpu
@@ -157,6 +162,13 @@ def cell_of(who: str, engine: Engine, batch: int, slots: str, runs: list[RunResu
         "tokens_per_s_runs": [batch * 1e3 / step for step in steps], "step_ms": statistics.median(steps),
         "ttft_ms": statistics.median(run.metrics.ttft_ms for run in runs),
         "hit_rate": decode.hit_rate, "belady_hit_rate": least, "on_cpu": decode.on_cpu / needed,
+        **{
+            name: statistics.median(
+                sum(getattr(run.metrics.decode, part) for part in parts) / max(1, run.metrics.decode.num_steps)
+                for run in runs
+            )
+            for name, parts in PARTS.items()
+        },
         "missing_per_step": (needed - decode.hits) / max(1, decode.num_steps),
         "decode": last.config["reasons"]["decode"],
     }  # fmt: skip
@@ -224,7 +236,7 @@ def row(cell: dict[str, Any]) -> str:
         cell["who"], str(cell["batch"]), cell["slots"], show("tokens_per_s"), f"{min(runs):.0f}-{max(runs):.0f}",
         show("ttft_ms", 1, 0), show("hit_rate", 100), show("belady_hit_rate", 100), show("on_cpu", 100),
         show("step_ms", 1, 2), show("no_prediction_ms", 1, 2), share("no_prediction_ms"), show("overlapped_ms", 1, 2),
-        share("overlapped_ms"),
+        share("overlapped_ms"), *(show(name, 1, 2) for name in PARTS),
     ]  # fmt: skip
     return f"| {' | '.join(values)} |"
 

@@ -101,6 +101,8 @@ class Forwards:
         if forward is None:
             runner.recorder = None
             return
+        if self.progress is not None:
+            self.progress.has_run = True
         # Who keeps no cache reads the whole text again for every token: that is a prompt to the schedules.
         runner.is_prefill = forward.phase == "prefill" or forward.past == 0
         if runner.is_prefill and runner.schedule_runner is not None:

@@ -23,6 +23,8 @@ class Progress:
 
     Attributes:
         num_tokens: new tokens of the longest sequence so far.
+        has_run: whether the model has run since the criteria were last asked. Where it has not, they are asked about
+            tokens that a draft proposes (transformers up to 5.17), which are not the run's yet.
         lengths: new tokens of each sequence, if whoever chooses them counts.
     """
 
@@ -38,6 +40,7 @@ class Progress:
         self._eos, self._filling = set(eos), {-1, pad} - set(eos)
         self._on_step, self._is_cancelled = on_step, is_cancelled
         self.num_tokens = 0
+        self.has_run = False
         self.lengths: list[int] | None = None
         #: (B, T) new tokens so far, by whoever chooses them.
         self._so_far: Callable[[], list[list[int]]] = list
@@ -98,7 +101,20 @@ class _Watched(StoppingCriteriaList):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **keywords: Any) -> torch.Tensor:
         done = super().__call__(input_ids, scores, **keywords)
+        if not self.progress.has_run:
+            return done
+        self.progress.has_run = False
         return torch.ones_like(done) if self.progress.told(input_ids, done) else done
+
+
+class _OfDraft(StoppingCriteriaList):
+    """The criteria of a draft that the model's own first layers make: what ran for it was not the run's step."""
+
+    progress: Progress
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **keywords: Any) -> torch.Tensor:
+        self.progress.has_run = False
+        return super().__call__(input_ids, scores, **keywords)
 
 
 def watched_criteria(model: PreTrainedModel, progress: Progress) -> Callable[..., StoppingCriteriaList]:
@@ -109,12 +125,10 @@ def watched_criteria(model: PreTrainedModel, progress: Progress) -> Callable[...
     def criteria(*args: Any, **keywords: Any) -> StoppingCriteriaList:
         nonlocal is_taken
         made = own(model, *args, **keywords)
-        if (
-            is_taken or threading.get_ident() != thread
-        ):  # a draft by the model's own first layers; another thread's
+        if threading.get_ident() != thread:
             return made
+        found = _OfDraft(made) if is_taken else _Watched(made)
         is_taken = True
-        found = _Watched(made)
         found.progress = progress
         return found
 

@@ -48,8 +48,12 @@ def test_verifying_a_draft_is_decoding(way, schedule):
     expected = plain_tokens(model, REPEATED, new=16)
     settings = {"schedule": schedule, "costs": COSTS, "cpu_threads": 0}
     with prescope.attach(model, slots=6, **settings, **FAST_LINK) as engine:
-        run = engine.generate(REPEATED, max_new_tokens=16, **DRAFTS[way]())
+        told = []
+        run = engine.generate(REPEATED, max_new_tokens=16, on_step=told.append, **DRAFTS[way]())
     assert run.tokens == expected
+    assert told == sorted(set(told)) and told[-1] == 16, (
+        "proposed tokens are nobody's until they are accepted"
+    )
     assert phases(run) == "p" + "d" * (len(run.steps) - 1)
     assert (run.layers["phase"] == run.layers["step"].map(run.steps["phase"])).all()
     metrics = run.metrics
@@ -62,6 +66,16 @@ def test_verifying_a_draft_is_decoding(way, schedule):
         assert rows.tolist() == [*range(rows[0], rows[0] + len(rows))]
     firsts = [run.trace.position[run.trace.step == step][0] for step in run.trace.steps]
     assert sorted(set(firsts)) == firsts, "each verification begins behind what was accepted before"
+
+
+def test_a_draft_by_the_models_own_first_layer_is_told_apart():
+    model = tiny_moe(pad_token_id=0)
+    expected, told = plain_tokens(model, REPEATED, new=16), []
+    with prescope.attach(model, slots=6, **FAST_LINK) as engine:
+        run = engine.generate(REPEATED, max_new_tokens=16, assistant_early_exit=1, on_step=told.append)
+    assert run.tokens == expected
+    assert told == sorted(set(told)) and told[-1] == 16
+    assert phases(run) == "pp" + "d" * (len(run.steps) - 2), "the draft reads the prompt too"
 
 
 @pytest.mark.parametrize("way", DRAFTS)
