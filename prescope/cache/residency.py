@@ -42,6 +42,11 @@ class LayerNeed(NamedTuple):
     def num_misses(self) -> int:
         return len(self.experts) - self.num_hits - self.num_late
 
+    def without(self, num: int) -> "LayerNeed":
+        """The same without its last `num` misses, which are served elsewhere."""
+        end = len(self.experts) - num
+        return self._replace(experts=self.experts[:end], tokens=self.tokens[:end])
+
 
 class ResidencyTable:
     """The (layer, expert) -> slot table with its inverse.

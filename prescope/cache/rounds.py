@@ -37,11 +37,15 @@ class Act(NamedTuple):
     reason: Reason = Reason.ON_DEMAND  # of copies
 
 
+def next_is_sure(need: LayerNeed, num_experts: int) -> bool:
+    """Whether a prompt's layer needed so many of its experts that any expert of the next layer will be needed too."""
+    return len(need.experts) >= STREAM_SHARE * num_experts
+
+
 def walk(
     table: ResidencyTable,
     need: LayerNeed,
     rounds: list[IntArray],
-    num_experts: int,
     following: tuple[int, int] | None = None,
     keep: IntArray = NOTHING,
 ) -> Iterator[Act]:
@@ -52,8 +56,8 @@ def walk(
 
     Args:
         need: of the layer, without what goes to the CPU. `rounds`: as `ResidencyTable.rounds` gives.
-        num_experts: of the layer. `following`: the next MoE layer and its number of experts, if some of them may be
-            streamed ahead when this layer needed nearly all of its own.
+        following: the next MoE layer and its number of experts, if some of them are to be
+            streamed ahead.
         keep: keys that are evicted last.
     """
     layer = need.moe_layer
@@ -63,7 +67,7 @@ def walk(
         yield from _copy(table, layer, rounds[0], keep)
     for i, experts in enumerate(rounds):
         after = rounds[i + 1] if i + 1 < len(rounds) else None
-        if after is None and following is not None and len(need.experts) >= STREAM_SHARE * num_experts:
+        if after is None and following is not None:
             yield from _stream_ahead(table, layer, experts, *following)
         slots = table.slots_for(layer, experts)
         # The next round's copies are issued before this round is computed wherever there is room for both.

@@ -46,9 +46,22 @@ IS_COMPILED = numba is not None and not numba.config.DISABLE_JIT
 
 
 class _Spent(threading.local):
-    """What one thread has spent in numba's compiler, or waiting for it; calls of it lie in one another."""
+    """What one thread has spent warming up; spans lie in one another."""
 
     depth, begin_s, total_s = 0, 0.0, 0.0
+
+    def begin(self) -> None:
+        if self.depth == 0:
+            self.begin_s = time.perf_counter()
+        self.depth += 1
+
+    def end(self) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            self.total_s += time.perf_counter() - self.begin_s
+
+    def so_far_s(self) -> float:
+        return self.total_s + (time.perf_counter() - self.begin_s if self.depth else 0.0)
 
 
 _spent = _Spent()
@@ -61,21 +74,29 @@ if numba is not None:
         """
 
         def on_start(self, event: Any) -> None:
-            if _spent.depth == 0:
-                _spent.begin_s = time.perf_counter()
-            _spent.depth += 1
+            _spent.begin()
 
         def on_end(self, event: Any) -> None:
-            _spent.depth -= 1
-            if _spent.depth == 0:
-                _spent.total_s += time.perf_counter() - _spent.begin_s
+            _spent.end()
 
     event.register("numba:compiler_lock", _Compiling())
 
 
-def compiling_us() -> float:
-    """Time that this thread has spent compiling decisions, or reading them from the disk, so far, microseconds."""
-    return _spent.total_s * 1e6
+def warm_up_us() -> float:
+    """Time that this thread has spent compiling decisions, or reading them from the disk, or in `warming_up`, so far,
+    microseconds.
+    """
+    return _spent.so_far_s() * 1e6
+
+
+@contextmanager
+def warming_up() -> Iterator[None]:
+    """Around what a process does once, and no later run again: compile layers, record a graph."""
+    _spent.begin()
+    try:
+        yield
+    finally:
+        _spent.end()
 
 
 @cache

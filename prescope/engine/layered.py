@@ -16,7 +16,7 @@ from torch._C import _are_functorch_transforms_active as is_transformed
 from ..cache.policies import CachePolicy
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE, most_on_wire
 from ..cache.residency import NOTHING, LayerNeed, ResidencyTable, distinct
-from ..cache.rounds import Act, What, walk
+from ..cache.rounds import Act, What, next_is_sure, walk
 from ..core.types import FloatArray, IntArray, MoEShape, NeedOutcome, Reason
 from ..device import Device
 from ..hf import MoELayer
@@ -242,20 +242,22 @@ class LayeredRunner:
         need, plan = self.find(layer, host_ids, sums, schedule_runner, predicted)
         here = need.num_hits + need.num_late
         num_load, on_cpu = need.num_misses if plan is None else int(plan.num_load), None
-        if schedule_runner is not None and num_load < need.num_misses:
-            cold = need.experts[here + num_load :]
-            on_cpu = schedule_runner.submit(moe_layer, cold, host_ids, x_TD.detach().contiguous().cpu())
-        served = need._replace(experts=need.experts[: here + num_load], tokens=need.tokens[: here + num_load])
+        if self.is_prefill and self.schedule_runner is not None:
+            num_load = self.schedule_runner.copies_of_prompt(need)
+        cold = need.experts[here + num_load :]
+        if self.schedule_runner is not None and len(cold):
+            on_cpu = self.schedule_runner.submit(moe_layer, cold, host_ids, x_TD.detach().contiguous().cpu())
+        served = need.without(len(cold))
         rounds = self.residency.rounds(served)
-        following = self._following(moe_layer) if self.is_prefill else None
+        is_sure = self.is_prefill and next_is_sure(need, layer.num_experts)
+        following = self._following(moe_layer) if is_sure else None
         keep = NOTHING if plan is None else plan.keep
         work, num_computed = None, 0
-        for act in walk(self.residency, served, rounds, layer.num_experts, following, keep):
+        for act in walk(self.residency, served, rounds, following, keep):
             if act.what is What.COPY:
                 self._load(act, timed)
                 continue
             if work is None:
-                cold = need.experts[here + num_load :]
                 work = self._begin(layer, need, rounds, x_TD, ids_TK, host_ids, cold)
                 self._record_begin(layer, need, len(rounds), num_load, x_TD, host_ids, weights_TK, timed)
             num_computed += 1
@@ -268,8 +270,8 @@ class LayeredRunner:
         if schedule_runner is not None:
             self.residency.unprotect()
             self.recorded(schedule_runner.pump(self.loader, timed))
-        if on_cpu is not None and schedule_runner is not None:
-            schedule_runner.merge(on_cpu, layer.spec, work.out_PD)
+        if on_cpu is not None and self.schedule_runner is not None:
+            self.schedule_runner.merge(on_cpu, layer.spec, work.out_PD, learns=not self.is_prefill)
             if recorder is not None and timed:
                 recorder.merged(on_cpu, self.device.mark(True))
         return combine(work.out_PD, weights_TK, x_TD.dtype)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..cache.residency import LayerNeed
-from ..core.jit import compiling_us
+from ..core.jit import warm_up_us
 from ..core.types import REASONS, IntArray, Lane, Phase, Reason
 from ..device import Device, Events, Mark
 from ..kernels import StepLog
@@ -112,8 +112,8 @@ class Recorder:
         self._start = device.mark(timed=True)
         self._start_ns = time.perf_counter_ns()  # the same moment by the host's clock, on an idle device
         self._last: Mark = self._start  # end of the last thing on the compute lane
-        self._compiled_before_us = compiling_us()
-        self._compiled_us = self._compiled_before_us  # by the end of the last span of the compute lane
+        self._warm_before_us = warm_up_us()
+        self._warm_us = self._warm_before_us  # by the end of the last span of the compute lane
         self._not_finite: dict[str, IntArray] = {}  # (L,) tokens, by what of theirs is NaN or infinite
         self._anchor: tuple[Mark, int] | None = (
             None  # one moment by both clocks: a mark, and the GPU's own in ns
@@ -230,12 +230,12 @@ class Recorder:
             self._span(Lane.GPU, "dense", -1, self._last, end)
 
     def _span(self, lane: Lane, kind: str, moe_layer: int, start: Mark, end: Mark) -> None:
-        """One of the compute lane. Whatever it was for, no compute is in it while decisions were compiled."""
+        """One of the compute lane. Whatever it was for, what its thread did once and never again is no part of it."""
         if self.timed:
-            former_us, self._compiled_us = self._compiled_us, compiling_us()
-            warm_up_us = self._compiled_us - former_us
+            former_us, self._warm_us = self._warm_us, warm_up_us()
+            warmed_us = self._warm_us - former_us
             step = len(self._steps) - 1
-            self._spans.append(_Span(lane, kind, step, moe_layer, -1, "", 0, start, end, warm_up_us))
+            self._spans.append(_Span(lane, kind, step, moe_layer, -1, "", 0, start, end, warmed_us))
 
     def routed(self, moe_layer: int, mark: Mark) -> None:
         """The router of a layer has spoken: what came before was dense compute."""
@@ -481,11 +481,11 @@ class Recorder:
 
     def _notes_of_warm_up(self) -> list[str]:
         """Without a timeline nothing tells warm-up from the steps it was in."""
-        warm_up_us = 0.0 if self.timed else compiling_us() - self._compiled_before_us
+        warmed_us = 0.0 if self.timed else warm_up_us() - self._warm_before_us
         return [
-            f"decisions were compiled, or read from the disk, for {warm_up_us / 1e6:.2g} s of this run, once in a "
-            f"process; without events its times hold that"
-        ] * (warm_up_us > 0)
+            f"{warmed_us / 1e6:.2g} s of this run went into what is done once: decisions and layers compiled, or read "
+            f"from the disk, and graphs recorded; without events its times hold that"
+        ] * (warmed_us > 0)
 
     def _step_rows(self, index: int, num_layers: int, num_experts: int, top_k: int) -> dict[str, np.ndarray]:
         step = self._steps[index]
@@ -543,7 +543,7 @@ class Recorder:
 
 
 def _parted(event: Event, warm_up_us: float) -> list[Event]:
-    """A span of the compute lane in two parts: first decisions were compiled, which happens once in a process."""
+    """A span of the compute lane in two parts: first what happens once in a process."""
     warm_up_us = min(warm_up_us, event.dur_us)
     return [
         event._replace(lane=Lane.HOST, kind="warm_up", dur_us=warm_up_us),
@@ -559,7 +559,9 @@ def _take_out_not_finite(values_RLK: NDArray[np.floating]) -> IntArray:
 
 
 def _logged_routing(log: StepLog) -> dict[int, _Routing]:
-    layers = zip(log.ids_LTK, log.weights_LTK, strict=True)
+    inputs = [None] * len(log.ids_LTK) if log.inputs_LTD is None else log.inputs_LTD.unbind(0)
+    layers = zip(log.ids_LTK, log.weights_LTK, inputs, strict=True)
     return {
-        layer: _Routing(ids, torch.from_numpy(weights), None) for layer, (ids, weights) in enumerate(layers)
+        layer: _Routing(ids, torch.from_numpy(weights), inputs_TD)
+        for layer, (ids, weights, inputs_TD) in enumerate(layers)
     }

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..cache.residency import ResidencyTable
+from ..cache.residency import LayerNeed, ResidencyTable
 from ..core.types import FloatArray, IntArray, MoEShape, Reason
 from ..errors import UnsupportedOption
 from ..hf import MoELayer
@@ -110,6 +110,10 @@ class ScheduleRunner:
         """What to do about a layer; see `Planner.decide`."""
         return self.planner.decide(moe_layer, experts, tokens, weights, table, _now_us(), predicted)
 
+    def copies_of_prompt(self, need: LayerNeed) -> int:
+        """How many misses of a prompt's layer are copied; the CPU computes the others."""
+        return need.num_misses if self.cpu is None else self.planner.copies_of_prompt(need)
+
     def issued(self, num_copies: int) -> None:
         """So many experts were given to the link."""
         self.planner.issued(num_copies, _now_us())
@@ -142,13 +146,15 @@ class ScheduleRunner:
         self._under_way = [*(other for other in self._under_way if not other.done()), job]
         return CpuWork(moe_layer, expert_batch.experts, expert_batch, job, out)
 
-    def merge(self, work: CpuWork, spec: ExpertsSpec, out_PD: torch.Tensor) -> None:
-        """Wait for the CPU and put its pairs where they belong."""
+    def merge(self, work: CpuWork, spec: ExpertsSpec, out_PD: torch.Tensor, learns: bool) -> None:
+        """Wait for the CPU and put its pairs where they belong; `learns`: its time says what decode steps take."""
         work.job.wait()
-        start, end = work.job.span_ns()
-        base_us, cpu_us = self.planner.calibrated_cpu()
-        tokens = np.diff(work.expert_batch.first)
-        self.planner.saw_cpu((end - start) / 1e3, base_us + sum(cpu_time(cpu_us, t) for t in tokens.tolist()))
+        if learns:
+            start, end = work.job.span_ns()
+            base_us, cpu_us = self.planner.calibrated_cpu()
+            tokens = np.diff(work.expert_batch.first)
+            expected_us = base_us + sum(cpu_time(cpu_us, t) for t in tokens.tolist())
+            self.planner.saw_cpu((end - start) / 1e3, expected_us)
         y = work.out.to(out_PD.device)
         if spec.post_norm is not None:
             y = spec.post_norm(y)

@@ -91,6 +91,7 @@ class StepLog(NamedTuple):
     stamps_ns: NDArray[np.int64]  # (L, 5): routed, decided, fetched, done, GPU done or 0; by the GPU's clock
     begin_ns: int
     end_ns: int
+    inputs_LTD: torch.Tensor | None = None  # what each router saw, if the step keeps it
 
 
 class ExpertKernel(Protocol):

@@ -96,10 +96,18 @@ class DeviceTable:
         orders: bool,
         timed: bool,
         scheduled: HostOptions | None = None,
+        keeps: tuple[int, torch.dtype] | None = None,
     ) -> "GraphBuffers":
         """Buffers of a step that goes by this table; see `GraphBuffers`."""
         return GraphBuffers(
-            self, num_tokens, top_k, policy=policy, orders=orders, timed=timed, scheduled=scheduled
+            self,
+            num_tokens,
+            top_k,
+            policy=policy,
+            orders=orders,
+            timed=timed,
+            scheduled=scheduled,
+            keeps=keeps,
         )
 
     def take(self, table: ResidencyTable) -> None:
@@ -126,6 +134,7 @@ class GraphBuffers:
         orders: the host hands the GPU's decisions to the copy engine; if not, the GPU fetches misses itself.
         timed: write stamps.
         scheduled: how the host takes part; None where the GPU decides.
+        keeps: width D and dtype of the routers' inputs, if the log is to have them.
     """
 
     def __init__(
@@ -138,6 +147,7 @@ class GraphBuffers:
         orders: bool,
         timed: bool,
         scheduled: HostOptions | None = None,
+        keeps: tuple[int, torch.dtype] | None = None,
     ) -> None:
         shape, device = table.shape, table.slot_of.device
         self.table, self.num_tokens, self.top_k = table, num_tokens, top_k
@@ -149,6 +159,9 @@ class GraphBuffers:
         self._log = self._make_log(L, P, device)
         self._ring = _mapped((RING, self._log.numel()), torch.int32, device)
         self._tokens_ring = _mapped((RING, num_tokens), torch.int64, device)
+        self._inputs_ring = (
+            None if keeps is None else _mapped((RING, L, num_tokens, keeps[0]), keeps[1], device)
+        )
         self._fetch_slot = torch.zeros(most, dtype=torch.int32, device=device)
         self._mark = torch.zeros(_power_of_2(shape.num_experts + 1), dtype=torch.int32, device=device)
         # Messages to the host and back, where the host serves misses.
@@ -271,6 +284,11 @@ class GraphBuffers:
         has_cpu = way is not None and way.has_cpu
         if self._looks is not None:
             torch.cuda.current_stream(self._looks.device).wait_stream(self._looks)
+        if self._inputs_ring is not None:
+            graph_kernels._keep_inputs[(triton.cdiv(x_TD.numel(), 1024),)](
+                x_TD, self._inputs_ring[0, moe_layer], self.step, x_TD.numel(), self._inputs_ring.stride(0), RING=RING,
+                BLOCK=1024,
+            )  # fmt: skip
         if way is not None and way.reads_inputs:
             graph_kernels._to_host[(triton.cdiv(x_TD.numel(), 1024),)](
                 x_TD, self.inputs[moe_layer], x_TD.numel(), BLOCK=1024
@@ -555,6 +573,7 @@ class GraphBuffers:
             stamps[:-2].reshape(-1, graph_kernels.NUM_STAMPS),
             int(stamps[-2]),
             int(stamps[-1]),
+            None if self._inputs_ring is None else self._inputs_ring[step % RING].clone(),
         )
 
 

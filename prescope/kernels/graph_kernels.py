@@ -258,6 +258,15 @@ def _to_host(source, target, num_words, BLOCK: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
+def _keep_inputs(source, ring, step, num_values, stride, RING: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Copy a layer's router inputs to the step's place in mapped host memory, `stride` values a step."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < num_values
+    place = (tl.load(step) % RING).to(tl.int64) * stride
+    tl.store(ring + place + i, tl.load(source + i, mask=mask), mask=mask)
+
+
+@triton.jit
 def _publish_scores(scores, target, step, num_scores, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Predictions (n,) float32 to mapped host memory, the step's number in each word."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -10,10 +10,11 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.residency import NOTHING, ResidencyTable
+from ..cache.residency import NOTHING, LayerNeed, ResidencyTable
 from ..cache.slots import SortedNeed
 from ..core.types import FloatArray, IntArray, MoEShape
 from .layer import Decision, decide_layer, reconsider
+from .prompt import copies_of_prompt
 from .types import Costs, Memory, Plan, ScheduleSettings
 
 #: Weight of the newest step, and of the newest job, in the planner's own measurements.
@@ -106,6 +107,10 @@ class Planner:
         )  # fmt: skip
         self._decided = decision.need, backlog_us
         return decision
+
+    def copies_of_prompt(self, need: LayerNeed) -> int:
+        """How many misses of a prompt's layer are copied. By costs as calibrated: those learned are of decode steps."""
+        return copies_of_prompt(self.settings, self._calibrated, need)
 
     def reconsider(self, moe_layer: int, plan: Plan, table: ResidencyTable) -> Plan:
         """The plan of the layer decided last, with the prefetches that its own predictions ask for, if it was decided

@@ -4,7 +4,7 @@ The layers before it run through the simulator's own loop; nothing is needed aft
 as they were for the decision. Shapes: S steps, L MoE layers, E experts, n experts needed, d layers ahead.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -111,9 +111,9 @@ class _UpToHere(Simulator):
             if steps.start <= s
         ]
 
-    def _prefill(self, table: ResidencyTable, prefills: list[int], is_first: bool) -> None:
+    def _prefill(self, table: ResidencyTable, *args: Any, **keywords: Any) -> None:
         self.slot_of = table.slot_of  # the table that the replay goes on with
-        super()._prefill(table, prefills, is_first)
+        super()._prefill(table, *args, **keywords)
 
 
 def _before(simulator: Simulator, result: SimResult, s: int, layer: int) -> tuple[NDArray[np.int64], float]:

@@ -4,7 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.residency import ResidencyTable
-from ..cache.rounds import walk
+from ..cache.rounds import next_is_sure, walk
+from ..scheduler.prompt import copies_of_prompt
+from ..scheduler.types import Costs, ScheduleSettings
 from ..traces.events import PHASES
 from ..traces.routing import RoutingTrace
 
@@ -16,8 +18,10 @@ def prefill_steps(trace: RoutingTrace) -> NDArray[np.int64]:
     return np.unique(trace.step[trace.phase == PREFILL]).astype(np.int64)
 
 
-def prefill(table: ResidencyTable, trace: RoutingTrace, step: int) -> None:
-    """Walk through one prefill step; all that was copied has landed afterwards."""
+def prefill(
+    table: ResidencyTable, trace: RoutingTrace, step: int, settings: ScheduleSettings, costs: Costs
+) -> None:
+    """Walk through one prefill step; all that was copied has landed afterwards. `costs`: as calibrated."""
     first, end = np.searchsorted(trace.step, [step, step + 1])
     shape = table.shape
     ids, weights = trace.expert_ids[first:end], trace.weights[first:end]
@@ -30,6 +34,8 @@ def prefill(table: ResidencyTable, trace: RoutingTrace, step: int) -> None:
         if table.policy.name == "score":
             learned = np.bincount(flat[is_used], weights[:, layer].ravel()[is_used], shape.num_experts)
         need = table.need(layer, experts, counts[experts], learned[experts].astype(np.float64))
-        following = (layer + 1, shape.num_experts) if layer + 1 < shape.num_layers else None
-        for act in walk(table, need, table.rounds(need), shape.num_experts, following):
+        is_sure = layer + 1 < shape.num_layers and next_is_sure(need, shape.num_experts)
+        need = need.without(need.num_misses - copies_of_prompt(settings, costs, need))
+        following = (layer + 1, shape.num_experts) if is_sure else None
+        for act in walk(table, need, table.rounds(need), following):
             table.landed(act.slots)

@@ -26,7 +26,7 @@ from ..predictor.base import Predictor
 from ..scheduler.costs import LayerCosts, compiled_costs
 from ..scheduler.schedules import Schedule
 from ..scheduler.settings import Resolved, resolve
-from ..scheduler.types import Memory
+from ..scheduler.types import Costs, Memory, ScheduleSettings
 from ..traces.bounds import belady_misses, static_misses
 from ..traces.routing import RoutingTrace
 from .prefill import prefill, prefill_steps
@@ -95,7 +95,7 @@ class Simulator:
         self.needs = needs_of(trace)
         self.predictions = Predictions(predictor, trace, lookahead)
         self._segments = _segments(trace, self.needs)
-        self._warm: dict[tuple[int, str, bytes], tuple[NDArray[np.generic], ...]] = {}
+        self._warm: dict[tuple[int, str, bytes, bytes], tuple[NDArray[np.generic], ...]] = {}
         self._bounds: dict[tuple[int, bool, bool], Bounds] = {}
 
     @property
@@ -301,7 +301,7 @@ class Simulator:
         logs, now = [], 0.0
         for i, (prefills, steps) in enumerate(self._segments):
             if i > 0 or resident is None:
-                self._prefill(table, prefills, is_first=i == 0)
+                self._prefill(table, prefills, resolved.settings, by, is_first=i == 0)
             tick = np.array([policy.tick], np.int64)
             slots = table.arrays
             if policy.kind not in CHANGES_ALL:
@@ -358,11 +358,19 @@ class Simulator:
             predicted.used_dSLE[:depth],
         )
 
-    def _prefill(self, table: ResidencyTable, prefills: list[int], is_first: bool) -> None:
+    def _prefill(
+        self,
+        table: ResidencyTable,
+        prefills: list[int],
+        settings: ScheduleSettings,
+        costs: Costs,
+        is_first: bool,
+    ) -> None:
         """The first prompt's walk starts cold and depends on little, so it is remembered: a slider comes back to it."""
         policy = table.policy
         by = policy.scores.tobytes() if policy.scores.any() else b""
-        key = table.num_slots, policy.name, by + table.placed.tobytes()
+        told = b"".join(np.asarray(value).tobytes() for value in (settings.schedule, *costs))
+        key = table.num_slots, policy.name, by + table.placed.tobytes(), told
         if is_first and key in self._warm:
             table.slot_of[:], table.key_of[:], table.prefetched[:], policy.scores[:], tick = self._warm[key]
             policy.tick = int(tick)
@@ -370,7 +378,7 @@ class Simulator:
         if is_first:
             _put_back(table)
         for step in prefills:
-            prefill(table, self.trace, step)
+            prefill(table, self.trace, step, settings, costs)
         _put_back(table)
         if is_first:
             kept = (

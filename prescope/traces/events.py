@@ -16,8 +16,9 @@ of clocks or devices. Times are microseconds since the start of the run.
 | start_us, dur_us | float64 | start since the run's start, and duration |
 
 A `dense` row of layer l is the compute between the experts of layer l-1 (or the step's start) and the routing of
-layer l. A `warm_up` is the part of any of them in which decisions were compiled or read from the disk, once in a
-process. The rows of lanes gpu, stall and host of one step do not overlap: together they are the compute stream's time.
+layer l. A `warm_up` is the part of any of them that went into what is done once: decisions and layers compiled,
+a graph recorded. The rows of lanes gpu, stall and host of one step do not overlap: together they are the compute
+stream's time.
 """
 
 from collections.abc import Iterable

@@ -49,7 +49,7 @@ METRIC_DEFINITIONS: dict[str, str] = {
     "cpu_wait_ms": "time the compute lane waited for experts on the CPU, ms",
     "stall_frac": "stall time / wall time of the phase",
     "host_wait_ms": "time the compute lane waited for the host to read the routing and decide, ms",
-    "warm_up_ms": "time the compute lane waited while decisions were compiled or read from disk (once), ms. "
+    "warm_up_ms": "time the compute lane waited for what is done once: compiling, recording graphs, ms. "
     "In the phases' wall times, not in the run's own; without events it is not known, and is in all of them",
     "dense_gpu_ms": "compute lane: attention, router and all that is no expert, ms",
     "experts_gpu_ms": "compute lane: experts, ms",

@@ -48,7 +48,7 @@ NAMES: dict[str, str] = {
     "stall": "stall (waits for bytes)",
     "cpu_wait": "waits for the CPU's experts",
     "host_wait": "host wait (reads routing)",
-    "warm_up": "warm-up (compiles decisions, once)",
+    "warm_up": "warm-up (compiling, once)",
     "hit": "hit",
     "late": "late",
     "miss": "miss",

@@ -5,7 +5,7 @@ import pytest
 
 from prescope.cache.policies import make_policy
 from prescope.cache.residency import ResidencyTable
-from prescope.cache.rounds import What, walk
+from prescope.cache.rounds import What, next_is_sure, walk
 from prescope.core.types import MoEShape, Reason
 
 SHAPE = MoEShape(num_layers=2, num_experts=64, top_k=2, row_bytes=1024)
@@ -15,7 +15,9 @@ def walked(table: ResidencyTable, experts: np.ndarray, following=None, layer: in
     """A layer's acts; whoever reads a slot finds its expert there."""
     need = table.need(layer, experts, np.ones_like(experts), np.ones(len(experts)))
     acts = []
-    for act in walk(table, need, table.rounds(need), SHAPE.num_experts, following):
+    for act in walk(
+        table, need, table.rounds(need), following if next_is_sure(need, SHAPE.num_experts) else None
+    ):
         if act.what is What.COMPUTE:
             table.landed(act.slots)
             assert (table.key_of[act.slots] == act.moe_layer * SHAPE.num_experts + act.experts).all()

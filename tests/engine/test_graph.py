@@ -78,6 +78,30 @@ def test_tokens_and_counts_are_those_of_serving_layer_by_layer(model, gpu, drive
         assert (layered.trace.expert_ids == captured.trace.expert_ids).all()
 
 
+@pytest.mark.parametrize("driver", ["copy-engine", "host-driven"])
+def test_router_inputs_are_recorded_from_the_graph_too(model, gpu, driver):
+    ids, traces = prompt(batch=2, length=5), {}
+    for decode in ("layered", driver):
+        with prescope.attach(model, slots=9, decode=decode, record_inputs=True, **gpu) as engine:
+            runs = [engine.generate(ids, max_new_tokens=7) for _ in range(2)]
+        assert runs[-1].config["reasons"]["decode"].startswith(decode)
+        traces[decode] = [run.trace for run in runs]
+    for layered, captured in zip(traces["layered"], traces[driver], strict=True):
+        assert (layered.expert_ids == captured.expert_ids).all()
+        assert layered.inputs.shape == (2 * (5 + 6), LAYERS, model.config.hidden_size)
+        assert abs(layered.inputs - captured.inputs).max() < 1e-3
+
+
+def test_recording_a_graph_is_warm_up(model, gpu):
+    with prescope.attach(model, slots=TOTAL, **gpu) as engine:
+        runs = [engine.generate(prompt(), max_new_tokens=6) for _ in range(2)]
+    told = [any("what is done once" in note for note in run.notes) for run in runs]
+    assert told == [
+        True,
+        False,
+    ]  # of runs without a timeline: in others it is a part of that, and of no figure
+
+
 @pytest.mark.parametrize(("window", "is_captured"), [(64, True), (20, False)])
 def test_a_sliding_window_is_captured_where_it_does_not_slide(gpu, window, is_captured):
     """The run has 9 + 8 tokens; beyond its window a sliding cache moves its tokens, by a count that Python keeps."""

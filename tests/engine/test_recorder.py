@@ -170,7 +170,7 @@ def test_recorded_inputs_saturate_and_what_is_not_finite_is_said():
 def test_compiling_decisions_is_warm_up_and_in_no_figure_of_speed(monkeypatch):
     """Seconds on the first call of a process, wherever in a layer that is; they were shown as a host that waits."""
     compiled_us = [5.0]
-    monkeypatch.setattr("prescope.engine.recorder.compiling_us", lambda: compiled_us[0])
+    monkeypatch.setattr("prescope.engine.recorder.warm_up_us", lambda: compiled_us[0])
     device = NullDevice()
     recorder = Recorder(device, events=True, routing=False, inputs=False)
 
@@ -208,7 +208,7 @@ def test_compiling_decisions_is_warm_up_and_in_no_figure_of_speed(monkeypatch):
 
 def test_warm_up_that_no_event_tells_apart_is_said(monkeypatch):
     compiled_us = [5.0]
-    monkeypatch.setattr("prescope.engine.recorder.compiling_us", lambda: compiled_us[0])
+    monkeypatch.setattr("prescope.engine.recorder.warm_up_us", lambda: compiled_us[0])
 
     def notes(events: bool) -> list[str]:
         recorder = Recorder(NullDevice(), events=events, routing=False, inputs=False)
@@ -218,4 +218,4 @@ def test_warm_up_that_no_event_tells_apart_is_said(monkeypatch):
 
     assert notes(events=True) == []
     (note,) = notes(events=False)
-    assert "for 2.5 s of this run" in note and "its times hold that" in note
+    assert note.startswith("2.5 s of this run went") and "its times hold that" in note

@@ -26,7 +26,7 @@ MOST_STEPS, MOST_BYTES = 6, 2 << 30
 #: about as long as some ten tokens, but attention reads the whole cache in each step.
 MOST_TOO_LONG = 2
 #: Reasons that whoever set the engine up has chosen: they need not be told.
-ASKED_FOR = {"as given", "graphs need CUDA", "router inputs are recorded"}
+ASKED_FOR = {"as given", "graphs need CUDA"}
 #: Settings of `generate` that captured steps understand; with others transformers' own loop runs.
 KEYWORDS = {
     "do_sample", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "bos_token_id", "pad_token_id",
@@ -44,6 +44,7 @@ class Baked(NamedTuple):
     batch: int
     drivers: tuple[str, ...]
     timed: bool
+    keeps_inputs: bool
     compiled: bool
     policy: int  # of the cache, where the GPU decides; else 0
     has_cpu: bool
@@ -133,6 +134,7 @@ class Decoder:
                 length=length,
                 drivers=drivers,
                 timed=config.events,
+                keeps_inputs=config.record_inputs,
                 compiled=config.compiled,
             )
             kept = Kept(baked, step, behind)
@@ -157,6 +159,7 @@ class Decoder:
             batch=batch,
             drivers=tuple(drivers),
             timed=config.events,
+            keeps_inputs=config.record_inputs,
             compiled=config.compiled,
             policy=0 if is_host else self._runner.residency.policy.kind,
             has_cpu=is_host and schedule_runner is not None and schedule_runner.cpu is not None,
@@ -200,7 +203,6 @@ class Decoder:
             (config.decode == "layered", "as given"),
             (not self._runner.device.captures_steps, "graphs need CUDA"),
             (config.kernels != "triton", f"kernels={config.kernels!r} cannot be captured"),
-            (config.record_inputs, "router inputs are recorded"),
             (has_hooks(self._model), "hooks are registered on modules, and graphs do not call them"),
             (
                 config.decode in (GPU, COPY) and not POLICIES[config.cache].runs_on_gpu,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...core.jit import warming_up
 from ...core.worker import PATIENCE_S
 from ...errors import TransferFailed, UnsupportedOption, WaitTimedOut
 from ...kernels import StepLog
@@ -109,12 +110,15 @@ class DecodeLoop:
         if not self._step.captured:
             if num_steps == 0:
                 return sample.sequences()
-            sample.next(self._step.run(), self._step.inputs["input_ids"])
+            with warming_up() if self._step.compiled else nullcontext():
+                logits = self._step.run()
+            sample.next(logits, self._step.inputs["input_ids"])
             if sample.is_done() or self._told(2):
                 return sample.sequences()
             first = 1
             if num_steps > 1:
-                self._capture()
+                with warming_up():
+                    self._capture()
         if num_steps > first:
             self._decode(sample, first, num_steps)
         return sample.sequences()

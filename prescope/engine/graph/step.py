@@ -55,8 +55,8 @@ class GraphStep:
         batch: sequences.
         length: tokens the cache must hold.
         drivers: which to capture.
-        timed: write stamps for the timeline.
-        compiled: compile the decoder layers around the experts.
+        timed: write stamps for the timeline. keeps_inputs: log what each router saw.
+        compiled: whether to compile the decoder layers around the experts.
 
     Attributes:
         inputs, captured: of the run under way, see `Form`.
@@ -71,11 +71,12 @@ class GraphStep:
         length: int,
         drivers: Iterable[str],
         timed: bool,
+        keeps_inputs: bool,
         compiled: bool,
     ) -> None:
         self._model, self._runner = model, runner
         self.batch, self.timed = batch, timed
-        self._drivers, self._compiled = list(drivers), compiled
+        self._drivers, self.compiled, self._keeps_inputs = list(drivers), compiled, keeps_inputs
         self.cache = static_cache(model, length, batch)
         self.inputs: dict[str, Any] = {}
         self.captured: dict[str, Captured] = {}
@@ -111,7 +112,7 @@ class GraphStep:
 
     def run(self) -> torch.Tensor:
         """Run the step now, layer by layer; returns logits (B, V) and advances the inputs to the next token."""
-        with compiled_layers(self._model, self._runner.layers, self._compiled, progress=True):
+        with compiled_layers(self._model, self._runner.layers, self.compiled, progress=True):
             logits, _ = self._forward()
         return logits
 
@@ -151,19 +152,24 @@ class GraphStep:
             step = table.new_step(
                 self.batch, runner.shape.top_k, policy=policy, orders=driver == COPY, timed=self.timed,
                 scheduled=self._scheduled() if driver == HOST else None,
+                keeps=self._input_form() if self._keeps_inputs else None,
             )  # fmt: skip
             self._warm_up(step)
-            with compiled_layers(self._model, runner.layers, self._compiled):
+            with compiled_layers(self._model, runner.layers, self.compiled):
                 replay, logits = runner.device.capture(partial(self._whole, step))
             captured[driver] = Captured(step, replay, logits)
         self.captured.update(captured)  # all or none, whatever interrupts
         if len(self._drivers) == 1:
             self.driver, self.why = self._drivers[0], reason
 
+    def _input_form(self) -> tuple[int, torch.dtype]:
+        """Width and dtype of what a router sees."""
+        slots, spec = self._runner.weights[0], self._runner.layers[0].spec
+        return slots.widths(spec.is_transposed)[0], slots.up.dtype
+
     def _scheduled(self) -> "HostOptions":
         schedule_runner = self._runner.schedule_runner
-        slots, spec = self._runner.weights[0], self._runner.layers[0].spec
-        width, dtype = slots.widths(spec.is_transposed)[0], slots.up.dtype
+        width, dtype = self._input_form()
         predicting = schedule_runner.predicting if schedule_runner is not None else None
         if predicting is not None and not predicting.lookahead:
             predicting = None

@@ -1,0 +1,62 @@
+"""A prompt's rare experts are computed on the CPU beside the link: the same text, fewer bytes, as simulated."""
+
+import numpy as np
+import pytest
+
+import prescope
+from prescope.cache.policies import make_policy
+from prescope.cache.residency import ResidencyTable
+from prescope.scheduler.costs import LayerCosts, compiled_costs
+from prescope.scheduler.settings import resolve
+from prescope.simulator.prefill import prefill
+from tests.support.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
+
+COSTS = LayerCosts(
+    link_us=1000.0, gpu_us=5.0, rest_us=200.0, cpu_us=(0.0, 300.0, 400.0, 500.0), cpu_base_us=50.0,
+    source="made up for a test",
+)  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_moe()
+
+
+def served(model, ids, schedule, slots):
+    settings = {"schedule": schedule, "cache": "lru", "costs": COSTS, "cpu_threads": 1}
+    with prescope.attach(model, slots=slots, device="cpu", link_gb_per_s=50.0, **settings) as engine:
+        run = engine.generate(ids, max_new_tokens=5)
+        engine.check_integrity()
+    return run
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("slots", [TOP_K, 7])
+def test_rare_experts_of_a_prompt_are_computed_on_the_cpu(model, batch, slots):
+    slots = max(slots, batch * TOP_K)
+    ids = prompt(batch=batch, length=6)
+    expected = plain_tokens(model, ids, new=5)
+    shared, copied = (served(model, ids, schedule, slots) for schedule in ("presched", "fiddler"))
+    assert shared.tokens == copied.tokens == expected
+    prefill, whole = shared.metrics.prefill, copied.metrics.prefill
+    assert 0 < prefill.on_cpu < prefill.misses and whole.on_cpu == 0
+    assert prefill.h2d_bytes < whole.h2d_bytes
+    assert prefill.needed == whole.needed
+    row = shared.layers.query("phase == 'prefill'")
+    assert (row["on_cpu"] + row["hits"] + row["late"] <= row["needed"]).all()
+
+
+@pytest.mark.parametrize("slots", [6, LAYERS * EXPERTS // 2])
+def test_the_simulator_leaves_the_slots_as_the_engines_prompt_does(model, slots, monkeypatch):
+    # Which slots streamed experts take depends on what is on its way just then.
+    monkeypatch.setattr("prescope.cache.rounds.STREAM_SHARE", 2.0)
+    settings = {"schedule": "presched", "cache": "lru", "costs": COSTS, "cpu_threads": 1}
+    with prescope.attach(model, slots=slots, device="cpu", link_gb_per_s=50.0, **settings) as engine:
+        run = engine.generate(prompt(length=6), max_new_tokens=1)
+        found, shape = engine.runner.residency.slot_of >= 0, engine.shape
+    assert run.metrics.prefill.on_cpu > 0
+    table = ResidencyTable(shape, slots, make_policy("lru", shape))
+    resolved = resolve("presched", num_experts=EXPERTS, depth=0)
+    prefill(table, run.trace, 0, resolved.settings, compiled_costs(COSTS, cpu=True, predicts=False))
+    assert np.array_equal(found, table.slot_of >= 0)
