@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from .widgets.sweep_source import SweepSource
 
 
+#: Of a run that warms up: the third one's step records a graph, where steps run from one.
+WARM_UP_TOKENS = 4
 #: Of a dashboard's real runs, unless others are given.
 PROMPTS = {
     "story": "The old man looked at the sea",
@@ -110,8 +112,8 @@ class Session:
         Args:
             prompts: as `Engine.generate` takes them, or {name: text}; the names stand in the trace as `domain`.
             slots, cache: changed before the run (the slots are cold then); None leaves them.
-            configure: for `Engine.configure`, instead of those two: a schedule and its settings. Two tokens warm the
-                code up, then the run starts with cold slots.
+            configure: for `Engine.configure`, instead of those two: a schedule and its settings. Some tokens warm
+                the code up, then the run starts with cold slots.
             keywords: for `Engine.generate`: max_new_tokens, do_sample, ...
         """
         settings = {"slots": slots, "cache": cache, "configure": configure, **keywords}
@@ -143,7 +145,7 @@ class Session:
         is_new = configure is not None or self._is_new(slots, cache)
         if configure is not None:
             self.engine.configure(**configure)
-            self.engine.generate(texts, max_new_tokens=2)
+            self.engine.generate(texts, max_new_tokens=WARM_UP_TOKENS)
             self.engine.clear_cache()
         elif is_new:
             self.engine.configure(slots=slots, cache=cache)

@@ -246,7 +246,7 @@ class LayeredRunner:
             num_load = self.schedule_runner.copies_of_prompt(need)
         cold = need.experts[here + num_load :]
         if self.schedule_runner is not None and len(cold):
-            on_cpu = self.schedule_runner.submit(moe_layer, cold, host_ids, x_TD.detach().contiguous().cpu())
+            on_cpu = self.schedule_runner.submit(moe_layer, cold, host_ids, x_TD)
         served = need.without(len(cold))
         rounds = self.residency.rounds(served)
         is_sure = self.is_prefill and next_is_sure(need, layer.num_experts)

@@ -138,11 +138,12 @@ class ScheduleRunner:
     def submit(
         self, moe_layer: int, experts: IntArray, ids_TK: NDArray[np.integer[Any]], x_TD: torch.Tensor
     ) -> CpuWork:
-        """Begin to compute experts (n,) of a layer on the CPU; x_TD lies on the host."""
+        """Begin to compute experts (n,) of a layer on the CPU, once their inputs (T, D) have come from the device."""
         assert self.cpu is not None, "a schedule without a CPU lane sent experts to the CPU"
         expert_batch = expert_batch_of(ids_TK, experts)
+        x, tokens = _rows(x_TD.detach(), expert_batch.tokens)
         out = torch.empty((len(expert_batch.places), x_TD.shape[1]), dtype=x_TD.dtype)
-        job = self.cpu.submit(moe_layer, expert_batch.compact(), x_TD, out)
+        job = self.cpu.submit(moe_layer, expert_batch.compact()._replace(tokens=tokens), x, out)
         self._under_way = [*(other for other in self._under_way if not other.done()), job]
         return CpuWork(moe_layer, expert_batch.experts, expert_batch, job, out)
 
@@ -180,6 +181,16 @@ class ScheduleRunner:
             self.predicting.close()
         if self.cpu is not None:
             self.cpu.close()
+
+
+def _rows(x_TD: torch.Tensor, tokens: IntArray) -> tuple[torch.Tensor, IntArray]:
+    """The rows of x that tokens (m,) name, on the host, and where they are there: of a long prompt few are wanted, and
+    all of it would take longer to come than an expert.
+    """
+    used = np.unique(tokens)
+    if 2 * len(used) > len(x_TD):
+        return x_TD.contiguous().cpu(), tokens
+    return x_TD[torch.from_numpy(used).to(x_TD.device)].cpu(), np.searchsorted(used, tokens)
 
 
 def on_demand(shape: MoEShape) -> ScheduleRunner:

@@ -31,11 +31,11 @@ def served(model, ids, schedule, slots):
     return run
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("slots", [TOP_K, 7])
-def test_rare_experts_of_a_prompt_are_computed_on_the_cpu(model, batch, slots):
-    slots = max(slots, batch * TOP_K)
-    ids = prompt(batch=batch, length=6)
+@pytest.mark.parametrize(
+    ("batch", "length", "slots"), [(1, 6, TOP_K), (1, 6, 7), (3, 6, 3 * TOP_K), (2, 90, 9)]
+)
+def test_rare_experts_of_a_prompt_are_computed_on_the_cpu(model, batch, length, slots):
+    ids = prompt(batch=batch, length=length)
     expected = plain_tokens(model, ids, new=5)
     shared, copied = (served(model, ids, schedule, slots) for schedule in ("presched", "fiddler"))
     assert shared.tokens == copied.tokens == expected

@@ -1,0 +1,150 @@
+"""Time to the first token with experts in host memory: all missing ones copied, or the rare ones left to the CPU.
+
+    python benchmarks/first_token.py --prompt 16 64 256 1024 --slots 0.5 0.25 --out first_token.json
+
+Under PreSched, with a CPU lane (the CPU computes a prompt's rare experts beside the link) and without one (all are
+copied), A-B-B-A, a prompt of its own for each run, from the slots that the run before left: two new tokens, so that
+decode steps hardly matter. Beside them on demand, and the bound: what was missing over link and CPU together, or the
+link alone, and at least what a prompt takes when all experts have slots. Random weights, their own routing.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _models import open_model
+from decode import link_rate
+
+from prescope import HardwareProfile, attach
+from prescope.core.machine import machine_facts
+from prescope.engine.engine import Engine
+
+TRIAL_LINK_GB_PER_S = 1.0  # emulated, with --device cpu
+COLUMNS = [
+    "batch",
+    "prompt",
+    "slots",
+    "who",
+    "first token ms",
+    "spread",
+    "missing",
+    "on CPU %",
+    "GB copied",
+    "bound ms",
+]
+
+
+def main() -> None:
+    """Run all cells, print the table as it grows, write the JSON."""
+    args = arguments()
+    on_gpu = args.device == "cuda"
+    link = link_rate() if on_gpu else TRIAL_LINK_GB_PER_S
+    name = torch.cuda.get_device_name() if on_gpu else "CPU standing in for the GPU"
+    facts = {**machine_facts(), "device": name, "link_gb_per_s": link}
+    print(f"# {name}, link {link:.1f} GB/s, {args.model}, bfloat16\n| {' | '.join(COLUMNS)} |", flush=True)
+    print("|---" * len(COLUMNS) + "|")
+    cells: list[dict[str, Any]] = []
+    bench = open_model(args.model, torch.device(args.device), torch.bfloat16)
+    more: dict[str, Any] = {} if on_gpu else {"link_gb_per_s": TRIAL_LINK_GB_PER_S}
+    with attach(bench.model, device=args.device, slots=1.0, **more) as engine:
+        for batch in args.batch:
+            for length in args.prompt:
+                engine.configure(slots=1.0, schedule="on-demand")
+                resident = cell_of("all in slots", several(engine, batch, length, args)[1:])
+                for slots in args.slots:
+                    for cell in offloaded(engine, batch, length, slots, resident["ms"], link, args):
+                        cells.append(cell | {"batch": batch, "prompt": length, "slots": slots})
+                        print(row(cells[-1]), flush=True)
+                    if args.out:
+                        everything = {"machine": facts, "arguments": vars(args), "cells": cells}
+                        Path(args.out).write_text(json.dumps(everything, indent=1, default=str) + "\n")
+
+
+def offloaded(
+    engine: Engine,
+    batch: int,
+    length: int,
+    slots: float,
+    resident_ms: float,
+    link: float,
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """On demand, and PreSched with and without a CPU lane."""
+    size = engine.layers[0].expert_size
+    costs = HardwareProfile.load(args.profile).costs(
+        engine.shape, width=size.width, expert_width=size.expert_width, batch=batch, rest_us=90.0
+    )
+    ways: dict[str, dict[str, Any]] = {
+        "on demand": {"schedule": "on-demand"},
+        "all copied": {"schedule": "presched", "costs": replace(costs, cpu_us=(), cpu_alone_us=())},
+        "rare on the CPU": {"schedule": "presched", "costs": costs},
+    }
+    runs: dict[str, list[Any]] = {way: [] for way in ways}
+    for way in [*ways, *reversed(ways)]:
+        engine.configure(slots=slots, **ways[way])
+        runs[way] += several(engine, batch, length, args)[1:]
+    cells = [{"resident_ms": resident_ms, **cell_of(way, found)} for way, found in runs.items()]
+    for cell in cells:
+        rate = link + (engine.shape.row_bytes / costs.cpu_us[1] / 1e3 if "CPU" in cell["who"] else 0.0)
+        cell["bound_ms"] = max(resident_ms, cell["missing"] * engine.shape.row_bytes / rate / 1e6)
+    return cells
+
+
+def several(engine: Engine, batch: int, length: int, args: argparse.Namespace) -> list[Any]:
+    """Runs, each of a prompt of its own; the first one warms up."""
+    vocabulary = engine.model.config.vocab_size
+    prompts = [
+        torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(i))
+        for i in range(args.repeats + 1)
+    ]
+    return [engine.generate(prompt, max_new_tokens=2, min_new_tokens=2) for prompt in prompts]
+
+
+def cell_of(who: str, runs: list[Any]) -> dict[str, Any]:
+    """Medians over runs."""
+    times = [run.metrics.ttft_ms for run in runs]
+    prefills = [run.metrics.prefill for run in runs]
+    return {
+        "who": who,
+        "ms": statistics.median(times),
+        "runs_ms": times,
+        "missing": statistics.median(each.misses + each.late for each in prefills),
+        "needed": statistics.median(each.needed for each in prefills),
+        "on_cpu": statistics.median(each.on_cpu / max(1, each.needed) for each in prefills),
+        "gb_copied": statistics.median(each.h2d_bytes for each in prefills) / 1e9,
+    }
+
+
+def row(cell: dict[str, Any]) -> str:
+    """One line of the table."""
+    values = [
+        cell["batch"], cell["prompt"], f"{cell['slots']:.0%}", cell["who"], f"{cell['ms']:.0f}",
+        f"{min(cell['runs_ms']):.0f}-{max(cell['runs_ms']):.0f}", f"{cell['missing']:.0f} of {cell['needed']:.0f}",
+        f"{100 * cell['on_cpu']:.0f}", f"{cell['gb_copied']:.2f}", f"{cell['bound_ms']:.0f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="qwen3-30b-a3b-cut16")
+    add("--batch", nargs="+", type=int, default=[1, 8])
+    add("--prompt", nargs="+", type=int, default=[16, 64, 256, 1024])
+    add("--slots", nargs="+", type=float, default=[0.5, 0.25])
+    add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try the script")
+    add("--profile", default="h200")
+    add("--repeats", type=int, default=2)
+    add("--out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
