@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from prescope import views
 from prescope.core.types import Reason
 from prescope.device import NullDevice
 from prescope.engine.positions import Forward
@@ -110,6 +109,7 @@ def test_counts_routing_metrics_and_pictures_are_as_of_any_run(recording, tmp_pa
         hardware={"label": "virtual clock", "link": "virtual"},
     )  # fmt: skip
     assert run.save_perfetto(tmp_path / "timeline.json").stat().st_size > 0
+    views = pytest.importorskip("prescope.views", exc_type=ImportError)
     info = views.lanes_info(run, range(1, 3))
     assert len(info.layers) == 2 * LAYERS
     assert info.end_ms == pytest.approx((100 + 2 * 16 + 3 * 20 + 10) / 1e3)
