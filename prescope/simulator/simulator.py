@@ -141,7 +141,8 @@ class Simulator:
                 them unless given.
 
         Raises:
-            UnsupportedOption: a setting that does not exist or cannot be; more residents than slots.
+            UnsupportedOption: a setting that does not exist or cannot be; more residents than slots; costs by which no
+                time passes.
             SlotPoolTooSmall: fewer slots than a token needs.
         """
         settings = self._resolve(
@@ -151,6 +152,11 @@ class Simulator:
             frequencies = self.trace.expert_counts()
         known = None if frequencies is None else require_frequencies(self.shape, frequencies)
         log = self._replay(settings, known, self.costs, believed, resident)
+        if not log.step_end_us[-1] > 0:
+            raise UnsupportedOption(
+                f"by these costs no time passes ({self.costs.source}), so there are no tokens/s; give rest_us, what a "
+                f"layer takes besides its experts, or step_us"
+            )
         return SimResult(
             log=log,
             config=self._config(settings),
@@ -406,7 +412,7 @@ class Simulator:
             both_ms,
             gpu_ms,
             step_ms,
-            1e3 * float(self.needs.tokens_S.mean()) / step_ms,
+            1e3 * float(self.needs.tokens_S.mean()) / step_ms if step_ms > 0 else float("inf"),
         )
 
 
