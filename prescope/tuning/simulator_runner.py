@@ -139,7 +139,9 @@ class SimulatorRunner:
 
     def about(self) -> dict[str, Any]:
         """Checksums of traces and predictions, of what is known to be hot, and the costs."""
-        known = {} if self.frequencies is None else {"frequencies": _checksum(repr(self.frequencies.tolist()))}
+        known = (
+            {} if self.frequencies is None else {"frequencies": _checksum(repr(self.frequencies.tolist()))}
+        )
         return {
             "runner": "simulator",
             "traces": {name: _checksum_of_trace(trace) for name, trace in self._traces.items()},

@@ -114,9 +114,11 @@ def test_one_that_fails_when_it_is_told_ends_its_predictions_and_not_the_run():
             raise ZeroDivisionError("a memory broke")
 
     ids = prompt()
-    with attached(Forgetful(SHAPE, AHEAD)) as engine:
-        with pytest.warns(UserWarning, match="failed at MoE layer .*a memory broke"):
-            run = engine.generate(ids, max_new_tokens=NEW)
+    with (
+        attached(Forgetful(SHAPE, AHEAD)) as engine,
+        pytest.warns(UserWarning, match="failed at MoE layer .*a memory broke"),
+    ):
+        run = engine.generate(ids, max_new_tokens=NEW)
     assert run.tokens == plain_tokens(tiny_moe(), ids, new=NEW)
     assert any("without predictions" in note for note in run.notes)
 

@@ -764,5 +764,5 @@ def test_times_of_zero_are_replayed_or_refused(schedule, lane):
         assert 0 < run.interval.low <= run.tokens_per_s <= run.interval.high < np.inf
         assert run.bounds.tokens_per_s >= run.tokens_per_s * (1 - 1e-9)
     if not (lane and lane[1] and schedule == "static-split"):  # which leaves everything to its CPU
-        with pytest.raises(UnsupportedOption, match="no time passes .*rest_us"):
+        with pytest.raises(UnsupportedOption, match=r"no time passes .*rest_us"):
             Simulator(trace, free, row_bytes=1000, predictor=oracle, lookahead=1).run(schedule, slots=8)

@@ -144,7 +144,13 @@ def test_points_know_the_hot_experts_that_the_engine_knows():
         assert {"tokens_per_s": one.run(settings).values["tokens_per_s"]} == told
     untold = SimulatorRunner(trace, machine)
     for simulator, known, is_said in ((runner, hot.copy(), False), (runner, None, True), (untold, hot, True)):
-        default = {"schedule": "presched", "cache": "auto", "cpu_threads": None, "predictor": "none", "slots": 12}
+        default = {
+            "schedule": "presched",
+            "cache": "auto",
+            "cpu_threads": None,
+            "predictor": "none",
+            "slots": 12,
+        }
         device = SimpleNamespace(engine=SimpleNamespace(frequencies=known), default=default)
         notes = []
         simulated = simulated_default(SimpleNamespace(runner=simulator, fixed={}), device, {}, notes)
