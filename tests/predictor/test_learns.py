@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import prescope
+from prescope.engine import predicting
 from prescope.errors import UnsupportedOption
 from prescope.predictor import Learns, OnlineTuner, PreviousToken
 from prescope.scheduler.costs import LayerCosts
@@ -19,6 +20,12 @@ COSTS = LayerCosts(
     link_us=1000.0, gpu_us=50.0, rest_us=700.0, decide_us=100.0, is_layered=True, source="stated for a test"
 )  # fmt: skip
 NEW, AHEAD = 8, LAYERS - 1
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """On a busy machine a predictor would be given up."""
+    monkeypatch.setattr(predicting, "SLOW_US", 1e9)
 
 
 class Heard(PreviousToken):
