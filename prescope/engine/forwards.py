@@ -105,6 +105,8 @@ class Forwards:
             return
         # Who keeps no cache reads the whole text again for every token: that is a prompt to the schedules.
         runner.is_prefill = forward.phase == "prefill" or forward.past == 0
+        if runner.is_prefill:
+            runner.residency.begin_prompt()
         if runner.schedule_runner is not None:
             runner.schedule_runner.begin_forward(forward, runner.is_prefill)
         if not runner.is_prefill and runner.forced is not None:

@@ -292,6 +292,7 @@ class Simulator:
         table = ResidencyTable(self.shape, settings.num_slots, policy)
         if known is not None and settings.schedule.schedule.places:
             table.placed = by_frequency(self.shape, known)[-settings.num_slots :]
+            table.known_LE = known if settings.schedule.schedule.heeds_prompt else None
         if resident is not None:
             _fill(table, resident)
         resolved = settings.schedule
@@ -368,7 +369,8 @@ class Simulator:
         """The first prompt's walk starts cold and depends on little, so it is remembered: a slider comes back to it."""
         policy = table.policy
         by = policy.scores.tobytes() if policy.scores.any() else b""
-        key = table.num_slots, policy.name, by + table.placed.tobytes()
+        known = b"" if table.known_LE is None else table.known_LE.tobytes()
+        key = table.num_slots, policy.name, by + table.placed.tobytes() + known
         if is_first and key in self._warm:
             table.slot_of[:], table.key_of[:], table.prefetched[:], policy.scores[:], tick = self._warm[key]
             policy.tick = int(tick)
@@ -377,7 +379,7 @@ class Simulator:
             _put_back(table)
         for step in prefills:
             prefill(table, self.trace, step)
-        _put_back(table)
+            _put_back(table)
         if is_first:
             kept = (
                 table.slot_of.copy(),
