@@ -242,7 +242,7 @@ class Session:
         run = run or self.last
         if run.trace is None:
             raise BadTrace("the run has no routing trace; run it with record_routing=True")
-        here = machine_of_run(run, self.engine.shape, self.engine.expert_size, profile)
+        here = machine_of_run(run, self.engine.shape, self.engine.expert_size, profile, self.runs)
         width = 0 if run.trace.inputs is None else run.trace.inputs.shape[2]
         device = str(device_of(self.engine))
         spent = {
@@ -430,7 +430,8 @@ class Session:
     def _own_scenarios(self, run: RunResult) -> Scenarios:
         """A recorded run's, with nothing else to choose: changes nothing of the engine."""
         assert run.trace is not None, "it is recorded"
-        return Scenarios(run.trace, [machine_of_run(run, self.engine.shape, self.engine.expert_size)])
+        here = machine_of_run(run, self.engine.shape, self.engine.expert_size, others=self.runs)
+        return Scenarios(run.trace, [here])
 
     def close(self) -> None:
         """Close panels and engine; runs and figures stay."""

@@ -35,3 +35,28 @@ def require_frequencies(shape: MoEShape, frequencies: Any) -> FloatArray:
             "run.trace.expert_counts() does"
         )
     return found
+
+
+def behind_prompt(known_LE: FloatArray, prompt_LE: FloatArray) -> FloatArray:
+    """Uses of each expert (L, E) to go by behind a prompt: those of a recorded run, and the prompt's own.
+
+    A text's shares are taken as drawn around the recorded ones (a Dirichlet distribution). How near to them is told by
+    how much farther off the prompt is than chance makes it, chi squared over its degrees of freedom: that is what the
+    recorded run is worth, in uses a layer. A prompt that is off by chance alone says nothing new.
+
+    Args:
+        known_LE: uses of the recorded run. `prompt_LE`: of the prompt, zeros for none.
+    """
+    uses_L1 = prompt_LE.sum(axis=1, keepdims=True)
+    shares_LE = known_LE / np.maximum(known_LE.sum(axis=1, keepdims=True), 1e-9)
+    expected_LE = uses_L1 * shares_LE
+    is_expected = expected_LE > 0
+    degrees = int(is_expected.sum() - is_expected.any(axis=1).sum())
+    if degrees < 1:
+        return known_LE
+    off = float(((prompt_LE - expected_LE)[is_expected] ** 2 / expected_LE[is_expected]).sum()) / degrees
+    if off <= 1.0:
+        return known_LE
+    worth = max(0.0, (float(uses_L1.mean()) - off) / (off - 1.0))
+    mixed: FloatArray = prompt_LE + worth * shares_LE
+    return mixed

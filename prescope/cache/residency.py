@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.types import IntArray, MoEShape
-from .policies import CachePolicy
+from ..core.types import FloatArray, IntArray, MoEShape
+from .frequencies import behind_prompt
+from .policies import CachePolicy, by_frequency
 from .prefetch import Waiting, next_prefetch, on_the_way
 from .slots import Slots, SortedNeed, sort_need, take_slots, use_prefetched
 
@@ -71,6 +72,11 @@ class ResidencyTable:
         policy.serves(self.slot_of, num_slots)
         #: Keys that belong into slots from the start (`put_back`).
         self.placed = NOTHING
+        #: Uses of a recorded run (L, E), if they and those of each prompt say which keys these are.
+        self.known_LE: FloatArray | None = None
+        #: (L * E,) experts that the model has, of layers with fewer than E.
+        self.exists = np.ones(shape.total_experts, dtype=bool)
+        self._prompt_LE = np.zeros((shape.num_layers, shape.num_experts))
         #: The same arrays, for compiled code; they are changed in place only.
         self.arrays = Slots(
             self.slot_of, self.key_of, self.in_flight, self.prefetched, self.protected, policy.scores,
@@ -82,6 +88,8 @@ class ResidencyTable:
     ) -> LayerNeed:
         """Sort a layer's distinct experts (n,) into hits, late and misses; the policy learns the need."""
         self.policy.use(moe_layer, experts, weights)
+        if self.known_LE is not None:
+            self._prompt_LE[moe_layer, experts] += tokens
         slots = self.slots_for(moe_layer, experts)
         need = sort_need(experts, tokens, slots, self.in_flight)
         return LayerNeed.of(moe_layer, need, use_prefetched(self.prefetched, slots))
@@ -136,11 +144,21 @@ class ResidencyTable:
                 self.versions[changed // self.shape.num_experts] += 1
         return key, slot
 
+    def begin_prompt(self) -> None:
+        """What is needed from now on is a prompt's, until it is put back."""
+        self._prompt_LE[:] = 0.0
+
+    def _choose_placed(self, known_LE: FloatArray) -> None:
+        keys = by_frequency(self.shape, behind_prompt(known_LE, self._prompt_LE))
+        self.placed = keys[self.exists[keys]][-self.num_slots :]
+
     def put_back(self) -> Iterator[tuple[int, IntArray, IntArray]]:
         """Give a slot to each of the experts that are `placed` and have none: layer, experts (n,), slots (n,).
 
         They become IN_FLIGHT, and make room among the others. All that was in flight must have landed.
         """
+        if self.known_LE is not None:
+            self._choose_placed(self.known_LE)
         keys = self.placed[self.slot_of[self.placed] < 0]
         for layer in np.unique(keys // self.shape.num_experts).tolist():
             first = layer * self.shape.num_experts
@@ -181,6 +199,7 @@ class ResidencyTable:
         self.versions += 1
         self.key_of[:] = -1
         self.in_flight[:] = self.prefetched[:] = self.protected[:] = False
+        self.begin_prompt()
 
     def rounds(self, need: LayerNeed) -> list[IntArray]:
         """Experts of each round. One round when all fit; otherwise what is here first, then misses in chunks.

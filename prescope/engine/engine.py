@@ -172,7 +172,7 @@ class Engine:
                 self._predictings = Predictings()
                 self.runner.open_slots(self.num_slots, policy)
                 self._open_schedule(config, predictor, costs)
-                self._place(self._placed(config, frequencies, self.num_slots))
+                self._place(self._placed(config, frequencies, self.num_slots), config, frequencies)
                 self.turn = self.runner.turn
                 self.forwards = Forwards(self.runner)
                 self.forwards.open(model, layers)
@@ -268,7 +268,7 @@ class Engine:
         self.reasons["cache"] = cache_reason
         if is_new:
             self._renew_slots(count, reason, policy)
-        self._place(placed)
+        self._place(placed, config, hot)
 
     def _renew_slots(self, count: int, reason: str, policy: CachePolicy) -> None:
         """Free all slots, or take another number of them; the former number if so many cannot be had."""
@@ -300,9 +300,14 @@ class Engine:
         num_experts = np.array([one.num_experts for one in self.layers])
         return keys[expert < num_experts[layer]][-num_slots:]
 
-    def _place(self, placed: IntArray) -> None:
-        """Copy them before a run; they are put back behind each prompt."""
-        self.runner.residency.placed = placed
+    def _place(self, placed: IntArray, config: EngineConfig, frequencies: np.ndarray | None) -> None:
+        """Copy them before a run; they, or what a prompt says beside them, are put back behind each prompt."""
+        table = self.runner.residency
+        table.placed = placed
+        table.begin_prompt()
+        table.known_LE = frequencies if schedule_named(config.schedule).heeds_prompt else None
+        num_experts = np.array([[layer.num_experts] for layer in self.layers])
+        table.exists = (np.arange(self.shape.num_experts) < num_experts).ravel()
         self.runner.put_back()
         self._device.synchronize()
 

@@ -86,6 +86,8 @@ class Forwards:
         finally:
             self._is_inside = False
             self._runner.recorder = former
+            if self._runner.schedule_runner is not None:
+                self._runner.schedule_runner.end_forward()
 
     @torch.compiler.disable
     def _begin(self, given: Mapping[str, Any]) -> None:
@@ -105,8 +107,10 @@ class Forwards:
             self.progress.has_run = True
         # Who keeps no cache reads the whole text again for every token: that is a prompt to the schedules.
         runner.is_prefill = forward.phase == "prefill" or forward.past == 0
-        if runner.is_prefill and runner.schedule_runner is not None:
-            runner.schedule_runner.begin_text()
+        if runner.is_prefill:
+            runner.residency.begin_prompt()
+        if runner.schedule_runner is not None:
+            runner.schedule_runner.begin_forward(forward, runner.is_prefill)
         if not runner.is_prefill and runner.forced is not None:
             if forward.length > 1:
                 raise UnsupportedOption(

@@ -192,7 +192,10 @@ class LayeredRunner:
         if self._is_serving:  # an interrupt or an error ended the last call half-way
             self.recover()
         self._is_serving = True
-        out = self._serve_now(moe_layer, x_TD, ids_TK.to(torch.int64), weights_TK)
+        ids_TK = ids_TK.to(torch.int64)
+        out = self._serve_now(moe_layer, x_TD, ids_TK, weights_TK)
+        if self.schedule_runner is not None:
+            self.schedule_runner.observe(moe_layer, ids_TK)
         self._is_serving = False
         return out
 

@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from ..core.bell import Bell
 from ..core.worker import Worker
 from ..predictor import Prediction, Predictor
-from ..predictor.base import FastPath
+from ..predictor.base import FastPath, Learns
 from ..predictor.checked import ask, check_values
 from .forced_routing import ForcedRouting
+from .observing import Observing
+from .positions import Forward
 
 #: Expected tokens and probability of use, (d, E) each.
 Predicted = tuple[NDArray[np.floating], NDArray[np.floating]]
@@ -63,6 +65,7 @@ class Predicting:
 
     Attributes:
         forced: routing from a trace whose predictions are used instead of the predictor's.
+        observing: tells it what layers used, if it learns from that.
         problem: why it is not asked any more in this text; "" while it is.
         where: how it is asked, in words.
         is_busy: a thread beside the graph is asking it.
@@ -78,6 +81,7 @@ class Predicting:
         self.predictor, self.lookahead, self._fast_path = predictor, lookahead, fast_path
         self.given = predictor if given is None else given
         self.forced: ForcedRouting | None = None
+        self.observing = Observing(predictor) if isinstance(predictor, Learns) else None
         self.problem, self.where = "", "not asked yet"
         self.is_busy = self._is_aside_said = False
         self._on_host: Predictor | None = None
@@ -121,6 +125,34 @@ class Predicting:
         """A prompt is read: a predictor that was not asked any more is asked again."""
         self.problem = ""
         self._took_us, self._between_us, self._asked_us = [], [], 0.0
+
+    # -- telling -----------------------------------------------------------------------------------------------
+
+    def begin_forward(self, forward: Forward) -> None:
+        """A forward pass begins, a prompt's too, for a predictor that learns."""
+        if self.observing is None or self.is_forced:
+            return
+        if self.is_busy:
+            self.stop(f"{self.predictor.name} is still busy with what it was asked in the text before")
+        if not self.problem:
+            try:
+                self.observing.begin(forward)
+            except Exception as error:  # noqa: BLE001 - as in `_values`
+                self.fail(0, error)
+
+    def end_forward(self) -> None:
+        """The forward pass is over."""
+        if self.observing is not None:
+            self.observing.end()
+
+    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
+        """What a layer of the forward pass has used."""
+        if self.observing is None or self.is_forced or self.problem or self.is_busy:
+            return
+        try:
+            self.observing.layer(moe_layer, ids_TK)
+        except Exception as error:  # noqa: BLE001 - as in `_values`
+            self.fail(moe_layer, error)
 
     # -- asking ------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .config import EngineConfig
 from .forced_routing import ForcedRouting
+from .positions import Forward
 from .predicting import Predicted, Predicting, Predictings
 
 
@@ -91,10 +92,23 @@ class ScheduleRunner:
             return None
         return self.predicting.predict(moe_layer, x_TD, ids_TK, weights_TK)
 
-    def begin_text(self) -> None:
-        """A prompt is read: what was wrong with the predictor is forgotten."""
-        if self.predicting is not None:
+    def begin_forward(self, forward: Forward, is_prefill: bool) -> None:
+        """A forward pass begins; where it reads a prompt, what was wrong with the predictor is forgotten."""
+        if self.predicting is None:
+            return
+        if is_prefill:
             self.predicting.begin_text()
+        self.predicting.begin_forward(forward)
+
+    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
+        """What a layer has used, for a predictor that learns."""
+        if self.predicting is not None:
+            self.predicting.observe(moe_layer, ids_TK)
+
+    def end_forward(self) -> None:
+        """The forward pass is over."""
+        if self.predicting is not None:
+            self.predicting.end_forward()
 
     # -- decisions ---------------------------------------------------------------------------------------------
 

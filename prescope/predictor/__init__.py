@@ -11,7 +11,7 @@ Imports no model code: routers come in as tensors, states as a `RoutingTrace`.
 from typing import Any
 
 from ..core.renamed import moved
-from .base import BadPredictor, BadState, Cost, Prediction, Predictor, TooFewPrompts, measure_us
+from .base import BadPredictor, BadState, Cost, Learns, Prediction, Predictor, TooFewPrompts, measure_us
 from .baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
 from .checked import BadPrediction
 from .controls import Chance, Oracle
@@ -32,6 +32,7 @@ __all__ = [
     "EarlyRouter",
     "Frequency",
     "LayerGroups",
+    "Learns",
     "Llapor",
     "LlaporConfig",
     "ModelTag",

@@ -95,10 +95,6 @@ class Predictor(Protocol):
         """
         ...
 
-    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
-        """Learn which experts a layer really used in this step; does nothing where there is nothing to learn."""
-        ...
-
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """(R, L - lookahead, E): [:, l] are the scores for layer l + lookahead given what is known at layer l."""
         ...
@@ -122,6 +118,26 @@ class ReplaysRows(Protocol):
 
     def replay_rows(self, trace: RoutingTrace, lookahead: int, rows: IdArray) -> ScoreArray:
         """As `Predictor.replay`, of the rows (n,) alone: (n, L - lookahead, E)."""
+        ...
+
+
+@runtime_checkable
+class Learns(Protocol):
+    """A predictor that remembers what layers have used, and answers by it: an engine tells it.
+
+    It is no part of a graph, where Python remembers nothing; and `to` gives it on another device with one memory.
+    """
+
+    def begin(self, num_sequences: int) -> None:
+        """A text of so many sequences begins: the one before is nobody's past."""
+        ...
+
+    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
+        """Learn which experts a layer has used; behind `predict`, if that was asked about the layer at all.
+
+        Args:
+            ids_TK: of the sequences' tokens, sequence by sequence; -1 in the rows of padding.
+        """
         ...
 
 

@@ -126,7 +126,7 @@ def above_threshold(logits_TE: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 class Baseline(ABC):
-    """What all baselines share: `predict` by one `_scorer` each; `observe` does nothing unless one keeps a state."""
+    """What all baselines share: `predict` by one `_scorer` each."""
 
     name = ""
     needs_inputs = False
@@ -153,9 +153,6 @@ class Baseline(ABC):
     @abstractmethod
     def _scorer(self, at: LayerInput) -> Scorer:
         """What every predictor has of its own: (lookahead, target layer) -> scores (T, E) for a layer's tokens."""
-
-    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:  # noqa: B027 - most keep no state
-        """Nothing to learn."""
 
     def to(self, device: torch.device | str) -> Self:
         """Itself: its numbers stay on the host."""
@@ -273,8 +270,8 @@ class Frequency(Baseline):
 class PreviousToken(Baseline):
     """What the sequence's previous position used at the layer; older positions, decayed, order the rest.
 
-    In a live prefill all positions pass a layer at once, so there the state is that before the prefill; a replay
-    scores each row as if decoded.
+    Live it remembers what it is told (`base.Learns`), the prompt too. While a prompt is read all its positions pass a
+    layer at once, and the state is that before it; a replay scores each row as if decoded.
 
     Args:
         decay: weight of the past. At most 1/2, so that the previous position outweighs all older ones.
@@ -293,15 +290,17 @@ class PreviousToken(Baseline):
         self._recent_SLE = torch.full((num_sequences, *self.shape[:2]), chance)
 
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
-        """Rows are the sequences' tokens, sequence by sequence, as in a forward pass."""
+        """As `base.Learns.observe`; of N positions a sequence at once, the newest weighs most."""
         self._recent_SLE = self._recent_SLE.to(ids_TK.device)
         used_SNE = used_mask_torch(ids_TK, self.shape.num_experts).view(
             len(self._recent_SLE), -1, self.shape.num_experts
         )
-        recent_SE = self._recent_SLE[:, moe_layer]
-        for position in range(used_SNE.shape[1]):
-            recent_SE = self.decay * recent_SE + (1.0 - self.decay) * used_SNE[:, position]
-        self._recent_SLE[:, moe_layer] = recent_SE
+        is_token_SN = used_SNE.any(dim=-1)  # padding is no token's past
+        from_here_SN = is_token_SN.flip(1).cumsum(1).flip(1)  # tokens from each position to the end
+        weight_SN = (1.0 - self.decay) * self.decay ** (from_here_SN - 1) * is_token_SN
+        new_SE = torch.einsum("sn,sne->se", weight_SN, used_SNE)
+        kept_S1 = self.decay ** from_here_SN[:, :1]
+        self._recent_SLE[:, moe_layer] = kept_S1 * self._recent_SLE[:, moe_layer] + new_SE
 
     def _scorer(self, at: LayerInput) -> Scorer:
         """The decayed past of each token's sequence at the coming layers."""

@@ -314,9 +314,6 @@ class Llapor:
                 f"{self.name} was trained with the chosen experts as input; pass ids_TK to predict()"
             )
 
-    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
-        """Nothing: `online.OnlineTuner` learns while it runs."""
-
     def batch_of(
         self, trace: RoutingTrace, rows: slice | np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

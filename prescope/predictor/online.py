@@ -173,8 +173,14 @@ class OnlineTuner:
         """There is none: it learns while it predicts."""
         return None
 
+    def begin(self, num_sequences: int) -> None:
+        """Another text begins: the step under way is over, what was learned stays."""
+        self._live, self._live_used = {}, {}
+
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
-        """What a layer used. After the last layer of a step, all layers known, it learns."""
+        """What a layer used, if it was asked there. After the last layer of a step, all layers known, it learns."""
+        if moe_layer not in self._live:
+            return
         self._live_used[moe_layer] = used_mask_torch(ids_TK, self.shape.num_experts)
         L = self.shape.num_layers
         if moe_layer != L - 1 or len(self._live_used) < L or len(self._live) < L:
@@ -183,6 +189,7 @@ class OnlineTuner:
         hidden = torch.stack([h for h, _ in states])
         base = torch.stack([b for _, b in states if b is not None]) if self._base is not None else None
         used = torch.stack([self._live_used[layer] for layer in range(L)])
+        self._live, self._live_used = {}, {}
         self._learn(hidden, base, used)
 
     # -- replay ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Pure: numbers in, numbers out; measured by others and handed in with their origi
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -104,6 +105,22 @@ class LayerCosts:
         """All times as short as they may be, by their spread."""
         return self._scaled(*(1.0 / (1.0 + share) for share in self.spread))
 
+    def drifting(self, others: Iterable["LayerCosts"]) -> "LayerCosts":
+        """The same, with a spread that reaches what other runs took: the steps of one run do not show how far a machine
+        drifts from run to run.
+
+        Args:
+            others: of the same layers on this machine; from runs, so nothing is said of the CPU's experts.
+        """
+        widest = self.spread
+        for other in others:
+            widest = widest._replace(
+                link=max(widest.link, _beyond(self.link_us, other.link_us)),
+                gpu=max(widest.gpu, _beyond(self.gpu_us, other.gpu_us)),
+                rest=max(widest.rest, _beyond(self.rest_us, other.rest_us)),
+            )
+        return replace(self, spread=widest)
+
     def _scaled(self, link: float, gpu: float, cpu: float, rest: float) -> "LayerCosts":
         return replace(
             self,
@@ -120,16 +137,19 @@ class LayerCosts:
         )
 
 
+def _beyond(one_us: float, other_us: float) -> float:
+    """By what share the longer of two times is longer; 0.0 where one is not known."""
+    return max(one_us, other_us) / min(one_us, other_us) - 1.0 if min(one_us, other_us) > 0 else 0.0
+
+
 def costs_of_run(run: RunResult) -> LayerCosts:
     """Costs of the decode steps of a run with a timeline: medians, since one interrupted step says nothing of the rest.
 
     Raises:
         BadTrace: it has no timeline, no decode step or copied nothing.
     """
-    events = run.events[run.events["phase"] == "decode"]
-    copies = events.loc[events["kind"] == "transfer", "dur_us"]
-    rest = events[events["kind"] == "dense"].groupby("step")["dur_us"].sum()
-    if not len(copies) or not rest.median() > 0:
+    copies, rest = _copies_and_rest(run)
+    if not has_times(run):
         raise BadTrace(
             "costs are read from a run's decode steps with events=True that copied experts; "
             "generate two tokens or more with fewer slots than experts"
@@ -145,6 +165,19 @@ def costs_of_run(run: RunResult) -> LayerCosts:
         ),
         source=f"medians of {run.metrics.decode.num_steps} decode steps, {run.label}",
     )
+
+
+def has_times(run: RunResult) -> bool:
+    """Whether a run's decode steps say what its layers and copies took."""
+    copies, rest = _copies_and_rest(run)
+    return len(copies) > 0 and bool(rest.median() > 0)
+
+
+def _copies_and_rest(run: RunResult) -> tuple[pd.Series, pd.Series]:
+    """Microseconds of each copy of the decode steps, and of each step's layers without their experts."""
+    events = run.events[run.events["phase"] == "decode"]
+    copies = events.loc[events["kind"] == "transfer", "dur_us"]
+    return copies, events[events["kind"] == "dense"].groupby("step")["dur_us"].sum()
 
 
 def _expert_us(run: RunResult) -> pd.Series:

@@ -185,7 +185,7 @@ def _presched(
     cold, cpu_us = need.experts[need.num_hits + linked :], cpu_of(costs, unsure[linked:])
     layer_us = done_us + costs.rest_us + costs.decide_us
     price = price_us(costs, cpu_us, layer_us)
-    end, most = p, min(m, p + int(ERROR_MARGIN * window_us / costs.link_us))
+    end, most = p, min(m, p + _copies_in(ERROR_MARGIN * window_us, costs))
     while end < most and next_used[end] >= CERTAIN and pays(costs, next_tokens[end], next_used[end], price):
         end += 1
     prefetch = candidates[:end]
@@ -198,11 +198,11 @@ def _presched(
     # What the CPU computes would never come into the slots, however often it is used again: 7 to 44 points of hits
     # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated,
     # docs/log/cache.md).
-    room = int(left / costs.link_us) + (1 if is_free else 0)
+    room = _copies_in(left, costs) + (1 if is_free else 0)
     absent = own + cold
     absent = absent[slots.slot_of[absent] < 0]  # late ones come without a further copy
     again = worth_a_copy(absent, cpu_us / max(1, len(cold)), price, room, habits, slots)
-    others = others[: max(0, int(left / costs.link_us) - len(again))]
+    others = others[: max(0, _copies_in(left, costs) - len(again))]
     left -= (len(again) + len(others)) * costs.link_us
     prefetch = np.concatenate((prefetch, again, others))
     # Link time that the next layer has no use for goes to the layers after it.
@@ -217,6 +217,12 @@ def _presched(
         left -= len(more) * costs.link_us
         prefetch = np.concatenate((prefetch, more))
     return Plan(wait, k, prefetch, keep)
+
+
+@jit
+def _copies_in(us: float, costs: Costs) -> int:
+    """Whole copies that a time has room for; more than anybody wants where they take none."""
+    return int(us / max(costs.link_us, 1e-6))
 
 
 @jit
@@ -254,8 +260,8 @@ def _further(
     """
     layer = moe_layer + further
     more = wanted(settings, layer, slot_of, tokens_E, used_E)
-    in_time = int((left_us + (further - 1) * layer_us) / costs.link_us)
-    most, count = min(len(more), int(left_us / costs.link_us) + 1, in_time), 0
+    in_time = _copies_in(left_us + (further - 1) * layer_us, costs)
+    most, count = min(len(more), _copies_in(left_us, costs) + 1, in_time), 0
     while count < most:
         expert = more[count] - layer * len(used_E)
         if not pays(costs, tokens_E[expert], used_E[expert], price):

@@ -149,7 +149,7 @@ class Planner:
         """Learn what copies of one expert took on the link in a step, and whether the CPU computed any meanwhile."""
         calibrated = self._calibrated
         each_us = calibrated.link_busy_us if has_cpu else calibrated.link_us
-        if not took_us or each_us == 0.0:
+        if not took_us or calibrated.link_us == 0.0 or each_us == 0.0:
             return
         alone_us, busy_us = self.costs.link_us, self.costs.link_busy_us
         contention = max(MOST_CONTENTION, calibrated.link_busy_us / calibrated.link_us)

@@ -38,6 +38,7 @@ class Schedule:
             predictor; the layer's own predictions then only choose the prefetches.
         places: the most frequent experts are in slots before a run and put back behind each prompt, if frequencies are
             given. One that `lives_on_frequencies` is told the trace's own by the simulator where none are.
+        heeds_prompt: which these are is told by each prompt too (`cache.frequencies.behind_prompt`).
         same: what is as published. `unknown`: what is not known, or ours. `source`: where it is published.
     """
 
@@ -52,6 +53,7 @@ class Schedule:
     threshold: float = 0.0
     lag: int = 0
     places: bool = False
+    heeds_prompt: bool = False
     same: str
     unknown: str
     source: str
@@ -219,12 +221,13 @@ _ALL = (
         threshold=0.2,
         lag=1,
         places=True,
+        heeds_prompt=True,
         same="this and the next layer are planned together: resident, prefetched, loaded on demand or computed on the "
         "CPU, so that both are done soonest, in O(n) after a sort; costs are profiled; hot experts are in slots from "
         "the start, where frequencies are known",
         unknown="no code is public. Ours: the formulas of the window, probabilities in them; a layer is answered by "
         "predictions of the one before, so that it waits for no predictor, and prefetches by its own, some us later; "
-        "late copies waited for only if the CPU would take longer; further layers when the link is idle, a margin "
+        "late copies waited for only if the CPU would take longer; behind a prompt hot is what it has used too; further layers when the link is idle, a margin "
         "for costs that are wrong, an eviction that knows the plan and a cache that knows the order of the layers, "
         "experts computed on the CPU copied for later when choices last, and trust in the predictor by what its "
         "likeliest experts were worth. Its defaults do not depend on the batch: no other was better by more than 1 %, "

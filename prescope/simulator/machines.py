@@ -1,6 +1,6 @@
 """Machines that a recorded trace can be replayed on: the one at hand, and those whose profiles come with prescope."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from ..core.types import ExpertSize, MoEShape
 from ..errors import BadProfile
 from ..profile import SLOWER_LINKS, HardwareProfile
 from ..profile.files import shipped_files
-from ..scheduler.costs import LayerCosts, costs_of_run
+from ..scheduler.costs import LayerCosts, costs_of_run, has_times
 from ..traces.result import RunResult
 
 HERE = "this machine"
@@ -51,19 +51,24 @@ class Machine(NamedTuple):
 
 
 def machine_of_run(
-    run: RunResult, shape: MoEShape, expert: ExpertSize, profile: HardwareProfile | None = None
+    run: RunResult,
+    shape: MoEShape,
+    expert: ExpertSize,
+    profile: HardwareProfile | None = None,
+    others: Iterable[RunResult] = (),
 ) -> Machine:
     """The machine at hand, its layers as they were in a recorded run.
 
     Args:
         run: on demand, with events. `shape`, `expert`: of the engine that made it.
         profile: of this machine, for experts on the CPU; without one there is no CPU lane.
+        others: runs of this machine too; those like this one say how far it drifts from run to run.
 
     Raises:
         BadTrace: the run holds no such times.
         ForeignProfile: the profile is of another machine.
     """
-    costs = costs_of_run(run)
+    costs = costs_of_run(run).drifting(costs_of_run(one) for one in others if _is_alike(one, run))
     decode = run.metrics.decode
     layers = decode.num_steps * shape.num_layers
     compute = run.events[
@@ -106,6 +111,18 @@ def machine_of_run(
         (1e3 * decode.wall_ms - float(of_layers)) / decode.num_steps,
         LEAST_BYTES_ON_WIRE if run.hardware["link"] == "measured" else 0,
         is_here=True,
+    )
+
+
+def _is_alike(one: RunResult, run: RunResult) -> bool:
+    """Whether the layers of two runs do the same, so that they differ by the machine's speed alone."""
+    return (
+        one is not run
+        and has_times(one)
+        and one.label == run.label
+        and one.metrics.batch == run.metrics.batch
+        and all(one.config[name] == run.config[name] for name in ("schedule", "compiled"))
+        and one.config["reasons"]["decode"] == run.config["reasons"]["decode"]
     )
 
 

@@ -24,6 +24,7 @@ def prefill(
     """Walk through one prefill step; all that was copied has landed afterwards. `costs`: as calibrated."""
     first, end = np.searchsorted(trace.step, [step, step + 1])
     shape = table.shape
+    table.begin_prompt()
     ids, weights = trace.expert_ids[first:end], trace.weights[first:end]
     for layer in range(shape.num_layers):
         flat = ids[:, layer].ravel().astype(np.int64)

@@ -46,6 +46,9 @@ class Scenarios:
         commands: what to type to record the trace again.
         frequencies: (L, E) by which the engine at hand knows hot experts, for caches and schedules that ask; without,
             those that need them go by this very trace's.
+
+    Attributes:
+        frequencies: as given.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Scenarios:
         frequencies: NDArray[np.floating] | None = None,
     ) -> None:
         self._measured, self.commands = measured, tuple(commands)
-        self.trace, self.label, self._frequencies = trace, label or trace.model, frequencies
+        self.trace, self.label, self.frequencies = trace, label or trace.model, frequencies
         self.machines = {machine.name: machine for machine in machines}
         lookahead = min(LOOKAHEAD, max(1, trace.num_layers - 1))
         self.predictors: dict[str, Predictor] = {predictor.name: predictor for predictor in predictors}
@@ -281,7 +284,7 @@ class Scenarios:
             width=full.width,
             threshold=full.threshold,
             cpu=full.cpu,
-            frequencies=self._frequencies,
+            frequencies=self.frequencies,
             least_bytes=self.machine(full).least_bytes if least_bytes is None else least_bytes,
             most_in_flight=most_in_flight,
         )

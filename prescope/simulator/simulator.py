@@ -141,7 +141,8 @@ class Simulator:
                 them unless given.
 
         Raises:
-            UnsupportedOption: a setting that does not exist or cannot be; more residents than slots.
+            UnsupportedOption: a setting that does not exist or cannot be; more residents than slots; costs by which no
+                time passes.
             SlotPoolTooSmall: fewer slots than a token needs.
         """
         settings = self._resolve(
@@ -151,6 +152,11 @@ class Simulator:
             frequencies = self.trace.expert_counts()
         known = None if frequencies is None else require_frequencies(self.shape, frequencies)
         log = self._replay(settings, known, self.costs, believed, resident)
+        if not log.step_end_us[-1] > 0:
+            raise UnsupportedOption(
+                f"by these costs no time passes ({self.costs.source}), so there are no tokens/s; give rest_us, what a "
+                f"layer takes besides its experts, or step_us"
+            )
         return SimResult(
             log=log,
             config=self._config(settings),
@@ -286,6 +292,7 @@ class Simulator:
         table = ResidencyTable(self.shape, settings.num_slots, policy)
         if known is not None and settings.schedule.schedule.places:
             table.placed = by_frequency(self.shape, known)[-settings.num_slots :]
+            table.known_LE = known if settings.schedule.schedule.heeds_prompt else None
         if resident is not None:
             _fill(table, resident)
         resolved = settings.schedule
@@ -369,8 +376,9 @@ class Simulator:
         """The first prompt's walk starts cold and depends on little, so it is remembered: a slider comes back to it."""
         policy = table.policy
         by = policy.scores.tobytes() if policy.scores.any() else b""
+        known = b"" if table.known_LE is None else table.known_LE.tobytes()
         told = b"".join(np.asarray(value).tobytes() for value in (settings.schedule, *costs))
-        key = table.num_slots, policy.name, by + table.placed.tobytes(), told
+        key = table.num_slots, policy.name, by + table.placed.tobytes() + known, told
         if is_first and key in self._warm:
             table.slot_of[:], table.key_of[:], table.prefetched[:], policy.scores[:], tick = self._warm[key]
             policy.tick = int(tick)
@@ -379,7 +387,7 @@ class Simulator:
             _put_back(table)
         for step in prefills:
             prefill(table, self.trace, step, settings, costs)
-        _put_back(table)
+            _put_back(table)
         if is_first:
             kept = (
                 table.slot_of.copy(),
@@ -414,7 +422,7 @@ class Simulator:
             both_ms,
             gpu_ms,
             step_ms,
-            1e3 * float(self.needs.tokens_S.mean()) / step_ms,
+            1e3 * float(self.needs.tokens_S.mean()) / step_ms if step_ms > 0 else float("inf"),
         )
 
 

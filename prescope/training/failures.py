@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..core.types import MoEShape
-from ..errors import TraceMismatch
-from ..predictor.base import Cost, Predictor, ScoreArray, used_mask
+from ..errors import TraceMismatch, UnsupportedOption
+from ..predictor.base import Cost, Learns, Predictor, ScoreArray, used_mask
 from ..predictor.baselines import Baseline, LayerInput, Scorer
 from ..predictor.controls import Chance
 from ..predictor.llapor import Llapor
@@ -27,9 +27,17 @@ WINDOW = 64
 
 
 class Inverted(Baseline):
-    """The opposite of another predictor: 1 - score. Prefetching by it must do worse than by nothing."""
+    """The opposite of another predictor: 1 - score. Prefetching by it must do worse than by nothing.
+
+    Raises:
+        UnsupportedOption: the other one learns while it runs, and nobody would tell it what layers used.
+    """
 
     def __init__(self, predictor: Predictor) -> None:
+        if isinstance(predictor, Learns):
+            raise UnsupportedOption(
+                f"{predictor.name} learns from what layers used; invert a predictor that does not"
+            )
         super().__init__(predictor.shape, predictor.lookahead)
         self._predictor = predictor
         self.name, self.needs_inputs = f"inverted {predictor.name}", predictor.needs_inputs
@@ -42,10 +50,6 @@ class Inverted(Baseline):
     def to(self, device: torch.device | str) -> Self:
         """The other one, moved, turned round."""
         return type(self)(self._predictor.to(device))
-
-    def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
-        """Passed on."""
-        self._predictor.observe(moe_layer, ids_TK)
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`."""

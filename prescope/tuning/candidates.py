@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import PrescopeError, UnsupportedOption
 from .engine_runner import Device
 from .prompts import checksum_of_prompt
@@ -79,6 +82,10 @@ def _for_engine(point: Mapping[str, Any], device: Device) -> dict[str, Any] | No
     return settings
 
 
+def _are_same(one: NDArray[np.floating] | None, other: NDArray[np.floating] | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)
+
+
 def simulated_default(
     sweep: Sweep | None, device: Device, default: Mapping[str, Any], notes: list[str]
 ) -> float:
@@ -86,6 +93,11 @@ def simulated_default(
     runner = None if sweep is None else sweep.runner
     if sweep is None or not isinstance(runner, SimulatorRunner):
         return float("nan")
+    if not _are_same(runner.frequencies, device.engine.frequencies):
+        notes.append(
+            "the search was simulated with other hot experts in mind than the engine has, or none: give it "
+            "SimulatorRunner(..., frequencies=engine.frequencies), as session.scenarios(run) does"
+        )
     told = device.default | dict(default)
     known = {name: told.get(name) for name in runner.settings}
     known |= {name: value for name, value in sweep.fixed.items() if name in OF_THE_REPLAY}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..core.types import MoEShape
 from ..errors import TraceMismatch, UnsupportedOption
@@ -46,6 +47,8 @@ class SimulatorRunner:
         row_bytes: of one expert; only with costs.
         slots: where they do not move.
         prompts: that the traces were recorded of, so that a proof takes others; known already where traces have texts.
+        frequencies: (L, E) by which the engine that is simulated knows hot experts (`Engine.frequencies`), as of
+            `Scenarios`.
 
     Raises:
         BadTrace: a trace has no decode step.
@@ -65,7 +68,9 @@ class SimulatorRunner:
         row_bytes: int | None = None,
         slots: int | float | str = 0.25,
         prompts: Sequence[Any] | Mapping[str, Any] = (),
+        frequencies: NDArray[np.floating] | None = None,
     ) -> None:
+        self.frequencies = frequencies
         self._traces = {traces.model: traces} if isinstance(traces, RoutingTrace) else dict(traces)
         self._machines = _machines_of(machines, row_bytes)
         if not self._traces or not self._machines:
@@ -112,6 +117,7 @@ class SimulatorRunner:
         return cls(
             {scenarios.label: scenarios.trace}, list(scenarios.machines.values()),
             [one for name, one in scenarios.predictors.items() if name != ORACLE], predict_us=scenarios.predict_us,
+            frequencies=scenarios.frequencies,
         )  # fmt: skip
 
     # -- what it is ------------------------------------------------------------------------------------------------
@@ -132,7 +138,10 @@ class SimulatorRunner:
         return list(self._prompts)
 
     def about(self) -> dict[str, Any]:
-        """Checksums of traces and predictions, and the costs."""
+        """Checksums of traces and predictions, of what is known to be hot, and the costs."""
+        known = (
+            {} if self.frequencies is None else {"frequencies": _checksum(repr(self.frequencies.tolist()))}
+        )
         return {
             "runner": "simulator",
             "traces": {name: _checksum_of_trace(trace) for name, trace in self._traces.items()},
@@ -140,6 +149,7 @@ class SimulatorRunner:
             "predictors": [one.name for one in self._predictors],
             "predict_us": self._predict_us,
             "slots": self._slots,
+            **known,  # not in studies from before
         }
 
     @property
@@ -210,6 +220,7 @@ class SimulatorRunner:
                 [one for one in self._predictors if batch is None or not isinstance(one, RecordedPredictor)],
                 predict_us=self._predict_us,
                 label=name,
+                frequencies=self.frequencies,
             )
             self._ready[name, batch] = made
             if len(self._ready) > MOST_READY:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import prescope
+from prescope.cache.frequencies import behind_prompt
 from prescope.cache.policies import by_frequency
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Simulator
@@ -93,6 +94,37 @@ def test_presched_begins_with_the_hot_experts_where_they_are_known_and_with_none
         decode = run.layers[run.layers["phase"] == "decode"].reset_index(drop=True)
         first = decode["step"] == decode["step"].min()
         assert simulated.layers.loc[first, "hits"].sum() == decode.loc[first, "hits"].sum()
+
+
+def test_behind_a_prompt_presched_has_in_slots_what_the_prompt_says_too(model, frequencies):
+    """Each prompt says it anew; the simulator finds each expert of the first step where the engine does."""
+    with prescope.attach(
+        model,
+        schedule="presched",
+        slots=SLOTS,
+        device="null",
+        costs=COSTS,
+        cpu_threads=1,
+        frequencies=frequencies,
+    ) as engine:
+        seen = []
+        for seed in (1, 2):
+            ids = prompt(length=1, seed=seed).repeat(1, 30)
+            run = engine.generate(ids, max_new_tokens=8)
+            prompt_LE = run.trace.select(phase="prefill").expert_counts().astype(float)
+            mixed = behind_prompt(engine.frequencies, prompt_LE)
+            belong = set(by_frequency(engine.shape, mixed)[-SLOTS:].tolist())
+            assert set(engine.runner.residency.placed.tolist()) == belong != hot(engine)
+            seen.append(belong)
+            simulator = Simulator(run.trace, COSTS, row_bytes=engine.shape.row_bytes)
+            for _ in range(2):  # remembered or walked through again
+                simulated = simulator.run("presched", slots=SLOTS, frequencies=frequencies)
+                decode = run.layers[run.layers["phase"] == "decode"].reset_index(drop=True)
+                first = decode["step"] == decode["step"].min()
+                assert simulated.layers.loc[first, "hits"].tolist() == decode.loc[first, "hits"].tolist()
+        assert seen[0] != seen[1]
+        engine.configure(slots=SLOTS)
+        assert held(engine) == hot(engine), "before a run no prompt has said anything"
 
 
 def test_what_a_prompt_has_pushed_out_is_put_back_behind_it(model, frequencies):

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import prescope
+from prescope.engine import predicting
 from prescope.errors import TraceMismatch, UnsupportedOption
 from prescope.predictor import LlaporConfig, OnlineConfig, OnlineTuner
+from prescope.scheduler.costs import LayerCosts
 from prescope.training import TrainConfig, domain_shift, record_trace, routers_of, rows_of, train
-from tests.support.models import EXPERTS, VOCABULARY, tiny_moe
+from tests.support.models import EXPERTS, VOCABULARY, plain_tokens, prompt, tiny_moe
 
 EAGER = OnlineConfig(steps=12, learning_rate=0.02, pull=0.0)
 
@@ -111,3 +113,19 @@ def test_wrong_settings_are_refused(recorded):
         OnlineConfig(ring=8)
     with pytest.raises(TraceMismatch, match="64 tokens"):
         domain_shift(predictor, rows_of(before, np.arange(9)), after)
+
+
+def test_in_an_engine_it_learns_from_the_steps_that_run(recorded, monkeypatch):
+    """It is asked and told in every layer; a prompt, which it was not asked about, teaches nothing."""
+    predictor, _, _ = recorded
+    monkeypatch.setattr(predicting, "SLOW_US", 1e9)  # on a busy machine it would be given up
+    tuner = OnlineTuner(predictor, OnlineConfig(window=8, ring=16, pause=8, margin=-1.0))
+    costs = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=200.0, source="made up for a test")
+    given = {"schedule": "presched", "slots": 9, "cpu_threads": 0, "costs": costs, "device": "null"}
+    ids = prompt(batch=2)
+    with prescope.attach(tiny_moe(), predictor=tuner, **given) as engine:
+        run = engine.generate(ids, max_new_tokens=13)
+    assert run.tokens == plain_tokens(tiny_moe(), ids, new=13)
+    assert not any("without predictions" in note for note in run.notes)
+    assert tuner._seen == 2 * 12
+    assert tuner.cycles > 0 and tuner.predictor is not predictor

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from prescope.engine import attach
 from prescope.errors import UnsupportedOption
 from prescope.scheduler.costs import LayerCosts, Spread
-from prescope.simulator import Simulator
+from prescope.simulator import Simulator, machine_of_run
 from prescope.simulator.simulator import LEAST_OFF
 from prescope.traces.synthetic import SyntheticSpec
+from tests.support.models import prompt, tiny_moe
 
 COSTS = LayerCosts(
     link_us=172.0, gpu_us=5.0, rest_us=90.0, decide_us=60.0, cpu_us=(0.0, 140.0, 150.0), source="made up"
@@ -56,3 +58,36 @@ def test_a_person_reads_the_speed_with_its_interval():
 def test_a_time_does_not_vary_by_less_than_nothing():
     with pytest.raises(UnsupportedOption, match="not negative"):
         replace(COSTS, spread=Spread(link=-0.1))
+
+
+def test_what_other_runs_took_is_inside():
+    """Only what drifts widens it; other runs say nothing of the CPU's experts."""
+    others = [replace(COSTS, rest_us=100.0), replace(COSTS, rest_us=60.0, gpu_us=4.0, cpu_us=(0.0, 9.0, 9.0))]
+    known = replace(COSTS, spread=Spread(link=0.1, gpu=0.5)).drifting(others)
+    assert known.spread == pytest.approx(Spread(link=0.1, gpu=0.5, cpu=0.0, rest=0.5))
+    assert COSTS.drifting([]) == COSTS
+    slow = replace(COSTS, rest_us=4.0 * COSTS.rest_us)
+    alone, both = (
+        Simulator(TRACE, costs, row_bytes=9_400_000).run("on-demand")
+        for costs in (COSTS, COSTS.drifting([slow]))
+    )
+    slower = Simulator(TRACE, slow, row_bytes=9_400_000).run("on-demand")
+    assert both.interval.low <= slower.tokens_per_s < alone.interval.low
+
+
+def test_runs_of_the_same_kind_say_how_far_the_machine_drifts():
+    with attach(tiny_moe(), slots=6, device="cpu", decode="layered") as engine:
+        run = engine.generate(prompt(), max_new_tokens=6)
+        here = engine.shape, engine.expert_size
+    slow = replace(run, events=run.events.assign(dur_us=2.0 * run.events["dur_us"]))
+    alone, drifting = machine_of_run(run, *here), machine_of_run(run, *here, others=[run, slow])
+    assert drifting.costs.spread == pytest.approx(
+        [max(share, least) for share, least in zip(alone.costs.spread, (1.0, 1.0, 0.0, 1.0), strict=True)]
+    )
+    assert replace(drifting.costs, spread=alone.costs.spread) == alone.costs
+    strangers = [
+        replace(slow, config=run.config | {"schedule": "fate"}),
+        replace(slow, hardware=run.hardware | {"label": "another machine"}),
+        replace(slow, events=slow.events[slow.events["kind"] != "transfer"]),
+    ]
+    assert machine_of_run(run, *here, others=strangers) == alone

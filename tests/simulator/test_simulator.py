@@ -749,3 +749,20 @@ def test_a_predictor_that_sees_one_layer_ahead_keeps_presched_waiting_no_more_th
     asked = run.log.counts[..., MISSES] > 0
     took = (run.log.times_us[..., DECIDED] - run.log.times_us[..., ROUTED])[asked]
     assert np.median(took) == pytest.approx(COSTS.decide_us) and run.counts.prefetched > 0
+
+
+@pytest.mark.parametrize("schedule", ["on-demand", "presched", "static-split", "hybrimoe"])
+@pytest.mark.parametrize("lane", [(), (0.0, 0.0), (0.0, 30.0)])
+def test_times_of_zero_are_replayed_or_refused(schedule, lane):
+    """A link, a GPU or a CPU that takes no time is fast; where nothing takes any, there are no tokens/s to tell."""
+    trace = SyntheticSpec(num_layers=3, num_experts=8, top_k=2).generate(new_tokens=6, batch=2)
+    free = LayerCosts(link_us=0.0, gpu_us=0.0, rest_us=0.0, cpu_us=lane, source="nothing takes time")
+    oracle = NoisyOracle(trace, {1: 0.8})
+    for times in ({"rest_us": 50.0}, {"rest_us": 50.0, "link_us": 10.0}, {"gpu_us": 5.0, "rest_us": 1.0}):
+        costs = replace(free, **times)
+        run = Simulator(trace, costs, row_bytes=1000, predictor=oracle, lookahead=1).run(schedule, slots=8)
+        assert 0 < run.interval.low <= run.tokens_per_s <= run.interval.high < np.inf
+        assert run.bounds.tokens_per_s >= run.tokens_per_s * (1 - 1e-9)
+    if not (lane and lane[1] and schedule == "static-split"):  # which leaves everything to its CPU
+        with pytest.raises(UnsupportedOption, match=r"no time passes .*rest_us"):
+            Simulator(trace, free, row_bytes=1000, predictor=oracle, lookahead=1).run(schedule, slots=8)

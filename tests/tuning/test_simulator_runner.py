@@ -1,14 +1,16 @@
 """Points on the simulator are the simulator's own answers, in whichever process they are asked for."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
 from prescope.errors import TraceMismatch, UnsupportedOption
 from prescope.scheduler.costs import LayerCosts
-from prescope.simulator import Recording, Scenario, Simulator
+from prescope.simulator import Machine, Recording, Scenario, Scenarios, Simulator
 from prescope.traces.synthetic import SyntheticSpec
 from prescope.tuning import Choices, Range, SimulatorRunner, Space, open_sweep
+from prescope.tuning.candidates import simulated_default
 from prescope.tuning.evaluate import evaluate
 from prescope.tuning.points import Asked
 
@@ -124,6 +126,38 @@ def test_what_a_dashboard_simulates_can_be_swept(recording):
         runner.run(settings).values["tokens_per_s"]
         == scenarios.run(Scenario(machine=machine, **settings)).tokens_per_s
     )
+
+
+def test_points_know_the_hot_experts_that_the_engine_knows():
+    """A session tells its engine what the last run used, and PreSched begins with it: so do a sweep's points."""
+    trace = SPEC.generate(new_tokens=12, batch=2)
+    hot = SPEC.generate(new_tokens=30, batch=4, seed=2).expert_counts()
+    machine = Machine("made up", COSTS, 1000, 0.0, 0)
+    scenarios = Scenarios(trace, [machine], frequencies=hot)
+    settings = {"schedule": "presched", "slots": 12, "predictor": "none"}
+    runner = SimulatorRunner.of_scenarios(scenarios)
+    by_hand = Simulator(trace, COSTS, row_bytes=1000).run(
+        "presched", slots=12, frequencies=hot, least_bytes=0
+    )
+    told = {"tokens_per_s": by_hand.tokens_per_s}
+    for one in (runner, pickle.loads(pickle.dumps(runner)), SimulatorRunner(trace, machine, frequencies=hot)):
+        assert {"tokens_per_s": one.run(settings).values["tokens_per_s"]} == told
+    untold = SimulatorRunner(trace, machine)
+    for simulator, known, is_said in ((runner, hot.copy(), False), (runner, None, True), (untold, hot, True)):
+        default = {
+            "schedule": "presched",
+            "cache": "auto",
+            "cpu_threads": None,
+            "predictor": "none",
+            "slots": 12,
+        }
+        device = SimpleNamespace(engine=SimpleNamespace(frequencies=known), default=default)
+        notes = []
+        simulated = simulated_default(SimpleNamespace(runner=simulator, fixed={}), device, {}, notes)
+        assert simulated == simulator.run(settings).values["tokens_per_s"]
+        assert any("other hot experts" in note for note in notes) == is_said
+    assert untold.run(settings).values["tokens_per_s"] != told["tokens_per_s"]
+    assert "frequencies" not in untold.about() and runner.about()["frequencies"], "another study"
 
 
 def test_a_sweep_over_recalls_keeps_memory(runner):

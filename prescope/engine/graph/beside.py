@@ -2,13 +2,15 @@
 
 The host's part of a step (`host_loop.serve`) rings when a layer has been answered, and goes on. The thread asks the
 predictor about the newest layer that has asked; those that came meanwhile are left out. What it answers counts for each
-coming layer that is not decided yet: a late answer serves the later ones of the layers it is for, or none.
+coming layer that is not decided yet: a late answer serves the later ones of the layers it is for, or none. One that
+learns is told first what the steps before have used, as far as that was read.
 
 Shapes: L MoE layers, T tokens, K top-k, D model width, E experts, d layers ahead.
 """
 
 import sys
 import time
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -63,6 +65,7 @@ class Listening:
         # This run's own: what comes when the run is over is written where nobody reads.
         self.scores = np.zeros((L, d * 2 * E), dtype=np.int64)
         self._counts = np.zeros(at.NUM_COUNTS, dtype=np.int64)
+        self._used: deque[NDArray[np.int32]] = deque()  # (L, T, K) of steps that it is not told yet
         self.step = self.number = -1
         self.bell: Bell = predicting.aside().bell
         self.num_answers = self._num_steps = 0
@@ -96,6 +99,11 @@ class Listening:
         if self._num_steps >= LEAST_STEPS and self._kept_us > MOST_KEPT_SHARE * (now_us - self._began_us):
             self._is_over = True
 
+    def observe(self, ids_LTK: NDArray[np.int32]) -> None:
+        """What a step has used that is over, for a predictor that learns; it is told when it is asked next."""
+        if self._predicting.observing is not None:
+            self._used.append(ids_LTK)
+
     def end(self) -> None:
         """No step follows. An answer that is on its way is dropped; nobody waits for it."""
         sys.setswitchinterval(self._switch_s)
@@ -117,12 +125,18 @@ class Listening:
             self._predicting.is_busy = True
             try:
                 with torch.no_grad():
+                    self._tell()
                     self._answer(question)
             except Exception as error:  # noqa: BLE001 - it may be anybody's code; the run says so when it is over
                 if bool(torch.isfinite(question.x_TD).all()):
                     self._failure = question.moe_layer, error
             finally:
                 self._predicting.is_busy = False
+
+    def _tell(self) -> None:
+        observing = self._predicting.observing
+        while observing is not None and self._used:
+            observing.step(torch.from_numpy(self._used.popleft().astype(np.int64)))
 
     def _newest(self) -> Question | None:
         """The newest layer that has asked; None if there is none, or its step has ended while it was copied."""

@@ -54,6 +54,8 @@ def why_not_in_graph(
     """
     if predicting.is_forced or num_tokens <= predicting.most_fast_tokens:
         return ""
+    if predicting.observing is not None:
+        return "it learns from what layers used, which it is told in Python"
     where = device.torch_device
     generator = torch.Generator().manual_seed(1)
 

@@ -225,6 +225,8 @@ class HostDriver:
         """What a step says about this machine: its jobs on the CPU, and its stamps, if there is a timeline."""
         schedule_runner, times = self._schedule_runner, self._state.times
         needs, copies = self._served.pop(step)
+        if self._listening is not None:
+            self._listening.observe(log.ids_LTK)
         if schedule_runner.cpu is not None:
             schedule_runner.planner.saw_cpu(float(times[at.CPU_TOOK]), float(times[at.CPU_CALIBRATED]))
             times[at.CPU_TOOK] = times[at.CPU_CALIBRATED] = 0.0
