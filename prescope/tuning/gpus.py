@@ -1,4 +1,4 @@
-"""A GPU for each worker: two points measured on one GPU at once would take each other's time, and nobody would see it."""
+"""A GPU for each worker: two points measured on one GPU at once would take each other's time, and nobody saw it."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -306,7 +306,12 @@ def _local(workers: int, gpus: Sequence[str]) -> Iterator[Client]:
     }
     with configured({"distributed.comm.timeouts.connect": PATIENCE_S}):
         try:
-            common = {"n_workers": workers, "threads_per_worker": 1, "processes": True, **kept}
+            common: dict[str, Any] = {
+                "n_workers": workers,
+                "threads_per_worker": 1,
+                "processes": True,
+                **kept,
+            }
             cluster = OneGpuEach(gpus, **common) if gpus else LocalCluster(**common)
         except RuntimeError as error:
             raise BadSweep(

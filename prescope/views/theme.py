@@ -1,8 +1,8 @@
 """What all figures share: colours with a fixed meaning, fonts, grid, title with the run's origin.
 
 Colours start from those of Okabe and Ito (https://jfly.uni-koeln.de/color/), moved apart until any two that meet in one
-row, stack or bar, and a copy and the stall that it causes, differ by 20 (CIEDE2000) for normal, protan, deutan and tritan
-eyes: tests/views/test_theme.py measures it.
+row, stack or bar, and a copy and the stall that it causes, differ by 20 (CIEDE2000) for normal, protan, deutan and
+tritan eyes: tests/views/test_theme.py measures it.
 Backgrounds are transparent and text is a grey that reads on white; panels and pages set it to their theme's own colour.
 """
 

@@ -1,4 +1,4 @@
-"""How far apart two colours look: CIEDE2000 (Sharma et al. 2005), also to protan, deutan and tritan eyes (Machado 2009)."""
+"""How far apart two colours are: CIEDE2000 (Sharma et al. 2005), to colour-blind eyes too (Machado 2009)."""
 
 import math
 from itertools import combinations

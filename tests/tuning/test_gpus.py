@@ -22,7 +22,13 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("named", "count", "expected"),
-    [(None, 3, ["0", "1", "2"]), ("4, GPU-1a2b", 2, NAMES), ("", 0, []), ("4,5", 0, []), ("1,-1,0", 1, ["1"])],
+    [
+        (None, 3, ["0", "1", "2"]),
+        ("4, GPU-1a2b", 2, NAMES),
+        ("", 0, []),
+        ("4,5", 0, []),
+        ("1,-1,0", 1, ["1"]),
+    ],
 )
 def test_gpus_have_the_names_that_a_child_process_is_given(monkeypatch, named, count, expected):
     """Numbers count from the first that this process sees: a child told "0" would take another one."""
@@ -41,7 +47,9 @@ def test_more_workers_than_gpus_are_refused_before_any_is_started(monkeypatch):
     """Two on one GPU would measure each other."""
     monkeypatch.setattr(pools, "visible_gpus", lambda: NAMES)
     sweep = open_sweep("a", Space(slots=Range(10, 20)), OnGpu())
-    with pytest.raises(UnsupportedOption, match=r"workers=3, but this process sees 2 GPUs \(4, GPU-1a2b\).*use workers=2"):
+    with pytest.raises(
+        UnsupportedOption, match=r"workers=3, but this process sees 2 GPUs \(4, GPU-1a2b\).*use workers=2"
+    ):
         sweep.run(points=3, workers=3)
     assert len(sweep.points()) == 0
 

@@ -1,4 +1,4 @@
-"""A sweep in a real JupyterLab: started, brushed, clicked, its kernel killed, gone on with; and its best ones proved."""
+"""A sweep in a real JupyterLab: started, brushed, clicked, its kernel killed, gone on with; and its best proved."""
 
 import json
 import os
@@ -29,7 +29,8 @@ PROVED = [
     "    if proof is not None and proof.words in panel.proof.words.value:\n"
     "        told = {'words': proof.words, 'kept': proof.kept, 'notes': list(proof.notes),\n"
     "                'origin': proof.origin, 'best': proof.best.number,\n"
-    "                'numbers': [one.number for one in proof.candidates], 'rows': json.loads(proof.table().to_json(orient='records')),\n"
+    "                'numbers': [one.number for one in proof.candidates],\n"
+    "                'rows': json.loads(proof.table().to_json(orient='records')),\n"
     "                'runs': [len(one.default_ms) + len(one.candidate_ms) for one in proof.candidates]}\n"
     "        pathlib.Path('proof.json').write_text(json.dumps(told))\n"
     "panel.proof.words.observe(note, 'value')\n"
