@@ -40,7 +40,7 @@ class Slope:
     }
     objectives = ("tokens_per_s",)
     prompts = ()
-    is_here = False
+    is_here = takes_gpu = False
     nbytes = 0
 
     def __init__(self, log: str) -> None:

@@ -28,7 +28,8 @@ class Place(NamedTuple):
     link: str  # "PCIe 5 x16", "PCIe" where nothing is known of it, "emulated", "virtual"
 
     def __str__(self) -> str:
-        return f"{self.device} behind {self.link}, {self.cores} cores of {self.cpu}"
+        link = f"an {self.link} link" if self.link == "emulated" else self.link
+        return f"{self.device} behind {link}, {self.cores} cores of {self.cpu}"
 
 
 def this_place(described: Mapping[str, Any] | None = None) -> Place:

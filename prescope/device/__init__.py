@@ -4,7 +4,7 @@ import torch
 
 from ..errors import UnsupportedOption
 from .base import Device, Events, LinkFunctions, Mark
-from .cuda import CudaDevice
+from .cuda import CudaDevice, visible_gpus
 from .emulated import EmulatedLinkDevice, emulated_link_gb_per_s
 from .null import NullDevice
 
@@ -20,6 +20,7 @@ __all__ = [
     "emulated_link_gb_per_s",
     "open_device",
     "resolve_device",
+    "visible_gpus",
 ]
 
 

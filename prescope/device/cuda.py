@@ -1,5 +1,6 @@
 """CUDA: the compute lane is the current stream, the H2D lane a stream of its own, marks are CUDA events."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,14 @@ Copies = Literal["torch", "driver"]
 #: "torch" is `Tensor.copy_`; "driver" calls cuMemcpyHtoDAsync directly, which spares the host torch's dispatch: 3.7
 #: instead of 7 us a copy (H200 machine, benchmarks/async_io.py). The link is idle until the first one is issued.
 COPIES: Copies = "driver"
+
+
+def visible_gpus() -> list[str]:
+    """GPUs that this process sees, each as CUDA_VISIBLE_DEVICES names it to a process that shall see it alone."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if named is None else (name.strip() for name in named.split(","))
+    return list(names)[:count]
 
 
 class CudaDevice:

@@ -4,7 +4,7 @@
 slots into the state that a prompt leaves, `tables` its log into events; `simulator` is the door. `scenarios` replays
 one recorded run under any settings on any of the `machines`, and `explain` says of each expert why it went where it
 went. A `recording` is such a run with its predictions and its machine, from elsewhere; `verdict` says whether
-prediction pays.
+prediction pays. `waiting` has requests come while others are served, at the pace that replays say.
 """
 
 from .best import best_found
@@ -19,6 +19,7 @@ from .scenario import NOISY, NONE, ORACLE, Scenario
 from .scenarios import Scenarios
 from .simulator import Simulator
 from .verdict import Verdict, link_frac, predicts, verdict
+from .waiting import Pace, Served, serve
 
 __all__ = [
     "HERE",
@@ -31,9 +32,11 @@ __all__ = [
     "Interval",
     "LayerExplanation",
     "Machine",
+    "Pace",
     "Recording",
     "Scenario",
     "Scenarios",
+    "Served",
     "SimResult",
     "Simulator",
     "Verdict",
@@ -47,6 +50,7 @@ __all__ = [
     "machine_of_run",
     "machine_with_link",
     "predicts",
+    "serve",
     "shipped_machines",
     "shipped_recordings",
     "verdict",

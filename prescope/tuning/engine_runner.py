@@ -42,6 +42,7 @@ class EngineRunner:
     """
 
     objectives = ("tokens_per_s", "p50_ms", "p95_ms", "ttft_ms", "gpu_bytes")
+    takes_gpu = True
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ class Runner(Protocol):
         settings: all that it can move, by name. `objectives`: all that it can tell.
         prompts: checksums of the prompts that it uses, so that a proof can take others.
         is_here: it can only run in this process. `nbytes`: memory that it takes in each process.
+        takes_gpu: it measures on a device: where there are GPUs, each process has one of its own.
     """
 
     @property
@@ -68,6 +69,9 @@ class Runner(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def takes_gpu(self) -> bool: ...
 
     def about(self) -> dict[str, Any]:
         """What its figures depend on besides the settings; two runs of one sweep must agree in it."""

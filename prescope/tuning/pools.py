@@ -18,8 +18,10 @@ from uuid import uuid4
 from dask.config import set as configured
 from distributed import Client, Future, KilledWorker, LocalCluster, SpecCluster, WorkerPlugin, get_worker
 
+from ..device import visible_gpus
 from ..errors import BadSweep, UnsupportedOption
 from .evaluate import Runner, evaluate
+from .gpus import OneGpuEach, require_gpus_apart
 from .points import Asked, Outcome
 
 #: Work of one message to a worker: many points of milliseconds, one of minutes.
@@ -141,7 +143,7 @@ class Cluster:
 
     Raises:
         BadSweep: there is no worker, or none any more.
-        UnsupportedOption: the runner can only run in this process.
+        UnsupportedOption: the runner can only run in this process, or two workers would measure on one GPU.
     """
 
     def __init__(self, client: Client, job: Job) -> None:
@@ -163,6 +165,8 @@ class Cluster:
             client.wait_for_workers(1, timeout=PATIENCE_S)
         except TimeoutError as error:
             raise BadSweep(f"{client} has no worker; start one, then run the sweep again") from error
+        if job.runner.takes_gpu:
+            require_gpus_apart(client)
         client.register_plugin(_Carrier(job), name=self._name)
 
     @property
@@ -277,7 +281,8 @@ def pool_of(
     if client is None and workers == 1:
         yield Here(job, is_cancelled)
         return
-    with _local(workers) if client is None else _as_it_is(client) as found:
+    gpus = visible_gpus() if job.runner.takes_gpu and client is None else []
+    with _local(workers, gpus) if client is None else _as_it_is(client) as found:
         cluster = Cluster(found, job)
         try:
             yield cluster
@@ -291,7 +296,7 @@ def _as_it_is(client: Client) -> Iterator[Client]:
 
 
 @contextmanager
-def _local(workers: int) -> Iterator[Client]:
+def _local(workers: int, gpus: Sequence[str]) -> Iterator[Client]:
     # A worker's memory is not watched: dask would restart one that holds a large trace in the middle of a point.
     kept = {
         "memory_limit": 0,
@@ -301,7 +306,13 @@ def _local(workers: int) -> Iterator[Client]:
     }
     with configured({"distributed.comm.timeouts.connect": PATIENCE_S}):
         try:
-            cluster = LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **kept)
+            common: dict[str, Any] = {
+                "n_workers": workers,
+                "threads_per_worker": 1,
+                "processes": True,
+                **kept,
+            }
+            cluster = OneGpuEach(gpus, **common) if gpus else LocalCluster(**common)
         except RuntimeError as error:
             raise BadSweep(
                 f"no worker process could be started: {error}. In a script everything that starts processes stands "

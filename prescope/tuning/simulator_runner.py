@@ -56,7 +56,7 @@ class SimulatorRunner:
         UnsupportedOption: there is no trace or machine, or costs come without row_bytes.
     """
 
-    is_here = False
+    is_here = takes_gpu = False
 
     def __init__(
         self,

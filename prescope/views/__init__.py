@@ -38,6 +38,7 @@ from .sweep_importances import sweep_importances
 from .sweep_parallel import sweep_parallel
 from .text_shift import text_shift
 from .threshold import threshold
+from .waiting import waiting
 
 show_in_both_forms()
 
@@ -77,4 +78,5 @@ __all__ = [
     "threshold",
     "timeline",
     "told_of_all",
+    "waiting",
 ]

@@ -345,8 +345,8 @@ def _bar_trace(meaning: str, bars: Bars) -> dict[str, Any]:
     }  # fmt: skip
 
 
-#: So that the darkest is seen on a dark page too.
-OUTLINES = {"cpu_wait": {"width": 0.8, "color": "rgba(150,150,180,.9)"}}
+#: So that the darkest are seen on a dark page too.
+OUTLINES = {name: {"width": 0.8, "color": "rgba(150,150,180,.9)"} for name in ("cpu_wait", "warm_up")}
 
 
 def _y(row: str) -> int:

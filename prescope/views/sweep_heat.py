@@ -106,7 +106,7 @@ def plot_sweep_heat(info: SweepHeatInfo, *, brief: bool = False) -> go.Figure:
         hover[cell.y][cell.x] = _words_of(cell, info)
     bar = {
         "thickness": 10, "outlinewidth": 0, "ypad": 0,
-        "title": {"text": info.objective, "side": "right", "font": {"size": 12}},
+        "title": {"text": info.objective, "side": "top", "font": {"size": 12}},
     }  # fmt: skip
     heat = go.Heatmap(
         z=best, x=list(info.x_names), y=list(info.y_names), text=text, customdata=numbers, hovertext=hover,

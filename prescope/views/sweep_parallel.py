@@ -1,6 +1,7 @@
 """All settings and objectives of a sweep's points side by side: one line a point, brushed on any axis."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -22,8 +23,9 @@ from .theme import style
 WORTH_SCALE = [[0.0, "#8b929b"], [0.5, "#a8804f"], [1.0, "#d55e00"]]
 
 
-#: Numbers of so few values have a tick for each, and a brush takes whole ones.
-MOST_TICKS = 8
+#: Numbers of so few values have a tick for each, and a brush takes whole ones; where the ticks are so far apart, as a
+#: share of the axis, that they can be read.
+MOST_TICKS, LEAST_APART = 8, 0.07
 #: Names of so many axes fit side by side.
 MOST_UPRIGHT = 6
 
@@ -130,4 +132,6 @@ def _dimension(axis: Axis) -> dict[str, Any]:
     if low == high:
         return {**shown, "range": [low - 0.5, high + 0.5], "tickvals": [low]}
     few = sorted(set(axis.values))
-    return {**shown, "range": [low, high], **({"tickvals": few} if len(few) <= MOST_TICKS else {})}
+    are_apart = all(b - a >= LEAST_APART * (high - low) for a, b in pairwise(few))
+    is_short = len(few) <= MOST_TICKS and are_apart
+    return {**shown, "range": [low, high], **({"tickvals": few} if is_short else {})}

@@ -1,7 +1,8 @@
 """What all figures share: colours with a fixed meaning, fonts, grid, title with the run's origin.
 
 Colours start from those of Okabe and Ito (https://jfly.uni-koeln.de/color/), moved apart until any two that meet in one
-row, stack or bar differ by 20 (CIEDE2000) for normal, protan and deutan eyes: tests/views/test_theme.py measures it.
+row, stack or bar, and a copy and the stall that it causes, differ by 20 (CIEDE2000) for normal, protan, deutan and
+tritan eyes: tests/views/test_theme.py measures it.
 Backgrounds are transparent and text is a grey that reads on white; panels and pages set it to their theme's own colour.
 """
 
@@ -19,13 +20,13 @@ COLORS: dict[str, str] = {
     "dense": "#929697",
     "experts": "#0176bc",
     "experts_cpu": "#56b4e9",
-    "on_demand": "#ba8100",
+    "on_demand": "#ca8900",
     "prefetch": "#00735c",
-    "stream": "#ebdc48",
-    "stall": "#d55e00",
+    "stream": "#ffea05",
+    "stall": "#aa3514",
     "cpu_wait": "#352764",
     "host_wait": "#f2a7f6",
-    "warm_up": "#882233",
+    "warm_up": "#4e222a",
     "hit": "#007666",
     "late": "#f0c35a",
     "miss": "#b23b00",

@@ -7,6 +7,7 @@ on to them.
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
@@ -92,9 +93,19 @@ class _Bundle(anywidget.AnyWidget):
     code = traitlets.Unicode().tag(sync=True)
 
 
+#: Where plotly's part of the page reports to Python, after each change, what it has filled in: two merges of the whole
+#: figure before the change is painted, and a message back. `_forget_deltas` would drop it.
+_REPORTS = re.compile(r"_send(?:Trace|Layout)Deltas?\(\w+\)\{")
+
+
+def without_reports(code: str) -> str:
+    """Plotly's part of the page, which then says nothing of what Python told it. Code without reports stays as it is."""
+    return _REPORTS.sub(lambda found: f"{found.group()}return;", code)
+
+
 @cache
 def _bundle() -> _Bundle:
-    return _Bundle(code=_BUNDLE.read_text(encoding="utf-8"))
+    return _Bundle(code=without_reports(_BUNDLE.read_text(encoding="utf-8")))
 
 
 class SlimFigureWidget(go.FigureWidget):
@@ -104,6 +115,8 @@ class SlimFigureWidget(go.FigureWidget):
 
     _esm = _STUB
     _bundle_ref = traitlets.Unicode().tag(sync=True)
+    #: The page does not say when an edit is done, so none is waited for.
+    _trace_edit_in_process = _layout_edit_in_process = property(lambda self: False, lambda self, value: None)
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -124,11 +137,10 @@ class SlimFigureWidget(go.FigureWidget):
 
     @traitlets.observe("_js2py_traceDeltas", "_js2py_layoutDelta")
     def _forget_deltas(self, change: Any) -> None:
-        """The page reports what plotly.js has filled in. Plotly's class takes a property that is reported out of the
+        """A page may report what plotly.js has filled in (see `_REPORTS`). Plotly's class takes a property that is reported out of the
         figure, here and in the page: after a move the bars' `y` was gone, and a reload drew a diagonal.
         """
         if change["new"]:
-            self._trace_edit_in_process = self._layout_edit_in_process = False
             setattr(self, change["name"], None)
 
     def _handler_js2py_traceDeltas(self, change: Any) -> None:

@@ -17,5 +17,10 @@ def proof_html(proof: Proof) -> str:
     mood = "ps-good" if proof.kept else ""
     notes = "".join(f"<br><span class='ps-soft'>{escape(note)}</span>" for note in proof.notes)
     told = f"<b>{escape(SOURCES.get(proof.origin, proof.origin))}</b> on {escape(proof.machine)}"
-    words = f"<span class='{mood}'>{escape(proof.words)}</span> · {told}{notes}"
-    return f"<p class='ps-verdict'>{words}</p>{frame_html(proof.table())}"
+    words = f"<b class='{mood}'>{escape(proof.words)}</b><br>{told}{notes}"
+    names = [
+        f"setting {place}" if one.number < 0 else f"point {one.number}"
+        for place, one in enumerate(proof.candidates, 1)
+    ]
+    best = names[list(proof.candidates).index(proof.best)]
+    return f"<p class='ps-verdict'>{words}</p>{frame_html(proof.table().set_axis(names), mark=best)}"

@@ -33,8 +33,8 @@ def frame_html(frame: pd.DataFrame, *, mark: str = "") -> str:
 
 
 def _head(name: object, values: pd.Series) -> str:
-    """Words stand below the left of their head, numbers below its right."""
-    is_text = len(values) > 0 and all(isinstance(value, str) for value in values)
+    """Words stand below the left of their head, numbers, with a unit or without, below its right."""
+    is_text = len(values) > 0 and all(isinstance(value, str) and not _NUMBER.match(value) for value in values)
     return f"<th{' class=ps-words' if is_text else ''}>{escape(str(name))}</th>"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import prescope
-from prescope.advice import INTERVAL, MachineSpec, ModelSize, advise
+from prescope.advice import INTERVAL, MachineSpec, ModelSize, advise, paces
 from prescope.core.machine import this_place
 from prescope.core.paths import data_dir, embedded_model
 from prescope.engine.config import EngineConfig
@@ -254,3 +254,20 @@ def test_advice_on_experts_that_will_be_packed():
         advise(BIG_EXPERTS, desktop(), experts="int5")
     with pytest.raises(UnsupportedOption, match="has its sizes"):
         advise(plain.model, desktop(), experts="int4")
+
+
+def test_paces_of_batches_are_those_of_the_advice():
+    """A step takes what its tokens/s say; a better schedule is never slower; what has no slot crosses the link once."""
+    found = paces("olmoe-1b-7b", "h200", share=0.5, batches=(1, 2))
+    assert list(found) == ["on demand", "best without prediction", "best schedule", "perfect prediction"]
+    point = advise("olmoe-1b-7b", "h200", batch=2, shares=[0.5]).points[0]
+    assert found["best schedule"].step_ms[2] == pytest.approx(2e3 / point.tokens_per_s)
+    for batch in (1, 2):
+        steps = [pace.step_ms[batch] for pace in found.values()]
+        assert steps == sorted(steps, reverse=True)
+    shape, link = (
+        ModelSize.of("olmoe-1b-7b").shape,
+        MachineSpec.of_profile(HardwareProfile.load("h200")).link_gb_per_s,
+    )
+    half_ms = shape.total_experts / 2 * shape.row_bytes / link / 1e6
+    assert [pace.prompt_ms for pace in found.values()] == pytest.approx([half_ms] * 4)

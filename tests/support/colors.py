@@ -1,4 +1,4 @@
-"""How far apart two colours look: CIEDE2000 (Sharma et al. 2005), also to protan and deutan eyes (Machado 2009)."""
+"""How far apart two colours are: CIEDE2000 (Sharma et al. 2005), to colour-blind eyes too (Machado 2009)."""
 
 import math
 from itertools import combinations
@@ -13,6 +13,9 @@ EYES = {
     ),
     "deutan": np.array(
         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritan": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
     ),
 }
 _TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])

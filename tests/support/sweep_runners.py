@@ -29,7 +29,7 @@ class Hill:
 
     objectives = ("tokens_per_s", "gpu_bytes")
     prompts = ("0123456789abcdef",)
-    is_here = False
+    is_here = takes_gpu = False
     nbytes = 1000
     settings = SETTINGS
 
@@ -72,3 +72,14 @@ class Hill:
     def tries(self):
         """Slots of each try, in order."""
         return [int(line.split()[0]) for line in Path(self.log).read_text("utf-8").splitlines()]
+
+
+class OnGpu(Hill):
+    """Says of each try which GPU its process sees: lines "<slots> <process> <GPU>"."""
+
+    takes_gpu = True
+
+    def run(self, settings, seed=0, is_cancelled=lambda: False):
+        with open(f"{self.log}.gpus", "a", encoding="utf-8") as file:
+            file.write(f"{settings['slots']} {os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+        return super().run(settings, seed, is_cancelled)

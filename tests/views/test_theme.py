@@ -8,6 +8,7 @@ TOGETHER = {
     "GPU lane": ["dense", "experts"],
     "PCIe lane": ["on_demand", "prefetch", "stream"],
     "waits": ["stall", "cpu_wait", "host_wait", "warm_up"],
+    "a copy and the stall that it causes": ["on_demand", "stall"],  # one below the other in the lanes
     "outcomes": ["hit", "late", "miss", "on_cpu"],
     "where a step's time goes": ["dense", "experts", "stall", "cpu_wait", "host_wait", "warm_up", "other"],
     "sources": ["simulated", "measured"],
@@ -29,6 +30,13 @@ def on(ground: str, colour: str) -> str:
 def test_colours_that_meet_are_told_apart_by_all_eyes(meanings):
     apart, *which = closest([COLORS[name] for name in meanings])
     assert apart >= 20, which
+
+
+@pytest.mark.parametrize("ground", ["#111111", "#212121"])
+def test_dark_fills_are_seen_on_a_dark_page(ground):
+    """What is told from lighter colours by being dark must not go under on a dark page."""
+    faint = {name: contrast(COLORS[name], ground) for name in ("cpu_wait", "warm_up", "stall")}
+    assert min(faint.values()) >= 1.2, faint
 
 
 @pytest.mark.parametrize("ground", ["#ffffff", "#111111", "#212121"])

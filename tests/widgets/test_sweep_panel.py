@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -310,9 +311,10 @@ def test_a_proof_says_how_far_it_is_can_be_ended_and_leaves_its_verdict(make):
             "measured",
             "H200",
         )
+        candidates = best, _ = SimpleNamespace(number=4), SimpleNamespace(number=-1)
 
         def table(self):
-            return pd.DataFrame({"gain %": [11.0]})
+            return pd.DataFrame({"gain %": [11.0, 2.0], "GPU memory": ["8.2 MiB", "12.8 MiB"]})
 
     def prover(sweep, *, on_progress, cancel):
         on_progress(1, 4)
@@ -328,6 +330,11 @@ def test_a_proof_says_how_far_it_is_can_be_ended_and_leaves_its_verdict(make):
     assert "+11 % (+9 to +13): keep it" in panel.proof.words.value
     assert "<b>measured</b> on H200" in panel.proof.words.value
     assert "a note &lt;b&gt;" in panel.proof.words.value
+    assert "<tr class=ps-first><td class='ps-words'>point 4</td>" in panel.proof.words.value
+    assert "<tr><td class='ps-words'>setting 2</td>" in panel.proof.words.value, "of no sweep"
+    assert "<th>GPU memory</th>" in panel.proof.words.value, (
+        "numbers with a unit stand below the right of their head"
+    )
     assert panel.proof.button.description == sweep_proof.LABEL
     panel.study.value = NEW
     assert panel.proof.words.value == "", "another study's verdict"

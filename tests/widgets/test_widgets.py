@@ -51,6 +51,20 @@ def test_a_figure_widget_sends_kilobytes_not_plotly():
     assert re.search(r"export\{[^}]* as default\}", bundle.code), "the stub imports its default export"
 
 
+def test_the_page_does_not_report_what_python_told_it():
+    """Before each repaint plotly's part merged the whole figure twice, and sent what it found to be dropped here."""
+    plain = figures._BUNDLE.read_text("utf-8")
+    silent = figures.without_reports(plain)
+    assert re.findall(r"(_send\w+)\(\w+\)\{return;", silent) == ["_sendLayoutDelta", "_sendTraceDeltas"]
+    assert silent.replace("{return;", "{") == plain.replace("{return;", "{"), "nothing else is changed"
+    assert figures.without_reports("another plotly") == "another plotly"
+    done = []
+    widget = SlimFigureWidget(go.Figure(go.Bar(y=[1])))
+    widget.data[0].y = [2]
+    widget.on_edits_completed(lambda: done.append(1))
+    assert done == [1], "nobody would say that the edit is done"
+
+
 def test_a_reload_gets_the_figure_as_it_is_now():
     """The stock class answers with its first state: after a reload the figure and the slider disagreed."""
     widget = SlimFigureWidget(go.Figure(go.Bar(y=[1, 2])))
