@@ -188,3 +188,11 @@ def test_the_shallow_cache_gives_up_the_deepest_layer_first_and_there_the_oldest
         (gone,) = before - set(table.key_of.tolist())
         given_up.append(keys[gone])
     assert given_up == [(2, 1), (2, 3), (1, 0)]
+
+
+@pytest.mark.parametrize("ids", [[], [-1, 0, 2, 2], [1, 5], [4, 4, 0, -3, 9]])
+def test_ids_of_no_expert_are_not_counted(ids):
+    """Sentinels stand on either side of [0, E), and a text-only batch has no tokens for a family's image experts."""
+    experts, uses = distinct(np.array([ids], dtype=np.int64), 5)
+    known = [e for e in ids if 0 <= e < 5]
+    assert dict(zip(experts.tolist(), uses.tolist(), strict=True)) == {e: known.count(e) for e in known}
