@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from numba.core.errors import WarningsFixer
+from numba.core import errors
 
-_catch = WarningsFixer.catch_warnings
+_catch = errors.WarningsFixer.catch_warnings  # type: ignore[attr-defined]
 
 
 def install() -> None:
     """From now on numba's warnings in other threads come at once, from where numba says them."""
-    WarningsFixer.catch_warnings = _catch_in_main_thread
+    errors.WarningsFixer.catch_warnings = _catch_in_main_thread  # type: ignore[attr-defined]
 
 
 @contextmanager
