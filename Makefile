@@ -11,8 +11,10 @@ NOTEBOOK ?= notebooks/00_quickstart.ipynb
 # notebooks/00_quickstart.ipynb -> reports/quickstart.html
 REPORT = reports/$(lastword $(subst _, ,$(basename $(notdir $(NOTEBOOK))))).html
 WORKERS ?= 4
-# More tests after tests/: every notebook is run from top to bottom.
+# More tests after tests/: every notebook is run from top to bottom. tests/test_notebooks.py runs those that train or
+# measure with less, and the quickstart.
 NOTEBOOKS := $(if $(wildcard notebooks/*.ipynb),--nbmake notebooks)
+QUICK_NOTEBOOKS := $(addprefix notebooks/,01_where_does_time_go.ipynb 03_scheduling.ipynb 05_sweeps.ipynb)
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
 	-n logical --maxprocesses $(WORKERS) --dist loadfile
 # Jupyter refuses to run as root unless told.
@@ -34,7 +36,7 @@ docs: $(STAMP)  ## Build site/: executed notebooks, API reference, pages; opens 
 	$(BIN)/python docs/build_site.py --out site
 
 test: $(STAMP)  ## Run the tests and the notebooks (no GPU needed; GPU tests skip themselves)
-	$(PYTEST) -m "not slow" tests $(NOTEBOOKS) --ignore notebooks/06_paper_experiments.ipynb
+	$(PYTEST) -m "not slow" tests --nbmake $(QUICK_NOTEBOOKS)
 
 test-all: $(STAMP)  ## The same with the tests that take long, those in a real browser among them
 	$(PYTEST) tests $(NOTEBOOKS)

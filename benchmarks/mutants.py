@@ -122,9 +122,11 @@ def places_of(path: str) -> dict[Place, list[Mutant]]:
     return found
 
 
-def drawn(count: int, seed: int) -> list[Mutant]:
-    """Mutants of places drawn without repetition from all files."""
+def drawn(count: int, seed: int, only: list[str]) -> list[Mutant]:
+    """Mutants of places drawn without repetition from all files, or from those whose path begins with one of `only`."""
     files = [p for path in MUTATED for p in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    if only:
+        files = [path for path in files if str(path.relative_to(ROOT)).startswith(tuple(only))]
     places = [
         changes for path in files for _, changes in sorted(places_of(str(path.relative_to(ROOT))).items())
     ]
@@ -277,6 +279,7 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=[], help="begins of paths, as prescope/scheduler")
     parser.add_argument("--again", type=Path, help="JSON of a former run: only what was not killed there")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -288,7 +291,7 @@ def main() -> None:
         results = [result for result in former if result["outcome"] == "killed"]
         mutants = [of_former(result) for result in former if result["outcome"] != "killed"]
     else:
-        mutants = drawn(options.mutants, options.seed)
+        mutants = drawn(options.mutants, options.seed, options.only)
     test_all(mutants, options.jobs, results, options.out)
     for name in sorted({Path(str(result["path"])).parts[1] for result in results}):
         counts = Counter(str(r["outcome"]) for r in results if Path(str(r["path"])).parts[1] == name)

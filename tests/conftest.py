@@ -12,9 +12,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def host_parts():
-    """What an engine on a GPU compiles in a thread is compiled before: numba catches warnings meanwhile, which takes
-    other threads' along, and the filters of the test that runs.
-    """
+    """What an engine on a GPU compiles in a thread is compiled before: no test's time is a compiler's."""
     from prescope.engine.graph.warm import compile_host_parts
 
     compile_host_parts()
@@ -29,8 +27,12 @@ def compiled_before_gpu(request):
 @pytest.fixture
 def gpu(host_parts, monkeypatch):
     """`attach(device="cpu")` gives the interpreted GPU."""
+    # They import Triton's neighbours: after the lines above.
+    from prescope.kernels.packed_linear import PackedConfig
+    from prescope.kernels.triton_experts import PairConfig
     from tests.support.interpreted_gpu import (
-        InterpretedGpu,  # imports Triton's neighbours: after the line above
+        InterpretedGpu,
+        sleepy_clock_address,
     )
 
     if torch.cuda.is_available():
@@ -38,6 +40,13 @@ def gpu(host_parts, monkeypatch):
     monkeypatch.setattr("prescope.engine.engine.open_device", lambda *_: InterpretedGpu())
     monkeypatch.setattr("prescope.kernels._triton_problem", lambda *_: "")
     monkeypatch.setattr("prescope.kernels.graph_buffers.FETCH_PROGRAMS", 2)
+    # The interpreter takes a program for a program, however wide: a few wide ones for the narrow ones of a GPU.
+    monkeypatch.setattr("prescope.kernels.triton_experts.DEFAULT_PAIRS", PairConfig(64, 64, 4))
+    monkeypatch.setattr("prescope.kernels.packed_linear.default_pairs", lambda _: PackedConfig(64, 64, 4, 1))
+    # The host looks for messages now and then: it would spin beside a GPU.
+    monkeypatch.setattr("prescope.engine.graph.loop.POLLS", 1)
+    for driver in ("host_driver", "copy_driver"):
+        monkeypatch.setattr(f"prescope.engine.graph.{driver}.clock_address", sleepy_clock_address)
     return {"device": "cpu", "kernels": "triton", "events": False}
 
 

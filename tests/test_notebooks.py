@@ -11,7 +11,10 @@ from prescope import RoutingTrace
 from prescope.report import PAPER_PX, execute_notebook
 from tests.support.browser import count_plots, offline_page
 
+# `make test` runs those here that train or measure, with less; `make test-all` all of them, as they stand.
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+PREDICTOR = NOTEBOOKS / "02_predictor.ipynb"
+TUNING = NOTEBOOKS / "04_tune_my_machine.ipynb"
 QUICKSTART = NOTEBOOKS / "00_quickstart.ipynb"
 SCHEDULING = NOTEBOOKS / "03_scheduling.ipynb"
 PAPER = NOTEBOOKS / "06_paper_experiments.ipynb"
@@ -91,6 +94,32 @@ def test_on_paper_every_figure_is_drawn_for_its_width(executed):
             "[...document.querySelectorAll('.js-plotly-plot')].map(p => p._fullLayout.xaxis.range)"
         )
         assert all(low < high for low, high in layers)
+
+
+def test_the_predictor_notebook_runs_small_and_shows_each_answer(tmp_path):
+    """Recall by layer and lookahead, cues by layer, domains, the change of text, and what it saves."""
+    small = {
+        "new_tokens": 8,
+        "own_tokens": 256,
+        "epochs": 1,
+        "device": "cpu",
+        "out": str(tmp_path / "predictor"),
+    }
+    page = execute_notebook(PREDICTOR, tmp_path / "predictor.html", parameters=small, log=lambda line: None)
+    assert len(re.findall(r"const figure = (\{.*?\});\n", page.read_text())) == 5
+    assert (tmp_path / "predictor" / "llapor.safetensors").stat().st_size > 1_000
+
+
+def test_the_tuning_notebook_runs_small_and_writes_its_report(tmp_path):
+    small = {
+        "max_new_tokens": 4,
+        "calibrate_s": 1,
+        "repeats": 2,
+        "device": "cpu",
+        "out": str(tmp_path / "t.html"),
+    }
+    page = execute_notebook(TUNING, tmp_path / "tuning.html", parameters=small, log=lambda line: None)
+    assert "tokens/s" in page.read_text() and "tokens/s" in (tmp_path / "t.html").read_text()
 
 
 @pytest.mark.slow

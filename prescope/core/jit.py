@@ -37,9 +37,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 MOST_COMPILE_S = 300.0
 
 if numba is not None:
-    from . import boxing
+    from . import boxing, inference_warnings
 
     boxing.install()
+    inference_warnings.install()
 
 #: Whether decisions are compiled here; recorded in `RunResult.hardware`.
 IS_COMPILED = numba is not None and not numba.config.DISABLE_JIT

@@ -176,11 +176,22 @@ class Device(Protocol):
         ...
 
 
-class WithoutGraphs:
-    """What a device answers that computes at once, on the CPU, and captures nothing."""
+class OnCpu:
+    """What a device answers that computes at once, on the CPU: nothing is pinned, nothing is captured."""
+
+    captures_steps = small_copies_are_slow = False
 
     def as_current(self) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def pin(self, row: torch.Tensor) -> bool:
+        return False
+
+    def unpin(self, row: torch.Tensor) -> None:
+        pass
+
+    def read(self, tensor: torch.Tensor) -> NDArray[Any]:
+        return tensor.numpy()
 
     def send(
         self: Device,

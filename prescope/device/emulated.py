@@ -11,13 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from ..core.machine import available_memory_bytes
 from ..core.units import format_bytes
 from ..core.worker import Latch, Worker
 from ..errors import NotAttached, SlotPoolTooLarge, TransferFailed
-from .base import WithoutGraphs
+from .base import OnCpu
 
 #: Emulated link when the user names none: one expert takes a millisecond, so that, as on a real machine, moving an
 #: expert takes longer than computing with it; at most PCIe 4 x16.
@@ -60,7 +59,7 @@ class PassedMark(HostMark):
         self._is_set = True
 
 
-class EmulatedLinkDevice(WithoutGraphs):
+class EmulatedLinkDevice(OnCpu):
     """The CPU as compute device behind a link of `gb_per_s` GB/s.
 
     Args:
@@ -68,7 +67,6 @@ class EmulatedLinkDevice(WithoutGraphs):
     """
 
     kind = "cpu"
-    captures_steps = small_copies_are_slow = False
 
     def __init__(self, gb_per_s: float) -> None:
         self.torch_device = torch.device("cpu")
@@ -99,12 +97,6 @@ class EmulatedLinkDevice(WithoutGraphs):
                 f"{num_slots} slots of {format_bytes(row_bytes)} do not fit into host memory, of which "
                 f"{format_bytes(self.free_bytes())} are free; use fewer slots"
             ) from error
-
-    def pin(self, row: torch.Tensor) -> bool:
-        return False
-
-    def unpin(self, row: torch.Tensor) -> None:
-        pass
 
     def copy(
         self,
@@ -168,9 +160,6 @@ class EmulatedLinkDevice(WithoutGraphs):
     def elapsed_us(self, start: HostMark, end: HostMark) -> float:
         assert start.is_set and end.is_set, "a mark has not passed"
         return end.time_us - start.time_us
-
-    def read(self, tensor: torch.Tensor) -> NDArray[Any]:
-        return tensor.numpy()
 
     def synchronize(self) -> None:
         self._drain()

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
-from .base import WithoutGraphs
+from .base import OnCpu
 
 POISON = 0xFF  # all bits set is NaN in every float format
 
@@ -27,11 +26,10 @@ class VirtualMark:
         self.pending = pending
 
 
-class NullDevice(WithoutGraphs):
+class NullDevice(OnCpu):
     """Virtual clock; `seed` decides the order in which copies land."""
 
     kind = "null"
-    captures_steps = small_copies_are_slow = False
 
     def __init__(self, gb_per_s: float = 10.0, compute_us: float = 50.0, seed: int = 0) -> None:
         self.torch_device = torch.device("cpu")
@@ -55,12 +53,6 @@ class NullDevice(WithoutGraphs):
 
     def allocate_slots(self, num_slots: int, row_bytes: int) -> torch.Tensor:
         return torch.full((num_slots, row_bytes), POISON, dtype=torch.uint8)
-
-    def pin(self, row: torch.Tensor) -> bool:
-        return False
-
-    def unpin(self, row: torch.Tensor) -> None:
-        pass
 
     def copy(
         self,
@@ -106,9 +98,6 @@ class NullDevice(WithoutGraphs):
 
     def elapsed_us(self, start: VirtualMark, end: VirtualMark) -> float:
         return end.time_us - start.time_us
-
-    def read(self, tensor: torch.Tensor) -> NDArray[Any]:
-        return tensor.numpy()
 
     def synchronize(self) -> None:
         for mark in list(self._in_flight):

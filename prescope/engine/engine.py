@@ -443,7 +443,7 @@ class Engine:
 
     def describe(self) -> dict[str, Any]:
         """The settings as resolved, with the reason of each, and the cap on the experts' memory."""
-        schedule_runner = self.runner.schedule_runner
+        schedule_runner, problem = self.runner.schedule_runner, self.runner.kernel_problem
         return {
             **self.config.to_dict(),
             **({} if schedule_runner is None else schedule_runner.describe()),
@@ -456,7 +456,7 @@ class Engine:
             "moe": self.shape._asdict(),
             "model": self.name,
             "fingerprint": self.fingerprint,
-            "reasons": dict(self.reasons),
+            "reasons": self.reasons | ({"kernels": f"torch, layer by layer: {problem}"} if problem else {}),
         }
 
     def hardware(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ decode step is captured, the layer's launches go into the graph instead (`kernel
 """
 
 import threading
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..cache.rounds import Act, What, next_is_sure, walk
 from ..core.types import FloatArray, IntArray, MoEShape, NeedOutcome, Reason
 from ..device import Device
 from ..hf import MoELayer
-from ..kernels import LayerWeights, Work, combine, layer_weights, make_kernel
+from ..kernels import CannotLaunch, LayerWeights, TorchKernel, Work, combine, layer_weights, make_kernel
 from ..scheduler.types import Plan
 from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
@@ -62,6 +63,7 @@ class LayeredRunner:
         forced: routing from a trace, in decode steps.
         is_prefill: whether the forward pass under way reads a prompt.
         needs: hits, late ones and misses so far, by `NeedOutcome`.
+        kernel_problem: why plain torch computes instead of the kernel that was chosen; "" if it does not.
     """
 
     host: HostPool
@@ -83,6 +85,7 @@ class LayeredRunner:
         self.forced: ForcedRouting | None = None
         self.is_prefill = True
         self.needs = dict.fromkeys(NeedOutcome, 0)
+        self.kernel_problem = ""
         self._unread: list[Unread] = []
         self._is_serving = False
 
@@ -99,7 +102,10 @@ class LayeredRunner:
     def _use(self, num_slots: int, policy: CachePolicy, pool: torch.Tensor | None) -> None:
         # Kernels keep copies of the residency table's rows, so a new table comes with a new kernel.
         self._kernel, _ = make_kernel(
-            self._kernels, self.device.kind, self._dtype, [layer.layout for layer in self.layers]
+            "torch" if self.kernel_problem else self._kernels,
+            self.device.kind,
+            self._dtype,
+            [layer.layout for layer in self.layers],
         )
         row_bytes = self.shape.row_bytes
         self.residency = ResidencyTable(self.shape, num_slots, policy)
@@ -236,7 +242,10 @@ class LayeredRunner:
         layer = self.layers[moe_layer]
         schedule_runner = None if self.is_prefill else self.schedule_runner
         if schedule_runner is None and self._needs_nobody(layer):
-            return self._serve_unread(layer, x_TD, ids_TK, weights_TK, timed)
+            try:
+                return self._serve_unread(layer, x_TD, ids_TK, weights_TK, timed)
+            except CannotLaunch as problem:
+                self._use_reference(problem)
         host_ids = self.device.read(ids_TK)
         sums = self.weight_sums(layer, host_ids, weights_TK)
         predicted = None
@@ -446,8 +455,23 @@ class LayeredRunner:
             return
         if self.loader.wait(act.slots) and recorder is not None and timed:
             recorder.waited(moe_layer, self.device.mark(True))
-        self._kernel.run(work, layer.spec, self.weights[moe_layer], act.experts, act.slots)
+        arguments = work, layer.spec, self.weights[moe_layer], act.experts, act.slots
+        try:
+            self._kernel.run(*arguments)
+        except CannotLaunch as problem:
+            self._use_reference(problem)
+            self._kernel.prepare(work)
+            self._kernel.run(*arguments)
         done = self.device.mark(timed)
         self.loader.release(act.slots, done)
         if recorder is not None and timed:
             recorder.computed(moe_layer, done)
+
+    def _use_reference(self, problem: CannotLaunch) -> None:
+        """Compute by plain torch from now on; steps from a graph have kernels of their own."""
+        self.kernel_problem = str(problem)
+        self._kernel = TorchKernel()
+        warnings.warn(
+            f"experts are computed by plain torch, which is slower, wherever a step runs layer by layer: {problem}",
+            stacklevel=2,
+        )

@@ -11,6 +11,7 @@ from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 from ..weights.layout import RowLayout
 from .base import (
+    CannotLaunch,
     ExpertKernel,
     ExpertsSpec,
     LayerWeights,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_PAIRS",
+    "CannotLaunch",
     "ExpertKernel",
     "ExpertsSpec",
     "LayerWeights",

@@ -20,6 +20,10 @@ from ..weights.layout import RowLayout
 TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
+class CannotLaunch(RuntimeError):
+    """A kernel cannot be compiled for this GPU, or needs more of it than there is; another may do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertsSpec:
     """How a family's experts compute: y = down(gate(up(x))), each linear with or without bias.

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .base import ExpertsSpec
 from .gates import GateTables, activation_tables, gate_tables
+from .launch import launch
 
 #: What tables can be read off: functions of 16 bits.
 DTYPES = (torch.bfloat16, torch.float16)
@@ -48,7 +49,8 @@ class Gates:
             return spec.gate(h).contiguous()
         out = h.new_empty((h.shape[0], width))
         value = tables.gate if tables.value is None else tables.value
-        _by_tables[(h.shape[0], triton.cdiv(width, _BLOCK))](
+        launch(
+            _by_tables, (h.shape[0], triton.cdiv(width, _BLOCK)),
             h, tables.gate, value, out, width, h.stride(0), INTERLEAVED=tables.interleaved,
             HAS_VALUE=tables.value is not None, BLOCK=_BLOCK,
         )  # fmt: skip

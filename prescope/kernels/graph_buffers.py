@@ -18,6 +18,7 @@ from ..core.types import MoEShape
 from . import graph_kernels
 from .base import ExpertsSpec, LayerWeights, StepLog
 from .gate_kernel import Gates
+from .launch import launch
 from .packed_linear import PackedLinear
 from .triton_experts import Linear, is_tiled, linear_of, tune_pairs
 
@@ -237,11 +238,11 @@ class GraphBuffers:
     def begin(self) -> None:
         """First launch of a step."""
         if self._timed:
-            graph_kernels._stamp[(1,)](self._stamps[-2:])
+            launch(graph_kernels._stamp, (1,), self._stamps[-2:])
         if self.scheduled is None and not self.orders:
             return
         with self._beside():
-            graph_kernels._await_served[(1,)](self._served, self.step, num_warps=1)
+            launch(graph_kernels._await_served, (1,), self._served, self.step, num_warps=1)
             self._look(0)
 
     @contextmanager
@@ -260,7 +261,8 @@ class GraphBuffers:
             return
         E = self.table.shape.num_experts
         row = slice(moe_layer * E, (moe_layer + 1) * E)
-        graph_kernels._look[(1,)](
+        launch(
+            graph_kernels._look, (1,),
             self._shown[row], self._looked[moe_layer:], self.table.slot_of[row], self.step, E,
             FENCE=self.step.is_cuda, EXPERTS=_power_of_2(E), num_warps=1,
         )  # fmt: skip
@@ -290,8 +292,13 @@ class GraphBuffers:
                 BLOCK=1024,
             )  # fmt: skip
         if way is not None and way.reads_inputs:
-            graph_kernels._to_host[(triton.cdiv(x_TD.numel(), 1024),)](
-                x_TD, self.inputs[moe_layer], x_TD.numel(), BLOCK=1024
+            launch(
+                graph_kernels._to_host,
+                (triton.cdiv(x_TD.numel(), 1024),),
+                x_TD,
+                self.inputs[moe_layer],
+                x_TD.numel(),
+                BLOCK=1024,
             )
         self._plan(moe_layer, num_experts, ids, weights_TK)
         if way is not None and way.scores is not None:
@@ -300,13 +307,16 @@ class GraphBuffers:
         slot_of = self.table.slot_of[first : first + num_experts]
         stamps = self._stamps[moe_layer * graph_kernels.NUM_STAMPS :]
         if way is not None:
-            graph_kernels._await_answer[(1,)](
+            launch(
+                graph_kernels._await_answer, (1,),
                 self._needs[moe_layer], self.step, self._landed, self._answers[moe_layer], slot_of,
                 self._on_cpu[moe_layer:], stamps, num_experts, WORDS=_power_of_2(graph_kernels.HEAD + num_experts),
                 TIMED=self._timed, num_warps=1,
             )  # fmt: skip
         elif self.orders:
-            graph_kernels._wait[(1,)](
+            launch(
+                graph_kernels._wait,
+                (1,),
                 self._needs[moe_layer],
                 self.step,
                 self._ack[moe_layer : moe_layer + 1],
@@ -315,14 +325,17 @@ class GraphBuffers:
                 num_warps=1,
             )
         else:
-            graph_kernels.fetch[(FETCH_PROGRAMS,)](
+            launch(
+                graph_kernels.fetch, (FETCH_PROGRAMS,),
                 host_rows.view(torch.int64), pool.view(torch.int64), self._needs[moe_layer], self._fetched[moe_layer],
                 self._fetch_slot, stamps, host_rows.shape[1] // 8, pool.shape[1] // 8, BLOCK=FETCH_WORDS,
                 TIMED=self._timed, num_warps=8,
             )  # fmt: skip
         y_PD = self.experts(num_experts, x_TD, ids, slot_of, spec, slots)
         if has_cpu:
-            graph_kernels._await_cpu[(1,)](
+            launch(
+                graph_kernels._await_cpu,
+                (1,),
                 self._on_cpu[moe_layer:],
                 self.step,
                 self.cpu_flags[moe_layer:],
@@ -338,7 +351,8 @@ class GraphBuffers:
         width = y_PD.shape[1]
         out = torch.empty((self.num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
         block = min(512, _power_of_2(width))
-        graph_kernels._combine[(self.num_tokens, triton.cdiv(width, block))](
+        launch(
+            graph_kernels._combine, (self.num_tokens, triton.cdiv(width, block)),
             y_PD, weights_TK, ids, out, stamps, slot_of, self.cpu_pairs[moe_layer] if has_cpu else y_PD, width,
             num_experts, TOP_K=self.top_k, ROUNDED=weights_TK.dtype == y_PD.dtype, CPU=has_cpu, BLOCK=block,
             TIMED=self._timed,
@@ -369,13 +383,20 @@ class GraphBuffers:
         assert flat.numel() == self._scores.shape[1], (
             f"{flat.numel()} predictions, {self._scores.shape[1]} expected"
         )
-        graph_kernels._publish_scores[(triton.cdiv(flat.numel(), 1024),)](
-            flat, self._scores[moe_layer], self.step, flat.numel(), BLOCK=1024
+        launch(
+            graph_kernels._publish_scores,
+            (triton.cdiv(flat.numel(), 1024),),
+            flat,
+            self._scores[moe_layer],
+            self.step,
+            flat.numel(),
+            BLOCK=1024,
         )
 
     def _plan(self, moe_layer: int, num_experts: int, ids: torch.Tensor, weights_TK: torch.Tensor) -> None:
         shape = self.table.shape
-        graph_kernels._plan[(1,)](
+        launch(
+            graph_kernels._plan, (1,),
             ids, weights_TK, self.table.slot_of, self.table.key_of, self.table.scores, self.table.tick, self.step,
             self._ids[moe_layer], self._weights[moe_layer], self._needs[moe_layer],
             self._stamps[moe_layer * graph_kernels.NUM_STAMPS :], self._ask[moe_layer], self._orders[moe_layer],
@@ -400,7 +421,8 @@ class GraphBuffers:
     ) -> torch.Tensor:
         """Outputs of all pairs (P, D) whose experts have a slot; ids (P,) int64, slot_of (E,) int32."""
         if self._tiles:
-            graph_kernels._align[(1,)](
+            launch(
+                graph_kernels._align, (1,),
                 ids, slot_of, self._order, self._first, self._blocks, self.num_pairs, num_experts, self._most_blocks,
                 PAIRS=max(128, _power_of_2(self.num_pairs)), EXPERTS=len(self._first),
                 BLOCKS=_power_of_2(self._most_blocks), BLOCK_M=BLOCK_M, num_warps=4,
@@ -445,12 +467,21 @@ class GraphBuffers:
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
             self._read_aside.clear()
         if self._timed:
-            graph_kernels._stamp[(1,)](self._stamps[-1:])
+            launch(graph_kernels._stamp, (1,), self._stamps[-1:])
         words = self._log.numel()
-        graph_kernels._publish[(triton.cdiv(words, 1024),)](
-            self._log, self._ring, self.step, words, RING=RING, BLOCK=1024
+        launch(
+            graph_kernels._publish,
+            (triton.cdiv(words, 1024),),
+            self._log,
+            self._ring,
+            self.step,
+            words,
+            RING=RING,
+            BLOCK=1024,
         )
-        graph_kernels._finish[(1,)](
+        launch(
+            graph_kernels._finish,
+            (1,),
             tokens,
             self._tokens_ring,
             self.step,
@@ -464,7 +495,7 @@ class GraphBuffers:
     def stamp(self) -> torch.Tensor:
         """The GPU's clock now, nanoseconds, (1,)."""
         now = torch.zeros(1, dtype=torch.int64, device=self.step.device)
-        graph_kernels._stamp[(1,)](now)
+        launch(graph_kernels._stamp, (1,), now)
         return now
 
     def restart(self) -> None:

@@ -11,6 +11,7 @@ import triton
 
 from ..weights.formats import PackedMatrices
 from . import packed_kernels
+from .launch import launch
 from .packed_forms import FLOAT_SCALE, form_of
 from .tuning import tuned
 
@@ -103,7 +104,8 @@ class PackedLinear(NamedTuple):
         _, out_dim, in_dim = self.w.shape
         slots = _slots_of(self.w)
         config = config or self._pair_config(in_dim)
-        packed_kernels.packed_pairs[(self.out.shape[0], triton.cdiv(out_dim, config.block_out))](
+        launch(
+            packed_kernels.packed_pairs, (self.out.shape[0], triton.cdiv(out_dim, config.block_out)),
             self.x, *slots.fields, self._some_bias(), self.out, slot_of, ids, num_experts, out_dim, in_dim,
             *self._strides(slots), **slots.constants, HAS_BIAS=self.bias is not None, BLOCK_OUT=config.block_out,
             BLOCK_IN=config.block_in, STAGES=config.num_stages, num_warps=config.num_warps,
@@ -121,7 +123,8 @@ class PackedLinear(NamedTuple):
         _, out_dim, in_dim = self.w.shape
         slots = _slots_of(self.w)
         config = config or default_tiles(block_m)
-        packed_kernels.packed_tiles[(triton.cdiv(out_dim, config.block_out), num_blocks)](
+        launch(
+            packed_kernels.packed_tiles, (triton.cdiv(out_dim, config.block_out), num_blocks),
             self.x, *slots.fields, self._some_bias(), self.out, order, blocks, out_dim, in_dim,
             *self._strides(slots), **slots.constants, HAS_BIAS=self.bias is not None, PRECISION="ieee",
             BLOCK_M=block_m, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, num_warps=config.num_warps,

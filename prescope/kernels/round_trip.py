@@ -12,6 +12,7 @@ from triton.language.extra.cuda import globaltimer
 
 from ..device import Device
 from ..errors import TransferFailed
+from .launch import launch
 
 #: The GPU stops waiting after this, so that an interrupted host cannot hang it.
 MOST_NS = 200_000_000
@@ -59,8 +60,8 @@ class Ping:
         self._number += 1
         for _ in range(HOLD_PRODUCTS):
             torch.mm(self._hold, self._hold)
-        _say[(1,)](self._word, self._times, self._number)
-        _hear[(1,)](self._ack, self._times[1:], self._number, LIMIT_NS=MOST_NS)
+        launch(_say, (1,), self._word, self._times, self._number)
+        launch(_hear, (1,), self._ack, self._times[1:], self._number, LIMIT_NS=MOST_NS)
         seen, deadline = self._word.numpy(), time.perf_counter() + 10.0
         while int(seen[0]) != self._number:
             if time.perf_counter() > deadline:

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 #: More tokens than this are cuBLAS's.
 MOST_TOKENS = 16
 #: Weights in one launch.
@@ -79,7 +81,8 @@ def skinny_linear(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Te
     sizes = [weight.shape[0] for weight in weights]
     block_out, block_in, num_warps, num_stages = tile_of(num_tokens, in_dim, x.element_size())
     grid = (sum(triton.cdiv(size, block_out) for size in sizes),)
-    _skinny_linear[grid](
+    launch(
+        _skinny_linear, grid,
         x, *weights, *filled, *outs, *unused, *sizes, *[0] * len(filled), num_tokens, x.stride(0),
         IN_DIM=in_dim, NUM=len(weights), TOKENS=1 if num_tokens == 1 else MOST_TOKENS, PRECISION="ieee",
         BLOCK_OUT=block_out, BLOCK_IN=block_in, num_warps=num_warps, num_stages=num_stages,

@@ -10,6 +10,7 @@ import torch
 import triton
 
 from .graph_kernels import _align
+from .launch import launch
 
 #: One program sorts so many pairs.
 MOST_PAIRS_OF_ONE_PROGRAM = 2048
@@ -52,7 +53,8 @@ def tiles_of(ids_P: torch.Tensor, slot_row: torch.Tensor, num_experts: int) -> T
     first = torch.empty(experts, dtype=torch.int32, device=device)
     # Histograms of fewer elements than threads are not supported everywhere.
     pairs = max(128, triton.next_power_of_2(num_pairs))
-    _align[(1,)](
+    launch(
+        _align, (1,),
         ids_P, slot_row, order, first, blocks, num_pairs, num_experts, most,
         PAIRS=pairs, EXPERTS=experts, BLOCKS=triton.next_power_of_2(most), BLOCK_M=block_m, num_warps=4,
     )  # fmt: skip

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 MOST_COLUMNS = 1024
 MOST_CHOSEN = 32
 MOST_ROWS = 256
@@ -45,7 +47,9 @@ def topk(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     values, indices = x.new_empty((rows, k)), x.new_empty((rows, k), dtype=torch.int64)
-    _topk[(rows,)](
+    launch(
+        _topk,
+        (rows,),
         x,
         values,
         indices,

@@ -20,6 +20,7 @@ from ..cache.residency import IntArray
 from ..weights.formats import PackedMatrices
 from .base import ExpertsSpec, LayerWeights, Work
 from .gate_kernel import Gates
+from .launch import launch
 from .packed_linear import PackedLinear
 from .tile_plan import pairs_per_expert, rows_of_tile, tiles_of
 from .tuning import tune, tuned
@@ -276,7 +277,8 @@ class Linear(NamedTuple):
         out_dim, in_dim = self._dims()
         config = config or pair_config(self)
         grid = (self.out.shape[0], triton.cdiv(out_dim, config.block_out))
-        _pair_linear[grid](
+        launch(
+            _pair_linear, grid,
             self.x, self.w, self._some_bias(), self.out, slot_of, ids, num_experts, out_dim, in_dim, *self._strides(),
             HAS_BIAS=self.bias is not None, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in,
             num_warps=config.num_warps,
@@ -287,7 +289,8 @@ class Linear(NamedTuple):
         out_dim, in_dim = self._dims()
         wide = block_m >= 64
         block_out = 128 if wide else 64
-        _grouped_linear[(triton.cdiv(out_dim, block_out), num_blocks)](
+        launch(
+            _grouped_linear, (triton.cdiv(out_dim, block_out), num_blocks),
             self.x, self.w, self._some_bias(), self.out, order, blocks, out_dim, in_dim, *self._strides(),
             HAS_BIAS=self.bias is not None, PRECISION="ieee", BLOCK_M=block_m, BLOCK_OUT=block_out,
             BLOCK_IN=32 if self.w.dtype == torch.float32 else 64, num_warps=8 if wide else 4, num_stages=3,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from triton.testing import do_bench_cudagraph
 
 from ..core.files import write_text
 from ..core.paths import cache_dir
+from .base import CannotLaunch
 
 Config = TypeVar("Config", bound=tuple[int, ...])
 
@@ -45,17 +47,29 @@ def tune(
     candidates: Sequence[Config],
     run: Callable[[Config], None],
 ) -> None:
-    """Time `run(candidate)` of each candidate (CUDA graph of many runs, median) and keep the fastest for `key`."""
+    """Time `run(candidate)` of each candidate (CUDA graph of many runs, median) and keep the fastest for `key`; none,
+    where none can run.
+    """
     if device.type != "cuda" or tuned(device, key) is not None:
         return
     # Each candidate is compiled first, half a second or so: some seconds once per shape and GPU.
     bar = tqdm(candidates, desc=f"tuning expert kernels ({key})", leave=False)
     with _captured_on(device):
-        times = [do_bench_cudagraph(partial(run, candidate), rep=5) for candidate in bar]
+        times = [_time_of(partial(run, candidate)) for candidate in bar]
+    if min(times) == inf:  # what runs by the default will say why
+        return
     file = _file(device)
     known = _known(file)
     known[key] = list(candidates[times.index(min(times))])
     write_text(file, json.dumps(known, indent=1))
+
+
+def _time_of(run: Callable[[], None]) -> float:
+    """Milliseconds; infinite for a tile that this GPU has no room for."""
+    try:
+        return float(do_bench_cudagraph(run, rep=5))
+    except CannotLaunch:
+        return inf
 
 
 @contextmanager

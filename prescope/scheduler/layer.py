@@ -22,7 +22,7 @@ from .learn import (
     reuse_lasts,
     share_lasts,
 )
-from .plan import PRESCHED, make_plan
+from .plan import PRESCHED, Situation, make_plan
 from .types import Costs, Memory, Plan, ScheduleSettings
 
 
@@ -56,10 +56,10 @@ def plan_layer(
         learn_trust(memory.trust, moe_layer, counts_E, memory.predicted_dLE, settings.threshold)
     take_down(memory, moe_layer, settings.lag, tokens_dE, used_dE)
     lag = min(settings.lag, d)
-    return make_plan(
+    return make_plan(Situation(
         settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE[lag:], used_dE[lag:],
         _habits(memory), -1, is_revised,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 @jit
@@ -83,10 +83,10 @@ def reconsider(
     """
     take_down(memory, moe_layer, 0, tokens_dE, used_dE)
     num_layers = memory.predicted_dLE.shape[1]
-    return make_plan(
-        settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE, used_dE,
-        _habits(memory), num_load,
-    )  # fmt: skip
+    return make_plan(Situation(
+        settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE, used_dE, _habits(memory),
+        num_load, False,
+    ))  # fmt: skip
 
 
 @jit

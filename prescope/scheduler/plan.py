@@ -4,6 +4,8 @@ Plain loops over arrays, compiled by numba; no clock, no bytes, no objects. Shap
 layer, L MoE layers, S slots, d layers ahead. Keys are flat: moe_layer * E + expert.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ..cache.slots import Slots, SortedNeed, landing_us
@@ -33,6 +35,23 @@ CERTAIN = 0.85
 #: CPU computed, and with less than the second not at all: the experts in slots are likelier to be used.
 LONG_LASTING = 0.35
 LIKELY, LEAST_BESIDE_REUSE = 0.5, 0.3
+
+
+class Situation(NamedTuple):
+    """What a plan is made of: a layer whose router has chosen, and what is expected of the next ones."""
+
+    settings: ScheduleSettings
+    costs: Costs
+    moe_layer: int
+    num_layers: int
+    need: SortedNeed  # of this layer, late ones by when they land
+    backlog_us: float  # until the link is done with what is on the wire
+    slots: Slots
+    tokens_dE: FloatArray  # for the d layers after this one: expected number of tokens that use an expert
+    used_dE: FloatArray  # probability that any does; rows beyond the last layer hold zeros in both
+    habits: Habits  # for PreSched
+    num_load: int = -1  # how many misses are copied, if only prefetches are asked for (PreSched)
+    is_revised: bool = False  # prefetches will be asked for later, and only the misses are now (PreSched)
 
 
 @jit
@@ -66,30 +85,10 @@ def likely(settings: ScheduleSettings, moe_layer: int, num_layers: int, used_dE:
 
 
 @jit
-def make_plan(
-    settings: ScheduleSettings,
-    costs: Costs,
-    moe_layer: int,
-    num_layers: int,
-    need: SortedNeed,
-    backlog_us: float,
-    slots: Slots,
-    tokens_dE: FloatArray,
-    used_dE: FloatArray,
-    habits: Habits,
-    num_load: int = -1,
-    is_revised: bool = False,
-) -> Plan:
-    """Decide about one layer, when its router has chosen.
-
-    Args:
-        need: of this layer, late ones by when they land. `backlog_us`: until the link is done with what is on the wire.
-        tokens_dE, used_dE: predictions for the d layers after this one: expected number of tokens that use an expert,
-            and probability that any does; rows beyond the last layer hold zeros.
-        habits: for PreSched.
-        num_load: how many misses are copied, if that is decided and only prefetches are asked for (PreSched).
-        is_revised: prefetches will be asked for later, and only the misses are now (PreSched).
-    """
+def make_plan(now: Situation) -> Plan:
+    """Decide about one layer."""
+    settings, costs, need, slots = now.settings, now.costs, now.need, now.slots
+    moe_layer, num_layers, tokens_dE, used_dE = now.moe_layer, now.num_layers, now.tokens_dE, now.used_dE
     nothing = np.empty(0, np.int64)
     here = need.num_hits + need.num_late
     missing = need.tokens[here:]
@@ -124,44 +123,27 @@ def make_plan(
     if settings.schedule == FATE or settings.schedule == MOE_INFINITY:
         return Plan(need.num_late, n, candidates, keep)
     if settings.schedule == HYBRIMOE:
-        k = hybrimoe(costs, missing, here, backlog_us)
+        k = hybrimoe(costs, missing, here, now.backlog_us)
         gains = by_impact(
-            settings, costs, moe_layer, need, k, backlog_us, slots, tokens_dE[:ahead], used_dE[:ahead]
+            settings, costs, moe_layer, need, k, now.backlog_us, slots, tokens_dE[:ahead], used_dE[:ahead]
         )
         return Plan(need.num_late, k, gains, keep)
     if settings.schedule == ARTEFACT:
         k = artefact(costs, missing)
         is_batch = need.tokens.sum() > ARTEFACT_BATCH * settings.top_k
         return Plan(need.num_late, k, candidates if is_batch else nothing, keep if is_batch else nothing)
-    return _presched(
-        settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE, used_dE, habits, num_load,
-        is_revised, ahead, candidates, keep,
-    )  # fmt: skip
+    return _presched(now, ahead, candidates, keep)
 
 
 @jit
-def _presched(
-    settings: ScheduleSettings,
-    costs: Costs,
-    moe_layer: int,
-    num_layers: int,
-    need: SortedNeed,
-    backlog_us: float,
-    slots: Slots,
-    tokens_dE: FloatArray,
-    used_dE: FloatArray,
-    habits: Habits,
-    num_load: int,
-    is_revised: bool,
-    ahead: int,
-    candidates: IntArray,
-    keep: IntArray,
-) -> Plan:
-    """The window's optimum, and what the link copies while it has nothing else to do; arguments as of `make_plan`.
+def _presched(now: Situation, ahead: int, candidates: IntArray, keep: IntArray) -> Plan:
+    """The window's optimum, and what the link copies while it has nothing else to do.
 
     Args:
-        ahead: layers that predictions are looked at for. `candidates`: of the next one.
+        ahead: layers that predictions are looked at for. `candidates`: of the next one. `keep`: as of `Plan`.
     """
+    settings, costs, need, slots, habits = now.settings, now.costs, now.need, now.slots, now.habits
+    moe_layer, backlog_us, tokens_dE, used_dE = now.moe_layer, now.backlog_us, now.tokens_dE, now.used_dE
     E = used_dE.shape[1]
     own, first = moe_layer * E, (moe_layer + 1) * E
     others, least, has_cpu = candidates[:0], settings.threshold, len(costs.cpu_us) > 1
@@ -177,10 +159,10 @@ def _presched(
     unsure = need.tokens[need.num_hits :]
     linked, p, window_us, done_us, free_us = split(
         costs, unsure, need.num_hits, late_us, backlog_us, next_tokens, next_used,
-        -1 if num_load < 0 else need.num_late + num_load,
+        -1 if now.num_load < 0 else need.num_late + now.num_load,
     )  # fmt: skip
     wait, k = min(linked, need.num_late), max(0, linked - need.num_late)
-    if is_revised:
+    if now.is_revised:
         return Plan(wait, k, candidates[:0], keep)
     cold, cpu_us = need.experts[need.num_hits + linked :], cpu_of(costs, unsure[linked:])
     layer_us = done_us + costs.rest_us + costs.decide_us

@@ -9,15 +9,22 @@ from optuna.exceptions import ExperimentalWarning
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Optuna says of each study that it was made, of some of its own parts that they may change, and of importances how
-    they want their values, always."""
+def unlogged() -> Iterator[None]:
+    """Optuna says of each study that it was made, always."""
     former = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            warnings.filterwarnings("ignore", "PedAnovaImportanceEvaluator computes", UserWarning)
-            yield
+        yield
     finally:
         optuna.logging.set_verbosity(former)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Besides, it warns that some of its parts may change.
+
+    Not for a sweep's own thread: filters of warnings are the process's, and it would take the user's along.
+    """
+    with unlogged(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ..errors import UnsupportedOption
 from .points import STATES, Asked, Outcome, seed_of
-from .quiet import quiet
+from .quiet import unlogged
 from .space import Space
 
 #: Points of a grid that can be numbered in random order.
@@ -102,7 +102,7 @@ class Chance:
 
     @cached_property
     def _study(self) -> optuna.Study:
-        with quiet():
+        with unlogged():
             return optuna.create_study()
 
     def ask(self, numbers: Sequence[int]) -> list[Asked]:
@@ -134,7 +134,7 @@ class Learned:
         self._known = known
         self.most_ahead: int | None = most_ahead
         seed = seed_of(known.seed, len(known.trials))
-        with quiet():
+        with unlogged():
             self._study = optuna.create_study(directions=list(known.directions), sampler=sampler(seed))
         self._study.add_trials(known.trials)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 import pandas as pd
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from ..engine.turn import Turn
 from ..errors import BadSweep, UnsupportedOption
@@ -20,7 +20,7 @@ from .objectives import Objective, objectives_named
 from .points import table
 from .pools import Job, pool_of
 from .progress import Progress
-from .quiet import quiet
+from .quiet import unlogged
 from .record import Plan, Record, create_or_open, open_existing
 from .search import Known, require_method, search_named
 from .space import Space
@@ -264,17 +264,22 @@ class Sweep:
         if wanted not in names:
             raise UnsupportedOption(f"objective is {wanted!r}; the sweep has {', '.join(map(repr, names))}")
         at = names.index(wanted)
-        done = [trial.values[at] for trial in self._record.trials() if trial.state == TrialState.COMPLETE]
-        if len(set(done)) < 2:
+        done = [trial for trial in self._record.trials() if trial.state == TrialState.COMPLETE]
+        num_values = len({trial.values[at] for trial in done})
+        if num_values < 2:
             raise UnsupportedOption(
-                f"{len(done)} finished points with {len(set(done))} different values do not tell settings apart; run "
-                f"more points"
+                f"{len(done)} finished points with {num_values} different values do not tell settings apart; run more "
+                f"points"
             )
-        sign = self.objectives[at].sign  # what matters is how to get low values, in its way of speaking
-        with quiet():
-            found = optuna.importance.get_param_importances(
-                self.study, target=lambda trial: -sign * trial.values[at]
-            )
+        # A study of this objective alone: Optuna warns of any choice among several, and a panel asks from the sweep's
+        # thread, which must not touch the filters of warnings.
+        with unlogged():
+            alone = optuna.create_study(direction=self.objectives[at].direction)
+        alone.add_trials(
+            create_trial(value=trial.values[at], params=trial.params, distributions=trial.distributions)
+            for trial in done
+        )
+        found = optuna.importance.get_param_importances(alone)
         shares = dict.fromkeys(self.space, 0.0) | {name: float(share) for name, share in found.items()}
         return dict(sorted(shares.items(), key=lambda one: -one[1]))
 

@@ -12,7 +12,7 @@ from prescope.cache.policies import make_policy
 from prescope.cache.residency import ResidencyTable
 from prescope.core.types import MoEShape
 
-LAYERS, EXPERTS = 3, 8
+LAYERS, EXPERTS = 3, 7  # an odd number of experts in all: lists begin behind them, at no round number
 SHAPE = MoEShape(num_layers=LAYERS, num_experts=EXPERTS, top_k=2)
 
 

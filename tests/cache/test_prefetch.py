@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from prescope.cache.policies import POLICIES, make_policy
-from prescope.cache.prefetch import Waiting, most_on_wire, next_prefetch, want
+from prescope.cache.prefetch import Waiting, most_on_wire, next_prefetch, on_the_way, want
 from prescope.cache.residency import ResidencyTable
 from prescope.cache.slots import use_prefetched
 from prescope.core.types import MoEShape
@@ -77,3 +77,11 @@ def test_a_miss_waits_for_32_mib_of_prefetches_and_small_ones_fill_the_link(row_
 
 def test_the_gpu_runs_the_policies_that_its_kernel_knows():
     assert {name for name, policy in POLICIES.items() if policy.runs_on_gpu} == {"lru", "lfu", "static"}
+
+
+def test_prefetches_are_numbered_in_the_order_of_their_copies():
+    """Late ones land in that order, which is how long a layer waits for them."""
+    slots = table_with(0, 1, 2).arrays
+    for slot in (2, 0, 1, 2):
+        on_the_way(slots, slot)
+    assert slots.order[0] < slots.order[1] < slots.order[2] == slots.order[-1] == 4

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prescope.cache.frequencies import require_frequencies
 from prescope.cache.num_slots import resolve_slots
 from prescope.cache.policies import POLICIES, make_policy
 from prescope.cache.residency import ResidencyTable, distinct
@@ -188,3 +189,22 @@ def test_the_shallow_cache_gives_up_the_deepest_layer_first_and_there_the_oldest
         (gone,) = before - set(table.key_of.tolist())
         given_up.append(keys[gone])
     assert given_up == [(2, 1), (2, 3), (1, 0)]
+
+
+@pytest.mark.parametrize("ids", [[], [-1, 0, 2, 2], [1, 5], [4, 4, 0, -3, 9]])
+def test_ids_of_no_expert_are_not_counted(ids):
+    """Sentinels stand on either side of [0, E), and a text-only batch has no tokens for a family's image experts."""
+    experts, uses = distinct(np.array([ids], dtype=np.int64), 5)
+    known = [e for e in ids if 0 <= e < 5]
+    assert dict(zip(experts.tolist(), uses.tolist(), strict=True)) == {e: known.count(e) for e in known}
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -1.0])
+def test_frequencies_are_counts(wrong):
+    """Of experts that were never used, too; one number that is none would decide who stays."""
+    shape = (SHAPE.num_layers, SHAPE.num_experts)
+    found = np.arange(float(np.prod(shape))).reshape(shape)
+    assert (require_frequencies(SHAPE, found.tolist()) == found).all()
+    found[1, 2] = wrong
+    with pytest.raises(UnsupportedOption, match="negative numbers, NaN or infinities"):
+        require_frequencies(SHAPE, found)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +50,35 @@ def test_a_thread_is_told_of_its_own_compiling_alone():
     assert warm_up_us() == before_us
     compile_for_a_while()
     assert min(spent_us) >= 20_000 and warm_up_us() - before_us == spent_us[1]
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="nothing is compiled here")
+def test_a_thread_that_compiles_leaves_the_users_filters_alone(monkeypatch):
+    """It put back the filters that it had found, and with them went what a notebook had set meanwhile."""
+    import numba
+
+    def compile_one() -> None:
+        numba.njit(lambda x: x + 1)(1)
+        done.append(True)
+
+    caught_in: list[str] = []
+    catch = warnings.catch_warnings
+
+    class Watched(catch):
+        def __enter__(self):
+            caught_in.append(threading.current_thread().name)
+            return super().__enter__()
+
+    done: list[bool] = []
+    monkeypatch.setattr(warnings, "catch_warnings", Watched)
+    thread = threading.Thread(target=compile_one, name="compiles")
+    thread.start()
+    thread.join()
+    assert done and "compiles" not in caught_in
+    compile_one()
+    assert threading.current_thread().name in caught_in, (
+        "numba does not catch any more: this is needed no longer"
+    )
 
 
 @pytest.mark.skipif(not IS_COMPILED, reason="nothing is compiled here")

@@ -62,7 +62,7 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("platform", ["win32", "darwin"])
+@pytest.mark.parametrize("platform", ["win32", pytest.param("darwin", marks=pytest.mark.slow)])
 def test_import_and_run_without_what_only_linux_has(platform):
     pytest.importorskip("psutil")
     code = PROGRAM.replace("PLATFORM", repr(platform))

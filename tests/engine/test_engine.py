@@ -42,7 +42,7 @@ def model():
 
 @pytest.mark.parametrize("device", ["cpu", "null"])
 @pytest.mark.parametrize("cache", sorted(POLICIES))
-@pytest.mark.parametrize("slots", [TOP_K, TOP_K + 1, 7, TOTAL])
+@pytest.mark.parametrize("slots", [TOP_K, pytest.param(TOP_K + 1, marks=pytest.mark.slow), 7, TOTAL])
 def test_tokens_are_the_plain_models_whatever_slots_cache_and_device(model, device, cache, slots):
     """The first promise: offloading changes when bytes move, never what is computed."""
     ids = prompt(batch=3)

@@ -94,9 +94,19 @@ NAMES = [
 ]  # fmt: skip
 
 
+#: Beside these the model's own end has a say in the text, and each has an answer of its own to it.
+WITH_OWN_END = ("the library's default", "one end", "no end", "at least", "a penalty")
+
+
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`")
-@pytest.mark.parametrize("own_end", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "own_end"),
+    [
+        pytest.param(name, own_end, marks=pytest.mark.slow if own_end and name not in WITH_OWN_END else [])
+        for name in NAMES
+        for own_end in (False, True)
+    ],
+)
 def test_settings_hold_whoever_gives_them(name, own_end):
     """As keywords, in a config object, and in the model's own config; beside the model's own end or without one."""
     model = tiny_moe(pad_token_id=0)

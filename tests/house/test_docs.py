@@ -191,17 +191,19 @@ def problem_with(name: str, home: Path) -> str:
     return "neither a module, a class nor an object that docs may name"
 
 
-def texts_of(path: Path) -> Iterator[Text]:
-    """Docstrings and comments of a Python file."""
-    source = path.read_text("utf-8")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield Text(path, node.body[0].lineno, text)
-    for token in tokens_of(path):
-        if token.type == tokenize.COMMENT:
-            yield Text(path, token.start[0], token.string)
+@cache
+def texts() -> tuple[Text, ...]:
+    """Docstrings and comments of all Python files."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text:
+                    found.append(Text(path, node.body[0].lineno, text))
+        comments = (token for token in tokens_of(path) if token.type == tokenize.COMMENT)
+        found += [Text(path, token.start[0], token.string) for token in comments]
+    return tuple(found)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -249,7 +251,7 @@ def test_the_readme_is_short():
 
 
 def test_docstrings_and_comments_name_what_exists():
-    gone = [problem for path in SOURCES for text in texts_of(path) for problem in gone_names(text)]
+    gone = [problem for text in texts() for problem in gone_names(text)]
     assert not gone, "\n".join(gone)
 
 
@@ -277,5 +279,5 @@ def test_the_reader_finds_a_name_that_is_there(name):
 
 
 def test_docstrings_and_comments_name_files_that_exist():
-    gone = [problem for path in SOURCES for text in texts_of(path) for problem in gone_paths(text)]
+    gone = [problem for text in texts() for problem in gone_paths(text)]
     assert not gone, "\n".join(gone)

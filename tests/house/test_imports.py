@@ -7,6 +7,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -160,11 +161,18 @@ def private_uses() -> Iterator[tuple[Path, ast.Attribute]]:
                 yield path, node
 
 
+#: A private name where it is given.
+GIVEN = re.compile(r"(?:self\.(_\w+)\b|^ *(_\w+)\b)(?=[^=\n]*=)|def (_\w+)", re.MULTILINE)
+
+
 @cache
-def homes_of(name: str) -> set[Path]:
-    """Folders of the package in which a private name is given; none for another library's."""
-    given = re.compile(rf"(self\.{name}\b[^=\n]*=|def {name}\b|^ *{name}\b[^=\n]*=)", re.MULTILINE)
-    return {path.parent for path in SOURCES.values() if given.search(path.read_text("utf-8"))}
+def homes() -> dict[str, set[Path]]:
+    """Private names that are given in the package, each with the folders where it is; none of another library's."""
+    found: dict[str, set[Path]] = defaultdict(set)
+    for path in SOURCES.values():
+        for names in GIVEN.findall(path.read_text("utf-8")):
+            found["".join(names)].add(path.parent)
+    return found
 
 
 def listed(found: list[Import], why: str) -> str:
@@ -238,7 +246,7 @@ def test_nobody_reaches_into_another_folders_private_parts():
     reached = [
         f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
         for path, node in private_uses()
-        if (homes := homes_of(node.attr)) and path.parent not in homes
+        if path.parent not in homes().get(node.attr, {path.parent})
     ]
     assert not reached, "\n".join(reached)
 

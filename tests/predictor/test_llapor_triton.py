@@ -47,18 +47,30 @@ def case(tokens: int, dtype: torch.dtype):
     return x.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 16])
+SETTINGS = {
+    "default": {},
+    "always trusted": {"trust": 0.0},
+    "without the choice": {"use_choice": False},
+    "the paper's": {"residual": False, "distill": 0.0},
+    "plain logits": {"relative": False},
+}
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"trust": 0.0}, {"use_choice": False}, {"residual": False, "distill": 0.0}, {"relative": False}],
-    ids=["default", "always trusted", "without the choice", "the paper's", "plain logits"],
+    ("name", "tokens"),
+    [
+        # The number of tokens decides the tiles, the settings what is computed in them.
+        pytest.param(name, tokens, marks=[pytest.mark.slow] if name != "default" and tokens != 3 else [])
+        for name in SETTINGS
+        for tokens in (1, 3, 16)
+    ],
 )
-def test_scores_are_those_of_the_torch_networks(settings, tokens):
-    predictor = made(**settings)
+def test_scores_are_those_of_the_torch_networks(name, tokens):
+    predictor, last = made(**SETTINGS[name]), SHAPE.num_layers - 1
     x, ids, weights = case(tokens, torch.bfloat16)
-    for lookahead in (1, 3):
+    for lookahead, layers in ((1, (0, last)), (3, range(last + 1))):
         foreseen = llapor_triton.LlaporKernels(predictor, lookahead)
-        for layer in range(SHAPE.num_layers):
+        for layer in layers:
             expected = of_step(
                 predictor.predict(layer, x, ids, weights)[:lookahead], lookahead, SHAPE.num_experts, x.device
             )

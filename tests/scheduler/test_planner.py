@@ -11,11 +11,11 @@ from prescope.engine.graph.host_cpu import pairs_of
 from prescope.engine.graph.host_loop import take_for_layer
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts, compiled_costs
-from prescope.scheduler.layer import count_experts, decide_layer, reconsider
+from prescope.scheduler.layer import count_experts, decide_layer, reconsider, take_down
 from prescope.scheduler.learn import learn_reuse, reuse_lasts
 from prescope.scheduler.planner import MOST_CONTENTION, NEWEST, Planner
 from prescope.scheduler.settings import resolve
-from prescope.scheduler.types import FORMER_STEPS
+from prescope.scheduler.types import FORMER_STEPS, Memory
 
 L, E, K, D = 4, 12, 3, 2
 SHAPE = MoEShape(L, E, K, 1000)
@@ -229,3 +229,16 @@ def test_a_layers_own_predictions_are_kept_for_the_layers_they_are_about():
     one.reconsider(0, made.plan, table)
     for ahead in range(1, D + 1):
         assert np.array_equal(one.memory.predicted_dLE[ahead - 1, ahead], used[ahead - 1])
+
+
+@pytest.mark.parametrize("wrong", ["tokens", "probability"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_prediction_that_is_not_finite_is_none_and_the_others_stay(wrong, value):
+    """Kept, it would spoil trust for good; the same expert's prediction for another layer is a good one."""
+    memory, tokens, used = Memory.fresh(D, L, E), np.full((D, E), 2.0), np.full((D, E), 0.5)
+    (tokens if wrong == "tokens" else used)[0, 3] = value
+    take_down(memory, 0, 0, tokens, used)
+    others = np.ones((D, E), dtype=bool)
+    others[0, 3] = False
+    assert tokens[0, 3] == used[0, 3] == memory.predicted_dLE[0, 1, 3] == 0.0
+    assert (tokens[others] == 2.0).all() and (used[others] == 0.5).all()

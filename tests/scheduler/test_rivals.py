@@ -10,7 +10,7 @@ from prescope.scheduler import SCHEDULES
 from prescope.scheduler.baselines import artefact, hybrimoe, static_split
 from prescope.scheduler.fill import Habits
 from prescope.scheduler.impact import delay_us, split_us
-from prescope.scheduler.plan import ARTEFACT_BATCH, make_plan
+from prescope.scheduler.plan import ARTEFACT_BATCH, Situation, make_plan
 from prescope.scheduler.types import Costs, ScheduleSettings, cpu_time
 
 L, E, K = 4, 8, 2
@@ -47,7 +47,9 @@ def plan(name, need, used, *, costs=None, layer=0, slot_of=None, tokens=None, **
     )
     tokens = used if tokens is None else tokens
     return make_plan(
-        told, costs or costs_of(), layer, L, need, 0.0, slots, tokens.copy(), used.copy(), NO_HABITS
+        Situation(
+            told, costs or costs_of(), layer, L, need, 0.0, slots, tokens.copy(), used.copy(), NO_HABITS
+        )
     )
 
 

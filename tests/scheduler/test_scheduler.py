@@ -32,7 +32,7 @@ from prescope.scheduler.learn import (
     reuse_lasts,
     share_lasts,
 )
-from prescope.scheduler.plan import make_plan
+from prescope.scheduler.plan import Situation, make_plan
 from prescope.scheduler.presched import FORECAST, split
 from prescope.scheduler.types import FORMER_STEPS, Costs, ScheduleSettings, cpu_time
 from tests.support.slot_arrays import arrays
@@ -237,7 +237,9 @@ def one_plan(
     slot_of = np.full(L * E, -1) if slot_of is None else slot_of
     slots = arrays(slot_of, np.full(4, -1), np.zeros(L * E))
     settings = ScheduleSettings(NUMBERS[name], lookahead, E, threshold)
-    return make_plan(settings, costs or costs_of(), layer, L, need, backlog, slots, used, used, habits())
+    return make_plan(
+        Situation(settings, costs or costs_of(), layer, L, need, backlog, slots, used, used, habits())
+    )
 
 
 def need_of(tokens):
@@ -298,8 +300,8 @@ def test_a_predictor_that_expects_too_many_tokens_is_scaled_to_those_there_are()
     slot_of = np.full(24, -1)
     settings = ScheduleSettings(NUMBERS["presched"], 1, 8, 0.1)
     slots = arrays(slot_of, np.full(4, -1), np.zeros(24))
-    honest = make_plan(settings, costs_of(), 0, 3, need, 0.0, slots, right, used, habits())
-    wild = make_plan(settings, costs_of(), 0, 3, need, 0.0, slots, 50.0 * right, used, habits())
+    now = Situation(settings, costs_of(), 0, 3, need, 0.0, slots, right, used, habits())
+    honest, wild = make_plan(now), make_plan(now._replace(tokens_dE=50.0 * right))
     assert (wild.num_load, wild.prefetch.tolist()) == (honest.num_load, honest.prefetch.tolist())
 
 
@@ -343,7 +345,7 @@ def test_a_decision_takes_microseconds():
 
         def decide():
             need = sort_need(experts, tokens, table[5 * E + experts], in_flight)
-            made = make_plan(settings, costs, 5, L, need, 0.0, slots, 4.0 * used, used, known)
+            made = make_plan(Situation(settings, costs, 5, L, need, 0.0, slots, 4.0 * used, used, known))
             wanted = 5 * E + need.experts[need.num_hits :][: made.num_load]
             take_slots(wanted, in_flight, made.keep, slots)
 

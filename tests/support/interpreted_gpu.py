@@ -5,12 +5,15 @@ import queue
 import random
 import threading
 import time
+from functools import cache
 
+import numba
 import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from prescope.core.native import address_of
+from prescope.core.jit import IS_COMPILED
+from prescope.core.native import address_of, call, clock_address
 from prescope.device import LinkFunctions
 from prescope.device.emulated import EmulatedLinkDevice
 
@@ -48,6 +51,27 @@ def _record_event(event: int, stream: int) -> int:
 @ctypes.CFUNCTYPE(_int64, _int64)
 def _query_event(event: int) -> int:
     return 0
+
+
+#: How long the host sleeps between two looks for a message, and its address as a `timespec`. It would spin beside a
+#: real GPU; beside an interpreted one it takes the interpreter's time, and another test's core.
+LOOK_NS = 200_000
+_LOOK = np.array([0, LOOK_NS])
+_LOOK_AT, _NANOSLEEP, _CLOCK = _LOOK.ctypes.data, address_of(ctypes.CDLL(None).nanosleep), clock_address()
+
+
+@cache
+def sleepy_clock_address() -> int:
+    """`clock_address` of a clock that sleeps at each look."""
+    if not IS_COMPILED:
+        return clock_address()
+
+    @numba.cfunc("int64(int64, int64)")
+    def look(kind, words):
+        call(_NANOSLEEP, (_LOOK_AT, 0))
+        return call(_CLOCK, (kind, words))
+
+    return look.address
 
 
 class LateLink:
@@ -160,6 +184,7 @@ class InterpretedGpu(EmulatedLinkDevice):
         return self.mark(True), 0
 
     def is_idle(self) -> bool:
+        self.thread.join(LOOK_NS / 1e9)
         return not self.thread.is_alive()
 
     def synchronize(self) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prescope.device.base import WithoutGraphs
+from prescope.device.null import NullDevice, VirtualMark
 from prescope.engine.layered import LayeredRunner
 from prescope.kernels import make_kernel
 from prescope.kernels.cpu import CpuExperts, ExpertBatch
@@ -30,14 +30,7 @@ LABELS = {
 }
 
 
-class VirtualMark:
-    """A moment of the virtual clock."""
-
-    def __init__(self, time_us: float) -> None:
-        self.time_us = time_us
-
-
-class VirtualDevice(WithoutGraphs):
+class VirtualDevice(NullDevice):
     """A link that makes one copy after the other, and a clock that stands still but for what is stated.
 
     Args:
@@ -45,13 +38,9 @@ class VirtualDevice(WithoutGraphs):
             when the host has looked where the experts are is the decision.
     """
 
-    kind = "null"
-    captures_steps = small_copies_are_slow = False
-
     def __init__(self, costs: LayerCosts) -> None:
-        self.torch_device = torch.device("cpu")
+        super().__init__(compute_us=0.0)
         self.costs = costs
-        self.now_us = self._link_free_us = 0.0
 
     def now(self) -> float:
         """Microseconds."""
@@ -70,18 +59,6 @@ class VirtualDevice(WithoutGraphs):
     def describe(self) -> dict[str, Any]:
         return {"device": "virtual", "link": "virtual", "label": LABELS[type(self).__name__]}
 
-    def free_bytes(self) -> int:
-        return 1 << 40
-
-    def allocate_slots(self, num_slots: int, row_bytes: int) -> torch.Tensor:
-        return torch.zeros((num_slots, row_bytes), dtype=torch.uint8)
-
-    def pin(self, row: torch.Tensor) -> bool:
-        return False
-
-    def unpin(self, row: torch.Tensor) -> None:
-        pass
-
     def copy(
         self,
         pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
@@ -89,6 +66,7 @@ class VirtualDevice(WithoutGraphs):
         timed: bool,
         each: bool = True,
     ) -> tuple[VirtualMark, list[VirtualMark]]:
+        """Copied at once; they land when the link is through with them."""
         at_us = max(self.now_us, self._link_free_us)
         start, ready = VirtualMark(at_us), []
         for slot, row in pairs:
@@ -98,31 +76,10 @@ class VirtualDevice(WithoutGraphs):
         self._link_free_us = at_us
         return start, ready
 
-    def mark(self, timed: bool) -> VirtualMark:
-        return VirtualMark(self.now_us)
-
-    def wait(self, mark: VirtualMark) -> None:
-        self.now_us = max(self.now_us, mark.time_us)
-
-    def is_done(self, mark: VirtualMark) -> bool:
-        return mark.time_us <= self.now_us
-
-    def elapsed_us(self, start: VirtualMark, end: VirtualMark) -> float:
-        return end.time_us - start.time_us
-
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
         if not tensor.is_floating_point():
             self.passed(self.costs.rest_us + self.costs.predict_us)
-        return tensor.numpy()
-
-    def synchronize(self) -> None:
-        self.now_us = max(self.now_us, self._link_free_us)
-
-    def recover(self) -> None:
-        self.synchronize()
-
-    def close(self) -> None:
-        pass
+        return super().read(tensor)
 
 
 class ProcessorTimeDevice(VirtualDevice):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import optuna
@@ -271,6 +272,38 @@ def test_importances_are_shares_and_say_what_matters():
     assert sum(shares.values()) == pytest.approx(1)
     with pytest.raises(UnsupportedOption, match="'tokens_per_s'"):
         sweep.importances("p95_ms")
+
+
+def test_importances_of_one_objective_of_several_are_optunas_own():
+    both = ("tokens_per_s", "gpu_bytes")
+    sweep = open_sweep("a", SPACE, Hill(), method="random", objectives=both)
+    sweep.run(points=60)
+    targets = (lambda t: -t.values[0], lambda t: t.values[1])  # it asks for what is to be low
+    for name, target in zip(both, targets, strict=True):
+        with pytest.warns(UserWarning, match="computes the importances"):
+            own = optuna.importance.get_param_importances(sweep.study, target=target)
+        assert sweep.importances(name) == pytest.approx(own)
+
+
+def test_a_sweeps_own_thread_leaves_the_users_filters_of_warnings_alone(monkeypatch):
+    """They are the process's: what a notebook set while a sweep ran behind it was gone."""
+    caught_by: list[str] = []
+
+    class Watched(warnings.catch_warnings):
+        def __init__(self, *arguments, **keywords):
+            caught_by.append(sys._getframe(1).f_globals["__name__"])
+            super().__init__(*arguments, **keywords)
+
+    def work() -> None:
+        sweep.run(points=20)
+        shares.update(sweep.importances())
+
+    sweep, shares = open_sweep("a", SPACE, Hill(), method="tpe"), {}
+    monkeypatch.setattr(warnings, "catch_warnings", Watched)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert shares and not [name for name in caught_by if name.startswith("prescope")]
 
 
 def test_all_settings_of_a_point_can_be_had():
