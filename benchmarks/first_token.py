@@ -82,7 +82,11 @@ def offloaded(
         runs[way] += several(engine, batch, length, args)[1:]
     traces = [run.trace for run in runs["rare on the CPU"] if run.trace is not None]
     hot = "rare on the CPU, hot put back"
-    engine.configure(frequencies=sum(trace.expert_counts().astype(float) for trace in traces))
+    engine.configure(
+        slots=slots,
+        **ways["rare on the CPU"],
+        frequencies=sum(trace.expert_counts().astype(float) for trace in traces),
+    )
     runs[hot] = [run for _ in range(2) for run in several(engine, batch, length, args)[1:]]
     cells = [{"resident_ms": resident_ms, **cell_of(way, found)} for way, found in runs.items()]
     for cell in cells:

@@ -26,8 +26,9 @@ from .tables import description, points_table
 
 #: What slower links of a machine with a GPU stand for, by how often each copy is made.
 SLOWER_LINKS = {2: "PCIe 4", 4: "PCIe 3"}
-#: `LayerCosts.cpu_us` has at least this many tokens, so that the straight line after its end has two points.
-LEAST_CPU_TOKENS = 16
+#: `LayerCosts.cpu_us` has at least this many tokens, the most that are measured: an expert of a prompt has as many, and
+#: from 16 on a token costs the CPU more than before (0.9 us, then 2.4; H200's host, experts of Qwen3's size).
+LEAST_CPU_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from prescope.simulator.prefill import prefill
 from tests.support.models import EXPERTS, LAYERS, TOP_K, plain_tokens, prompt, tiny_moe
 
 COSTS = LayerCosts(
-    link_us=1000.0, gpu_us=5.0, rest_us=200.0, cpu_us=(0.0, 300.0, 400.0, 500.0), cpu_base_us=50.0,
+    link_us=1000.0, gpu_us=5.0, rest_us=200.0, cpu_us=(0.0, *range(300, 3500, 50)), cpu_base_us=50.0,
     source="made up for a test",
 )  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
