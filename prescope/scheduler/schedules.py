@@ -227,9 +227,9 @@ _ALL = (
         "the start, where frequencies are known",
         unknown="no code is public. Ours: the formulas of the window, probabilities in them; a layer is answered by "
         "predictions of the one before, so that it waits for no predictor, and prefetches by its own, some us later; "
-        "late copies waited for only if the CPU would take longer; a prompt's rare experts are computed on the CPU, and "
-        "behind it hot is what it has used too; further layers when the link is idle, a margin for costs that are wrong, "
-        "an eviction that knows the plan and a cache that knows the order of the layers, "
+        "late copies waited for only if the CPU would take longer; a prompt's rare experts are computed on the "
+        "CPU, and behind it hot is what it has used too; further layers when the link is idle, a margin for costs "
+        "that are wrong, an eviction that knows the plan and a cache that knows the order of the layers, "
         "experts computed on the CPU copied for later when choices last, and trust in the predictor by what its "
         "likeliest experts were worth. Its defaults do not depend on the batch: no other was better by more than 1 %, "
         "simulated (docs/log/scheduler.md)",
