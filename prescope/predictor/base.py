@@ -208,7 +208,7 @@ def require_finite(x_TD: torch.Tensor, moe_layer: int) -> None:
 def measure_us(
     predictor: Predictor, width: int, *, tokens: int = 1, repeats: int = 50, device: str = "cpu"
 ) -> float:
-    """Median microseconds of `predict` on `device` for one middle layer, with random inputs of `width`; it is waited for.
+    """Median microseconds of `predict` on `device` for a middle layer, with random inputs of `width`; it is waited for.
 
     Measured on this machine, when it is called; a first call is left out as warm-up.
     """

@@ -1,8 +1,8 @@
 """What a prompt's layer has copied: the experts of most tokens. The CPU computes the rare ones beside the link.
 
-A short prompt needs nearly all experts of a layer, most of them for a few tokens each, and the CPU reads an expert sooner
-than the link does: of 64 tokens the first token came after 145 ms instead of 216 (Qwen3-30B-A3B's shape, 16 layers, half
-of the experts in slots, H200). In a long one each has so many tokens that the CPU is no help.
+A short prompt needs nearly all experts of a layer, most of them for a few tokens each, and the CPU reads an expert
+sooner than the link does: of 64 tokens the first token came after 145 ms instead of 216 (Qwen3-30B-A3B's shape, 16
+layers, half of the experts in slots, H200). In a long one each has so many tokens that the CPU is no help.
 """
 
 import numpy as np

@@ -342,6 +342,7 @@ def _bar_trace(meaning: str, bars: Bars) -> dict[str, Any]:
         "marker": {"color": COLORS[meaning], "line": OUTLINES.get(meaning, {"width": 0})},
         "hovertext": list(bars.texts),
         "showlegend": bool(bars.start_ms),
+        "visible": bool(bars.start_ms),  # what is empty costs a redraw as much as what is not
     }  # fmt: skip
 
 

@@ -115,6 +115,7 @@ def _trace(
         },
         "hovertemplate": f"{_WORDS[name]}, {source}: %{{y:.2f}} per step<extra></extra>",
         "showlegend": any(values),
+        "visible": len(values) > 0,  # what is empty costs a redraw as much as what is not
     }  # fmt: skip
 
 

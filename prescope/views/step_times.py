@@ -131,12 +131,13 @@ def step_times_traces(info: StepTimesInfo) -> list[dict[str, Any]]:
             "type": "scatter", "x": list(measured.steps), "y": list(measured.step_ms), "name": measured.source,
             "mode": "lines+markers", "line": line, "marker": {"size": 6, "color": COLORS["measured"]},
             "hovertemplate": f"%{{y:.3f}} ms, {measured.source}<extra></extra>",
-            "showlegend": info.measured is not None,
+            "showlegend": info.measured is not None, "visible": info.measured is not None,
         },
         {
             "type": "scatter", "x": [steps[0] - 0.5, steps[-1] + 0.5] if has_bound else [],
             "y": [info.bound_ms] * 2 if has_bound else [], "name": "bound of the mean step", "mode": "lines",
             "line": {"color": COLORS["bound"], "width": 2, "dash": "dash"}, "showlegend": has_bound,
+            "visible": has_bound,
             "hovertemplate": "%{y:.3f} ms: no mean step is shorter<extra></extra>",
         },
     ]  # fmt: skip
@@ -157,6 +158,7 @@ def _cause(
         **looks, "x": [] if is_empty else list(x), "y": [] if is_empty else list(ms), "name": NAMES[cause],
         "hovertemplate": f"%{{y:.3f}} ms {NAMES[cause]}, {source}<extra></extra>",
         "showlegend": not is_empty and any(ms),
+        "visible": not is_empty and any(ms),  # what is empty costs a redraw as much as what is not
     }  # fmt: skip
 
 

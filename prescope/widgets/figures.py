@@ -99,7 +99,7 @@ _REPORTS = re.compile(r"_send(?:Trace|Layout)Deltas?\(\w+\)\{")
 
 
 def without_reports(code: str) -> str:
-    """Plotly's part of the page, which then says nothing of what Python told it. Code without reports stays as it is."""
+    """Plotly's part of the page, which then says nothing of what Python told it. Code without reports stays."""
     return _REPORTS.sub(lambda found: f"{found.group()}return;", code)
 
 
@@ -137,8 +137,9 @@ class SlimFigureWidget(go.FigureWidget):
 
     @traitlets.observe("_js2py_traceDeltas", "_js2py_layoutDelta")
     def _forget_deltas(self, change: Any) -> None:
-        """A page may report what plotly.js has filled in (see `_REPORTS`). Plotly's class takes a property that is reported out of the
-        figure, here and in the page: after a move the bars' `y` was gone, and a reload drew a diagonal.
+        """A page may report what plotly.js has filled in (see `_REPORTS`). Plotly's class takes a property that is
+        reported out of the figure, here and in the page: after a move the bars' `y` was gone, and a reload drew a
+        diagonal.
         """
         if change["new"]:
             setattr(self, change["name"], None)

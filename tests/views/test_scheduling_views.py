@@ -286,3 +286,13 @@ def test_many_steps_are_areas_of_the_same_height_as_bars(count, form):
         assert (min(height), max(height)) == (low, high), (
             "the first and the last step are as broad as the others"
         )
+
+
+@pytest.mark.parametrize("draw", [views.lanes, views.outcomes, views.step_times])
+def test_what_is_empty_is_not_drawn(results, draw):
+    """A slider's move redraws every trace that is visible, and half of them hold nothing."""
+    figure = draw(results["presched"])
+    assert any(trace.visible is False for trace in figure.data)
+    for trace in figure.data:
+        values = trace.x if trace.orientation == "h" else trace.y
+        assert (trace.visible is not False) == bool(len(values) and any(values)), trace.name
