@@ -28,13 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 from _models import open_model
-from predictor import excerpts, graph_us_or_reason
+from predictor import excerpts
 from transformers import AutoTokenizer
 
 import prescope
 from prescope.core.machine import machine_facts
 from prescope.engine.engine import Engine
-from prescope.predictor import Llapor, Predictor, RecordedPredictor, measure_us
+from prescope.engine.graph.prediction_time import prediction_us
+from prescope.predictor import Predictor, RecordedPredictor
 from prescope.profile import HardwareProfile
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Machine, Recording, Scenario, machine_of_run
@@ -162,7 +163,7 @@ def record(
         )
         for one in everyone
     ]
-    hot = trained.trace.expert_counts()
+    hot, llapor = trained.trace.expert_counts(), trained.predictor
     measured = [
         measure(engine, way, slots, groups, trained, profile, hot, trace, args)
         for slots in args.slots
@@ -178,7 +179,7 @@ def record(
         trace=trace,
         predictors=predictors,
         machine=machine,
-        predict_us={trained.predictor.name: predict_cost(trained.predictor, engine, batch)},
+        predict_us={llapor.name: prediction_us(llapor, engine.runner.device, batch, llapor.width, True)},
         measured=[row for row, _ in measured],
         about={
             "label": f"{args.name}, recorded on {engine.hardware()['device']}",
@@ -302,14 +303,6 @@ def machine_of(
         step_us=float(outside) / scheduled.num_steps,
         is_here=False,
     )
-
-
-def predict_cost(one: Llapor, engine: Engine, batch: int) -> float:
-    """Microseconds of a layer's prediction, as an engine makes it."""
-    found = graph_us_or_reason(one, batch, one.width, few=True)
-    if isinstance(found, float):
-        return found
-    return measure_us(one, one.width, tokens=batch, device=str(one.device))
 
 
 def simulate(recording: Recording) -> None:

@@ -21,12 +21,12 @@ from . import views
 from .core.paths import data_dir
 from .core.types import Phase
 from .engine.engine import Engine
+from .engine.graph.prediction_time import prediction_us
 from .engine.job import Job, NamedPrompts
 from .engine.load import load
 from .engine.prompts import Prompts
 from .errors import BadTrace, UnsupportedOption
 from .predictor import Oracle, Predictor
-from .predictor.base import measure_us
 from .profile import HardwareProfile
 from .report import story_of_run, story_of_setting, write_story, write_sweep_report
 from .simulator import (
@@ -41,7 +41,6 @@ from .simulator import (
 )
 from .traces.metrics import METRIC_DEFINITIONS
 from .traces.result import RunResult
-from .training.record import device_of
 from .widgets import CapacityPanel, Dashboard, PairPanel, SchedulePanel, SlotsPanel
 
 if TYPE_CHECKING:
@@ -244,9 +243,10 @@ class Session:
             raise BadTrace("the run has no routing trace; run it with record_routing=True")
         here = machine_of_run(run, self.engine.shape, self.engine.expert_size, profile, self.runs)
         width = 0 if run.trace.inputs is None else run.trace.inputs.shape[2]
-        device = str(device_of(self.engine))
+        is_captured = not str(run.config["reasons"]["decode"]).startswith("layered")
+        device = self.engine.runner.device
         spent = {
-            one.name: measure_us(one, width, tokens=run.metrics.batch, device=device)
+            one.name: prediction_us(one, device, run.metrics.batch, width, is_captured)
             for one in predictors
             if width and not isinstance(one, Oracle)
         }
