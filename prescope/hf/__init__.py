@@ -15,8 +15,9 @@ from .static_cache import (
     cache_bytes,
     cache_length,
     cached_tokens,
-    counts_in_python,
     has_hooks,
+    slides,
+    sliding_window,
     static_cache,
 )
 
@@ -35,7 +36,6 @@ __all__ = [
     "cache_length",
     "cached_tokens",
     "compiled_layers",
-    "counts_in_python",
     "find_moe_layers",
     "format_said",
     "has_hooks",
@@ -43,6 +43,8 @@ __all__ = [
     "model_in",
     "owner_of",
     "require_whole",
+    "slides",
+    "sliding_window",
     "static_cache",
     "take_source",
     "top_k_of",

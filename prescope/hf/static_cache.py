@@ -31,13 +31,26 @@ def _power_of_2_below(number: int) -> int:
     return 1 << max(0, number.bit_length() - 1)
 
 
+class AllTokens(StaticLayer):
+    """A layer with a sliding window that keeps all tokens: the mask says which of them it sees. transformers' own moves
+    the tokens, by a count that Python keeps, and so cannot be captured.
+    """
+
+    is_sliding = True  # which mask it is given
+
+
+def sliding_window(model: PreTrainedModel) -> int:
+    """Tokens that the model's layers with a sliding window see, 0 without such layers."""
+    config = model.config.get_text_config(decoder=True)
+    return int(getattr(config, "sliding_window", None) or 0)
+
+
 def static_cache(model: PreTrainedModel, length: int, batch: int) -> StaticCache:
     """A cache of fixed addresses for at least `length` tokens of each of `batch` sequences, in a bucket's length.
 
     Raises:
         UnsupportedOption: a layer of the model keeps another state than keys and values of all tokens, whose update
-            depends on the length in Python and so cannot be captured. A sliding window wider than `length` does not
-            slide.
+            depends on the length in Python and so cannot be captured.
     """
     if not isinstance(model, GenerationMixin) or not model._supports_default_dynamic_cache():
         raise UnsupportedOption(f"{type(model).__name__} brings a cache of its own")
@@ -47,11 +60,12 @@ def static_cache(model: PreTrainedModel, length: int, batch: int) -> StaticCache
         cache = StaticCache(config=model.config, max_cache_len=rounded)
     except KeyError as error:
         raise UnsupportedOption(f"transformers has no static cache for layers of {error}") from error
-    other = {
-        type(layer).__name__ + (f" ({layer.max_cache_len} tokens)" if _slides(layer) else "")
-        for layer in cache.layers
-        if not _keeps_all_tokens(layer, length + CAPTURES)
-    }
+    # Chunks come in transformers' sliding layers, too; their mask begins anew with each.
+    if not getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None):
+        cache.layers = [
+            AllTokens(rounded) if type(layer) is StaticSlidingWindowLayer else layer for layer in cache.layers
+        ]
+    other = {type(layer).__name__ for layer in cache.layers if not _keeps_all_tokens(layer)}
     if other:
         raise UnsupportedOption(
             f"its cache has layers of {', '.join(sorted(other))}; a run of {length} tokens cannot be captured with them"
@@ -59,14 +73,8 @@ def static_cache(model: PreTrainedModel, length: int, batch: int) -> StaticCache
     return cache
 
 
-def _slides(layer: CacheLayerMixin) -> bool:
-    return type(layer) is StaticSlidingWindowLayer
-
-
-def _keeps_all_tokens(layer: CacheLayerMixin, length: int) -> bool:
-    if _slides(layer):
-        return layer.max_cache_len >= length
-    return type(layer) is StaticLayer
+def _keeps_all_tokens(layer: CacheLayerMixin) -> bool:
+    return type(layer) in (StaticLayer, AllTokens)
 
 
 def addresses_of(model: nn.Module) -> int:
@@ -106,6 +114,6 @@ def cached_tokens(cache: StaticCache) -> torch.Tensor:
     return cache.layers[0].cumulative_length
 
 
-def counts_in_python(cache: StaticCache) -> bool:
-    """Whether models that ask this cache for its length get a number, which a graph would keep for ever."""
-    return any(type(layer) is not StaticLayer for layer in cache.layers)
+def slides(cache: StaticCache) -> bool:
+    """Whether all layers have a sliding window: the one mask of such a model is a sliding one."""
+    return all(type(layer) is AllTokens for layer in cache.layers)

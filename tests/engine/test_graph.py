@@ -6,7 +6,6 @@ the host.
 
 import ctypes
 import time
-from contextlib import nullcontext
 from importlib import import_module
 
 import pytest
@@ -95,16 +94,15 @@ def test_router_inputs_are_recorded_from_the_graph_too(model, gpu, driver):
 def test_recording_a_graph_is_warm_up(model, gpu):
     with prescope.attach(model, slots=TOTAL, **gpu) as engine:
         runs = [engine.generate(prompt(), max_new_tokens=6) for _ in range(2)]
-    told = [any("what is done once" in note for note in run.notes) for run in runs]
-    assert told == [
-        True,
-        False,
-    ]  # of runs without a timeline: in others it is a part of that, and of no figure
+    # A part of the timeline; of runs without one it is said.
+    said = [any("what is done once" in note for note in run.notes) for run in runs]
+    warm = [run.metrics.decode.warm_up_ms > 0 for run in runs]
+    assert [one or other for one, other in zip(said, warm, strict=True)] == [True, False]
 
 
-@pytest.mark.parametrize(("window", "is_captured"), [(64, True), (20, False)])
-def test_a_sliding_window_is_captured_where_it_does_not_slide(gpu, window, is_captured):
-    """The run has 9 + 8 tokens; beyond its window a sliding cache moves its tokens, by a count that Python keeps."""
+@pytest.mark.parametrize("window", [6, pytest.param(64, marks=pytest.mark.slow)])
+def test_a_sliding_window_is_captured(gpu, window):
+    """The run has 9 + 8 tokens."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=128, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -113,15 +111,11 @@ def test_a_sliding_window_is_captured_where_it_does_not_slide(gpu, window, is_ca
     )  # fmt: skip
     model, ids = MixtralForCausalLM(config).eval(), prompt()
     expected = plain_tokens(model, ids, new=8)
-    said = nullcontext() if is_captured else pytest.warns(UserWarning, match="layer by layer: its cache")
     with prescope.attach(model, slots=5, **gpu) as engine:
-        with said:
-            runs = [engine.generate(ids, max_new_tokens=8)]
-        runs.append(engine.generate(ids, max_new_tokens=8))  # which is said once
+        runs = [engine.generate(ids, max_new_tokens=8) for _ in range(2)]
     for run in runs:
         assert run.tokens == expected
-        assert run.config["reasons"]["decode"].startswith("layered") != is_captured, run.config["reasons"]
-        assert run.label.endswith("decode layer by layer") != is_captured
+        assert not run.config["reasons"]["decode"].startswith("layered"), run.config["reasons"]
 
 
 def test_the_score_policy_needs_the_host(model, gpu):

@@ -9,8 +9,15 @@ import numpy as np
 import torch
 
 from ...cache.residency import NOTHING
-from ...errors import UnsupportedOption
-from ...hf import cache_bytes, cache_length, cached_tokens, compiled_layers, counts_in_python, static_cache
+from ...hf import (
+    cache_bytes,
+    cache_length,
+    cached_tokens,
+    compiled_layers,
+    slides,
+    sliding_window,
+    static_cache,
+)
 from ...kernels import make_host_options
 from ..layered import LayeredRunner
 from ..predicting import Predicting
@@ -128,9 +135,20 @@ class GraphStep:
         self.inputs["input_ids"].copy_(tokens[:, None])
         if "position_ids" in self.inputs:
             self.inputs["position_ids"].add_(1)
-        for mask in _masks(self.inputs.get("attention_mask")):
+        for is_sliding, mask in self._masks():
             following = cached_tokens(self.cache).clamp(max=mask.shape[-1] - 1).view(1)
             mask.index_fill_(-1, following, True if mask.dtype == torch.bool else 0.0)
+            if is_sliding:
+                _close(mask, following - sliding_window(self._model))
+
+    def _masks(self) -> list[tuple[bool, torch.Tensor]]:
+        """Masks of the inputs, and whether each is of layers with a sliding window."""
+        given = self.inputs.get("attention_mask")
+        if given is None:
+            return []
+        if not isinstance(given, dict):
+            return [(slides(self.cache), given)]
+        return [(name == "sliding_attention", mask) for name, mask in given.items() if mask is not None]
 
     def capture(self, table: "DeviceTable", reason: str) -> None:
         """Capture the step for each driver; call after a `run`, when everything is compiled and warm.
@@ -142,10 +160,6 @@ class GraphStep:
             UnsupportedOption, RuntimeError: something in it cannot be captured.
         """
         runner = self._runner
-        if counts_in_python(self.cache) and "position_ids" not in self.inputs:
-            raise UnsupportedOption(
-                "the model takes its positions from the cache, which counts them in Python"
-            )
         captured: dict[str, Captured] = {}
         for driver in self._drivers:
             policy = runner.residency.policy.kind if driver != HOST else 0
@@ -258,7 +272,9 @@ def _refill(target: Any, value: Any) -> None:
             _refill(target[key], item)
 
 
-def _masks(mask: Any) -> list[torch.Tensor]:
-    if mask is None:
-        return []
-    return [part for part in mask.values() if part is not None] if isinstance(mask, dict) else [mask]
+def _close(mask: torch.Tensor, leaving: torch.Tensor) -> None:
+    """Hide a token (1,) from all queries of a mask, if it is one (below 0: none leaves yet); without the host."""
+    place = leaving.clamp(min=0)
+    former = mask.index_select(-1, place)
+    closed = torch.full_like(former, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+    mask.index_copy_(-1, place, torch.where(leaving >= 0, closed, former))
