@@ -28,6 +28,11 @@ def gb_per_s(nbytes: float, us: float) -> float:
     return nbytes / us / 1e3 if us > 0 else 0.0
 
 
+def digits(value: float) -> str:
+    """Three significant digits at least, without an exponent: "0.0123", "34.5", "1,750"."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def format_bytes(nbytes: float) -> str:
     """Human-readable binary size: "1.5 GiB", "384 KiB"."""
     for factor, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):

@@ -39,10 +39,19 @@ def provenance(**facts: Any) -> dict[str, Any]:
     """Where a page comes from: time, command, machine, and what else is given."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": _command(),
         "machine": machine_facts(),
         **facts,
     }
+
+
+def _command() -> str:
+    """What to type again: a module that was run by `python -m` stands among the arguments by its file."""
+    program, *arguments = sys.argv
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    if main is not None:
+        program = f"python -m {main.name.removesuffix('.__main__')}"
+    return " ".join([program, *arguments])
 
 
 def json_script(facts: dict[str, Any]) -> str:

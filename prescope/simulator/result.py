@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..core.units import digits
 from ..traces.metrics import Metrics, compute_metrics
 from ..traces.perfetto import write_perfetto
 from ..traces.routing import RoutingTrace
@@ -122,7 +123,7 @@ class SimResult:
     @property
     def speed(self) -> str:
         """Tokens/s as a person reads them: with their interval."""
-        return f"{_digits(self.tokens_per_s)} tokens/s ({_digits(self.interval.low)} to {_digits(self.interval.high)})"
+        return f"{digits(self.tokens_per_s)} tokens/s ({digits(self.interval.low)} to {digits(self.interval.high)})"
 
     @property
     def step_us(self) -> NDArray[np.float64]:
@@ -194,7 +195,3 @@ class SimResult:
     def save_perfetto(self, path: str | Path) -> Path:
         """As `RunResult.save_perfetto`."""
         return write_perfetto(self, path)
-
-
-def _digits(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"

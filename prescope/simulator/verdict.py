@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
+from ..core.units import digits
 from ..scheduler import SCHEDULES, schedule_named
 from .result import SimResult
 from .scenario import NOISY, NONE, ORACLE, Scenario
@@ -119,12 +120,12 @@ def _best_known(scenarios: Scenarios, full: Scenario) -> Scenario | None:
 
 
 def _words(found: Verdict, is_predicting: bool, perfect: SimResult, chosen: SimResult) -> str:
-    best = f"{name_of(found.without)}, the best without it ({_rate(found.without.tokens_per_s)} tokens/s)"
+    best = f"{name_of(found.without)}, the best without it ({digits(found.without.tokens_per_s)} tokens/s)"
     limit = (
         "layers mostly wait" if found.limit == "waiting" else f"the {found.limit} is busy"
     ) + f" {100 * found.limit_frac:.0f} % of the time"
-    most = _rate(max(perfect.tokens_per_s, 0.0 if found.with_it is None else found.with_it.tokens_per_s))
-    ceiling = f"; perfect prediction would give {most}, the bound is {_rate(chosen.bounds.tokens_per_s)}"
+    most = digits(max(perfect.tokens_per_s, 0.0 if found.with_it is None else found.with_it.tokens_per_s))
+    ceiling = f"; perfect prediction would give {most}, the bound is {digits(chosen.bounds.tokens_per_s)}"
     if found.with_it is None:
         verb = "would pay" if found.perfect_gain >= LEAST_GAIN else "cannot pay"
         return f"Prediction {verb} here: {100 * found.perfect_gain:+.0f} % at most over {best}; {limit}"
@@ -143,10 +144,6 @@ def name_of(result: SimResult) -> str:
     if predictor == NONE:
         return way.title if way.predictor == NONE else f"{way.title} without predictions"
     return f"{way.title} with {TITLES.get(predictor, predictor)}"
-
-
-def _rate(tokens_per_s: float) -> str:
-    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.3g}"
 
 
 def _why_not(found: Verdict) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.types import Reason
-from ..core.units import format_bytes, gb_per_s
+from ..core.units import digits, format_bytes, gb_per_s
 
 NAN = float("nan")
 
@@ -403,4 +403,4 @@ def _number(value: float) -> str:
     """Three significant digits without an exponent; a dash for what is not known."""
     if math.isnan(value):
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return digits(value)

@@ -7,6 +7,7 @@ from typing import Any, Self
 import pandas as pd
 
 from ..core.html import facts_html
+from ..core.units import digits
 from ..errors import BadTrace
 from .events import TABLES, write_events
 from .files import REMEDY
@@ -117,7 +118,10 @@ class RunResult:
             f"{config.get('schedule', 'on-demand')}, {config.get('num_slots')} slots, {config.get('cache')}"
         )
         facts = [
-            ("speed", f"{metrics.tokens_per_s:,.3g} tokens/s, first token after {metrics.ttft_ms:,.3g} ms"),
+            (
+                "speed",
+                f"{digits(metrics.tokens_per_s)} tokens/s, first token after {digits(metrics.ttft_ms)} ms",
+            ),
             (
                 "per token",
                 f"{decode.step_p50_ms:.3g} ms median, {decode.step_p95_ms:.3g} ms in 95 of 100 steps",

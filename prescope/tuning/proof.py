@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from ..core.units import format_bytes
+from ..core.units import digits, format_bytes
 from ..engine.engine import Engine
 from ..errors import UnsupportedOption
 from ..predictor import Predictor
@@ -274,7 +274,7 @@ class _Trial:
             notes.append(f"it takes {format_bytes(int(abs(more)))} {side} GPU memory than the default")
         if math.isfinite(best.simulated):
             said = (
-                f"the simulator said {best.simulated:.3g} tokens/s, {best.tokens_per_s:.3g} were measured: "
+                f"the simulator said {digits(best.simulated)} tokens/s, {digits(best.tokens_per_s)} were measured: "
                 f"{100 * best.simulator_off:+.1f} % off"
             )
             if math.isfinite(best.simulated_gain):

@@ -12,6 +12,7 @@ from prescope.simulator import SimResult
 from prescope.traces.events import KINDS, LANES
 from prescope.traces.result import RunResult
 
+from ..core.units import digits
 from .lanes import OUTLINES
 from .theme import COLORS, NAMES, settings_of, source_of, style, titled, told_of
 
@@ -191,7 +192,7 @@ def _band(chosen: range) -> dict[str, Any]:
 
 
 def _rate(times: Times) -> str:
-    return f"<b>{times.source}</b>: {times.tokens_per_s:.3g} tokens/s, median {times.p50_ms:.3g} ms per step"
+    return f"<b>{times.source}</b>: {digits(times.tokens_per_s)} tokens/s, median {digits(times.p50_ms)} ms per step"
 
 
 def plot_step_times(info: StepTimesInfo) -> go.Figure:

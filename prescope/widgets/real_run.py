@@ -9,6 +9,7 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 
 from ..core.types import NeedOutcome
+from ..core.units import digits
 from ..engine.job import RECENT, Job, NamedPrompts
 from ..traces.result import RunResult
 from ..views.theme import COLORS, style
@@ -134,8 +135,8 @@ class RealRun:
         last = gaps[-RECENT:]
         recent = sorted(last)[len(last) // 2]
         self.live.value = (
-            f"<b>running</b>: {recent:.3g} ms per token, {1e3 * len(job.tokens) / recent:,.3g} tokens/s (median of the "
-            f"last {len(last)}, between two tokens on the host's clock){_hits(self._needs, engine.needs)}"
+            f"<b>running</b>: {digits(recent)} ms per token, {digits(1e3 * len(job.tokens) / recent)} tokens/s (median "
+            f"of the last {len(last)}, between two tokens on the host's clock){_hits(self._needs, engine.needs)}"
         )
         self._draw(gaps[-MOST_BARS:], max(0, len(gaps) - MOST_BARS))
 
