@@ -97,7 +97,7 @@ def test_on_paper_every_figure_is_drawn_for_its_width(executed):
 
 
 def test_the_predictor_notebook_runs_small_and_shows_each_answer(tmp_path):
-    """Recall by layer and lookahead, cues by layer, domains, the change of text, and what it saves."""
+    """Recall by layer and lookahead, cues, domains, the change of text, what it saves, what recall is worth."""
     small = {
         "new_tokens": 8,
         "own_tokens": 256,
@@ -106,7 +106,7 @@ def test_the_predictor_notebook_runs_small_and_shows_each_answer(tmp_path):
         "out": str(tmp_path / "predictor"),
     }
     page = execute_notebook(PREDICTOR, tmp_path / "predictor.html", parameters=small, log=lambda line: None)
-    assert len(re.findall(r"const figure = (\{.*?\});\n", page.read_text())) == 5
+    assert len(re.findall(r"const figure = (\{.*?\});\n", page.read_text())) == 6
     assert (tmp_path / "predictor" / "llapor.safetensors").stat().st_size > 1_000
 
 

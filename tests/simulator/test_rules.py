@@ -47,7 +47,6 @@ def compare(engine, simulator, batch, schedule, **settings):
         schedule=schedule, costs=COSTS, frequencies=frequencies, predictor=simulator.predictor,
         cpu_threads=None if cpu else 0, **settings,
     )  # fmt: skip
-    engine.clear_cache()
     engine.force_routing(simulator.trace, simulator.predicted.forced())
     run = engine.generate(prompt(batch=batch), max_new_tokens=NEW)
     engine.force_routing(None)
