@@ -99,6 +99,10 @@ class ResidencyTable:
         first = moe_layer * self.shape.num_experts
         return self.slot_of[first : first + self.shape.num_experts]
 
+    def free_share(self, moe_layer: int) -> int:
+        """Free slots for each of the layers from this one on, if all get as many."""
+        return int((self.key_of < 0).sum()) // (self.shape.num_layers - moe_layer)
+
     def keeps(self, moe_layer: int, num_experts: int) -> bool:
         """Whether a layer's experts are all in slots, and stay there: there are slots for all experts of the model."""
         if self.num_slots < self.shape.total_experts:

@@ -255,7 +255,7 @@ class LayeredRunner:
         here = need.num_hits + need.num_late
         num_load, on_cpu = need.num_misses if plan is None else int(plan.num_load), None
         if self.is_prefill and self.schedule_runner is not None:
-            num_load = self.schedule_runner.copies_of_prompt(need)
+            num_load = self.schedule_runner.copies_of_prompt(need, self.residency)
         cold = need.experts[here + num_load :]
         if self.schedule_runner is not None and len(cold):
             on_cpu = self.schedule_runner.submit(moe_layer, cold, host_ids, x_TD)

@@ -124,9 +124,9 @@ class ScheduleRunner:
         """What to do about a layer; see `Planner.decide`."""
         return self.planner.decide(moe_layer, experts, tokens, weights, table, _now_us(), predicted)
 
-    def copies_of_prompt(self, need: LayerNeed) -> int:
+    def copies_of_prompt(self, need: LayerNeed, table: ResidencyTable) -> int:
         """How many misses of a prompt's layer are copied; the CPU computes the others."""
-        return need.num_misses if self.cpu is None else self.planner.copies_of_prompt(need)
+        return need.num_misses if self.cpu is None else self.planner.copies_of_prompt(need, table)
 
     def issued(self, num_copies: int) -> None:
         """So many experts were given to the link."""

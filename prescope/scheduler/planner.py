@@ -108,9 +108,9 @@ class Planner:
         self._decided = decision.need, backlog_us
         return decision
 
-    def copies_of_prompt(self, need: LayerNeed) -> int:
+    def copies_of_prompt(self, need: LayerNeed, table: ResidencyTable) -> int:
         """How many misses of a prompt's layer are copied. By costs as calibrated: those learned are of decode steps."""
-        return copies_of_prompt(self.settings, self._calibrated, need)
+        return copies_of_prompt(self.settings, self._calibrated, need, table.free_share(need.moe_layer))
 
     def reconsider(self, moe_layer: int, plan: Plan, table: ResidencyTable) -> Plan:
         """The plan of the layer decided last, with the prefetches that its own predictions ask for, if it was decided

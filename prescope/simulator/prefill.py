@@ -36,7 +36,9 @@ def prefill(
             learned = np.bincount(flat[is_used], weights[:, layer].ravel()[is_used], shape.num_experts)
         need = table.need(layer, experts, counts[experts], learned[experts].astype(np.float64))
         is_sure = layer + 1 < shape.num_layers and next_is_sure(need, shape.num_experts)
-        need = need.without(need.num_misses - copies_of_prompt(settings, costs, need))
+        need = need.without(
+            need.num_misses - copies_of_prompt(settings, costs, need, table.free_share(layer))
+        )
         following = (layer + 1, shape.num_experts) if is_sure else None
         for act in walk(table, need, table.rounds(need), following):
             table.landed(act.slots)
