@@ -49,8 +49,17 @@ class LayerExplanation(NamedTuple):
     label: str
 
 
-def explain_layer(simulator: Simulator, result: SimResult, step: int, moe_layer: int) -> LayerExplanation:
+def explain_layer(
+    simulator: Simulator,
+    result: SimResult,
+    step: int,
+    moe_layer: int,
+    frequencies: NDArray[np.floating] | None = None,
+) -> LayerExplanation:
     """Where each expert of one layer of one step went, and what was weighed.
+
+    Args:
+        result: of this simulator, by these `frequencies`.
 
     Raises:
         UnsupportedOption: the trace has no such decode step, or the model no such layer.
@@ -64,7 +73,7 @@ def explain_layer(simulator: Simulator, result: SimResult, step: int, moe_layer:
         )
     s, log, config = int(found[0]), result.log, result.config
     costs = compiled_costs(simulator.costs, cpu=config["cpu"], predicts=config["lookahead"] > 0)
-    slot_of_E, link_free_us = _before(simulator, result, s, moe_layer)
+    slot_of_E, link_free_us = _before(simulator, result, s, moe_layer, frequencies)
     late = _late(result, s, moe_layer, slot_of_E, simulator.needs.tokens_SLE[s, moe_layer])
     decided = float(log.times_us[s, moe_layer, DECIDED])
     backlog = max(0.0, link_free_us - float(log.times_us[s, moe_layer, LOOKED]))
@@ -116,12 +125,15 @@ class _UpToHere(Simulator):
         super()._prefill(table, *args, **keywords)
 
 
-def _before(simulator: Simulator, result: SimResult, s: int, layer: int) -> tuple[NDArray[np.int64], float]:
+def _before(
+    simulator: Simulator, result: SimResult, s: int, layer: int, frequencies: NDArray[np.floating] | None
+) -> tuple[NDArray[np.int64], float]:
     """Slot of each expert of a layer, and when the link is done, as the layer's decision found them."""
     config, E = result.config, simulator.shape.num_experts
     kept = ("cache", "lookahead", "width", "threshold", "cpu", "most_in_flight")
     part = _UpToHere(simulator, s, layer)
-    log = part.run(config["schedule"], slots=config["num_slots"], **{name: config[name] for name in kept}).log
+    settings = {name: config[name] for name in kept}
+    log = part.run(config["schedule"], slots=config["num_slots"], frequencies=frequencies, **settings).log
     before = log.copies[:, STEP] < s
     # Streaming goes on whatever is needed.
     before |= (log.copies[:, AT_LAYER] <= layer) | (not result.streams)

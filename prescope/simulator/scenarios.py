@@ -374,4 +374,5 @@ class Scenarios:
         Raises:
             UnsupportedOption: there is no such decode step or layer.
         """
-        return explain_layer(self.simulator(scenario), result or self.run(scenario), step, moe_layer)
+        found = result or self.run(scenario)
+        return explain_layer(self.simulator(scenario), found, step, moe_layer, self.frequencies)

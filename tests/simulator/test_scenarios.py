@@ -42,18 +42,37 @@ COSTS = LayerCosts(
 MACHINE = Machine(HERE, COSTS, 1_500_000, 30.0, 2, is_here=True)
 
 
-@pytest.fixture(scope="module")
-def scenarios():
+def scenarios_of(frequencies=None):
     trace = small_trace(steps=7, batch=3)
     return Scenarios(
-        trace, [MACHINE, machine_with_link(MACHINE, 4)], [Frequency(trace, 2)], predict_us={"frequency": 8.0}
-    )
+        trace, [MACHINE, machine_with_link(MACHINE, 4)], [Frequency(trace, 2)], predict_us={"frequency": 8.0},
+        frequencies=frequencies,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scenarios():
+    return scenarios_of()
+
+
+@pytest.fixture(scope="module")
+def scenarios_with_hot_experts():
+    return scenarios_of(np.random.default_rng(2).random((NUM_LAYERS, NUM_EXPERTS)))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("predictor", [None, NOISY])
 def test_where_each_expert_was_is_what_the_replay_counted(scenarios, name, predictor):
     """The explanation replays up to a layer's decision; a mistake there would tell a plausible tale."""
+    check_explained(scenarios, name, predictor)
+
+
+@pytest.mark.parametrize("name", ["presched", "fiddler", "static-split"])
+def test_so_it_was_where_hot_experts_are_known(scenarios_with_hot_experts, name):
+    check_explained(scenarios_with_hot_experts, name, None)
+
+
+def check_explained(scenarios, name, predictor):
     scenario = Scenario(schedule=name, slots=14, predictor=predictor, recall=0.6)
     result = scenarios.run(scenario)
     for s, step in enumerate(result.needs.steps.tolist()):
