@@ -40,8 +40,10 @@ class AllTokens(StaticLayer):
 
 
 def sliding_window(model: PreTrainedModel) -> int:
-    """Tokens that the model's layers with a sliding window see, 0 without such layers."""
+    """Tokens that the model's layers with a sliding window see, 0 without such layers, or where they see chunks."""
     config = model.config.get_text_config(decoder=True)
+    if getattr(config, "attention_chunk_size", None):
+        return 0
     return int(getattr(config, "sliding_window", None) or 0)
 
 
@@ -60,11 +62,14 @@ def static_cache(model: PreTrainedModel, length: int, batch: int) -> StaticCache
         cache = StaticCache(config=model.config, max_cache_len=rounded)
     except KeyError as error:
         raise UnsupportedOption(f"transformers has no static cache for layers of {error}") from error
-    # Chunks come in transformers' sliding layers, too; their mask begins anew with each.
-    if not getattr(model.config.get_text_config(decoder=True), "attention_chunk_size", None):
-        cache.layers = [
-            AllTokens(rounded) if type(layer) is StaticSlidingWindowLayer else layer for layer in cache.layers
-        ]
+    window, sliding = (
+        sliding_window(model),
+        [one for one in cache.layers if type(one) is StaticSlidingWindowLayer],
+    )
+    # The one mask of these layers is known to slide only where all have the window of the configuration. Chunks come in
+    # transformers' sliding layers too; their mask begins anew with each.
+    if window and all(layer.max_cache_len == min(window, rounded) for layer in sliding):
+        cache.layers = [AllTokens(rounded) if layer in sliding else layer for layer in cache.layers]
     other = {type(layer).__name__ for layer in cache.layers if not _keeps_all_tokens(layer)}
     if other:
         raise UnsupportedOption(

@@ -109,7 +109,7 @@ def test_counts_routing_metrics_and_pictures_are_as_of_any_run(recording, tmp_pa
         hardware={"label": "virtual clock", "link": "virtual"},
     )  # fmt: skip
     assert run.save_perfetto(tmp_path / "timeline.json").stat().st_size > 0
-    views = pytest.importorskip("prescope.views", exc_type=ImportError)
+    views = pytest.importorskip("prescope.views", reason="of the extra lab", exc_type=ImportError)
     info = views.lanes_info(run, range(1, 3))
     assert len(info.layers) == 2 * LAYERS
     assert info.end_ms == pytest.approx((100 + 2 * 16 + 3 * 20 + 10) / 1e3)

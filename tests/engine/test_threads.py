@@ -19,7 +19,7 @@ NEW = 10
 
 def session_of(model):
     """A notebook's; its figures need the extra "lab"."""
-    sessions = pytest.importorskip("prescope.session", exc_type=ImportError)
+    sessions = pytest.importorskip("prescope.session", reason="of the extra lab", exc_type=ImportError)
     return sessions.Session(prescope.attach(model, slots=4, **FAST_LINK))
 
 

@@ -1,7 +1,7 @@
 """What a prediction takes in a decode step: where steps run from a graph, captured, as it is there.
 
-Launched from Python, LLaPor's took 825 us a layer on an H200, in the graph 19: simulated by the former, none of its
-prefetches came in time.
+Launched from Python, LLaPor's took 825 us a layer on an H200 (8 layers of tiny-moe, batch 3); in a graph it took 19 (16
+layers of Qwen3-30B-A3B's shape, batch 1). Simulated by the former, none of its prefetches came in time.
 """
 
 import torch
