@@ -22,7 +22,7 @@ from ..core.types import FloatArray, IntArray, MoEShape, NeedOutcome, Reason
 from ..device import Device
 from ..hf import MoELayer
 from ..kernels import CannotLaunch, LayerWeights, TorchKernel, Work, combine, layer_weights, make_kernel
-from ..scheduler.types import Plan
+from ..scheduler.layer import Decision
 from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .forced_routing import ForcedRouting
@@ -251,9 +251,9 @@ class LayeredRunner:
         predicted = None
         if schedule_runner is not None:
             predicted = schedule_runner.predict(moe_layer, x_TD, ids_TK, weights_TK)
-        need, plan = self.find(layer, host_ids, sums, schedule_runner, predicted)
+        need, decision = self.find(layer, host_ids, sums, schedule_runner, predicted)
         here = need.num_hits + need.num_late
-        num_load, on_cpu = need.num_misses if plan is None else int(plan.num_load), None
+        num_load, on_cpu = need.num_misses if decision is None else int(decision.num_load), None
         if self.is_prefill and self.schedule_runner is not None:
             num_load = self.schedule_runner.copies_of_prompt(need, self.residency)
         cold = need.experts[here + num_load :]
@@ -263,7 +263,7 @@ class LayeredRunner:
         rounds = self.residency.rounds(served)
         is_sure = self.is_prefill and next_is_sure(need, layer.num_experts)
         following = self._following(moe_layer) if is_sure else None
-        keep = NOTHING if plan is None else plan.keep
+        keep = NOTHING if decision is None else decision.keep
         work, num_computed = None, 0
         for act in walk(self.residency, served, rounds, following, keep):
             if act.what is What.COPY:
@@ -273,10 +273,10 @@ class LayeredRunner:
                 work = self._begin(layer, need, rounds, x_TD, ids_TK, host_ids, cold)
                 self._record_begin(layer, need, len(rounds), num_load, x_TD, host_ids, weights_TK, timed)
             num_computed += 1
-            if schedule_runner is not None and plan is not None and num_computed == len(rounds):
+            if schedule_runner is not None and decision is not None and num_computed == len(rounds):
                 # All that is needed now has been issued, and is safe from what is wanted next.
                 self.residency.protect(act.slots)
-                self.recorded(schedule_runner.hold(moe_layer, plan, self.residency, self.loader, timed))
+                self.recorded(schedule_runner.hold(moe_layer, self.residency, self.loader, timed))
             self._compute(layer, work, act, timed)
         assert work is not None, "a layer has a round at least"
         if schedule_runner is not None:
@@ -400,24 +400,24 @@ class LayeredRunner:
         sums: FloatArray | None,
         schedule_runner: ScheduleRunner | None = None,
         predicted: Predicted | None = None,
-    ) -> tuple[LayerNeed, Plan | None]:
-        """What a layer needs and where it is, and what a schedule plans; the cache policy learns of it."""
+    ) -> tuple[LayerNeed, Decision | None]:
+        """What a layer needs and where it is, and what a schedule decides; the cache policy learns of it."""
         experts, counts = distinct(host_ids, layer.num_experts)
         if self.residency.in_flight.any():
             self.loader.poll()
         weights = counts.astype(np.float64) if sums is None else sums[experts]
-        plan = None
+        decision = None
         if schedule_runner is None:
             need = self.residency.need(layer.moe_layer, experts, counts, weights)
         else:
-            decision = schedule_runner.decide(
+            decision, num_prefetched = schedule_runner.decide(
                 layer.moe_layer, experts, counts, weights, self.residency, predicted
             )
-            need, plan = LayerNeed.of(layer.moe_layer, decision.need, decision.num_prefetched), decision.plan
+            need = LayerNeed.of(layer.moe_layer, decision.need, num_prefetched)
         self.needs[NeedOutcome.HIT] += need.num_hits
         self.needs[NeedOutcome.LATE] += need.num_late
         self.needs[NeedOutcome.MISS] += need.num_misses
-        return need, plan
+        return need, decision
 
     def count(self, needs: np.ndarray) -> None:
         """Count what a step from a graph needed: (L, 2) needed and missing experts."""

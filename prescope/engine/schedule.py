@@ -26,7 +26,7 @@ from ..scheduler.layer import Decision
 from ..scheduler.plan import ON_DEMAND
 from ..scheduler.planner import Planner
 from ..scheduler.settings import resolve
-from ..scheduler.types import Plan, ScheduleSettings, cpu_time
+from ..scheduler.types import ScheduleSettings, cpu_time
 from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .config import EngineConfig
@@ -120,8 +120,8 @@ class ScheduleRunner:
         weights: FloatArray,
         table: ResidencyTable,
         predicted: Predicted | None,
-    ) -> Decision:
-        """What to do about a layer; see `Planner.decide`."""
+    ) -> tuple[Decision, int]:
+        """What serves a layer; see `Planner.decide`."""
         return self.planner.decide(moe_layer, experts, tokens, weights, table, _now_us(), predicted)
 
     def copies_of_prompt(self, need: LayerNeed, table: ResidencyTable) -> int:
@@ -132,12 +132,10 @@ class ScheduleRunner:
         """So many experts were given to the link."""
         self.planner.issued(num_copies, _now_us())
 
-    def hold(
-        self, moe_layer: int, plan: Plan, table: ResidencyTable, loader: Loader, timed: bool
-    ) -> list[Transfer]:
-        """Want what a layer's plan prefetches, and nothing else; returns what could be issued at once."""
-        plan = self.planner.reconsider(moe_layer, plan, table)
-        transfers = loader.hold(plan.prefetch, plan.keep, self.reason, timed)
+    def hold(self, moe_layer: int, table: ResidencyTable, loader: Loader, timed: bool) -> list[Transfer]:
+        """Want what is prefetched behind a layer, and nothing else; returns what could be issued at once."""
+        ahead = self.planner.prefetches(moe_layer, table)
+        transfers = loader.hold(ahead.keys, ahead.keep, self.reason, timed)
         self.issued(len(transfers))
         return transfers
 

@@ -1,4 +1,8 @@
-"""Everything that is decided about one layer; engine and simulator call the same functions.
+"""Everything that is decided about one layer; engine and simulator call the same functions, in this order.
+
+`decide_layer` says what serves the layer, as soon as its router has chosen: the GPU, the link and the CPU wait for
+that. `learn_layer` comes before the layer's copies take their slots, and `prefetch_layer` behind that, while the layer
+computes.
 
 Shapes: n experts needed, E experts of a layer, L MoE layers, d layers ahead.
 """
@@ -22,48 +26,91 @@ from .learn import (
     reuse_lasts,
     share_lasts,
 )
-from .plan import PRESCHED, Situation, make_plan
-from .types import Costs, Memory, Plan, ScheduleSettings
+from .plan import PRESCHED, Situation, keys_to_keep, make_plan, make_prefetches
+from .types import Costs, Memory, Plan, Prefetches, ScheduleSettings
+
+
+class Decision(NamedTuple):
+    """What serves one layer."""
+
+    found: SortedNeed  # as its experts were found
+    need: SortedNeed  # as they are served: late ones that are not waited for are misses, behind those that are copied
+    num_load: int  # misses that are copied, the first ones; the CPU computes the others
+    keep: IntArray  # keys that are evicted last for these copies
 
 
 @jit
-def plan_layer(
+def decide_layer(
     settings: ScheduleSettings,
     costs: Costs,
     moe_layer: int,
-    need: SortedNeed,
+    experts: IntArray,
+    tokens: IntArray,
     backlog_us: float,
     slots: Slots,
     memory: Memory,
     tokens_dE: FloatArray,
     used_dE: FloatArray,
-    is_revised: bool,
-) -> Plan:
-    """Plan one layer; predictions are weighed by how good earlier ones were.
+) -> Decision:
+    """Decide what serves a layer, now that its router has chosen.
+
+    What the layer itself teaches is for the next one (`learn_layer`): nobody waits for it.
 
     Args:
-        memory: changed.
-        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers after that one; changed.
-        is_revised: see `decide_layer`.
+        experts: (n,) distinct, ascending; `tokens` (n,) of each.
+        backlog_us: until the link is done with what is on it. `memory`: changed.
+        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers after that one; changed: weighed by
+            how good earlier predictions were.
     """
-    d, num_layers, E = memory.predicted_dLE.shape
-    if settings.schedule == PRESCHED:  # the others do not ask for habits
-        _learn_habits(memory, moe_layer, need, slots.slot_of)
-    if d:
-        counts_E, experts, tokens = np.zeros(E, np.int64), need.experts, need.tokens
-        for i in range(len(experts)):
-            counts_E[experts[i]] = tokens[i]
-        learn_trust(memory.trust, moe_layer, counts_E, memory.predicted_dLE, settings.threshold)
+    E = memory.former_LE.shape[1]
+    found = sort_need(experts, tokens, slots.slot_of[moe_layer * E + experts], slots.in_flight)
+    by_landing(found, moe_layer * E, slots)
     take_down(memory, moe_layer, settings.lag, tokens_dE, used_dE)
-    lag = min(settings.lag, d)
-    return make_plan(Situation(
-        settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE[lag:], used_dE[lag:],
-        _habits(memory), -1, is_revised,
-    ))  # fmt: skip
+    now = _situation(
+        settings, costs, moe_layer, found, -1, backlog_us, slots, memory, tokens_dE, used_dE, settings.lag
+    )
+    plan = make_plan(now)
+    keep = keys_to_keep(now) if plan.num_load > 0 else np.empty(0, np.int64)
+    return Decision(found, as_served(found, plan), plan.num_load, keep)
 
 
 @jit
-def reconsider(
+def learn_layer(
+    settings: ScheduleSettings,
+    policy: int,
+    tick: int,
+    moe_layer: int,
+    decision: Decision,
+    experts: IntArray,
+    weights: FloatArray,
+    slots: Slots,
+    memory: Memory,
+) -> int:
+    """Learn from what a layer needs; call before its copies take their slots.
+
+    Args:
+        policy: kind of the cache policy. `tick`: layers it has learned from, this one too.
+        experts: (n,) distinct, ascending; `weights` (n,) what the cache policy weighs them by.
+        memory: changed.
+
+    Returns: as in `residency.LayerNeed`: experts in slots that a prefetch brought, and that were not used since.
+    """
+    E, found, need = memory.former_LE.shape[1], decision.found, decision.need
+    learn(policy, slots.scores, tick, moe_layer, E, experts, weights, slots.slot_of)
+    renew_bound(slots, moe_layer)
+    if settings.schedule == PRESCHED:  # the others do not ask for habits
+        _learn_habits(memory, moe_layer, found, slots.slot_of)
+    if len(memory.predicted_dLE):
+        counts_E, needed, tokens = np.zeros(E, np.int64), found.experts, found.tokens
+        for i in range(len(needed)):
+            counts_E[needed[i]] = tokens[i]
+        learn_trust(memory.trust, moe_layer, counts_E, memory.predicted_dLE, settings.threshold)
+    here = need.experts[: need.num_hits + need.num_late]
+    return use_prefetched(slots.prefetched, slots.slot_of[moe_layer * E + here])
+
+
+@jit
+def prefetch_layer(
     settings: ScheduleSettings,
     costs: Costs,
     moe_layer: int,
@@ -74,19 +121,46 @@ def reconsider(
     memory: Memory,
     tokens_dE: FloatArray,
     used_dE: FloatArray,
-) -> Plan:
-    """Decide a layer's prefetches again, when its own predictions have come: with a lag it was decided without them.
+    is_own: bool,
+) -> Prefetches:
+    """Decide what the link copies ahead, now that a layer's own copies have their slots.
 
     Args:
-        need, num_load, backlog_us: as it was decided. The rest as `plan_layer`, as it is now.
-        tokens_dE, used_dE: as predicted at this layer; changed.
+        need, num_load, backlog_us: as it was decided.
+        tokens_dE, used_dE: predictions, changed. `is_own`: made at this layer and not looked at before; if not, as
+            `decide_layer` left them.
     """
-    take_down(memory, moe_layer, 0, tokens_dE, used_dE)
-    num_layers = memory.predicted_dLE.shape[1]
-    return make_plan(Situation(
-        settings, costs, moe_layer, num_layers, need, backlog_us, slots, tokens_dE, used_dE, _habits(memory),
-        num_load, False,
-    ))  # fmt: skip
+    lag = settings.lag
+    if is_own:
+        lag = 0
+        take_down(memory, moe_layer, 0, tokens_dE, used_dE)
+    return make_prefetches(
+        _situation(
+            settings, costs, moe_layer, need, num_load, backlog_us, slots, memory, tokens_dE, used_dE, lag
+        )
+    )
+
+
+@jit
+def _situation(
+    settings: ScheduleSettings,
+    costs: Costs,
+    moe_layer: int,
+    need: SortedNeed,
+    num_load: int,
+    backlog_us: float,
+    slots: Slots,
+    memory: Memory,
+    tokens_dE: FloatArray,
+    used_dE: FloatArray,
+    lag: int,
+) -> Situation:
+    """Predictions of `lag` layers ago say something about the layers after this one only."""
+    lag = min(lag, len(used_dE))
+    return Situation(
+        settings, costs, moe_layer, memory.former_LE.shape[0], need, backlog_us, slots, tokens_dE[lag:], used_dE[lag:],
+        _habits(memory), num_load,
+    )  # fmt: skip
 
 
 @jit
@@ -122,68 +196,24 @@ def take_down(memory: Memory, moe_layer: int, lag: int, tokens_dE: FloatArray, u
     predicted_dLE = memory.predicted_dLE
     d, num_layers, E = predicted_dLE.shape
     for ahead in range(1, d + 1):
-        is_layer = made_at >= 0 and made_at + ahead < num_layers
-        factor = discount(memory.trust, ahead) if is_layer else 0.0
+        tokens_E, used_E = tokens_dE[ahead - 1], used_dE[ahead - 1]
+        of = made_at + ahead
+        if made_at < 0 or of >= num_layers:
+            tokens_E[:], used_E[:] = 0.0, 0.0
+            continue
+        factor = discount(memory.trust, ahead)
         for e in range(E):
             # Predictions from hidden states that are not finite say nothing, and would spoil trust for good.
-            if not (np.isfinite(used_dE[ahead - 1, e]) and np.isfinite(tokens_dE[ahead - 1, e])):
-                used_dE[ahead - 1, e] = tokens_dE[ahead - 1, e] = 0.0
-            if is_layer and ahead > lag:  # this layer's own were compared with what it used
-                predicted_dLE[ahead - 1, made_at + ahead, e] = used_dE[ahead - 1, e]
-            used_dE[ahead - 1, e] *= factor
-            tokens_dE[ahead - 1, e] *= factor
-
-
-class Decision(NamedTuple):
-    """What is decided about one layer."""
-
-    need: SortedNeed  # late ones that are not waited for are misses, behind those that are copied
-    num_prefetched: int  # as in `residency.LayerNeed`
-    plan: Plan
+            is_finite = (abs(used_E[e]) < np.inf) & (abs(tokens_E[e]) < np.inf)
+            used_E[e] = used_E[e] if is_finite else 0.0
+            tokens_E[e] = factor * tokens_E[e] if is_finite else 0.0
+        if ahead > lag:  # this layer's own were compared with what it used
+            predicted_dLE[ahead - 1, of] = used_E
+        used_E *= factor
 
 
 @jit
-def decide_layer(
-    settings: ScheduleSettings,
-    costs: Costs,
-    policy: int,
-    tick: int,
-    moe_layer: int,
-    experts: IntArray,
-    tokens: IntArray,
-    weights: FloatArray,
-    backlog_us: float,
-    slots: Slots,
-    memory: Memory,
-    tokens_dE: FloatArray,
-    used_dE: FloatArray,
-    is_revised: bool = False,
-) -> Decision:
-    """Decide about one layer, now that its router has chosen; the cache policy learns what it needs.
-
-    Args:
-        policy: kind of the cache policy. `tick`: layers it has learned from, this one too.
-        experts: (n,) distinct, ascending; `tokens` (n,) of each, `weights` (n,) what the cache policy weighs them by.
-        backlog_us: until the link is done with what is on it. `memory`: changed.
-        tokens_dE, used_dE: as predicted `settings.lag` layers ago, for the layers after that one; changed.
-        is_revised: `reconsider` will say what is prefetched, or nothing is: the plan may name none.
-    """
-    E = memory.former_LE.shape[1]
-    of_experts = slots.slot_of[moe_layer * E + experts]
-    need = sort_need(experts, tokens, of_experts, slots.in_flight)
-    by_landing(need, moe_layer * E, slots)
-    learn(policy, slots.scores, tick, moe_layer, E, experts, weights, slots.slot_of)
-    renew_bound(slots, moe_layer)
-    plan = plan_layer(
-        settings, costs, moe_layer, need, backlog_us, slots, memory, tokens_dE, used_dE, is_revised
-    )
-    need = _as_served(need, plan)
-    here = need.experts[: need.num_hits + need.num_late]
-    return Decision(need, use_prefetched(slots.prefetched, slots.slot_of[moe_layer * E + here]), plan)
-
-
-@jit
-def _as_served(need: SortedNeed, plan: Plan) -> SortedNeed:
+def as_served(need: SortedNeed, plan: Plan) -> SortedNeed:
     """A need with the late ones that are not waited for behind the misses that are copied."""
     begin = need.num_hits + plan.num_wait
     late = need.num_late - plan.num_wait

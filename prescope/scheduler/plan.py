@@ -15,7 +15,7 @@ from .baselines import artefact, fiddler, hybrimoe, static_split
 from .fill import Habits, cpu_of, pays, price_us, worth_a_copy
 from .impact import by_impact
 from .presched import split
-from .types import Costs, Plan, ScheduleSettings
+from .types import Costs, Plan, Prefetches, ScheduleSettings
 
 (
     ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED, STATIC_SPLIT, ARTEFACT
@@ -50,8 +50,7 @@ class Situation(NamedTuple):
     tokens_dE: FloatArray  # for the d layers after this one: expected number of tokens that use an expert
     used_dE: FloatArray  # probability that any does; rows beyond the last layer hold zeros in both
     habits: Habits  # for PreSched
-    num_load: int = -1  # how many misses are copied, if only prefetches are asked for (PreSched)
-    is_revised: bool = False  # prefetches will be asked for later, and only the misses are now (PreSched)
+    num_load: int = -1  # how many misses are copied, once that is decided: for `make_prefetches`
 
 
 @jit
@@ -85,98 +84,150 @@ def likely(settings: ScheduleSettings, moe_layer: int, num_layers: int, used_dE:
 
 
 @jit
-def make_plan(now: Situation) -> Plan:
-    """Decide about one layer."""
-    settings, costs, need, slots = now.settings, now.costs, now.need, now.slots
-    moe_layer, num_layers, tokens_dE, used_dE = now.moe_layer, now.num_layers, now.tokens_dE, now.used_dE
-    nothing = np.empty(0, np.int64)
-    here = need.num_hits + need.num_late
-    missing = need.tokens[here:]
-    n = len(missing)
-    d, E = used_dE.shape
-    ahead = min(settings.lookahead, d, num_layers - 1 - moe_layer)
-    if settings.schedule == ON_DEMAND or settings.schedule == FIDDLER:
-        k = fiddler(costs, missing) if settings.schedule == FIDDLER else n
-        return Plan(need.num_late, k, nothing, nothing)
-    if settings.schedule == STATIC_SPLIT:
-        return Plan(need.num_late, static_split(costs, missing), nothing, nothing)
-    if settings.schedule == STREAMING or settings.schedule == KLOTSKI:
-        if moe_layer + 1 == num_layers:
-            return Plan(need.num_late, n, nothing, nothing)
-        row = np.zeros(E)
-        if settings.schedule == KLOTSKI and d > 0:  # hottest first
-            row[:] = tokens_dE[0]
-        whole = ScheduleSettings(settings.schedule, 1, E, 0.0)
-        first = (moe_layer + 1) * E
-        return Plan(
-            need.num_late,
-            n,
-            wanted(whole, moe_layer + 1, slots.slot_of, row, np.ones(E)),
-            np.arange(first, first + E),
-        )
-    candidates = nothing
-    if ahead > 0:
-        candidates = wanted(settings, moe_layer + 1, slots.slot_of, tokens_dE[0], used_dE[0])
-    # Under any schedule, what was prefetched, or is there and predicted, makes no room for the next prefetch: in an
-    # LRU order it would be the first to go (docs/log/scheduler.md: the others gain 2 to 10 % by it, PreSched 0.5 %).
-    keep = likely(settings, moe_layer, num_layers, used_dE)
-    if settings.schedule == FATE or settings.schedule == MOE_INFINITY:
-        return Plan(need.num_late, n, candidates, keep)
-    if settings.schedule == HYBRIMOE:
-        k = hybrimoe(costs, missing, here, now.backlog_us)
-        gains = by_impact(
-            settings, costs, moe_layer, need, k, now.backlog_us, slots, tokens_dE[:ahead], used_dE[:ahead]
-        )
-        return Plan(need.num_late, k, gains, keep)
-    if settings.schedule == ARTEFACT:
-        k = artefact(costs, missing)
-        is_batch = need.tokens.sum() > ARTEFACT_BATCH * settings.top_k
-        return Plan(need.num_late, k, candidates if is_batch else nothing, keep if is_batch else nothing)
-    return _presched(now, ahead, candidates, keep)
+def keys_to_keep(now: Situation) -> IntArray:
+    """Keys that are evicted last while a layer's copies and prefetches take their slots.
+
+    Under any schedule, what was prefetched, or is there and predicted, makes no room for the next prefetch: in an LRU
+    order it would be the first to go (docs/log/scheduler.md: the others gain 2 to 10 % by it, PreSched 0.5 %).
+    """
+    settings, moe_layer, num_layers, used_dE = now.settings, now.moe_layer, now.num_layers, now.used_dE
+    schedule = settings.schedule
+    if schedule in (STREAMING, KLOTSKI):
+        first, E = (moe_layer + 1) * used_dE.shape[1], used_dE.shape[1]
+        return np.arange(first, first + (E if moe_layer + 1 < num_layers else 0))
+    if schedule in (ON_DEMAND, FIDDLER, STATIC_SPLIT):
+        return np.empty(0, np.int64)
+    if schedule == ARTEFACT and not _is_batch(now):
+        return np.empty(0, np.int64)
+    return likely(settings, moe_layer, num_layers, used_dE)
 
 
 @jit
-def _presched(now: Situation, ahead: int, candidates: IntArray, keep: IntArray) -> Plan:
-    """The window's optimum, and what the link copies while it has nothing else to do.
+def _is_batch(now: Situation) -> bool:
+    return now.need.tokens.sum() > ARTEFACT_BATCH * now.settings.top_k
 
-    Args:
-        ahead: layers that predictions are looked at for. `candidates`: of the next one. `keep`: as of `Plan`.
-    """
-    settings, costs, need, slots, habits = now.settings, now.costs, now.need, now.slots, now.habits
-    moe_layer, backlog_us, tokens_dE, used_dE = now.moe_layer, now.backlog_us, now.tokens_dE, now.used_dE
-    E = used_dE.shape[1]
-    own, first = moe_layer * E, (moe_layer + 1) * E
-    others, least, has_cpu = candidates[:0], settings.threshold, len(costs.cpu_us) > 1
-    if habits.lasting >= LONG_LASTING:
+
+@jit
+def make_plan(now: Situation) -> Plan:
+    """Decide what serves one layer: which misses are copied, and which the CPU computes."""
+    settings, costs, need = now.settings, now.costs, now.need
+    here = need.num_hits + need.num_late
+    missing = need.tokens[here:]
+    num_load = len(missing)
+    if settings.schedule == PRESCHED:
+        linked = _window(now).linked
+        return Plan(min(linked, need.num_late), max(0, linked - need.num_late))
+    if settings.schedule == FIDDLER:
+        num_load = fiddler(costs, missing)
+    elif settings.schedule == STATIC_SPLIT:
+        num_load = static_split(costs, missing)
+    elif settings.schedule == HYBRIMOE:
+        num_load = hybrimoe(costs, missing, here, now.backlog_us)
+    elif settings.schedule == ARTEFACT:
+        num_load = artefact(costs, missing)
+    return Plan(need.num_late, num_load)
+
+
+@jit
+def make_prefetches(now: Situation) -> Prefetches:
+    """Decide what the link copies ahead, now that a layer is served; `now.num_load` of its misses are copied."""
+    settings, slots, moe_layer = now.settings, now.slots, now.moe_layer
+    tokens_dE, used_dE, schedule = now.tokens_dE, now.used_dE, settings.schedule
+    nothing, keep = np.empty(0, np.int64), keys_to_keep(now)
+    d, E = used_dE.shape
+    if schedule == PRESCHED:
+        return Prefetches(_presched(now), keep)
+    if schedule in (STREAMING, KLOTSKI):
+        if moe_layer + 1 == now.num_layers:
+            return Prefetches(nothing, keep)
+        row = np.zeros(E)
+        if schedule == KLOTSKI and d > 0:  # hottest first
+            row[:] = tokens_dE[0]
+        whole = ScheduleSettings(schedule, 1, E, 0.0)
+        return Prefetches(wanted(whole, moe_layer + 1, slots.slot_of, row, np.ones(E)), keep)
+    ahead = _layers_ahead(now)
+    if schedule == HYBRIMOE:
+        gains = by_impact(
+            settings, now.costs, moe_layer, now.need, now.num_load, now.backlog_us, slots, tokens_dE[:ahead],
+            used_dE[:ahead],
+        )  # fmt: skip
+        return Prefetches(gains, keep)
+    looks = schedule in (FATE, MOE_INFINITY) or (schedule == ARTEFACT and _is_batch(now))
+    if not looks or ahead == 0:
+        return Prefetches(nothing, keep)
+    return Prefetches(wanted(settings, moe_layer + 1, slots.slot_of, tokens_dE[0], used_dE[0]), keep)
+
+
+@jit
+def _layers_ahead(now: Situation) -> int:
+    """Layers that predictions are looked at for."""
+    return min(now.settings.lookahead, len(now.used_dE), now.num_layers - 1 - now.moe_layer)
+
+
+class Window(NamedTuple):
+    """PreSched's optimum over a layer and the next one."""
+
+    linked: int  # of the late ones and the misses, how many come over the link
+    num_prefetched: int  # of the candidates
+    window_us: float
+    done_us: float  # the layer
+    free_us: float  # of the link, before any prefetch; below 0: what it owes
+    candidates: IntArray  # (m,) keys of the next layer, the most wanted first
+    next_tokens: FloatArray  # (m,) expected of them
+    next_used: FloatArray  # (m,) probability of use
+    others: IntArray  # keys of the next layer that are less likely used than those in slots
+    least: float  # probability of use from which on an expert is prefetched
+
+
+@jit
+def _window(now: Situation) -> Window:
+    """The window's optimum; with `now.num_load`, if that is decided."""
+    settings, costs, need, slots = now.settings, now.costs, now.need, now.slots
+    moe_layer, tokens_dE, used_dE = now.moe_layer, now.tokens_dE, now.used_dE
+    first = (moe_layer + 1) * used_dE.shape[1]
+    candidates, least = np.empty(0, np.int64), settings.threshold
+    is_ahead = _layers_ahead(now) > 0
+    if is_ahead:
+        candidates = wanted(settings, moe_layer + 1, slots.slot_of, tokens_dE[0], used_dE[0])
+    others = candidates[:0]
+    if now.habits.lasting >= LONG_LASTING:
         least = max(least, LEAST_BESIDE_REUSE)
-        if ahead > 0:
+        if is_ahead:
             next_E = used_dE[0][candidates - first]
             others = candidates[(next_E < LIKELY) & (next_E >= least)]
             candidates = candidates[next_E >= LIKELY]
-    m = len(candidates)
     next_tokens, next_used = _of_next(need.tokens, candidates - first, tokens_dE, used_dE)
-    late_us = landing_us(need, own, slots, backlog_us, costs.link_busy_us)
-    unsure = need.tokens[need.num_hits :]
+    late_us = landing_us(need, moe_layer * used_dE.shape[1], slots, now.backlog_us, costs.link_busy_us)
     linked, p, window_us, done_us, free_us = split(
-        costs, unsure, need.num_hits, late_us, backlog_us, next_tokens, next_used,
+        costs, need.tokens[need.num_hits :], need.num_hits, late_us, now.backlog_us, next_tokens, next_used,
         -1 if now.num_load < 0 else need.num_late + now.num_load,
     )  # fmt: skip
-    wait, k = min(linked, need.num_late), max(0, linked - need.num_late)
-    if now.is_revised:
-        return Plan(wait, k, candidates[:0], keep)
-    cold, cpu_us = need.experts[need.num_hits + linked :], cpu_of(costs, unsure[linked:])
-    layer_us = done_us + costs.rest_us + costs.decide_us
+    return Window(linked, p, window_us, done_us, free_us, candidates, next_tokens, next_used, others, least)
+
+
+@jit
+def _presched(now: Situation) -> IntArray:
+    """Keys that the window's optimum prefetches, and what the link copies while it has nothing else to do."""
+    settings, costs, need, slots, habits = now.settings, now.costs, now.need, now.slots, now.habits
+    moe_layer, tokens_dE, used_dE = now.moe_layer, now.tokens_dE, now.used_dE
+    window = _window(now)
+    candidates, next_tokens, next_used = window.candidates, window.next_tokens, window.next_used
+    others, p, m, own = window.others, window.num_prefetched, len(candidates), moe_layer * used_dE.shape[1]
+    has_cpu = len(costs.cpu_us) > 1
+    cold = need.experts[need.num_hits + window.linked :]
+    cpu_us = cpu_of(costs, need.tokens[need.num_hits + window.linked :])
+    layer_us = window.done_us + costs.rest_us + costs.decide_us
     price = price_us(costs, cpu_us, layer_us)
-    end, most = p, min(m, p + _copies_in(ERROR_MARGIN * window_us, costs))
+    end, most = p, min(m, p + _copies_in(ERROR_MARGIN * window.window_us, costs))
     while end < most and next_used[end] >= CERTAIN and pays(costs, next_tokens[end], next_used[end], price):
         end += 1
     prefetch = candidates[:end]
     # While the CPU computes whatever is missing, a copy that is under way when the next router has chosen is in
     # nobody's way, however long it takes.
-    is_free = has_cpu and k == 0 and (len(cold) > 0 or costs.cpu_us[1] <= costs.link_us)
-    left = free_us - (p if is_free else m) * costs.link_us
+    is_free = has_cpu and now.num_load == 0 and (len(cold) > 0 or costs.cpu_us[1] <= costs.link_us)
+    left = window.free_us - (p if is_free else m) * costs.link_us
     if left <= 0 or (p < m and not is_free):
-        return Plan(wait, k, prefetch, keep)
+        return prefetch
     # What the CPU computes would never come into the slots, however often it is used again: 7 to 44 points of hits
     # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated,
     # docs/log/cache.md).
@@ -188,8 +239,10 @@ def _presched(now: Situation, ahead: int, candidates: IntArray, keep: IntArray) 
     left -= (len(again) + len(others)) * costs.link_us
     prefetch = np.concatenate((prefetch, again, others))
     # Link time that the next layer has no use for goes to the layers after it.
-    likelier = ScheduleSettings(settings.schedule, settings.lookahead, settings.width, least, settings.lag)
-    for further in range(2, ahead + 1):
+    likelier = ScheduleSettings(
+        settings.schedule, settings.lookahead, settings.width, window.least, settings.lag
+    )
+    for further in range(2, _layers_ahead(now) + 1):
         if left <= 0:
             break
         more = _further(
@@ -198,7 +251,7 @@ def _presched(now: Situation, ahead: int, candidates: IntArray, keep: IntArray) 
         )  # fmt: skip
         left -= len(more) * costs.link_us
         prefetch = np.concatenate((prefetch, more))
-    return Plan(wait, k, prefetch, keep)
+    return prefetch
 
 
 @jit

@@ -6,16 +6,16 @@ Shapes: n experts needed, E experts of a layer, L MoE layers, d layers ahead.
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.residency import NOTHING, LayerNeed, ResidencyTable
-from ..cache.slots import SortedNeed
+from ..cache.residency import LayerNeed, ResidencyTable
 from ..core.types import FloatArray, IntArray, MoEShape
-from .layer import Decision, decide_layer, reconsider
+from .layer import Decision, decide_layer, learn_layer, prefetch_layer
 from .prompt import copies_of_prompt
-from .types import Costs, Memory, Plan, ScheduleSettings
+from .types import Costs, Memory, Prefetches, ScheduleSettings
 
 #: Weight of the newest step, and of the newest job, in the planner's own measurements.
 NEWEST = 0.2
@@ -34,6 +34,16 @@ MOST_LINK_FACTOR = 8.0
 #: H200 machines, 1.8 where it computed most of eight experts a layer. A copy beside the CPU that takes even longer says
 #: that the link itself is slower.
 MOST_CONTENTION = 2.0
+
+
+class Decided(NamedTuple):
+    """What a layer's prefetches are decided by."""
+
+    decision: Decision
+    backlog_us: float
+    memory: Memory
+    tokens_dE: FloatArray  # as the decision left them
+    used_dE: FloatArray
 
 
 class Planner:
@@ -55,10 +65,7 @@ class Planner:
         self._link_free_us = 0.0  # by the caller's clock: when the link will be done with what it was given
         self._nothing = np.zeros((0, shape.num_experts))
         self._former: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None
-        self._decided = (
-            SortedNeed(NOTHING, NOTHING, 0, 0),
-            0.0,
-        )  # of the last layer: its need, and the backlog
+        self._decided: Decided | None = None  # of the last layer
         self.restart()
 
     def restart(self) -> None:
@@ -75,15 +82,17 @@ class Planner:
         table: ResidencyTable,
         now_us: float,
         predicted: tuple[NDArray[np.floating], NDArray[np.floating]] | None,
-    ) -> Decision:
-        """Decide about a layer; the table's cache policy learns what it needs.
+    ) -> tuple[Decision, int]:
+        """Decide what serves a layer; the table's cache policy learns what it needs.
 
         Args:
             experts: (n,) distinct, ascending; `tokens` (n,) of each, `weights` (n,) what the policy weighs them by.
             now_us: by any clock that goes on.
             predicted: made at this layer: expected tokens and probability of use, (d, E) each, for the layers after
-                it; rows beyond the last layer hold zeros. With a lag of 1 they are for `reconsider`, and for the next
-                layer's plan.
+                it; rows beyond the last layer hold zeros. With a lag of 1 they are for `prefetches`, and for the next
+                layer's decision.
+
+        Returns: the decision, and what `learn_layer` returns.
         """
         former, self._former = self._former, predicted
         if predicted is not None and self.settings.lag:
@@ -97,37 +106,52 @@ class Planner:
         under_way = now_us + int(table.in_flight.sum()) * self.costs.link_busy_us
         self._link_free_us = min(self._link_free_us, under_way)
         backlog_us = max(0.0, self._link_free_us - now_us)
-        is_revised = predicted is not None and self._is_revised(moe_layer)
+        tokens_dE, used_dE = np.array(tokens_dE, dtype=np.float64), np.array(used_dE, dtype=np.float64)
+        decision = decide_layer(
+            self.settings,
+            self.costs,
+            moe_layer,
+            experts,
+            tokens,
+            backlog_us,
+            table.arrays,
+            memory,
+            tokens_dE,
+            used_dE,
+        )
         policy = table.policy
         policy.tick += 1
-        decision = decide_layer(
-            self.settings, self.costs, policy.kind, policy.tick, moe_layer, experts, tokens, weights, backlog_us,
-            table.arrays, memory, np.array(tokens_dE, dtype=np.float64), np.array(used_dE, dtype=np.float64),
-            is_revised,
-        )  # fmt: skip
-        self._decided = decision.need, backlog_us
-        return decision
+        num_prefetched = learn_layer(
+            self.settings,
+            policy.kind,
+            policy.tick,
+            moe_layer,
+            decision,
+            experts,
+            weights,
+            table.arrays,
+            memory,
+        )
+        self._decided = Decided(decision, backlog_us, memory, tokens_dE, used_dE)
+        return decision, num_prefetched
 
     def copies_of_prompt(self, need: LayerNeed, table: ResidencyTable) -> int:
         """How many misses of a prompt's layer are copied. By costs as calibrated: those learned are of decode steps."""
         return copies_of_prompt(self.settings, self._calibrated, need, table.free_share(need.moe_layer))
 
-    def reconsider(self, moe_layer: int, plan: Plan, table: ResidencyTable) -> Plan:
-        """The plan of the layer decided last, with the prefetches that its own predictions ask for, if it was decided
-        without them.
-        """
-        if self._former is None or not self._is_revised(moe_layer):
-            return plan
-        need, backlog_us = self._decided
-        tokens_dE, used_dE = (np.array(part, dtype=np.float64) for part in self._former)
-        again = reconsider(
-            self.settings, self.costs, moe_layer, need, plan.num_load, backlog_us, table.arrays, self.memory,
-            tokens_dE, used_dE,
+    def prefetches(self, moe_layer: int, table: ResidencyTable) -> Prefetches:
+        """What the link copies ahead, now that the copies of the layer decided last have their slots."""
+        assert self._decided is not None, "no layer was decided"
+        decision, backlog_us, memory, tokens_dE, used_dE = self._decided
+        own, is_own = self._former, False
+        if own is not None and self.settings.lag > 0 and moe_layer + 1 < self._shape.num_layers:
+            # With a lag the layer was decided without its own predictions.
+            tokens_dE, used_dE = (np.array(part, dtype=np.float64) for part in own)
+            is_own = True
+        return prefetch_layer(
+            self.settings, self.costs, moe_layer, decision.need, decision.num_load, backlog_us, table.arrays, memory,
+            tokens_dE, used_dE, is_own,
         )  # fmt: skip
-        return plan._replace(prefetch=again.prefetch, keep=again.keep)
-
-    def _is_revised(self, moe_layer: int) -> bool:
-        return self.settings.lag > 0 and moe_layer + 1 < self._shape.num_layers
 
     def calibrated_cpu(self) -> tuple[float, FloatArray]:
         """What the CPU was calibrated to take: for a submission, and for one expert by its tokens."""

@@ -38,13 +38,18 @@ class ScheduleSettings(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to do about one layer whose router has chosen."""
+    """What serves one layer whose router has chosen."""
 
     num_wait: (
         int  # of the late ones, how many (those that land first) are waited for; the CPU computes the others
     )
     num_load: int  # of the misses, how many (the first ones) are copied on demand; the rest go to the CPU
-    prefetch: IntArray  # (p,) flat keys (moe_layer * E + expert), the most wanted first
+
+
+class Prefetches(NamedTuple):
+    """What the link copies for the layers after it."""
+
+    keys: IntArray  # (p,) flat (moe_layer * E + expert), the most wanted first
     keep: IntArray  # flat keys that are evicted last meanwhile
 
 

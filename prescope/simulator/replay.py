@@ -24,7 +24,7 @@ from ..cache.residency import ROUND_EXPERTS
 from ..cache.slots import Slots, SortedNeed, take_slots
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
-from ..scheduler.layer import decide_layer, reconsider
+from ..scheduler.layer import decide_layer, learn_layer, prefetch_layer
 from ..scheduler.presched import cpu_done, share_alone
 from ..scheduler.types import Costs, Memory, ScheduleSettings, cpu_time
 
@@ -158,16 +158,16 @@ def replay(
             if len(demand.weights):
                 weights = demand.weights[begin:end].astype(np.float64)
             _read(expected_dSLE, used_dSLE, s, layer - settings.lag, tokens_dE, used_dE)
-            is_revised = settings.lag > 0 and d > 0 and layer + 1 < L
             backlog = max(0.0, wire.free_us[0] - looked)
             decision = decide_layer(
-                settings, believed, policy, state.tick[0], layer, experts, tokens, weights, backlog, slots,
-                state.memory, tokens_dE, used_dE, is_revised,
-            )  # fmt: skip
-            need, chosen = decision.need, decision.plan
-            counts[s, layer, PREFETCHED] = decision.num_prefetched
+                settings, believed, layer, experts, tokens, backlog, slots, state.memory, tokens_dE, used_dE
+            )
+            counts[s, layer, PREFETCHED] = learn_layer(
+                settings, policy, state.tick[0], layer, decision, experts, weights, slots, state.memory
+            )
+            need = decision.need
             # -- the clock
-            here, n, k = need.num_hits + need.num_late, len(need.experts), chosen.num_load
+            here, n, k = need.num_hits + need.num_late, len(need.experts), decision.num_load
             beside, by_itself = 0.0, 0.0  # time on the CPU, the link being busy or idle
             if here + k < n:
                 beside = by_itself = costs.cpu_base_us
@@ -183,32 +183,25 @@ def replay(
                 and _all_there(routed, layer * E + need.experts, state, wire)
             ):
                 goes_on = routed
-            computed, rounds, served = _serve(layer, s, goes_on, k, need, E, costs, state, wire, chosen.keep)
+            computed, rounds, served = _serve(
+                layer, s, goes_on, k, need, E, costs, state, wire, decision.keep
+            )
             # -- what is prefetched: by what the layer itself predicts, when its own copies have their slots
-            ahead, wanted_us = chosen, decided
-            if is_revised:
+            wanted_us, is_own = decided, settings.lag > 0 and d > 0 and layer + 1 < L
+            if is_own:
                 _read(expected_dSLE, used_dSLE, s, layer, tokens_dE, used_dE)
-                ahead = reconsider(
-                    settings,
-                    believed,
-                    layer,
-                    need,
-                    chosen.num_load,
-                    backlog,
-                    slots,
-                    state.memory,
-                    tokens_dE,
-                    used_dE,
-                )
                 wanted_us = max(decided, foreseen)
-            want(state.waiting, ahead.prefetch, ahead.keep)
+            ahead = prefetch_layer(
+                settings, believed, layer, need, k, backlog, slots, state.memory, tokens_dE, used_dE, is_own
+            )
+            want(state.waiting, ahead.keys, ahead.keep)
             if is_layered:
                 _prefetch(served, served, s, most_in_flight, E, costs, state, wire)
                 slots.protected[:] = False
                 _prefetch(computed, computed, s, most_in_flight, E, costs, state, wire)
             if beside > 0.0:
                 # Prefetches follow on the link, while the CPU computes.
-                link_us = max(decided, wire.free_us[0]) + len(ahead.prefetch) * costs.link_busy_us
+                link_us = max(decided, wire.free_us[0]) + len(ahead.keys) * costs.link_busy_us
                 wire.cpu_us[0] = decided + cpu_done(beside, share_alone(beside, by_itself), link_us - decided)
                 times[s, layer, CPU_DONE] = wire.cpu_us[0]
             done = max(computed, wire.cpu_us[0])

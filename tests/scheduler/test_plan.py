@@ -9,11 +9,12 @@ from prescope.scheduler import SCHEDULES
 from prescope.scheduler.baselines import hybrimoe
 from prescope.scheduler.fill import Habits
 from prescope.scheduler.learn import learn_trust
-from prescope.scheduler.plan import LONG_LASTING, Situation, make_plan, wanted
+from prescope.scheduler.plan import LONG_LASTING, Situation, wanted
 from prescope.scheduler.presched import split
 from prescope.scheduler.settings import resolve
 from prescope.scheduler.types import Costs, ScheduleSettings, cpu_time
 from tests.support.slot_arrays import arrays
+from tests.support.whole_plan import whole_plan
 
 E, L = 8, 4
 NUMBERS = {name: schedule.number for name, schedule in SCHEDULES.items()}
@@ -41,7 +42,7 @@ def plan_of(
     slots = arrays(slot_of, key_of, np.zeros(L * E) if scores is None else scores)
     settings = ScheduleSettings(NUMBERS[name], lookahead, E, 0.1)
     habits = Habits(lasting, lasting, np.zeros(L * E), 0.0, 0.0, E)
-    return make_plan(
+    return whole_plan(
         Situation(settings, costs or costs_of(), layer, L, need, backlog, slots, tokens, used, habits)
     )
 

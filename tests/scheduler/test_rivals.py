@@ -10,8 +10,9 @@ from prescope.scheduler import SCHEDULES
 from prescope.scheduler.baselines import artefact, hybrimoe, static_split
 from prescope.scheduler.fill import Habits
 from prescope.scheduler.impact import delay_us, split_us
-from prescope.scheduler.plan import ARTEFACT_BATCH, Situation, make_plan
+from prescope.scheduler.plan import ARTEFACT_BATCH, Situation
 from prescope.scheduler.types import Costs, ScheduleSettings, cpu_time
+from tests.support.whole_plan import whole_plan
 
 L, E, K = 4, 8, 2
 
@@ -46,7 +47,7 @@ def plan(name, need, used, *, costs=None, layer=0, slot_of=None, tokens=None, **
         K,
     )
     tokens = used if tokens is None else tokens
-    return make_plan(
+    return whole_plan(
         Situation(
             told, costs or costs_of(), layer, L, need, 0.0, slots, tokens.copy(), used.copy(), NO_HABITS
         )

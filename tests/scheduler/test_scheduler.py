@@ -32,11 +32,12 @@ from prescope.scheduler.learn import (
     reuse_lasts,
     share_lasts,
 )
-from prescope.scheduler.plan import Situation, make_plan
+from prescope.scheduler.plan import Situation
 from prescope.scheduler.presched import FORECAST, split
 from prescope.scheduler.types import FORMER_STEPS, Costs, ScheduleSettings, cpu_time
 from tests.support.slot_arrays import arrays
 from tests.support.speed import assert_within, taken_ms
+from tests.support.whole_plan import whole_plan
 
 NUMBERS = {name: schedule.number for name, schedule in SCHEDULES.items()}
 
@@ -237,7 +238,7 @@ def one_plan(
     slot_of = np.full(L * E, -1) if slot_of is None else slot_of
     slots = arrays(slot_of, np.full(4, -1), np.zeros(L * E))
     settings = ScheduleSettings(NUMBERS[name], lookahead, E, threshold)
-    return make_plan(
+    return whole_plan(
         Situation(settings, costs or costs_of(), layer, L, need, backlog, slots, used, used, habits())
     )
 
@@ -301,7 +302,7 @@ def test_a_predictor_that_expects_too_many_tokens_is_scaled_to_those_there_are()
     settings = ScheduleSettings(NUMBERS["presched"], 1, 8, 0.1)
     slots = arrays(slot_of, np.full(4, -1), np.zeros(24))
     now = Situation(settings, costs_of(), 0, 3, need, 0.0, slots, right, used, habits())
-    honest, wild = make_plan(now), make_plan(now._replace(tokens_dE=50.0 * right))
+    honest, wild = whole_plan(now), whole_plan(now._replace(tokens_dE=50.0 * right))
     assert (wild.num_load, wild.prefetch.tolist()) == (honest.num_load, honest.prefetch.tolist())
 
 
@@ -345,7 +346,7 @@ def test_a_decision_takes_microseconds():
 
         def decide():
             need = sort_need(experts, tokens, table[5 * E + experts], in_flight)
-            made = make_plan(Situation(settings, costs, 5, L, need, 0.0, slots, 4.0 * used, used, known))
+            made = whole_plan(Situation(settings, costs, 5, L, need, 0.0, slots, 4.0 * used, used, known))
             wanted = 5 * E + need.experts[need.num_hits :][: made.num_load]
             take_slots(wanted, in_flight, made.keep, slots)
 

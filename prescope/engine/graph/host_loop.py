@@ -1,8 +1,9 @@
 """The host's part of one captured step that it decides, as one call of compiled code.
 
-Per layer: the choice arrives, everything is decided, on-demand copies are handed to the link and the CPU's experts to
-their threads, and the GPU is told the layer's slots and what to wait for. While the next choice is awaited, prefetches
-are handed to the link as it has room. A layer's slots are safe until the next layer has asked: then the GPU is done
+Per layer: the choice arrives, it is decided what serves it, the CPU's experts are handed to their threads and on-demand
+copies to the link, and the GPU is told the layer's slots and what to wait for. What the layer teaches and what is
+prefetched is worked out behind that, and while the next choice is awaited, prefetches are handed to the link as it has
+room. A layer's slots are safe until the next layer has asked: then the GPU is done
 with them.
 
 A layer that sees all of its experts in `Addresses.shown` goes on without an answer, so the GPU may be layers ahead of
@@ -22,8 +23,8 @@ from ...cache.prefetch import NUM_WAITING, want
 from ...cache.slots import Slots, take_slots
 from ...core.jit import jit
 from ...core.native import call, now_us, store_int32
-from ...core.types import IntArray
-from ...scheduler.layer import count_experts, decide_layer, reconsider
+from ...core.types import FloatArray, IntArray
+from ...scheduler.layer import Decision, count_experts, decide_layer, learn_layer, prefetch_layer
 from .host_cpu import calibrated_us, collect, compute, pairs_of
 from .host_link import hide, issued, land, pump, send, show
 from .host_messages import has_all, read_predictions, reply, wait
@@ -76,10 +77,32 @@ def take_for_layer(here: IntArray, load: IntArray, keep: IntArray, slots: Slots)
     slots.protected[:] = False
     for key in here:
         slots.protected[slots.slot_of[key]] = True
+    if len(load) == 0:
+        return load
     taken = take_slots(load, slots.protected | slots.in_flight, keep, slots)
     for slot in taken:
         slots.protected[slot], slots.prefetched[slot] = True, False
     return taken
+
+
+@jit
+def want_ahead(
+    planner: PlannerState,
+    slots: Slots,
+    state: HostState,
+    layer: int,
+    decision: Decision,
+    backlog_us: float,
+    tokens_dE: FloatArray,
+    used_dE: FloatArray,
+    is_own: bool,
+) -> None:
+    """Let what is worth it wait for the link, instead of whatever did; see `prefetch_layer`."""
+    ahead = prefetch_layer(
+        planner.settings, planner.costs, layer, decision.need, decision.num_load, backlog_us, slots, planner.memory,
+        tokens_dE, used_dE, is_own,
+    )  # fmt: skip
+    want(state.waiting, ahead.keys, ahead.keep)
 
 
 @jit
@@ -133,11 +156,11 @@ def serve(
                 return code
         num_experts = addresses.num_experts_L[layer]
         sums_E = np.zeros(num_experts)
-        weights = addresses.ask[layer].view(np.float32)[::2]  # the lower halves
+        pair_weights = addresses.ask[layer].view(np.float32)[::2]  # the lower halves
         for pair in range(P):
             ids[pair] = (addresses.ask[layer, pair] >> 32) & 0xFFFF  # 0xFFFF is nobody
             if ids[pair] < num_experts and addresses.uses_weights:
-                sums_E[ids[pair]] += weights[pair]
+                sums_E[ids[pair]] += pair_weights[pair]
         if is_foreseen:
             read_predictions(addresses.scores[made_at], tokens_dE, used_dE)
         else:
@@ -153,30 +176,18 @@ def serve(
         times[LINK_FREE] = min(times[LINK_FREE], now + counts[WIRE_COUNT] * planner.costs.link_busy_us)
         backlog_us = max(0.0, times[LINK_FREE] - now)
         experts, tokens = count_experts(ids, num_experts)
-        learned = sums_E[experts] if addresses.uses_weights else tokens.astype(np.float64)
         decision = decide_layer(
-            planner.settings, planner.costs, addresses.policy, counts[TICK], layer, experts, tokens, learned,
-            backlog_us, slots, planner.memory, tokens_dE, used_dE,
-            planner.settings.lag > 0 and d > 0 and functions.bell == 0 and layer + 1 < L,
+            planner.settings, planner.costs, layer, experts, tokens, backlog_us, slots, planner.memory, tokens_dE,
+            used_dE,
         )  # fmt: skip
-        need, plan = decision.need, decision.plan
+        need, num_load = decision.need, decision.num_load
         here = need.num_hits + need.num_late
-        load, cold = need.experts[here : here + plan.num_load], need.experts[here + plan.num_load :]
-        taken = take_for_layer(layer * E + need.experts[:here], layer * E + load, plan.keep, slots)
-        for slot in taken:
-            hide(addresses, state, slot)
-        counts[LOADED] = len(taken)
-        state.loaded[: len(taken)] = taken
-        # The first copy runs while what follows is prepared: the link is idle until it is issued.
-        if not send(
-            functions, addresses, state, layer, load[:1], taken[:1], addresses.on_demand, len(load) == 1
-        ):
-            return LINK_FAILED
+        load, cold = need.experts[here : here + num_load], need.experts[here + num_load :]
         # A layer that has asked is done with the CPU's part of the one before.
         if not collect(functions, state):
             return CPU_FAILED
         if len(cold):
-            first, pairs = pairs_of(ids, cold, need.tokens[here + plan.num_load :], num_experts)
+            first, pairs = pairs_of(ids, cold, need.tokens[here + num_load :], num_experts)
             # Kept before anything else may fail: whoever gives up has to wait for it.
             counts[JOB], counts[JOB_LAYER], counts[JOB_STEP] = (
                 compute(functions, addresses, state, layer, step + 1, cold, first, pairs),
@@ -186,38 +197,60 @@ def serve(
             if counts[JOB] == 0:
                 return CPU_FAILED
             times[JOB_CALIBRATED] = calibrated_us(planner, first)
-        last_copy = counts[BATCHES] + (1 if len(load) > 1 else 0)  # all of this layer's are one batch
-        if len(load) == 0:
+        if num_load == 0:  # the GPU waits for no slots
             last_copy = 0
             for expert in need.experts[need.num_hits : here]:
                 last_copy = max(last_copy, state.copy_of[slots.slot_of[layer * E + expert]])
-        reply(addresses, layer, step, slots.slot_of, last_copy, cold)
+            reply(addresses, layer, step, slots.slot_of, last_copy, cold)
+        weights = sums_E[experts] if addresses.uses_weights else tokens.astype(np.float64)
+        num_prefetched = learn_layer(
+            planner.settings,
+            addresses.policy,
+            counts[TICK],
+            layer,
+            decision,
+            experts,
+            weights,
+            slots,
+            planner.memory,
+        )
+        taken = take_for_layer(layer * E + need.experts[:here], layer * E + load, decision.keep, slots)
+        for slot in taken:
+            hide(addresses, state, slot)
+        counts[LOADED] = len(taken)
+        state.loaded[: len(taken)] = taken
+        if num_load:
+            # The first copy runs while what follows is prepared: the link is idle until it is issued.
+            if not send(
+                functions, addresses, state, layer, load[:1], taken[:1], addresses.on_demand, num_load == 1
+            ):
+                return LINK_FAILED
+            last_copy = counts[BATCHES] + (1 if num_load > 1 else 0)  # all of this layer's are one batch
+            reply(addresses, layer, step, slots.slot_of, last_copy, cold)
         # -- the GPU knows what to wait for: what follows is not waited for
         counts[FORESEEN] += is_foreseen
         counts[ASKED] = layer + 1
         if functions.bell != 0:
             call(functions.ring, (functions.bell,))
         if not send(
-            functions, addresses, state, layer, load[1:], taken[1:], addresses.on_demand, len(load) > 1
+            functions, addresses, state, layer, load[1:], taken[1:], addresses.on_demand, num_load > 1
         ):
             return LINK_FAILED
-        if len(load):
+        if num_load:
             each = planner.costs.link_busy_us if len(cold) else planner.costs.link_us
-            issued(functions, state, len(load) * each)
+            issued(functions, state, num_load * each)
         state.needs[layer, :] = (
-            len(need.experts), need.num_hits, need.num_late, len(cold), decision.num_prefetched
+            len(need.experts), need.num_hits, need.num_late, len(cold), num_prefetched
         )  # fmt: skip
         state.waiting.counts[NUM_WAITING] = 0
         counts[LAYER] += 1
-        is_later = (
-            planner.settings.lag > 0 or functions.bell != 0
-        )  # when its own predictions come, if they do
-        if d > 0 and is_later and layer + 1 < L:
-            # What is prefetched is not urgent: the layer's own predictions are better than those it was decided by.
-            most_us = WAIT_US
-            if functions.bell != 0:  # they may never come
-                want(state.waiting, plan.prefetch, plan.keep)
-                most_us = 0.0 if side_tasks > 0 else WAIT_US
+        # What is prefetched is not urgent: the layer's own predictions are better than those it was decided by. Those
+        # made beside the graph may never come.
+        is_beside = functions.bell != 0
+        if d > 0 and layer + 1 < L and (planner.settings.lag > 0 or is_beside):
+            if is_beside:
+                want_ahead(planner, slots, state, layer, decision, backlog_us, tokens_dE, used_dE, False)
+            most_us = 0.0 if is_beside and side_tasks > 0 else WAIT_US
             code = wait(
                 functions, addresses, state, planner, slots, addresses.scores[layer], addresses.scores_shift, number,
                 most_us, addresses.ask[layer + 1],
@@ -227,16 +260,12 @@ def serve(
             if code == SERVED:
                 counts[FORESEEN] += not is_foreseen
                 read_predictions(addresses.scores[layer], tokens_dE, used_dE)
-                plan = reconsider(
-                    planner.settings, planner.costs, layer, need, plan.num_load, backlog_us, slots, planner.memory,
-                    tokens_dE, used_dE,
-                )  # fmt: skip
-                want(state.waiting, plan.prefetch, plan.keep)
+                want_ahead(planner, slots, state, layer, decision, backlog_us, tokens_dE, used_dE, True)
         else:
-            want(state.waiting, plan.prefetch, plan.keep)
+            want_ahead(planner, slots, state, layer, decision, backlog_us, tokens_dE, used_dE, False)
         if not pump(functions, addresses, state, planner, slots):
             return LINK_FAILED
-        if has_time(side_tasks, L - counts[LAYER], len(load) + len(cold) > 0):
+        if has_time(side_tasks, L - counts[LAYER], num_load + len(cold) > 0):
             times[LEFT] = now_us(functions.clock, state.words)
             return PAUSED
     store_int32(addresses.served.ctypes.data, np.int32(step + 1))
