@@ -400,7 +400,8 @@ def test_plain_python_serves_a_step_alike():
     test = "test_a_graph_step_gives_the_plain_models_tokens_under_a_schedule[1-7-hybrimoe]"
     one = f"tests/engine/test_host_driver.py::{test}"
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", one]
-    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**ours, "NUMBA_DISABLE_JIT": "1", "CUDA_VISIBLE_DEVICES": ""}
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
