@@ -95,7 +95,9 @@ def test_no_step_waits_for_a_predictor_that_never_answers(model, early, gpu):
 
 @ASIDE
 @pytest.mark.slow
-def test_a_slow_predictor_is_asked_less_often_and_not_waited_for(model, early, gpu):
+def test_a_slow_predictor_is_asked_less_often_and_not_waited_for(model, early, gpu, monkeypatch):
+    # The first step runs layer by layer, where it would be given up on a quick machine: another law.
+    monkeypatch.setattr("prescope.engine.predicting.SLOW_US", 1e9)
     ids = prompt(length=5)
     predictor = OnHost(early, before=sleeps)
     with opened(model, predictor, **gpu) as engine:
