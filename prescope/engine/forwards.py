@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ..errors import UnsupportedOption
 from ..hf import MoELayer
@@ -99,7 +100,11 @@ class Forwards:
             )
         runner.forget_unread()
         runner.recorder = recorder = self.recorders.get(threading.get_ident())
-        forward = forward_of(given, None if self.progress is None else self.progress.num_tokens > 0)
+        forward = forward_of(
+            given,
+            None if self.progress is None else self.progress.num_tokens > 0,
+            None if recorder is None else recorder.rereading,
+        )
         if forward is None:
             runner.recorder = None
             return
@@ -123,6 +128,7 @@ class Forwards:
         for other in list(self.recorders.values()):  # other threads open theirs meanwhile
             if other is not recorder:
                 other.num_foreign += 1
+                other.num_batched += isinstance(given.get("cache"), PagedAttentionCache)
 
     @property
     def is_closed(self) -> bool:

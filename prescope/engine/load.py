@@ -36,6 +36,7 @@ def load(
 
     Args:
         model: folder written by `save_pretrained`, or a hub id; None or "tiny-moe": the model that comes with prescope.
+            Beside a folder named `owner`, "owner/name" is a hub id only if the hub's cache has it.
         dtype: of the weights, also by name ("bf16"); "auto" keeps the checkpoint's. `torch_dtype` is the same.
         frequencies: (L, E) uses per expert, for cache="static" and for schedules that have the most frequent in slots
             from the start ("fiddler", "static-split", "artefact"); "next-use" begins with them.

@@ -1,7 +1,8 @@
 """What a forward pass is, told from what it is given: its phase, and the position of each token in its text.
 
 Both come from the cache. A forward of several tokens may read a prompt, or verify what a draft proposed; one without
-a cache begins a new text, one with a cache goes on with that text.
+a cache begins a new text, or reads the text of the forward before again with one token more, one with a cache goes on
+with that text.
 
 Shapes: B sequences, T tokens of the forward.
 """
@@ -55,12 +56,36 @@ class Forward(NamedTuple):
         return np.arange(self.length) >= np.where(at_start.any(axis=1), first, 0)[:, None]
 
 
-def forward_of(given: Mapping[str, Any], has_first_token: bool | None) -> Forward | None:
+class Rereading:
+    """Knows the text of the forward before, for who keeps no cache and reads all of it again for every token."""
+
+    def __init__(self) -> None:
+        self._former: torch.Tensor | None = None
+
+    def is_next(self, ids: torch.Tensor, has_cache: bool) -> bool:
+        """Whether a forward over token ids (B, T) adds one token to each sequence of the forward before."""
+        former = self._former
+        self._former = None if has_cache or ids.is_floating_point() else ids.detach().clone()
+        if self._former is None or former is None or former.device != ids.device:
+            return False
+        if former.shape != (ids.shape[0], ids.shape[1] - 1):
+            return False
+        before = ids[:, :-1]
+        if torch.equal(before, former):
+            return True
+        # Beams: a sequence may go on with another one's text.
+        return all(bool((former == row).all(dim=1).any()) for row in before)
+
+
+def forward_of(
+    given: Mapping[str, Any], has_first_token: bool | None, rereading: Rereading | None = None
+) -> Forward | None:
     """What a forward pass with these arguments is; None if it reads no tokens.
 
     Args:
         given: arguments of the model's forward, by name.
         has_first_token: whether the run it belongs to has chosen its first token; None if nobody knows of a run.
+        rereading: of the forwards of the same thread before, where nobody knows of a run.
     """
     named = (given.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))
     tokens = next((value for value in named if value is not None), None)
@@ -71,6 +96,8 @@ def forward_of(given: Mapping[str, Any], has_first_token: bool | None) -> Forwar
     past = _past(cache, length)
     if has_first_token is not None:
         is_prefill = not has_first_token
+    elif rereading is not None and rereading.is_next(tokens, has_cache=cache is not None):
+        is_prefill = False
     else:
         # Who verifies a draft wants the logits of every token, who reads a prompt those of the last.
         is_prefill = past == 0 or (length > 1 and given.get("logits_to_keep") != length)

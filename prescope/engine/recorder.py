@@ -21,7 +21,7 @@ from ..kernels import StepLog
 from ..traces.events import PHASES, Event, LayerRow, StepRow, event_frame, layer_frame, step_frame
 from ..traces.routing import RoutingTrace
 from ..weights.loader import Transfer
-from .positions import Forward, Positions, TextKey
+from .positions import Forward, Positions, Rereading, TextKey
 from .schedule import CpuWork
 
 #: In a run's note of router inputs or weights that a trace cannot hold; whoever learns from the trace looks for it.
@@ -93,7 +93,9 @@ class Recorder:
 
     Attributes:
         thread: ident of the one whose forward passes it records.
-        num_foreign: forward passes of other threads meanwhile, which are not in it.
+        num_foreign: forward passes of other threads meanwhile, which are not in it; `num_batched`: those of them that
+            transformers' continuous batching ran.
+        rereading: knows the text of its last forward.
     """
 
     def __init__(self, device: Device, *, events: bool, routing: bool, inputs: bool) -> None:
@@ -107,7 +109,8 @@ class Recorder:
         self._served: list[_Served] = []
         self._layers: list[LayerRow] = []
         self._steps: list[_Step] = []
-        self.num_foreign = 0
+        self.num_foreign = self.num_batched = 0
+        self.rereading = Rereading()
         self.thread = threading.get_ident()
         self._start = device.mark(timed=True)
         self._start_ns = time.perf_counter_ns()  # the same moment by the host's clock, on an idle device

@@ -145,9 +145,15 @@ def result_of(
         notes += schedule_runner.predicting.take_notes()
     if packing := engine.reasons.get("experts"):
         notes.append(packing)
-    if recorder.num_foreign:
+    if recorder.num_batched:
         notes.append(
-            f"{recorder.num_foreign} forward passes of other threads meanwhile are not in it, but their time is"
+            f"{recorder.num_batched} forward passes of generate_batch are not in it: each is over tokens of several "
+            f"requests, in their prompts and behind them, and does not say which token is whose; to record prompts "
+            f"together, pass them to engine.generate as a list"
+        )
+    if num_others := recorder.num_foreign - recorder.num_batched:
+        notes.append(
+            f"{num_others} forward passes of other threads meanwhile are not in it, but their time is"
         )
     return RunResult(
         text=[],

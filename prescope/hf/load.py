@@ -1,27 +1,22 @@
 """Load a model folder or hub id, and say clearly what is wrong with one that cannot be loaded."""
 
-import re
-import warnings
 from copy import deepcopy
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
-from ..errors import BadModelFolder, UnsupportedExperts
+from ..errors import UnsupportedExperts
 from .arguments import Source, dtype_of
 from .configuration import packing_of, read_config
-from .folder import Contents, check_folder
 from .loaded import Check, LoadedModel
 from .moe_layers import MoELayer, find_moe_layers, top_k_of
 from .packed import load_packed, packed_on_load
+from .place import check_place
 from .reading import SAID, read_model, reading
 from .skeleton import check_size, model_class, skeleton
 from .tokenizer import read_tokenizer
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_model(
@@ -46,7 +41,7 @@ def load_model(
         UnsupportedOption: of the dtype, or of `experts` for this model.
     """
     source, dtype = source or Source(), dtype_of(dtype)
-    contents = _check_name(name, source)
+    contents, source = check_place(name, source)
     config = read_config(name, source)
     packing = packing_of(config)
     if packing is not None and source.weights.get("quantization_config") is None:
@@ -73,33 +68,6 @@ def _as_asked(layers: list[MoELayer], experts: str) -> tuple[list[MoELayer], str
     return packed_on_load(layers, experts), (
         f"experts are packed to {experts} while they are loaded, which is lossy"
     )
-
-
-def _check_name(name: str | Path, source: Source) -> Contents | None:
-    """A folder's contents, looked at before anything is read; None for a hub id, which is said if it may be a slip."""
-    folder = Path(name)
-    try:
-        is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, ValueError) as error:
-        raise BadModelFolder(f"{name} is no name of a folder: {error}") from error
-    if is_folder:
-        return check_folder(
-            folder / source.subfolder,
-            use_safetensors=source.use_safetensors,
-            variant=source.weights.get("variant"),
-        )
-    if exists or not _HUB_ID.fullmatch(str(name)) or str(name).startswith("."):
-        raise BadModelFolder(f"{name} is neither a folder nor a hub id of the form 'owner/name'")
-    if folder.parent.is_dir():
-        # More likely a slip of the hand; without a network the hub is asked for half a minute.
-        near = get_close_matches(
-            folder.name, [path.name for path in folder.parent.iterdir() if path.is_dir()], 1
-        )
-        meant = f"; did you mean {folder.parent / near[0]}?" if near else ""
-        warnings.warn(
-            f"there is no folder {name}, so the Hugging Face hub is asked for it{meant}", stacklevel=4
-        )
-    return None
 
 
 def _check_packing(name: str | Path, config: PreTrainedConfig, source: Source) -> bool:

@@ -11,7 +11,17 @@ Imports no model code: routers come in as tensors, states as a `RoutingTrace`.
 from typing import Any
 
 from ..core.renamed import moved
-from .base import BadPredictor, BadState, Cost, Learns, Prediction, Predictor, TooFewPrompts, measure_us
+from .base import (
+    BadPredictor,
+    BadState,
+    Cost,
+    Learns,
+    LearnsWhereAsked,
+    Prediction,
+    Predictor,
+    TooFewPrompts,
+    measure_us,
+)
 from .baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
 from .checked import BadPrediction
 from .controls import Chance, Oracle
@@ -33,6 +43,7 @@ __all__ = [
     "Frequency",
     "LayerGroups",
     "Learns",
+    "LearnsWhereAsked",
     "Llapor",
     "LlaporConfig",
     "ModelTag",

@@ -141,6 +141,13 @@ class Learns(Protocol):
         ...
 
 
+@runtime_checkable
+class LearnsWhereAsked(Learns, Protocol):
+    """One that learns from a step only if it was asked about all of its layers: beside a graph it learns nothing."""
+
+    needs_every_layer: bool
+
+
 def targets_of(moe_layer: int, shape: MoEShape, lookahead: int) -> Iterator[tuple[int, int]]:
     """(lookahead, layer) for each coming layer that exists."""
     for ahead in range(1, lookahead + 1):

@@ -62,12 +62,17 @@ class OnlineConfig:
 class OnlineTuner:
     """A `Llapor` that learns while it runs. The trained predictor is not changed; `reset` goes back to it.
 
+    Live it learns from steps that run layer by layer, where it is asked about every layer: on a CPU, or with
+    decode="layered". Beside decode steps from a graph only the newest layer is asked about, so it predicts but does not
+    learn, and the run's notes say so.
+
     Attributes:
         cycles: tuning cycles so far. `tuning_ms`: wall-clock they took together. `error`: over the last window.
         predictor: with what was learned; it answers for those lookaheads at which it was better (`is_tuned`).
     """
 
     needs_inputs = True
+    needs_every_layer = True
 
     def __init__(self, predictor: Llapor, config: OnlineConfig | None = None) -> None:
         self._trained = predictor
@@ -153,15 +158,17 @@ class OnlineTuner:
         ids_TK: torch.Tensor | None = None,
         weights_TK: torch.Tensor | None = None,
     ) -> list[Prediction]:
-        """As `Llapor.predict`; remembers the state until the step's last layer was observed."""
+        """As `Llapor.predict`, tokens on any device; remembers the state until the step's last layer was observed."""
         if moe_layer == 0:
             self._live, self._live_used = {}, {}
-        at = slice(moe_layer, moe_layer + 1)
-        h, share, base = self.predictor.live(at, x_TD, ids_TK, weights_TK)
+        at, home = slice(moe_layer, moe_layer + 1), self.predictor.device
+        x, ids, weights = (None if t is None else t.to(home) for t in (x_TD, ids_TK, weights_TK))
+        assert x is not None
+        h, share, base = self.predictor.live(at, x, ids, weights)
         self._live[moe_layer] = (h[0], None if base is None else base[0])
         p_TNE = self._probabilities(h, share, base, at)[0]
         return [
-            Prediction(target, ahead, p_TNE[:, ahead - 1])
+            Prediction(target, ahead, p_TNE[:, ahead - 1].to(x_TD.device))
             for ahead, target in targets_of(moe_layer, self.shape, self.lookahead)
         ]
 
@@ -181,7 +188,7 @@ class OnlineTuner:
         """What a layer used, if it was asked there. After the last layer of a step, all layers known, it learns."""
         if moe_layer not in self._live:
             return
-        self._live_used[moe_layer] = used_mask_torch(ids_TK, self.shape.num_experts)
+        self._live_used[moe_layer] = used_mask_torch(ids_TK.to(self.predictor.device), self.shape.num_experts)
         L = self.shape.num_layers
         if moe_layer != L - 1 or len(self._live_used) < L or len(self._live) < L:
             return

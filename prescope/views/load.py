@@ -10,10 +10,7 @@ from prescope.errors import BadTrace
 from prescope.traces.result import RunResult
 from prescope.traces.routing import RoutingTrace
 
-from .theme import style
-
-#: Light to dark in one hue: reads in grey and with any colour vision.
-_SCALE = [[0, "#f1f5f9"], [0.25, "#bcd7ea"], [0.5, "#56a3d2"], [0.75, "#0072b2"], [1, "#06304f"]]
+from .theme import AMOUNT_SCALE, style
 
 _COLORBAR = {
     "title": {"text": "% of uses", "side": "right", "font": {"size": 12.5}},
@@ -76,7 +73,7 @@ def plot_load(info: LoadInfo) -> go.Figure:
         go.Heatmap(
             z=info.share_pct,
             customdata=info.counts,
-            colorscale=_SCALE,
+            colorscale=AMOUNT_SCALE,
             zmin=0,
             xgap=1 if num_experts <= 64 else 0,
             ygap=1 if num_layers <= 64 else 0,

@@ -8,12 +8,7 @@ from plotly.subplots import make_subplots
 
 from prescope.training.score_card import ScoreCard, difference
 
-from .theme import style
-
-#: Light to dark, one hue: recall from chance to certainty.
-RECALL_SCALE = [[0.0, "#f1f5f9"], [0.35, "#a8cfe6"], [0.7, "#3b8fc4"], [1.0, "#0b4f7d"]]
-#: Two hues that meet in near white: worse, equal, better.
-GAIN_SCALE = [[0.0, "#b3450a"], [0.5, "#f8fafc"], [1.0, "#00715a"]]
+from .theme import AMOUNT_SCALE, GAIN_SCALE, style
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -100,7 +95,7 @@ def plot_score_map(info: ScoreMapInfo) -> go.Figure:
     cells = len(info.labels) * len(info.recall[0])
     for column, (values, scale, low, high, form) in enumerate(
         (
-            (info.recall, RECALL_SCALE, info.chance, 1.0, "{:.2f}"),
+            (info.recall, AMOUNT_SCALE, info.chance, 1.0, "{:.2f}"),
             (info.gain, GAIN_SCALE, -reach, reach, "{:+.2f}"),
         ),
         start=1,

@@ -8,7 +8,6 @@ import plotly.graph_objects as go
 from prescope.errors import UnsupportedOption
 
 from .numbers import formatted
-from .score_map import RECALL_SCALE
 from .sweep_points import (
     BRIEF_HEIGHT,
     BRIEF_TOP,
@@ -20,7 +19,7 @@ from .sweep_points import (
     setting_axis,
     told_of_points,
 )
-from .theme import style
+from .theme import AMOUNT_SCALE, style
 
 #: Columns with a number in each cell at most; more are too narrow for it.
 MOST_NUMBERS = 16
@@ -95,7 +94,11 @@ def sweep_heat_info(points: pd.DataFrame, x: str, y: str, objective: str = "toke
 
 
 def plot_sweep_heat(info: SweepHeatInfo, *, brief: bool = False) -> go.Figure:
-    """Dark is best; a cross is a pair that came to nothing, and says why; `brief`: beside words that say what it is."""
+    """The strongest colour is best; a cross is a pair that came to nothing, and says why.
+
+    Args:
+        brief: beside words that say what it is.
+    """
     width, height = len(info.x_names), len(info.y_names)
     best: list[list[float | None]] = [[None] * width for _ in range(height)]
     numbers: list[list[int | None]] = [[None] * width for _ in range(height)]
@@ -111,7 +114,7 @@ def plot_sweep_heat(info: SweepHeatInfo, *, brief: bool = False) -> go.Figure:
     heat = go.Heatmap(
         z=best, x=list(info.x_names), y=list(info.y_names), text=text, customdata=numbers, hovertext=hover,
         texttemplate="%{text}" if width <= MOST_NUMBERS // (2 if brief else 1) else "", textfont={"size": 12},
-        hovertemplate="%{hovertext}<extra></extra>", hoverongaps=False, xgap=2, ygap=2, colorscale=RECALL_SCALE,
+        hovertemplate="%{hovertext}<extra></extra>", hoverongaps=False, xgap=2, ygap=2, colorscale=AMOUNT_SCALE,
         reversescale=not info.more_is_better, colorbar=bar,
     )  # fmt: skip
     fig = go.Figure(heat)

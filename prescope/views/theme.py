@@ -59,6 +59,14 @@ NAMES: dict[str, str] = {
     "other": "other",
     "nothing": "nothing to copy",
 }
+#: Heat maps, from little to much: the ground shines through what is little, and what is much stands out from it, on a
+#: white page and on a dark one. Some shines through the strongest too, so that the page's text colour reads there.
+AMOUNT_SCALE = [[0.0, "rgba(10,132,208,.12)"], [1.0, "rgba(10,132,208,.9)"]]
+#: The same from worse to better, equal in the middle: two hues that all eyes tell apart.
+GAIN_SCALE = [
+    [0.0, "rgba(212,98,10,.86)"], [0.499, "rgba(212,98,10,.05)"], [0.501, "rgba(10,132,208,.05)"],
+    [1.0, "rgba(10,132,208,.9)"],
+]  # fmt: skip
 #: Predictors whose names people write otherwise than code does.
 _WRITTEN = {"llapor": "LLaPor"}
 TEXT = "#6b7280"
@@ -73,7 +81,7 @@ CONFIG: dict[str, Any] = {
 
 
 #: Text on a colour of the figure's own, whose contrast plotly sees to.
-_ON_COLOUR = ".hoverlayer *, .heatmap-label *, .bartext-inside"
+_ON_COLOUR = ".hoverlayer *, .bartext-inside"
 
 
 def figures_css(scope: str, text: str) -> str:

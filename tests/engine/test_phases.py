@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 import prescope
 from prescope.errors import UnsupportedOption
@@ -118,6 +118,57 @@ def test_who_keeps_no_cache_decodes_all_the_same(engine, model):
     assert phases(run) == "pddd"
     assert positions(run) == [i for length in range(9, 13) for i in range(length)]
     assert run.metrics.tpot_ms > 0 and run.metrics.ttft_ms < 1e3 * run.metrics.end_to_end_s
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
+def test_the_same_in_a_recording_of_who_keeps_no_cache(engine, model, how):
+    """Nobody told it of a run: that a text goes on is seen from the text. Beams go on with each other's."""
+    ids = prompt(batch=2).clamp(min=1)
+    with engine.record() as results:
+        for _ in range(2):
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=4,
+                do_sample=False,
+                use_cache=False,
+                **how,
+            )
+    run = results[0]
+    assert phases(run) == "pdddpddd"
+    assert positions(run) == 2 * [i for length in range(9, 13) for i in range(length)]
+    assert run.metrics.ttft_ms < 1e3 * run.metrics.end_to_end_s
+
+
+@torch.no_grad()
+def test_a_text_of_its_own_is_a_prompt_however_long(engine, model):
+    """One token longer than the text before, but another text; or the same again; or of a batch only one goes on."""
+    ids = prompt(length=5)
+    longer = torch.cat([ids, ids[:, :1]], dim=1)
+    mixed = torch.cat([longer, prompt(length=6, seed=2)])
+    with engine.record() as results:
+        for given in (ids, prompt(length=6, seed=2), ids, ids, longer, longer, mixed[:, :5].flip(1), mixed):
+            model(given, use_cache=False)
+    assert phases(results[0]) == "ppppdppp"
+
+
+def test_a_recording_says_that_continuous_batching_is_not_in_it(engine, model):
+    """It runs in a thread of its own, and a forward does not say which token is of which request."""
+    settings = {
+        "generation_config": GenerationConfig(
+            max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0
+        ),
+        # By default the memory that is free is its cache, which takes a minute to clear.
+        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64),
+    }
+    ids = prompt(batch=2).tolist()
+    with engine.record() as results:
+        attached = model.generate_batch(ids, **settings)
+    plain = tiny_moe(pad_token_id=0).generate_batch(ids, **settings)
+    texts = [[one.generated_tokens for one in outputs.values()] for outputs in (attached, plain)]
+    assert texts[0] == texts[1]
+    (note,) = [note for note in results[0].notes if "forward passes" in note]
+    assert "4 forward passes of generate_batch are not in it" in note and "engine.generate" in note
 
 
 @pytest.mark.parametrize("full", [True, False])

@@ -106,7 +106,9 @@ def test_no_step_waits_for_a_predictor_that_never_answers(model, early, gpu):
 
 @ASIDE
 @pytest.mark.slow
-def test_a_slow_predictor_is_asked_less_often_and_not_waited_for(model, early, gpu):
+def test_a_slow_predictor_is_asked_less_often_and_not_waited_for(model, early, gpu, monkeypatch):
+    # The first step runs layer by layer, where it would be given up on a quick machine: another law.
+    monkeypatch.setattr("prescope.engine.predicting.SLOW_US", 1e9)
     ids = prompt(length=5)
     expected = plain_tokens(model, ids, new=NEW)  # not of the attached model: each of its layers would wait
     predictor = OnHost(early, before=sleeps)

@@ -3,10 +3,16 @@
 import gc
 import itertools
 import json
+import shutil
+import socket
 import time
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prescope
@@ -76,19 +82,97 @@ def test_a_folder_that_is_not_there_is_named(name):
         prescope.load(name, **SETTINGS)
 
 
-def test_before_the_hub_is_asked_for_what_looks_like_a_folder_the_one_meant_is_named(tmp_path, monkeypatch):
-    """Without a network that takes half a minute, and says nothing until then."""
+@pytest.fixture
+def lookups(monkeypatch):
+    """Hosts that were looked up, with a network that finds none; not offline by setting."""
+    asked = []
+
+    def nothing_found(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", nothing_found)
+    return asked
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        (
+            "data/tiny-mo",
+            r"no folder data/tiny-mo \(did you mean data/tiny-moe\?\).*config\.json.*hf download",
+        ),
+        ("data/another", r"no folder data/another; .*config\.json"),
+        (Path("owner/name"), r"no folder owner/name; .*config\.json"),
+        ("~/nowhere-at-all", r"no folder .*nowhere-at-all; .*config\.json"),
+        ("owner--x/name", "neither a folder nor a hub id"),
+    ],
+)
+def test_what_looks_like_a_folder_is_refused_and_no_hub_is_asked(name, said, tmp_path, monkeypatch, lookups):
+    """The hub library would ask for half a minute."""
     (tmp_path / "data" / "tiny-moe").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadModelFolder, match=said):
+        prescope.load(name, **SETTINGS)
+    assert not lookups
 
-    def refuse(name, **keywords):
-        raise OSError("no network")
 
-    monkeypatch.setattr("prescope.hf.configuration.AutoConfig.from_pretrained", refuse)
-    with pytest.warns(UserWarning, match="did you mean data/tiny-moe"), pytest.raises(BadModelFolder):
-        prescope.load("data/tiny-mo")
-    with pytest.warns(UserWarning, match="hub is asked for it$"), pytest.raises(BadModelFolder):
-        prescope.load("data/another")
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, lookups):
+    with pytest.raises(
+        BadModelFolder, match=r"owner/name.*cache.*cannot be asked \(.*hf download owner/name"
+    ):
+        prescope.load("owner/name", cache_dir=tmp_path, **SETTINGS)
+    assert 1 <= len(lookups) <= 2, (
+        "the library asks for something of its own once a process; a retry asks six times"
+    )
+
+
+@pytest.mark.parametrize("setting", ["HF_HUB_OFFLINE", "local_files_only"])
+def test_a_hub_that_must_not_be_asked_is_not(setting, tmp_path, lookups, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", setting == "HF_HUB_OFFLINE")
+    with pytest.raises(BadModelFolder, match=r"cache does not have it.*HF_HUB_OFFLINE"):
+        prescope.load(
+            "owner/name", cache_dir=tmp_path, local_files_only=setting == "local_files_only", **SETTINGS
+        )
+    assert not lookups
+
+
+def test_what_was_fetched_before_is_read_without_a_network(folder, tmp_path, lookups, monkeypatch):
+    """Also beside a folder of the owner's name. Each file that the cache lacks would cost half a minute."""
+    cached = tmp_path / "hub" / "models--owner--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(folder, cached / "snapshots" / ("a" * 40))
+    (tmp_path / "owner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="owner/name is read from its cache"),
+        prescope.load("owner/name", cache_dir=tmp_path / "hub", **SETTINGS) as engine,
+    ):
+        assert engine.name == "owner/name"
+    assert 1 <= len(lookups) <= 2, (
+        "the library asks for something of its own once a process; a retry asks six times"
+    )
+
+
+def test_a_hub_that_answers_is_believed(tmp_path, monkeypatch):
+    """A model that it does not have, or that needs a token, is said by transformers, which knows why."""
+    asked = []
+
+    def refuse(url, **_):
+        asked.append(url)
+        raise RepositoryNotFoundError("no such model", response=Mock())
+
+    def said_by_transformers(*_, **__):
+        raise OSError("not a valid model identifier")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("prescope.hf.place.get_hf_file_metadata", refuse)
+    monkeypatch.setattr("prescope.hf.configuration.AutoConfig.from_pretrained", said_by_transformers)
+    with pytest.raises(BadModelFolder, match="not a valid model identifier"):
+        prescope.load("owner/name", cache_dir=tmp_path, revision="v1", subfolder="deep", **SETTINGS)
+    assert asked[0].endswith("/owner/name/resolve/v1/deep/config.json")
 
 
 def test_a_truncated_shard_is_named(folder):

@@ -1,5 +1,6 @@
 """Online tuning: it notices when predictions get worse, learns, and can be undone."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 import prescope
 from prescope.engine import predicting
+from prescope.engine.graph import beside
 from prescope.errors import TraceMismatch, UnsupportedOption
 from prescope.predictor import LlaporConfig, OnlineConfig, OnlineTuner
 from prescope.scheduler.costs import LayerCosts
@@ -129,3 +131,22 @@ def test_in_an_engine_it_learns_from_the_steps_that_run(recorded, monkeypatch):
     assert not any("without predictions" in note for note in run.notes)
     assert tuner._seen == 2 * 12
     assert tuner.cycles > 0 and tuner.predictor is not predictor
+
+
+@pytest.mark.filterwarnings("ignore:.* cannot be part of the graph:UserWarning")
+@pytest.mark.parametrize("decode", ["auto", "layered"])
+def test_a_run_says_that_beside_a_graph_it_does_not_learn(recorded, gpu, monkeypatch, decode):
+    """Only the newest of the layers that wait is asked about there, and never the last one."""
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    predictor, _, _ = recorded
+    monkeypatch.setattr(predicting, "SLOW_US", 1e9)
+    monkeypatch.setattr(beside, "MOST_KEPT_SHARE", 2.0)
+    tuner = OnlineTuner(predictor.to(gpu["device"]))
+    costs = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=200.0, source="made up for a test")
+    given = {"schedule": "presched", "slots": 9, "cpu_threads": 0, "costs": costs, "decode": decode, **gpu}
+    with prescope.attach(tiny_moe(), predictor=tuner, **given) as engine:
+        run = engine.generate(prompt(), max_new_tokens=4)
+    said = [re.search(r"learned nothing from (\d) steps.*decode='layered'", note) for note in run.notes]
+    not_learned = [int(found[1]) for found in said if found]
+    assert len(not_learned) == (decode == "auto"), run.notes
+    assert tuner._seen == 3 - sum(not_learned)

@@ -1,6 +1,10 @@
+import re
+from pathlib import Path
+
 import pytest
 
-from prescope.views.theme import COLORS, LINE, TEXT, titled
+import prescope.views
+from prescope.views.theme import AMOUNT_SCALE, COLORS, GAIN_SCALE, LINE, TEXT, figures_css, titled
 from tests.support.colors import closest, contrast, difference
 
 #: Meanings that lie beside one another in one row, stack or bar of a figure.
@@ -44,6 +48,43 @@ def test_what_is_nothing_stands_back(ground):
     """Light grey was the brightest of all on a dark page."""
     seen = contrast(on(ground, COLORS["nothing"]), ground)
     assert 1.15 <= seen <= 2, seen
+
+
+#: Grounds of pages, with the text that they have: white, a browser's dark, Lab's dark.
+PAGES = {"#ffffff": "#212121", "#121212": "#ffffff", "#111111": "#ffffff", "#212121": "#ffffff"}
+
+
+@pytest.mark.parametrize("ground", PAGES)
+@pytest.mark.parametrize(
+    "scale", [AMOUNT_SCALE, GAIN_SCALE[2:], GAIN_SCALE[1::-1]], ids=["amount", "better", "worse"]
+)
+def test_much_stands_out_and_little_does_not_on_every_page(scale, ground):
+    """What was little was the brightest of all on a dark page. Numbers in the cells have the page's text colour."""
+    little, much = (on(ground, colour) for _, colour in scale)
+    assert 1.02 <= contrast(little, ground) <= 1.25
+    assert contrast(much, ground) >= 3
+    assert min(contrast(PAGES[ground], cell) for cell in (little, much)) >= 4.5
+
+
+@pytest.mark.parametrize("ground", PAGES)
+def test_better_and_worse_are_told_apart_by_all_eyes(ground):
+    apart, *which = closest([on(ground, GAIN_SCALE[0][1]), on(ground, GAIN_SCALE[-1][1])])
+    assert apart >= 20, which
+
+
+def test_numbers_in_cells_have_the_pages_text_colour():
+    assert "heatmap" not in figures_css(".page", "red"), "plotly's own goes by a white page"
+
+
+def test_every_heat_map_has_one_of_the_two_scales():
+    views = Path(prescope.views.__file__).parent
+    maps = {path.name: path.read_text("utf-8") for path in views.glob("*.py")}
+    maps = {
+        name: text for name, text in maps.items() if re.search("heatmap", text, re.I) and name != "theme.py"
+    }
+    assert len(maps) >= 3
+    for name, text in maps.items():
+        assert "AMOUNT_SCALE" in text and "colorscale=[" not in text, name
 
 
 def test_text_reads_on_white():

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ...core.bell import Bell
 from ...core.types import IntArray
+from ...predictor import LearnsWhereAsked
 from ...predictor.checked import ask, check_values
 from ..predicting import Predicting, of_step
 from . import host_state as at
@@ -110,6 +111,12 @@ class Listening:
         if self._is_over:
             kept_ms = self._kept_us / 1e3 / self._num_steps
             self._predicting.stop(f"{self._predictor.name} kept Python to itself for {kept_ms:.1f} ms a step")
+        elif self._num_steps and isinstance(self._predictor, LearnsWhereAsked):
+            self._predicting.note(
+                f"{self._predictor.name} learned nothing from {self._num_steps} steps: they ran from a graph, beside "
+                f"which the newest layer alone is asked about, and it learns where it is asked about every layer; for "
+                f"that attach with decode='layered'"
+            )
         self._is_over = True
         self.bell.ring()
         if self._failure is not None:
