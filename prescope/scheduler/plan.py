@@ -130,7 +130,7 @@ def make_plan(now: Situation) -> Plan:
 
 @jit
 def make_prefetches(now: Situation) -> Prefetches:
-    """Decide what the link copies ahead, now that a layer is served; `now.num_load` of its misses are copied."""
+    """Decide what the link copies ahead, now that a layer is served; `num_load` of its misses are copied."""
     settings, slots, moe_layer = now.settings, now.slots, now.moe_layer
     tokens_dE, used_dE, schedule = now.tokens_dE, now.used_dE, settings.schedule
     nothing, keep = np.empty(0, np.int64), keys_to_keep(now)
@@ -181,7 +181,7 @@ class Window(NamedTuple):
 
 @jit
 def _window(now: Situation) -> Window:
-    """The window's optimum; with `now.num_load`, if that is decided."""
+    """The window's optimum; with `num_load`, if that is decided."""
     settings, costs, need, slots = now.settings, now.costs, now.need, now.slots
     moe_layer, tokens_dE, used_dE = now.moe_layer, now.tokens_dE, now.used_dE
     first = (moe_layer + 1) * used_dE.shape[1]
