@@ -62,10 +62,8 @@ def static_cache(model: PreTrainedModel, length: int, batch: int) -> StaticCache
         cache = StaticCache(config=model.config, max_cache_len=rounded)
     except KeyError as error:
         raise UnsupportedOption(f"transformers has no static cache for layers of {error}") from error
-    window, sliding = (
-        sliding_window(model),
-        [one for one in cache.layers if type(one) is StaticSlidingWindowLayer],
-    )
+    window = sliding_window(model)
+    sliding = [one for one in cache.layers if type(one) is StaticSlidingWindowLayer]
     # The one mask of these layers is known to slide only where all have the window of the configuration. Chunks come in
     # transformers' sliding layers too; their mask begins anew with each.
     if window and all(layer.max_cache_len == min(window, rounded) for layer in sliding):

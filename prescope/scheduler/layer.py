@@ -114,8 +114,7 @@ def prefetch_layer(
     settings: ScheduleSettings,
     costs: Costs,
     moe_layer: int,
-    need: SortedNeed,
-    num_load: int,
+    decision: Decision,
     backlog_us: float,
     slots: Slots,
     memory: Memory,
@@ -126,7 +125,7 @@ def prefetch_layer(
     """Decide what the link copies ahead, now that a layer's own copies have their slots.
 
     Args:
-        need, num_load, backlog_us: as it was decided.
+        decision, backlog_us: as it was decided.
         tokens_dE, used_dE: predictions, changed. `is_own`: made at this layer and not looked at before; if not, as
             `decide_layer` left them.
     """
@@ -134,11 +133,11 @@ def prefetch_layer(
     if is_own:
         lag = 0
         take_down(memory, moe_layer, 0, tokens_dE, used_dE)
-    return make_prefetches(
-        _situation(
-            settings, costs, moe_layer, need, num_load, backlog_us, slots, memory, tokens_dE, used_dE, lag
-        )
-    )
+    now = _situation(
+        settings, costs, moe_layer, decision.need, decision.num_load, backlog_us, slots, memory, tokens_dE, used_dE,
+        lag,
+    )  # fmt: skip
+    return make_prefetches(now)
 
 
 @jit

@@ -149,8 +149,7 @@ class Planner:
             tokens_dE, used_dE = (np.array(part, dtype=np.float64) for part in own)
             is_own = True
         return prefetch_layer(
-            self.settings, self.costs, moe_layer, decision.need, decision.num_load, backlog_us, table.arrays, memory,
-            tokens_dE, used_dE, is_own,
+            self.settings, self.costs, moe_layer, decision, backlog_us, table.arrays, memory, tokens_dE, used_dE, is_own
         )  # fmt: skip
 
     def calibrated_cpu(self) -> tuple[float, FloatArray]:

@@ -192,7 +192,7 @@ def replay(
                 _read(expected_dSLE, used_dSLE, s, layer, tokens_dE, used_dE)
                 wanted_us = max(decided, foreseen)
             ahead = prefetch_layer(
-                settings, believed, layer, need, k, backlog, slots, state.memory, tokens_dE, used_dE, is_own
+                settings, believed, layer, decision, backlog, slots, state.memory, tokens_dE, used_dE, is_own
             )
             want(state.waiting, ahead.keys, ahead.keep)
             if is_layered:

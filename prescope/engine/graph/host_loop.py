@@ -99,8 +99,7 @@ def want_ahead(
 ) -> None:
     """Let what is worth it wait for the link, instead of whatever did; see `prefetch_layer`."""
     ahead = prefetch_layer(
-        planner.settings, planner.costs, layer, decision.need, decision.num_load, backlog_us, slots, planner.memory,
-        tokens_dE, used_dE, is_own,
+        planner.settings, planner.costs, layer, decision, backlog_us, slots, planner.memory, tokens_dE, used_dE, is_own
     )  # fmt: skip
     want(state.waiting, ahead.keys, ahead.keep)
 
