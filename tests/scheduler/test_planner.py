@@ -107,7 +107,8 @@ def test_an_engine_that_serves_layer_by_layer_decides_as_a_captured_step_does(sc
         if is_own:
             tokens_dE, used_dE = (part.copy() for part in predicted)
         direct = prefetch_layer(
-            whole.settings, whole.costs, layer, decision, 0.0, tables[0].arrays, whole.memory, tokens_dE, used_dE, is_own
+            whole.settings, whole.costs, layer, decision, 0.0, tables[0].arrays, whole.memory, tokens_dE, used_dE,
+            is_own,
         )  # fmt: skip
         assert ahead.keys.tolist() == direct.keys.tolist() and ahead.keep.tolist() == direct.keep.tolist()
         num_ahead += len(ahead.keys)
