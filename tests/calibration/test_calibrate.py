@@ -125,8 +125,13 @@ def test_an_emulated_link_is_never_faster_than_it_says_and_the_profile_says_emul
 def test_an_engine_is_measured_in_its_own_layers():
     with prescope.attach(tiny_moe(), slots=0.25, device="cpu", link_gb_per_s=0.5) as engine:
         engine.name = "tiny"
-        profile = prescope.calibrate(engine, seconds=0.1, save=False, on_progress=ignore, cpu="torch")
-        costs = profile.costs(engine.shape, width=32, expert_width=24, batch=1)
+        for _ in range(
+            5
+        ):  # what an expert adds is a few microseconds: beside other programs a tenth of a second hides it
+            profile = prescope.calibrate(engine, seconds=0.1, save=False, on_progress=ignore, cpu="torch")
+            costs = profile.costs(engine.shape, width=32, expert_width=24, batch=1)
+            if costs.gpu_us > 0:
+                break
     assert costs.rest_us > 0 and costs.gpu_us > 0 and len(costs.cpu_us) > 1
     assert profile.link_gb_per_s == 0.5
     assert costs.link_us >= engine.shape.row_bytes / 0.5e3
