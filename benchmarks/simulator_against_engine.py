@@ -1,12 +1,17 @@
 """The engine against the simulator, at settings drawn by a seed: hits, late ones, tokens/s inside the stated interval.
 
     python benchmarks/simulator_against_engine.py --settings 48 --json out.json --md ...      # the GPU, else emulated
+    python benchmarks/simulator_against_engine.py --model qwen3-30b-a3b-cut16 ...             # a shape, random weights
     python benchmarks/simulator_against_engine.py --clock virtual                             # rules alone, no times
 
-Of each batch four runs are known to the simulator: two on demand and two whose schedule decides without predictions.
+Of each batch four runs are known to the simulator: two on demand and two whose schedule decides without predictions;
+a fifth, which no time is taken of, records what the routers read.
 They say what a layer takes, a calibration says it of the CPU's experts. All settings that are drawn are held out. The
 engine runs each from cold slots, by the same costs that the simulator believes. Predictors: those that need no
 training, one that is right as often as --recall says (forced upon the engine), and with --train a LLaPor.
+
+Runs are routed as the recorded one was: with other slots sums are rounded in another order, and a text that goes on
+otherwise says nothing of the simulator.
 
 On a virtual clock the engine computes for real and link, layers and experts take stated times: what differs there is a
 rule, what differs on another clock alone is a time. With --clock processor only the link's time is stated (emulated),
@@ -18,6 +23,7 @@ so, and its tokens/s say little.
 import argparse
 import json
 import os
+import pickle
 import statistics
 import sys
 import time
@@ -30,14 +36,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _models import FAMILIES, open_model
 
 import prescope
 from prescope.cache.policies import POLICIES
 from prescope.core.machine import machine_facts
 from prescope.engine.engine import Engine
+from prescope.engine.graph.prediction_time import prediction_us
 from prescope.engine.predicting import Predicting
 from prescope.predictor import EarlyRouter, Frequency, Predictor, Transition
-from prescope.predictor.base import measure_us
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import (
@@ -70,14 +77,20 @@ STATED = LayerCosts(
 )
 #: From this share on, the time that others take of a core is said.
 BUSY = 0.1
+#: Prompts drawn for a model without a tokenizer, besides those that predictors are made from.
+DRAWN_PROMPTS = 72
 #: Points by which hits may differ.
 CLOSE = 1.0
+
+
+#: Texts, or lists of token ids of a model that has no tokenizer.
+Prompts = list[str] | list[list[int]]
 
 
 class Case(NamedTuple):
     """One batch: its prompts, its recorded trace under any setting, and the length of its runs."""
 
-    prompts: list[str]
+    prompts: Prompts
     scenarios: Scenarios
     run: RunResult
     new: int
@@ -126,11 +139,33 @@ def opened(args: argparse.Namespace) -> Iterator[Engine]:
     where = {"device": args.device} if is_real else {"device": "null", "decode": "layered"}
     if args.clock == "processor":
         torch.set_num_threads(1)  # all of it is in one thread's time
-    with clock, prescope.load(args.model, slots=0.5, record_inputs=True, **where) as engine:
-        yield engine
+    kept = {"slots": 0.5, "record_routing": True, **where}
+    with clock:
+        if not is_shape(args.model):
+            with prescope.load(args.model, **kept) as engine:
+                yield engine
+            return
+        on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        bench = open_model(args.model, on, torch.bfloat16)
+        with prescope.attach(bench.model, **kept) as engine:
+            yield engine
 
 
-def predictors_of(engine: Engine, texts: list[str], *, trained: bool) -> list[Predictor]:
+def is_shape(model: str | None) -> bool:
+    """Whether a name is that of a published shape, which random weights are drawn for."""
+    return model is not None and model.partition("~")[0].partition("-cut")[0] in FAMILIES
+
+
+def prompts_of(engine: Engine, args: argparse.Namespace) -> Prompts:
+    """What the settings run and predictors are made from: the project's own texts, or tokens drawn by the seed."""
+    if engine.tokenizer is not None:
+        return [text[: args.prompt] for several in own_prompts().values() for text in several]
+    rng = np.random.default_rng([args.seed, 1])
+    words = engine.model.config.get_text_config().vocab_size
+    return rng.integers(1, words, (args.fitted + DRAWN_PROMPTS, args.prompt // 4)).tolist()
+
+
+def predictors_of(engine: Engine, texts: Prompts, *, trained: bool) -> list[Predictor]:
     """Made from prompts that the settings do not run."""
     trace = record_trace(engine, texts, max_tokens=64)
     made: list[Predictor] = [
@@ -141,7 +176,7 @@ def predictors_of(engine: Engine, texts: list[str], *, trained: bool) -> list[Pr
     return [prescope.train_predictor(engine, texts).predictor, *made] if trained else made
 
 
-def generate(engine: Engine, prompts: list[str], new: int, **settings: Any) -> RunResult:
+def generate(engine: Engine, prompts: Prompts, new: int, **settings: Any) -> RunResult:
     """One run from cold slots, behind one that warms up."""
     engine.configure(**settings)
     engine.generate(prompts, max_new_tokens=new if engine.runner.device.captures_steps else 2)
@@ -149,20 +184,32 @@ def generate(engine: Engine, prompts: list[str], new: int, **settings: Any) -> R
     return engine.generate(prompts, max_new_tokens=new, min_new_tokens=new)
 
 
-def case_of(
-    engine: Engine, prompts: list[str], predictors: list[Predictor], args: argparse.Namespace
-) -> Case:
+def record_run(engine: Engine, prompts: Prompts, new: int) -> RunResult:
+    """One run with what its routers read, which takes a host step longer than without."""
+    former = engine.config
+    engine.config = replace(former, record_inputs=True)
+    try:
+        return engine.generate(prompts, max_new_tokens=new, min_new_tokens=new)
+    finally:
+        engine.config = former
+
+
+def case_of(engine: Engine, prompts: Prompts, predictors: list[Predictor], args: argparse.Namespace) -> Case:
     """Record a batch, and what its layers take."""
     new = args.new if len(prompts) <= 8 else max(8, args.new // 2)
     plain = {"cache": "auto", "predictor": "none", "lookahead": None, "threshold": None, "width": None}
     engine.force_routing(None)
-    alone = generate(engine, prompts, new, schedule="on-demand", slots=0.5, **plain)
-    assert alone.trace is not None
-    hot = alone.trace.expert_counts()
+    on_demand = {"schedule": "on-demand", "slots": 0.5, **plain}
+    engine.configure(**on_demand)
+    recorded = record_run(engine, prompts, new)
+    assert recorded.trace is not None
+    hot = recorded.trace.expert_counts()
+    engine.force_routing(recorded.trace)
+    alone = generate(engine, prompts, new, **on_demand)
     engine.configure(frequencies=hot)
     if args.clock == "virtual":
         machine = Machine(HERE, stated(args), engine.shape.row_bytes, 0.0, 0, is_here=True)
-        return Case(prompts, Scenarios(alone.trace, [machine], predictors, frequencies=hot), alone, new)
+        return Case(prompts, Scenarios(recorded.trace, [machine], predictors, frequencies=hot), recorded, new)
     here = engine.shape, engine.expert_size, args.profile
     planned = {
         "schedule": "hybrimoe", "slots": 0.5, "cpu_threads": 0,
@@ -170,7 +217,7 @@ def case_of(
     }  # fmt: skip
     decided = generate(engine, prompts, new, **planned)
     # Once more of each: how far the machine drifts meanwhile is part of the interval.
-    others = [generate(engine, prompts, new, schedule="on-demand", slots=0.5, **plain)]
+    others = [generate(engine, prompts, new, **on_demand)]
     others.append(generate(engine, prompts, new, **planned))
     machine = machine_of_run(alone, *here, others)
     ahead = machine_of_run(decided, *here, others)
@@ -188,11 +235,17 @@ def case_of(
             **plain,
         )
         ahead = ahead._replace(costs=with_cpu(ahead.costs, engine.runner.device.jobs, len(prompts)))
-    spent = {one.name: predict_us(one, alone, engine, args) for one in predictors}
+    spent = {one.name: predict_us(one, recorded, engine, args) for one in predictors}
     spent[NOISY] = spent["frequency"]
-    return Case(
-        prompts, Scenarios(alone.trace, [machine], predictors, predict_us=spent, frequencies=hot), alone, new
-    )
+    scenarios = Scenarios(recorded.trace, [machine], predictors, predict_us=spent, frequencies=hot)
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+        small = replace(recorded, trace=replace(recorded.trace, inputs=None))
+        for name, run in {"recorded": small, "alone": alone, "decided": decided}.items():
+            run.save(args.keep / f"batch{len(prompts)}_{name}.run")
+        facts = {"machine": machine, "predict_us": spent, "expert": engine.expert_size, "shape": engine.shape}
+        (args.keep / f"batch{len(prompts)}.pkl").write_bytes(pickle.dumps(facts))
+    return Case(prompts, scenarios, recorded, new)
 
 
 def with_cpu(costs: LayerCosts, jobs: list[tuple[list[int], float]], batch: int) -> LayerCosts:
@@ -214,9 +267,10 @@ def with_cpu(costs: LayerCosts, jobs: list[tuple[list[int], float]], batch: int)
 def predict_us(one: Predictor, run: RunResult, engine: Engine, args: argparse.Namespace) -> float:
     """What a prediction takes in a layer's way."""
     assert run.trace is not None and run.trace.inputs is not None
-    batch, device = run.metrics.batch, engine.model.device
+    batch, device = run.metrics.batch, engine.runner.device.torch_device
     if args.clock == "real":
-        return measure_us(one, run.trace.inputs.shape[2], tokens=batch, device=str(device))
+        width, is_captured = run.trace.inputs.shape[2], engine.runner.device.captures_steps
+        return prediction_us(one, engine.runner.device, batch, width, is_captured)
     asked = Predicting(one.to(device), LOOKAHEAD)
     rows = [
         torch.from_numpy(part[-batch:, 0])
@@ -245,21 +299,16 @@ def measure(engine: Engine, case: Case, setting: dict[str, Any], args: argparse.
     scenario = scenario_of(setting, engine, args.recall)
     scenarios, is_forced = case.scenarios, setting["predictor"] == NOISY
     stand_in = replace(scenario, predictor="frequency") if is_forced else scenario
-    engine.force_routing(None)
     told = scenarios.engine_settings(stand_in)
     engine.configure(**told)
     trace = case.run.trace
-    if is_forced:
-        engine.force_routing(trace, scenarios.simulator(scenario).predicted.forced())
+    engine.force_routing(trace, scenarios.simulator(scenario).predicted.forced() if is_forced else None)
     busy = taken_by_others()
     runs = [generate(engine, case.prompts, case.new) for _ in range(args.runs)]
     busy = max(busy, taken_by_others())
-    engine.force_routing(None)
     result = scenarios.run(scenario)
-    assert trace is not None and runs[0].trace is not None
-    same = float((runs[0].trace.expert_ids == trace.expert_ids).mean())
     own = 100 * by_own_times(engine, case, scenario, runs[0]).counts.hit_rate
-    return setting | row_of(runs, result) | {"same_routing": same, "busy": busy, "own_times_hits": own}
+    return setting | row_of(runs, result) | {"busy": busy, "own_times_hits": own}
 
 
 def by_own_times(engine: Engine, case: Case, scenario: Scenario, run: RunResult) -> SimResult:
@@ -383,11 +432,6 @@ def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
                 f"**The machine was busy**: others took {100 * busy:.0f} % of a core's time (median), load {load:.1f} "
                 f"on {os.cpu_count()} cores; tokens/s, and hits of what is prefetched, say little."
             )
-    different = [row for row in rows if row["same_routing"] < 1.0]
-    if different:
-        lines.append(
-            f"{len(different)} runs had another routing than the one recorded (rounding in another order)."
-        )
     return lines
 
 
@@ -396,10 +440,10 @@ def main() -> None:
     args = arguments()
     rng = np.random.default_rng(args.seed)
     started, rows = time.perf_counter(), []
-    texts = [text for several in own_prompts().values() for text in several]
-    order = rng.permutation(len(texts)).tolist()
-    kept, used = [texts[i] for i in order[: args.fitted]], [texts[i] for i in order[args.fitted :]]
     with opened(args) as engine:
+        texts = prompts_of(engine, args)
+        order = rng.permutation(len(texts)).tolist()
+        kept, used = [texts[i] for i in order[: args.fitted]], [texts[i] for i in order[args.fitted :]]
         if args.clock == "real":
             args.profile = args.profile or prescope.calibrate(engine, seconds=args.calibrate, save=False)
         label = engine.hardware()["label"]
@@ -414,7 +458,7 @@ def main() -> None:
                 break
             if case is None or len(case.prompts) != setting["batch"]:
                 chosen = rng.choice(len(used), setting["batch"], replace=setting["batch"] > len(used))
-                case = case_of(engine, [used[i][: args.prompt] for i in chosen], predictors, args)
+                case = case_of(engine, [used[i] for i in chosen], predictors, args)
             rows.append(measure(engine, case, setting, args))
             print(line(rows[-1]), flush=True)
     said = summary(rows, args)
@@ -457,7 +501,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--new", type=int, default=24, help="tokens of each prompt; half of them above batch 8"
     )
-    parser.add_argument("--prompt", type=int, default=200, help="characters of each prompt, at most")
+    parser.add_argument(
+        "--prompt",
+        type=int,
+        default=200,
+        help="characters of each prompt, at most; of a shape 4 a token",
+    )
     parser.add_argument("--fitted", type=int, default=24, help="prompts that predictors are made from")
     parser.add_argument(
         "--recall", type=float, default=0.8, help="of the predictor that is forced upon the engine"
@@ -469,6 +518,9 @@ def arguments() -> argparse.Namespace:
         "--profile", type=prescope.HardwareProfile.load, help="of this machine, instead of calibrating"
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no setting after so long")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for the runs that the simulator knows, of each batch"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--md", type=Path)
     return parser.parse_args()
