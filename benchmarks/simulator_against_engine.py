@@ -4,8 +4,8 @@
     python benchmarks/simulator_against_engine.py --model qwen3-30b-a3b-cut16 ...             # a shape, random weights
     python benchmarks/simulator_against_engine.py --clock virtual                             # rules alone, no times
 
-Of each batch four runs are known to the simulator: two on demand and two whose schedule decides without predictions;
-a fifth, which no time is taken of, records what the routers read.
+Of each batch five runs are known to the simulator: two on demand, two whose schedule decides without predictions, and
+one of these with the CPU lane; a sixth, which no time is taken of, records what the routers read.
 They say what a layer takes, a calibration says it of the CPU's experts. All settings that are drawn are held out. The
 engine runs each from cold slots, by the same costs that the simulator believes. Predictors: those that need no
 training, one that is right as often as --recall says (forced upon the engine), and with --train a LLaPor.
@@ -219,6 +219,9 @@ def case_of(engine: Engine, prompts: Prompts, predictors: list[Predictor], args:
     # Once more of each: how far the machine drifts meanwhile is part of the interval.
     others = [generate(engine, prompts, new, **on_demand)]
     others.append(generate(engine, prompts, new, **planned))
+    if args.clock == "real" and args.profile is not None:  # what the CPU's experts take beside copies
+        with_lane = {"cpu_threads": None, "costs": machine_of_run(alone, *here).costs_with(True)}
+        others.append(generate(engine, prompts, new, **planned | with_lane))
     machine = machine_of_run(alone, *here, others)
     ahead = machine_of_run(decided, *here, others)
     machine = ahead._replace(on_demand=machine.costs)
@@ -241,7 +244,12 @@ def case_of(engine: Engine, prompts: Prompts, predictors: list[Predictor], args:
     if args.keep:
         args.keep.mkdir(parents=True, exist_ok=True)
         small = replace(recorded, trace=replace(recorded.trace, inputs=None))
-        for name, run in {"recorded": small, "alone": alone, "decided": decided}.items():
+        for name, run in {
+            "recorded": small,
+            "alone": alone,
+            "decided": decided,
+            "beside": others[-1],
+        }.items():
             run.save(args.keep / f"batch{len(prompts)}_{name}.run")
         facts = {"machine": machine, "predict_us": spent, "expert": engine.expert_size, "shape": engine.shape}
         (args.keep / f"batch{len(prompts)}.pkl").write_bytes(pickle.dumps(facts))
@@ -349,6 +357,8 @@ def row_of(runs: list[RunResult], result: SimResult) -> dict[str, Any]:
         "cache": result.config["cache"],
         "hits": 100 * decode.hit_rate,
         "simulated_hits": 100 * result.counts.hit_rate,
+        "on_cpu": decode.on_cpu,
+        "simulated_on_cpu": result.counts.on_cpu,
         "late": 100 * decode.late / decode.needed,
         "simulated_late": 100 * result.counts.late / result.counts.needed,
         "tokens_per_s": rate,

@@ -250,11 +250,17 @@ class Frequency(Baseline):
         chance = self.shape.top_k / self.shape.num_experts
         counts_LE = used_mask(trace.expert_ids, self.shape.num_experts).sum(axis=0)
         self.rate_LE = ((counts_LE + PRIOR_TOKENS * chance) / (len(trace) + PRIOR_TOKENS)).astype(np.float32)
+        self._live_LE = torch.from_numpy(self.rate_LE)
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy with the rates on a device."""
+        moved = copy(self)
+        moved._live_LE = self._live_LE.to(device)
+        return moved
 
     def _scorer(self, at: LayerInput) -> Scorer:
         """The rates of the coming layers, whatever the state."""
-        rate_LE = torch.from_numpy(self.rate_LE).to(at.x_TD.device)
-        return lambda ahead, target: rate_LE[target].expand(len(at.x_TD), -1)
+        return lambda ahead, target: self._live_LE[target].to(at.x_TD.device).expand(len(at.x_TD), -1)
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`; a read-only view."""
@@ -346,6 +352,12 @@ class Transition(Baseline):
             rate = rate_LE[ahead:, None, :]
             given = (together + PRIOR_TOKENS * rate) / (used_LRE[:-ahead].sum(1)[:, :, None] + PRIOR_TOKENS)
             self._evidence_DLEE[ahead - 1, : L - ahead] = torch.from_numpy(logit(given) - logit(rate)).float()
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy with the counts on a device: 4 bytes for each lookahead, layer and pair of experts."""
+        moved = copy(self)
+        moved._prior_LE, moved._evidence_DLEE = self._prior_LE.to(device), self._evidence_DLEE.to(device)
+        return moved
 
     def _scores(self, moe_layer: int, ahead: int, used_TE: torch.Tensor) -> torch.Tensor:
         evidence_EE = self._evidence_DLEE[ahead - 1, moe_layer].to(used_TE.device)

@@ -161,7 +161,7 @@ def costs_of_run(run: RunResult) -> LayerCosts:
         gpu_us=float(experts.median()) if len(experts) else 0.0,
         rest_us=float(rest.median()) / num_layers,
         spread=Spread(
-            link=_spread(copies), gpu=_spread(experts.groupby("step").median()), rest=_spread(rest)
+            link=spread_of(copies), gpu=spread_of(experts.groupby("step").median()), rest=spread_of(rest)
         ),
         source=f"medians of {run.metrics.decode.num_steps} decode steps, {run.label}",
     )
@@ -191,7 +191,7 @@ def _expert_us(run: RunResult) -> pd.Series:
     return each["dur_us"] / each["computed"]
 
 
-def _spread(times: pd.Series) -> float:
+def spread_of(times: pd.Series) -> float:
     """Half of the range in which nine of ten lie, by the median."""
     low, middle, high = times.quantile([0.05, 0.5, 0.95]) if len(times) else (0.0, 0.0, 0.0)
     return float((high - low) / 2 / middle) if middle > 0 else 0.0

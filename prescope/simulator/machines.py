@@ -11,6 +11,7 @@ from ..profile import SLOWER_LINKS, HardwareProfile
 from ..profile.files import shipped_files
 from ..scheduler.costs import LayerCosts, costs_of_run, has_times
 from ..traces.result import RunResult
+from .beside import beside_as_in
 
 HERE = "this machine"
 
@@ -62,12 +63,14 @@ def machine_of_run(
     Args:
         run: on demand, with events. `shape`, `expert`: of the engine that made it.
         profile: of this machine, for experts on the CPU; without one there is no CPU lane.
-        others: runs of this machine too; those like this one say how far it drifts from run to run.
+        others: runs of this machine too. Those like this one say how far it drifts from run to run, those of this batch
+            what their experts on the CPU took.
 
     Raises:
         BadTrace: the run holds no such times.
         ForeignProfile: the profile is of another machine.
     """
+    others = tuple(others)
     costs = costs_of_run(run).drifting(costs_of_run(one) for one in others if _is_alike(one, run))
     rest_us, decide_us, step_us = _of_steps(run, shape.num_layers)
     costs = replace(
@@ -98,6 +101,8 @@ def machine_of_run(
             spread=costs.spread._replace(cpu=known.spread.cpu),
             source=f"{costs.source}; CPU experts calibrated",
         )
+        merge_us = known.cpu_base_us - profile.base_us("cpu", expert)
+        costs = beside_as_in((one for one in (run, *others) if _is_here(one, run)), costs, merge_us)
     return Machine(
         HERE,
         costs,
@@ -129,11 +134,15 @@ def _is_alike(one: RunResult, run: RunResult) -> bool:
     return (
         one is not run
         and has_times(one)
-        and one.label == run.label
-        and one.metrics.batch == run.metrics.batch
+        and _is_here(one, run)
         and all(one.config[name] == run.config[name] for name in ("schedule", "compiled"))
         and one.config["reasons"]["decode"] == run.config["reasons"]["decode"]
     )
+
+
+def _is_here(one: RunResult, run: RunResult) -> bool:
+    """Whether two runs are of one machine and batch."""
+    return one.label == run.label and one.metrics.batch == run.metrics.batch
 
 
 def machine_of_profile(

@@ -7,10 +7,10 @@ The machine has one link, which makes one copy at a time and interrupts none, th
 looks at what has landed when a router's choice reaches it, or after its last decision, and has decided `decide_us`
 later. It then gives on-demand copies to the link at once, and prefetches only while it is not deciding and fewer than
 `most_in_flight` of them are under way. A layer whose experts are all in slots does not wait for the host. The slots of
-a layer are safe until the next router has chosen. A layer that misses many, or does not fit, is served in rounds, as
-the engine serves it (`rounds.walk`).
+a layer are safe until the next router has chosen. A layer that does not fit into the slots is served in
+rounds, as the engine serves it (`rounds.walk`).
 
-Where the host launches each layer (`is_layered`) it has no time to watch the link: it gives prefetches to it twice a
+Where the host launches each layer (`is_layered`) rounds serve a layer that misses many too, and it has no time to watch the link: it gives prefetches to it twice a
 layer, behind the copies of the layer's last round and when its experts are computed, when their slots are safe no more.
 """
 
@@ -184,7 +184,7 @@ def replay(
             ):
                 goes_on = routed
             computed, rounds, served = _serve(
-                layer, s, goes_on, k, need, E, costs, state, wire, decision.keep
+                layer, s, goes_on, k, need, E, is_layered, costs, state, wire, decision.keep
             )
             # -- what is prefetched: by what the layer itself predicts, when its own copies have their slots
             wanted_us, is_own = decided, settings.lag > 0 and d > 0 and layer + 1 < L
@@ -329,13 +329,14 @@ def _serve(
     num_load: int,
     need: SortedNeed,
     E: int,
+    is_layered: bool,
     costs: Costs,
     state: State,
     wire: Wire,
     keep: IntArray,
 ) -> tuple[float, int, float]:
     """Copy a layer's first `num_load` misses and compute them and what is here, in the order of `rounds.walk`: when the
-    GPU is done, the rounds, and when the host came to the last one.
+    GPU is done, the rounds, and when the host came to the last one. From a graph it is one round wherever all fit.
     """
     here, first = need.num_hits + need.num_late, layer * E
     slots, late_us = state.slots, decided
@@ -348,7 +349,7 @@ def _serve(
     if num_load == 0:
         return late_us + here * costs.gpu_us, 1, decided
     capacity = len(slots.key_of) - (wire.ends[1] - wire.ends[0] - need.num_late)  # of those on the link
-    is_one = num_load <= ROUND_EXPERTS and here + num_load <= capacity
+    is_one = (num_load <= ROUND_EXPERTS or not is_layered) and here + num_load <= capacity
     chunk = num_load if is_one else max(1, min(ROUND_EXPERTS, capacity // 2))
     # Of the misses the first `end` have slots; what is here is a round of its own, unless there is one only.
     keys = first + experts[: here + num_load]

@@ -91,3 +91,16 @@ def test_runs_of_the_same_kind_say_how_far_the_machine_drifts():
         replace(slow, events=slow.events[slow.events["kind"] != "transfer"]),
     ]
     assert machine_of_run(run, *here, others=strangers) == alone
+
+
+def test_a_host_that_stopped_once_is_not_what_a_layer_takes():
+    """90 ms in one step are a stop of the machine; each layer's times are medians of its steps."""
+    with attach(tiny_moe(), slots=6, device="cpu", decode="layered") as engine:
+        run = engine.generate(prompt(), max_new_tokens=8)
+        here = engine.shape, engine.expert_size
+    longer = run.events["kind"].isin(["host_wait", "dense"]) & (run.events["step"] == 3)
+    stopped = replace(run, events=run.events.assign(dur_us=run.events["dur_us"] + 90_000.0 * longer))
+    usual, found = machine_of_run(run, *here), machine_of_run(stopped, *here)
+    for name in ("rest_us", "decide_us"):
+        assert getattr(found.costs, name) < 3.0 * getattr(usual.costs, name)
+    assert found.step_us < 3.0 * usual.step_us + 1.0

@@ -766,3 +766,17 @@ def test_times_of_zero_are_replayed_or_refused(schedule, lane):
     if not (lane and lane[1] and schedule == "static-split"):  # which leaves everything to its CPU
         with pytest.raises(UnsupportedOption, match=r"no time passes .*rest_us"):
             Simulator(trace, free, row_bytes=1000, predictor=oracle, lookahead=1).run(schedule, slots=8)
+
+
+@pytest.mark.parametrize("is_layered", [False, True])
+def test_many_misses_take_rounds_only_where_the_host_launches_each_layer(is_layered):
+    """From a graph a layer's misses have slots at once: in rounds an earlier round's could be taken again."""
+    spec = SyntheticSpec(
+        num_layers=2, num_experts=64, top_k=8, zipf=0.1, persistence=0.0, correlation=0.0, diversity=1.0
+    )
+    trace = spec.generate(prompt_tokens=4, new_tokens=6, batch=16, seed=0)
+    costs = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=50.0, is_layered=is_layered, source="made up")
+    layers = Simulator(trace, costs, row_bytes=1_000_000).run("on-demand", slots=72).layers
+    many = layers[layers["misses"] > 16]
+    assert len(many) > 4
+    assert (many["rounds"] > 1).all() if is_layered else (layers["rounds"] == 1).all()

@@ -1,0 +1,80 @@
+"""What experts on the CPU took in runs of an engine, and copies beside them.
+
+A calibration wakes the CPU's threads for each job, which took 84 us on one H200 machine and 258 on the next; in an engine's
+steps they are awake (docs/log/simulator.md, 2026-11-30).
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ..profile.curves import fit_line
+from ..scheduler.costs import LayerCosts, spread_of
+from ..traces.result import RunResult
+
+#: Jobs, and copies beside them, that say something.
+FEWEST = 16
+KEYS = ["step", "moe_layer"]
+
+
+def beside_as_in(runs: Iterable[RunResult], known: LayerCosts, merge_us: float) -> LayerCosts:
+    """Costs whose CPU lane is as it was in some runs; as they are where too few experts were computed on the CPU.
+
+    Args:
+        known: how times grow with tokens, and what a busy link makes of them, stays as it is there.
+        merge_us: merging a job's result, which is no part of the job.
+    """
+    tables = [_jobs_and_copies(run) for run in runs]
+    jobs = pd.concat([jobs for jobs, _ in tables]) if tables else pd.DataFrame()
+    if len(jobs) < FEWEST or len(known.cpu_us) < 2:
+        return known
+    beside_us, alone_us = known.cpu_us[1], (known.cpu_alone_us or known.cpu_us)[1]
+    expected = jobs["experts"] * (jobs["busy"] * beside_us + (1.0 - jobs["busy"]) * alone_us)
+    line = fit_line(expected.tolist(), jobs["dur_us"].tolist())
+    if line.slope <= 0:  # always as many experts: nothing tells a job's own time from theirs
+        return known
+    fitted = line.base_us + line.slope * expected
+    by_step = jobs.assign(fitted=fitted).groupby(["run", "step"])[["dur_us", "fitted"]].sum()
+    copies = np.concatenate([us for _, us in tables])
+    return replace(
+        known,
+        link_busy_us=max(known.link_us, float(np.median(copies)))
+        if len(copies) >= FEWEST
+        else known.link_busy_us,
+        cpu_us=tuple(line.slope * us for us in known.cpu_us),
+        cpu_alone_us=tuple(line.slope * us for us in known.cpu_alone_us),
+        cpu_base_us=line.base_us + merge_us,
+        spread=known.spread._replace(cpu=spread_of(by_step["dur_us"] / by_step["fitted"])),
+    )
+
+
+def _jobs_and_copies(run: RunResult) -> tuple[pd.DataFrame, NDArray[np.float64]]:
+    """Jobs of the decode steps (columns run, step, experts, dur_us, busy: the share of it in which the link copied), and
+    what copies took that the CPU computed beside all along, us.
+    """
+    events = run.events[run.events["phase"] == "decode"]
+    jobs = events[(events["lane"] == "cpu") & (events["kind"] == "experts")].set_index(KEYS)
+    layers = run.layers[run.layers["phase"] == "decode"].set_index(KEYS)
+    jobs = jobs.join(layers["on_cpu"].rename("experts"), how="inner").reset_index()
+    jobs = jobs[(jobs["experts"] > 0) & (jobs["dur_us"] > 0)].sort_values("start_us")
+    copies = events[events["kind"] == "transfer"].sort_values("start_us")
+    busy = _covered(jobs, copies) / jobs["dur_us"]
+    share = _covered(copies, jobs) / copies["dur_us"].clip(lower=1e-3)
+    made = jobs.assign(run=id(run), busy=busy.clip(0.0, 1.0))
+    return made, copies.loc[share > 0.99, "dur_us"].to_numpy(float)
+
+
+def _covered(spans: pd.DataFrame, others: pd.DataFrame) -> pd.Series:
+    """How long each span has one of the others beside it, us; these do not overlap one another."""
+    if others.empty:
+        return pd.Series(0.0, index=spans.index)
+    begin = others["start_us"].to_numpy(float)
+    end = np.maximum.accumulate(begin + others["dur_us"].to_numpy(float))
+    begin = np.maximum(begin, np.r_[begin[0], end[:-1]])
+    at = np.ravel(np.column_stack([begin, end]))
+    total = np.ravel(np.column_stack([np.r_[0.0, np.cumsum(end - begin)[:-1]], np.cumsum(end - begin)]))
+    first, last = spans["start_us"].to_numpy(float), (spans["start_us"] + spans["dur_us"]).to_numpy(float)
+    return pd.Series(np.interp(last, at, total) - np.interp(first, at, total), index=spans.index)
