@@ -4,8 +4,8 @@
     python benchmarks/simulator_against_engine.py --model qwen3-30b-a3b-cut16 ...             # a shape, random weights
     python benchmarks/simulator_against_engine.py --clock virtual                             # rules alone, no times
 
-Of each batch five runs are known to the simulator: two on demand, two whose schedule decides without predictions, and
-one of these with the CPU lane; a sixth, which no time is taken of, records what the routers read.
+Of each batch six runs are known to the simulator: two on demand, two whose schedule decides without predictions, and
+two with the CPU lane, beside copies and without; a seventh, which no time is taken of, records what the routers read.
 They say what a layer takes, a calibration says it of the CPU's experts. All settings that are drawn are held out. The
 engine runs each from cold slots, by the same costs that the simulator believes. Predictors: those that need no
 training, one that is right as often as --recall says (forced upon the engine), and with --train a LLaPor.
@@ -219,9 +219,10 @@ def case_of(engine: Engine, prompts: Prompts, predictors: list[Predictor], args:
     # Once more of each: how far the machine drifts meanwhile is part of the interval.
     others = [generate(engine, prompts, new, **on_demand)]
     others.append(generate(engine, prompts, new, **planned))
-    if args.clock == "real" and args.profile is not None:  # what the CPU's experts take beside copies
+    if args.clock == "real":  # what the CPU's experts take beside copies, and without
         with_lane = {"cpu_threads": None, "costs": machine_of_run(alone, *here).costs_with(True)}
-        others.append(generate(engine, prompts, new, **planned | with_lane))
+        for schedule in ("hybrimoe", "static-split"):
+            others.append(generate(engine, prompts, new, **planned | with_lane | {"schedule": schedule}))
     machine = machine_of_run(alone, *here, others)
     ahead = machine_of_run(decided, *here, others)
     machine = ahead._replace(on_demand=machine.costs)

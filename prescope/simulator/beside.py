@@ -1,7 +1,7 @@
 """What experts on the CPU took in runs of an engine, and copies beside them.
 
-A calibration wakes the CPU's threads for each job, which took 84 us on one H200 machine and 258 on the next; in an engine's
-steps they are awake (docs/log/simulator.md, 2026-11-30).
+A calibration wakes the CPU's threads for each job: 84 us on one H200 machine, 258 on the next. In an engine's steps
+they are awake; an expert took 95 us there where a calibration had 65 (docs/log/simulator.md, 2026-11-30).
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ def beside_as_in(runs: Iterable[RunResult], known: LayerCosts, merge_us: float) 
     """Costs whose CPU lane is as it was in some runs; as they are where too few experts were computed on the CPU.
 
     Args:
-        known: how times grow with tokens, and what a busy link makes of them, stays as it is there.
+        known: how times grow with tokens stays as it is there, and what a busy link makes of them where no run says.
         merge_us: merging a job's result, which is no part of the job.
     """
     tables = [_jobs_and_copies(run) for run in runs]
@@ -32,27 +32,38 @@ def beside_as_in(runs: Iterable[RunResult], known: LayerCosts, merge_us: float) 
     if len(jobs) < FEWEST or len(known.cpu_us) < 2:
         return known
     beside_us, alone_us = known.cpu_us[1], (known.cpu_alone_us or known.cpu_us)[1]
-    expected = jobs["experts"] * (jobs["busy"] * beside_us + (1.0 - jobs["busy"]) * alone_us)
-    line = fit_line(expected.tolist(), jobs["dur_us"].tolist())
-    if line.slope <= 0:  # always as many experts: nothing tells a job's own time from theirs
+    expected_us = jobs["experts"] * np.where(jobs["is_beside"], beside_us, alone_us)
+    # Jobs of nearly as many experts tell little of a submission by itself: one is not longer than from sleep.
+    base_us = min(
+        fit_line(expected_us.tolist(), jobs["dur_us"].tolist()).base_us,
+        max(0.0, known.cpu_base_us - merge_us),
+    )
+    times = (jobs["dur_us"] - base_us).clip(lower=0.0) / expected_us
+    each = {
+        is_beside: float(part.median())
+        for is_beside, part in times.groupby(jobs["is_beside"])
+        if len(part) >= FEWEST
+    }
+    if not each or min(each.values()) <= 0:
         return known
-    fitted = line.base_us + line.slope * expected
-    by_step = jobs.assign(fitted=fitted).groupby(["run", "step"])[["dur_us", "fitted"]].sum()
+    beside, alone = (each.get(is_beside, next(iter(each.values()))) for is_beside in (True, False))
+    fitted = base_us + np.where(jobs["is_beside"], beside, alone) * expected_us
+    by_step = jobs.assign(fitted_us=fitted).groupby(["run", "step"])[["dur_us", "fitted_us"]].sum()
     copies = np.concatenate([us for _, us in tables])
     return replace(
         known,
         link_busy_us=max(known.link_us, float(np.median(copies)))
         if len(copies) >= FEWEST
         else known.link_busy_us,
-        cpu_us=tuple(line.slope * us for us in known.cpu_us),
-        cpu_alone_us=tuple(line.slope * us for us in known.cpu_alone_us),
-        cpu_base_us=line.base_us + merge_us,
-        spread=known.spread._replace(cpu=spread_of(by_step["dur_us"] / by_step["fitted"])),
+        cpu_us=tuple(beside * us for us in known.cpu_us),
+        cpu_alone_us=tuple(alone * us for us in known.cpu_alone_us),
+        cpu_base_us=base_us + merge_us,
+        spread=known.spread._replace(cpu=spread_of(by_step["dur_us"] / by_step["fitted_us"])),
     )
 
 
 def _jobs_and_copies(run: RunResult) -> tuple[pd.DataFrame, NDArray[np.float64]]:
-    """Jobs of the decode steps (columns run, step, experts, dur_us, busy: the share of it in which the link copied), and
+    """Jobs of the decode steps (columns run, step, experts, dur_us, is_beside: the link copied for most of it), and
     what copies took that the CPU computed beside all along, us.
     """
     events = run.events[run.events["phase"] == "decode"]
@@ -61,10 +72,9 @@ def _jobs_and_copies(run: RunResult) -> tuple[pd.DataFrame, NDArray[np.float64]]
     jobs = jobs.join(layers["on_cpu"].rename("experts"), how="inner").reset_index()
     jobs = jobs[(jobs["experts"] > 0) & (jobs["dur_us"] > 0)].sort_values("start_us")
     copies = events[events["kind"] == "transfer"].sort_values("start_us")
-    busy = _covered(jobs, copies) / jobs["dur_us"]
     share = _covered(copies, jobs) / copies["dur_us"].clip(lower=1e-3)
-    made = jobs.assign(run=id(run), busy=busy.clip(0.0, 1.0))
-    return made, copies.loc[share > 0.99, "dur_us"].to_numpy(float)
+    is_beside = _covered(jobs, copies) > 0.5 * jobs["dur_us"]
+    return jobs.assign(run=id(run), is_beside=is_beside), copies.loc[share > 0.99, "dur_us"].to_numpy(float)
 
 
 def _covered(spans: pd.DataFrame, others: pd.DataFrame) -> pd.Series:

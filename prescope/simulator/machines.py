@@ -135,6 +135,8 @@ def _is_alike(one: RunResult, run: RunResult) -> bool:
         one is not run
         and has_times(one)
         and _is_here(one, run)
+        and bool(one.metrics.decode.on_cpu)
+        == bool(run.metrics.decode.on_cpu)  # its copies take longer beside the CPU
         and all(one.config[name] == run.config[name] for name in ("schedule", "compiled"))
         and one.config["reasons"]["decode"] == run.config["reasons"]["decode"]
     )

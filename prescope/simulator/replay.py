@@ -7,11 +7,12 @@ The machine has one link, which makes one copy at a time and interrupts none, th
 looks at what has landed when a router's choice reaches it, or after its last decision, and has decided `decide_us`
 later. It then gives on-demand copies to the link at once, and prefetches only while it is not deciding and fewer than
 `most_in_flight` of them are under way. A layer whose experts are all in slots does not wait for the host. The slots of
-a layer are safe until the next router has chosen. A layer that does not fit into the slots is served in
-rounds, as the engine serves it (`rounds.walk`).
+a layer are safe until the next router has chosen. A layer that does not fit into the slots is served in rounds, as the
+engine serves it (`rounds.walk`).
 
-Where the host launches each layer (`is_layered`) rounds serve a layer that misses many too, and it has no time to watch the link: it gives prefetches to it twice a
-layer, behind the copies of the layer's last round and when its experts are computed, when their slots are safe no more.
+Where the host launches each layer (`is_layered`) rounds serve a layer that misses many too, and the host has no time to
+watch the link: it gives prefetches to it twice a layer, behind the copies of the layer's last round and when its
+experts are computed, when their slots are safe no more.
 """
 
 from typing import NamedTuple
