@@ -23,7 +23,6 @@ so, and its tokens/s say little.
 import argparse
 import json
 import os
-import pickle
 import statistics
 import sys
 import time
@@ -242,18 +241,6 @@ def case_of(engine: Engine, prompts: Prompts, predictors: list[Predictor], args:
     spent = {one.name: predict_us(one, recorded, engine, args) for one in predictors}
     spent[NOISY] = spent["frequency"]
     scenarios = Scenarios(recorded.trace, [machine], predictors, predict_us=spent, frequencies=hot)
-    if args.keep:
-        args.keep.mkdir(parents=True, exist_ok=True)
-        small = replace(recorded, trace=replace(recorded.trace, inputs=None))
-        for name, run in {
-            "recorded": small,
-            "alone": alone,
-            "decided": decided,
-            "beside": others[-1],
-        }.items():
-            run.save(args.keep / f"batch{len(prompts)}_{name}.run")
-        facts = {"machine": machine, "predict_us": spent, "expert": engine.expert_size, "shape": engine.shape}
-        (args.keep / f"batch{len(prompts)}.pkl").write_bytes(pickle.dumps(facts))
     return Case(prompts, scenarios, recorded, new)
 
 
@@ -461,7 +448,8 @@ def main() -> None:
         predictors = predictors_of(engine, kept, trained=args.train)
         names = [one.name for one in predictors] + [NOISY]
         settings, case = drawn(args.settings, args.batches, names, rng), None
-        print(f"# {engine.name} on {label}", flush=True)
+        name = f"{args.model}'s shape, random weights," if is_shape(args.model) else engine.name
+        print(f"# {name} on {label}", flush=True)
         print("\n".join(head()), flush=True)
         for setting in settings:
             if time.perf_counter() - started > args.seconds:
@@ -476,7 +464,7 @@ def main() -> None:
     print("\n" + "\n".join(said))
     label += "" if args.clock == "real" else f", {args.link_us:g} us an expert"
     about = f"seed {args.seed}, {args.new} new tokens, recall {args.recall:g}"
-    facts = f"{engine.name} on {label}; {datetime.now(UTC).date()}, {about}"
+    facts = f"{name} on {label}; {datetime.now(UTC).date()}, {about}"
     if args.json:
         told = {name: value for name, value in vars(args).items() if name != "profile"}
         contents = {
@@ -529,9 +517,6 @@ def arguments() -> argparse.Namespace:
         "--profile", type=prescope.HardwareProfile.load, help="of this machine, instead of calibrating"
     )
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no setting after so long")
-    parser.add_argument(
-        "--keep", type=Path, help="folder for the runs that the simulator knows, of each batch"
-    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--md", type=Path)
     return parser.parse_args()
