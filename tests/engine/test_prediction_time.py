@@ -6,7 +6,7 @@ import torch
 from prescope.core.types import MoEShape
 from prescope.device import NullDevice
 from prescope.engine.graph.prediction_time import REPLAYS, prediction_us
-from prescope.predictor.base import Prediction
+from prescope.predictor.base import Prediction, targets_of
 
 SHAPE = MoEShape(num_layers=8, num_experts=4, top_k=2, row_bytes=1)
 REPLAY_US = 700.0
@@ -51,7 +51,10 @@ class Predictor:
         self.asked.append(("plain", layer))
         if not self._is_captured and len(self.asked) == 1:
             raise RuntimeError("it reads a number back")
-        return [Prediction(layer + 1, 1, torch.zeros(len(x_TD), SHAPE.num_experts))]
+        scores_TE = torch.zeros(len(x_TD), SHAPE.num_experts)
+        return [
+            Prediction(target, ahead, scores_TE) for ahead, target in targets_of(layer, SHAPE, self.lookahead)
+        ]
 
 
 @pytest.mark.parametrize(("fast_tokens", "way"), [(0, "plain"), (1, "plain"), (4, "fast")])

@@ -9,6 +9,7 @@ import torch
 from ...device import Device
 from ...predictor import Predictor
 from ...predictor.base import measure_us
+from ..predicting import Predicting
 
 REPLAYS = 20
 
@@ -33,23 +34,14 @@ def prediction_us(
 def _captured_us(predictor: Predictor, device: Device, num_tokens: int, width: int) -> float:
     where, shape = device.torch_device, predictor.shape
     predictor = predictor.to(where)
-    fast_path = predictor.fast_path(predictor.lookahead)
-    if fast_path is not None and num_tokens > fast_path.most_tokens:
-        fast_path = None
+    asked = Predicting(predictor, predictor.lookahead, predictor.fast_path(predictor.lookahead))
     x_TD = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(0)).to(where)
     ids_TK = torch.arange(shape.top_k, device=where).expand(num_tokens, -1).contiguous()
     weights_TK = torch.full(ids_TK.shape, 1.0 / shape.top_k, device=where)
     layers = range(max(1, shape.num_layers - 1))  # the last one has none to predict for
 
-    def predict_all() -> torch.Tensor:
-        made = torch.empty(0)
-        for layer in layers:
-            if fast_path is not None:
-                made = fast_path(layer, x_TD, ids_TK, weights_TK)
-            else:
-                for prediction in predictor.predict(layer, x_TD, ids_TK, weights_TK):
-                    made = prediction.scores_TE
-        return made
+    def predict_all() -> list[torch.Tensor]:
+        return [asked.scores(layer, x_TD, ids_TK, weights_TK) for layer in layers]
 
     predict_all()  # compiles its kernels, which cannot be done while a graph is captured
     replay, _ = device.capture(predict_all)
