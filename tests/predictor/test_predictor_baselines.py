@@ -6,6 +6,9 @@ import torch
 
 import prescope
 from prescope.core.types import MoEShape
+from prescope.device import open_device
+from prescope.engine.graph.capturable import why_not_in_graph
+from prescope.engine.predicting import Predicting
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
 from prescope.predictor.base import used_mask
 from prescope.predictor.baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
@@ -161,3 +164,26 @@ def test_a_platt_fit_finds_the_same_probabilities_whatever_the_scale_of_the_logi
     used = rng.random(z.shape) < 1.0 / (1.0 + np.exp(-(1.3 * z + 0.4)))
     slope, offset = fit_platt(scale * z, used)
     assert slope * scale == pytest.approx(1.3, rel=0.03) and offset == pytest.approx(0.4, abs=0.1)
+
+
+@pytest.mark.parametrize("predictor", [Frequency, Transition])
+def test_what_was_counted_goes_to_the_device_so_that_a_prediction_can_be_captured(predictor, trace):
+    """A table left on the host is copied in each prediction, which no graph can hold."""
+    made = predictor(trace, 2)
+    ids_TK, x_TD = torch.arange(TOP_K).expand(3, -1), torch.zeros(3, 8)
+    there = made.to("meta").predict(1, x_TD.to("meta"), ids_TK.to("meta"))
+    assert [one.scores_TE.device.type for one in there] == ["meta", "meta"]
+    again = made.to("cpu").predict(1, x_TD, ids_TK)  # the given one stays where it was
+    for one, other in zip(made.predict(1, x_TD, ids_TK), again, strict=True):
+        assert torch.equal(one.scores_TE, other.scores_TE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("predictor", [Frequency, Transition])
+def test_what_was_counted_is_part_of_the_graph(predictor, trace):
+    made = predictor(trace, 2)
+    asked = Predicting(made.to("cuda"), 2, given=made)
+    assert (
+        why_not_in_graph(asked, open_device("cuda", None, row_bytes=1), range(LAYERS), 3, 8, torch.bfloat16)
+        == ""
+    )

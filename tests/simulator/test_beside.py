@@ -43,7 +43,13 @@ def test_a_cpu_that_was_calibrated_asleep_is_as_fast_as_it_was_in_a_run(schedule
     for name in ("cpu_us", "cpu_alone_us"):
         assert getattr(found, name)[1:] == pytest.approx(getattr(TRUE, name)[1:], rel=0.1)
     assert found.cpu_base_us - MERGE_US == pytest.approx(TRUE.cpu_base_us, abs=20.0)
-    unchanged = dict(cpu_us=(), cpu_alone_us=(), cpu_base_us=0.0, link_busy_us=None, spread=known.spread)
+    unchanged = {
+        "cpu_us": (),
+        "cpu_alone_us": (),
+        "cpu_base_us": 0.0,
+        "link_busy_us": None,
+        "spread": known.spread,
+    }
     assert replace(found, **unchanged) == replace(known, **unchanged)
 
 

@@ -40,8 +40,11 @@ def _captured_us(predictor: Predictor, device: Device, num_tokens: int, width: i
     weights_TK = torch.full(ids_TK.shape, 1.0 / shape.top_k, device=where)
     layers = range(max(1, shape.num_layers - 1))  # the last one has none to predict for
 
-    def predict_all() -> list[torch.Tensor]:
-        return [asked.scores(layer, x_TD, ids_TK, weights_TK) for layer in layers]
+    def predict_all() -> torch.Tensor:
+        made = torch.empty(0)
+        for layer in layers:
+            made = asked.scores(layer, x_TD, ids_TK, weights_TK)
+        return made
 
     predict_all()  # compiles its kernels, which cannot be done while a graph is captured
     replay, _ = device.capture(predict_all)
