@@ -171,14 +171,15 @@ def test_what_was_counted_goes_to_the_device_so_that_a_prediction_can_be_capture
     """A table left on the host is copied in each prediction, which no graph can hold."""
     made = predictor(trace, 2)
     ids_TK, x_TD = torch.arange(TOP_K).expand(3, -1), torch.zeros(3, 8)
-    there = made.to("meta").predict(1, x_TD.to("meta"), ids_TK.to("meta"))
+    there = made.to("meta").predict(0, x_TD.to("meta"), ids_TK.to("meta"))
     assert [one.scores_TE.device.type for one in there] == ["meta", "meta"]
-    again = made.to("cpu").predict(1, x_TD, ids_TK)  # the given one stays where it was
-    for one, other in zip(made.predict(1, x_TD, ids_TK), again, strict=True):
+    again = made.to("cpu").predict(0, x_TD, ids_TK)  # the given one stays where it was
+    for one, other in zip(made.predict(0, x_TD, ids_TK), again, strict=True):
         assert torch.equal(one.scores_TE, other.scores_TE)
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("predictor", [Frequency, Transition])
 def test_what_was_counted_is_part_of_the_graph(predictor, trace):
     made = predictor(trace, 2)
