@@ -27,7 +27,7 @@ def beside_as_in(runs: Iterable[RunResult], known: LayerCosts, merge_us: float) 
         known: how times grow with tokens stays as it is there, and what a busy link makes of them where no run says.
         merge_us: merging a job's result, which is no part of the job.
     """
-    tables = [_jobs_and_copies(run) for run in runs]
+    tables = [_jobs_and_copies(run) for run in runs if run.metrics.decode.on_cpu]
     jobs = pd.concat([jobs for jobs, _ in tables]) if tables else pd.DataFrame()
     if len(jobs) < FEWEST or len(known.cpu_us) < 2:
         return known
@@ -59,6 +59,7 @@ def beside_as_in(runs: Iterable[RunResult], known: LayerCosts, merge_us: float) 
         cpu_alone_us=tuple(alone * us for us in known.cpu_alone_us),
         cpu_base_us=base_us + merge_us,
         spread=known.spread._replace(cpu=spread_of(by_step["dur_us"] / by_step["fitted_us"])),
+        source=f"{known.source}, as fast as in {len(tables)} run{'s' * (len(tables) > 1)} of the engine",
     )
 
 

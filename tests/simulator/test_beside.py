@@ -42,6 +42,7 @@ def test_a_cpu_that_was_calibrated_asleep_is_as_fast_as_it_was_in_a_run(schedule
     found = beside_as_in([run(schedule)], known, MERGE_US)
     for name in ("cpu_us", "cpu_alone_us"):
         assert getattr(found, name)[1:] == pytest.approx(getattr(TRUE, name)[1:], rel=0.1)
+    assert found.source == "made up, as fast as in 1 run of the engine"
     assert found.cpu_base_us - MERGE_US == pytest.approx(TRUE.cpu_base_us, abs=20.0)
     unchanged = {
         "cpu_us": (),
