@@ -50,6 +50,7 @@ def test_a_cpu_that_was_calibrated_asleep_is_as_fast_as_it_was_in_a_run(schedule
         "cpu_base_us": 0.0,
         "link_busy_us": None,
         "spread": known.spread,
+        "source": "",
     }
     assert replace(found, **unchanged) == replace(known, **unchanged)
 
@@ -64,9 +65,8 @@ def test_a_cpu_that_varies_from_step_to_step_widens_the_interval():
     one = run("static-split")
     steps = one.events["step"].to_numpy()
     slower = np.where((one.events["lane"] == "cpu") & (steps % 2 == 0), 1.5, 1.0)
-    tables = type(
-        "Run", (), {"events": one.events.assign(dur_us=one.events["dur_us"] * slower), "layers": one.layers}
-    )
+    events = one.events.assign(dur_us=one.events["dur_us"] * slower)
+    tables = type("Run", (), {"events": events, "layers": one.layers, "metrics": one.metrics})
     steady, varying = (beside_as_in([run], TRUE, MERGE_US) for run in (one, tables()))
     assert steady.spread.cpu < 0.05 < 0.15 < varying.spread.cpu
     assert varying.spread._replace(cpu=0.0) == TRUE.spread._replace(cpu=0.0)
