@@ -1,6 +1,7 @@
 """The policy that knows the order of the layers."""
 
 import numpy as np
+import pytest
 
 from prescope.cache.next_use import LAST_STEP_DECAY, LEAST_USE, NextUse
 from prescope.core.types import MoEShape
@@ -63,4 +64,13 @@ def test_slots_go_by_the_expected_next_use():
     near = layers_away < 5 * L
     assert np.allclose(
         (away - away[near].min())[near], (layers_away - layers_away[near].min())[near], atol=0.7
+    )
+
+
+def test_before_a_run_has_shown_anything_an_expert_is_used_as_often_as_the_recorded_run_used_it():
+    """Of 10 uses in a layer of top-2, one with 2 of them is used in 0.4 of the steps, one with 8 in all."""
+    shape = MoEShape(num_layers=2, num_experts=4, top_k=2, row_bytes=1)
+    policy = NextUse(shape, np.array([[2, 8, 0, 0], [5, 1, 3, 1]]))
+    assert policy.scores[4 * 2 : 2 * 4 * 2].tolist() == pytest.approx(
+        [0.4, 1.0, 0.0, 0.0, 1.0, 0.2, 0.6, 0.2]
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from prescope.cache.policies import POLICIES, make_policy
-from prescope.cache.prefetch import Waiting, most_on_wire, next_prefetch, on_the_way, want
+from prescope.cache.prefetch import NUM_WAITING, Waiting, most_on_wire, next_prefetch, on_the_way, want
 from prescope.cache.residency import ResidencyTable
 from prescope.cache.slots import use_prefetched
 from prescope.core.types import MoEShape
@@ -85,3 +85,11 @@ def test_prefetches_are_numbered_in_the_order_of_their_copies():
     for slot in (2, 0, 1, 2):
         on_the_way(slots, slot)
     assert slots.order[0] < slots.order[1] < slots.order[2] == slots.order[-1] == 4
+
+
+def test_what_is_on_the_way_waits_no_longer():
+    table, left = table_with(num_slots=8), waiting(9, 10)
+    assert left.counts[NUM_WAITING] == 2
+    for key, still in ((9, 1), (10, 0)):
+        assert next_prefetch(left, table.arrays, 0, 2)[0] == key
+        assert left.counts[NUM_WAITING] == still

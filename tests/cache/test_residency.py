@@ -208,3 +208,44 @@ def test_frequencies_are_counts(wrong):
     found[1, 2] = wrong
     with pytest.raises(UnsupportedOption, match="negative numbers, NaN or infinities"):
         require_frequencies(SHAPE, found)
+
+
+def test_the_most_frequent_experts_without_a_slot_are_put_back_layer_by_layer():
+    """Four slots: 5, 7 and 1 of the first layer's experts and 6 of the last's are the most frequent; 5 is there."""
+    table = ResidencyTable(SHAPE, 4, make_policy("lru", SHAPE))
+    known_LE = np.zeros((SHAPE.num_layers, SHAPE.num_experts))
+    known_LE[0, [5, 7, 1]], known_LE[2, 6], known_LE[1, 4] = (9.0, 8.0, 7.0), 6.0, 1.0
+    table.known_LE = known_LE
+    table.landed(table.take(0, np.array([5, 2])))
+    found = [
+        (layer, experts.tolist()) for layer, experts, slots in table.put_back() if table.landed(slots) is None
+    ]
+    assert found == [(0, [1, 7]), (2, [6])]
+    assert table.slots_for(0, np.array([1, 5, 7])).min() >= 0 and table.slots_for(2, np.array([6])).min() >= 0
+    assert table.slots_for(0, np.array([2])).max() < 0  # made room
+
+
+def test_too_few_slots_say_how_many_bytes_would_do():
+    with pytest.raises(SlotPoolTooSmall, match=r"use slots=4 \(8 KiB\) or more"):
+        resolve_slots(1, total_experts=64, row_bytes=2048, top_k=4)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_that_forgets_is_as_it_was_when_it_was_made(name):
+    """What a run has shown is gone: another run from cold slots decides as the first did."""
+    frequencies = np.random.default_rng(0).random((SHAPE.num_layers, SHAPE.num_experts))
+    policy, new = (make_policy(name, SHAPE, frequencies) for _ in range(2))
+    rng = np.random.default_rng(1)
+
+    def used() -> list[tuple[int, np.ndarray]]:
+        steps = [(layer, rng.permutation(SHAPE.num_experts)[:3]) for layer in range(SHAPE.num_layers)] * 20
+        return [(layer, np.sort(experts)) for layer, experts in steps]
+
+    for layer, experts in used():
+        policy.use(layer, experts, np.ones(3))
+    policy.reset()
+    assert np.array_equal(policy.scores, new.scores)
+    for layer, experts in used():
+        for one in (policy, new):
+            one.use(layer, experts, np.ones(3))
+        assert np.array_equal(policy.scores, new.scores)

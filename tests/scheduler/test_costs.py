@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from prescope.errors import BadTrace, UnsupportedOption
-from prescope.scheduler.costs import LayerCosts, compiled_costs, costs_of_run
+from prescope.scheduler.costs import LayerCosts, Spread, compiled_costs, costs_of_run
 from tests.support.small_run import small_run
 
 COSTS = LayerCosts(link_us=100.0, gpu_us=10.0, rest_us=50.0, source="by hand")
@@ -75,3 +76,26 @@ def test_where_the_host_launches_each_layer_it_is_in_each_layers_way():
     assert (graph.rest_us, graph.predict_us, graph.decide_us) == (50.0, 7.0, 3.0)
     assert (layered.rest_us, layered.predict_us, layered.decide_us) == (60.0, 0.0, 0.0)
     assert compiled_costs(costs, cpu=True, predicts=False).predict_us == 0.0
+
+
+def test_nothing_varies_unless_it_is_said_and_all_times_vary_by_their_share():
+    assert Spread() == (0.0, 0.0, 0.0, 0.0)
+    known = replace(
+        COSTS, predict_us=7.0, decide_us=3.0, batch_us=4.0, link_busy_us=120.0, cpu_us=(0.0, 50.0, 60.0),
+        cpu_alone_us=(0.0, 40.0, 45.0), cpu_base_us=20.0, spread=Spread(link=0.1, gpu=0.2, cpu=0.3, rest=0.4),
+    )  # fmt: skip
+    worst, best = known.at_worst(), known.at_best()
+    shares = {
+        "link_us": 1.1, "link_busy_us": 1.1, "batch_us": 1.1, "gpu_us": 1.2, "cpu_us": 1.3, "cpu_alone_us": 1.3,
+        "cpu_base_us": 1.3, "rest_us": 1.4, "predict_us": 1.4, "decide_us": 1.4,
+    }  # fmt: skip
+    for name, share in shares.items():
+        usual = np.asarray(getattr(known, name))
+        assert np.asarray(getattr(worst, name)) == pytest.approx(share * usual), name
+        assert np.asarray(getattr(best, name)) == pytest.approx(usual / share), name
+
+
+def test_layers_that_computed_one_expert_say_what_one_takes():
+    run = small_run(steps=8)
+    layers = run.layers.assign(on_cpu=run.layers["needed"] - 1)
+    assert costs_of_run(replace(run, layers=layers)).gpu_us > costs_of_run(run).gpu_us > 0

@@ -63,3 +63,11 @@ def test_without_a_cpu_lane_and_under_other_schedules_all_are_copied():
     assert copies_of_prompt(settings("presched"), alone, need, 0) == need.num_misses
     for schedule in set(SCHEDULES) - {"presched"}:
         assert copies_of_prompt(settings(schedule), both, need, 0) == need.num_misses
+
+
+def test_a_cpu_whose_time_is_known_for_one_token_alone_computes_what_it_is_faster_with():
+    costs = LayerCosts(link_us=100.0, gpu_us=0.0, rest_us=80.0, cpu_us=(0.0, 1.0), source="by hand")
+    need = LayerNeed(0, np.arange(4), np.array([3, 2, 1, 1]), 0, 0)
+    assert (
+        copies_of_prompt(settings("presched"), compiled_costs(costs, cpu=True, predicts=False), need, 0) == 2
+    )

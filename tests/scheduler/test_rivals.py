@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from prescope.cache.slots import Slots, sort_need
 from prescope.scheduler import SCHEDULES
-from prescope.scheduler.baselines import artefact, hybrimoe, static_split
+from prescope.scheduler.baselines import artefact, fiddler, hybrimoe, static_split
+from prescope.scheduler.costs import LayerCosts, compiled_costs
 from prescope.scheduler.fill import Habits
 from prescope.scheduler.impact import delay_us, split_us
 from prescope.scheduler.plan import ARTEFACT_BATCH, Situation
@@ -181,3 +182,10 @@ def test_the_static_split_copies_nothing():
     assert static_split(costs_of(cpu=False), np.array([30, 2])) == 2
     made = plan("static-split", need_of([30, 2]), used)
     assert made.num_load == 0 and len(made.prefetch) == len(made.keep) == 0
+
+
+@pytest.mark.parametrize(("cpu_us", "copied"), [(10.0, 0), (1000.0, 2)])
+@pytest.mark.parametrize("decide", [fiddler, lambda costs, tokens: hybrimoe(costs, tokens, 0, 0.0)])
+def test_a_cpu_whose_time_is_known_for_one_token_alone_is_a_cpu(decide, cpu_us, copied):
+    costs = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=50.0, cpu_us=(0.0, cpu_us), source="by hand")
+    assert decide(compiled_costs(costs, cpu=True, predicts=False), np.array([1, 1])) == copied

@@ -22,6 +22,7 @@ from prescope.scheduler.fill import (
     worth_a_copy,
 )
 from prescope.scheduler.learn import (
+    TRUST_DECAY,
     USE_STEPS,
     discount,
     learn_returns,
@@ -480,3 +481,25 @@ def test_what_does_not_come_back_in_time_does_not_last():
         learn_reuse(reuse, former, np.array([step % 8, 8 + step % 8]), 1, 4)
         lasting = reuse_lasts(reuse)
     assert lasting == pytest.approx(-1 / 12, abs=0.02), "against the 12 in slots, of which one is needed"
+
+
+def test_what_was_missed_two_steps_ago_is_not_what_was_missed_one_step_ago():
+    """Two experts are missed once; one comes back in the next step, the other in the one after."""
+    missed, returns = np.zeros(8, np.int64), np.zeros(FORMER_STEPS + 1)
+    found = []
+    for experts, misses in (((3, 5), 2), ((3,), 0), ((5,), 0), ((), 0)):
+        need = SortedNeed(
+            np.array(experts, np.int64), np.ones(len(experts), np.int64), len(experts) - misses, 0
+        )
+        before = TRUST_DECAY * returns[:FORMER_STEPS]
+        learn_returns(returns, missed, need)
+        found.append(np.round(returns[:FORMER_STEPS] - before, 9).tolist())
+    nothing = [0.0] * FORMER_STEPS
+    assert found == [nothing, [1.0, *nothing[1:]], [0.0, 1.0, *nothing[2:]], nothing]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("fate", 1), ("artefact", 1), ("moe-infinity", 1), ("klotski", 1), ("hybrimoe", 3)]
+)
+def test_rivals_look_as_far_ahead_as_published(name, layers):
+    assert SCHEDULES[name].lookahead == layers
