@@ -8,11 +8,12 @@ from prescope.errors import UnsupportedOption
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.baselines import hybrimoe
 from prescope.scheduler.fill import Habits
+from prescope.scheduler.layer import as_served
 from prescope.scheduler.learn import learn_trust
 from prescope.scheduler.plan import LONG_LASTING, Situation, wanted
 from prescope.scheduler.presched import split
 from prescope.scheduler.settings import resolve
-from prescope.scheduler.types import Costs, ScheduleSettings, cpu_time
+from prescope.scheduler.types import Costs, Plan, ScheduleSettings, cpu_time
 from tests.support.slot_arrays import arrays
 from tests.support.whole_plan import whole_plan
 
@@ -226,3 +227,23 @@ def test_settings_are_taken_within_their_range_only():
     for name, schedule in SCHEDULES.items():
         found = made(name, lookahead=2)
         assert found.settings.lookahead == (0 if schedule.predictor == "none" else 2)
+
+
+@pytest.mark.parametrize("num_load", [0, 1, 3])
+def test_late_ones_that_are_not_waited_for_are_behind_the_misses_that_are_copied(num_load):
+    """Five hits, of four late ones the first is waited for, five misses of which the first are copied."""
+    experts = np.array([40, 41, 42, 43, 44, 20, 21, 22, 23, 10, 11, 12, 13, 14])
+    need = as_served(SortedNeed(experts, 2 * experts, 5, 4), Plan(1, num_load))
+    misses = [10, 11, 12, 13, 14]
+    expected = [40, 41, 42, 43, 44, 20, *misses[:num_load], 21, 22, 23, *misses[num_load:]]
+    assert need.experts.tolist() == expected and (need.tokens == 2 * need.experts).all()
+    assert (need.num_hits, need.num_late) == (5, 1)
+    assert experts.tolist()[5:9] == [20, 21, 22, 23], "the need that was given stays as it was"
+
+
+@pytest.mark.parametrize("threshold", [-0.5, -1e-9, 1.0001, float("nan"), "0.5"])
+def test_a_threshold_is_a_probability(threshold):
+    with pytest.raises(UnsupportedOption, match="a probability lies in"):
+        resolve("presched", num_experts=8, depth=1, threshold=threshold)
+    for edge in (0.0, 1.0):
+        assert resolve("presched", num_experts=8, depth=1, threshold=edge).settings.threshold == edge

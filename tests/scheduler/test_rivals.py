@@ -189,3 +189,12 @@ def test_the_static_split_copies_nothing():
 def test_a_cpu_whose_time_is_known_for_one_token_alone_is_a_cpu(decide, cpu_us, copied):
     costs = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=50.0, cpu_us=(0.0, cpu_us), source="by hand")
     assert decide(compiled_costs(costs, cpu=True, predicts=False), np.array([1, 1])) == copied
+
+
+@pytest.mark.parametrize("cpu_us", [(), (0.0,)])
+@pytest.mark.parametrize(
+    "decide", [fiddler, static_split, artefact, lambda costs, tokens: hybrimoe(costs, tokens, 0, 0.0)]
+)
+def test_where_no_token_has_a_time_on_the_cpu_all_are_copied(decide, cpu_us):
+    costs = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=50.0, cpu_us=cpu_us, source="by hand")
+    assert decide(compiled_costs(costs, cpu=True, predicts=False), np.array([4, 1, 1])) == 3
