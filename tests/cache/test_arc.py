@@ -12,7 +12,7 @@ from prescope.cache.policies import make_policy
 from prescope.cache.residency import ResidencyTable
 from prescope.core.types import MoEShape
 
-LAYERS, EXPERTS = 3, 7  # an odd number of experts in all: lists begin behind them, at no round number
+LAYERS, EXPERTS = 3, 17  # 51 in all: lists begin behind them, at no round number
 SHAPE = MoEShape(num_layers=LAYERS, num_experts=EXPERTS, top_k=2)
 
 
@@ -124,12 +124,23 @@ def test_its_lists_stay_whole_whatever_is_asked_prefetched_or_left_to_the_cpu(se
 
 def test_the_deepest_layers_go_first_where_the_first_ones_are_favoured():
     table = ResidencyTable(SHAPE, 6, make_policy("shallow-arc", SHAPE))
-    for key in (0, 8, 16, 1, 17, 9, 0, 16, 17):  # the deepest layer's are used again
+    second, deepest = EXPERTS, 2 * EXPERTS
+    for key in (
+        0,
+        second,
+        deepest,
+        1,
+        deepest + 1,
+        second + 1,
+        0,
+        deepest,
+        deepest + 1,
+    ):  # the deepest's again
         ask(table, key)
     for key in (2, 3, 4):
         ask(table, key)
     held = set(table.key_of.tolist())
-    assert {0, 1, 2, 3, 4} <= held and not {16, 17} & held
+    assert {0, 1, 2, 3, 4} <= held and not {deepest, deepest + 1} & held
 
 
 def test_after_clear_it_knows_nothing_but_its_size():

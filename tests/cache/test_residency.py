@@ -249,3 +249,15 @@ def test_a_policy_that_forgets_is_as_it_was_when_it_was_made(name):
         for one in (policy, new):
             one.use(layer, experts, np.ones(3))
         assert np.array_equal(policy.scores, new.scores)
+
+
+def test_a_layer_is_kept_when_all_of_it_is_there_and_nothing_can_be_evicted():
+    table = ResidencyTable(SHAPE, SHAPE.total_experts, make_policy("lru", SHAPE))
+    assert not table.keeps(0, SHAPE.num_experts)
+    slots = table.take(0, np.arange(SHAPE.num_experts))
+    assert 0 in slots and not table.keeps(0, SHAPE.num_experts), "they are on their way"
+    table.landed(slots)
+    assert table.keeps(0, SHAPE.num_experts) and not table.keeps(1, SHAPE.num_experts)
+    fewer = ResidencyTable(SHAPE, SHAPE.total_experts - 1, make_policy("lru", SHAPE))
+    fewer.landed(fewer.take(0, np.arange(SHAPE.num_experts)))
+    assert not fewer.keeps(0, SHAPE.num_experts), "another layer may take its slots"

@@ -247,3 +247,15 @@ def test_a_threshold_is_a_probability(threshold):
         resolve("presched", num_experts=8, depth=1, threshold=threshold)
     for edge in (0.0, 1.0):
         assert resolve("presched", num_experts=8, depth=1, threshold=edge).settings.threshold == edge
+
+
+def test_all_less_likely_experts_that_the_link_has_time_for_are_prefetched():
+    """Where what was used is used again they come behind the likely ones: five of them, on an idle link."""
+    used = np.zeros((2, E))
+    used[0, :6] = 0.95, 0.5, 0.45, 0.4, 0.35, 0.3
+    quick = costs_of(link=10.0, rest=30_000.0)
+    need = sort_need(np.arange(2), np.ones(2, np.int64), np.arange(2), np.zeros(2, dtype=bool))
+    made = plan_of(
+        "presched", need, used=used, layer=1, costs=quick, lasting=1.0, key_of=np.array([E, E + 1, -1, -1])
+    )
+    assert made.prefetch.tolist() == [2 * E + expert for expert in range(6)]
