@@ -64,7 +64,7 @@ class Published:
 
 def ask(table: ResidencyTable, key: int) -> bool:
     """One expert, as a layer that needs no other."""
-    layer, expert = divmod(key, EXPERTS)
+    layer, expert = divmod(key, table.shape.num_experts)
     experts = np.array([expert])
     need = table.need(layer, experts, np.ones(1, np.int64), np.ones(1))
     if need.num_misses:
@@ -73,17 +73,18 @@ def ask(table: ResidencyTable, key: int) -> bool:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0.0, 1.0))
-def test_it_hits_and_holds_what_the_published_algorithm_does(seed, size, looping):
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.floats(0.0, 1.0), st.sampled_from([EXPERTS, 7, 6]))
+def test_it_hits_and_holds_what_the_published_algorithm_does(seed, size, looping, experts):
     """On skewed requests, on loops that do not fit, and on both in turn, where the target moves to and fro."""
     rng = np.random.default_rng(seed)
-    table, published = ResidencyTable(SHAPE, size, make_policy("arc", SHAPE)), Published(size)
-    skew = rng.dirichlet(np.full(LAYERS * EXPERTS, 0.3))
+    shape = MoEShape(num_layers=LAYERS, num_experts=experts, top_k=2)
+    table, published = ResidencyTable(shape, size, make_policy("arc", shape)), Published(size)
+    skew = rng.dirichlet(np.full(LAYERS * experts, 0.3))
     for loop in range(200):
         key = (
-            loop % min(size + 2, LAYERS * EXPERTS)
+            loop % min(size + 2, LAYERS * experts)
             if rng.random() < looping
-            else rng.choice(LAYERS * EXPERTS, p=skew)
+            else rng.choice(LAYERS * experts, p=skew)
         )
         assert ask(table, int(key)) == published.ask(int(key))
         assert set(table.key_of[table.key_of >= 0].tolist()) == {*published.t1, *published.t2}

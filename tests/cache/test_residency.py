@@ -261,3 +261,12 @@ def test_a_layer_is_kept_when_all_of_it_is_there_and_nothing_can_be_evicted():
     fewer = ResidencyTable(SHAPE, SHAPE.total_experts - 1, make_policy("lru", SHAPE))
     fewer.landed(fewer.take(0, np.arange(SHAPE.num_experts)))
     assert not fewer.keeps(0, SHAPE.num_experts), "another layer may take its slots"
+
+
+def test_lfu_counts_uses_and_the_last_one_breaks_ties_only():
+    policy = make_policy("lfu", SHAPE)
+    for layer, expert in [(0, 3), (0, 1), (2, 5), (0, 1), (1, 0), (0, 3), (0, 3)]:
+        policy.use(layer, np.array([expert]), np.ones(1))
+    scores = policy.scores[: SHAPE.total_experts]
+    assert {key: int(scores[key]) for key in np.flatnonzero(scores)} == {1: 2, 3: 3, 8: 1, 21: 1}
+    assert scores[8] > scores[21], "the later of two that were used once"
