@@ -270,3 +270,14 @@ def test_lfu_counts_uses_and_the_last_one_breaks_ties_only():
     scores = policy.scores[: SHAPE.total_experts]
     assert {key: int(scores[key]) for key in np.flatnonzero(scores)} == {1: 2, 3: 3, 8: 1, 21: 1}
     assert scores[8] > scores[21], "the later of two that were used once"
+
+
+def test_a_layers_own_late_ones_take_no_room_from_it():
+    """Of four slots three are in flight, two of them for this layer: with the third of its experts it is one round."""
+    table = ResidencyTable(SHAPE, 4, make_policy("lru", SHAPE))
+    table.take(0, np.array([2, 5]))
+    table.take(1, np.array([7]))
+    need = table.need(0, np.array([2, 5, 6]), np.ones(3, np.int64), np.ones(3))
+    assert need.num_late == 2 and [one.tolist() for one in table.rounds(need)] == [[2, 5, 6]]
+    need = table.need(0, np.array([1, 2, 5, 6]), np.ones(4, np.int64), np.ones(4))
+    assert [one.tolist() for one in table.rounds(need)] == [[2, 5], [1], [6]]

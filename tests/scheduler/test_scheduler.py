@@ -141,6 +141,17 @@ def test_the_split_is_the_windows_optimum(window):
 
 @settings(max_examples=100, deadline=None)
 @given(windows())
+def test_the_optimum_of_times_that_are_a_thousand_times_as_short_is_as_exact(window):
+    """Experts of a small model take microseconds: no choice is good enough for being near."""
+    costs, tokens, hits, late_us, backlog, expected, used = window
+    brief = Costs(*(one / 1000.0 for one in costs))
+    window = brief, tokens, hits, late_us / 1000.0, backlog / 1000.0, expected, used
+    best = min(window_us(*window, k, p) for k, p in choices(window))
+    assert split(*window)[2] == pytest.approx(best, abs=1e-8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(windows())
 def test_the_split_is_never_worse_than_a_simple_choice(window):
     costs, tokens = window[:2]
     _, _, found_us, _, _ = split(*window)
@@ -434,6 +445,21 @@ def learned_shares(draws, E=32):
         learn_uses(shares, uses, former, absent, 0, experts)
         learn_reuse(np.zeros(FORMER_STEPS + 4), former, experts, len(experts), E)
     return share_lasts(shares), uses[0]
+
+
+def test_shares_of_uses_go_by_the_layers_own_experts():
+    """The third of three layers, whose experts have no slots, learns what the first would; the others' have slots."""
+    uses, shares = np.zeros((3, 5)), [np.zeros(3), np.zeros(3)]
+    slot_of = np.concatenate([np.arange(10), np.full(5, -1)])
+    for step in range(40):
+        experts = np.array([step % 2, 2 + step % 3])
+        learn_uses(shares[0], uses, np.zeros(5, np.int64), slot_of, 2, experts)
+    alone = np.zeros((3, 5))
+    for step in range(40):
+        experts = np.array([step % 2, 2 + step % 3])
+        learn_uses(shares[1], alone, np.zeros(5, np.int64), slot_of[::-1].copy(), 0, experts)
+    assert np.array_equal(shares[0], shares[1]) and np.array_equal(uses[2], alone[0])
+    assert shares[0][2] > 0 and not uses[:2].any()
 
 
 def test_shares_of_uses_are_worth_something_where_experts_differ_for_good():
