@@ -93,3 +93,11 @@ def test_what_is_on_the_way_waits_no_longer():
     for key, still in ((9, 1), (10, 0)):
         assert next_prefetch(left, table.arrays, 0, 2)[0] == key
         assert left.counts[NUM_WAITING] == still
+
+
+def test_only_what_came_ahead_of_its_use_counts_as_a_used_prefetch():
+    table, experts = table_with(num_slots=8), np.array([1, 2])
+    table.landed(table.take(0, experts))
+    table.landed(table.take(1, experts, ahead=True))
+    found = [table.need(layer, experts, np.ones(2, np.int64), np.ones(2)) for layer in (0, 1, 1)]
+    assert [(need.num_hits, need.num_prefetched) for need in found] == [(2, 0), (2, 2), (2, 0)]

@@ -454,6 +454,8 @@ def test_shares_of_uses_go_by_the_layers_own_experts():
     for step in range(40):
         experts = np.array([step % 2, 2 + step % 3])
         learn_uses(shares[0], uses, np.zeros(5, np.int64), slot_of, 2, experts)
+        if step == 0:  # all that there is of this layer, though the others have not been seen
+            assert uses[2].tolist() == [1.0, 0.0, 1.0, 0.0, 0.0]
     alone = np.zeros((3, 5))
     for step in range(40):
         experts = np.array([step % 2, 2 + step % 3])
