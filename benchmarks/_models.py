@@ -96,9 +96,14 @@ def shape_of(name: str) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     return model, config(**values)
 
 
+def is_shape(name: str) -> bool:
+    """Whether a name is that of a published shape, "qwen3-30b-a3b-cut16" say, and not a folder."""
+    return name.partition("~")[0].partition("-cut")[0] in FAMILIES
+
+
 def open_model(name: str, device: torch.device, dtype: torch.dtype) -> BenchModel:
     """A shape by name, or a folder with trained weights."""
-    if name.partition("~")[0].partition("-cut")[0] in FAMILIES:
+    if is_shape(name):
         return BenchModel(name, "random", "", _random_model(name, device, dtype))
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None  # all runs have the same length

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _models import FAMILIES, open_model
+from _models import is_shape, open_model
 
 import prescope
 from prescope.cache.policies import POLICIES
@@ -140,19 +140,15 @@ def opened(args: argparse.Namespace) -> Iterator[Engine]:
         torch.set_num_threads(1)  # all of it is in one thread's time
     kept = {"slots": 0.5, "record_routing": True, **where}
     with clock:
-        if not is_shape(args.model):
+        if not args.model or not is_shape(args.model):
             with prescope.load(args.model, **kept) as engine:
                 yield engine
             return
         on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         bench = open_model(args.model, on, torch.bfloat16)
         with prescope.attach(bench.model, **kept) as engine:
+            engine.name = f"{bench.name}'s shape, {bench.weights} weights,"
             yield engine
-
-
-def is_shape(model: str | None) -> bool:
-    """Whether a name is that of a published shape, which random weights are drawn for."""
-    return model is not None and model.partition("~")[0].partition("-cut")[0] in FAMILIES
 
 
 def prompts_of(engine: Engine, args: argparse.Namespace) -> Prompts:
@@ -448,8 +444,7 @@ def main() -> None:
         predictors = predictors_of(engine, kept, trained=args.train)
         names = [one.name for one in predictors] + [NOISY]
         settings, case = drawn(args.settings, args.batches, names, rng), None
-        name = f"{args.model}'s shape, random weights," if is_shape(args.model) else engine.name
-        print(f"# {name} on {label}", flush=True)
+        print(f"# {engine.name} on {label}", flush=True)
         print("\n".join(head()), flush=True)
         for setting in settings:
             if time.perf_counter() - started > args.seconds:
@@ -464,7 +459,7 @@ def main() -> None:
     print("\n" + "\n".join(said))
     label += "" if args.clock == "real" else f", {args.link_us:g} us an expert"
     about = f"seed {args.seed}, {args.new} new tokens, recall {args.recall:g}"
-    facts = f"{name} on {label}; {datetime.now(UTC).date()}, {about}"
+    facts = f"{engine.name} on {label}; {datetime.now(UTC).date()}, {about}"
     if args.json:
         told = {name: value for name, value in vars(args).items() if name != "profile"}
         contents = {
