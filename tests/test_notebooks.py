@@ -30,6 +30,7 @@ PAPER_QUESTIONS = [
     "On which machine does prediction pay?",
     "What would published models gain?",
     "Does it depend on the text?",
+    "How many requests can be served?",
     "What does hostile routing cost?",
     "What do wrong predictions cost?",
     "What does each failure cost?",
