@@ -64,7 +64,7 @@ def machine_of_run(
         run: on demand, with events. `shape`, `expert`: of the engine that made it.
         profile: of this machine, for experts on the CPU; without one there is no CPU lane.
         others: runs of this machine too. Those like this one say how far it drifts from run to run, those of this batch
-            what their experts on the CPU took.
+            with as many CPU threads as the newest of them what their experts on the CPU took.
 
     Raises:
         BadTrace: the run holds no such times.
@@ -102,7 +102,7 @@ def machine_of_run(
             source=f"{costs.source}; CPU experts calibrated",
         )
         merge_us = known.cpu_base_us - profile.base_us("cpu", expert)
-        costs = beside_as_in((one for one in (run, *others) if _is_here(one, run)), costs, merge_us)
+        costs = beside_as_in(_with_lane(run, others), costs, merge_us)
     return Machine(
         HERE,
         costs,
@@ -140,6 +140,12 @@ def _is_alike(one: RunResult, run: RunResult) -> bool:
         and all(one.config[name] == run.config[name] for name in ("schedule", "compiled"))
         and one.config["reasons"]["decode"] == run.config["reasons"]["decode"]
     )
+
+
+def _with_lane(run: RunResult, others: tuple[RunResult, ...]) -> list[RunResult]:
+    """Runs of this machine and batch that computed experts on the CPU, with as many threads as the newest of them."""
+    found = [one for one in (run, *others) if _is_here(one, run) and one.metrics.decode.on_cpu]
+    return [one for one in found if one.config["cpu_threads"] == found[-1].config["cpu_threads"]]
 
 
 def _is_here(one: RunResult, run: RunResult) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from prescope.calibration import calibrate
 from prescope.engine import attach
 from prescope.errors import UnsupportedOption
 from prescope.scheduler.costs import LayerCosts, Spread
@@ -104,3 +105,24 @@ def test_a_host_that_stopped_once_is_not_what_a_layer_takes():
     for name in ("rest_us", "decide_us"):
         assert getattr(found.costs, name) < 3.0 * getattr(usual.costs, name)
     assert found.step_us < 3.0 * usual.step_us + 1.0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # a busy machine; float32 is torch's, not the kernel's
+def test_the_cpu_lane_is_as_it_was_in_runs_with_as_many_threads_as_the_newest():
+    """It is as slow as the newest run was; one with another number of threads is not asked."""
+    with attach(tiny_moe(), slots=6, device="cpu", link_gb_per_s=0.5, decode="layered") as engine:
+        profile = calibrate(engine, seconds=4, save=False)
+        here = engine.shape, engine.expert_size, profile
+        run = engine.generate(prompt(), max_new_tokens=12)
+        engine.configure(schedule="static-split", profile=profile)
+        lane = engine.generate(prompt(), max_new_tokens=12)
+    assert lane.metrics.decode.on_cpu >= 16
+    slower = replace(lane, events=lane.events.assign(dur_us=3.0 * lane.events["dur_us"]))
+    other = replace(slower, config=lane.config | {"cpu_threads": 7})
+    plain, once, thrice = (
+        machine_of_run(run, *here, others=others).costs for others in ([], [lane], [slower])
+    )
+    assert "of the engine" in once.source and "of the engine" not in plain.source
+    total = [one.cpu_base_us + 2 * one.cpu_alone_us[1] for one in (once, thrice)]
+    assert total[1] > 1.5 * total[0]
+    assert machine_of_run(run, *here, others=[other, lane]).costs == once
