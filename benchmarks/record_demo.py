@@ -37,7 +37,6 @@ from prescope.engine.engine import Engine
 from prescope.engine.graph.prediction_time import prediction_us
 from prescope.predictor import Predictor, RecordedPredictor
 from prescope.profile import HardwareProfile
-from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Machine, Recording, Scenario, machine_of_run
 from prescope.traces.result import RunResult
 from prescope.traces.routing import RoutingTrace
@@ -172,8 +171,9 @@ def record(
     ]
     cells = {(row["way"], row["slots"]): kept for row, kept in measured}
     slots = args.slots[0]
+    others = [run for _, run in measured]
     machine = machine_of(
-        engine, cells["on-demand", slots], cells["presched", slots], profile, trained, batch, args
+        engine, cells["on-demand", slots], cells["presched", slots], others, profile, args.name
     )
     return Recording(
         trace=trace,
@@ -270,37 +270,17 @@ def measure(
 
 
 def machine_of(
-    engine: Engine, alone: RunResult, ahead: RunResult, profile: HardwareProfile, trained: TrainedPredictor,
-    batch: int, args: argparse.Namespace,
+    engine: Engine, alone: RunResult, ahead: RunResult, others: list[RunResult], profile: HardwareProfile, name: str
 ) -> Machine:  # fmt: skip
     """Costs of a layer on demand from one run, and under a schedule from another: there the host decides."""
-    here = machine_of_run(alone, engine.shape, engine.expert_size, profile)
-    scheduled, layers = ahead.metrics.decode, engine.shape.num_layers
-    events = ahead.events[ahead.events["phase"] == "decode"]
-    inside = events[events["moe_layer"] >= 0]
-    busy = events["lane"].isin(["gpu", "stall", "host"])
-    dense = inside[inside["kind"] == "dense"]["dur_us"].sum()
-    missed = ahead.layers[
-        (ahead.layers["phase"] == "decode") & (ahead.layers["hits"] < ahead.layers["needed"])
-    ]
-    waits = inside[inside["kind"] == "host_wait"].merge(missed[["step", "moe_layer"]])
-    size = engine.expert_size
-    known = profile.costs(engine.shape, width=size.width, expert_width=size.expert_width, batch=batch)
-    costs: LayerCosts = replace(
-        here.costs,
-        rest_us=float(dense) / (scheduled.num_steps * layers),
-        decide_us=float(waits["dur_us"].mean()) if len(waits) else known.decide_us,
-        gpu_us=1e3 * scheduled.experts_gpu_ms / max(1, scheduled.needed - scheduled.on_cpu),
-        batch_us=known.batch_us,
-        is_layered=ahead.config["reasons"]["decode"].startswith("layered"),
-        source=f"runs of {args.name} on {engine.hardware()['device']}, {datetime.now(UTC).date()}",
-    )
-    outside = events[busy]["dur_us"].sum() - inside[busy.loc[inside.index]]["dur_us"].sum()
-    return here._replace(
-        name=f"{engine.hardware()['device']}, {args.name}",
-        costs=costs,
-        on_demand=replace(here.costs, source=costs.source),
-        step_us=float(outside) / scheduled.num_steps,
+    here = engine.shape, engine.expert_size, profile
+    on_demand, machine = (machine_of_run(run, *here, others) for run in (alone, ahead))
+    device = engine.hardware()["device"]
+    source = f"runs of {name} on {device}, {datetime.now(UTC).date()}"
+    return machine._replace(
+        name=f"{device}, {name}",
+        costs=replace(machine.costs, source=source),
+        on_demand=replace(on_demand.costs, source=source),
         is_here=False,
     )
 

@@ -72,13 +72,9 @@ def machine_of_run(
     """
     others = tuple(others)
     costs = costs_of_run(run).drifting(costs_of_run(one) for one in others if _is_alike(one, run))
-    rest_us, decide_us, step_us = _of_steps(run, shape.num_layers)
-    costs = replace(
-        costs,
-        rest_us=rest_us,
-        decide_us=decide_us,
-        is_layered=run.config["reasons"]["decode"].startswith("layered"),
-    )
+    is_layered = run.config["reasons"]["decode"].startswith("layered")
+    rest_us, decide_us, step_us = _of_steps(run, shape.num_layers, is_layered)
+    costs = replace(costs, rest_us=rest_us, decide_us=decide_us, is_layered=is_layered)
     if profile is not None:
         profile.require_this_machine(run.hardware)
         if profile.link_gb_per_s is not None:
@@ -113,10 +109,11 @@ def machine_of_run(
     )
 
 
-def _of_steps(run: RunResult, num_layers: int) -> tuple[float, float, float]:
-    """Microseconds: the rest of a layer, its wait for the host, and what a step takes besides its layers.
+def _of_steps(run: RunResult, num_layers: int, is_layered: bool) -> tuple[float, float, float]:
+    """Microseconds: the rest of a layer, the wait for the host of one that waits, and a step besides its layers.
 
     Medians of the decode steps: an H200's host once stopped for 90 ms in 23 steps, which made 249 us a layer of 30.
+    From a graph a layer whose experts are all in slots waits for nobody.
     """
     decode = run.events["phase"] == "decode"
     compute = run.events[decode & run.events["lane"].isin(["gpu", "stall", "host"])]
@@ -125,8 +122,12 @@ def _of_steps(run: RunResult, num_layers: int) -> tuple[float, float, float]:
     by_kind = by_kind.reindex(columns=["dense", "host_wait"]).fillna(0.0)
     steps = run.steps[run.steps["phase"] == "decode"].set_index("step")
     besides = steps["dur_us"] - inside.groupby("step")["dur_us"].sum()
-    dense_us, host_us = by_kind.median() / num_layers
-    return float(dense_us), float(host_us), float(besides.median())
+    layers = run.layers[run.layers["phase"] == "decode"]
+    missed = layers[layers["hits"] < layers["needed"]].groupby("step").size()
+    num_waiting = num_layers if is_layered else missed.reindex(by_kind.index)
+    waits_us = (by_kind["host_wait"] / num_waiting).dropna()
+    host_us = float(waits_us.median()) if len(waits_us) else 0.0
+    return float(by_kind["dense"].median()) / num_layers, host_us, float(besides.median())
 
 
 def _is_alike(one: RunResult, run: RunResult) -> bool:

@@ -126,3 +126,18 @@ def test_the_cpu_lane_is_as_it_was_in_runs_with_as_many_threads_as_the_newest():
     total = [one.cpu_base_us + 2 * one.cpu_alone_us[1] for one in (once, thrice)]
     assert total[1] > 1.5 * total[0]
     assert machine_of_run(run, *here, others=[other, lane]).costs == once
+
+
+def test_from_a_graph_only_layers_that_miss_wait_for_the_host():
+    """Layer by layer all do. Two of three layers of a step have all of their experts in slots."""
+    with attach(tiny_moe(), slots=6, device="cpu", decode="layered") as engine:
+        run = engine.generate(prompt(), max_new_tokens=8)
+        here = engine.shape, engine.expert_size
+    hits = run.layers["needed"].where(run.layers["moe_layer"] > 0, 0)
+    reasons = run.config["reasons"]
+    layered = replace(run, layers=run.layers.assign(hits=hits))
+    graph = replace(layered, config=run.config | {"reasons": reasons | {"decode": "host-driven: it fits"}})
+    all_wait, one_waits = (machine_of_run(one, *here).costs.decide_us for one in (layered, graph))
+    assert one_waits == pytest.approx(engine.shape.num_layers * all_wait) and all_wait > 0
+    nobody = replace(graph, layers=graph.layers.assign(hits=graph.layers["needed"]))
+    assert machine_of_run(nobody, *here).costs.decide_us == 0.0
