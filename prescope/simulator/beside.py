@@ -1,7 +1,7 @@
 """What experts on the CPU took in runs of an engine, and copies beside them.
 
 A calibration wakes the CPU's threads for each job: 84 us on one H200 machine, 258 on the next. In an engine's steps
-they are awake; an expert took 95 us there where a calibration had 65 (docs/log/simulator.md, 2026-11-30).
+they are awake: on the latter 4.7 experts took 467 us, of which the experts alone are 424 (docs/log/simulator.md).
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,11 @@ def beside_as_in(runs: Iterable[RunResult], known: LayerCosts, merge_us: float) 
         merge_us: merging a job's result, which is no part of the job.
     """
     tables = [_jobs_and_copies(run) for run in runs if run.metrics.decode.on_cpu]
-    jobs = pd.concat([jobs for jobs, _ in tables]) if tables else pd.DataFrame()
+    jobs = (
+        pd.concat([jobs for jobs, _ in tables], keys=range(len(tables)), names=["run"])
+        if tables
+        else pd.DataFrame()
+    )
     if len(jobs) < FEWEST or len(known.cpu_us) < 2:
         return known
     beside_us, alone_us = known.cpu_us[1], (known.cpu_alone_us or known.cpu_us)[1]
@@ -64,8 +68,8 @@ def beside_as_in(runs: Iterable[RunResult], known: LayerCosts, merge_us: float) 
 
 
 def _jobs_and_copies(run: RunResult) -> tuple[pd.DataFrame, NDArray[np.float64]]:
-    """Jobs of the decode steps (columns run, step, experts, dur_us, is_beside: the link copied for most of it), and
-    what copies took that the CPU computed beside all along, us.
+    """Jobs of the decode steps (columns step, experts, dur_us, is_beside: the link copied for most of it), and what
+    copies took that the CPU computed beside all along, us.
     """
     events = run.events[run.events["phase"] == "decode"]
     jobs = events[(events["lane"] == "cpu") & (events["kind"] == "experts")].set_index(KEYS)
@@ -75,7 +79,7 @@ def _jobs_and_copies(run: RunResult) -> tuple[pd.DataFrame, NDArray[np.float64]]
     copies = events[events["kind"] == "transfer"].sort_values("start_us")
     share = _covered(copies, jobs) / copies["dur_us"].clip(lower=1e-3)
     is_beside = _covered(jobs, copies) > 0.5 * jobs["dur_us"]
-    return jobs.assign(run=id(run), is_beside=is_beside), copies.loc[share > 0.99, "dur_us"].to_numpy(float)
+    return jobs.assign(is_beside=is_beside), copies.loc[share > 0.99, "dur_us"].to_numpy(float)
 
 
 def _covered(spans: pd.DataFrame, others: pd.DataFrame) -> pd.Series:

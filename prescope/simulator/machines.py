@@ -61,7 +61,8 @@ def machine_of_run(
     """The machine at hand, its layers as they were in a recorded run.
 
     Args:
-        run: on demand, with events. `shape`, `expert`: of the engine that made it.
+        run: with events, on demand or under a schedule: the wait for the host is its own. `shape`, `expert`: of the
+            engine that made it.
         profile: of this machine, for experts on the CPU; without one there is no CPU lane.
         others: runs of this machine too. Those like this one say how far it drifts from run to run, those of this batch
             with as many CPU threads as the newest of them what their experts on the CPU took.
@@ -131,13 +132,14 @@ def _of_steps(run: RunResult, num_layers: int, is_layered: bool) -> tuple[float,
 
 
 def _is_alike(one: RunResult, run: RunResult) -> bool:
-    """Whether the layers of two runs do the same, so that they differ by the machine's speed alone."""
+    """Whether the layers of two runs do the same, so that they differ by the machine's speed alone: copies beside the
+    CPU take longer, so both compute on it or neither.
+    """
     return (
         one is not run
         and has_times(one)
         and _is_here(one, run)
-        and bool(one.metrics.decode.on_cpu)
-        == bool(run.metrics.decode.on_cpu)  # its copies take longer beside the CPU
+        and (one.metrics.decode.on_cpu > 0) == (run.metrics.decode.on_cpu > 0)
         and all(one.config[name] == run.config[name] for name in ("schedule", "compiled"))
         and one.config["reasons"]["decode"] == run.config["reasons"]["decode"]
     )
