@@ -5,11 +5,13 @@
 A published shape has random weights, so its decode steps are routed by a trace: drawn with the habits of tiny-moe's own
 routing (--habits), the same for all schedules, and predicted by an oracle that errs as often as --recall says, labelled
 "emulated predictor". A folder with a trained model routes itself and is predicted by a LLaPor trained in the same run.
+What goes wrong on purpose: --routing takes hostile traces, a schedule's name +inverted or +chance for wrong
+predictions, and --link-factor a slower link, emulated.
 Every run starts with empty slots behind the same prompt. The schedules of a batch and number of slots take turns,
---rounds times, so that what else goes on in the machine falls on all of them. The machine is calibrated first; the
-simulator is then told what a layer took in one cell for each batch (marked *): its rest and decision, the link beside
-the CPU, an expert on GPU and CPU; and nothing of the other cells. Prints a table and writes JSON after every batch and
-number of slots, and beside it the trace and the predictions of each batch, so that its cells can be replayed elsewhere.
+--rounds times, so that what else goes on in the machine falls on all of them. The machine is calibrated first, and six
+runs of each batch (`_known_runs.py`) say what its layers take: decisions and simulator go by that, and no cell of the
+table is told to the simulator. Prints a table and writes JSON after every batch and number of slots, and beside it the
+trace and the predictions of each batch, so that its cells can be replayed elsewhere.
 """
 
 import argparse
@@ -17,12 +19,13 @@ import json
 import statistics
 import time
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _known_runs import OWN, known_machine
 from _models import open_model
 from transformers import AutoTokenizer
 
@@ -32,20 +35,20 @@ from prescope.engine.engine import Engine
 from prescope.predictor import NoisyOracle, Predictor
 from prescope.profile import SLOWER_LINKS, HardwareProfile, markdown
 from prescope.scheduler import SCHEDULES
-from prescope.scheduler.costs import LayerCosts
-from prescope.simulator import SimResult, Simulator, as_decode
+from prescope.simulator import Machine, Simulator, as_decode
 from prescope.simulator.prepare import Predicted, Predictions, predictions_of
-from prescope.traces.metrics import PhaseMetrics
 from prescope.traces.result import RunResult
 from prescope.traces.routing import RoutingTrace
-from prescope.traces.synthetic import SyntheticSpec
-from prescope.training import TrainConfig, record_trace
+from prescope.traces.synthetic import ADVERSARIAL, SyntheticSpec, adversarial
+from prescope.training import Inverted, TrainConfig, random_predictor, record_trace
 
 ORACLE = "presched+oracle"
+#: How a shape is routed, besides hostile traces: by a trace drawn with --habits, or as its random weights say.
+HABITS, OWN_ROUTING = "habits", "own"
 COLUMNS = [
-    "model", "batch", "slots", "schedule", "cache", "tok/s", "spread", "hit %", "late %", "miss %", "on CPU %", "GB",
-    "used %", "on time %", "link GB/s", "stall %", "CPU wait %", "host %", "simulated", "error %", "bound",
-    "of bound %",
+    "model", "routing", "link", "batch", "slots", "schedule", "cache", "tok/s", "spread", "hit %", "late %", "miss %",
+    "on CPU %", "GB", "used %", "on time %", "link GB/s", "stall %", "CPU wait %", "host %", "simulated", "error %",
+    "bound", "of bound %",
 ]  # fmt: skip
 
 
@@ -54,19 +57,9 @@ class Case(NamedTuple):
 
     prompt: torch.Tensor
     forced: RoutingTrace | None
-    predicted: dict[str, Predicted]  # by "recall" and "oracle"
+    predicted: dict[str, Predicted]  # by "recall", "oracle", "inverted" and "chance"
     predictors: dict[str, Predictor | None]
     frequencies: np.ndarray  # (L, E) for the static cache
-
-
-class Told(NamedTuple):
-    """What one cell says of its batch."""
-
-    clock: LayerCosts  # what things take in the simulator
-    believed: (
-        LayerCosts  # what its decisions go by: the engine learns the CPU's time with and without a busy link
-    )
-    step_us: float  # a step besides its layers
 
 
 def main() -> None:
@@ -92,44 +85,59 @@ def run_model(
     """All cells of one model."""
     bench = open_model(name, torch.device(args.device), torch.bfloat16)
     settings: dict[str, Any] = {"device": args.device, "events": True, "compiled": args.compiled}
-    settings["link_factor"] = args.link_factor
     tokenizer = AutoTokenizer.from_pretrained(bench.folder) if bench.folder else None
-    with prescope.attach(bench.model, tokenizer=tokenizer, slots=1.0, **settings) as engine:
-        engine.name = bench.name
-        started = time.perf_counter()
-        if args.profile:
-            profile = HardwareProfile.load(args.profile)
-        else:
-            profile = prescope.calibrate(engine, seconds=args.calibrate_seconds, save=False)
-        if args.link_factor > 1:
-            profile = profile.emulated(args.link_factor, SLOWER_LINKS.get(args.link_factor, "slower link"))
-        print(f"# calibrated in {time.perf_counter() - started:.0f} s: {profile.label}", flush=True)
-        print(markdown(profile.table()), flush=True)
-        if args.out:
-            profile.save(Path(args.out).with_suffix(f".{plain(name)}.profile.json"))
-        widths = widths_of(engine)
-        for batch, new in zip(args.batch, args.new_of, strict=True):
-            args.new = new
-            case = make_case(engine, bench.weights, batch, args)
-            sizes = {"width": widths[0], "expert_width": widths[1], "batch": batch}
-            costs = profile.costs(engine.shape, rest_us=args.rest_us or None, **sizes)
-            run_batch(engine, name, batch, case, costs, args, facts, records)
+    real = HardwareProfile.load(args.profile) if args.profile else None
+    for factor in args.link_factor:
+        settings["link_factor"] = factor
+        with prescope.attach(bench.model, tokenizer=tokenizer, slots=1.0, **settings) as engine:
+            engine.name = bench.name
+            real = real or calibrated(engine, args)
+            profile = real.emulated(factor, SLOWER_LINKS.get(factor, "slower link")) if factor > 1 else real
+            print(f"# {profile.label}\n{markdown(profile.table())}", flush=True)
+            if args.out:
+                profile.save(
+                    Path(args.out).with_suffix(f".{plain(name)}{marked(HABITS, factor)}.profile.json")
+                )
+            for batch, new in zip(args.batch, args.new_of, strict=True):
+                args.new = new
+                for routing in args.routing if bench.weights != "trained" else [OWN_ROUTING]:
+                    case = make_case(engine, bench.weights, routing, batch, args)
+                    of = {"model": name, "routing": routing, "link_factor": factor, "batch": batch}
+                    run_batch(engine, of, case, profile, args, facts, records)
+
+
+def calibrated(engine: Engine, args: argparse.Namespace) -> HardwareProfile:
+    """This machine's profile, measured now."""
+    started = time.perf_counter()
+    profile = prescope.calibrate(engine, seconds=args.calibrate_seconds, save=False)
+    print(f"# calibrated in {time.perf_counter() - started:.0f} s", flush=True)
+    return profile
 
 
 def run_batch(
-    engine: Engine, name: str, batch: int, case: Case, costs: LayerCosts, args: argparse.Namespace,
+    engine: Engine, of: dict[str, Any], case: Case, profile: HardwareProfile, args: argparse.Namespace,
     facts: dict[str, Any], records: list[dict[str, Any]],
 ) -> None:  # fmt: skip
-    """All slots and schedules of one batch; PreSched's first cell sets the simulator's clock."""
-    known: Told | None = None
+    """All slots and schedules of what `of` names: model, routing, link, batch."""
+    batch = of["batch"]
+    stem = f"{plain(of['model'])}{marked(of['routing'], of['link_factor'])}.b{batch}"
+    engine.configure(frequencies=case.frequencies)
+    engine.force_routing(case.forced)
+    machine = known_machine(engine, lambda **told: generate(engine, case, args, **told), profile)
+    machine = machine._replace(costs=machine.costs.with_predictor(args.predict_us))
+    is_kept = not args.out
+    turns = args.schedules + (args.rounds - 1) * (args.again or args.schedules)
+    turns = [
+        one for one in turns if prediction_of(one) in case.predictors
+    ]  # nobody knows a model's own routing before
     for slots in args.slots:
         cells: dict[str, tuple[dict[str, Any], RunResult]] = {}
-        for schedule in args.schedules + (args.rounds - 1) * (args.again or args.schedules):
+        for schedule in turns:
             if time.perf_counter() > args.deadline:
                 print(f"# no time left for batch {batch}, {schedule}, {slots:.0%}", flush=True)
                 continue
             try:
-                cell, run = measure(engine, schedule, slots, case, costs, args)
+                cell, run = measure(engine, schedule, slots, case, machine, args)
             except Exception:  # noqa: BLE001 - one cell must not cost the others
                 traceback.print_exc()
                 engine.recover()
@@ -140,23 +148,19 @@ def run_batch(
                 )
             cell["tokens_per_s"] = statistics.median(cell["tokens_per_s_runs"])
             cells[schedule] = cell, run
-        if known is None and "presched" in cells:
-            cell, run = cells["presched"]
-            cell["is_known"] = True
-            known = told_by(engine, cell, case, run, costs, args.predict_us)
-            if args.out and run.trace is not None:
-                path = Path(args.out).with_suffix(f".{plain(name)}.b{batch}.safetensors")
-                run.trace.save(path)
-                keep_case(case, path.with_suffix(".npz"))
+        if cells and not is_kept:
+            path = Path(args.out).with_suffix(f".{stem}.safetensors")
+            next(iter(cells.values()))[1].trace.save(path)
+            keep_case(case, path.with_suffix(".npz"))
+            is_kept = True
         for schedule, (cell, run) in cells.items():
             if args.events:
-                keep_events(run, Path(args.events), f"{plain(name)}.b{batch}.{100 * slots:g}.{schedule}")
-            cell |= {"model": name, "batch": batch, "costs": asdict(costs)}
-            if known is not None:
-                try:
-                    cell |= simulated(engine, cell, case, known, run)
-                except Exception:  # noqa: BLE001 - what was measured is kept
-                    traceback.print_exc()
+                keep_events(run, Path(args.events), f"{stem}.{100 * slots:g}.{schedule}")
+            cell |= of | {"costs": asdict(machine.costs_of(schedule))}
+            try:
+                cell |= simulated(cell, case, machine, run)
+            except Exception:  # noqa: BLE001 - what was measured is kept
+                traceback.print_exc()
             records.append(cell)
             print(row(cell), flush=True)
         if args.out:
@@ -169,40 +173,40 @@ def run_batch(
             Path(args.out).write_text(text + "\n")
 
 
+def generate(engine: Engine, case: Case, args: argparse.Namespace, **told: Any) -> RunResult:
+    """One run from empty slots under these settings, after one that captures the step."""
+    return turn(engine, case, args, 1, **told)[-1]
+
+
+def turn(engine: Engine, case: Case, args: argparse.Namespace, repeats: int, **told: Any) -> list[RunResult]:
+    """As `generate`, some runs."""
+    engine.configure(**told)
+    runs = []
+    for _ in range(repeats + 1):
+        engine.clear_cache()
+        runs.append(engine.generate(case.prompt, max_new_tokens=args.new, min_new_tokens=args.new))
+    return runs[1:]
+
+
 def measure(
-    engine: Engine, schedule: str, slots: float, case: Case, costs: LayerCosts, args: argparse.Namespace
+    engine: Engine, schedule: str, slots: float, case: Case, machine: Machine, args: argparse.Namespace
 ) -> tuple[dict[str, Any], RunResult]:
-    """Some runs from empty slots, after one that captures the step."""
-    way = SCHEDULES[schedule.partition("+")[0]]
-    which = "oracle" if schedule == ORACLE else "recall"
+    """One turn of a schedule."""
+    way, which = SCHEDULES[schedule.partition("+")[0]], prediction_of(schedule)
     cache = args.cache or way.cache
     predictor = case.predictors[which] if way.predictor != "none" else None
+    is_forced = case.forced is not None and predictor is not None
     started = time.perf_counter()
-    engine.configure(slots=slots, cache=cache, schedule="on-demand", frequencies=case.frequencies)
-    scores = None
-    if case.forced is not None and predictor is not None:
-        scores = case.predicted[which].forced()
-    engine.force_routing(case.forced, scores)
-    if way.name != "on-demand":
-        engine.configure(schedule=way.name, predictor=predictor, costs=costs)
-    runs, seconds = [], [time.perf_counter() - started]
-    for i in range(args.repeats + 1):
-        engine.clear_cache()
-        run = engine.generate(case.prompt, max_new_tokens=args.new, min_new_tokens=args.new)
-        seconds.append(time.perf_counter() - started)
-        if i:
-            runs.append(run)
-    scheduling = engine.runner.scheduling
-    cpu_factor = 1.0 if scheduling is None else scheduling.planner.cpu_factor
-    beliefs = costs if scheduling is None else scheduling.planner.costs
+    engine.force_routing(case.forced, case.predicted[which].forced() if is_forced else None)
+    told = {"slots": slots, "cache": cache, "schedule": way.name, "costs": machine.costs_of(way.name)}
+    told |= {"predictor": predictor or "none", "cpu_threads": None if way.uses_cpu else 0}
+    runs = turn(engine, case, args, args.repeats, **OWN | told)
     decode, last = runs[-1].metrics.decode, runs[-1]
     speeds = [run.metrics.tokens_per_s for run in runs]
     steps = last.steps[last.steps["phase"] == "decode"]["dur_us"].to_numpy()
     cell = {
-        "schedule": schedule, "cache": cache, "slots": slots, "num_slots": engine.num_slots,
-        "cpu_factor": cpu_factor, "learned_link_us": beliefs.link_us,
-        "learned_link_busy_us": beliefs.link_busy_us, "is_known": False, "new": args.new,
-        "tokens_per_s_runs": speeds, "seconds": seconds,  # until it is set up, until the end of each run
+        "schedule": schedule, "cache": cache, "slots": slots, "num_slots": engine.num_slots, "new": args.new,
+        "tokens_per_s_runs": speeds, "seconds": time.perf_counter() - started,
         "decode": last.config["reasons"]["decode"], "cpu": last.config["reasons"].get("cpu", ""),
         "predictor": predictor.name if predictor is not None else "none", "steps_us": steps.tolist(),
         **{field: getattr(decode, field) for field in FIELDS},
@@ -233,110 +237,36 @@ def keep_events(run: RunResult, folder: Path, stem: str) -> None:
         getattr(run, table).to_parquet(folder / f"{stem}.{table}.parquet", index=False)
 
 
-def told_by(
-    engine: Engine, cell: dict[str, Any], case: Case, run: RunResult, costs: LayerCosts, predict_us: float
-) -> Told:
-    """Costs with a layer's rest, the decision, and an expert on link, GPU and CPU as one run had or learned them."""
-    events = run.events[run.events["phase"] == "decode"]
-    layers = int(run.layers["moe_layer"].max()) + 1
-    steps, decode = run.metrics.decode.num_steps, run.metrics.decode
-    dense = events[(events["kind"] == "dense")]
-    inside = float(dense[dense["moe_layer"] >= 0]["dur_us"].sum()) / (steps * layers)
-    # Layers whose experts were all there did not wait for a decision.
-    missed = run.layers[run.layers["hits"] < run.layers["needed"]]
-    waits = events[events["kind"] == "host_wait"].merge(missed[["step", "moe_layer"]])
-    decide = float(waits["dur_us"].mean()) if len(waits) else costs.decide_us
-    busy = float(events[events["lane"].isin(["gpu", "stall", "host"])]["dur_us"].sum())
-    outside = (
-        busy
-        - float(
-            events[(events["moe_layer"] >= 0) & events["lane"].isin(["gpu", "stall", "host"])]["dur_us"].sum()
-        )
-    ) / steps
-    on_gpu = max(1, decode.needed - decode.on_cpu)
-    source = (
-        f"{costs.source}; rest, decision, link beside the CPU and experts' times from one run of PreSched"
-    )
-    # What it learned of the link, and what it copied, has in it what a batch takes besides.
-    learned_us = cell["learned_link_us"]
-    link_us = min(learned_us, max(costs.link_us, learned_us - costs.batch_us))
-    told = replace(
-        costs,
-        rest_us=inside,
-        link_us=link_us,
-        link_busy_us=max(link_us, copy_us(decode) - costs.batch_us),
-        decide_us=decide,
-        gpu_us=1e3 * decode.experts_gpu_ms / on_gpu,
-        predict_us=predict_us,
-        source=source,
-    )
-    # How long link and CPU are busy beside each other depends on what both take.
-    learned = replace(told, link_us=learned_us, link_busy_us=cell["learned_link_busy_us"])
-    factor, believed = 1.0, with_cpu(learned, cell["cpu_factor"])
-    for _ in range(4 if decode.on_cpu else 0):
-        found = replay(
-            engine, cell, case, Told(with_cpu(told, factor), believed, outside), run
-        ).metrics.decode
-        if found.on_cpu:  # by expert: how many there are is the decisions' affair
-            factor *= decode.experts_cpu_ms / decode.on_cpu * found.on_cpu / found.experts_cpu_ms
-        seen_us, found_us = (copy_us(of) - costs.batch_us for of in (decode, found))
-        if min(seen_us, found_us) > 0:
-            busy_us = told.link_busy_us or told.link_us
-            told = replace(told, link_busy_us=max(told.link_us, busy_us * seen_us / found_us))
-    return Told(with_cpu(told, factor), believed, outside)
-
-
-def copy_us(of: PhaseMetrics) -> float:
-    """What a copy took on the link, on average."""
-    return 1e3 * of.h2d_busy_ms / max(1, of.on_demand_transfers + of.prefetch_transfers)
-
-
-def with_cpu(costs: LayerCosts, factor: float) -> LayerCosts:
-    """The same with another CPU."""
-    cpu_us, alone_us = (tuple(factor * us for us in times) for times in (costs.cpu_us, costs.cpu_alone_us))
-    return replace(costs, cpu_us=cpu_us, cpu_alone_us=alone_us, cpu_base_us=factor * costs.cpu_base_us)
-
-
-def replay(engine: Engine, cell: dict[str, Any], case: Case, told: Told, run: RunResult) -> SimResult:
-    """The same cell by the simulator."""
+def simulated(cell: dict[str, Any], case: Case, machine: Machine, run: RunResult) -> dict[str, Any]:
+    """What the simulator says of a cell, and how far it is off."""
     assert run.trace is not None
-    row_bytes = engine.shape.row_bytes
-    clock = told.clock
-    if cell["schedule"] == "on-demand":
-        # The GPU decides, in the microseconds that are in the rest of a layer; the copy engine's orders are a message.
-        way = cell["decode"]
-        clock = replace(clock, decide_us=cell["costs"]["decide_us"] if way.startswith("copy-engine") else 0.0)
-    simulator = Simulator(run.trace, clock, row_bytes=row_bytes, step_us=told.step_us)
-    steps = len(simulator.needs.steps)
-    which = "oracle" if cell["schedule"] == ORACLE else "recall"
-    way = SCHEDULES[cell["schedule"].partition("+")[0]]
+    way, which = SCHEDULES[cell["schedule"].partition("+")[0]], prediction_of(cell["schedule"])
+    costs = machine.costs_of(way.name)
+    simulator = Simulator(run.trace, costs, row_bytes=machine.row_bytes, step_us=machine.step_us)
     if way.predictor != "none" and which in case.predicted:
-        known = Predicted(*(part[:, :steps] for part in case.predicted[which]))
+        known = Predicted(*(part[:, : len(simulator.needs.steps)] for part in case.predicted[which]))
         simulator.predictions = Predictions.given(known, simulator.trace)
-    frequencies = case.frequencies.astype(np.float64)
-    return simulator.run(
+    result = simulator.run(
         way.name,
         slots=cell["num_slots"],
         cache=cell["cache"],
-        frequencies=frequencies,
-        believed=told.believed,
+        frequencies=case.frequencies.astype(np.float64),
+        least_bytes=machine.least_bytes,
     )
-
-
-def simulated(engine: Engine, cell: dict[str, Any], case: Case, told: Told, run: RunResult) -> dict[str, Any]:
-    """What the simulator says of a cell, and how far it is off."""
-    result = replay(engine, cell, case, told, run)
-    counts, bounds = result.counts, result.bounds
     return {
-        "told": asdict(told.clock), "believed": asdict(told.believed), "step_us": told.step_us,
-        "simulated_tokens_per_s": result.tokens_per_s,
-        "simulated": {name: int(value) for name, value in counts._asdict().items()},
+        "step_us": machine.step_us, "simulated_tokens_per_s": result.tokens_per_s, "interval": result.interval,
+        "simulated": {name: int(value) for name, value in result.counts._asdict().items()},
         "error_frac": result.tokens_per_s / cell["tokens_per_s"] - 1.0,
-        "bounds": bounds._asdict(), "bound_tokens_per_s": bounds.tokens_per_s,
+        "bounds": result.bounds._asdict(), "bound_tokens_per_s": result.bounds.tokens_per_s,
     }  # fmt: skip
 
 
-def make_case(engine: Engine, weights: str, batch: int, args: argparse.Namespace) -> Case:
+def prediction_of(schedule: str) -> str:
+    """Which of a case's predictions a schedule is told: what its name has behind a plus."""
+    return schedule.partition("+")[2] or "recall"
+
+
+def make_case(engine: Engine, weights: str, routing: str, batch: int, args: argparse.Namespace) -> Case:
     """Prompt, routing and predictions of a batch."""
     vocabulary = engine.model.config.vocab_size
     prompt = torch.randint(
@@ -345,22 +275,34 @@ def make_case(engine: Engine, weights: str, batch: int, args: argparse.Namespace
     if weights == "trained":
         return own_case(engine, batch, args)
     shape = engine.shape
-    if args.own_routing:
+    if routing == OWN_ROUTING:
         uses = np.ones((shape.num_layers, shape.num_experts))
-        return Case(prompt, None, {}, {"recall": None, "oracle": None}, uses)
-    spec = SyntheticSpec(
-        num_layers=shape.num_layers, num_experts=shape.num_experts, top_k=shape.top_k, zipf=args.habits[0],
-        persistence=args.habits[1], correlation=args.habits[2], diversity=args.habits[3],
-    )  # fmt: skip
-    trace = spec.generate(prompt_tokens=args.prompt, new_tokens=args.new, batch=batch, seed=1)
+        return Case(prompt, None, {}, {"recall": None}, uses)
+    sizes = {"num_layers": shape.num_layers, "num_experts": shape.num_experts, "top_k": shape.top_k}
+    # Frequencies are of another run of the same made-up model: nobody knows those of what is to come.
+    trace, other = (
+        drawn(routing, sizes, args, prompt_tokens=args.prompt, new_tokens=new, batch=of, seed=seed)
+        for new, of, seed in ((args.new, batch, 1), (64, max(8, batch), 2))
+    )
     recall = {a: r for a, r in zip((1, 2, 4), args.recall, strict=True) if a < shape.num_layers}
+    errs = NoisyOracle(trace, recall)
     predictors: dict[str, Predictor | None] = {
-        "recall": NoisyOracle(trace, recall), "oracle": NoisyOracle(trace, dict.fromkeys(recall, 1.0)),
+        "recall": errs, "oracle": NoisyOracle(trace, dict.fromkeys(recall, 1.0)),
+        "inverted": Inverted(errs), "chance": random_predictor(shape, max(recall)),
     }  # fmt: skip
-    predicted = {name: predictions_of(one, trace) for name, one in predictors.items() if one is not None}
-    # Of another run of the same made-up model: nobody knows the frequencies of what is to come.
-    other = spec.generate(prompt_tokens=args.prompt, new_tokens=64, batch=max(8, batch), seed=2)
+    asked = {prediction_of(schedule) for schedule in args.schedules}
+    predicted = {
+        name: predictions_of(one, trace) for name, one in predictors.items() if one and name in asked
+    }
     return Case(prompt, trace, predicted, predictors, other.expert_counts())
+
+
+def drawn(routing: str, sizes: dict[str, int], args: argparse.Namespace, **lengths: int) -> RoutingTrace:
+    """A made-up trace: with the habits asked for, or hostile."""
+    if routing in ADVERSARIAL:
+        return adversarial(routing, **sizes, **lengths)
+    habits = dict(zip(("zipf", "persistence", "correlation", "diversity"), args.habits, strict=True))
+    return SyntheticSpec(**sizes, **habits).generate(**lengths)
 
 
 def own_case(engine: Engine, batch: int, args: argparse.Namespace) -> Case:
@@ -394,7 +336,7 @@ def own_case(engine: Engine, batch: int, args: argparse.Namespace) -> Case:
     predicted = predictions_of(args.llapor, trace)
     first = args.prompt  # the first decode step reads the token behind the prompt
     behind = Predicted(*(part[:, first:] for part in predicted))
-    return Case(prompt, None, {"recall": behind}, {"recall": args.llapor, "oracle": None}, frequencies)
+    return Case(prompt, None, {"recall": behind}, {"recall": args.llapor}, frequencies)
 
 
 def excerpts(
@@ -412,22 +354,22 @@ def excerpts(
     return found
 
 
+def marked(routing: str, link_factor: int) -> str:
+    """What files of a routing and a link have in their names."""
+    return f".{routing}" * (routing != HABITS) + f".link{link_factor}" * (link_factor > 1)
+
+
 def plain(name: str) -> str:
     """A model's name as part of a file's."""
     return Path(name).name.replace("~", "-")
-
-
-def widths_of(engine: Engine) -> tuple[int, int]:
-    """D and F of the first MoE layer."""
-    _, width, expert_width = engine.layers[0].expert_size
-    return width, expert_width
 
 
 def row(cell: dict[str, Any]) -> str:
     """One line of the table."""
     runs, wall, nan = cell["tokens_per_s_runs"], cell["wall_ms"], float("nan")
     values = [
-        cell["model"], str(cell["batch"]), f"{cell['slots']:.1%}", cell["schedule"] + ("*" if cell["is_known"] else ""),
+        cell["model"], cell["routing"], f"1/{cell['link_factor']}" if cell["link_factor"] > 1 else "as it is",
+        str(cell["batch"]), f"{cell['slots']:.1%}", cell["schedule"],
         cell["cache"], f"{cell['tokens_per_s']:.1f}", f"{min(runs):.1f}-{max(runs):.1f}",
         *(f"{100 * cell[name]:.1f}" for name in ("hit_rate", "late_rate", "miss_rate")),
         f"{100 * cell['on_cpu'] / max(1, cell['needed']):.1f}", f"{cell['h2d_bytes'] / 1e9:.2f}",
@@ -448,13 +390,11 @@ def _arguments() -> argparse.Namespace:
     add("--model", nargs="+", default=["qwen3-30b-a3b-cut16"], help="published shapes")
     add("--batch", nargs="+", type=int, default=[1, 8, 16, 64])
     add("--slots", nargs="+", type=float, default=[0.5, 0.25, 0.125])
-    add("--schedules", nargs="+", default=[*SCHEDULES, ORACLE])
+    add("--schedules", nargs="+", default=[*SCHEDULES, ORACLE],
+        help="names, with +oracle, +inverted or +chance where they are to be told that")  # fmt: skip
     add("--cache", default="", help="one cache policy for all; by default each schedule's own")
-    add(
-        "--own-routing",
-        action="store_true",
-        help="a shape's random weights route themselves; nothing is predicted",
-    )
+    add("--routing", nargs="+", default=[HABITS], choices=[HABITS, OWN_ROUTING, *ADVERSARIAL],
+        help="of a shape: drawn with --habits, its random weights' own (nothing is predicted), or hostile")  # fmt: skip
     add(
         "--habits",
         nargs=4,
@@ -477,20 +417,10 @@ def _arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=2, help="turns of each schedule")
     add("--again", nargs="+", default=[], help="only these have more turns than one")
     add("--repeats", type=int, default=1, help="runs of a turn")
-    add(
-        "--link-factor",
-        type=int,
-        default=1,
-        help="copies of each expert: 2 emulates PCIe 4 on PCIe 5, 4 PCIe 3",
-    )
+    add("--link-factor", nargs="+", type=int, default=[1],
+        help="copies of each expert: 2 emulates PCIe 4 on PCIe 5, 4 PCIe 3")  # fmt: skip
     add("--compiled", action="store_true", help="compile the layers around the experts")
     add("--profile", default="", help="of this machine, to save the time of measuring it")
-    add(
-        "--rest-us",
-        type=float,
-        default=0.0,
-        help="the rest of a layer, for models that --profile does not know",
-    )
     add("--predict-us", type=float, default=15.0, help="one prediction, for the simulator: beside the layer")
     add("--calibrate-seconds", type=float, default=45.0)
     add("--seconds", type=float, default=1e9, help="start no new cell after this")

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _known_runs import OWN, known_machine
 from _models import is_shape, open_model
 
 import prescope
@@ -55,7 +56,6 @@ from prescope.simulator import (
     Scenarios,
     SimResult,
     Simulator,
-    machine_of_run,
 )
 from prescope.traces.result import RunResult
 from prescope.training import own_prompts, record_trace, routers_of
@@ -192,48 +192,25 @@ def record_run(engine: Engine, prompts: Prompts, new: int) -> RunResult:
 def case_of(engine: Engine, prompts: Prompts, predictors: list[Predictor], args: argparse.Namespace) -> Case:
     """Record a batch, and what its layers take."""
     new = args.new if len(prompts) <= 8 else max(8, args.new // 2)
-    plain = {"cache": "auto", "predictor": "none", "lookahead": None, "threshold": None, "width": None}
     engine.force_routing(None)
-    on_demand = {"schedule": "on-demand", "slots": 0.5, **plain}
-    engine.configure(**on_demand)
+    engine.configure(schedule="on-demand", slots=0.5, **OWN)
     recorded = record_run(engine, prompts, new)
     assert recorded.trace is not None
     hot = recorded.trace.expert_counts()
     engine.force_routing(recorded.trace)
-    alone = generate(engine, prompts, new, **on_demand)
     engine.configure(frequencies=hot)
     if args.clock == "virtual":
         machine = Machine(HERE, stated(args), engine.shape.row_bytes, 0.0, 0, is_here=True)
         return Case(prompts, Scenarios(recorded.trace, [machine], predictors, frequencies=hot), recorded, new)
-    here = engine.shape, engine.expert_size, args.profile
-    planned = {
-        "schedule": "hybrimoe", "slots": 0.5, "cpu_threads": 0,
-        "costs": machine_of_run(alone, *here).costs_with(False), **plain,
-    }  # fmt: skip
-    decided = generate(engine, prompts, new, **planned)
-    # Once more of each: how far the machine drifts meanwhile is part of the interval.
-    others = [generate(engine, prompts, new, **on_demand)]
-    others.append(generate(engine, prompts, new, **planned))
-    if args.clock == "real":  # what the CPU's experts take beside copies, and without
-        with_lane = {"cpu_threads": None, "costs": machine_of_run(alone, *here).costs_with(True)}
-        for schedule in ("hybrimoe", "static-split"):
-            others.append(generate(engine, prompts, new, **planned | with_lane | {"schedule": schedule}))
-    machine = machine_of_run(alone, *here, others)
-    ahead = machine_of_run(decided, *here, others)
-    machine = ahead._replace(on_demand=machine.costs)
+
+    def run(**settings: Any) -> RunResult:
+        return generate(engine, prompts, new, **settings)
+
+    machine = known_machine(engine, run, args.profile, has_lane=args.clock == "real")
     if args.clock == "processor":
         engine.runner.device.jobs.clear()
-        generate(
-            engine,
-            prompts,
-            new,
-            schedule="static-split",
-            slots=0.5,
-            cpu_threads=1,
-            costs=stated(args),
-            **plain,
-        )
-        ahead = ahead._replace(costs=with_cpu(ahead.costs, engine.runner.device.jobs, len(prompts)))
+        run(schedule="static-split", slots=0.5, cpu_threads=1, costs=stated(args), **OWN)
+        machine = machine._replace(costs=with_cpu(machine.costs, engine.runner.device.jobs, len(prompts)))
     spent = {one.name: predict_us(one, recorded, engine, args) for one in predictors}
     spent[NOISY] = spent["frequency"]
     scenarios = Scenarios(recorded.trace, [machine], predictors, predict_us=spent, frequencies=hot)
