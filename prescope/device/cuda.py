@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..core.units import format_bytes
+from ..core.worker import process_id
 from ..errors import NotEnoughMemory, SlotPoolTooLarge, TransferFailed, UnsupportedOption, WaitTimedOut
 from .base import LinkFunctions
 from .driver import DriverEvents, DriverMark, elapsed_us, link_functions, open_memcpy
@@ -68,6 +69,7 @@ class CudaDevice:
             )
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         self._h2d = torch.cuda.Stream(self.torch_device)
+        self._owner = process_id()
         self.memcpy = open_memcpy() if copies == "driver" else None
         self._repeats = link_factor
 
@@ -126,6 +128,10 @@ class CudaDevice:
         return True
 
     def unpin(self, row: torch.Tensor) -> None:
+        if (
+            self._owner != process_id()
+        ):  # CUDA cannot be asked in a forked process, and the pages are its parent's
+            return
         with self.as_current():  # the garbage collector may call this, in any thread
             code = torch.cuda.cudart().cudaHostUnregister(row.data_ptr())
         if int(code) == NOT_REGISTERED:

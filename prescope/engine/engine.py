@@ -421,9 +421,9 @@ class Engine:
             try:
                 yield results
             except BaseException:
-                if (
-                    self.turn.holder is None or self.turn.is_mine
-                ):  # else the next forward puts right what this one left
+                is_free = self.turn.holder is None or self.turn.is_mine
+                # Else the next forward puts right what this one left; a forked process has nothing to put right.
+                if is_free and self._owner == process_id():
                     with self._device.as_current():
                         self.runner.recover()
                 raise

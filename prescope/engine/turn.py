@@ -126,8 +126,9 @@ class Turn:
         Raises:
             CancelledError: told to end before the turn came.
             WaitTimedOut: the wait took longer than `most_s`.
-            ForkedProcess: who has the turn is in the process that this one was forked from.
+            ForkedProcess: whose turns these are is in the process that this one was forked from.
         """
+        require_process(self._process, "this engine")  # before anything of the GPU's is asked for
         keywords = keywords or {}
         if self.is_mine:
             return function(*arguments, **keywords)
@@ -160,7 +161,6 @@ class Turn:
 
     def _wait(self, claim: Claim, most_s: float | None) -> None:
         """Return with the lock taken."""
-        require_process(self._process, f"the turn of {self._holder}")
         self._waiting.append(claim)
         num_waits, is_said = 0, False
         try:

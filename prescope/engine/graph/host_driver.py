@@ -185,7 +185,7 @@ class HostDriver:
         arguments = self._arguments(step, captured.number(step), row)
         layer, num_idle, is_idle = 0, 0, False
         while True:
-            code = serve(*(*arguments, len(side_tasks)))  # one tuple: mypy cannot count two
+            code = self._lane.serving(serve, *arguments, len(side_tasks))
             if self._listening is not None and code in (at.SERVED, at.PAUSED):
                 self._listening.came_back(float(self._state.times[at.LEFT]))
             if code == at.SERVED:
@@ -266,7 +266,7 @@ class HostDriver:
         table.in_flight[:] = table.protected[:] = False
         table.versions += 1  # copies of the table's rows are stale
         counts[at.NUM_JOBS] = 0
-        is_sound = collect(self._functions, self._state)
+        is_sound = self._lane.serving(collect, self._functions, self._state)
         if runner.recorder is not None and not self._is_abandoned:
             runner.recorder.served_late(self._jobs())
         if not is_sound and not self._is_abandoned:
@@ -288,8 +288,7 @@ class HostDriver:
         captured, job = self._captured, int(self._state.counts[at.JOB])
         assert captured is not None
         self._is_abandoned = True
-        if job:
-            self._lane.settle(job)
+        self._lane.settle(job)
         has_cpu = captured.scheduled is not None and captured.scheduled.has_cpu
         captured.served(step + 1)
         # For a layer that was answered before and waits for bytes.

@@ -4,8 +4,8 @@ Shapes: E experts, D model width, F expert width, T tokens, K top-k, n experts o
 that fall to them.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from ...cache.residency import IntArray
 from ...weights.layout import RowLayout
 from ..base import ExpertsSpec
+
+R = TypeVar("R")
 
 #: Longer than any job takes that a decode step submits: all experts of a layer, read at 1 GB/s, are done sooner.
 MOST_JOB_S = 60.0
@@ -151,8 +153,12 @@ class LaneFunctions:
         """Of no lane: nothing is ever submitted."""
         return cls(LaneAddresses(0, 0, 0, 0, 0), [])
 
+    def serving(self, serve: Callable[..., R], *arguments: Any) -> R:
+        """What compiled code returns that calls these functions. Raises what a signal's handler raised in between."""
+        return serve(*arguments)
+
     def settle(self, job: int) -> None:
-        """Compute nothing more of a job, and return when it is over."""
+        """Compute nothing more of a job, or with 0 of one whose submission was interrupted; return when it is over."""
 
     def explain(self) -> NoReturn:
         """Raise what went wrong in a job, or in its submission."""

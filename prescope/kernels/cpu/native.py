@@ -151,8 +151,9 @@ class NativeLane:
 class _NativeFunctions(LaneFunctions):
     def settle(self, job: int) -> None:
         calls = self._keep._calls
-        calls.cancel(job)
-        calls.state_after(job, MOST_JOB_S)
+        if job:  # submission is one call of C: a job or none
+            calls.cancel(job)
+            calls.state_after(job, MOST_JOB_S)
 
     def explain(self) -> NoReturn:
         raise CancelledError("experts on the CPU were cancelled, or there is no memory for them")

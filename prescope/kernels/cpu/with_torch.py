@@ -5,6 +5,7 @@ Any dtype, any gate. To give each thread a shard of the weights, torch single-th
 """
 
 import ctypes
+import sys
 import threading
 import time
 from collections import deque
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from ...core.native import address_of
 from ...core.worker import Latch, Worker
 from .base import MOST_JOB_S, CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions
 from .checks import check_lot
+
+R = TypeVar("R")
 
 
 class TorchLane:
@@ -60,6 +63,10 @@ class TorchLane:
 
     def functions(self) -> LaneFunctions:
         return _TorchFunctions(self, self._layers)
+
+    def drain(self) -> None:
+        """Wait until nothing is computed any more."""
+        self._leader.drain("experts on the CPU", MOST_JOB_S)
 
     def stay_awake(self, on: bool) -> None:
         """Torch's threads spin for some milliseconds of their own accord."""
@@ -118,7 +125,11 @@ _int64 = ctypes.c_int64
 
 
 class _TorchFunctions(LaneFunctions):
-    """The lane behind callbacks. A batch lies in memory as the compiled lane's does, in words of 8 bytes."""
+    """The lane behind callbacks. A batch lies in memory as the compiled lane's does, in words of 8 bytes.
+
+    Python runs a signal's handler in the main thread where Python code begins, a callback too. What the handler raises
+    there, before the first line, cannot pass through C: ctypes reports it to `sys.unraisablehook` and returns 0.
+    """
 
     def __init__(self, lane: TorchLane, layers: Sequence[CpuLayer]) -> None:
         self._lane, self._of = lane, list(layers)
@@ -169,13 +180,35 @@ class _TorchFunctions(LaneFunctions):
         del self._jobs[job]
         return 0
 
+    def serving(self, serve: Callable[..., R], *arguments: Any) -> R:
+        if threading.current_thread() is not threading.main_thread():
+            return serve(*arguments)
+        raised: list[BaseException] = []
+        former = sys.unraisablehook
+
+        def note(report: "sys.UnraisableHookArgs") -> None:
+            if report.exc_value is not None and "ctypes callback" in (report.err_msg or ""):
+                raised.append(report.exc_value)
+            else:
+                former(report)
+
+        try:
+            sys.unraisablehook = note
+            return serve(*arguments)
+        finally:
+            sys.unraisablehook = former
+            if raised:
+                raise raised[0]
+
     def settle(self, job: int) -> None:
-        self._jobs[job].cancel()
+        if job in self._jobs:
+            self._jobs[job].cancel()
         with suppress(Exception):  # its run is over, whatever it says
-            self._jobs[job].wait()
+            self._lane.drain()
 
     def explain(self) -> NoReturn:
-        raise self._error or RuntimeError("the CPU lane refused experts without a reason")
+        error, self._error = self._error, None
+        raise error or RuntimeError("the CPU lane refused experts without a reason")
 
 
 def _words(address: int, count: int) -> np.ndarray:
