@@ -128,7 +128,7 @@ class _TorchFunctions(LaneFunctions):
     """The lane behind callbacks. A batch lies in memory as the compiled lane's does, in words of 8 bytes.
 
     Python runs a signal's handler in the main thread where Python code begins, a callback too. What the handler raises
-    there, before the first line, cannot pass through C: ctypes reports it to `sys.unraisablehook` and returns 0.
+    there, before the first line, cannot pass through C: ctypes reports it as unraisable and returns 0.
     """
 
     def __init__(self, lane: TorchLane, layers: Sequence[CpuLayer]) -> None:
