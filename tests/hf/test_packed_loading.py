@@ -19,6 +19,12 @@ TOLERANCE = 1e-5
 load = partial(prescope.load, dtype="float32", device="cpu", link_gb_per_s=50.0)
 
 
+def grouped(group: int) -> dict:
+    """Groups of compressed-tensors with so many weights to a scale."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group, "symmetric": True}
+    return {"group_0": {"targets": ["Linear"], "weights": weights}}
+
+
 @pytest.fixture(scope="module")
 def fp8(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp8")
@@ -261,7 +267,9 @@ def test_host_memory_that_does_not_suffice_is_said_before_weights_are_read(fp8, 
         ("mixtral awq", {"quant_method": "bitsandbytes"}, "'bitsandbytes' is not one of"),
         ("qwen3 int4", {"format": "marlin-24"}, "'marlin-24'"),
         ("qwen3 int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
-        ("qwen3 fp8", {"weight_block_size": [64, 64]}, "blocks"),
+        ("qwen3 fp8", {"weight_block_size": [64, 64]}, r"scale is F32 of shape \(1, 1\)"),
+        ("mixtral awq", {"group_size": 64}, r"zero is I32 of shape \(2, 12\)"),
+        ("qwen3 int4", {"config_groups": grouped(48)}, "2 groups of 48 are no row of 64"),
         ("qwen3 fp8", {"quant_method": "mxfp4"}, "none of .* tensors"),
     ],
 )  # fmt: skip
@@ -297,6 +305,39 @@ def test_what_is_missing_from_the_files_is_named(tmp_path, lost, error):
     change(tmp_path, lambda name, tensor: None if lost in name else tensor)
     with pytest.raises(BadModelFolder, match=error):
         load(tmp_path, slots=8)
+
+
+DAMAGES = {
+    "a row less": lambda tensor: tensor[:-1],
+    "a column less": lambda tensor: tensor[..., :-1],
+    "all in one row": lambda tensor: tensor.reshape(1, -1),
+    "as bytes": lambda tensor: tensor.contiguous().view(torch.uint8),
+    "wide": lambda tensor: tensor.float().to(torch.int64),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' table of weights that do not fit
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_of_a_matrix_that_do_not_belong_together_are_refused(tmp_path, layout):
+    """Scales of other rows, words of another width: refused by name, or harmless; never another error or number."""
+    plain, ids = write(layout, tmp_path), prompt()
+    whole = load_file(tmp_path / "model.safetensors")
+    names = [
+        name for name in whole if "layers.1." in name and (".experts.3." in name or "experts.down" in name)
+    ]
+    stem = names[0].rpartition("_" if layout.startswith("gpt-oss") else ".")[0]
+    refused = 0
+    for name in (name for name in names if name.startswith(stem) and whole[name].dim()):
+        for damage in DAMAGES.values():
+            damaged = damage(whole[name]).contiguous()
+            save_file({**whole, name: damaged}, tmp_path / "model.safetensors", {"format": "pt"})
+            try:
+                with load(tmp_path, slots=8) as engine, torch.no_grad():
+                    assert distance(engine.model(ids).logits, plain(ids).logits) < TOLERANCE, name
+            except (UnsupportedExperts, BadModelFolder) as error:
+                assert "layers.1." in str(error)
+                refused += 1
+    assert refused >= 6
 
 
 def change(folder, edit) -> None:

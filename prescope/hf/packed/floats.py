@@ -1,13 +1,17 @@
 """Published floats: FP8 with scales of blocks, channels or tensors; MXFP4; NVFP4."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 import torch
 
 from ...errors import UnsupportedExperts
 from ...weights.formats import Format, Fp8, Mxfp4, Nvfp4
 from ...weights.formats.fp4 import e8m0
-from .published import Entries, Naming, Published, Tensors
+from .published import FLOATS, Entries, Naming, Published, Tensors, Wanted
+
+#: Exponents, which torch and tools write as bytes of one kind or the other.
+_E8M0 = ("U8", "F8_E8M0")
 
 
 class BlockFp8(Published):
@@ -19,10 +23,15 @@ class BlockFp8(Published):
         label: of the tool.
         block: (rows, columns) that share a scale; None where scales are those of channels or matrices.
         scale: what scales are called.
+        is_microscaled: scales are exponents, and of blocks only.
     """
 
-    def __init__(self, label: str, block: tuple[int, int] | None, scale: str) -> None:
-        self.label, self.block = label, block
+    weight_dims = (2, 3)
+
+    def __init__(
+        self, label: str, block: tuple[int, int] | None, scale: str, is_microscaled: bool = False
+    ) -> None:
+        self.label, self.block, self.is_microscaled = label, block, is_microscaled
         spare = {"activation": ".activation_scale", "input": ".input_scale", "zero": ".weight_zero_point"}
         self.namings = (
             Naming({"weight": ".weight", "scale": f".{scale}"}, spare, ".weight"),
@@ -33,19 +42,24 @@ class BlockFp8(Published):
     def shape(self, entries: Entries) -> tuple[int, ...]:
         return entries["weight"].shape
 
-    def format(self, entries: Entries) -> Format:
-        if entries["weight"].dtype != "F8_E4M3":
-            raise UnsupportedExperts(f"weights are {entries['weight'].dtype} and not e4m3")
+    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
         *others, rows, columns = entries["weight"].shape
-        scale = entries["scale"].shape[len(others) :]
-        if self.block is not None and scale == self._blocks(rows, columns):
+        if self.block is None:
+            scales = ((rows, 1), (rows,), (1, 1), (1,), ())
+        else:
+            scales = (self._blocks(rows, columns), *(() if self.is_microscaled else ((1,), ())))
+        return {
+            "weight": Wanted(("F8_E4M3",), None),
+            "scale": Wanted(
+                _E8M0 if self.is_microscaled else (*FLOATS, *_E8M0), tuple((*others, *one) for one in scales)
+            ),
+        }
+
+    def format(self, entries: Entries) -> Format:
+        *others, rows, columns = entries["weight"].shape
+        if self.block is not None and entries["scale"].shape[len(others) :] == self._blocks(rows, columns):
             return Fp8(*self.block)
-        of_channels = () if self.block is not None else ((1, 1), (rows,), (rows, 1))
-        if scale in ((), (1,), *of_channels):
-            return Fp8(1, columns)  # a matrix's one scale is that of each channel
-        raise UnsupportedExperts(
-            f"scales {scale} of weights ({rows}, {columns}) are not of blocks {self.block}"
-        )
+        return Fp8(1, columns)  # a matrix's one scale is that of each channel
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         weight, scale = tensors["weight"], tensors["scale"]
@@ -66,35 +80,45 @@ class GptOssMxfp4(Published):
 
     label = "MXFP4 of gpt-oss"
     is_out_in = True
-    namings = (Naming({"blocks": "_blocks", "scale": "_scales"}, {}, ""),)
+    weight_dims = (4,)
+    namings = (Naming({"weight": "_blocks", "scale": "_scales"}, {}, ""),)
 
     def shape(self, entries: Entries) -> tuple[int, ...]:
-        *rows, groups, half = entries["blocks"].shape
+        *rows, groups, half = entries["weight"].shape
         return (*rows, 2 * groups * half)
 
+    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
+        *groups, _ = entries["weight"].shape
+        return {"weight": Wanted(("U8",), ((*groups, 16),)), "scale": Wanted(_E8M0, (tuple(groups),))}
+
     def format(self, entries: Entries) -> Format:
-        blocks = entries["blocks"]
-        if blocks.dtype != "U8" or blocks.shape[-1] != 16 or entries["scale"].shape != blocks.shape[:-1]:
-            raise UnsupportedExperts(f"blocks are {blocks.shape}, scales are {entries['scale'].shape}")
         return Mxfp4()
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        return {"": tensors["blocks"].flatten(-2), "_scale": tensors["scale"].view(torch.uint8)}
+        return {"": tensors["weight"].flatten(-2), "_scale": tensors["scale"].view(torch.uint8)}
 
 
 class PackedFp4(Published):
     """Weights of 4 bits as compressed-tensors writes them: two in a byte (N, K / 2), scales of `group` weights."""
 
     group: int
+    scale_dtypes: tuple[str, ...]
 
     def shape(self, entries: Entries) -> tuple[int, ...]:
         *rows, half = entries["weight"].shape
         return (*rows, 2 * half)
 
+    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
+        rows, columns = self.shape(entries)
+        if columns % self.group:
+            raise UnsupportedExperts(f"groups of {self.group} do not divide rows of {columns} weights")
+        return {
+            "weight": Wanted(("U8",), None),
+            "scale": Wanted(self.scale_dtypes, ((rows, columns // self.group),)),
+            "global": Wanted(FLOATS, ((), (1,))),
+        }
+
     def format(self, entries: Entries) -> Format:
-        *rows, columns = self.shape(entries)
-        if columns % self.group or entries["scale"].shape != (*rows, columns // self.group):
-            raise UnsupportedExperts(f"scales are {entries['scale'].shape}, weights ({rows}, {columns})")
         return self.held_as()
 
     @abstractmethod
@@ -105,7 +129,7 @@ class PackedFp4(Published):
 class PackedMxfp4(PackedFp4):
     """MXFP4 of compressed-tensors: scales are e8m0."""
 
-    label, group = "MXFP4 of compressed-tensors", 32
+    label, group, scale_dtypes = "MXFP4 of compressed-tensors", 32, _E8M0
     namings = (Naming({"weight": ".weight_packed", "scale": ".weight_scale"}, {}, ".weight"),)
 
     def held_as(self) -> Format:
@@ -118,7 +142,7 @@ class PackedMxfp4(PackedFp4):
 class PackedNvfp4(PackedFp4):
     """NVFP4 of compressed-tensors: scales are e4m3, divided by one of the matrix."""
 
-    label, group = "NVFP4 of compressed-tensors", 16
+    label, group, scale_dtypes = "NVFP4 of compressed-tensors", 16, ("F8_E4M3",)
     namings = (
         Naming(
             {"weight": ".weight_packed", "scale": ".weight_scale", "global": ".weight_global_scale"},

@@ -4,6 +4,7 @@ Each is brought to `Int4` or `Int8`, which hold the same numbers: no value chang
 """
 
 import sys
+from collections.abc import Mapping
 
 import torch
 
@@ -11,7 +12,7 @@ from ...errors import UnsupportedExperts
 from ...weights.formats import Format, Int4, Int8
 from ...weights.formats.int4 import MIDDLE
 from ...weights.formats.nibbles import join
-from .published import Entries, Naming, Published, Tensors
+from .published import FLOATS, Entries, Naming, Published, Tensors, Wanted
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 #: Where AWQ has put the eight numbers of a word, from its lowest bits on.
@@ -31,19 +32,42 @@ def bytes_of(words: torch.Tensor) -> torch.Tensor:
     return words.contiguous().view(torch.uint8)
 
 
-def int4(columns: int, scale_shape: tuple[int, ...], scale_dtype: str, has_zeros: bool) -> Format:
-    """The format of rows of `columns` weights with scales (N, groups).
+class Grouped(Published):
+    """Integers whose scales are those of groups of a row.
+
+    Args:
+        group: weights of a row that share a scale, -1 for all of them, None where the configuration does not say: then
+            it follows from the number of scales.
+    """
+
+    def __init__(self, group: int | None = None) -> None:
+        self._group = group
+
+    def num_groups(self, columns: int, num_scales: int) -> int:
+        """Groups of a row of so many weights.
+
+        Raises:
+            UnsupportedExperts: the last one would be shorter.
+        """
+        num = num_scales if self._group is None else 1 if self._group <= 0 else -(-columns // self._group)
+        group = self._group if self._group is not None and self._group > 0 else columns // max(num, 1)
+        if num == 0 or group == 0 or num * group != columns:
+            raise UnsupportedExperts(f"{num} groups of {group} are no row of {columns} weights")
+        return num
+
+
+def int4(columns: int, num_groups: int, scale_dtype: str, has_zeros: bool) -> Format:
+    """The format of rows of `columns` weights.
 
     Raises:
         UnsupportedExperts: none has such scales.
     """
-    groups = scale_shape[-1]
-    if scale_dtype not in _DTYPES or groups == 0 or columns % groups or columns // groups < 2:
-        raise UnsupportedExperts(f"{groups} scales of {scale_dtype} do not divide rows of {columns} weights")
-    return Int4(columns // groups, _DTYPES[scale_dtype], has_zeros)
+    if columns // num_groups < 2:
+        raise UnsupportedExperts(f"{num_groups} groups of a row of {columns} weights are too many")
+    return Int4(columns // num_groups, _DTYPES[scale_dtype], has_zeros)
 
 
-class PackQuantized(Published):
+class PackQuantized(Grouped):
     """compressed-tensors: words of 8 columns (N, K / 8), numbers stored as q + 8; zeros packed along N likewise."""
 
     label = "int4 of compressed-tensors"
@@ -62,11 +86,24 @@ class PackQuantized(Published):
         *rows, words = entries["weight"].shape
         return (*rows, self.per_word * words)
 
-    def format(self, entries: Entries) -> Format:
+    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
         if "order" in entries:
             raise UnsupportedExperts(_FIXED_ORDER)
-        columns = self.shape(entries)[-1]
-        return int4(columns, entries["scale"].shape, entries["scale"].dtype, "zero" in entries)
+        rows, columns = self.shape(entries)
+        groups = self.num_groups(columns, (entries["scale"].shape or (1,))[-1])
+        whole = () if groups > 1 else ((), (1,), (1, 1))  # one of a matrix
+        zero = entries.get("zero")
+        in_words = zero is not None and zero.dtype == "I32"
+        return {
+            "weight": Wanted(("I32",), None),
+            "scale": Wanted(FLOATS, ((rows, groups), *whole)),
+            "zero": Wanted(("I32", "I8", "U8"), ((-(-rows // 8) if in_words else rows, groups),)),
+            "shape": Wanted(("I64", "I32"), ((2,),)),
+        }
+
+    def format(self, entries: Entries) -> Format:
+        columns, scale = self.shape(entries)[-1], entries["scale"]
+        return int4(columns, (scale.shape or (1,))[-1], scale.dtype, "zero" in entries)
 
     def check(self, tensors: Tensors, where: str) -> None:
         rows, words = tensors["weight"].shape
@@ -78,7 +115,7 @@ class PackQuantized(Published):
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         words = tensors["weight"]
-        rows, scale = words.shape[-2], tensors["scale"]
+        rows, scale = words.shape[-2], torch.atleast_1d(tensors["scale"])
         parts = {"": bytes_of(words), "_scale": scale.expand(rows, scale.shape[-1])}
         if "zero" in tensors:
             zero = tensors["zero"]
@@ -96,18 +133,17 @@ class PackQuantized8(PackQuantized):
     label = "int8 of compressed-tensors, in words"
     per_word = 4
 
-    def format(self, entries: Entries) -> Format:
-        if "order" in entries:
-            raise UnsupportedExperts(_FIXED_ORDER)
+    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
         if "zero" in entries:
             raise UnsupportedExperts("8 bits with zeros are not served, symmetric ones are")
-        columns, groups = self.shape(entries)[-1], entries["scale"].shape[-1]
-        if groups == 0 or columns % groups:
-            raise UnsupportedExperts(f"{groups} scales do not divide rows of {columns} weights")
+        return super().wanted(entries)
+
+    def format(self, entries: Entries) -> Format:
+        columns, groups = self.shape(entries)[-1], (entries["scale"].shape or (1,))[-1]
         return Int8(None if groups == 1 else columns // groups)
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        stored, scale = bytes_of(tensors["weight"]), tensors["scale"].float()
+        stored, scale = bytes_of(tensors["weight"]), torch.atleast_1d(tensors["scale"]).float()
         scale = scale.expand(*stored.shape[:-1], scale.shape[-1])
         # 128 less, in bytes that count modulo 256, is the highest bit turned over.
         return {"": (stored ^ 0x80).view(torch.int8), "_scale": scale.squeeze(-1)}
@@ -122,11 +158,12 @@ class ChannelInt8(Published):
     def shape(self, entries: Entries) -> tuple[int, ...]:
         return entries["weight"].shape
 
+    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
+        rows, _ = entries["weight"].shape
+        shapes = ((rows,), (rows, 1), (), (1,), (1, 1))
+        return {"weight": Wanted(("I8",), None), "scale": Wanted(FLOATS, shapes)}
+
     def format(self, entries: Entries) -> Format:
-        if entries["weight"].dtype != "I8" or entries["scale"].shape[-1:] not in ((), (1,)):
-            raise UnsupportedExperts(
-                f"weights of {entries['weight'].dtype} with scales {entries['scale'].shape}: only int8 by channel is"
-            )
         return Int8()
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -134,7 +171,7 @@ class ChannelInt8(Published):
         return {"": weight, "_scale": tensors["scale"].float().reshape(-1).expand(weight.shape[:-1])}
 
 
-class Awq(Published):
+class Awq(Grouped):
     """Words of 8 outputs (K, N / 8) in an order of their own, zeros (K / g, N / 8), scales (K / g, N)."""
 
     label = "AWQ"
@@ -144,14 +181,28 @@ class Awq(Published):
         inputs, words = entries["weight"].shape
         return 8 * words, inputs
 
+    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
+        return _wanted_turned(self, entries)
+
     def format(self, entries: Entries) -> Format:
-        return int4(
-            self.shape(entries)[1], entries["scale"].shape[::-1], entries["scale"].dtype, has_zeros=True
-        )
+        scale = entries["scale"]
+        return int4(self.shape(entries)[1], scale.shape[0], scale.dtype, has_zeros=True)
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         q, zero = (_awq_columns(tensors[role]).mT for role in ("weight", "zero"))
         return {"": join(q), "_scale": tensors["scale"].mT, "_zero": zero}
+
+
+def _wanted_turned(published: Grouped, entries: Entries) -> Mapping[str, Wanted]:
+    """Of scales and zeros that lie by groups first, and zeros in words along N."""
+    rows, columns = published.shape(entries)
+    groups = published.num_groups(columns, (entries["scale"].shape or (1,))[0])
+    return {
+        "weight": Wanted(("I32",), None),
+        "zero": Wanted(("I32",), ((groups, -(-rows // 8)),)),
+        "scale": Wanted(FLOATS, ((groups, rows),)),
+        "order": Wanted(("I32", "I64"), ((columns,),)),
+    }
 
 
 def _awq_columns(words: torch.Tensor) -> torch.Tensor:
@@ -162,10 +213,11 @@ def _awq_columns(words: torch.Tensor) -> torch.Tensor:
     return ordered.flatten(-2)
 
 
-class Gptq(Published):
+class Gptq(Grouped):
     """Words of 8 inputs (K / 8, N), zeros (K / g, N / 8) less one, scales (K / g, N), groups in order (`g_idx`).
 
     Args:
+        group: see `Grouped`.
         zero_offset: what zeros are stored less: 1, or 0 of checkpoint_format "gptq_v2".
     """
 
@@ -174,17 +226,20 @@ class Gptq(Published):
         Naming({"zero": ".qzeros", "scale": ".scales", "weight": ".qweight"}, {"order": ".g_idx"}, ".weight"),
     )
 
-    def __init__(self, zero_offset: int) -> None:
+    def __init__(self, group: int | None = None, zero_offset: int = 1) -> None:
+        super().__init__(group)
         self._zero_offset = zero_offset
 
     def shape(self, entries: Entries) -> tuple[int, ...]:
         words, outputs = entries["weight"].shape
         return outputs, 8 * words
 
+    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
+        return _wanted_turned(self, entries)
+
     def format(self, entries: Entries) -> Format:
-        return int4(
-            self.shape(entries)[1], entries["scale"].shape[::-1], entries["scale"].dtype, has_zeros=True
-        )
+        scale = entries["scale"]
+        return int4(self.shape(entries)[1], scale.shape[0], scale.dtype, has_zeros=True)
 
     def check(self, tensors: Tensors, where: str) -> None:
         if "order" not in tensors:
@@ -197,4 +252,5 @@ class Gptq(Published):
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         # The tools' own readers add modulo 16: a zero of 0 is stored as 15.
         zero = (nibbles_of(tensors["zero"]).flatten(-2).mT + self._zero_offset) & 0xF
-        return {"": bytes_of(tensors["weight"].mT), "_scale": tensors["scale"].mT, "_zero": zero}
+        scale = tensors["scale"].mT
+        return {"": bytes_of(tensors["weight"].mT), "_scale": scale, "_zero": zero[: len(scale)]}

@@ -29,13 +29,15 @@ def published_of(config: Mapping[str, Any]) -> Published:
         case "compressed-tensors":
             return _compressed(config)
         case "awq":
-            _require(config, bits=(4,), version=("gemm", None), quant_method=("awq",))
-            return Awq()
+            _require(config, bits=(4,), version=("gemm", None))
+            return Awq(config.get("group_size"))
         case "gptq":
             _require(config, bits=(4,), desc_act=(False, None), is_marlin_format=(False, None))
-            for rules in (config.get("dynamic") or {}).values():  # of single modules, by patterns of names
-                _require(rules, bits=(4, None), desc_act=(False, None))
-            return Gptq(0 if config.get("checkpoint_format") == "gptq_v2" else 1)
+            rules = (config.get("dynamic") or {}).values()  # of single modules, by patterns of names
+            for rule in rules:
+                _require(rule, bits=(4, None), desc_act=(False, None))
+            group = None if any("group_size" in rule for rule in rules) else config.get("group_size")
+            return Gptq(group, 0 if config.get("checkpoint_format") == "gptq_v2" else 1)
     raise UnsupportedExperts(f"quant_method {method!r} is not one of {SERVED}")
 
 
@@ -92,7 +94,9 @@ def _compressed(config: Mapping[str, Any]) -> Published:
             bits = {args["num_bits"] for args in weights}
             if len(bits) != 1:
                 raise UnsupportedExperts("compressed-tensors with weights of 4 and of 8 bits")
-            return PackQuantized() if bits == {4} else PackQuantized8()
+            found = {_group_of(args) for args in weights}
+            group = found.pop() if len(found) == 1 else None
+            return PackQuantized(group) if bits == {4} else PackQuantized8(group)
         case "float-quantized" | "naive-quantized" if all(args.get("type") == "float" for args in weights):
             blocks = {tuple(args.get("block_structure") or ()) for args in weights}
             block = next(iter(blocks)) if len(blocks) == 1 else ()
@@ -108,8 +112,16 @@ def _compressed(config: Mapping[str, Any]) -> Published:
         case "mxfp4-pack-quantized":
             return PackedMxfp4()
         case "mxfp8-quantized":
-            return BlockFp8("MXFP8 of compressed-tensors", (1, 32), "weight_scale")
+            return BlockFp8("MXFP8 of compressed-tensors", (1, 32), "weight_scale", is_microscaled=True)
     raise UnsupportedExperts(f"compressed-tensors in the format {name!r}")
+
+
+def _group_of(args: Mapping[str, Any]) -> int | None:
+    """Weights that share a scale by the arguments of a config group, -1 for a row; None if they do not say."""
+    if args.get("strategy") in ("channel", "tensor"):
+        return -1
+    group = args.get("group_size")
+    return None if group is None else int(group)
 
 
 def _require(config: Mapping[str, Any], **allowed: tuple[Any, ...]) -> None:

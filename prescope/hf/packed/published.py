@@ -13,6 +13,8 @@ from ...errors import UnsupportedExperts
 from ...weights.formats import Format
 from .checkpoint import Checkpoint, Entry
 
+#: What scales of plain numbers can be, as safetensors spells it.
+FLOATS = ("F32", "BF16", "F16")
 #: Tensors of one matrix, by role.
 Tensors = Mapping[str, torch.Tensor]
 Entries = Mapping[str, Entry]
@@ -22,7 +24,7 @@ class Naming(NamedTuple):
     """What the tensors of one matrix are called.
 
     Attributes:
-        roles: role -> what follows the stem. The last one is there for packed matrices only.
+        roles: role -> what follows the stem; "weight" is one. The last one is there for packed matrices only.
         optional: roles that may be missing.
         weight: what the plain weight would have behind the stem.
     """
@@ -32,17 +34,31 @@ class Naming(NamedTuple):
     weight: str
 
 
+class Wanted(NamedTuple):
+    """What a tensor of a packed matrix can be.
+
+    Attributes:
+        dtypes: as safetensors spells them.
+        shapes: one of them; None for any.
+    """
+
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...] | None
+
+
 class Published(ABC):
     """A way in which packed matrices are written.
 
     Attributes:
         label: in words.
         namings: tried one after the other.
+        weight_dims: numbers of dimensions that the tensor in the role "weight" can have.
         is_out_in: see there.
     """
 
     label: str
     namings: tuple[Naming, ...]
+    weight_dims: tuple[int, ...] = (2,)
     #: Whether tensors of all experts are (E, out, in) even where the plain ones of the family are (E, in, out).
     is_out_in = False
 
@@ -51,8 +67,16 @@ class Published(ABC):
         """Shape of the plain weight: (N, K), or (E, N, K) of all experts."""
 
     @abstractmethod
+    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
+        """What the tensors of a matrix can be, by role, where the weights' own have the right dimensions.
+
+        Raises:
+            UnsupportedExperts: nothing here holds such a matrix.
+        """
+
+    @abstractmethod
     def format(self, entries: Entries) -> Format:
-        """What a matrix is brought to.
+        """What a matrix is brought to, where its tensors are as they are wanted.
 
         Raises:
             UnsupportedExperts: nothing here holds it exactly.
@@ -89,14 +113,21 @@ class Matrix(NamedTuple):
         rows, columns = self.published.shape(self._entries(checkpoint))[-2:]
         return rows, columns
 
+    def num_experts(self, checkpoint: Checkpoint) -> int | None:
+        """Of a matrix of all experts; None of a single one."""
+        shape = self.published.shape(self._entries(checkpoint))
+        return shape[0] if len(shape) == 3 else None
+
     def format(self, checkpoint: Checkpoint) -> Format:
         """What it is brought to.
 
         Raises:
-            UnsupportedExperts: nothing here holds it exactly.
+            UnsupportedExperts: nothing here holds it exactly, or its tensors do not belong together.
         """
+        entries = self._entries(checkpoint)
         try:
-            return self.published.format(self._entries(checkpoint))
+            _require_wanted(self.published, entries)
+            return self.published.format(entries)
         except UnsupportedExperts as error:
             raise UnsupportedExperts(f"{self.stem} is packed ({self.published.label}): {error}") from error
 
@@ -111,6 +142,25 @@ class Matrix(NamedTuple):
 
     def _entries(self, checkpoint: Checkpoint) -> dict[str, Entry]:
         return {role: checkpoint.entries[name] for role, name in self.names.items()}
+
+
+def _require_wanted(published: Published, entries: Entries) -> None:
+    """Hold the headers of a matrix's tensors against what they can be: scales of other rows would be taken for its own.
+
+    Raises:
+        UnsupportedExperts: one is of another dtype or shape.
+    """
+    if len(entries["weight"].shape) not in published.weight_dims:
+        raise UnsupportedExperts(f"its weight is of shape {entries['weight'].shape}")
+    for role, (dtypes, shapes) in published.wanted(entries).items():
+        found = entries.get(role)
+        if found is not None and (
+            found.dtype not in dtypes or (shapes is not None and found.shape not in shapes)
+        ):
+            raise UnsupportedExperts(
+                f"its {role} is {found.dtype} of shape {found.shape} and not {' or '.join(dtypes)}"
+                + ("" if shapes is None else f" of shape {' or '.join(map(str, shapes))}")
+            )
 
 
 class _Read(Mapping[str, torch.Tensor]):
