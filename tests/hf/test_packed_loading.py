@@ -12,7 +12,16 @@ from prescope.errors import BadModelFolder, NotEnoughMemory, UnsupportedExperts,
 from prescope.hf import HostParameter
 from tests.support import families
 from tests.support.models import plain_tokens, prompt, tiny_moe
-from tests.support.packed_checkpoints import EXPERTS, LAYOUTS, edit_config, is_packed, write
+from tests.support.packed_checkpoints import (
+    EXPERTS,
+    LAYOUTS,
+    compressed_int4,
+    edit_config,
+    int8_words,
+    is_packed,
+    mixed,
+    write,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
 TOLERANCE = 1e-5
@@ -193,6 +202,34 @@ def test_experts_that_are_not_packed_in_the_files_stay_plain(tmp_path):
         assert "1 of 3 MoE layers stay packed" in engine.reasons["experts"]
         ids = prompt(2)
         assert distance(engine.model(ids).logits, plain(ids).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_each_module_is_read_as_the_group_that_names_it_most_directly(tmp_path, is_named):
+    """A name before a pattern before a class, whatever the order of the groups; 4 and 8 bits have the same tensors."""
+    plain = write("glm int4 beside int8", tmp_path)
+    groups = LAYOUTS["glm int4 beside int8"][2]["config_groups"]
+    four, eight = groups["group_0"], groups["group_1"]
+    if is_named:
+        experts = [f"model.layers.2.mlp.experts.{expert}" for expert in range(EXPERTS)]
+        names = [f"{expert}.{part}_proj" for expert in experts for part in ("gate", "up", "down")]
+        four, eight = four | {"targets": ["re:.*proj"]}, eight | {"targets": names}
+    edit_config(tmp_path, quantization_config=mixed(a=eight, b=four))
+    with load(tmp_path, slots=8) as engine, torch.no_grad():
+        assert [layer.layout.packing.name for layer in engine.layers] == ["int4", "int8"]
+        assert distance(engine.model(prompt()).logits, plain(prompt()).logits) < TOLERANCE
+
+
+def test_a_layer_in_two_formats_is_refused_and_can_be_unpacked(tmp_path, monkeypatch):
+    packs = {"down_proj": int8_words, "proj": compressed_int4(False)}
+    four, eight = LAYOUTS["glm int4 beside int8"][2]["config_groups"].values()
+    config = mixed(a=four, b=eight | {"targets": ["re:.*down_proj"]})
+    monkeypatch.setitem(LAYOUTS, "two", (LAYOUTS["qwen3 int4"][0], packs, config))
+    plain = write("two", tmp_path)
+    with pytest.raises(UnsupportedExperts, match="int4 and int8; one format a layer"):
+        load(tmp_path, slots=8)
+    with load(tmp_path, slots=8, experts="plain") as engine, torch.no_grad():
+        assert distance(engine.model(prompt()).logits, plain(prompt()).logits) < TOLERANCE
 
 
 def test_a_checkpoint_in_several_files_is_read_from_all(tmp_path):

@@ -5,7 +5,8 @@ format says in float32. Nothing of the package is used, so that it cannot be wro
 """
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ COMMON: dict[str, Any] = {
 #: Tensors that stand for one weight (N, K), by suffix of its stem; and its values.
 Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
 Pack = Callable[[torch.Tensor, np.random.Generator], Packed]
+#: By a pattern of the weight's name, the first that is found.
+Packs = Mapping[str, Pack]
 
 
 def qwen3() -> PreTrainedModel:
@@ -240,12 +243,21 @@ def compressed(format: str, **weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group}}
 
 
+def mixed(**groups: dict[str, Any]) -> dict[str, Any]:
+    """As compressed-tensors says that groups of modules are packed each in its own way."""
+    return {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups}
+
+
+def group(format: str, *targets: str, **weights: Any) -> dict[str, Any]:
+    return {"format": format, "targets": list(targets), "weights": weights, "input_activations": None}
+
+
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "actorder": None}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 #: Name -> model, how its Linear weights are packed, what config.json says of it.
-LAYOUTS: dict[str, tuple[Callable[[], PreTrainedModel], Pack | None, dict[str, Any]]] = {
+LAYOUTS: dict[str, tuple[Callable[[], PreTrainedModel], Pack | Packs | None, dict[str, Any]]] = {
     "qwen3 fp8": (qwen3, fp8_block, FP8),
     "deepseek fp8": (deepseek, fp8_block, FP8),
     "glm fp8 channel": (glm, fp8_channel, compressed("float-quantized", num_bits=8, type="float")),
@@ -263,12 +275,34 @@ LAYOUTS: dict[str, tuple[Callable[[], PreTrainedModel], Pack | None, dict[str, A
         compressed("pack-quantized", symmetric=True, **GROUPS | {"num_bits": 8}),
     ),
     "gpt-oss mxfp4": (gpt_oss, None, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
+    "qwen3 nvfp4 beside fp8": (
+        qwen3,
+        {"self_attn": fp8_channel, "experts": nvfp4},
+        mixed(
+            group_0=group("float-quantized", r"re:.*self_attn\.[qkvo]_proj$", num_bits=8, type="float"),
+            group_1=group("nvfp4-pack-quantized", "re:.*mlp.*", num_bits=4, type="float"),
+        ),
+    ),
+    "glm int4 beside int8": (
+        glm,
+        {r"layers\.2\.mlp\.experts": int8_words, "proj": compressed_int4(False)},
+        mixed(
+            group_0=group("pack-quantized", "Linear", symmetric=True, **GROUPS),
+            group_1=group(
+                "pack-quantized",
+                r"re:.*layers\.2\.mlp\.experts.*",
+                symmetric=True,
+                **GROUPS | {"num_bits": 8},
+            ),
+        ),
+    ),
 }
 #: Forms of rows that the layouts become.
 FORMS = {
     "qwen3 fp8": "fp8", "deepseek fp8": "fp8", "glm fp8 channel": "fp8", "glm int8": "int8", "qwen3 int4": "int4",
     "glm int4 zeros": "int4", "mixtral awq": "int4", "mixtral gptq": "int4", "qwen3 nvfp4": "nvfp4",
     "mixtral mxfp4": "mxfp4", "glm mxfp8": "fp8", "qwen3 int8 words": "int8", "gpt-oss mxfp4": "mxfp4",
+    "qwen3 nvfp4 beside fp8": "nvfp4", "glm int4 beside int8": "int4 and int8",
 }  # fmt: skip
 
 
@@ -298,7 +332,8 @@ def write(layout: str, folder: Path, keep: Callable[[str], bool] = is_packed) ->
             packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
             plain[name] = values.mT.contiguous()  # gpt-oss computes with (E, in, out)
         elif pack is not None and keep(name):
-            tensors, plain[name] = pack(weight, rng)
+            one = pack if callable(pack) else next(pack[key] for key in pack if re.search(key, name))
+            tensors, plain[name] = one(weight, rng)
             packed |= {name.removesuffix(".weight") + suffix: tensor for suffix, tensor in tensors.items()}
         else:
             packed[name] = weight

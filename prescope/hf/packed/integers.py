@@ -38,10 +38,11 @@ class Grouped(Published):
     Args:
         group: weights of a row that share a scale, -1 for all of them, None where the configuration does not say: then
             it follows from the number of scales.
+        is_symmetric: the configuration says that there are no zeros; the files decide.
     """
 
-    def __init__(self, group: int | None = None) -> None:
-        self._group = group
+    def __init__(self, group: int | None = None, is_symmetric: bool = False) -> None:
+        self.group, self.is_symmetric = group, is_symmetric
 
     def num_groups(self, columns: int, num_scales: int) -> int:
         """Groups of a row of so many weights.
@@ -49,8 +50,8 @@ class Grouped(Published):
         Raises:
             UnsupportedExperts: the last one would be shorter.
         """
-        num = num_scales if self._group is None else 1 if self._group <= 0 else -(-columns // self._group)
-        group = self._group if self._group is not None and self._group > 0 else columns // max(num, 1)
+        num = num_scales if self.group is None else 1 if self.group <= 0 else -(-columns // self.group)
+        group = self.group if self.group is not None and self.group > 0 else columns // max(num, 1)
         if num == 0 or group == 0 or num * group != columns:
             raise UnsupportedExperts(f"{num} groups of {group} are no row of {columns} weights")
         return num

@@ -10,7 +10,7 @@ from itertools import chain
 
 import torch
 
-from ...errors import BadModelFolder
+from ...errors import BadModelFolder, UnsupportedExperts
 from ...kernels import ExpertsSpec
 from ...weights.formats import Fp8
 from ...weights.layout import PackedMatrix, packed_layout
@@ -49,6 +49,10 @@ class LayerRows:
         self._turned: set[str] = set()  # matrices whose inputs come first in the files
         self._is_halved = False
         packed = [self._packed(layer, name) for name in (layer.spec.up, layer.spec.down)]
+        if len(names := dict.fromkeys(matrix.format.name for matrix in packed)) > 1:
+            raise UnsupportedExperts(
+                f"the experts of {layer.name} are packed in {' and '.join(names)}; one format a layer is served"
+            )
         biases = [name for name in (layer.spec.up_bias, layer.spec.down_bias) if name is not None]
         shapes = {name: tuple(getattr(layer.module, name).shape[1:]) for name in biases}
         for name, shape in shapes.items():
@@ -92,7 +96,7 @@ class LayerRows:
         }
         if len(found) != 1:
             raise BadModelFolder(
-                f"{where} has experts of several formats or shapes: {sorted(map(str, found))}"
+                f"{where} has experts of several formats or shapes, one is served: {sorted(map(str, found))}"
             )
         held = {
             self._matrices[weight].num_experts(self._checkpoint) for part in source.parts for weight in part

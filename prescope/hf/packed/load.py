@@ -17,7 +17,7 @@ from ..reading import naming, read_model, reading
 from ..skeleton import skeleton
 from ..tokenizer import read_tokenizer
 from .checkpoint import Checkpoint
-from .methods import published_of
+from .methods import groups_of
 from .plan import PackedPlan
 
 
@@ -33,7 +33,7 @@ def load_packed(
     """Load a checkpoint whose `quantization_config` is `packing`; the rest as of `load_model`."""
     method = packing.get("quant_method", "unknown")
     with naming(f"{name} is quantised ({method})"):
-        published = published_of(packing)
+        groups = groups_of(packing)
     if experts not in ("auto", "plain"):
         raise UnsupportedOption(
             f"{name} is quantised ({method}) already, so its experts are not packed to {experts}; leave experts= out, "
@@ -45,7 +45,7 @@ def load_packed(
     plain = find_moe_layers(bare)
     with naming(f"{name} is quantised ({method})"):
         plan = PackedPlan.of(
-            Checkpoint(_weight_files(name, source)), published, bare, plain, wanted, keep=experts == "auto"
+            Checkpoint(_weight_files(name, source)), groups, bare, plain, wanted, keep=experts == "auto"
         )
     layers = plan.layers(plain)
     text = plan.describe(layers)

@@ -1,6 +1,6 @@
 """What of a packed checkpoint stays packed, what is unpacked, and the model with its experts left out."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..moe_layers import MoELayer
 from .checkpoint import Checkpoint
 from .layer_rows import LayerRows
 from .places import Place, Places
-from .published import Matrix, Published, matrices_in
+from .published import Group, Matrix, matrices_in
 from .source import Source
 
 
@@ -50,7 +50,7 @@ class PackedPlan:
 
     Attributes:
         rows: by the names of the layers that stay packed.
-        published: how it is written.
+        label: how its packed experts are written, or all of it where none stay packed.
         unpacked: matrices that become plain weights. `plain`: names of tensors that are already.
         turned: plain weights that have their inputs first, where the packed ones have not.
         left_out: parameters of the layers that stay packed.
@@ -58,7 +58,7 @@ class PackedPlan:
     """
 
     checkpoint: Checkpoint
-    published: Published
+    label: str
     rows: Mapping[str, LayerRows]
     unpacked: Sequence[Matrix]
     plain: Sequence[str]
@@ -70,7 +70,7 @@ class PackedPlan:
     def of(
         cls,
         checkpoint: Checkpoint,
-        published: Published,
+        groups: Sequence[Group],
         model: PreTrainedModel,
         layers: Sequence[MoELayer],
         dtype: torch.dtype,
@@ -84,11 +84,12 @@ class PackedPlan:
         Raises:
             UnsupportedExperts, BadModelFolder: its experts cannot be rows.
         """
-        matrices = {matrix.weight: matrix for matrix in matrices_in(published, checkpoint.entries)}
+        matrices = {matrix.weight: matrix for matrix in matrices_in(groups, checkpoint.entries)}
         if not matrices:
+            said = _labels(group.published.label for group in groups)
             raise BadModelFolder(
-                f"the config names a quantization_config ({published.label}), and none of {len(checkpoint.entries)} "
-                f"tensors in the files is packed so; they do not belong together. Fetch the checkpoint again"
+                f"the config names a quantization_config ({said}), and none of {len(checkpoint.entries)} tensors in "
+                f"the files is packed so; they do not belong together. Fetch the checkpoint again"
             )
         packed_names = {name for matrix in matrices.values() for name in matrix.names.values()}
         plain = [name for name in checkpoint.entries if name not in packed_names]
@@ -107,17 +108,19 @@ class PackedPlan:
         taken = {weight for target in targets for weight in found[target]}
         return cls(
             checkpoint,
-            published,
+            _labels(
+                matrix.published.label for weight, matrix in matrices.items() if weight in taken or not rows
+            ),
             rows,
             unpacked=[matrix for weight, matrix in matrices.items() if weight not in taken],
             plain=[name for name in plain if name not in taken],
             turned={
                 weight
                 for layer in layers
-                if layer.spec.is_transposed and published.is_out_in
+                if layer.spec.is_transposed
                 for name in layer.weight_names
                 for weight in found[f"{layer.name}.{name}"]
-                if weight in matrices
+                if weight in matrices and matrices[weight].published.is_out_in
             },
             left_out={target: parameters[target] for target in targets},
             dtype=dtype,
@@ -142,16 +145,18 @@ class PackedPlan:
         """What is served packed and what is not, in one line, for the layers as `layers` gives them."""
         dtype = str(self.dtype).removeprefix("torch.")
         if not self.rows:
-            return (
-                f"all {len(self.unpacked)} packed matrices ({self.published.label}) are unpacked to {dtype}"
-            )
+            return f"all {len(self.unpacked)} packed matrices ({self.label}) are unpacked to {dtype}"
         packed = [layer for layer in layers if layer.name in self.rows]
         names = " and ".join(sorted({layer.layout.packing.name for layer in packed if layer.layout.packing}))
         size = format_bytes(sum(layer.nbytes for layer in packed))
-        text = f"{len(packed)} of {len(layers)} MoE layers stay packed in {names} ({self.published.label}), {size}"
+        text = f"{len(packed)} of {len(layers)} MoE layers stay packed in {names} ({self.label}), {size}"
         if self.unpacked:
             text += f"; {len(self.unpacked)} other packed matrices are unpacked to {dtype}"
         return text
+
+
+def _labels(labels: Iterable[str]) -> str:
+    return " and ".join(dict.fromkeys(labels))
 
 
 def _require_scales(checkpoint: Checkpoint, plain: Sequence[str]) -> None:

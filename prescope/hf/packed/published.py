@@ -3,8 +3,9 @@
 One class for each way of writing. Nothing here knows where in a model a matrix belongs.
 """
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -179,8 +180,42 @@ class _Read(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def matrices_in(published: Published, entries: Mapping[str, Entry]) -> list[Matrix]:
-    """All packed matrices among a checkpoint's tensors."""
+class Group(NamedTuple):
+    """Matrices that are written in one way, where a checkpoint has several.
+
+    Attributes:
+        targets: module names, patterns of them ("re:...") or classes ("Linear"), as compressed-tensors takes them.
+    """
+
+    published: Published
+    targets: tuple[str, ...] = ()
+
+    def distance(self, module: str) -> int:
+        """How directly the targets name a module: 0 by its name, 1 by a pattern, 2 perhaps by its class, 3 not."""
+        if module in self.targets:
+            return 0
+        patterns = [target.removeprefix("re:") for target in self.targets if target.startswith("re:")]
+        if any(re.match(pattern, module) for pattern in patterns):
+            return 1
+        return 2 if any(target.isidentifier() for target in self.targets) else 3
+
+
+def matrices_in(groups: Sequence[Group], entries: Mapping[str, Entry]) -> list[Matrix]:
+    """All packed matrices among a checkpoint's tensors, each by the group that names it most directly.
+
+    Of those that have its tensors: names of modules may have changed since the configuration was written.
+    """
+    found: dict[str, tuple[int, Matrix]] = {}
+    for group in groups:
+        for matrix in _written_as(group.published, entries):
+            distance = group.distance(matrix.stem)
+            if matrix.stem not in found or distance < found[matrix.stem][0]:
+                found[matrix.stem] = distance, matrix
+    return [matrix for _, matrix in found.values()]
+
+
+def _written_as(published: Published, entries: Mapping[str, Entry]) -> list[Matrix]:
+    """All matrices that have the tensors of one way of writing."""
     found: dict[str, Matrix] = {}
     for naming in published.namings:
         marker = list(naming.roles.values())[-1]
