@@ -204,6 +204,51 @@ def test_experts_that_are_not_packed_in_the_files_stay_plain(tmp_path):
         assert distance(engine.model(ids).logits, plain(ids).logits) < TOLERANCE
 
 
+@pytest.mark.parametrize("layout", ["deepseek fp8", "glm int4 zeros"])
+def test_weights_of_a_layer_that_predicts_further_tokens_are_left_out_and_counted_apart(tmp_path, layout):
+    """DeepSeek's and GLM's files have a layer more than the model: it is neither unpacked nor said to be."""
+    plain = write(layout, tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    more = {
+        name.replace("layers.2.", "layers.3."): whole[name].clone() for name in whole if "layers.2." in name
+    }
+    save_file(whole | more, tmp_path / "model.safetensors", {"format": "pt"})
+    with load(tmp_path, slots=8) as engine, torch.no_grad():
+        assert "; 21 other packed matrices are unpacked to float32" in engine.reasons["experts"]
+        assert "; 31 more have no place in this model" in engine.reasons["experts"]
+        assert distance(engine.model(prompt()).logits, plain(prompt()).logits) < TOLERANCE
+
+
+def test_matrices_beside_the_experts_are_held_against_their_scales_before_weights_are_read(
+    tmp_path, monkeypatch
+):
+    write("qwen3 int4", tmp_path)
+    change(
+        tmp_path,
+        lambda name, tensor: tensor[:-1] if name.endswith("2.self_attn.o_proj.weight_scale") else tensor,
+    )
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("read"))
+    with pytest.raises(
+        UnsupportedExperts, match=r"layers\.2\.self_attn\.o_proj .* scale is BF16 of shape \(63, 2\)"
+    ):
+        load(tmp_path, slots=8)
+
+
+def test_experts_that_are_split_from_one_list_are_refused_as_such(tmp_path):
+    """ERNIE's files number the experts of text and of images in one row: nothing of them is missing."""
+    if "ernie4_5_vl_moe" not in families.FAMILIES:
+        pytest.skip("the installed transformers has no ernie4_5_vl_moe")
+    families.build("ernie4_5_vl_moe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        scale = name.replace(".weight", ".weight_scale_inv")
+        tensors |= {name: tensors[name].to(torch.float8_e4m3fn), scale: torch.ones(1, 1)}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    edit_config(tmp_path, quantization_config=LAYOUTS["qwen3 fp8"][2])
+    with pytest.raises(UnsupportedExperts, match="is made by ErnieFuseAndSplitTextVisionExperts"):
+        load(tmp_path, slots=8)
+
+
 @pytest.mark.parametrize("is_named", [True, False])
 def test_each_module_is_read_as_the_group_that_names_it_most_directly(tmp_path, is_named):
     """A name before a pattern before a class, whatever the order of the groups; 4 and 8 bits have the same tensors."""

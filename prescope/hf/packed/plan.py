@@ -52,6 +52,7 @@ class PackedPlan:
         rows: by the names of the layers that stay packed.
         label: how its packed experts are written, or all of it where none stay packed.
         unpacked: matrices that become plain weights. `plain`: names of tensors that are already.
+        spare: matrices for which the model has no place, such as those of layers that predict further tokens.
         turned: plain weights that have their inputs first, where the packed ones have not.
         left_out: parameters of the layers that stay packed.
         dtype: of what computes.
@@ -61,6 +62,7 @@ class PackedPlan:
     label: str
     rows: Mapping[str, LayerRows]
     unpacked: Sequence[Matrix]
+    spare: Sequence[Matrix]
     plain: Sequence[str]
     turned: Collection[str]
     left_out: Mapping[str, torch.Tensor]
@@ -97,22 +99,31 @@ class PackedPlan:
         places = Places(model)
         owned = {f"{layer.name}.{name}" for layer in layers for name in layer.weight_names}
         found: dict[str, dict[str, Place]] = {target: {} for target in owned}
+        parameters = model.state_dict()
+        spare: set[str] = set()
         for weight in [*matrices, *plain]:
             place = places.of(weight)
             if place.target in owned:
                 found[place.target][weight] = place
+            elif place.target not in parameters:
+                spare.add(weight)
         packed = [layer for layer in layers if keep and _is_packed(layer, found, matrices)]
         rows = {layer.name: _rows_of(layer, checkpoint, matrices, found, dtype) for layer in packed}
-        parameters = model.state_dict()
         targets = [f"{layer.name}.{name}" for layer in packed for name in layer.weight_names]
         taken = {weight for target in targets for weight in found[target]}
+        unpacked = [
+            matrix for weight, matrix in matrices.items() if weight not in taken and weight not in spare
+        ]
+        for matrix in unpacked:
+            matrix.format(checkpoint)  # refused now, and not in the middle of reading
         return cls(
             checkpoint,
             _labels(
                 matrix.published.label for weight, matrix in matrices.items() if weight in taken or not rows
             ),
             rows,
-            unpacked=[matrix for weight, matrix in matrices.items() if weight not in taken],
+            unpacked=unpacked,
+            spare=[matrix for weight, matrix in matrices.items() if weight in spare],
             plain=[name for name in plain if name not in taken],
             turned={
                 weight
@@ -136,7 +147,10 @@ class PackedPlan:
             **{name: self.checkpoint.lazy(name) for name in self.plain},
             **{
                 matrix.weight: Unpacked(self.checkpoint, matrix, matrix.weight in self.turned)
-                for matrix in self.unpacked
+                for matrix in [
+                    *self.unpacked,
+                    *self.spare,
+                ]  # of which transformers says that they have no place
             },
             **{target: LeftOut(parameter) for target, parameter in self.left_out.items()},
         }
@@ -144,15 +158,16 @@ class PackedPlan:
     def describe(self, layers: Sequence[MoELayer]) -> str:
         """What is served packed and what is not, in one line, for the layers as `layers` gives them."""
         dtype = str(self.dtype).removeprefix("torch.")
+        spare = f"; {len(self.spare)} more have no place in this model" if self.spare else ""
         if not self.rows:
-            return f"all {len(self.unpacked)} packed matrices ({self.label}) are unpacked to {dtype}"
+            return f"all {len(self.unpacked)} packed matrices ({self.label}) are unpacked to {dtype}{spare}"
         packed = [layer for layer in layers if layer.name in self.rows]
         names = " and ".join(sorted({layer.layout.packing.name for layer in packed if layer.layout.packing}))
         size = format_bytes(sum(layer.nbytes for layer in packed))
         text = f"{len(packed)} of {len(layers)} MoE layers stay packed in {names} ({self.label}), {size}"
         if self.unpacked:
             text += f"; {len(self.unpacked)} other packed matrices are unpacked to {dtype}"
-        return text
+        return text + spare
 
 
 def _labels(labels: Iterable[str]) -> str:
@@ -175,12 +190,14 @@ def _is_packed(
     """Whether a layer's matrices are packed in the files.
 
     Raises:
-        UnsupportedExperts: some are.
+        UnsupportedExperts: some are; or they are split from the weights of another parameter.
         BadModelFolder: they are not there at all.
     """
     targets = [f"{layer.name}.{name}" for name in (layer.spec.up, layer.spec.down)]
     weights = [weight in matrices for target in targets for weight in found[target]]
     if lost := [target for target in targets if not found[target]]:
+        for places in found.values():
+            Source.require_stacked(lost[0], places.values())
         raise BadModelFolder(f"the files have no weights for {lost[0]}; fetch the checkpoint again")
     if any(weights) and not all(weights):
         raise UnsupportedExperts(

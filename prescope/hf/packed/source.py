@@ -1,6 +1,6 @@
 """Which weights of a checkpoint an experts' parameter is made of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ...errors import BadModelFolder, UnsupportedExperts
@@ -29,9 +29,11 @@ class Source(NamedTuple):
         steps = {place.steps for place in weights.values()}
         if steps == {()} and len(weights) == 1:
             return cls((tuple(weights),), False)
-        if len(steps) != 1 or steps.isdisjoint((STACKED, STACKED_PAIRS)):
-            names = ", ".join(name for name, _ in next(iter(steps))) or "several weights"
-            raise UnsupportedExperts(f"{target} is made by {names}, which packed weights cannot go through")
+        cls.require_stacked(target, weights.values())
+        if len(steps) != 1 or steps == {()}:
+            raise UnsupportedExperts(
+                f"{target} is made by several weights, which packed weights cannot go through"
+            )
         num_parts = 1 + max(place.part for place in weights.values())
         parts = tuple(
             tuple(in_order(name for name, place in weights.items() if place.part == part))
@@ -43,3 +45,13 @@ class Source(NamedTuple):
                 f"{target} needs the weights of {num_experts} experts, the files have {found}; fetch them again"
             )
         return cls(parts, True)
+
+    @staticmethod
+    def require_stacked(target: str, places: Iterable[Place]) -> None:
+        """Raise UnsupportedExperts if weights are put together by another way than one behind the other."""
+        for place in places:
+            if place.steps not in ((), STACKED, STACKED_PAIRS):
+                names = ", ".join(name for name, _ in place.steps)
+                raise UnsupportedExperts(
+                    f"{target} is made by {names}, which packed weights cannot go through"
+                )
