@@ -112,6 +112,13 @@ def fp8_channel(weight: torch.Tensor, rng: np.random.Generator) -> Packed:
     return {".weight": q, ".weight_scale": scale}, q.float() * scale.float()
 
 
+def fp8_matrix(weight: torch.Tensor, rng: np.random.Generator) -> Packed:
+    """AutoFP8: e4m3 weights, one `weight_scale` of the matrix without dimensions, and one of the activations."""
+    scale = weight.abs().max() / 448
+    q = (weight / scale).to(torch.float8_e4m3fn)
+    return {".weight": q, ".weight_scale": scale, ".input_scale": torch.tensor(0.5)}, q.float() * scale
+
+
 def int8_channel(weight: torch.Tensor, rng: np.random.Generator) -> Packed:
     """int8 weights and bfloat16 `weight_scale` of output channels."""
     scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16()
@@ -260,6 +267,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, 
 LAYOUTS: dict[str, tuple[Callable[[], PreTrainedModel], Pack | Packs | None, dict[str, Any]]] = {
     "qwen3 fp8": (qwen3, fp8_block, FP8),
     "deepseek fp8": (deepseek, fp8_block, FP8),
+    "mixtral fp8 matrix": (mixtral, fp8_matrix, {"quant_method": "fp8", "activation_scheme": "static"}),
     "glm fp8 channel": (glm, fp8_channel, compressed("float-quantized", num_bits=8, type="float")),
     "glm int8": (glm, int8_channel, compressed("int-quantized", num_bits=8, type="int", symmetric=True)),
     "qwen3 int4": (qwen3, compressed_int4(False), compressed("pack-quantized", symmetric=True, **GROUPS)),
@@ -299,7 +307,8 @@ LAYOUTS: dict[str, tuple[Callable[[], PreTrainedModel], Pack | Packs | None, dic
 }
 #: Forms of rows that the layouts become.
 FORMS = {
-    "qwen3 fp8": "fp8", "deepseek fp8": "fp8", "glm fp8 channel": "fp8", "glm int8": "int8", "qwen3 int4": "int4",
+    "qwen3 fp8": "fp8", "deepseek fp8": "fp8", "mixtral fp8 matrix": "fp8",
+    "glm fp8 channel": "fp8", "glm int8": "int8", "qwen3 int4": "int4",
     "glm int4 zeros": "int4", "mixtral awq": "int4", "mixtral gptq": "int4", "qwen3 nvfp4": "nvfp4",
     "mixtral mxfp4": "mxfp4", "glm mxfp8": "fp8", "qwen3 int8 words": "int8", "gpt-oss mxfp4": "mxfp4",
     "qwen3 nvfp4 beside fp8": "nvfp4", "glm int4 beside int8": "int4 and int8",

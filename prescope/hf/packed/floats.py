@@ -22,21 +22,25 @@ class BlockFp8(Published):
     Args:
         label: of the tool.
         block: (rows, columns) that share a scale; None where scales are those of channels or matrices.
-        scale: what scales are called.
+        scales: what scales are called, by one tool or another.
         is_microscaled: scales are exponents, and of blocks only.
     """
 
     weight_dims = (2, 3)
 
     def __init__(
-        self, label: str, block: tuple[int, int] | None, scale: str, is_microscaled: bool = False
+        self, label: str, block: tuple[int, int] | None, *scales: str, is_microscaled: bool = False
     ) -> None:
         self.label, self.block, self.is_microscaled = label, block, is_microscaled
         spare = {"activation": ".activation_scale", "input": ".input_scale", "zero": ".weight_zero_point"}
-        self.namings = (
-            Naming({"weight": ".weight", "scale": f".{scale}"}, spare, ".weight"),
-            # All experts in one tensor, which is then no layer's `weight`.
-            Naming({"weight": "", "scale": scale.removeprefix("weight")}, {}, ""),
+        self.namings = tuple(
+            naming
+            for scale in scales
+            for naming in (
+                Naming({"weight": ".weight", "scale": f".{scale}"}, spare, ".weight"),
+                # All experts in one tensor, which is then no layer's `weight`.
+                Naming({"weight": "", "scale": scale.removeprefix("weight")}, {}, ""),
+            )
         )
 
     def shape(self, entries: Entries) -> tuple[int, ...]:

@@ -154,7 +154,13 @@ class ChannelInt8(Published):
     """compressed-tensors: int8 weights (N, K) with a scale for each channel (N, 1), symmetric."""
 
     label = "int8 of compressed-tensors"
-    namings = (Naming({"weight": ".weight", "scale": ".weight_scale"}, {"input": ".input_scale"}, ".weight"),)
+    namings = (
+        Naming(
+            {"weight": ".weight", "scale": ".weight_scale"},
+            {"input": ".input_scale", "zero": ".weight_zero_point"},
+            ".weight",
+        ),
+    )
 
     def shape(self, entries: Entries) -> tuple[int, ...]:
         return entries["weight"].shape
@@ -162,10 +168,18 @@ class ChannelInt8(Published):
     def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
         rows, _ = entries["weight"].shape
         shapes = ((rows,), (rows, 1), (), (1,), (1, 1))
-        return {"weight": Wanted(("I8",), None), "scale": Wanted(FLOATS, shapes)}
+        return {
+            "weight": Wanted(("I8",), None),
+            "scale": Wanted(FLOATS, shapes),
+            "zero": Wanted(("I8",), shapes),
+        }
 
     def format(self, entries: Entries) -> Format:
         return Int8()
+
+    def check(self, tensors: Tensors, where: str) -> None:
+        if "zero" in tensors and tensors["zero"].any():
+            raise UnsupportedExperts(f"{where}: 8 bits with zeros are not served, symmetric ones are")
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         weight = tensors["weight"]

@@ -1,5 +1,6 @@
 """Which way of writing a `quantization_config` means, and which ones are not read here."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,14 @@ def groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
     Raises:
         UnsupportedExperts: one of them is not read here, with the reason.
     """
+    try:
+        return _groups_of(config)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, re.error) as error:
+        # A list in place of an object, a word in place of a number: somebody's JSON, of any shape.
+        raise UnsupportedExperts(f"its quantization_config is malformed ({error})") from error
+
+
+def _groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
     method = str(config.get("quant_method", "unknown"))
     match method:
         case "fp8":
@@ -32,7 +41,8 @@ def groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
             return _compressed(config)
         case "awq":
             _require(config, bits=(4,), version=("gemm", None))
-            return (Group(Awq(config.get("group_size"))),)
+            _require(config, checkpoint_format=("gemm", None), format=("gemm", None))
+            return (Group(Awq(_group_of(config))),)
         case "gptq":
             return (Group(_gptq(config)),)
     raise UnsupportedExperts(f"quant_method {method!r} is not one of {SERVED}")
@@ -62,19 +72,24 @@ def format_said(config: Mapping[str, Any], columns: int) -> Format:
 
 
 def _fp8(config: Mapping[str, Any]) -> Published:
-    block = config.get("weight_block_size")
     if config.get("expert_dtype") not in (None, "fp8"):
         raise UnsupportedExperts(f"expert_dtype {config['expert_dtype']!r} beside fp8 is not read")
-    return BlockFp8("FP8", None if block is None else (int(block[0]), int(block[1])), "weight_scale_inv")
+    # AutoFP8 has `weight_scale`; weights are multiplied by both.
+    names = ("weight_scale_inv", "weight_scale")
+    return BlockFp8("FP8", _block_of(config.get("weight_block_size")), *names)
 
 
 def _gptq(config: Mapping[str, Any]) -> Published:
     _require(config, bits=(4,), desc_act=(False, None), is_marlin_format=(False, None))
+    # By the second name in the tool's own quantize_config.json.
+    formats = ("gptq", "gptq_v2", None)
+    _require(config, checkpoint_format=formats, format=formats, pack_dtype=("int32", None))
     rules = (config.get("dynamic") or {}).values()  # of single modules, by patterns of names
     for rule in rules:
         _require(rule, bits=(4, None), desc_act=(False, None))
-    group = None if any("group_size" in rule for rule in rules) else config.get("group_size")
-    return Gptq(group, 0 if config.get("checkpoint_format") == "gptq_v2" else 1)
+    group = None if any("group_size" in rule for rule in rules) else _group_of(config)
+    is_second = "gptq_v2" in (config.get("checkpoint_format"), config.get("format"))
+    return Gptq(group, 0 if is_second else 1)
 
 
 def _compressed(config: Mapping[str, Any]) -> tuple[Group, ...]:
@@ -88,10 +103,15 @@ def _compressed(config: Mapping[str, Any]) -> tuple[Group, ...]:
     return tuple(
         Group(
             _compressed_as(str(group.get("format") or config.get("format")), group.get("weights") or {}),
-            tuple(map(str, group.get("targets") or ())),
+            tuple(_target(target) for target in group.get("targets") or ()),
         )
         for group in groups
     )
+
+
+def _target(target: Any) -> str:
+    re.compile(str(target).removeprefix("re:"))  # refused here, and not where modules are looked at
+    return str(target)
 
 
 def _compressed_as(format: str, args: Mapping[str, Any]) -> Published:
@@ -111,10 +131,8 @@ def _compressed_as(format: str, args: Mapping[str, Any]) -> Published:
             is_symmetric = args.get("symmetric") is not False
             return (PackQuantized if args["num_bits"] == 4 else PackQuantized8)(_group_of(args), is_symmetric)
         case "float-quantized" | "naive-quantized" if args.get("type") == "float":
-            block = args.get("block_structure")
-            return BlockFp8(
-                "FP8 of compressed-tensors", (int(block[0]), int(block[1])) if block else None, "weight_scale"
-            )
+            block = _block_of(args.get("block_structure"))
+            return BlockFp8("FP8 of compressed-tensors", block, "weight_scale")
         case "int-quantized" | "naive-quantized":
             _require(args, num_bits=(8,), symmetric=(True, None))
             return ChannelInt8()
@@ -127,8 +145,18 @@ def _compressed_as(format: str, args: Mapping[str, Any]) -> Published:
     raise UnsupportedExperts(f"compressed-tensors in the format {format!r}")
 
 
+def _block_of(said: Any) -> tuple[int, int] | None:
+    """Rows and columns that share a scale; None if a configuration says nothing."""
+    if said in (None, []):
+        return None
+    rows, columns = (int(size) for size in said)
+    if min(rows, columns) < 1:
+        raise ValueError(f"blocks of {rows} x {columns}")
+    return rows, columns
+
+
 def _group_of(args: Mapping[str, Any]) -> int | None:
-    """Weights that share a scale by the arguments of a config group, -1 for a row; None if they do not say."""
+    """Weights that share a scale by a configuration, -1 for a row; None if it does not say."""
     if args.get("strategy") in ("channel", "tensor"):
         return -1
     group = args.get("group_size")
