@@ -141,6 +141,16 @@ def test_weights_of_a_byte_may_have_odd_shapes(format, lanes):
     assert distance(run(layer, x, lanes=lanes), expected(layer, x)) < ALLOWED
 
 
+@pytest.mark.parametrize("lanes", [16, 8, 4])
+@pytest.mark.parametrize("scale", [torch.float32, torch.float16])
+@pytest.mark.parametrize("has_zeros", [True, False])
+def test_rows_of_one_group_may_have_zeros_and_scales_of_any_width(scale, has_zeros, lanes):
+    """Channels of AWQ, GPTQ and compressed-tensors (group_size -1): a row's one scale stands beside its one zero."""
+    layer = make_layer(Int4(96, scale, has_zeros), 96, 96)
+    x = make_x(layer, 3)
+    assert distance(run(layer, x, lanes=lanes), expected(layer, x)) < ALLOWED
+
+
 @pytest.mark.parametrize("format", [Int8(), Fp8(32, 128), Mxfp4(), Int4(32)], ids=repr)
 @pytest.mark.parametrize("gate", [alternating, relu2], ids=lambda gate: gate.__name__)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

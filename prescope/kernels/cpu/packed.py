@@ -42,15 +42,17 @@ def packed_as(layout: RowLayout, name: str) -> Packed:
         return Packed(-1, -1, -1, _WHOLE, 1, _PLAIN, 0)
     fields = {suffix: layout.field(field) for suffix, field in matrix.field_names.items()}
     kind, group, group_rows = _form(matrix.format, matrix.shape)
-    scale = fields["_scale"]
-    is_by_row = group == _WHOLE and group_rows == 1 and scale.dtype == torch.float32
+    scale, zero = fields["_scale"], fields.get("_zero")
+    # Sums of whole rows are multiplied once, where weights have 8 bits; those of 4 are always taken by groups.
+    is_by_row = (
+        kind in (_INT8, _E4M3) and group == _WHOLE and group_rows == 1 and scale.dtype == torch.float32
+    )
     row_scale = scale if is_by_row else fields.get("_global")
     if not is_by_row and (group < _LEAST_GROUP[kind] or group & (group - 1)):
         raise CannotBuild(
             f"the compiled kernel takes no {matrix.format.name} weights in groups of {group}: powers of two from "
             f"{_LEAST_GROUP[kind]} on"
         )
-    zero = fields.get("_zero")
     return Packed(
         -1 if is_by_row else scale.offset,
         -1 if zero is None else zero.offset,
