@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 import prescope
 from prescope.errors import BadModelFolder, NotEnoughMemory, UnsupportedExperts, UnsupportedOption
 from prescope.hf import HostParameter
+from prescope.hf.packed.checkpoint import Checkpoint
+from prescope.hf.packed.methods import groups_of
+from prescope.hf.packed.published import matrices_in
 from tests.support import families
 from tests.support.models import plain_tokens, prompt, tiny_moe
 from tests.support.packed_checkpoints import (
@@ -296,6 +299,20 @@ def split(folder, num_files: int) -> None:
             {name: whole[name] for name in names if files[name] == file}, folder / file, {"format": "pt"}
         )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_tensor_belongs_to_one_matrix_or_is_plain(tmp_path, layout):
+    """What a tool writes of activations too: else transformers reports it as unexpected, matrix by matrix."""
+    write(layout, tmp_path)
+    entries = Checkpoint([tmp_path / "model.safetensors"]).entries
+    matrices = matrices_in(groups_of(LAYOUTS[layout][2]), entries)
+    names = [name for matrix in matrices for name in matrix.names.values()]
+    assert len(names) == len(set(names)) and len(matrices) == len({matrix.weight for matrix in matrices})
+    plain = entries.keys() - set(names)
+    assert {name.rpartition(".")[2] for name in plain} <= {
+        "weight", "bias", "sinks", "e_score_correction_bias", "gate_up_proj_bias", "down_proj_bias"
+    }  # fmt: skip
 
 
 def test_experts_in_one_tensor_of_a_layer_are_read_too(tmp_path):

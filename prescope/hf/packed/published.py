@@ -215,17 +215,18 @@ def matrices_in(groups: Sequence[Group], entries: Mapping[str, Entry]) -> list[M
 
 
 def _written_as(published: Published, entries: Mapping[str, Entry]) -> list[Matrix]:
-    """All matrices that have the tensors of one way of writing."""
+    """All matrices that have the tensors of one way of writing, each by the first naming that finds its weight."""
     found: dict[str, Matrix] = {}
     for naming in published.namings:
         marker = list(naming.roles.values())[-1]
         for name in entries:
             stem = name.removesuffix(marker)
-            if stem == name or stem in found:
+            if stem == name or stem + naming.weight in found:
                 continue
             names = {role: stem + suffix for role, suffix in naming.roles.items()}
             if all(other in entries for other in names.values()):
                 more = {role: stem + suffix for role, suffix in naming.optional.items()}
                 names |= {role: other for role, other in more.items() if other in entries}
-                found[stem] = Matrix(published, stem, stem + naming.weight, names)
+                weight = stem + naming.weight
+                found[weight] = Matrix(published, stem, weight, names)
     return list(found.values())
