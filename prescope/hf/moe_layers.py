@@ -65,6 +65,12 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         NotAMoE: there is none.
         UnsupportedExperts: one holds its weights in a form that cannot be moved expert by expert.
     """
+    for name, module in model.named_modules():
+        if _is_packed_by_transformers(module):
+            raise UnsupportedExperts(
+                f"{name} is a {type(module).__name__}, in which transformers keeps packed experts for kernels of its "
+                f"own; load the checkpoint with prescope.load(folder), which serves it packed"
+            )
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -82,6 +88,12 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         _moe_layer(rank, *same[0], tuple(module for _, module in same[1:]))
         for rank, same in enumerate(owners.values())
     ]
+
+
+def _is_packed_by_transformers(module: nn.Module) -> bool:
+    """Whether a quantizer has put its own module in the place of a family's experts (FP8Experts, ...)."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers.integrations.") and kind.__name__.endswith("Experts")
 
 
 def top_k_of(model: PreTrainedModel) -> int:
@@ -126,8 +138,8 @@ def _moe_layer(rank: int, name: str, module: Any, twins: tuple[nn.Module, ...]) 
             )
         if not tensor.dtype.is_floating_point or tensor.element_size() < 2:
             raise UnsupportedExperts(
-                f"{name}.{weight} is {tensor.dtype}; quantised experts are not served yet, load the model in "
-                f"bfloat16, float16 or float32"
+                f"{name}.{weight} is {tensor.dtype}; a packed checkpoint is served by prescope.load(folder), a model "
+                f"in memory has to be in bfloat16, float16 or float32"
             )
         tensors[weight] = tensor
     spec = ExpertsSpec(

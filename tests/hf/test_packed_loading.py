@@ -499,3 +499,16 @@ def test_experts_are_packed_once_and_by_load_only(fp8, tmp_path):
     tiny_moe().save_pretrained(tmp_path)  # its experts have rows of 24
     with pytest.raises(UnsupportedOption, match="24"):
         load(tmp_path, slots=8, experts="int4")
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 1, 2]])
+def test_a_model_in_which_transformers_keeps_packed_experts_is_refused_with_the_way_round(layers):
+    """Also where some layers have plain ones: those alone are not the model's experts."""
+    fp8_experts = pytest.importorskip("transformers.integrations.finegrained_fp8").FP8Experts
+    mxfp4_experts = pytest.importorskip("transformers.integrations.mxfp4").Mxfp4GptOssExperts
+    for layout, kind in (("qwen3 fp8", fp8_experts), ("gpt-oss mxfp4", mxfp4_experts)):
+        model = LAYOUTS[layout][0]()
+        for index in layers:
+            model.model.layers[index].mlp.experts = kind(model.config)
+        with pytest.raises(UnsupportedExperts, match=rf"{kind.__name__}.*prescope\.load"):
+            prescope.attach(model, slots=8, device="cpu")
