@@ -10,6 +10,8 @@ import pytest
 from prescope import RoutingTrace
 from prescope.report import PAPER_PX, execute_notebook
 from tests.support.browser import count_plots, offline_page
+from tests.support.damaged_files import write_tokenizer
+from tests.support.packed_checkpoints import write as write_packed
 
 # `make test` runs those here that train or measure, with less; `make test-all` all of them, as they stand.
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
@@ -63,6 +65,23 @@ def test_the_quickstart_runs_and_its_page_holds_every_figure_once(executed):
     assert len(text) < 7_000_000
     assert "cdn" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL).lower()
     assert lines[-1].startswith(str(page))
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_on_a_packed_model_with_slots_in_bytes(tmp_path):
+    """A folder in the layout of openai/gpt-oss-20b, made small."""
+    write_packed("gpt-oss mxfp4", tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    parameters = {"model": str(tmp_path / "model"), "slots": "60KiB", "max_new_tokens": 6, "device": "cpu"}
+    page = execute_notebook(
+        QUICKSTART,
+        tmp_path / "page.html",
+        parameters=parameters | {"out": str(tmp_path)},
+        log=lambda line: None,
+    )
+    text = page.read_text()
+    assert "mxfp4 experts" in text and "3 of 3 MoE layers stay packed in mxfp4" in text
+    assert len(re.findall(r'Plotly\.newPlot\("', text)) == NUM_FIGURES
 
 
 def test_the_quickstart_leaves_a_trace_and_a_timeline(executed):

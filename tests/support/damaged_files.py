@@ -114,6 +114,11 @@ def _run_values(run: RunResult) -> str:
 def make_model(folder: Path) -> None:
     """A tiny MoE in two shards with a tokenizer."""
     tiny_moe().save_pretrained(folder, max_shard_size="60KB")
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One of sixty words; all others are the first."""
     vocabulary = {f"w{i}": i for i in range(60)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
