@@ -148,6 +148,33 @@ def test_fp8_experts_that_are_stored_inputs_first_are_turned(tmp_path):
     assert distance(found, families.logits(plain, "qwen3_vl_moe", inputs)) < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["diffusion_gemma", "granitemoeshared", "minimax_m3_vl", "mistral4"])
+def test_fp8_experts_in_one_tensor_of_a_layer_find_their_place_in_every_kind_of_family(tmp_path, name):
+    """Under the name of a decoder that is tied to an encoder, under names of a family's own, inside a larger model."""
+    if name not in families.FAMILIES:
+        pytest.skip(f"the installed transformers has no {name}")
+    plain = families.build(name)
+    plain.save_pretrained(tmp_path)
+    values = load_file(tmp_path / "model.safetensors")
+    packed = dict(values)
+    for key, weight in values.items():
+        if weight.dim() != 3 or not any(part in key for part in ("experts", "moe")):
+            continue
+        scale = weight.abs().amax((1, 2), keepdim=True) / 448
+        packed[key] = (weight / scale).to(torch.float8_e4m3fn)
+        packed[f"{key}_scale_inv"] = scale
+        values[key] = packed[key].float() * scale
+    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
+    plain = type(plain).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    save_file(packed, tmp_path / "model.safetensors", {"format": "pt"})
+    edit_config(tmp_path, quantization_config=LAYOUTS["qwen3 fp8"][2])
+    inputs = families.prompts(2)
+    with load(tmp_path, slots=0.5) as engine:
+        found = families.logits(engine.model, name, inputs)
+        assert engine.form == "fp8" and all(layer.layout.packing for layer in engine.layers)
+    assert distance(found, families.logits(plain, name, inputs)) < TOLERANCE
+
+
 @pytest.mark.parametrize("layout", ["deepseek fp8", "mixtral awq", "gpt-oss mxfp4"])
 def test_a_packed_checkpoint_can_be_unpacked_whole(tmp_path, layout):
     """Then it is an ordinary model, also after its engine."""

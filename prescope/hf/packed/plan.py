@@ -97,14 +97,22 @@ class PackedPlan:
         plain = [name for name in checkpoint.entries if name not in packed_names]
         _require_scales(checkpoint, plain)
         places = Places(model)
-        owned = {f"{layer.name}.{name}" for layer in layers for name in layer.weight_names}
-        found: dict[str, dict[str, Place]] = {target: {} for target in owned}
+        owners = {
+            id(tensor): f"{layer.name}.{name}" for layer in layers for name, tensor in layer.tensors().items()
+        }
+        # An encoder tied to a decoder: the files have one of the names.
+        owned = {
+            name: owners[id(tensor)]
+            for name, tensor in model.named_parameters(remove_duplicate=False)
+            if id(tensor) in owners
+        }
+        found: dict[str, dict[str, Place]] = {target: {} for target in owned.values()}
         parameters = model.state_dict()
         spare: set[str] = set()
         for weight in [*matrices, *plain]:
             place = places.of(weight)
             if place.target in owned:
-                found[place.target][weight] = place
+                found[owned[place.target]][weight] = place
             elif place.target not in parameters:
                 spare.add(weight)
         packed = [layer for layer in layers if keep and _is_packed(layer, found, matrices)]
@@ -133,7 +141,7 @@ class PackedPlan:
                 for weight in found[f"{layer.name}.{name}"]
                 if weight in matrices and matrices[weight].published.is_out_in
             },
-            left_out={target: parameters[target] for target in targets},
+            left_out={name: parameters[name] for name, target in owned.items() if target in targets},
             dtype=dtype,
         )
 
