@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from safetensors.numpy import save_file
 
 import prescope
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
@@ -329,3 +331,41 @@ def test_a_file_that_is_not_there_or_says_nothing_is_refused(tmp_path):
     Path(tmp_path / "what.bin").write_bytes(b"1")
     with pytest.raises(UnsupportedOption, match="kind="):
         prescope.read_trace(tmp_path / "what.bin", shape=SHAPE)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.layers.", "layer_", "run/moe-"])
+@pytest.mark.parametrize("inner", ["", "mlp.", "block_sparse_moe/gate."])
+@pytest.mark.parametrize(
+    "names", [("expert_ids", "hidden_states"), ("topk_ids", "router_input"), ("selected_experts", "inputs")]
+)
+def test_one_file_holds_all_layers_under_any_of_the_names(prefix, inner, names, of, tmp_path):
+    """Names have underscores of their own: what stands before them may not take a part of them along."""
+    ids, inputs = np.concatenate(of.ids), np.concatenate(of.inputs)
+    tensors = {"sequence": np.repeat(np.arange(len(of.ids)), [len(one) for one in of.ids])}
+    for layer in range(LAYERS):
+        for name, array in zip(names, (ids, inputs), strict=True):
+            tensors[f"{prefix}{layer}.{inner}{name}"] = np.ascontiguousarray(array[:, layer])
+        tensors[f"{prefix}{layer}.{inner}gate_weights"] = np.ones((EXPERTS, 3), np.float32)
+    save_file(tensors, tmp_path / "run.safetensors")
+    trace = prescope.read_trace(tmp_path / "run.safetensors", shape=SHAPE, prompt_tokens=of.prompt_tokens)
+    assert_holds(trace, of)
+    np.testing.assert_array_equal(trace.inputs[trace.sequence == 0], of.inputs[0])
+
+
+def test_a_layer_that_is_there_twice_is_not_chosen_from(of, tmp_path):
+    for part in ("first", "second"):
+        save_file(
+            {f"{n}.expert_ids": np.ascontiguousarray(of.ids[0][:, n]) for n in range(LAYERS)},
+            tmp_path / f"{part}.safetensors",
+        )
+    with pytest.raises(BadTrace, match=r"second\.safetensors: 0\.expert_ids is there beside other ids"):
+        prescope.read_trace(tmp_path, "tensors", shape=SHAPE)
+
+
+def test_states_of_a_dtype_that_is_not_read_are_not_left_out_in_silence(of, tmp_path):
+    states = torch.from_numpy(of.inputs[0]).to(torch.float8_e4m3fn)
+    tensors = {f"{n}.hidden_states": states[:, n].contiguous() for n in range(LAYERS)}
+    tensors |= {f"{n}.expert_ids": torch.from_numpy(of.ids[0][:, n].copy()) for n in range(LAYERS)}
+    safetensors.torch.save_file(tensors, tmp_path / "run.safetensors")
+    with pytest.raises(BadTrace, match=r"hidden_states is F8_E4M3"):
+        prescope.read_trace(tmp_path / "run.safetensors", shape=SHAPE)

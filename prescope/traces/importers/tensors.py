@@ -34,7 +34,8 @@ DTYPES = {
     "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "I64": "<i8", "F16": "<f2",
     "F32": "<f4", "F64": "<f8",
 }  # fmt: skip
-OF_LAYER = re.compile(r"(?:.*?[._/-])?(?P<layer>[0-9]+)[._/](?:.*[._/])?(?P<name>[a-z_]+)")
+# A name has underscores of its own, so what may stand before it ends in a point or a slash.
+OF_LAYER = re.compile(rf"(?:.*?[._/-])?(?P<layer>[0-9]+)[._/](?:.*[./])?(?P<name>{'|'.join(NAMES)})")
 LAYER_FILE = re.compile(r".*?(?P<layer>[0-9]+)")
 
 
@@ -117,7 +118,7 @@ def read_layers(
     """Requests of safetensors by layer, and the layers that were found; `only` some of them.
 
     Raises:
-        BadTrace: a file is damaged, a layer lacks its ids, or layers disagree in their tokens.
+        BadTrace: a file is damaged, a layer lacks its ids or has them twice, or layers disagree in their tokens.
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     layers: dict[int, dict[str, NDArray[Any]]] = {}
@@ -126,7 +127,12 @@ def read_layers(
         for name, array in _tensors(file):
             layer, part = _place_of(name, file)
             if part is not None and layer is not None:
-                layers.setdefault(layer, {})[part] = array
+                parts = layers.setdefault(layer, {})
+                if part in parts:
+                    raise BadTrace(
+                        f"{file}: {name} is there beside other {part} of layer {layer}; leave one of them"
+                    )
+                parts[part] = array
             elif name in ("sequence", "prompt_tokens"):
                 of_all[name] = array
     if only is not None:
@@ -179,7 +185,7 @@ def _place_of(name: str, file: Path) -> tuple[int | None, str | None]:
     """Layer and part of a tensor; None for what is neither ids, weights nor inputs."""
     match = OF_LAYER.fullmatch(name)
     if match is not None:
-        return int(match["layer"]), NAMES.get(match["name"])
+        return int(match["layer"]), NAMES[match["name"]]
     own = LAYER_FILE.fullmatch(file.stem)
     return (int(own["layer"]) if own is not None else None), NAMES.get(name)
 
@@ -194,8 +200,10 @@ def _tensors(file: Path) -> Iterator[tuple[str, NDArray[Any]]]:
                 array: NDArray[Any] = of_bfloat16(np.frombuffer(tensor["data"], dtype="<u2"))
             elif dtype in DTYPES:
                 array = np.frombuffer(tensor["data"], dtype=DTYPES[dtype])
+            elif _place_of(name, file)[1] is not None:
+                raise BadTrace(f"{file}: {name} is {dtype}, expected ids as whole numbers, states as floats")
             else:
-                continue  # a dtype that neither ids nor states have
+                continue
             yield name, array.reshape(shape)
     except (SafetensorError, OSError, ValueError) as error:
         raise BadTrace(
