@@ -201,11 +201,28 @@ def read_object(path: str | Path, error: type[PrescopeError], remedy: str, most_
         FileNotFoundError: there is none.
     """
     require_file(path, error, most_bytes)
+    return parse_object(read_text(path, error, remedy), str(path), error, remedy)
+
+
+def read_text(path: str | Path, error: type[PrescopeError], remedy: str) -> str:
+    """The text of a file in UTF-8, without the mark that some editors put before it.
+
+    Raises:
+        error: it cannot be read, or is no UTF-8; with the remedy.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
         raise error(f"{path} cannot be read ({problem}); {remedy}") from problem
-    return parse_object(text, str(path), error, remedy)
+
+
+def read_lines(path: str | Path, error: type[PrescopeError], remedy: str) -> list[str]:
+    """The lines of a file, raises as `read_text`.
+
+    A line ends where an editor says so. `str.splitlines` knows eight more ends, among them U+2028 and U+0085, which
+    stand within JSON texts as they are.
+    """
+    return read_text(path, error, remedy).split("\n")
 
 
 def parse_object(text: str, where: str, error: type[PrescopeError], remedy: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.files import parse_object, require_file
+from ..core.files import parse_object, read_lines, require_file
 from ..core.paths import embedded_prompts
 from ..engine.engine import Engine
 from ..engine.load import attach, load
@@ -56,12 +56,8 @@ def read_prompts(path: str | Path) -> dict[str, list[str]]:
     """
     path = Path(path)
     require_file(path, UnsupportedOption)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UnsupportedOption(f"{path} is no UTF-8 text ({error}); save it as UTF-8") from error
     found: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, UnsupportedOption, "save it as UTF-8"), 1):
         if not line.strip():
             continue
         domain, text = (

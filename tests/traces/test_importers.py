@@ -358,7 +358,7 @@ def test_a_layer_that_is_there_twice_is_not_chosen_from(of, tmp_path):
             {f"{n}.expert_ids": np.ascontiguousarray(of.ids[0][:, n]) for n in range(LAYERS)},
             tmp_path / f"{part}.safetensors",
         )
-    with pytest.raises(BadTrace, match=r"second\.safetensors: 0\.expert_ids is there beside other ids"):
+    with pytest.raises(BadTrace, match=r"second\.safetensors: \d\.expert_ids is there beside other ids"):
         prescope.read_trace(tmp_path, "tensors", shape=SHAPE)
 
 
@@ -369,3 +369,51 @@ def test_states_of_a_dtype_that_is_not_read_are_not_left_out_in_silence(of, tmp_
     safetensors.torch.save_file(tensors, tmp_path / "run.safetensors")
     with pytest.raises(BadTrace, match=r"hidden_states is F8_E4M3"):
         prescope.read_trace(tmp_path / "run.safetensors", shape=SHAPE)
+
+
+@pytest.mark.parametrize("of_kind", [int, np.int64, np.int16, lambda n: np.array(n), torch.tensor], ids=str)
+def test_numbers_are_pythons_numpys_or_torchs(of_kind, of):
+    whole = prescope.read_trace(of.ids, shape=SHAPE, prompt_tokens=of.prompt_tokens, batch=1)
+    shape, prompts = tuple(map(of_kind, SHAPE)), list(map(of_kind, of.prompt_tokens))
+    trace = prescope.read_trace(of.ids, shape=shape, prompt_tokens=prompts, batch=1, layers=range(LAYERS))
+    for name in ("expert_ids", "step", "phase", "sequence", "position"):
+        np.testing.assert_array_equal(getattr(trace, name), getattr(whole, name))
+    one = prescope.read_trace(of.ids[0], shape=shape, prompt_tokens=of_kind(2))
+    assert (one.phase == 0).sum() == 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"shape": 3}, {"shape": "3,8,2"}, {"shape": (3.0, 8, 2)}, {"prompt_tokens": 2.0}, {"prompt_tokens": [2.0]},
+        {"prompt_tokens": "2"}, {"prompt_tokens": True}, {"batch": 0}, {"batch": 1.5}, {"batch": "2"}, {"layers": "12"},
+        {"layers": [0.5, 1]}, {"layers": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_whole_number_is_refused_by_name(option, of, tmp_path):
+    """Of every kind alike: a batch of 0 once meant 1 in Megatron's traces, half a layer the one before it."""
+    for source in (of.ids[0], write_router_trace(tmp_path / "trace", of)):
+        with pytest.raises(UnsupportedOption, match=next(iter(option))):
+            prescope.read_trace(source, **{"shape": SHAPE, **option})
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_a_place_that_is_filled_up_with_the_largest_number_is_no_expert(dtype, of):
+    ids = of.ids[0].astype(dtype)
+    ids[3, 1, 0] = np.iinfo(dtype).max
+    with pytest.raises(BadTrace, match=rf"token 3, layer 1: expert {np.iinfo(dtype).max} is outside"):
+        prescope.read_trace(ids, shape=SHAPE)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("answer", [vllm_answer, sglang_answer])
+def test_an_answer_may_hold_any_letter_in_its_text(answer, end, mark, of, tmp_path):
+    """JSON Lines end in a line feed; a separator of Unicode's within a text is a letter of it."""
+    texts = zip(of.ids, of.prompt_tokens, strict=True)
+    answers = [answer(ids, prompt) | {"text": "a\u2028b\u2029c\x85d"} for ids, prompt in texts]
+    path = tmp_path / "answers.jsonl"
+    lines = end.join(json.dumps(one, ensure_ascii=False) for one in answers)
+    path.write_bytes((mark + lines).encode())
+    assert_holds(prescope.read_trace(path, shape=SHAPE), of)

@@ -12,7 +12,15 @@ from prescope.core.paths import embedded_model
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
 from prescope.predictor import BadState, Llapor, LlaporConfig, TooFewPrompts
 from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
-from prescope.training import TrainConfig, own_prompts, own_text, record_trace, router_agreement, routers_of
+from prescope.training import (
+    TrainConfig,
+    own_prompts,
+    own_text,
+    read_prompts,
+    record_trace,
+    router_agreement,
+    routers_of,
+)
 from tests.support.models import VOCABULARY, tiny_moe
 
 SMALL = LlaporConfig(hidden=192, block=48)
@@ -135,3 +143,16 @@ def test_the_prompts_that_come_along_are_ours():
     lines = paths.embedded_prompts().read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["license"] for line in lines} == {"CC0-1.0"}
     assert len(own_prompts("code", "ood_rust")["code"]) == 16
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("letter", ["\u2028", "\u2029", "\x85"])
+def test_a_separator_within_a_prompt_ends_no_line(letter, mark, tmp_path):
+    """Data sets have them in their texts; only a line feed ends a line of JSON Lines."""
+    texts = [f"one{letter}two", "three"]
+    (tmp_path / "p.jsonl").write_text(
+        mark + "\r\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts), "utf-8"
+    )
+    (tmp_path / "p.txt").write_text(mark + "\n\n".join(texts) + "\n", "utf-8")
+    for name in ("p.jsonl", "p.txt"):
+        assert [text for group in read_prompts(tmp_path / name).values() for text in group] == texts

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.files import parse_object, require_file, require_memory
+from ...core.files import parse_object, read_lines, require_file, require_memory
 from ...errors import BadTrace
 from ..routing import RoutingTrace, saturating_float16
 from .requests import DECODE, PREFILL, Foreign, make_trace, require_ids
@@ -107,11 +107,7 @@ class _Texts:
 def _read_file(file: Path, foreign: Foreign, passes: _Passes) -> None:
     require_memory(4 * require_file(file, BadTrace), str(file), BadTrace)
     seen: dict[tuple[int, int, int], int] = defaultdict(int)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadTrace(f"{file} cannot be read ({error}); {REMEDY}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(file, BadTrace, REMEDY), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"

@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ...core.files import require_file
+from ...core.numbers import is_count
 from ...core.types import MoEShape
 from ...errors import BadTrace, UnsupportedOption
 from ..routing import FORMAT, MOST_EXPERTS, RoutingTrace
@@ -15,7 +17,7 @@ from .llama_cpp import read_moe_trace
 from .megatron import is_router_trace, read_router_trace
 from .requests import Foreign, trace_of_requests
 from .responses import RequestOutput, responses_in, sglang_requests, vllm_requests
-from .tensors import array_requests, read_arrays_file, read_layers
+from .tensors import array_requests, read_arrays_file, read_layers, to_array
 
 Shape = MoEShape | tuple[int, int, int]
 
@@ -25,7 +27,7 @@ class _Wanted(NamedTuple):
 
     source: Any
     foreign: Foreign
-    prompt_tokens: int | Sequence[int] | None
+    prompt_tokens: int | list[int] | None
     batch: int | None
 
     @property
@@ -78,7 +80,7 @@ def read_trace(
 
     Raises:
         BadTrace: it cannot be read, or holds what no router gives; with file and line, or token and layer.
-        UnsupportedOption: an unknown kind, or a shape that is missing or cannot be.
+        UnsupportedOption: an unknown kind, a shape that is missing or cannot be, or numbers that are none.
         FileNotFoundError: there is no such file.
     """
     if isinstance(source, str | Path) and not Path(source).exists():
@@ -89,12 +91,30 @@ def read_trace(
     if kind == "prescope":
         return _read_own(source)
     name = model or (Path(source).stem if isinstance(source, str | Path) else kind)
-    foreign = Foreign(
-        kind, name, _shape_of(shape, kind), None if layers is None else [int(one) for one in layers]
-    )
-    if foreign.layers is not None and sorted(set(foreign.layers)) != foreign.layers:
-        raise UnsupportedOption(f"layers={foreign.layers} are not ascending numbers of layers")
-    return KINDS[kind](_Wanted(source, foreign, prompt_tokens, batch))
+    kept = None if layers is None else _counts_of(layers, "layers")
+    if isinstance(kept, int) or (kept is not None and sorted(set(kept)) != kept):
+        raise UnsupportedOption(f"layers={layers!r} are not ascending numbers of layers")
+    if batch is not None and (not is_count(batch) or batch < 1):
+        raise UnsupportedOption(f"batch is {batch!r}; it counts requests that run side by side, 1 or more")
+    counts = None if prompt_tokens is None else _counts_of(prompt_tokens, "prompt_tokens")
+    foreign = Foreign(kind, name, _shape_of(shape, kind), kept)
+    return KINDS[kind](_Wanted(source, foreign, counts, None if batch is None else int(batch)))
+
+
+def _counts_of(value: Any, what: str) -> int | list[int]:
+    """One whole number or several, of Python, numpy or torch.
+
+    Raises:
+        UnsupportedOption: it is something else.
+    """
+    try:
+        array = to_array(value, what)
+    except BadTrace as error:
+        raise UnsupportedOption(f"{what} is {value!r}; give whole numbers") from error
+    if array.ndim > 1 or (array.size and array.dtype.kind not in "iu"):
+        raise UnsupportedOption(f"{what} is {value!r}; give whole numbers")
+    found: int | list[int] = array.astype(np.int64).tolist()
+    return found
 
 
 def _shape_of(shape: Shape | None, kind: str) -> MoEShape:
@@ -102,11 +122,15 @@ def _shape_of(shape: Shape | None, kind: str) -> MoEShape:
         raise UnsupportedOption(
             f"a {kind} trace does not say how many experts a layer has; give shape=(layers, experts, top_k)"
         )
-    sizes = tuple(shape)[:3]
-    whole = len(sizes) == 3 and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
-    if not whole or sizes[1] > MOST_EXPERTS or sizes[2] > sizes[1]:
+    sizes = _counts_of(shape, "shape")
+    if (
+        not isinstance(sizes, list)
+        or len(sizes) < 3
+        or not 0 < sizes[2] <= sizes[1] <= MOST_EXPERTS
+        or sizes[0] < 1
+    ):
         raise UnsupportedOption(f"shape is {shape!r}; it is (layers, experts, top_k), with top_k <= experts")
-    return MoEShape(*sizes)
+    return MoEShape(*sizes[:3])
 
 
 def _kind_of(source: Any) -> str:

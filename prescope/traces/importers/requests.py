@@ -80,8 +80,8 @@ def checked(request: Request, foreign: Foreign) -> Request:
     kept = foreign.decoder_layers
     if foreign.layers is not None:
         _require_layers(kept, L)
-    changes = {"ids": ids[:, kept].astype(np.int64)}
-    require_ids(changes["ids"], E, kept, request.where)
+    require_ids(ids[:, kept], E, kept, request.where)  # before they are cast: 2**64 - 1 would become -1
+    changes: dict[str, NDArray[Any]] = {"ids": ids[:, kept].astype(np.int64)}
     for name in ("weights", "inputs"):
         array = getattr(request, name)
         if array is None:
@@ -101,7 +101,9 @@ def _require_layers(layers: Sequence[int], L: int) -> None:
         raise BadTrace(f"layers={list(layers)} are no ascending numbers of the {L} layers that shape names")
 
 
-def require_ids(ids_TLK: NDArray[np.int64], num_experts: int, layers: Sequence[int], where: str) -> None:
+def require_ids(
+    ids_TLK: NDArray[np.integer[Any]], num_experts: int, layers: Sequence[int], where: str
+) -> None:
     """Make sure that ids are experts, and no token uses one twice in a layer.
 
     Raises:
@@ -135,8 +137,6 @@ def trace_of_requests(requests: Sequence[Request], foreign: Foreign, batch: int 
     """
     if not requests:
         raise BadTrace(f"there is no request in this {foreign.kind} trace")
-    if batch is not None and batch < 1:
-        raise BadTrace(f"batch is {batch}; it counts requests that run side by side")
     whole = [checked(request, foreign) for request in requests]
     size = batch or len(whole)
     first_rows = np.cumsum([0, *(len(one.ids) for one in whole)])

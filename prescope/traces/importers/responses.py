@@ -23,7 +23,7 @@ from zlib import error as ZlibError
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.files import parse_object, require_file
+from ...core.files import parse_object, read_lines, read_text, require_file
 from ...errors import BadTrace
 from .requests import Foreign, Request
 
@@ -51,15 +51,12 @@ def responses_in(path: Path) -> list[dict[str, Any]]:
         BadTrace: the file holds something else; with the line.
     """
     require_file(path, BadTrace, MOST_BYTES)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadTrace(f"{path} cannot be read ({error}); {REMEDY}") from error
     if path.suffix == ".jsonl":
-        lines = enumerate(text.splitlines(), 1)
+        lines = enumerate(read_lines(path, BadTrace, REMEDY), 1)
         return [
             parse_object(line, f"{path}, line {n}", BadTrace, REMEDY) for n, line in lines if line.strip()
         ]
+    text = read_text(path, BadTrace, REMEDY)
     if not text.lstrip().startswith("["):
         return [parse_object(text, str(path), BadTrace, REMEDY)]
     inner = parse_object(f'{{"all":{text}}}', str(path), BadTrace, REMEDY)["all"]
