@@ -2,8 +2,7 @@
 
 import re
 
-import numpy as np
-
+from ..core.numbers import plain
 from ..core.units import format_bytes, parse_bytes
 from ..errors import SlotPoolTooSmall, UnsupportedOption
 
@@ -12,11 +11,9 @@ _PER_CENT = re.compile(r"\s*([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%\s*")
 
 def _plain(slots: int | float | str) -> int | float | str:
     """A text such as "25%" as the share it is, numpy's numbers as Python's; everything else as it is."""
-    if isinstance(slots, np.generic):
-        found: int | float | str = slots.item()
-        return found
-    match = _PER_CENT.fullmatch(slots) if isinstance(slots, str) else None
-    return slots if match is None else float(match[1]) / 100
+    found: int | float | str = plain(slots)
+    match = _PER_CENT.fullmatch(found) if isinstance(found, str) else None
+    return found if match is None else float(match[1]) / 100
 
 
 def require_slots_setting(slots: int | float | str) -> None:

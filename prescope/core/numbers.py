@@ -10,6 +10,11 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+def plain(value: Any) -> Any:
+    """A scalar of numpy's as Python's own, which JSON and a study can hold; everything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a real number, NaN included."""
     return is_count(value) or isinstance(value, float | np.floating)

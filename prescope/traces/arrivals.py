@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.files import read_object
+from ..core.numbers import is_count, is_number
 from ..core.paths import data_dir
 from ..errors import BadTrace
 
@@ -86,11 +87,15 @@ class Arrivals:
             count: of requests. rate_per_s: mean; by default the trace's.
 
         Raises:
-            BadTrace: no request, or a rate that is not above 0.
+            BadTrace: no request, a rate that is not above 0, or a seed that is no whole number of 0 or more.
         """
         rate = self.rate_per_s if rate_per_s is None else rate_per_s
-        if count < 1 or not 0 < rate < np.inf:
-            raise BadTrace(f"count is {count} and rate_per_s {rate}; one request at least, at a rate above 0")
+        is_whole = is_count(count) and count >= 1 and is_count(seed) and seed >= 0
+        if not is_whole or not is_number(rate) or not 0 < rate < np.inf:
+            raise BadTrace(
+                f"count is {count!r}, rate_per_s {rate!r} and seed {seed!r}; one request at least, at a rate above 0, "
+                f"by a seed of 0 or more"
+            )
         rng = np.random.default_rng(seed)
         gaps = self._gaps(rng, count)
         logs = np.interp(

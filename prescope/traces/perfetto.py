@@ -67,9 +67,11 @@ def write_perfetto(runs: Timeline | Mapping[str, Timeline], path: str | Path) ->
             where it comes from.
 
     Raises:
-        BadTrace: a run has no events: it was made with events=False; or there is no run.
+        BadTrace: a run has no events: it was made with events=False; or there is no run, or several without names.
         CannotWrite: no space, or no permission.
     """
+    if isinstance(runs, list | tuple):
+        raise BadTrace(f"{len(runs)} runs without names; give a name to each: {{'on demand': run, ...}}")
     named = runs if isinstance(runs, Mapping) else {"": runs}
     if not named:
         raise BadTrace("there is no run to write")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from ..core.numbers import plain
 from ..errors import UnsupportedOption
 from .settings import Setting
 
@@ -28,7 +29,8 @@ def _decimal(number: int | float) -> Decimal:
 
 @dataclass(frozen=True)
 class Range:
-    """All values from `low` to `high`, both included; whole numbers if low, high and step are ints.
+    """All values from `low` to `high`, both included; whole numbers if low, high and step are ints. Of a setting that
+    is a share in [0, 1], such as the threshold, there are always fractions between them.
 
     Args:
         step: only low, low + step, ...; a grid needs one for fractions. `log`: small values as likely as large ones.
@@ -43,6 +45,8 @@ class Range:
     log: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("low", "high", "step"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         numbers = [n for n in (self.low, self.high, self.step) if n is not None]
         if any(
             isinstance(n, bool) or not isinstance(n, int | float) or not math.isfinite(n) for n in numbers
@@ -54,6 +58,17 @@ class Range:
             raise UnsupportedOption(f"{self}: a step is above 0")
         if self.log and (self.step is not None or self.low <= 0):
             raise UnsupportedOption(f"{self}: log needs low above 0, and no step")
+
+    def in_numbers_of(self, setting: Setting) -> "Range":
+        """The same with fractions in it where the setting is a share: Range(0, 1) has more than its two ends there."""
+        if setting.kind != "share":
+            return self
+        return replace(self, low=float(self.low), high=float(self.high))
+
+    @property
+    def ends(self) -> tuple[int | float, int | float]:
+        """Its lowest and its highest value, as they are drawn: fractions, unless all of it is whole."""
+        return (self.low, self.last) if self.is_int else (float(self.low), float(self.last))
 
     @property
     def is_int(self) -> bool:
@@ -100,6 +115,7 @@ class Choices:
     def __init__(self, *values: Value) -> None:
         if len(values) == 1 and isinstance(values[0], list | tuple | set | dict):
             raise UnsupportedOption(f"Choices takes the values one by one: Choices(*{values[0]!r})")
+        values = tuple(map(plain, values))
         if not values:
             raise UnsupportedOption("Choices() offers nothing; give one value or more")
         for value in values:
@@ -163,8 +179,8 @@ class Space(Mapping[str, Range | Choices]):
         values = [one.values() for one in self.values()]
         return None if None in values else math.prod(len(each or ()) for each in values)
 
-    def require(self, known: Mapping[str, Setting], fixed: Mapping[str, Any]) -> None:
-        """Check names and values against what a runner knows.
+    def checked(self, known: Mapping[str, Setting], fixed: Mapping[str, Any]) -> "Space":
+        """Check names and values against what a runner knows; the space in the numbers of its settings.
 
         Raises:
             UnsupportedOption: there is no such setting, a range reaches where it has no values, or one is fixed too.
@@ -175,8 +191,12 @@ class Space(Mapping[str, Range | Choices]):
                 raise UnsupportedOption(f"there is no setting {name!r} to move here. There are {listed}")
         if both := sorted(self.keys() & fixed.keys()):
             raise UnsupportedOption(f"{', '.join(both)}: either in the space or in fixed, not in both")
-        for name, one in self.items():
-            ends = [one.low, one.high] if isinstance(one, Range) else one.values()
+        moved = {
+            name: one.in_numbers_of(known[name]) if isinstance(one, Range) else one
+            for name, one in self.items()
+        }
+        for name, one in moved.items():
+            ends = one.ends if isinstance(one, Range) else one.values()
             problems = [known[name].problem(end) for end in ends]
             if isinstance(one, Range) and not any(problems) and known[name].is_beyond(one.low):
                 problems = [f"the model has none above {known[name].most:g}"]
@@ -185,6 +205,7 @@ class Space(Mapping[str, Range | Choices]):
         for name, value in fixed.items():
             if problem := known[name].problem(value):
                 raise UnsupportedOption(f"fixed {name}={value!r}: {problem} ({name}: {known[name].what})")
+        return Space(moved)
 
     # -- as a study keeps it -----------------------------------------------------------------------------------
 

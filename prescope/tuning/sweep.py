@@ -9,6 +9,7 @@ import optuna
 import pandas as pd
 from optuna.trial import TrialState, create_trial
 
+from ..core.numbers import is_count, is_number, plain
 from ..engine.turn import Turn
 from ..errors import BadSweep, UnsupportedOption
 from .estimate import Estimate, estimate
@@ -68,10 +69,14 @@ class Sweep:
             points: in all, as of `run`.
         """
         known = self._known()
+        points, workers = (
+            _require_count("points", points, "points in all"),
+            _require_count("workers", workers, "processes"),
+        )
         new = max(0, points - len(known.trials))
         if self.method == "grid":
             new = min(new, max(0, (self.space.size or 0) - len(known.trials)))
-        runner, workers = self._require_runner(), _require_workers(workers)
+        runner = self._require_runner()
         try:
             return estimate(runner, known, self.method, self.fixed, new, workers)
         finally:
@@ -111,9 +116,11 @@ class Sweep:
             raise UnsupportedOption("say when the sweep ends: points=1000, minutes=10, or both")
         if points is None and minutes is None and self.method != "grid":
             points = self.space.size
-        for name, value in (("points", points), ("minutes", minutes)):
-            if value is not None and value <= 0:
-                raise UnsupportedOption(f"{name} is {value}; give more than 0")
+        if points is not None:
+            points = _require_count("points", points, "points in all")
+        if minutes is not None and not (is_number(minutes) and minutes > 0):
+            raise UnsupportedOption(f"minutes is {minutes!r}; a time above 0")
+        workers = _require_count("workers", workers, "processes")
         runner, cancel = self._require_runner(), cancel or threading.Event()
         if runner.is_here and (workers > 1 or client is not None):
             raise UnsupportedOption(
@@ -121,7 +128,7 @@ class Sweep:
                 f"workers=1, or give it a function that loads an engine in each worker: EngineRunner(load, prompts)"
             )
         settings = {
-            "points": points, "minutes": minutes, "workers": _require_workers(workers), "watcher": on_progress,
+            "points": points, "minutes": minutes, "workers": workers, "watcher": on_progress,
             "cancel": cancel, "client": client, "pause": pause or threading.Event(), "runner": runner,
         }  # fmt: skip
         done: Progress = self.turn.run("a sweep", self._run, (), settings, was_told=cancel.is_set)
@@ -221,8 +228,8 @@ class Sweep:
             UnsupportedOption: there is no point of this number.
         """
         trials = self._record.trials()
-        if not 0 <= number < len(trials):
-            raise UnsupportedOption(f"there is no point {number}; there are {len(trials)}, from 0 on")
+        if not is_count(number) or not 0 <= number < len(trials):
+            raise UnsupportedOption(f"there is no point {number!r}; there are {len(trials)}, from 0 on")
         return {**self.fixed, **trials[number].params}
 
     def best(self, n: int = 5) -> pd.DataFrame:
@@ -288,10 +295,10 @@ class Sweep:
         return points[points["state"] == "finished"]
 
 
-def _require_workers(workers: int) -> int:
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise UnsupportedOption(f"workers is {workers!r}; a number of processes, 1 or more")
-    return workers
+def _require_count(name: str, value: Any, what: str) -> int:
+    if not is_count(value) or value < 1:
+        raise UnsupportedOption(f"{name} is {value!r}; a number of {what}, 1 or more")
+    return int(value)
 
 
 def open_sweep(
@@ -318,10 +325,13 @@ def open_sweep(
         UnsupportedOption: a setting, a range, an objective or a method that is not there, with all that are.
         BadSweep: a sweep of this name is about something else, or the storage cannot be used.
     """
-    space, held = space if isinstance(space, Space) else Space(space), dict(fixed or {})
+    space = space if isinstance(space, Space) else Space(space)
+    held = {one: plain(value) for one, value in (fixed or {}).items()}
     chosen = objectives_named(objectives, runner.objectives)
     require_method(method)
-    space.require(runner.settings, held)
+    space = space.checked(runner.settings, held)
+    if not is_count(seed) or seed < 0:
+        raise UnsupportedOption(f"seed is {seed!r}; a whole number, 0 or more")
     plan = Plan(space, held, chosen, method, int(seed), runner.about(), tuple(runner.prompts))
     search_named(method, Known(space, plan.seed, [one.direction for one in chosen], [], ()))
     where = None if storage is None else str(storage)

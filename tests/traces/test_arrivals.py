@@ -36,11 +36,15 @@ def test_another_rate_is_the_same_requests_closer_together():
 
 
 @pytest.mark.parametrize(
-    ("count", "rate"), [(0, 1.0), (5, 0.0), (5, -1.0), (5, float("nan")), (5, float("inf"))]
-)
-def test_nothing_to_draw_is_refused(count, rate):
+    ("count", "rate", "seed"),
+    [
+        (0, 1.0, 0), (5, 0.0, 0), (5, -1.0, 0), (5, float("nan"), 0), (5, float("inf"), 0), (2.5, 1.0, 0),
+        ("5", 1.0, 0), (True, 1.0, 0), (5, "1", 0), (5, 1.0, -1), (5, 1.0, 0.5),
+    ],
+)  # fmt: skip
+def test_nothing_to_draw_is_refused(count, rate, seed):
     with pytest.raises(BadTrace, match="above 0"):
-        Arrivals.load().draw(count, rate_per_s=rate)
+        Arrivals.load().draw(count, rate_per_s=rate, seed=seed)
 
 
 @pytest.mark.parametrize("harm", ["gone", "percentiles", "a name"])

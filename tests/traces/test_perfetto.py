@@ -131,6 +131,8 @@ def test_several_runs_are_processes_of_one_file(run, document, tmp_path):
         assert [e["ts"] for e in slices[0]] == [e["ts"] for e in slices[1]]
     with pytest.raises(BadTrace, match="no run"):
         write_perfetto({}, tmp_path / "none.json")
+    with pytest.raises(BadTrace, match="2 runs without names"):
+        write_perfetto([run, run], tmp_path / "list.json")
 
 
 def test_the_event_table_is_saved_as_parquet(run, tmp_path):

@@ -1,5 +1,8 @@
 """What may move: ranges, choices, and what a person is told who asks for what is not there."""
 
+import json
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,6 +78,9 @@ def test_a_space_comes_back_from_a_study_as_it_was():
         (Space(threshold=Range(0.0, 2.0)), r"threshold.*\[0, 1\]"),
         (Space(lookahead=Range(0, 4)), r"lookahead.*\[1, "),
         (Space(lookahead=Range(1.0, 4.0)), "lookahead.*whole number"),
+        (Space(lookahead=Range(1, 4, step=0.5)), "lookahead.*whole number"),
+        (Space(slots=Range(0.5, 4)), r"slots.*share.*\(0, 1\]"),
+        (Space(slots=Range(0, 1, step=0.5)), "slots"),
         (Space(lookahead=Range(8, 9)), "lookahead.*none above 7"),
         (Space(width=Range(40, 64)), "width.*none above 32"),
         (Space(schedule=Choices("fifo")), "schedule.*'on-demand'.*'presched'"),
@@ -90,7 +96,7 @@ def test_a_space_comes_back_from_a_study_as_it_was():
 )
 def test_a_setting_or_range_that_is_not_there_is_said_with_those_that_are(space, said):
     with pytest.raises(UnsupportedOption, match=said):
-        space.require(KNOWN, {})
+        space.checked(KNOWN, {})
 
 
 @pytest.mark.parametrize(
@@ -104,14 +110,47 @@ def test_a_setting_or_range_that_is_not_there_is_said_with_those_that_are(space,
 )
 def test_what_can_be_is_let_in(space):
     """Part of a range may lie beyond the model: these points are infeasible, and say so in the table."""
-    space.require(KNOWN, {"schedule": "presched"})
+    space.checked(KNOWN, {"schedule": "presched"})
+
+
+@pytest.mark.parametrize("ends", [(0, 1), (np.int64(0), np.int64(1)), (0.0, 1), (0, np.float32(1.0))])
+def test_a_share_has_more_values_than_its_whole_ends(ends):
+    """`--vary threshold=0:1` tried 0 and 1 and nothing between them; slots are a count where they are whole."""
+    space = Space(threshold=Range(*ends), slots=Range(1, 8)).checked(KNOWN, {})
+    assert space["threshold"] == Range(0.0, 1.0)
+    assert space["threshold"].values() is None
+    assert len(space["slots"].values()) == 8
+    assert Space(threshold=Range(0, 1, step=0.25)).checked(KNOWN, {})["threshold"].values() == [
+        0,
+        0.25,
+        0.5,
+        0.75,
+        1,
+    ]
+
+
+def test_numpys_numbers_are_pythons():
+    """They come of arange and of a table's columns; a study holds them as JSON, a page shows them as code."""
+    space = Space(
+        lookahead=Range(np.int64(1), np.int16(3), np.int8(1)),
+        threshold=Range(np.float32(0.5), np.float64(0.75)),
+        width=Choices(*np.arange(2, 8, 2)),
+        cpu=Choices(*np.array([True, False])),
+        cache=Choices(*np.array(["lru", "lfu"])),
+    )
+    plain = Space(
+        lookahead=Range(1, 3, 1), threshold=Range(0.5, 0.75), width=Choices(2, 4, 6), cpu=Choices(True, False),
+        cache=Choices("lru", "lfu"),
+    )  # fmt: skip
+    assert repr(space.checked(KNOWN, {})) == repr(plain)
+    assert json.dumps(space.to_plain()) == json.dumps(plain.to_plain())
 
 
 def test_fixed_settings_are_checked_too_and_do_not_move():
     with pytest.raises(UnsupportedOption, match="both"):
-        Space(slots=Range(1, 4)).require(KNOWN, {"slots": 3})
+        Space(slots=Range(1, 4)).checked(KNOWN, {"slots": 3})
     with pytest.raises(UnsupportedOption, match="fixed threshold=2"):
-        Space(slots=Range(1, 4)).require(KNOWN, {"threshold": 2})
+        Space(slots=Range(1, 4)).checked(KNOWN, {"threshold": 2})
 
 
 def test_simulator_and_engine_share_what_both_know():

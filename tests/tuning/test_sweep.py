@@ -6,6 +6,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pandas as pd
 import pytest
@@ -240,11 +241,39 @@ def test_time_ends_a_sweep_and_nothing_that_was_begun_is_lost():
     assert len(sweep.points()) == done.done
 
 
-@pytest.mark.parametrize("arguments", [{}, {"points": 0}, {"minutes": -1}, {"points": 3, "workers": 0}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {}, {"points": 0}, {"points": 2.5}, {"points": 1e3}, {"points": "5"}, {"points": True}, {"minutes": -1},
+        {"minutes": "5"}, {"minutes": float("nan")}, {"points": 3, "workers": 0}, {"points": 3, "workers": 1.5},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_run_without_an_end_is_refused(arguments):
     sweep = open_sweep("a", Space(threshold=Range(0.0, 1.0)), Hill())
-    with pytest.raises(UnsupportedOption):
+    with pytest.raises(
+        UnsupportedOption, match=([*arguments, "say when"] if not arguments else [*arguments])[-1]
+    ):
         sweep.run(**arguments)
+    assert sweep.points().empty
+
+
+@pytest.mark.parametrize("seed", [-1, 1.7, None, "3", True])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(UnsupportedOption, match="seed"):
+        open_sweep("a", SPACE, Hill(), seed=seed)
+
+
+def test_numpys_numbers_count_as_pythons():
+    sweep = open_sweep("a", SPACE, Hill(), method="random", seed=np.int64(3), fixed={"width": np.int64(2)})
+    assert sweep.estimate(np.int64(4)).points == 4
+    sweep.run(points=np.int64(4), workers=np.int32(1))
+    again = open_sweep("a", SPACE, Hill(), method="random", seed=3, fixed={"width": 2})
+    assert list(again.points()["number"]) == [0, 1, 2, 3]
+    assert again.settings_of(np.int64(1))["width"] == 2
+    for number in (-1, 1.0, "1"):
+        with pytest.raises(UnsupportedOption, match="there is no point"):
+            again.settings_of(number)
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
