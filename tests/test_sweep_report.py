@@ -16,6 +16,7 @@ from prescope.simulator import Machine, Scenarios
 from prescope.tuning import Choices, Range, SimulatorRunner, Space, load_sweep, open_sweep
 from tests.support.browser import count_plots, offline_page
 from tests.support.small_run import small_trace
+from tests.support.sweep_runners import Hill
 
 HOSTILE = "</script><script>document.title = 'owned'</script>"
 COSTS = LayerCosts(link_us=60.0, gpu_us=12.0, rest_us=25.0, decide_us=6.0, source="made for this test")
@@ -75,6 +76,24 @@ def test_the_study_inside_is_the_study(page, sweep, tmp_path):
     again = load_sweep(tmp_path / "unpacked.db")
     pd.testing.assert_frame_equal(again.points(), sweep.points())
     assert files["reported.csv.gz"].decode().count("\n") == 13
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:///{}?timeout=30", "sqlite+pysqlite:///{}", "sqlite:///:memory:", "sqlite://"]
+)
+def test_the_study_inside_is_of_its_own_file_however_the_url_is_written(url, tmp_path, monkeypatch):
+    """Once an empty file called "a.db?timeout=30" was made and put into the page; of one in memory, nothing at all."""
+    monkeypatch.chdir(tmp_path)
+    made = open_sweep("a", Space(slots=Choices(30, 20)), Hill(), storage=url.format("b.db"), method="grid")
+    made.run()
+    files = files_in(write_sweep_report(made, tmp_path / "page.html", commands="").read_text())
+    there = {one.name for one in tmp_path.iterdir()}
+    if made.file is None:
+        assert list(files) == ["a.csv.gz"] and there == {"page.html"}
+    else:
+        assert there == {"b.db", "page.html"}
+        (tmp_path / "unpacked.db").write_bytes(files["a.db.gz"])
+        pd.testing.assert_frame_equal(load_sweep(tmp_path / "unpacked.db").points(), made.points())
 
 
 def test_a_study_that_is_too_large_is_left_out_and_said(sweep, tmp_path, monkeypatch):

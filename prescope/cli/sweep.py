@@ -84,7 +84,7 @@ def sweep(
         was_interrupted = stack.enter_context(on_interrupt(cancel.set))
         with StatusLine() as status:
             done = searched.run(points, minutes, workers, lambda now: status.show(str(now)), cancel)
-        tell(f"{done}; {searched.url}")
+        tell(f"{done}; {searched.place}")
         _print_best(searched, as_json)
         if prove is not None and not was_interrupted():
             with StatusLine() as status:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 MOST_ROWS = 20
 #: Of a study in the page, packed: a page is to stay below 10 MB with plotly.js' 4.9.
 MOST_STUDY = 2_500_000
-_SQLITE = "sqlite:///"
 
 
 def write_sweep_report(
@@ -116,9 +115,9 @@ def _study(sweep: "Sweep", points: pd.DataFrame) -> str:
     """Links to files inside the page: the study where it is one, and the table of points."""
     table = gzip.compress(points.to_csv(index=False).encode(), mtime=0)
     links = [download_html(table, f"{sweep.name}.csv.gz", "every point as a table")]
-    study = gzip.compress(_database(sweep.url), mtime=0) if sweep.url.startswith(_SQLITE) else b""
+    study = b"" if sweep.file is None else gzip.compress(_database(sweep.file), mtime=0)
     if not study:
-        links.append("the study itself lies in another storage")
+        links.append("the study itself lies in another storage, or lay in memory alone")
     elif len(study) > MOST_STUDY:
         links.append(f"the study itself is too large for a page ({format_bytes(len(study))} packed)")
     else:
@@ -127,11 +126,11 @@ def _study(sweep: "Sweep", points: pd.DataFrame) -> str:
     return f"<h2>The study</h2><p>{' · '.join(links)}</p>"
 
 
-def _database(url: str) -> bytes:
+def _database(file: Path) -> bytes:
     """The file of a study as it is at one moment, though somebody writes to it."""
     with tempfile.TemporaryDirectory(prefix="prescope-") as folder:
         copy = Path(folder) / "study.db"
-        source, target = sqlite3.connect(url.removeprefix(_SQLITE)), sqlite3.connect(copy)
+        source, target = sqlite3.connect(file), sqlite3.connect(copy)
         try:
             source.backup(target)
         finally:

@@ -75,10 +75,13 @@ class Record:
 
     Attributes:
         study: Optuna's. `plan`: what is swept. `url`: of its storage.
+        file: the SQLite file that it is; None where it lies in memory or in another database.
     """
 
     def __init__(self, study: optuna.Study, storage: BaseStorage, plan: Plan, url: str) -> None:
         self.study, self.plan, self.url = study, plan, url
+        file = _file_of(url)
+        self.file = None if file == IN_MEMORY else file
         self._rows = _rows_of(study, storage, plan.space, url)
         self._names = [one.name for one in plan.objectives]
 
@@ -123,7 +126,7 @@ def create_or_open(name: str, plan: Plan, where: str | None) -> Record:
     Raises:
         BadSweep: the name is no name, the storage cannot be read, or its study of this name is about something else.
     """
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise BadSweep(
             f"{name!r} is no name for a sweep: letters, digits, blanks and .,+=-_ , 120 at most, no folder"
         )
@@ -160,7 +163,7 @@ def open_existing(where: str, study_name: str | None) -> Record:
         if wanted not in names:
             listed = ", ".join(map(repr, names)) or "none"
             raise BadSweep(
-                f"{url} has no study {wanted!r}; there are {listed}: load_sweep(where, study_name=...)"
+                f"{shown(url)} has no study {wanted!r}; there are {listed}: load_sweep(where, study_name=...)"
             )
         study = optuna.load_study(storage=storage, study_name=wanted)
         return Record(study, storage, _plan_in(study, url), url)
@@ -168,7 +171,20 @@ def open_existing(where: str, study_name: str | None) -> Record:
 
 def url_of(name: str) -> str:
     """The file of a sweep that was given no storage, as a URL."""
-    return f"sqlite:///{(FOLDER / f'{name}.db').as_posix()}"
+    return url_of_file(FOLDER / f"{name}.db")
+
+
+def url_of_file(path: Path) -> str:
+    """Of an SQLite file: a question mark or a per cent sign in its name means something else in a URL."""
+    return str(sqlalchemy.URL.create("sqlite", database=path.as_posix()).render_as_string())
+
+
+def shown(url: str) -> str:
+    """For people and for logs: without the password that it may hold."""
+    try:
+        return str(sqlalchemy.engine.make_url(url).render_as_string(hide_password=True))
+    except sqlalchemy.exc.ArgumentError:
+        return url
 
 
 def _url_of_existing(where: str) -> tuple[str, bool]:
@@ -176,7 +192,7 @@ def _url_of_existing(where: str) -> tuple[str, bool]:
         return where, False
     for path, is_name in ((FOLDER / f"{where}.db", True), (Path(where), False)):
         if path.is_file():
-            return f"sqlite:///{path.as_posix()}", is_name
+            return url_of_file(path), is_name
     there = ", ".join(sorted(repr(path.stem) for path in FOLDER.glob("*.db"))) if FOLDER.is_dir() else ""
     raise BadSweep(
         f"there is no sweep {where!r}; in {FOLDER} there are: {there or 'none'}. A path or URL works too"
@@ -186,9 +202,7 @@ def _url_of_existing(where: str) -> tuple[str, bool]:
 def _storage(url: str) -> BaseStorage:
     """Optuna's; one of a database is asked for itself, so that it can be told what it is."""
     with _said(url), quiet():
-        if "://" in url and not url.startswith("redis"):
-            return RDBStorage(url, engine_kwargs=_how_to_connect(url))
-        return optuna.storages.get_storage(url)
+        return RDBStorage(url, engine_kwargs=_how_to_connect(url))
 
 
 def _file_of(url: str) -> Path | None:
@@ -211,19 +225,18 @@ def _require_studies(url: str) -> None:
     file = _file_of(url)
     if file is not None and not file.is_file():
         raise BadSweep(f"there is no file {file}")
-    if "://" in url and not url.startswith("redis"):
-        with _said(url):
-            if not sqlalchemy.inspect(sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)).has_table(
-                "studies"
-            ):
-                raise BadSweep(f"{url} holds no study of Optuna's")
+    with _said(url):
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+        if not sqlalchemy.inspect(engine).has_table("studies"):
+            raise BadSweep(f"{shown(url)} holds no study of Optuna's")
 
 
 def _plan_in(study: optuna.Study, url: str) -> Plan:
     plain = study.user_attrs.get(KEY)
     if plain is None or plain.get("version") != VERSION:
         raise BadSweep(
-            f"the study {study.study_name!r} in {url} is no sweep of this version of prescope; choose another name"
+            f"the study {study.study_name!r} in {shown(url)} is no sweep of this version of prescope; choose "
+            f"another name"
         )
     return Plan.of_plain(plain)
 
@@ -250,9 +263,9 @@ def _said(url: str) -> Iterator[None]:
     """Troubles with a storage in words."""
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError, ImportError) as error:
         cause = error.__cause__ or error
         raise BadSweep(
-            f"the storage {url} cannot be used: {cause}. Give the URL of a database that Optuna can use, or another "
-            f"name"
+            f"the storage {shown(url)} cannot be used: {cause}. Give the URL of a database that Optuna can use, or "
+            f"another name"
         ) from error

@@ -22,7 +22,7 @@ from .points import table
 from .pools import Job, pool_of
 from .progress import Progress
 from .quiet import unlogged
-from .record import Plan, Record, create_or_open, open_existing
+from .record import Plan, Record, create_or_open, open_existing, shown, url_of_file
 from .search import Known, require_method, search_named
 from .space import Space
 
@@ -37,7 +37,8 @@ class Sweep:
         name: of the study. `space`: what moves. `fixed`: settings that do not.
         objectives: what it is after, the leading one first. `method`: of the search. `seed`: of the search.
         runner: tries points; None where it was opened for reading.
-        url: of the storage, for optuna-dashboard.
+        url: of the storage, for optuna-dashboard; `place`: the same for people, without a password.
+        file: the SQLite file that holds it; None where it lies in memory or in another database.
         study: the Optuna study, live: other processes' points are in it too.
         turn: one run at a time.
     """
@@ -49,7 +50,7 @@ class Sweep:
         self.space, self.fixed, self.method, self.seed = plan.space, dict(plan.fixed), plan.method, plan.seed
         self.objectives: tuple[Objective, ...] = plan.objectives
         self.prompts = plan.prompts
-        self.url = record.url
+        self.url, self.place, self.file = record.url, shown(record.url), record.file
         self.turn = Turn()
 
     @property
@@ -58,7 +59,7 @@ class Sweep:
 
     def __repr__(self) -> str:
         names = ", ".join(one.name for one in self.objectives)
-        return f"<Sweep {self.name!r}: {', '.join(self.space)} for {names} by {self.method}, {self.url}>"
+        return f"<Sweep {self.name!r}: {', '.join(self.space)} for {names} by {self.method}, {self.place}>"
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
@@ -334,10 +335,12 @@ def open_sweep(
         raise UnsupportedOption(f"seed is {seed!r}; a whole number, 0 or more")
     plan = Plan(space, held, chosen, method, int(seed), runner.about(), tuple(runner.prompts))
     search_named(method, Known(space, plan.seed, [one.direction for one in chosen], [], ()))
+    if not isinstance(storage, str | Path | None):
+        raise UnsupportedOption(f"storage is {storage!r}; give any Optuna URL, or the path of an SQLite file")
     where = None if storage is None else str(storage)
     if where is not None and "://" not in where:
         Path(where).parent.mkdir(parents=True, exist_ok=True)
-        where = f"sqlite:///{Path(where).as_posix()}"
+        where = url_of_file(Path(where))
     return Sweep(create_or_open(name, plan, where), runner)
 
 

@@ -14,6 +14,7 @@ import pytest
 from prescope.errors import BadSweep, UnsupportedOption
 from prescope.tuning import Choices, Range, Space, load_sweep, open_sweep
 from prescope.tuning.points import COLUMNS
+from prescope.tuning.record import shown
 from tests.support.sweep_runners import Hill
 
 SPACE = Space(slots=Range(1, 40), schedule=Choices("slow", "fast"))
@@ -419,7 +420,48 @@ def test_two_sweeps_may_share_a_storage(tmp_path):
         load_sweep(url)
 
 
-@pytest.mark.parametrize("name", ["", "../up", "a/b", "a\\b", ".hidden", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["a?b.db", "50%.db", "a%20b.db", "a#b.db", "with blanks, \u00fc.db", "no suffix"]
+)
+def test_a_file_keeps_its_name_whatever_letters_are_in_it(name, tmp_path):
+    """What stands behind a question mark is no part of a URL's file: another file was written, under another name."""
+    path = tmp_path / "made for it" / name
+    open_sweep("mine", SPACE, Hill(), storage=path).run(points=3)
+    assert [one.name for one in path.parent.iterdir()] == [name]
+    assert len(load_sweep(path).points()) == 3
+    assert load_sweep(path).file == path
+    assert len(optuna.load_study(study_name="mine", storage=load_sweep(path).url).trials) == 3
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1:1/0",
+        "mysql+nothing://a@b/c",
+        "postgresql+psycopg://a:s3cret@127.0.0.1:1/c",
+        "sqlite:////no/x.db",
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_said_without_its_password(url):
+    """A driver that is not installed, a server that is not there, a kind that Optuna has not."""
+    for opened in (lambda: open_sweep("a", SPACE, Hill(), storage=url), lambda: load_sweep(url)):
+        with pytest.raises(BadSweep) as raised:
+            opened()
+        assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("storage", [5, b"a.db", optuna.storages.InMemoryStorage()], ids=str)
+def test_a_storage_is_a_url_or_a_path(storage, tmp_path):
+    with pytest.raises(UnsupportedOption, match="storage is"):
+        open_sweep("a", SPACE, Hill(), storage=storage)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_password_is_not_shown():
+    assert shown("postgresql://me:s3cret@host/studies") == "postgresql://me:***@host/studies"
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", "a\\b", ".hidden", "x" * 300, 5, None])
 def test_a_name_that_is_a_path_is_refused(name):
     with pytest.raises(BadSweep, match="no name"):
         open_sweep(name, SPACE, Hill())
