@@ -219,7 +219,7 @@ def read_text(path: str | Path, error: type[PrescopeError], remedy: str) -> str:
 def read_lines(path: str | Path, error: type[PrescopeError], remedy: str) -> list[str]:
     """The lines of a file, raises as `read_text`.
 
-    A line ends where an editor says so. `str.splitlines` knows eight more ends, among them U+2028 and U+0085, which
+    A line ends where an editor says so. Python knows eight more ends of lines, among them U+2028 and U+0085, which
     stand within JSON texts as they are.
     """
     return read_text(path, error, remedy).split("\n")
