@@ -1,6 +1,7 @@
 """All commands, and what becomes of errors: exit status 0 done, 1 a prescope error, 2 a wrong call, 130 Ctrl-C."""
 
 import asyncio
+import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
@@ -52,12 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     quiet_libraries()
     try:
-        app(None if arguments is None else list(arguments), prog_name="prescope")
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        app(given, prog_name="prescope", obj=shlex.join(["prescope", *given]))
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except (KeyboardInterrupt, asyncio.CancelledError, CancelledError):
         return INTERRUPTED
-    except (PrescopeError, FileNotFoundError) as error:
+    except (PrescopeError, OSError) as error:
         tell(f"prescope: {_one_line(error)}")
         return 1
     except ImportError as error:  # an extra that is not installed says which one

@@ -76,13 +76,14 @@ def bench(
     from ..engine.benchmark import benchmark, grid
     from ..training import own_prompts
 
-    cells = grid(prompts, news, batches, [slots_of(text) for text in listed(slots)], listed(schedule))
+    pools, schedules = [slots_of(text) for text in listed(slots, "--slots")], listed(schedule, "--schedule")
+    cells = grid(prompts, news, batches, pools, schedules)
     rows: list[dict[str, Any]] = []
     with StatusLine() as status:
         status.show(f"loading {model}")
         known = predictor_in(predictor)
         engine = _opened(
-            [slots_of(text) for text in listed(slots)],
+            pools,
             lambda wanted: load(
                 model, slots=wanted, device=device, dtype=dtype, link_gb_per_s=link, predictor=known
             ),
@@ -114,13 +115,12 @@ def bench(
 
 def _opened(slots: list[int | float | str], load: Callable[[int | float | str], "Engine"]) -> "Engine":
     """An engine with the first of these slots that can be: those that cannot are rows with a reason, later."""
-    for number, wanted in enumerate(slots, 1):
+    for wanted in slots[:-1]:
         try:
             return load(wanted)
         except (SlotPoolTooSmall, SlotPoolTooLarge):
-            if number == len(slots):
-                raise
-    raise typer.BadParameter("give one value or more", param_hint="--slots")
+            continue
+    return load(slots[-1])
 
 
 def _print(row: dict[str, Any], is_first: bool, as_csv: bool) -> None:

@@ -1,7 +1,8 @@
 """Options that several commands share, and how their texts are read."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,9 +40,30 @@ def slots_of(text: str) -> int | float | str:
     return text
 
 
-def listed(text: str) -> list[str]:
-    """Values of a comma list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+def listed(text: str, name: str) -> list[str]:
+    """Values of a comma list.
+
+    Raises:
+        BadParameter: there is none; `name` is the option's.
+    """
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if not found:
+        raise typer.BadParameter("give one value or more", param_hint=name)
+    return found
+
+
+def by_name(pairs: Iterable[tuple[str, Any]], option: str) -> dict[str, Any]:
+    """What an option that may be repeated says of each name.
+
+    Raises:
+        BadParameter: it says something of a name twice, and only one of them could hold.
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise typer.BadParameter(f"{name} is there twice; give it once", param_hint=option)
+        found[name] = value
+    return found
 
 
 def numbers(text: str, name: str) -> list[int]:
@@ -51,12 +73,9 @@ def numbers(text: str, name: str) -> list[int]:
         BadParameter: one is none, or there are none.
     """
     try:
-        found = [int(part) for part in listed(text)]
+        return [int(part) for part in listed(text, name)]
     except ValueError as error:
         raise typer.BadParameter(f"{text!r} is no list of whole numbers", param_hint=name) from error
-    if not found:
-        raise typer.BadParameter("give one number or more", param_hint=name)
-    return found
 
 
 def shape_of(text: str) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .options import by_name
 from .terminal import tell
 
 
@@ -30,7 +31,7 @@ def report(
     from .. import report as reports
 
     try:
-        given = dict(map(reports.parse_parameter, parameters or []))
+        given = by_name(map(reports.parse_parameter, parameters or []), "--param")
         written = reports.execute_notebook(notebook, output, parameters=given, timeout_s=timeout_s, log=tell)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--param") from error

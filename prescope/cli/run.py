@@ -40,7 +40,8 @@ def run(
     predictor: PredictorFile = None,
     chat: Annotated[bool, typer.Option("--chat", help="By the model's chat template.")] = False,
     trace: Annotated[
-        Path | None, typer.Option("--trace", metavar="FILE", help="Save the routing.", show_default=False)
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Save the routing, also .parquet.", show_default=False),
     ] = None,
     timeline: Annotated[
         Path | None,
@@ -81,7 +82,8 @@ def run(
         for note in result.notes:
             tell(f"note: {note}")
         if trace is not None and result.trace is not None:
-            result.trace.save(trace)
+            store = result.trace.save_parquet if trace.suffix == ".parquet" else result.trace.save
+            store(trace)
         if timeline is not None:
             save = result.save_events if timeline.suffix == ".parquet" else result.save_perfetto
             save(timeline)

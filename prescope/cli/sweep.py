@@ -1,6 +1,7 @@
 """`prescope sweep`: search settings on the simulator or on the device, and prove the best on the device."""
 
 import ast
+import json
 import threading
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import AsJson, Device, listed, shape_of
+from .options import AsJson, Device, by_name, listed, shape_of
 from .terminal import StatusLine, on_interrupt, tell
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from ..engine import Engine
     from ..tuning import Proof, SimulatorRunner, Sweep
 
@@ -21,9 +24,8 @@ DOMAINS = ("prose", "code", "maths")
 
 
 def sweep(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="One that is there goes on.", show_default=False)
-    ],
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", hidden=True, show_default=False)],
     vary: Annotated[
         list[str],
         typer.Option("--vary", metavar="X=A:B[:STEP]", help="Or X=a,b,c. Repeat it.", show_default=False),
@@ -60,11 +62,21 @@ def sweep(
     storage: Annotated[
         str | None, typer.Option("--storage", metavar="URL", help="Or an SQLite file.", show_default=False)
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write it as an HTML page.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Search settings; print the best. Ctrl-C keeps all points."""
-    space, fixed = dict(map(_varied, vary)), dict(map(_fixed, fix or []))
+    """Search settings; print the best, of several objectives the front. Ctrl-C keeps all points; a NAME that is there
+    goes on.
+    """
+    space, fixed = by_name(map(_varied, vary), "--vary"), by_name(map(_fixed, fix or []), "--fix")
+    objectives = listed(objective, "--objective")
     from .. import tuning
+
+    if page is not None:
+        from .. import report  # noqa: F401 - a package that it lacks is said before the search
 
     cancel = threading.Event()
     with ExitStack() as stack:
@@ -76,8 +88,8 @@ def sweep(
         else:
             runner = _replays(trace, shape)
         searched = tuning.open_sweep(
-            name, {one: _range(value) for one, value in space.items()}, runner, objectives=listed(objective),
-            method=method, storage=storage, fixed=fixed,
+            name, {one: _range(value) for one, value in space.items()}, runner, objectives=objectives, method=method,
+            storage=storage, fixed=fixed,
         )  # fmt: skip
         if points is not None:
             tell(str(searched.estimate(points, workers=workers)))
@@ -85,17 +97,31 @@ def sweep(
         with StatusLine() as status:
             done = searched.run(points, minutes, workers, lambda now: status.show(str(now)), cancel)
         tell(f"{done}; {searched.place}")
-        _print_best(searched, as_json)
-        if prove is not None and not was_interrupted():
-            with StatusLine() as status:
-                proof = tuning.prove(
-                    searched, engines.of(prove), _prompts(unless=searched.prompts), cancel=cancel,
-                    on_progress=lambda now, of: status.share(f"proof, run {now} of {of}", now / of),
-                )  # fmt: skip
+        best = searched.best() if len(searched.objectives) == 1 else searched.front()
+        if not as_json:
+            _print_best(searched, best)
+        proof: tuning.Proof | None = None
+        try:
+            if prove is not None and not was_interrupted():
+                with StatusLine() as status:
+                    proof = tuning.prove(
+                        searched, engines.of(prove), _prompts(unless=searched.prompts), cancel=cancel,
+                        on_progress=lambda now, of: status.share(f"proof, run {now} of {of}", now / of),
+                    )  # fmt: skip
+        finally:  # after Ctrl-C in the proof too: the points are there
+            if as_json:
+                typer.echo(_json(best, proof, is_proved=prove is not None))
+            if page is not None and len(best):
+                _write_page(searched, page, context.obj, proof)
+        if proof is not None:
             _print_proof(proof, as_json)
         if was_interrupted():
             tell(f"kept: the same call goes on with {name}")
             raise typer.Exit(130)
+    if not len(best):
+        reasons = searched.points()["reason"]
+        tell(f"prescope: no point finished: {next(filter(None, reasons), 'none was tried')}")
+        raise typer.Exit(1)
 
 
 class _Engines:
@@ -176,7 +202,7 @@ def _varied(text: str) -> tuple[str, list[Any] | tuple[Any, ...]]:
     name, value = _pair(text, "--vary")
     ends = value.split(":")
     if len(ends) == 1:
-        return name, [_value(part) for part in listed(value)]
+        return name, [_value(part) for part in listed(value, "--vary")]
     numbers = tuple(_value(end) for end in ends)
     if len(ends) > 3 or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
         raise typer.BadParameter(
@@ -191,13 +217,29 @@ def _range(given: list[Any] | tuple[Any, ...]) -> Any:
     return Choices(*given) if isinstance(given, list) else Range(*given)
 
 
-def _print_best(searched: "Sweep", as_json: bool) -> None:
-    best = searched.best()
-    if as_json:
-        typer.echo(best.to_json(orient="records", indent=1, date_format="iso"))
-        return
+def _json(best: "pd.DataFrame", proof: "Proof | None", is_proved: bool) -> str:
+    """The best points; where they are to be proved, an object with them and the proof."""
+    rows = json.loads(best.to_json(orient="records", date_format="iso"))
+    if not is_proved:
+        return json.dumps(rows, indent=1)
+    told = proof and {
+        "kept": proof.kept, "words": proof.words, "settings": dict(proof.settings), "default": dict(proof.default),
+        "candidates": json.loads(proof.table().to_json(orient="records")), "notes": list(proof.notes),
+        "origin": proof.origin, "machine": proof.machine, "label": proof.label,
+    }  # fmt: skip
+    return json.dumps({"best": rows, "proof": told}, indent=1, default=str)
+
+
+def _print_best(searched: "Sweep", best: "pd.DataFrame") -> None:
     columns = ["number", *searched.space, *(one.name for one in searched.objectives), "origin"]
-    typer.echo(best[columns].to_string(index=False) if len(best) else "no point finished")
+    if len(best):
+        typer.echo(best[columns].to_string(index=False))
+
+
+def _write_page(searched: "Sweep", page: Path, command: str, proof: "Proof | None") -> None:
+    from ..report import write_sweep_report
+
+    tell(f"saved: {write_sweep_report(searched, page, commands=command, proof=proof)}")
 
 
 def _print_proof(proof: "Proof", as_json: bool) -> None:

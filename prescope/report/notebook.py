@@ -26,7 +26,7 @@ from nbconvert.exporters import HTMLExporter
 from plotly.offline import get_plotlyjs
 from traitlets.config import Config
 
-from ..core.files import write_text
+from ..core.files import require_file, write_text
 from ..errors import PrescopeError
 from ..views.theme import CONFIG, FONT
 from .page import PRINT_JS, SHARED_CSS, json_script, provenance
@@ -38,7 +38,7 @@ _WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
 
 class NotebookFailed(PrescopeError):
-    """A cell of a notebook raised, its kernel died, or it took too long."""
+    """A cell of a notebook raised, its kernel died, it took too long, or the file is no notebook."""
 
 
 _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
@@ -109,12 +109,12 @@ def execute_notebook(
         log: gets one line for each cell.
 
     Raises:
-        NotebookFailed: a cell raised (the message holds its number and traceback), took too long, or the
-            kernel died. Nothing is written.
+        NotebookFailed: a cell raised (the message holds its number and traceback), took too long, the kernel died, or
+            the file is no notebook. Nothing is written.
         ValueError: a parameter that the notebook does not have.
     """
     path = Path(path)
-    notebook = nbformat.read(path, as_version=4)
+    notebook = _read(path)
     _inject(notebook, parameters or {})
     begin = time.monotonic()
     asyncio.run(_execute(notebook, path.resolve().parent, timeout_s, log))
@@ -122,6 +122,21 @@ def execute_notebook(
     written = write_text(out, _notebook_page(notebook, path.stem, facts))
     log(f"{written}: {written.stat().st_size / 2**20:.1f} MiB, {time.monotonic() - begin:.0f} s")
     return written
+
+
+def _read(path: Path) -> nbformat.NotebookNode:
+    require_file(path, NotebookFailed)
+    try:
+        return nbformat.read(path, as_version=4)
+    except (
+        ValueError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        nbformat.ValidationError,
+    ) as error:  # of other JSON too
+        what = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise NotebookFailed(f"{path} is no notebook ({what}); give an .ipynb") from error
 
 
 def _inject(notebook: nbformat.NotebookNode, parameters: Mapping[str, Any]) -> None:

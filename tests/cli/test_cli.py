@@ -1,20 +1,25 @@
 """The command line: results on stdout and nothing else, one line for an error, exit codes, and what Ctrl-C leaves."""
 
 import csv
+import html
 import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 import prescope
+from prescope import tuning
 from prescope.advice import advise
 from prescope.cli import main
 from prescope.cli.options import slots_of
@@ -23,6 +28,8 @@ from prescope.core.paths import embedded_model
 from prescope.engine import Engine
 from prescope.profile import HardwareProfile
 from prescope.traces.events import read_events
+from prescope.tuning import load_sweep
+from prescope.tuning.proof import Candidate, Proof
 from tests.support.small_run import small_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +71,11 @@ def test_the_version_is_the_packages(capsys):
         ["bench", "--json", "--csv"], ["bench", "-o", "cells.txt"], ["advise"], ["report", "n.ipynb"],
         ["advise", "olmoe-1b-7b", "--link-gb-per-s", "25"], ["sweep", "s"], ["sweep", "s", "--vary", "slots"],
         ["sweep", "s", "--vary", "slots=0.1:x"], ["sweep", "s", "--vary", "slots=1:2:3:4"],
-        ["train", "--trace", "t.npy", "--shape", "4,8"],
+        ["train", "--trace", "t.npy", "--shape", "4,8"], ["bench", "--schedule", ""], ["bench", "--slots", ","],
+        ["sweep", "s", "--vary", "slots=,"], ["sweep", "s", "--vary", "slots=0.1:1", "--objective", ","],
+        ["sweep", "s", "--vary", "slots=0.1:0.3", "--vary", "slots=0.5:0.9"],
+        ["sweep", "s", "--vary", "slots=1,2", "--fix", "width=1", "--fix", "width=2"],
+        ["report", "n.ipynb", "-o", "x.html", "--param", "a=1", "--param", "a=2"],
     ],
 )  # fmt: skip
 def test_a_wrong_call_is_2_and_says_what_is_wrong(arguments, capsys):
@@ -86,6 +97,11 @@ def test_a_wrong_call_is_2_and_says_what_is_wrong(arguments, capsys):
         (["advise", "no-such-shape"], "no-such-shape"),
         (["train", "--trace", "gone.npy", "--shape", "4,8,2"], "gone.npy"),
         (["report", "gone.ipynb", "--out", "x.html"], "gone.ipynb"),
+        (["report", ".", "--out", "x.html"], "folder"),
+        (["report", str(ROOT / "README.md"), "--out", "x.html"], "is no notebook"),
+        (["report", str(ROOT / "pyproject.toml"), "--out", "x.html"], "is no notebook"),
+        (["report", str(embedded_model() / "config.json"), "--out", "x.html"], "is no notebook"),
+        (["train", "--prompts", "."], "folder"),
     ],
 )
 def test_an_error_is_1_and_one_line_with_the_remedy(arguments, words, capsys, tmp_path, monkeypatch):
@@ -245,6 +261,70 @@ def test_sweep_prints_the_best_and_goes_on_where_it_was(swept, capsys):
     assert len(lines) == 1 + 3
     speeds = [float(line.split()[2]) for line in lines[1:]]
     assert speeds == sorted(speeds, reverse=True)
+
+
+def test_a_sweep_of_several_objectives_prints_the_front(swept, capsys):
+    """The best of the first objective alone would be the one with the most memory."""
+    several = [*swept, "--objective", "gpu_bytes,tokens_per_s"]
+    assert main([*several, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sweep = load_sweep(swept[swept.index("--storage") + 1])
+    assert [one["number"] for one in found] == list(sweep.front()["number"])
+    assert [one["gpu_bytes"] for one in found] == sorted(one["gpu_bytes"] for one in found)
+    assert main(several) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(found)
+
+
+def test_a_sweep_writes_its_page_with_the_call_that_repeats_it(swept, capsys, tmp_path):
+    assert main([*swept, "--report", str(tmp_path / "a page.html")]) == 0
+    assert f"saved: {tmp_path / 'a page.html'}" in capsys.readouterr().err
+    text = html.unescape((tmp_path / "a page.html").read_text("utf-8"))
+    assert shlex.join(["prescope", *swept, "--report", str(tmp_path / "a page.html")]) in text
+    assert "Nothing was proved" in text
+
+
+def test_a_proof_is_part_of_what_json_says_and_of_the_page(swept, capsys, tmp_path, monkeypatch):
+    verdict = SimpleNamespace(low=0.1, high=0.2, gain=0.15, kept=True)
+    candidate = Candidate({"slots": 0.5}, 1, (1.0,), (1.0,), verdict, 10.0, 11.0, 0.1, 1e6, 0)
+    proof = Proof(
+        kept=True, settings={"slots": 0.5}, keywords={}, best=candidate, candidates=[candidate],
+        default={"slots": 0.25}, words="+15.0 % against the default: keep it", origin="emulated",
+        machine="here", label="a label",
+    )  # fmt: skip
+    monkeypatch.setattr(tuning, "prove", lambda *_, **__: proof)
+    page = tmp_path / "page.html"
+    proved = [*swept, "--prove", str(embedded_model()), "--device", "null"]
+    assert main([*proved, "--json", "--report", str(page)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["best"]) == 3
+    assert told["proof"]["words"] == proof.words and told["proof"]["settings"] == {"slots": 0.5}
+    assert told["proof"]["candidates"][0]["gain %"] == pytest.approx(15)
+    text = page.read_text("utf-8")
+    assert proof.words in text and "Nothing was proved" not in text
+
+    def ends(*_, **__):
+        raise CancelledError
+
+    monkeypatch.setattr(tuning, "prove", ends)
+    assert main([*proved, "--json"]) == 130
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["best"]) == 3 and told["proof"] is None
+
+
+def test_a_sweep_in_which_nothing_can_be_is_1_and_says_why(swept, capsys):
+    few = [word.replace("0.25,0.5,0.75", "1e-9,2e-9") for word in swept]
+    assert main(few) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "no point finished: SlotPoolTooSmall" in captured.err
+
+
+def test_a_trace_of_a_run_is_written_as_its_name_says(capsys, tmp_path):
+    for name in ("t.parquet", "t.safetensors"):
+        assert main(["run", "-p", "Hello", "-n", "3", "--trace", str(tmp_path / name), *FAST]) == 0
+    one, other = (prescope.read_trace(tmp_path / name) for name in ("t.parquet", "t.safetensors"))
+    assert (one.expert_ids == other.expert_ids).all()
+    assert len(pd.read_parquet(tmp_path / "t.parquet")) > 0
 
 
 def test_ctrl_c_ends_a_sweep_whose_points_are_kept(swept, capsys, monkeypatch):
