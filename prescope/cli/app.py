@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell(f"prescope: {_one_line(error)}")
         return 1
     finally:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
     return 0
 
 

@@ -4,7 +4,7 @@ import sys
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,7 @@ from .terminal import StatusLine, on_interrupt, tell
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..traces.result import RunResult
 
 
 def run(
@@ -70,25 +71,39 @@ def run(
     prompts = [{"role": "user", "content": prompt}] if chat else prompt
     shown = _Shown(engine)
     job = Job(partial(engine.generate, prompts), engine.turn, {"max_new_tokens": new}, engine.tokens_so_far)
-    job.on_progress(lambda job: shown.tell(job.tokens[0]))
+
+    def show(job: Job[Any]) -> None:
+        try:
+            shown.tell(job.tokens[0])
+        except BrokenPipeError:  # nobody reads on; this thread's own end says so again
+            job.cancel()
+
+    job.on_progress(show)
     with engine, on_interrupt(job.cancel) as was_interrupted:
         try:
             result = job.start().result()
         except CancelledError:  # before the first token
             raise typer.Exit(130) from None
-        shown.end(result.text[0])
-        typer.echo()
-        tell(f"{result.metrics}\n{result.label}")
-        for note in result.notes:
-            tell(f"note: {note}")
-        if trace is not None and result.trace is not None:
-            store = result.trace.save_parquet if trace.suffix == ".parquet" else result.trace.save
-            store(trace)
-        if timeline is not None:
-            save = result.save_events if timeline.suffix == ".parquet" else result.save_perfetto
-            save(timeline)
+        try:
+            shown.end(result.text[0])
+            typer.echo()
+        finally:  # whoever read the text may be gone, what was asked for is still written
+            tell(f"{result.metrics}\n{result.label}")
+            for note in result.notes:
+                tell(f"note: {note}")
+            _save(result, trace, timeline)
     if was_interrupted():
         raise typer.Exit(130)
+
+
+def _save(result: "RunResult", trace: Path | None, timeline: Path | None) -> None:
+    """Routing and timeline, each in the form that its name says."""
+    if trace is not None and result.trace is not None:
+        store = result.trace.save_parquet if trace.suffix == ".parquet" else result.trace.save
+        store(trace)
+    if timeline is not None:
+        save = result.save_events if timeline.suffix == ".parquet" else result.save_perfetto
+        save(timeline)
 
 
 class _Shown:
@@ -108,6 +123,5 @@ class _Shown:
     def end(self, text: str) -> None:
         """Print the rest of this text."""
         if text.startswith(self._text):
-            sys.stdout.write(text[len(self._text) :])
-            sys.stdout.flush()
+            typer.echo(text[len(self._text) :], nl=False)
             self._text = text

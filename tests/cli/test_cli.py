@@ -135,6 +135,26 @@ def test_run_reads_the_prompt_from_a_pipe(capsys, monkeypatch):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes as a shell makes them")
+def test_a_reader_that_has_enough_ends_the_text_and_what_was_asked_for_is_written(tmp_path):
+    """As `prescope run | head`: no traceback of a thread, no thousand tokens for nobody."""
+    arguments = ["run", "-p", "The old man", "-n", "3000", "--device", "cpu", "--trace", "t.safetensors"]
+    with started(*arguments, cwd=tmp_path) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(5)
+        process.stdout.close()
+        told = process.stderr.read()
+        assert process.wait(timeout=60) == 1
+    assert "Traceback" not in told
+    assert len(prescope.read_trace(tmp_path / "t.safetensors").steps) < 3000
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["run", "-p", "Hello", "-n", "3", *FAST]])
+def test_no_stdout_at_all_is_no_error(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(arguments) == 0
+
+
 def test_bench_measures_the_grid_one_row_a_cell(capsys, tmp_path):
     grid = ["-p", "4,8", "-n", "3", "-b", "1,2", "-s", "0.5,64", "-r", "2", "--warm-up", "0"]
     assert main(["bench", *grid, "--json", "-o", str(tmp_path / "cells.csv"), *FAST]) == 0
