@@ -14,7 +14,7 @@ from ..errors import UnsupportedOption
 from ..predictor import Predictor
 from ..traces.result import RunResult
 from .evaluate import Measured
-from .prompts import checksum_of_prompt, texts_of
+from .prompts import checksum_of_prompt, require_new_tokens, texts_of
 from .settings import Setting, engine_settings
 
 #: Tokens that warm the code up, where nothing is captured for a length.
@@ -38,7 +38,7 @@ class EngineRunner:
         shape: of the model; where a function is given and must not be called in this process to find out.
 
     Raises:
-        UnsupportedOption: there is no prompt, or fewer than two new tokens.
+        UnsupportedOption: there is no prompt, one is neither a text nor token ids, or fewer than two new tokens.
     """
 
     objectives = ("tokens_per_s", "p50_ms", "p95_ms", "ttft_ms", "gpu_bytes")
@@ -54,10 +54,7 @@ class EngineRunner:
         shape: MoEShape | None = None,
     ) -> None:
         self._texts = texts_of(prompts)
-        if new_tokens < 2:
-            raise UnsupportedOption(
-                f"new_tokens is {new_tokens}; the first comes from the prompt, so give 2 or more"
-            )
+        require_new_tokens(new_tokens)
         self._new_tokens = new_tokens
         self._predictors = {one.name: one for one in predictors}
         self._load = None if isinstance(engine, Engine) else engine

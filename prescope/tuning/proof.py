@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from ..core.numbers import is_count
 from ..core.units import digits, format_bytes
 from ..engine.engine import Engine
 from ..errors import UnsupportedOption
 from ..predictor import Predictor
 from .candidates import Chosen, best_of, require_unseen, simulated_default
 from .engine_runner import Device, Timed
-from .prompts import texts_of
+from .prompts import require_new_tokens, texts_of
 from .sweep import Sweep
 from .timings import Verdict, verdict
 
@@ -126,18 +127,20 @@ def prove(
         prompts: not those of the search.
         default: settings to beat, over those that the engine has now; None: these.
         repeats: blocks for each candidate, two or more.
-        new_tokens: of each prompt. `predictors`: that settings may name.
+        new_tokens: of each prompt, two or more. `predictors`: that settings may name.
         on_progress: called with runs done and runs in all, from the calling thread.
         cancel: set from elsewhere, it ends the proof.
 
     Raises:
-        UnsupportedOption: a prompt was used in the search, or nothing of it can be run.
+        UnsupportedOption: a prompt was used in the search, nothing of it can be run, or there are too few blocks or
+            new tokens.
         CancelledError: cancelled.
         PrescopeError: the engine refuses the default, or a candidate; nothing was run then.
     """
     texts = texts_of(prompts)
-    if repeats < 2:
-        raise UnsupportedOption(f"repeats is {repeats}; two blocks or more show the spread")
+    require_new_tokens(new_tokens)
+    if not is_count(repeats) or repeats < 2:
+        raise UnsupportedOption(f"repeats is {repeats!r}; two blocks or more show the spread")
     device = Device(engine, {one.name: one for one in predictors})
     trial = _Trial(sweep, device, texts, dict(default or {}), repeats, new_tokens, on_progress, cancel)
     told = {"was_told": trial.is_cancelled, "is_patient": True}

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from prescope.engine import attach
 from prescope.engine.turn import Turn
 from prescope.errors import UnsupportedOption
 from prescope.tuning import Choices, EngineRunner, Measured, Range, Space, open_sweep, prove, verdict
 from prescope.tuning.engine_runner import Timed
-from prescope.tuning.prompts import checksum_of_prompt
+from prescope.tuning.prompts import checksum_of_prompt, texts_of
 from prescope.tuning.timings import CONFIDENCE, LEAST_GAIN
 from tests.support.models import tiny_moe
 
@@ -181,6 +182,20 @@ def test_other_texts_and_more_memory_are_never_passed_over_in_silence(made_up):
     assert any("more GPU memory" in note for note in proof.notes)
 
 
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        ("a", ["a"]), (["a", "b"], ["a", "b"]), ({"x": "a", "y": ["b", "c"]}, ["a", "b", "c"]), ([[1, 2]], [[1, 2]]),
+        ({"x": [[1, 2], [3]]}, [[1, 2], [3]]), (("a", [1]), ["a", [1]]), (iter("ab"), ["a", "b"]),
+        (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]), (torch.tensor([[1, 2]]), [[1, 2]]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_prompts_are_texts_or_token_ids_of_any_kind(given, texts):
+    found = texts_of(given)
+    assert [one if isinstance(one, str) else [int(token) for token in one] for one in found] == texts
+
+
 def test_a_cancelled_proof_gives_the_settings_back(made_up):
     MadeUp.speeds = {10: 100.0, 20: 120.0}
     cancel = Event()
@@ -189,7 +204,16 @@ def test_a_cancelled_proof_gives_the_settings_back(made_up):
     assert MadeUp.ran == [10, "restored"]
 
 
-@pytest.mark.parametrize("wrong", [{"prompts": []}, {"prompts": ["", "a"]}, {"repeats": 1}, {"sweep": []}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompts": []}, {"prompts": ["", "a"]}, {"prompts": [[]]}, {"prompts": None}, {"prompts": [5]},
+        {"prompts": {"a": [1, 2]}}, {"prompts": [[1.5]]}, {"prompts": [[{"role": "user", "content": "a"}]]},
+        {"repeats": 1}, {"repeats": 2.5}, {"repeats": "3"}, {"sweep": []}, {"new_tokens": 1}, {"new_tokens": 0},
+        {"new_tokens": 2.5},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_proof_of_nothing_is_refused(made_up, wrong):
     arguments = {"sweep": {"slots": 20}, "prompts": PROMPTS, "repeats": 2} | wrong
     with pytest.raises(UnsupportedOption):
