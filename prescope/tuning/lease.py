@@ -14,6 +14,7 @@ from uuid import uuid4
 import optuna
 
 from ..errors import BadSweep
+from .record import in_words
 
 #: Attribute of the study.
 KEY = "prescope:lease"
@@ -47,15 +48,16 @@ class Lease:
         BadSweep: another process, or another thread of this one, runs it.
     """
 
-    def __init__(self, study: optuna.Study) -> None:
-        self._study = study
+    def __init__(self, study: optuna.Study, url: str) -> None:
+        self._study, self._url = study, url
         self._mine = {"id": uuid4().hex, "host": platform.node(), "pid": os.getpid()}
         self._end = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._keep, name="prescope-lease", daemon=True)
 
     def __enter__(self) -> Self:
-        held = holder_of(self._study)
+        with in_words(self._url):
+            held = holder_of(self._study)
         if held is not None:
             where = (
                 "this process" if held["pid"] == os.getpid() else f"process {held['pid']} on {held['host']}"
@@ -80,7 +82,8 @@ class Lease:
         self._end.set()
         self._thread.join()
         if self._error is None:
-            self._study.set_user_attr(KEY, None)
+            with in_words(self._url):
+                self._study.set_user_attr(KEY, None)
 
     def _keep(self) -> None:
         try:
@@ -91,10 +94,12 @@ class Lease:
             self._error = error
 
     def _renew(self) -> None:
-        self._study.set_user_attr(KEY, {**self._mine, "until": time.time() + LEASE_S})
+        with in_words(self._url):
+            self._study.set_user_attr(KEY, {**self._mine, "until": time.time() + LEASE_S})
 
     def _require_mine(self) -> None:
-        held = self._study.user_attrs.get(KEY)
+        with in_words(self._url):
+            held = self._study.user_attrs.get(KEY)
         if held is None or held["id"] != self._mine["id"]:
             raise BadSweep(
                 f"the sweep {self._study.study_name!r} was taken over by another process; open it again when that one "

@@ -86,17 +86,24 @@ class Record:
         self._names = [one.name for one in plan.objectives]
 
     def trials(self) -> list[FrozenTrial]:
-        """All points, by number; not copies."""
-        found: list[FrozenTrial] = self.study.get_trials(deepcopy=False)
+        """All points, by number; not copies.
+
+        Raises:
+            BadSweep: the storage cannot be used any more, of this and of what writes to it.
+        """
+        with in_words(self.url):
+            found: list[FrozenTrial] = self.study.get_trials(deepcopy=False)
         return found
 
     def add(self, points: Sequence[Asked]) -> None:
         """Write down that points are tried now, before they are."""
-        self._rows.add(points, Asking(commit_here(), datetime.now()))
+        with in_words(self.url):
+            self._rows.add(points, Asking(commit_here(), datetime.now()))
 
     def finish(self, outcomes: Sequence[Outcome]) -> None:
         """Write down what became of points; one that was told already stays as it is."""
-        self._rows.finish(outcomes, self._names)
+        with in_words(self.url):
+            self._rows.finish(outcomes, self._names)
 
 
 def open_points(trials: Sequence[FrozenTrial]) -> list[Asked]:
@@ -135,7 +142,7 @@ def create_or_open(name: str, plan: Plan, where: str | None) -> Record:
         FOLDER.mkdir(parents=True, exist_ok=True)
     storage = _storage(url)
     directions = [one.direction for one in plan.objectives]
-    with _said(url), quiet():
+    with in_words(url), quiet():
         try:
             study = optuna.create_study(storage=storage, study_name=name, directions=directions)
         except DuplicatedStudyError:
@@ -157,7 +164,7 @@ def open_existing(where: str, study_name: str | None) -> Record:
     url, is_name = _url_of_existing(where)
     _require_studies(url)
     storage = _storage(url)
-    with _said(url), quiet():
+    with in_words(url), quiet():
         names = [one.study_name for one in storage.get_all_studies()]
         wanted = study_name or (where if is_name or len(names) != 1 else names[0])
         if wanted not in names:
@@ -201,7 +208,7 @@ def _url_of_existing(where: str) -> tuple[str, bool]:
 
 def _storage(url: str) -> BaseStorage:
     """Optuna's; one of a database is asked for itself, so that it can be told what it is."""
-    with _said(url), quiet():
+    with in_words(url), quiet():
         return RDBStorage(url, engine_kwargs=_how_to_connect(url))
 
 
@@ -225,7 +232,7 @@ def _require_studies(url: str) -> None:
     file = _file_of(url)
     if file is not None and not file.is_file():
         raise BadSweep(f"there is no file {file}")
-    with _said(url):
+    with in_words(url):
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
         if not sqlalchemy.inspect(engine).has_table("studies"):
             raise BadSweep(f"{shown(url)} holds no study of Optuna's")
@@ -259,8 +266,8 @@ def _require_same(name: str, found: Plan, wanted: Plan) -> None:
 
 
 @contextmanager
-def _said(url: str) -> Iterator[None]:
-    """Troubles with a storage in words."""
+def in_words(url: str) -> Iterator[None]:
+    """Troubles with a storage as a BadSweep that says which it is."""
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError, ImportError) as error:

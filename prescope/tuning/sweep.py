@@ -22,7 +22,7 @@ from .points import table
 from .pools import Job, pool_of
 from .progress import Progress
 from .quiet import unlogged
-from .record import Plan, Record, create_or_open, open_existing, shown, url_of_file
+from .record import Plan, Record, create_or_open, in_words, open_existing, shown, url_of_file
 from .search import Known, require_method, search_named
 from .space import Space
 
@@ -149,7 +149,7 @@ class Sweep:
     ) -> Progress:
         job = Job(runner, self.fixed, [one.name for one in self.objectives])
         try:
-            with Lease(self.study) as lease, pool_of(job, workers, client, cancel.is_set) as pool:
+            with Lease(self.study, self.url) as lease, pool_of(job, workers, client, cancel.is_set) as pool:
                 loop = Loop(
                     self._record,
                     search_named(self.method, self._known()),
@@ -210,7 +210,8 @@ class Sweep:
     @property
     def is_running(self) -> bool:
         """Whether anybody, here or elsewhere, runs it now."""
-        return holder_of(self.study) is not None
+        with in_words(self.url):
+            return holder_of(self.study) is not None
 
     def points(self) -> pd.DataFrame:
         """One row a point, by number: number, state ("finished", "infeasible": the library refuses the setting,

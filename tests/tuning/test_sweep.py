@@ -410,6 +410,34 @@ def test_a_sweep_is_found_by_name_path_and_url(tmp_path):
     )
 
 
+class TakesTheFile(Hill):
+    """The disk is gone in the middle of its third try."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path, self.left = path, 3
+
+    def run(self, settings, seed=0, is_cancelled=lambda: False):
+        self.left -= 1
+        if not self.left:
+            self.path.unlink()
+        return super().run(settings, seed)
+
+
+def test_a_storage_that_is_lost_in_the_middle_is_said(tmp_path):
+    """Full, unmounted, deleted, or a server that goes away: which storage it is, and no database's own error."""
+    path = tmp_path / "gone.db"
+    sweep = open_sweep("a", SPACE, TakesTheFile(path), storage=path, method="random")
+    for use in (
+        lambda: sweep.run(points=40),
+        lambda: sweep.run(points=40),
+        sweep.points,
+        lambda: sweep.is_running,
+    ):
+        with pytest.raises(BadSweep, match=r"gone\.db cannot be used"):
+            use()
+
+
 def test_two_sweeps_may_share_a_storage(tmp_path):
     url = f"sqlite:///{tmp_path / 'both.db'}"
     for name in ("one", "two"):
