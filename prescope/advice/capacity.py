@@ -93,7 +93,7 @@ def advise(
         shares: of all experts that have a slot, for the curve.
 
     Raises:
-        BadModelFolder, NotAMoE: there is no config, or no experts in it.
+        BadModelFolder, NotAMoE, UnsupportedExperts: there is no config, no experts in it, or some that `load` refuses.
         UnsupportedOption: a number that cannot be.
         BadProfile: the profile named, or the one saved here, cannot be read.
     """
@@ -131,13 +131,7 @@ def _size_of(model: str | Path | dict[str, Any] | Engine | ModelSize, experts: s
     if isinstance(model, ModelSize):
         return model
     if isinstance(model, Engine):
-        config = model.model.config.to_dict()
-        found = ModelSize.of_config(config | {"dtype": model.hardware()["dtype"]}, model.name)
-        shape = found.shape._replace(row_bytes=model.shape.row_bytes)  # with biases and padding
-        return ModelSize(
-            name=model.name, shape=shape, expert=model.expert_size, dense_bytes=found.dense_bytes,
-            kv_token_bytes=found.kv_token_bytes, layer_bytes=found.layer_bytes, notes=found.notes,
-        )  # fmt: skip
+        return ModelSize.of_engine(model)
     return ModelSize.of(model, experts)
 
 

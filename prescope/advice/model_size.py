@@ -1,12 +1,13 @@
 """What a model needs: bytes of its experts, of everything else, and of a token's keys and values.
 
-From a `config.json` alone: arithmetic on its numbers, no weights, no model code. Families differ in the names of their
-fields and in which layers are dense; where a config says nothing of a part, that is left out and `notes` says so.
+From a `config.json` alone, no weights. A family that transformers knows is counted on its own model, built without
+memory, as `load` would build it; of any other, and of a bare list of numbers, it is arithmetic. Where a config says
+nothing of a part, that is left out and `notes` says so.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from huggingface_hub.errors import HFValidationError
 
 from ..core.paths import data_dir
 from ..core.types import ExpertSize, MoEShape
-from ..errors import BadModelFolder, NotAMoE, UnsupportedExperts
-from ..hf import format_said
+from ..engine import Engine
+from ..errors import BadModelFolder, NotAMoE, PrescopeError, UnsupportedExperts
+from ..hf import Outline, format_said, outline_of, outline_of_config
 from ..weights.formats import format_for
 from ..weights.layout import PackedMatrix, packed_layout
 
@@ -25,6 +27,13 @@ from ..weights.layout import PackedMatrix, packed_layout
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
 EXPERT_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+#: What attention's sizes go by.
+ATTENTION = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim",
+    "qk_nope_head_dim", "v_head_dim",
+)  # fmt: skip
+#: Kinds of layers that keep no keys and values of each token.
+KEEP_NOTHING = {"linear_attention", "mamba", "mamba2", "conv", "moe", "mlp", "recurrent"}
 BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8_e4m3fn": 8.0}
 
 
@@ -63,7 +72,7 @@ class ModelSize:
 
         Raises:
             BadModelFolder: there is no such config here.
-            NotAMoE: it has no routed experts.
+            NotAMoE, UnsupportedExperts: it has no routed experts, or some that `load` would not serve.
             UnsupportedOption: of `experts`.
         """
         if isinstance(model, Mapping):
@@ -80,35 +89,108 @@ class ModelSize:
     @classmethod
     def of_config(cls, facts: Mapping[str, Any], name: str, experts: str = "auto") -> "ModelSize":
         """Sizes by the numbers of a config; raises as `of`."""
-        facts = {**facts, **(facts.get("text_config") or {})}
-        num_experts, top_k = _first(facts, EXPERTS), _first(facts, TOP_K)
-        if not num_experts or not top_k:
-            raise NotAMoE(
-                f"{name}: its config names no routed experts ({', '.join(EXPERTS)}, {', '.join(TOP_K)})"
-            )
-        width, inner = int(facts["hidden_size"]), int(_first(facts, EXPERT_WIDTH) or 0)
-        layers = int(facts["num_hidden_layers"])
-        moe = _moe_layers(facts, layers)
         notes: list[str] = []
-        bits, expert_bits = _bits(facts, notes)
-        nbytes = _packed_bytes(facts, width, inner, experts, notes) or int(
-            3 * width * inner * expert_bits / 8
+        bits = _bits(facts, notes)
+        outline = outline_of_config(name, facts, torch.float32 if bits == 32.0 else torch.bfloat16)
+        if outline is not None:
+            return _counted(outline, facts, name, bits, experts, notes)
+        if facts.get("model_type"):
+            notes.append(
+                f"the installed transformers knows no {facts['model_type']!r}: sizes are arithmetic on the config's "
+                f"numbers, and prescope.load may refuse the model"
+            )
+        facts = {**facts, **(facts.get("text_config") or {})}
+        try:
+            return _reckoned(facts, name, bits, experts, notes)
+        except PrescopeError:  # some are ValueErrors too
+            raise
+        except KeyError as error:
+            raise BadModelFolder(
+                f"{name}: its config has no {error.args[0]}; give the whole of it"
+            ) from error
+        except (TypeError, ValueError) as error:
+            raise BadModelFolder(f"{name}: a number of its config cannot be used ({error})") from error
+
+    @classmethod
+    def of_engine(cls, engine: Engine) -> "ModelSize":
+        """Sizes of a model that runs."""
+        notes: list[str] = []
+        outline = outline_of(engine.model, engine.layers)
+        bits = BITS.get(str(engine.hardware()["dtype"]), 16.0)
+        size = _counted(outline, {}, engine.name, bits, "plain", notes)
+        return replace(size, shape=engine.shape, expert=engine.expert_size)
+
+
+def _counted(
+    outline: Outline, facts: Mapping[str, Any], name: str, bits: float, experts: str, notes: list[str]
+) -> ModelSize:
+    """Sizes as transformers builds the model; attention by the configuration, with its defaults."""
+    text = outline.config.get_text_config(decoder=True)
+    written = text.to_dict()  # by the family's own names
+    known = {field: _first(written, (text.attribute_map.get(field, field),)) for field in ATTENTION}
+    packing = {"quantization_config": _packing(facts)}
+    largest = max(outline.layers, key=lambda layer: layer.layout.row_bytes)
+    _, width, inner = largest.expert_size
+    has_gate = largest.spec.up == "gate_up_proj"
+    rows = _packed_bytes(packing, width, inner, experts, notes, has_gate)
+    nbytes = rows or int(largest.layout.row_bytes * min(1.0, bits / 16))  # float8 is counted on bfloat16
+    layers = int(text.num_hidden_layers)
+    kinds = written.get("layer_types") or getattr(text, "layers_block_type", None)
+    keeping = layers if not kinds else sum(str(kind) not in KEEP_NOTHING for kind in kinds)
+    if any("sliding" in str(kind) for kind in kinds or ()):
+        notes.append("layers with a sliding window are counted with keys and values of the whole context")
+    if keeping < layers:
+        notes.append(
+            f"{keeping} of {layers} layers keep keys and values; the states of the others are left out"
         )
-        attention, kv = _attention(facts, width, notes)
-        shared = _shared_width(facts)
-        embeddings = (1 if facts.get("tie_word_embeddings") else 2) * int(facts["vocab_size"]) * width
-        layer = attention + num_experts * width + 3 * width * shared
-        dense_inner = int(facts.get("dense_intermediate_size") or facts.get("intermediate_size") or 0)
-        dense = embeddings + moe * layer + (layers - moe) * (attention + 3 * width * dense_inner)
-        return cls(
-            name=name,
-            shape=MoEShape(moe, int(num_experts), int(top_k), nbytes),
-            expert=ExpertSize(nbytes, width, inner),
-            dense_bytes=int(dense * bits / 8),
-            kv_token_bytes=int(layers * kv * 2),
-            layer_bytes=int(layer * bits / 8),
-            notes=tuple(notes),
+    _, kv = _attention(known, width)
+    return ModelSize(
+        name=name,
+        shape=MoEShape(len(outline.layers), largest.num_experts, outline.top_k, nbytes),
+        expert=ExpertSize(nbytes, width, inner),
+        dense_bytes=int(outline.dense * bits / 8),
+        kv_token_bytes=int(keeping * kv * _kv_bytes(bits)),
+        layer_bytes=int(outline.dense_of_layer * bits / 8),
+        notes=tuple(notes),
+    )
+
+
+def _reckoned(facts: Mapping[str, Any], name: str, bits: float, experts: str, notes: list[str]) -> ModelSize:
+    """Sizes by arithmetic on a config's numbers; norms and biases are left out."""
+    num_experts, top_k = _first(facts, EXPERTS), _first(facts, TOP_K)
+    if not num_experts or not top_k:
+        raise NotAMoE(
+            f"{name}: its config names no routed experts ({', '.join(EXPERTS)}, {', '.join(TOP_K)})"
         )
+    width, inner = int(facts["hidden_size"]), int(_first(facts, EXPERT_WIDTH) or 0)
+    if not inner:
+        raise KeyError(EXPERT_WIDTH[0])
+    layers = int(facts["num_hidden_layers"])
+    moe = _moe_layers(facts, layers)
+    native = (facts.get("derived") or {}).get("native_bits_per_weight")
+    expert_bits = bits if native is None else float(native)
+    nbytes = _packed_bytes(facts, width, inner, experts, notes) or int(3 * width * inner * expert_bits / 8)
+    attention, kv = _attention(facts, width)
+    every = facts.get("full_attention_interval")
+    if every:
+        notes.append(
+            f"only every {every}th layer keeps keys and values; the states of the others are left out"
+        )
+        kv = kv // int(every)
+    shared = _shared_width(facts)
+    embeddings = (1 if facts.get("tie_word_embeddings") else 2) * int(facts["vocab_size"]) * width
+    layer = attention + num_experts * width + 3 * width * shared
+    dense_inner = int(facts.get("dense_intermediate_size") or facts.get("intermediate_size") or 0)
+    dense = embeddings + moe * layer + (layers - moe) * (attention + 3 * width * dense_inner)
+    return ModelSize(
+        name=name,
+        shape=MoEShape(moe, num_experts, top_k, nbytes),
+        expert=ExpertSize(nbytes, width, inner),
+        dense_bytes=int(dense * bits / 8),
+        kv_token_bytes=int(layers * kv * _kv_bytes(bits)),
+        layer_bytes=int(layer * bits / 8),
+        notes=tuple(notes),
+    )
 
 
 def config_file(model: str | Path) -> Path:
@@ -135,33 +217,47 @@ def config_file(model: str | Path) -> Path:
 
 
 def _first(facts: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    return next((int(facts[name]) for name in names if facts.get(name)), None)
+    """The first of these fields that is there; of a list, one for each layer, the largest."""
+    found = next((facts[name] for name in names if facts.get(name)), None)
+    return None if found is None else int(max(found)) if isinstance(found, list | tuple) else int(found)
 
 
 def _moe_layers(facts: Mapping[str, Any], layers: int) -> int:
-    if "moe_layers" in facts:
-        return int(facts["moe_layers"])
+    listed, often = facts.get("moe_layers"), facts.get("moe_layer_freq")
+    if listed is not None:
+        return len(listed) if isinstance(listed, list | tuple) else int(listed)
+    if isinstance(often, list | tuple):  # 0 or 1 for each layer
+        return sum(map(bool, often)) or layers
     first = int(facts.get("first_k_dense_replace") or 0)
-    step = int(facts.get("decoder_sparse_step") or facts.get("moe_layer_freq") or 1)
+    step = int(facts.get("decoder_sparse_step") or often or 1)
     dense = set(facts.get("mlp_only_layers") or ())
     return sum(i >= first and (i + 1) % step == 0 and i not in dense for i in range(layers)) or layers
 
 
-def _bits(facts: Mapping[str, Any], notes: list[str]) -> tuple[float, float]:
-    """Bits of a dense weight and of an expert's."""
-    native = (facts.get("derived") or {}).get("native_bits_per_weight")
-    dtype = str(facts.get("dtype") or facts.get("torch_dtype") or "")
-    if dtype not in BITS and native is None:
-        notes.append("the config names no dtype: bfloat16 is assumed")
-    bits = BITS.get(dtype, 16.0)
-    return bits, bits if native is None else float(native)
+def _bits(facts: Mapping[str, Any], notes: list[str]) -> float:
+    """Bits of a weight that is not packed."""
+    inner = facts.get("text_config") or {}
+    found = [part.get(key) for part in (facts, inner) for key in ("dtype", "torch_dtype")]
+    dtype = next((str(name).removeprefix("torch.") for name in found if name), "")
+    if dtype not in BITS and not (facts.get("derived") or {}).get("native_bits_per_weight"):
+        notes.append(f"the config names {dtype or 'no dtype'}: bfloat16 is assumed")
+    return BITS.get(dtype, 16.0)
+
+
+def _kv_bytes(bits: float) -> float:
+    """Of one number of keys and values: of the weights' dtype, but never packed."""
+    return max(16.0, bits) / 8
+
+
+def _packing(facts: Mapping[str, Any]) -> Any:
+    return facts.get("quantization_config") or (facts.get("text_config") or {}).get("quantization_config")
 
 
 def _packed_bytes(
-    facts: Mapping[str, Any], width: int, inner: int, experts: str, notes: list[str]
+    facts: Mapping[str, Any], width: int, inner: int, experts: str, notes: list[str], has_gate: bool = True
 ) -> int | None:
     """Bytes of one expert's row where experts are packed, by the checkpoint or while it is loaded; else None."""
-    shapes = {"up": (2 * inner, width), "down": (width, inner)}
+    shapes = {"up": ((1 + has_gate) * inner, width), "down": (width, inner)}
     said = facts.get("quantization_config")
     if experts not in ("auto", "plain"):
         formats = dict.fromkeys(shapes, format_for(experts, width, inner))
@@ -179,7 +275,7 @@ def _packed_bytes(
     return packed_layout(matrices, torch.bfloat16, {}).row_bytes
 
 
-def _attention(facts: Mapping[str, Any], width: int, notes: list[str]) -> tuple[int, int]:
+def _attention(facts: Mapping[str, Any], width: int) -> tuple[int, int]:
     """Weights of one layer's attention, and numbers of keys and values for one token."""
     heads = int(facts["num_attention_heads"])
     if facts.get("kv_lora_rank"):
@@ -188,19 +284,11 @@ def _attention(facts: Mapping[str, Any], width: int, notes: list[str]) -> tuple[
         query = int(facts.get("q_lora_rank") or 0)
         q = query * (width + heads * (nope + rope)) if query else width * heads * (nope + rope)
         weights = q + width * (rank + rope) + rank * heads * (nope + value) + heads * value * width
-        # transformers keeps keys and values as they are, not the compressed ones.
-        return weights, heads * (nope + rope + value)
+        return weights, rank + rope  # kept compressed, once for all heads (transformers 5.23)
     head = int(facts.get("head_dim") or width // heads)
     kv_heads = int(facts.get("num_key_value_heads") or heads)
     weights = 2 * width * heads * head + 2 * width * kv_heads * head
-    kv = 2 * kv_heads * head
-    every = facts.get("full_attention_interval")
-    if every:
-        notes.append(
-            f"only every {every}th layer keeps keys and values; the states of the others are left out"
-        )
-        kv = kv // int(every)
-    return weights, kv
+    return weights, kv_heads * (head + int(facts.get("v_head_dim") or head))
 
 
 def _shared_width(facts: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ from .host_parameter import HostParameter
 from .load import load_model
 from .loaded import LoadedModel
 from .moe_layers import MoELayer, find_moe_layers, top_k_of
+from .outline import Outline, outline_of, outline_of_config
 from .packed import format_said
 from .static_cache import (
     addresses_of,
@@ -28,6 +29,7 @@ __all__ = [
     "HostParameter",
     "LoadedModel",
     "MoELayer",
+    "Outline",
     "ServeFunction",
     "Source",
     "addresses_of",
@@ -41,6 +43,8 @@ __all__ = [
     "has_hooks",
     "load_model",
     "model_in",
+    "outline_of",
+    "outline_of_config",
     "owner_of",
     "require_whole",
     "slides",

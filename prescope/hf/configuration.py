@@ -6,7 +6,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .arguments import Source
 from .folder import check_counts
@@ -33,6 +33,22 @@ def read_config(name: str | Path, source: Source) -> PreTrainedConfig:
     if "attn_implementation" not in source.weights:
         _drop_foreign_kernels(name, config)
     return config
+
+
+def config_of(name: str | Path, facts: Mapping[str, Any]) -> PreTrainedConfig | None:
+    """The configuration that a dict describes, in plain form; None of a family that transformers does not know.
+
+    Raises:
+        BadModelFolder: it cannot be used.
+    """
+    family = facts.get("model_type")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        return None
+    with reading(f"the configuration of {name} cannot be used"):
+        config = CONFIG_MAPPING[family].from_dict(deepcopy(dict(facts)))
+        check_counts(config.to_dict(), f"the config.json of {name}")
+    _drop_foreign_kernels(name, config)
+    return without_packing(config)
 
 
 def _drop_foreign_kernels(name: str | Path, config: PreTrainedConfig) -> None:

@@ -15,6 +15,7 @@ from prescope.engine.config import EngineConfig
 from prescope.errors import BadModelFolder, BadProfile, NotAMoE, UnsupportedOption
 from prescope.profile import HardwareProfile, own_file
 from prescope.traces.synthetic import SyntheticSpec
+from tests.support import families
 
 #: Published sizes, parameters in 10^9: all, and without the routed experts.
 PUBLISHED = {
@@ -43,10 +44,9 @@ def test_sizes_are_the_published_ones(name, billions):
 
 
 def test_sizes_of_the_embedded_model_are_those_of_its_file():
-    """To a percent: norms are left out."""
     index = json.loads((embedded_model() / "model.safetensors.index.json").read_text())
     size = ModelSize.of(embedded_model())
-    assert size.experts_bytes + size.dense_bytes == pytest.approx(index["metadata"]["total_size"], rel=0.01)
+    assert size.experts_bytes + size.dense_bytes == index["metadata"]["total_size"]
     assert size.expert == (122_880, 256, 80)
 
 
@@ -56,6 +56,55 @@ def test_every_shape_that_comes_with_prescope_can_be_advised_on(path):
     facts = json.loads(path.read_text())
     assert size.shape.num_layers == facts["moe_layers"]
     assert size.expert.nbytes == facts["derived"]["bytes_per_expert_native"]
+
+
+#: Families of which a config's numbers alone say something else: layers of another kind between those with experts, a
+#: list for each layer, names of their own, no gate, biases, a vision tower, keys and values in some layers only.
+OWN_WAYS = (
+    "afmoe", "deepseek_v3", "ernie4_5_moe", "glm4_moe_lite", "gpt_oss", "granitemoehybrid", "jamba", "kimi_linear",
+    "minimax", "mixtral", "nemotron_h", "qwen3_5_moe", "qwen3_next", "qwen3_vl_moe",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in OWN_WAYS if name in families.FAMILIES])
+def test_sizes_by_a_config_are_those_of_the_model_that_it_makes(name):
+    model = families.build(name)
+    modules = families.experts_modules(model)
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "float32"}
+    size = ModelSize.of(json.loads(json.dumps(config)))
+    routed = sum(tensor.numel() for module in modules.values() for tensor in module.parameters())
+    assert size.shape.num_layers == len(modules)
+    assert size.shape.num_experts == next(iter(modules.values())).num_experts
+    assert size.dense_bytes == 4 * (sum(tensor.numel() for tensor in model.parameters()) - routed)
+    assert size.experts_bytes >= 4 * routed  # rows are aligned
+    assert 0 < size.layer_bytes < size.dense_bytes
+    tokens = model(**families.prompts(1, 7), use_cache=True).past_key_values.layers
+    kept = [t for layer in tokens for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    numbers = sum(t.numel() for t in kept if t is not None)
+    assert size.kv_token_bytes == pytest.approx(4 * numbers / 7)
+
+
+def test_a_family_that_load_refuses_is_refused_with_its_reason():
+    config = {**SMALL, "model_type": "llama4_text"}
+    with pytest.raises(NotAMoE, match="transformers' experts interface"):
+        ModelSize.of(config)
+    size = ModelSize.of({**SMALL, "model_type": "of_tomorrow"})
+    assert size.shape == ModelSize.of(SMALL).shape
+    assert any("of_tomorrow" in note and "may refuse" in note for note in size.notes)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size", "moe_intermediate_size"])
+def test_a_config_that_lacks_a_number_is_told(field):
+    with pytest.raises(BadModelFolder, match=field):
+        ModelSize.of({key: value for key, value in SMALL.items() if key != field})
+
+
+@pytest.mark.parametrize(
+    ("listed", "layers"), [({"moe_layers": [1, 3]}, 2), ({"moe_layer_freq": [0, 1, 1, 1]}, 3), ({}, 4)]
+)
+def test_layers_with_experts_may_be_listed(listed, layers):
+    size = ModelSize.of({**SMALL, **listed, "num_experts": [16, 16, 16, 16]})
+    assert (size.shape.num_layers, size.shape.num_experts) == (layers, 16)
 
 
 @pytest.fixture(scope="module")
