@@ -10,9 +10,10 @@ import numpy as np
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE
 from ..core.units import GIB
 from ..engine import Engine
-from ..errors import NoProfile, UnsupportedOption
+from ..errors import BadProfile, NoProfile, TraceMismatch, UnsupportedOption
 from ..predictor import NoisyOracle
 from ..profile import HardwareProfile
+from ..profile.files import shipped_files
 from ..scheduler import SCHEDULES
 from ..scheduler.costs import Spread
 from ..simulator import HERE, NONE, ORACLE, Machine, Scenario, Scenarios, SimResult
@@ -20,7 +21,7 @@ from ..simulator.verdict import limit_of, name_of
 from ..traces.routing import RoutingTrace
 from ..traces.synthetic import SyntheticSpec
 from .advice import Advice, CapacityPoint, Kind
-from .machine_spec import KNOWN, MachineSpec
+from .machine_spec import KNOWN, MachineSpec, is_number
 from .model_size import ModelSize
 
 #: Fitted to tiny-moe's routing, where tests hold them: the habits of a trained model.
@@ -69,7 +70,7 @@ class _Ways(NamedTuple):
 
 def advise(
     model: str | Path | dict[str, Any] | Engine | ModelSize,
-    machine: MachineSpec | HardwareProfile | str | None = None,
+    machine: MachineSpec | HardwareProfile | str | Path | None = None,
     *,
     batch: int = 1,
     context: int = 4096,
@@ -83,8 +84,9 @@ def advise(
     Args:
         model: a folder with a config.json, a hub id that was downloaded before, the name of a shape in `data/configs`,
             a config as a dict, or an engine.
-        machine: numbers typed in (`MachineSpec`), a profile, or the name of one that comes with prescope; None: the
-            profile that `prescope.calibrate` saved on this machine, else the H200's, which the advice begins with.
+        machine: numbers typed in (`MachineSpec`), a profile or its file, or the name of one that comes with prescope;
+            None: the profile that `prescope.calibrate` saved on this machine, else the H200's, which the advice begins
+            with.
         batch: sequences side by side. context: tokens of each, for keys and values.
         gpu_gib: GPU memory that may be used; all of it when not given.
         trace: of this model's routing. Without one it is made up, with the habits of a small trained model, and the
@@ -96,11 +98,16 @@ def advise(
         BadModelFolder, NotAMoE, UnsupportedExperts: there is no config, no experts in it, or some that `load` refuses.
         UnsupportedOption: a number that cannot be.
         BadProfile: the profile named, or the one saved here, cannot be read.
+        TraceMismatch: the trace is of a model with other layers, experts or top-k.
     """
-    if batch < 1 or context < 1 or (gpu_gib is not None and not gpu_gib > 0):
-        raise UnsupportedOption("batch, context and gpu_gib are positive")
+    _check_numbers(batch, context, gpu_gib, shares)
     size = _size_of(model, experts)
     spec, instead = _machine_of(machine)
+    if trace is not None and tuple(trace.shape[:3]) != tuple(size.shape[:3]):
+        raise TraceMismatch(
+            f"the trace is of {trace.model} with (layers, experts, top-k) = {tuple(trace.shape[:3])}, {size.name} has "
+            f"{tuple(size.shape[:3])}; record one of this model, or leave trace out"
+        )
     budget = spec.gpu_gib if gpu_gib is None else min(gpu_gib, spec.gpu_gib)
     fixed = size.dense_bytes + batch * context * size.kv_token_bytes + RESERVE_GIB * GIB
     assumptions = [*size.notes, *_assumed(spec, trace)]
@@ -125,6 +132,17 @@ def advise(
     )  # fmt: skip
 
 
+def _check_numbers(batch: int, context: int, gpu_gib: float | None, shares: Sequence[float]) -> None:
+    counts: dict[str, Any] = {"batch": batch, "context": context}
+    for name, value in counts.items():
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise UnsupportedOption(f"{name} is {value!r}; it is a whole number of 1 or more")
+    if gpu_gib is not None and not (is_number(gpu_gib) and gpu_gib > 0):
+        raise UnsupportedOption(f"gpu_gib is {gpu_gib!r}; it is a number of GiB, or None for all there is")
+    if not len(shares) or not all(is_number(share) and 0 <= share <= 1 for share in shares):
+        raise UnsupportedOption(f"shares are {shares!r}; they are shares of all experts, 0.0 to 1.0")
+
+
 def _size_of(model: str | Path | dict[str, Any] | Engine | ModelSize, experts: str) -> ModelSize:
     if experts != "auto" and isinstance(model, ModelSize | Engine):
         raise UnsupportedOption(f"experts={experts!r} is for a model by its config; this one has its sizes")
@@ -135,14 +153,14 @@ def _size_of(model: str | Path | dict[str, Any] | Engine | ModelSize, experts: s
     return ModelSize.of(model, experts)
 
 
-def _machine_of(given: MachineSpec | HardwareProfile | str | None) -> tuple[MachineSpec, str]:
+def _machine_of(given: MachineSpec | HardwareProfile | str | Path | None) -> tuple[MachineSpec, str]:
     """The machine, and what must be said first if it is not the one that was meant."""
     if isinstance(given, MachineSpec):
         return given, ""
     if isinstance(given, HardwareProfile):
         return MachineSpec.of_profile(given), ""
     if given is not None:
-        return KNOWN.get(given) or MachineSpec.of_profile(HardwareProfile.load(given)), ""
+        return _machine_named(given), ""
     try:
         return MachineSpec.of_profile(HardwareProfile.of_this_machine(), HERE), ""
     except NoProfile:
@@ -151,6 +169,22 @@ def _machine_of(given: MachineSpec | HardwareProfile | str | None) -> tuple[Mach
             f"Not of this machine, which has not been calibrated (prescope.calibrate() takes a minute), but of a "
             f"shipped profile, {spec.name}: "
         )
+
+
+def _machine_named(given: str | Path) -> MachineSpec:
+    """A profile's file, or a machine that comes with prescope, in capitals or not."""
+    if not isinstance(given, str | Path):
+        raise UnsupportedOption(
+            f"machine is {given!r:.80}; give a MachineSpec(link_gb_per_s=..., ...), a profile, or a name"
+        )
+    name = str(given).lower()
+    shipped = [file.stem for file in shipped_files()]
+    if Path(given).is_file():
+        return MachineSpec.of_profile(HardwareProfile.load(given))
+    if name not in KNOWN and name not in shipped:
+        names = ", ".join(sorted([*KNOWN, *shipped]))
+        raise BadProfile(f"there is no machine {str(given)!r}: give the file of a profile, or one of {names}")
+    return KNOWN.get(name) or MachineSpec.of_profile(HardwareProfile.load(name))
 
 
 def _assumed(spec: MachineSpec, trace: RoutingTrace | None) -> list[str]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..core.machine import CPU_DEVICE
 from ..core.types import ExpertSize, MoEShape
 from ..core.units import GIB
@@ -26,6 +28,11 @@ CPU_SHARE, CPU_BASE_US = 0.8, 60.0
 DECIDE_US, BATCH_US = 21.0, 12.0
 #: Most tokens of the CPU table.
 CPU_TOKENS = 16
+
+
+def is_number(value: object) -> bool:
+    """Whether it counts or measures something: no text, no bool, not NaN."""
+    return isinstance(value, int | float | np.number) and type(value) is not bool and value == value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +66,13 @@ class MachineSpec:
 
     def __post_init__(self) -> None:
         for name in ("link_gb_per_s", "host_gib", "host_gb_per_s", "gpu_gib", "gpu_gb_per_s"):
-            if not getattr(self, name) > 0:
-                raise UnsupportedOption(
-                    f"{name} is {getattr(self, name)}; a machine has more than none of it"
-                )
-        if self.cores < 0 or self.launches_us < 0:
-            raise UnsupportedOption("cores and launches_us are not negative")
+            value = getattr(self, name)
+            if not (is_number(value) and value > 0):
+                raise UnsupportedOption(f"{name} is {value!r}; a machine has more than none of it")
+        for name in ("cores", "launches_us"):
+            value = getattr(self, name)
+            if not (is_number(value) and value >= 0):
+                raise UnsupportedOption(f"{name} is {value!r}; it is a number of 0 or more")
 
     @classmethod
     def of_profile(

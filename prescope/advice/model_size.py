@@ -84,7 +84,9 @@ class ModelSize:
             raise BadModelFolder(f"{path} is no readable config ({error})") from error
         if not isinstance(facts, dict):
             raise BadModelFolder(f"{path} holds no JSON object")
-        return cls.of_config(facts, str(facts.get("model") or facts.get("_name_or_path") or model), experts)
+        names = (facts.get("model"), facts.get("_name_or_path"))  # of a tokenizer.json, "model" is a dict
+        name = next((one for one in names if isinstance(one, str) and one), str(model))
+        return cls.of_config(facts, name, experts)
 
     @classmethod
     def of_config(cls, facts: Mapping[str, Any], name: str, experts: str = "auto") -> "ModelSize":
@@ -199,6 +201,10 @@ def config_file(model: str | Path) -> Path:
     Raises:
         BadModelFolder: nowhere here.
     """
+    if not isinstance(model, str | Path):
+        raise BadModelFolder(
+            f"model is {model!r:.80}; give a folder, a hub id, a config as a dict, or an engine"
+        )
     given = Path(model)
     for path in (given / "config.json", given, data_dir() / "configs" / f"{model}.json"):
         if path.is_file():

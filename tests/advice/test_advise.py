@@ -12,7 +12,7 @@ from prescope.advice import INTERVAL, MachineSpec, ModelSize, advise, paces
 from prescope.core.machine import this_place
 from prescope.core.paths import data_dir, embedded_model
 from prescope.engine.config import EngineConfig
-from prescope.errors import BadModelFolder, BadProfile, NotAMoE, UnsupportedOption
+from prescope.errors import BadModelFolder, BadProfile, NotAMoE, TraceMismatch, UnsupportedOption
 from prescope.profile import HardwareProfile, own_file
 from prescope.traces.synthetic import SyntheticSpec
 from tests.support import families
@@ -214,10 +214,50 @@ def test_a_config_that_is_no_json_is_told(tmp_path: Path):
         advise(tmp_path, desktop())
 
 
-@pytest.mark.parametrize("change", [{"link_gb_per_s": 0}, {"gpu_gib": -1}, {"cores": -1}])
+@pytest.mark.parametrize(
+    "change", [{"link_gb_per_s": 0}, {"link_gb_per_s": "25"}, {"gpu_gib": -1}, {"cores": -1}, {"cores": None}]
+)
 def test_a_machine_that_cannot_be_is_refused(change):
     with pytest.raises(UnsupportedOption):
         desktop(**change)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"batch": 1.5}, {"batch": 2.0}, {"batch": True}, {"batch": 0}, {"context": float("nan")}, {"context": "4k"}, {"gpu_gib": "8"},
+        {"gpu_gib": float("nan")}, {"gpu_gib": 0}, {"shares": ()}, {"shares": (0.5, 2.0)}, {"shares": (float("nan"),)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_number_that_cannot_be_is_refused_by_its_name(numbers):
+    with pytest.raises(UnsupportedOption, match=next(iter(numbers))):
+        advise(BIG_EXPERTS, desktop(), **numbers)
+
+
+def test_a_machine_may_be_a_name_in_capitals_or_a_file_and_all_names_are_told(tmp_path):
+    small = {"context": 64, "shares": (0.5,)}
+    assert advise(BIG_EXPERTS, "H100", **small).machine == advise(BIG_EXPERTS, "h100", **small).machine
+    assert advise(BIG_EXPERTS, "H200", **small).machine.profile == HardwareProfile.load("h200")
+    file = HardwareProfile.load("h200").save(tmp_path / "mine.json")
+    assert advise(BIG_EXPERTS, file, **small).machine.profile == HardwareProfile.load("h200")
+    with pytest.raises(BadProfile, match="h100, h200, "):
+        advise(BIG_EXPERTS, "h300")
+    with pytest.raises(UnsupportedOption, match="MachineSpec"):
+        advise(BIG_EXPERTS, DESKTOP)
+
+
+def test_a_trace_of_another_model_is_told():
+    other = SyntheticSpec(num_layers=3, num_experts=16, top_k=2).generate(prompt_tokens=4, new_tokens=4)
+    with pytest.raises(TraceMismatch, match="record one of this model"):
+        advise(BIG_EXPERTS, desktop(), trace=other)
+
+
+@pytest.mark.parametrize("model", [None, 3, b"x", embedded_model() / "tokenizer.json"], ids=str)
+def test_what_is_no_config_is_told_in_a_few_words(model):
+    with pytest.raises((BadModelFolder, NotAMoE)) as told:
+        advise(model, desktop())
+    assert len(str(told.value)) < 400
 
 
 @pytest.fixture
