@@ -108,7 +108,7 @@ def read_table(
     """
     nbytes = require_file(path, BadTrace)
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(Path(path).absolute()) as file:  # of "~/run" it would make a home folder
             attrs = (file.schema_arrow.metadata or {}).get(_ATTRS, b"{}").decode("utf-8")
             names, rows = file.schema_arrow.names, file.metadata.num_rows
             if rows > FREE_ROWS + MOST_ROWS_PER_BYTE * nbytes:

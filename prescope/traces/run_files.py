@@ -7,6 +7,7 @@ one, never parts of both. Knows files and tables; what a run is, is `result`'s b
 import json
 import re
 from collections.abc import Mapping
+from os.path import isfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +49,7 @@ def write_run(
         CannotWrite: no space, no permission, or `folder` is a file. What was there before is unchanged.
     """
     folder = Path(folder)
-    if folder.is_file():
+    if isfile(folder):  # also of a name that is too long
         raise CannotWrite(f"{folder} is a file; a run is saved as a folder, give another name")
     parts = {}
     for name, table in tables.items():
@@ -81,7 +82,7 @@ def read_run(folder: str | Path) -> Stored:
     """
     folder = Path(folder)
     folder = folder.parent if folder.name == INDEX else folder
-    if folder.is_file():
+    if isfile(folder):
         raise BadTrace(f"{folder} is a file; a saved run is a folder with a {INDEX}")
     path = folder / INDEX
     contents = read_object(path, BadTrace, REMEDY, MOST_BYTES)

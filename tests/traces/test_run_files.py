@@ -46,6 +46,22 @@ def test_a_run_without_events_or_tokens_is_saved_too(tmp_path):
     assert loaded.tokens == []
 
 
+@pytest.mark.parametrize("name", ["~/run", "a run with ünïcode", "-"])
+def test_a_folder_is_taken_as_it_is_written(name, tmp_path, monkeypatch):
+    """Parquet's reader took "~" for somebody's home, its writer did not."""
+    monkeypatch.chdir(tmp_path)
+    run = small_run(steps=3)
+    same(RunResult.load(run.save(name)), run)
+    assert (tmp_path / name / "run.json").exists()
+
+
+def test_a_name_that_no_folder_can_have_is_told(tmp_path):
+    with pytest.raises(CannotWrite):
+        small_run(steps=3).save(tmp_path / ("a" * 300))
+    with pytest.raises(BadTrace):
+        RunResult.load(tmp_path / ("a" * 300))
+
+
 def test_settings_are_saved_as_plain_values(tmp_path):
     run = replace(small_run(steps=3), config={"slots": np.int64(3), "shape": (1, 2), "of_layer": {0: 0.5}})
     assert RunResult.load(run.save(tmp_path)).config == {"slots": 3, "shape": [1, 2], "of_layer": {"0": 0.5}}
