@@ -261,7 +261,8 @@ class Dashboard:
         def run() -> None:
             try:
                 work()
-            except PrescopeError as error:
+            # A graphics card's memory, a model's own ValueError: lost in a thread, "recording" would stand for ever.
+            except Exception as error:  # noqa: BLE001
                 self.told.value = (
                     f"<span class='ps-error'><b>{type(error).__name__}</b>: {escape(str(error))}</span>"
                 )

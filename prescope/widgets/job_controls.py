@@ -92,9 +92,13 @@ class JobControls:
     def _done(self, job: Job) -> None:
         if job is not self.job:
             return
-        error = job.error
+        error, told = job.error, ""
         if error is None:
-            told = self._shown(job)
+            try:
+                told = self._shown(job)
+            except Exception as failure:  # noqa: BLE001 - lost in a callback, it would leave "running" for ever
+                error = failure
+        if error is None:
             notes = [escape(note) for note in (told, *job.result().notes) if note]
             word = "cancelled" if job.is_cancelled else "done"
             look = "warning" if job.is_cancelled or told else "success"

@@ -1,5 +1,6 @@
 """Run the settings for real: prompts, length, the run as it goes, its text, and its lanes under the simulated ones."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
@@ -11,6 +12,7 @@ import plotly.graph_objects as go
 from ..core.types import NeedOutcome
 from ..core.units import digits
 from ..engine.job import RECENT, Job, NamedPrompts
+from ..errors import UnsupportedOption
 from ..traces.result import RunResult
 from ..views.theme import COLORS, style
 from .busy import IS_BUSY, OthersWork
@@ -23,6 +25,8 @@ from .style import boxed, row
 MOST_TEXT = 4000
 #: What a tokenizer writes for bytes that are no whole character yet.
 HALF = "\ufffd"
+#: Stands between two prompts.
+_BETWEEN = re.compile(r"^[ \t]*---[ \t]*\r?$", re.MULTILINE)
 #: Tokens that are drawn while a run goes on: all of a long one would be sent ten times a second.
 MOST_BARS = 500
 
@@ -50,15 +54,17 @@ class RealRun:
         self._given, self._keywords = prompts, keywords
         self._needs: dict[NeedOutcome, int] = {}
         self._others = OthersWork()
+        self._given_text = _as_text(prompts)
         self.prompts = ipw.Textarea(
-            value="\n---\n".join(_listed(prompts)),
+            value=self._given_text,
             rows=6,
-            layout={"width": "100%"},
-            placeholder="prompts, with --- between them",
+            layout={"width": "auto"},
+            placeholder="prompts, with a line of --- between them",
         )
         self.tokens = ipw.BoundedIntText(
-            value=int(keywords.get("max_new_tokens", 32)), min=2, max=4096, layout={"width": "90px"}
+            value=int(keywords.get("max_new_tokens", 32)), min=2, max=10**6, layout={"width": "90px"}
         )
+        self.tokens.tooltip = "Two or more: the first comes with the prompt, what is simulated are the others"
         self.controls = JobControls("Run it for real", self.start, self._shown)
         self.live = ipw.HTML()
         self.text = ipw.HTML()
@@ -97,8 +103,9 @@ class RealRun:
         job = self._runner.prepare(self._what(), configure=settings, **keywords)
         job.on_step(self._note_begin)
         self.live.value = (
-            "<span class='ps-soft'>two tokens to warm up, then the run from empty slots …</span>"
+            "<span class='ps-soft'>some tokens to warm up, then the run from empty slots …</span>"
         )
+        job.on_done(self._forget_unless_shown)
         return self.controls.watch(job, self._runner.is_running, self._show_live)
 
     def close(self) -> None:
@@ -107,11 +114,18 @@ class RealRun:
         self.figure.close()
 
     def _what(self) -> NamedPrompts:
-        """The prompts of the text field; their names too, while nobody has changed them."""
-        texts = [text.strip("\n") for text in self.prompts.value.split("\n---\n") if text.strip()]
-        return (
-            self._given if texts == [one.strip("\n") for one in _listed(self._given)] or not texts else texts
-        )
+        """The prompts of the text field; their names too, while nobody has changed them. An empty field is filled with
+        those that were given, so that it shows what is run.
+        """
+        texts = [text.strip("\r\n") for text in _BETWEEN.split(self.prompts.value) if text.strip()]
+        if not texts:
+            self.prompts.value = self._given_text
+        return self._given if self.prompts.value == self._given_text else texts
+
+    def _forget_unless_shown(self, job: Job) -> None:
+        """Of a job that ended without a result nothing goes on any more."""
+        if job is self.job and job.error is not None:
+            self.live.value = ""
 
     def _note_begin(self, job: Job) -> None:
         if job.num_tokens == 1:  # what the prompt needed is not counted
@@ -155,10 +169,23 @@ class RealRun:
         self.figure.remove_class("ps-hidden")
 
 
-def _listed(prompts: NamedPrompts) -> list[str]:
-    if isinstance(prompts, str):
-        return [prompts]
-    return list(prompts.values()) if isinstance(prompts, dict) else list(prompts)
+def _as_text(prompts: NamedPrompts) -> str:
+    """All prompts in one text, with a line of --- between them.
+
+    Raises:
+        UnsupportedOption: some are no texts, so that they cannot be shown in a field.
+    """
+    listed = (
+        [prompts]
+        if isinstance(prompts, str)
+        else list(prompts.values() if isinstance(prompts, Mapping) else prompts)
+    )
+    if not all(isinstance(text, str) for text in listed):
+        raise UnsupportedOption(
+            f"a panel's prompts are texts, to be seen and changed, not {prompts!r:.80}; run token ids and chats with "
+            f"session.run(...)"
+        )
+    return "\n---\n".join(listed)
 
 
 def _text_html(texts: Sequence[str], is_running: bool = False) -> str:

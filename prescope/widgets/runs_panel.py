@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as ipw
 import numpy as np
 import pandas as pd
 
-from ..errors import BadTrace, PrescopeError
+from ..errors import BadTrace, PrescopeError, UnsupportedOption
 from ..scheduler import SCHEDULES
 from ..traces.result import RunResult
 from ..views.numbers import COLUMNS, NAN, change, formatted, numbers
@@ -72,11 +73,11 @@ class RunsPanel:
     def save(self) -> str:
         """Write the first of the two runs into the folder; returns what to say of it."""
         run = self._shown[self.first.value]
-        return f"{name_of_run(run, self.first.value)}: written to {run.save(self.folder.value)}"
+        return f"{name_of_run(run, self.first.value)}: written to {run.save(self._typed())}"
 
     def open(self) -> str:
         """Take up the run in the folder, as the second of the two; returns what to say of it."""
-        run = RunResult.load(self.folder.value)
+        run = RunResult.load(self._typed())
         if not _has_decode(run):
             raise BadTrace(
                 f"{self.folder.value} holds a run without a decode step; there is nothing to compare"
@@ -85,10 +86,15 @@ class RunsPanel:
         self.refresh()
         return f"opened: {run.label}"
 
+    def _typed(self) -> Path:
+        if not self.folder.value.strip():
+            raise UnsupportedOption("no folder is named; type one, such as runs/first")
+        return Path(self.folder.value.strip()).expanduser()
+
     def _try(self, what: Callable[[], str]) -> None:
         try:
             self.told.value = escape(what())
-        except (PrescopeError, FileNotFoundError) as error:
+        except (PrescopeError, OSError, RuntimeError) as error:  # of a path: ~nobody has no home
             name = type(error).__name__
             self.told.value = f"<span class='ps-error'><b>{name}</b>: {escape(str(error))}</span>"
 
@@ -99,7 +105,9 @@ class RunsPanel:
             return
         self._shown = runs
         names = [(name_of_run(run, i), i) for i, run in enumerate(runs)]
-        self.list.value = frame_html(runs_frame(runs)) if runs else "<p class='ps-soft'>No run yet.</p>"
+        self.list.value = (
+            frame_html(runs_frame(runs)) if runs else f"<p class='ps-soft'>{self._nothing()}</p>"
+        )
         self._pair.layout.display = "" if len(runs) > 1 else "none"
         self.save_button.disabled = not runs
         self._is_quiet = True
@@ -109,6 +117,9 @@ class RunsPanel:
         self._is_quiet = False
         if len(runs) > 1:
             self.redraw()
+
+    def _nothing(self) -> str:
+        return "No run has a decode step yet." if self._runner.runs else "No run yet."
 
     def redraw(self) -> None:
         """Compare the two that are chosen."""

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from html import escape, unescape
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ import plotly.graph_objects as go
 import pytest
 
 from prescope.core.machine import this_place
-from prescope.errors import TransferFailed
+from prescope.engine.job import Job
+from prescope.errors import TransferFailed, UnsupportedOption
 from prescope.predictor import Frequency
 from prescope.profile import HardwareProfile
 from prescope.scheduler import SCHEDULES
@@ -312,6 +314,59 @@ def test_cancel_and_a_failed_run_leave_what_is_shown(panel, session, monkeypatch
     assert panel.figures["lanes"].data
 
 
+SPLIT = {
+    "a\n---\nb": ["a", "b"],
+    "a\r\n---\r\nb": ["a", "b"],
+    "---\na \n --- \n\nb\n---\n": ["a ", "b"],
+    "a -- b\n----\nc": ["a -- b\n----\nc"],
+}
+
+
+@pytest.mark.parametrize("typed", SPLIT, ids=repr)
+def test_a_line_of_three_dashes_stands_between_two_prompts(panel, typed):
+    panel.real.prompts.value = typed
+    assert panel.real._what() == SPLIT[typed]
+
+
+def test_what_is_run_is_what_the_field_shows(session, recorded):
+    """A prompt given in code may hold dashes itself; an emptied field ran the given prompts and showed none."""
+    given = {"yaml": "a: 1\n---\nb: 2\n", "story": "Once"}
+    panel = session.schedule_panel(recorded, given, max_new_tokens=4)
+    assert panel.real._what() is given
+    panel.real.prompts.value = " \n---\n"
+    assert panel.real._what() is given
+    assert "b: 2" in panel.real.prompts.value
+    panel.close()
+    with pytest.raises(UnsupportedOption, match=r"session\.run"):
+        session.schedule_panel(recorded, [[1, 2, 3]])
+
+
+def test_of_a_run_without_a_result_nothing_seems_to_go_on(panel, session):
+    panel.real.tokens.value = 50
+
+    def hold() -> Job:
+        job = panel.start()
+        assert "warm up" in panel.real.live.value
+        panel.cancel()
+        return job
+
+    job = session.engine.turn.run("something else", hold)
+    with pytest.raises(CancelledError):
+        job.result(60)
+    assert panel.real.live.value == ""
+
+
+def test_a_result_that_cannot_be_shown_is_told_and_the_panel_goes_on(panel, monkeypatch):
+    panel.choose(Scenario(schedule="on-demand", slots=28))
+    with monkeypatch.context() as broken:
+        broken.setattr(panel.real, "_finished", lambda run: 1 / 0)
+        panel.start().result(60)
+        assert "ZeroDivisionError" in panel.state()["status"]
+        assert panel.real.controls.cancel_button.disabled
+    panel.start().result(60)
+    assert panel.state()["status"].startswith("done")
+
+
 def test_a_pair_says_why_for_both(session, recorded):
     pair = session.pair_panel(recorded, Scenario(slots=32), "presched", "on-demand")
     upper = pair.explained()[0]
@@ -448,6 +503,37 @@ def test_a_run_is_saved_and_opened_again_and_what_cannot_be_read_is_told(board, 
     runs.folder.value = str(tmp_path / "kept")
     runs.open_button.click()
     assert "BadTrace" in runs.told.value
+
+
+@pytest.mark.parametrize("work", ["record_button", "report_button"])
+def test_an_error_of_any_kind_in_the_background_is_told(board, monkeypatch, work):
+    """Lost in its thread, "recording a run on demand" stood there for ever."""
+    for what in ("_record", "_report"):
+        monkeypatch.setattr(board, what, lambda *given: [][1])
+    getattr(board, work).click()
+    wait_for(lambda: "IndexError" in board.told.value)
+
+
+@pytest.mark.parametrize("folder", ["", "  ", "a" * 300, "/dev/null/run", "~"], ids=lambda text: text[:12])
+def test_a_folder_that_cannot_be_is_told_in_the_panel(board, folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("")
+    board.tabs.selected_index = TABS.index("Runs")
+    board.runs.folder.value = folder
+    for button in (board.runs.save_button, board.runs.open_button):
+        board.runs.told.value = ""
+        button.click()
+        assert "ps-error" in board.runs.told.value
+
+
+def test_a_folder_in_ones_home_is_saved_to_and_opened_again(board, session, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    board.tabs.selected_index = TABS.index("Runs")
+    board.runs.folder.value = "~/kept"
+    board.runs.save_button.click()
+    assert (tmp_path / "kept" / "run.json").exists()
+    board.runs.open_button.click()
+    assert "opened" in board.runs.told.value
 
 
 def test_a_run_recorded_here_becomes_what_is_simulated(board, session):
