@@ -225,8 +225,9 @@ def test_a_machine_that_cannot_be_is_refused(change):
 @pytest.mark.parametrize(
     "numbers",
     [
-        {"batch": 1.5}, {"batch": 2.0}, {"batch": True}, {"batch": 0}, {"context": float("nan")}, {"context": "4k"}, {"gpu_gib": "8"},
-        {"gpu_gib": float("nan")}, {"gpu_gib": 0}, {"shares": ()}, {"shares": (0.5, 2.0)}, {"shares": (float("nan"),)},
+        {"batch": 1.5}, {"batch": 2.0}, {"batch": True}, {"batch": 0}, {"context": float("nan")}, {"context": "4k"},
+        {"gpu_gib": "8"}, {"gpu_gib": float("nan")}, {"gpu_gib": 0}, {"shares": ()}, {"shares": (0.5, 2.0)},
+        {"shares": (float("nan"),)},
     ],
     ids=str,
 )  # fmt: skip
