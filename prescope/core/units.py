@@ -33,6 +33,11 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def count_of(number: int, what: str) -> str:
+    """ "1 step", "1,200 steps": of words whose plural ends in s."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def format_bytes(nbytes: float) -> str:
     """Human-readable binary size: "1.5 GiB", "384 KiB"."""
     for factor, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):

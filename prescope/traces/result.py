@@ -7,11 +7,11 @@ from typing import Any, Self
 import pandas as pd
 
 from ..core.html import facts_html
-from ..core.units import digits
+from ..core.units import count_of, digits
 from ..errors import BadTrace
 from .events import TABLES, write_events
 from .files import REMEDY
-from .metrics import Metrics, compute_metrics
+from .metrics import Metrics, PhaseMetrics, compute_metrics
 from .perfetto import write_perfetto
 from .routing import RoutingTrace
 from .run_files import read_run, write_run
@@ -105,33 +105,45 @@ class RunResult:
         return str(self.hardware["label"])
 
     def __repr__(self) -> str:
-        speed = f"{self.metrics.tokens_per_s:.1f} tokens/s, hit rate {self.metrics.decode.hit_rate:.3f}"
+        decode = self.metrics.decode
+        speed = f"{self.metrics.tokens_per_s:.1f} tokens/s, hit rate {decode.hit_rate:.3f}"
+        speed = speed if decode.num_steps else "nothing was decoded"
         longest = max(map(len, self.tokens), default=0)
-        return f"<RunResult of {len(self.tokens)} x {longest} tokens: {speed}, {self.label}>"
+        return f"<RunResult of {len(self.tokens)} x {count_of(longest, 'token')}: {speed}, {self.label}>"
 
     def _repr_html_(self) -> str:
-        metrics, decode, config = self.metrics, self.metrics.decode, self.config
+        metrics, config = self.metrics, self.config
         shown = self.text[0] if self.text else ""
-        rates = f"{100 * decode.hit_rate:.1f} % hits, {100 * decode.late_rate:.1f} % late, {decode.misses:,} misses"
-        moved = f"{decode.h2d_bytes / 1e6:,.3g} MB in {decode.num_steps} decode steps"
+        first = f"first token after {digits(metrics.ttft_ms)} ms"
+        decoded = metrics.decode.num_steps > 0
         schedule = (
             f"{config.get('schedule', 'on-demand')}, {config.get('num_slots')} slots, {config.get('cache')}"
         )
         facts = [
-            (
-                "speed",
-                f"{digits(metrics.tokens_per_s)} tokens/s, first token after {digits(metrics.ttft_ms)} ms",
-            ),
-            (
-                "per token",
-                f"{decode.step_p50_ms:.3g} ms median, {decode.step_p95_ms:.3g} ms in 95 of 100 steps",
-            ),
-            ("experts", rates),
-            ("link", f"{moved}, layers stalled {100 * decode.stall_frac:.0f} % of the time"),
+            ("speed", f"{digits(metrics.tokens_per_s)} tokens/s, {first}" if decoded else first),
+            *(_decode_facts(metrics.decode) if decoded else [("per token", "nothing was decoded")]),
             ("settings", f"{schedule}, batch {metrics.batch}"),
             ("text", shown if len(shown) <= MOST_TEXT else shown[:MOST_TEXT] + " …"),
         ]
         return facts_html(self.label, facts, self.notes)
+
+
+def _decode_facts(decode: PhaseMetrics) -> list[tuple[str, str]]:
+    """What there is to say of decode steps; of copies nothing where no events were recorded."""
+    steps = count_of(decode.num_steps, "decode step")
+    moved = f"{decode.h2d_bytes / 1e6:,.3g} MB in {steps}"
+    stalled = f"layers stalled {100 * decode.stall_frac:.0f} % of the time"
+    link = [
+        text for text, value in ((moved, decode.h2d_bytes), (stalled, decode.stall_frac)) if value == value
+    ]
+    rates = (
+        f"{100 * decode.hit_rate:.1f} % hits, {100 * decode.late_rate:.1f} % late, {decode.misses:,} misses"
+    )
+    return [
+        ("per token", f"{decode.step_p50_ms:.3g} ms median, {decode.step_p95_ms:.3g} ms in 95 of 100 steps"),
+        ("experts", rates),
+        *([("link", ", ".join(link))] if link else []),
+    ]
 
 
 def _check_facts(facts: dict[str, Any], folder: str | Path) -> None:

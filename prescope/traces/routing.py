@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from ..core.files import require_checksum
 from ..core.html import facts_html
 from ..core.types import MoEShape, Phase
+from ..core.units import count_of
 from ..errors import BadTrace, TraceMismatch
 from .events import PHASES
 from .files import (
@@ -193,17 +194,17 @@ class RoutingTrace:
     def __repr__(self) -> str:
         inputs = "" if self.inputs is None else f", inputs of width {self.inputs.shape[2]}"
         return (
-            f"<RoutingTrace {self.model}: {len(self)} tokens in {len(self.steps)} steps, "
+            f"<RoutingTrace {self.model}: {count_of(len(self), 'token')} in {count_of(len(self.steps), 'step')}, "
             f"{self.num_layers} MoE layers, top-{self.top_k} of {self.num_experts}{inputs}>"
         )
 
     def _repr_html_(self) -> str:
         decode = int((self.phase == PHASES.index("decode")).sum())
         facts = [
-            ("tokens", f"{len(self):,} in {len(self.steps):,} steps, {decode:,} of them decoded"),
+            ("tokens", f"{len(self):,} in {count_of(len(self.steps), 'step')}, {decode:,} of them decoded"),
             ("model", f"{self.num_layers} MoE layers, top-{self.top_k} of {self.num_experts} experts"),
             ("router inputs", "none" if self.inputs is None else f"width {self.inputs.shape[2]}"),
-            ("recorded", f"{self.created}, {len(self.prompts)} prompts"),
+            ("recorded", f"{self.created}, {count_of(len(self.prompts), 'prompt')}"),
         ]
         return facts_html(f"Routing of {self.model}", facts)
 

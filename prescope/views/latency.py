@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
+from prescope.core.units import count_of
 from prescope.errors import BadTrace
 from prescope.traces.result import RunResult
 
@@ -112,7 +113,7 @@ def plot_latency(info: LatencyInfo) -> go.Figure:
         fig,
         title="How long does each token take?",
         subtitle=f"first token after {info.ttft_ms:.3g} ms (TTFT), then p50 {p50} ms, p95 {p95} ms over "
-        f"{len(info.steps)} decode steps<br>{info.origin}",
+        f"{count_of(len(info.steps), 'decode step')}<br>{info.origin}",
         height=390,
     )
     fig.update_layout(barmode="stack", bargap=0.1, barcornerradius=0, hovermode="x unified", margin_r=92)

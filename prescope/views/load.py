@@ -6,6 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from prescope.core.types import Phase
+from prescope.core.units import count_of
 from prescope.errors import BadTrace
 from prescope.traces.result import RunResult
 from prescope.traces.routing import RoutingTrace
@@ -88,8 +89,8 @@ def plot_load(info: LoadInfo) -> go.Figure:
         title="Which experts do the tokens use?",
         subtitle=f"the busiest {quarter} of {num_experts} experts of a layer get "
         f"{info.top_quarter_pct:.0f} % of its uses (even load: {100 * quarter / num_experts:.0f} %), "
-        f"{info.num_unused} experts unused<br>"
-        f"{info.num_tokens:,} tokens through {info.model}",
+        f"{count_of(info.num_unused, 'expert')} unused<br>"
+        f"{count_of(info.num_tokens, 'token')} through {info.model}",
         height=min(900, 150 + 26 * num_layers),
         bottom=52,
     )

@@ -6,6 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from prescope.core.units import count_of
 from prescope.training.score_card import ScoreCard, difference
 
 from .theme import AMOUNT_SCALE, GAIN_SCALE, style
@@ -56,7 +57,7 @@ def score_map_info(card: ScoreCard, against: ScoreCard) -> ScoreMapInfo:
         _rows(mine),
         _rows(mine - other),
         card.shape.top_k / card.shape.num_experts,
-        f"mean over layers (gain, interval over {len(card.prompts)} prompts) at lookahead {wrapped}",
+        f"mean over layers (gain, interval over {count_of(len(card.prompts), 'prompt')}) at lookahead {wrapped}",
     )
 
 

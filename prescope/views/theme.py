@@ -11,6 +11,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from prescope.core.units import count_of
 from prescope.scheduler import SCHEDULES
 from prescope.simulator import SimResult
 from prescope.traces.result import RunResult
@@ -145,7 +146,7 @@ def settings_of(result: RunResult | SimResult) -> str:
     parts.append(f"{config['num_slots']} slots ({100 * config['slots_frac']:.0f} % of the experts)")
     parts.append(str(config["cache"]))
     if config.get("predictor", "none") != "none":
-        parts.append(f"{written(config['predictor'])}, {config['lookahead']} layers ahead")
+        parts.append(f"{written(config['predictor'])}, {count_of(config['lookahead'], 'layer')} ahead")
     if config.get("cpu"):
         parts.append("CPU lane")
     return " · ".join(parts)

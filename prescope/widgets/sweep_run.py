@@ -5,6 +5,7 @@ from html import escape
 
 import ipywidgets as ipw
 
+from ..core.units import count_of
 from ..engine.job import Job
 from ..tuning import Progress, SweepJob
 from .style import boxed, row
@@ -126,7 +127,7 @@ class SweepRun:
 def _summary(progress: Progress) -> str:
     """How a run ended."""
     bad = [(progress.infeasible, "infeasible"), (progress.failed, "failed")]
-    parts = [f"{progress.done:,} points", *(f"{count:,} {what}" for count, what in bad if count)]
+    parts = [count_of(progress.done, "point"), *(f"{count:,} {what}" for count, what in bad if count)]
     took = (
         f" in {progress.seconds:.3g} s" if progress.seconds < 100 else f" in {progress.seconds / 60:.3g} min"
     )

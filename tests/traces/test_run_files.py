@@ -1,6 +1,7 @@
 """A saved run is the run: every table, the routing, what was said of it; a folder holds one run, never two halves."""
 
 import json
+import re
 from dataclasses import fields, replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from prescope import views
 from prescope.errors import BadTrace, CannotWrite
 from prescope.traces import run_files
+from prescope.traces.metrics import compute_metrics
 from prescope.traces.result import RunResult
 from tests.support.small_run import small_run, ten_events_run
 
@@ -123,3 +125,24 @@ def test_what_is_no_saved_run_is_told(tmp_path):
         RunResult.load(tmp_path / "file")
     with pytest.raises(CannotWrite, match="is a file"):
         small_run(steps=3).save(tmp_path / "file")
+
+
+def test_what_stands_for_a_run_says_only_what_is_known():
+    """A run of the first token alone showed "nan tokens/s", "nan % hits" and "1 prompts"."""
+    whole, first, bare = small_run(steps=3), small_run(steps=1), small_run(steps=2)
+    bare = with_metrics(replace(bare, events=bare.events.iloc[:0]))
+    for run in (whole, first, bare):
+        shown = run._repr_html_() + repr(run) + run.trace._repr_html_() + repr(run.trace)
+        assert "nan" not in shown.lower(), shown
+        assert not re.search(r"(?<![.,\d])1 (prompts|tokens|steps|decode steps)\b", shown), shown
+    assert "nothing was decoded" in first._repr_html_()
+    assert "nothing was decoded" in repr(first)
+    assert "hits" in whole._repr_html_()
+    assert "1 decode step," in small_run(steps=2)._repr_html_()
+
+
+def with_metrics(run: RunResult) -> RunResult:
+    """With the metrics of its tables as they are now."""
+    tables = {name: getattr(run, name) for name in run_files.TABLES}
+    counts = {"batch": run.metrics.batch, "output_tokens": run.metrics.output_tokens}
+    return replace(run, metrics=compute_metrics(**tables, **counts))
