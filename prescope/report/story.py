@@ -95,7 +95,7 @@ def story_of_setting(
         + ("" if measured is None else f"; {_machine(measured.hardware)}"),
         "model": f"{scenarios.label}: {scenarios.trace.num_layers} MoE layers, top-{scenarios.trace.top_k} of "
         f"{scenarios.trace.num_experts} experts of {machine.row_bytes / 1e6:.3g} MB",
-        "settings": settings_of(result),
+        "settings": settings_of(result) + f" · batch {result.batch}",
         "trace": f"{scenarios.trace.model}, recorded {scenarios.trace.created}",
         "commit": commit(),
     }

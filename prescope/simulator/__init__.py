@@ -12,7 +12,7 @@ from .code import code_of
 from .explain import WHERE, LayerExplanation, explain_layer
 from .hostile import hostile
 from .machines import HERE, Machine, machine_of_profile, machine_of_run, machine_with_link, shipped_machines
-from .prepare import as_decode
+from .prepare import as_decode, in_batches
 from .recording import Recording, shipped_recordings
 from .result import Bounds, Counts, Interval, SimResult
 from .scenario import NOISY, NONE, ORACLE, Scenario
@@ -45,6 +45,7 @@ __all__ = [
     "code_of",
     "explain_layer",
     "hostile",
+    "in_batches",
     "link_frac",
     "machine_of_profile",
     "machine_of_run",

@@ -18,6 +18,7 @@ def code_of(scenarios: Scenarios, scenario: Scenario) -> str:
         "from prescope.simulator import Scenario",
         "",
         "# scenarios: session.scenarios(), or `live.scenarios` of the dashboard",
+        *([f"scenarios = scenarios.at_batch({scenarios.batch})"] if scenarios.most_batch > 1 else []),
         f"scenario = Scenario({settings})",
         "result = scenarios.run(scenario)",
     ]

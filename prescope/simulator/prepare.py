@@ -218,6 +218,40 @@ def predictions_of(predictor: Predictor, trace: RoutingTrace, lookahead: int = L
     return made.of(slice(0, made._size[0]))
 
 
+def in_batches(trace: RoutingTrace, batch: int) -> tuple[RoutingTrace, NDArray[np.int64]]:
+    """The sequences of a trace as if `batch` of them had been served at a time, and which rows those are.
+
+    A group's prompts are one step, then each of its steps has the next token of every sequence that still goes on.
+    Padding is left out.
+
+    Raises:
+        UnsupportedOption: batch < 1, or more than there are sequences.
+    """
+    real = np.flatnonzero(trace.position >= 0)
+    found, rank = np.unique(trace.sequence[real], return_inverse=True)
+    if not 1 <= batch <= len(found):
+        raise UnsupportedOption(
+            f"batch is {batch}; the trace has {len(found)} sequences, so it is 1 to {len(found)}"
+        )
+    # The n-th decoded token of its sequence: prompts of a group are of different lengths. -1 for a prompt's.
+    by_sequence = np.lexsort((trace.position[real], rank))
+    decoded = (trace.phase[real] == DECODE)[by_sequence].astype(np.int64)
+    so_far = np.cumsum(decoded) - decoded
+    begins = np.searchsorted(rank[by_sequence], rank[by_sequence])
+    nth = np.empty(len(real), np.int64)
+    nth[by_sequence] = np.where(decoded, so_far - so_far[begins], -1)
+    order = np.lexsort((trace.position[real], rank, nth, rank // batch))
+    rows = real[order]
+    steps = np.stack([rank[order] // batch, nth[order]])
+    step = np.concatenate(([0], np.cumsum((np.diff(steps) != 0).any(axis=0)))).astype(np.int32)
+    arrays = {
+        name: getattr(trace, name)[rows]
+        for name in ("expert_ids", "weights", "sequence", "position", "phase")
+    }
+    inputs = None if trace.inputs is None else trace.inputs[rows]
+    return replace(trace, step=step, inputs=inputs, **arrays), rows
+
+
 def as_decode(trace: RoutingTrace, batch: int = 1) -> RoutingTrace:
     """The tokens of a trace as if they had been decoded: steps of `batch` tokens of different sequences.
 

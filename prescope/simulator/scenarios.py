@@ -15,7 +15,7 @@ from ..scheduler.settings import resolve
 from ..traces.routing import RoutingTrace
 from .explain import LayerExplanation, explain_layer
 from .machines import Machine
-from .prepare import LOOKAHEAD
+from .prepare import DECODE, LOOKAHEAD, in_batches
 from .result import SimResult
 from .scenario import NOISY, NONE, ORACLE, Scenario
 from .simulator import Simulator
@@ -46,6 +46,7 @@ class Scenarios:
         commands: what to type to record the trace again.
         frequencies: (L, E) by which the engine at hand knows hot experts, for caches and schedules that ask; without,
             those that need them go by this very trace's.
+        note: of each result.
 
     Attributes:
         frequencies: as given.
@@ -62,8 +63,9 @@ class Scenarios:
         measured: Sequence[Mapping[str, Any]] = (),
         commands: Sequence[str] = (),
         frequencies: NDArray[np.floating] | None = None,
+        note: str = "",
     ) -> None:
-        self._measured, self.commands = measured, tuple(commands)
+        self._measured, self.commands, self._note = measured, tuple(commands), note
         self.trace, self.label, self.frequencies = trace, label or trace.model, frequencies
         self.machines = {machine.name: machine for machine in machines}
         lookahead = min(LOOKAHEAD, max(1, trace.num_layers - 1))
@@ -93,6 +95,39 @@ class Scenarios:
     def batch(self) -> int:
         """Tokens of a decode step, the most of any."""
         return self.simulator(Scenario(slots=1, predictor=NONE, machine=next(iter(self.machines)))).batch
+
+    @property
+    def most_batch(self) -> int:
+        """Sequences of the trace: as many can be served at a time."""
+        return len(np.unique(self.trace.sequence[self.trace.position >= 0]))
+
+    def at_batch(self, batch: int) -> "Scenarios":
+        """The same sequences served `batch` at a time, with what predictors said of them; nothing was measured of that.
+
+        Raises:
+            UnsupportedOption: there are not as many sequences.
+        """
+        if batch == self.batch:
+            return self
+        trace, rows = in_batches(self.trace, batch)
+        decoded = rows[trace.phase == DECODE]
+        known = [
+            one
+            if not isinstance(one, RecordedPredictor)
+            else RecordedPredictor.of_scores(
+                trace,
+                [one.replay(self.trace, ahead)[decoded] for ahead in range(1, one.lookahead + 1)],
+                name=one.name,
+                is_calibrated=one.is_calibrated,
+            )
+            for name, one in self.predictors.items()
+            if name != ORACLE  # made anew
+        ]
+        return Scenarios(
+            trace, list(self.machines.values()), known, predict_us=self.predict_us, label=self.label,
+            commands=self.commands, frequencies=self.frequencies,
+            note=f"regrouped to batch {batch}; the machine's times are those of batch {self.batch}",
+        )  # fmt: skip
 
     def machine(self, scenario: Scenario) -> Machine:
         """The machine of a scenario.
@@ -290,6 +325,8 @@ class Scenarios:
         )
         if full.lookahead and not simulator.costs.predict_us:
             result.notes.append(f"what a prediction of {full.predictor} costs here is not known; it is free")
+        if self._note:
+            result.notes.append(self._note)
         return result
 
     def compare(self, scenario: Scenario, *, published: bool = True) -> dict[str, SimResult]:

@@ -69,6 +69,12 @@ class ScheduleFigures:
         finally:
             self._is_bounding = False
 
+    def bound_to(self, result: SimResult) -> None:
+        """As `bound`, if the result has other steps than those that are offered: another batch was chosen."""
+        there = result.needs.steps
+        if (self.steps.min, self.steps.max) != (int(there[0]), int(there[-1])):
+            self.bound(result)
+
     def fit(self) -> None:
         """Show the whole of the steps again at the next drawing: the time axis stays as it was until this."""
         self._axis_ms = 0.0

@@ -11,6 +11,7 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 from IPython.display import HTML, display
 
+from ..core.units import count_of
 from ..engine.job import Job, NamedPrompts
 from ..errors import PrescopeError
 from ..simulator import Scenario, Scenarios, SimResult, verdict
@@ -76,12 +77,13 @@ class SchedulePanel:
         self._throttle = Throttle(self.redraw, REDRAW_S)
         self._resting = RestTimer(self._advise, REST_S)
         self._runs: dict[Scenario, list[RunResult]] = {}
+        self._regrouped: dict[int, Scenarios] = {}
         self._pinned: tuple[str, Numbers] | None = None
         self.presets = Presets(lambda: self._scenarios, lambda: self.scenario, self.choose)
         self._running: Scenario | None = None
         self._watchers: list[Callable[[], None]] = []
         start = slots or (runner.engine.num_slots if runner is not None else scenarios.num_experts // 2)
-        self.settings = Settings(scenarios, start, self._throttle.call)
+        self.settings = Settings(scenarios, start, self._throttle.call, self._regroup)
         self.result: SimResult = scenarios.run(self.scenario)
         self.drawn = Drawn(0.0, 0.0)
         self.numbers = NumbersTable()
@@ -142,11 +144,21 @@ class SchedulePanel:
         """Simulate another trace from now on; its measured runs are others too."""
         with self._lock:
             self._scenarios = scenarios
-            self._runs = {}
+            self._runs, self._regrouped = {}, {}
             self.presets.forget()
             self.settings.use(scenarios, slots)
             self.result = scenarios.run(self.scenario)
             self.drawing.bound(self.result)
+        self.redraw()
+
+    def _regroup(self, batch: int) -> None:
+        """Simulate the same sequences at another batch; settings stay."""
+        with self._lock:
+            self._regrouped.setdefault(self._scenarios.batch, self._scenarios)
+            if batch not in self._regrouped:
+                self._regrouped[batch] = self._scenarios.at_batch(batch)
+            self._scenarios = self._regrouped[batch]
+            self.settings.regroup(self._scenarios)
         self.redraw()
 
     def state(self) -> dict[str, Any]:
@@ -168,8 +180,9 @@ class SchedulePanel:
 
     @property
     def measured_runs(self) -> list[RunResult]:
-        """All runs of these very settings."""
-        return self._runs.get(self._scenarios.resolved(self.scenario), [])
+        """All runs of these very settings, of as many sequences as are simulated."""
+        runs = self._runs.get(self._scenarios.resolved(self.scenario), [])
+        return [run for run in runs if run.metrics.batch == self._scenarios.batch]
 
     @property
     def pinned(self) -> Numbers | None:
@@ -184,7 +197,7 @@ class SchedulePanel:
     def pin(self) -> None:
         """From now on numbers are shown against those of this setting: as measured, or as simulated before a run."""
         kept = self.measured
-        name = f"{self.result.config['schedule']}, {self.result.config['num_slots']} slots"
+        name = f"{self.result.config['schedule']}, {self.result.config['num_slots']} slots, batch {self.result.batch}"
         self._pinned = name, numbers(self.result if kept is None else kept)
         self.presets.pin(self.scenario)
         self._say()
@@ -243,6 +256,11 @@ class SchedulePanel:
         assert self._running is not None, "a run begins with `_for_engine`"
         self._runs.setdefault(self._running, []).append(run)
         self.redraw()
+        if run.metrics.batch != self._scenarios.batch:
+            return (
+                f"it had {count_of(run.metrics.batch, 'sequence')}, what is simulated has {self._scenarios.batch}: not "
+                f"laid beside it, see Runs"
+            )
         return (
             "" if self.measured is run else "the controls were moved meanwhile: this was the setting before"
         )
@@ -256,6 +274,7 @@ class SchedulePanel:
             try:
                 self.settings.explain()
                 self.result = self._scenarios.run(self.scenario)
+                self.drawing.bound_to(self.result)
             except PrescopeError as error:
                 text = f"<b>{escape(type(error).__name__)}</b>: {escape(str(error))}"
                 self.numbers.say(f"<span class='ps-error'>{text} What is shown is the former setting.</span>")

@@ -26,8 +26,12 @@ HELP = {
     "width": "Experts that are prefetched for one layer at most.",
     "threshold": "Least probability of use at which an expert is prefetched.",
     "cpu": "Experts that are missing may be computed on the CPU, where they lie.",
+    "batch": "Sequences that are served together: those of the trace, regrouped.",
     "machine": "Whose link, GPU and CPU times the simulation goes by.",
 }  # fmt: skip
+
+#: Of the menu, as far as there are sequences.
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 class Settings:
@@ -35,18 +39,25 @@ class Settings:
 
     Args:
         scenarios: what there is to choose. `slots`: where the slider starts. `changed`: called after each move.
+        regrouped: called with another batch instead; it gives the scenarios to `regroup`.
 
     Attributes:
-        schedule, predictor, recall, slots, cache, lookahead, width, threshold, cpu, machine: widgets.
+        schedule, predictor, recall, slots, cache, lookahead, width, threshold, cpu, batch, machine: widgets.
         fields: the same with their labels. view: the grid.
     """
 
-    def __init__(self, scenarios: Scenarios, slots: int, changed: Callable[[], None]) -> None:
-        self._changed, self._is_quiet = changed, True
+    def __init__(
+        self,
+        scenarios: Scenarios,
+        slots: int,
+        changed: Callable[[], None],
+        regrouped: Callable[[int], None],
+    ) -> None:
+        self._changed, self._regrouped, self._is_quiet = changed, regrouped, True
         self._scenarios = scenarios
         titles = [(schedule.title, name) for name, schedule in SCHEDULES.items()]
         self.schedule = ipw.Dropdown(options=titles, value="presched")
-        self.predictor, self.machine = ipw.Dropdown(), ipw.Dropdown()
+        self.predictor, self.machine, self.batch = ipw.Dropdown(), ipw.Dropdown(), ipw.Dropdown()
         self.cache = ipw.Dropdown(options=[_OWN, *POLICIES])
         self.recall = ipw.FloatSlider(value=0.8, min=0.0, max=1.0, step=0.05)
         self.slots = ipw.IntSlider(value=1, min=1, max=10**6)
@@ -57,7 +68,7 @@ class Settings:
         widgets = {
             "schedule": self.schedule, "slots": self.slots, "predictor": self.predictor, "recall": self.recall,
             "lookahead": self.lookahead, "width": self.width, "threshold": self.threshold, "cache": self.cache,
-            "cpu": self.cpu, "machine": self.machine,
+            "cpu": self.cpu, "batch": self.batch, "machine": self.machine,
         }  # fmt: skip
         names = {"cpu": "CPU lane"}
         self.fields = {
@@ -65,8 +76,9 @@ class Settings:
         }
         self.view = boxed(ipw.Box([field.view for field in self.fields.values()]), "ps-controls")
         self.use(scenarios, slots)
+        own = {"schedule": self._on_schedule, "batch": self._on_batch}
         for name, widget in widgets.items():
-            widget.observe(self._on_schedule if name == "schedule" else self._on_move, "value")
+            widget.observe(own.get(name, self._on_move), "value")
         self._is_quiet = False
 
     # -- what is chosen ----------------------------------------------------------------------------------------
@@ -120,10 +132,16 @@ class Settings:
             self.slots.min, self.slots.max = max(1, trace.top_k), scenarios.num_experts
             self.width.value = 0
             self.width.max = trace.num_experts
+            self.batch.options = sorted({*(n for n in BATCHES if n <= scenarios.most_batch), scenarios.batch})
+            self.batch.value = scenarios.batch
             self.recall.min = math.ceil(20 * trace.top_k / trace.num_experts) / 20
             self._adopt()
         finally:
             self._is_quiet = former
+
+    def regroup(self, scenarios: Scenarios) -> None:
+        """Go by the same sequences at another batch: all settings stay."""
+        self._scenarios = scenarios
 
     def _adopt(self) -> None:
         """Controls take the schedule's own values."""
@@ -143,6 +161,10 @@ class Settings:
         finally:
             self._is_quiet = False
         self._changed()
+
+    def _on_batch(self, _change: Any) -> None:
+        if not self._is_quiet:
+            self._regrouped(self.batch.value)
 
     def _on_move(self, _change: Any) -> None:
         if not self._is_quiet:
@@ -171,6 +193,7 @@ class Settings:
             f"{way.title} never uses the CPU" if not way.uses_cpu
             else "" if has_lane else "no CPU times of this machine: calibrate it"
         )  # fmt: skip
+        self.fields["batch"].allow("" if len(self.batch.options) > 1 else "one sequence was recorded")
         self.fields["cache"].allow(note="" if self.cache.value != _OWN else f"{way.title}: {way.cache}")
         count, total = self.slots.value, scenarios.num_experts
         size = format_bytes(count * scenarios.machine(full).row_bytes)

@@ -322,6 +322,35 @@ SPLIT = {
 }
 
 
+def test_another_batch_is_the_same_sequences_and_settings_stay(panel, recorded):
+    panel.choose(Scenario(schedule="presched", slots=40, predictor="frequency", lookahead=1))
+    assert panel.settings.batch.options == (1, 2)
+    assert panel.settings.batch.value == 2
+    both, before, steps = panel.result, panel.scenario, panel.steps.max
+    panel.settings.batch.value = 1
+    assert panel.scenario == before
+    assert panel.result.batch == 1
+    assert panel.result.num_tokens == both.num_tokens
+    assert panel.steps.max > steps, "its steps can be chosen"
+    assert any("those of batch 2" in note for note in panel.result.notes)
+    panel.steps.value = panel.steps.max - 1, panel.steps.max
+    panel.settings.batch.value = 2
+    assert panel.scenarios is recorded
+    assert panel.steps.max == steps
+    assert panel.result.tokens_per_s == both.tokens_per_s
+
+
+def test_a_run_of_another_batch_is_not_laid_beside_what_is_simulated(panel):
+    """One prompt of two was run, and its tokens/s stood below those of two as "simulated +80 %"."""
+    panel.choose(Scenario(schedule="on-demand", slots=36))
+    panel.real.prompts.value = "Once upon a time"
+    run = panel.start().result(60)
+    assert panel.measured is None
+    assert "1 sequence, what is simulated has 2" in panel.state()["status"]
+    panel.settings.batch.value = 1
+    assert panel.measured is run, "there it belongs"
+
+
 @pytest.mark.parametrize("typed", SPLIT, ids=repr)
 def test_a_line_of_three_dashes_stands_between_two_prompts(panel, typed):
     panel.real.prompts.value = typed
