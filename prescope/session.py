@@ -41,6 +41,7 @@ from .simulator import (
 )
 from .traces.metrics import METRIC_DEFINITIONS
 from .traces.result import RunResult
+from .traces.routing import RoutingTrace
 from .widgets import CapacityPanel, Dashboard, PairPanel, SchedulePanel, SlotsPanel
 
 if TYPE_CHECKING:
@@ -290,10 +291,11 @@ class Session:
 
     def capacity_panel(self, machine: str | None = None) -> CapacityPanel:
         """What GPU memory buys, for this model or a published one, on any machine; a panel made before is closed."""
-        trace = next((run.trace for run in reversed(self.runs) if _is_recorded(run)), None)
-        return self._keep(
-            CapacityPanel({self.engine.name or "this model": self.engine, **_shapes()}, machine, trace)
-        )
+        models: dict[str, Any] = {self.engine.name or "this model": self.engine, **_shapes()}
+        return self._keep(CapacityPanel(models, machine, self._newest_trace()))
+
+    def _newest_trace(self) -> RoutingTrace | None:
+        return next((run.trace for run in reversed(self.runs) if _is_recorded(run)), None)
 
     def dashboard(
         self,
@@ -338,7 +340,16 @@ class Session:
             sources[f"this session: {self.engine.name}"] = own
         sweeps = partial(self._sweep_source, prompts=prompts, keywords=keywords)
         return self._keep(
-            Dashboard(self, prompts, keywords, sources, fresh, self._report_here, sweeps=sweeps)
+            Dashboard(
+                self,
+                prompts,
+                keywords,
+                sources,
+                fresh,
+                self._report_here,
+                sweeps=sweeps,
+                trace=self._newest_trace,
+            )
         )
 
     def sweep_panel(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE
-from ..core.units import GIB
+from ..core.units import GIB, count_of
 from ..engine import Engine
 from ..errors import BadProfile, NoProfile, TraceMismatch, UnsupportedOption
 from ..predictor import NoisyOracle
@@ -16,7 +16,7 @@ from ..profile import HardwareProfile
 from ..profile.files import shipped_files
 from ..scheduler import SCHEDULES
 from ..scheduler.costs import Spread
-from ..simulator import HERE, NONE, ORACLE, Machine, Scenario, Scenarios, SimResult
+from ..simulator import HERE, NONE, ORACLE, Machine, Scenario, Scenarios, SimResult, in_batches
 from ..simulator.verdict import limit_of, name_of
 from ..traces.routing import RoutingTrace
 from ..traces.synthetic import SyntheticSpec
@@ -89,8 +89,8 @@ def advise(
             with.
         batch: sequences side by side. context: tokens of each, for keys and values.
         gpu_gib: GPU memory that may be used; all of it when not given.
-        trace: of this model's routing. Without one it is made up, with the habits of a small trained model, and the
-            advice says so.
+        trace: of this model's routing, whose sequences are served at this batch. Without one, or with fewer of them, it
+            is made up, with the habits of a small trained model, and the advice says so.
         experts: as `load` takes it: "int8", "fp8", "int4" or "mxfp4" for a model that is packed while it is loaded.
         shares: of all experts that have a slot, for the curve.
 
@@ -110,7 +110,8 @@ def advise(
         )
     budget = spec.gpu_gib if gpu_gib is None else min(gpu_gib, spec.gpu_gib)
     fixed = size.dense_bytes + batch * context * size.kv_token_bytes + RESERVE_GIB * GIB
-    assumptions = [*size.notes, *_assumed(spec, trace)]
+    trace, told = _at_batch(trace, batch)
+    assumptions = [*size.notes, *told, *_assumed(spec, trace)]
     scenarios = _scenarios(size, spec, batch, trace)
     fitting = int((budget * GIB - fixed) // size.shape.row_bytes)
     needed = _needs_of_a_step(scenarios)
@@ -130,6 +131,18 @@ def advise(
         settings={} if best is None or slots is None else _settings(kind, ways[slots], slots),
         assumptions=tuple(assumptions),
     )  # fmt: skip
+
+
+def _at_batch(trace: RoutingTrace | None, batch: int) -> tuple[RoutingTrace | None, list[str]]:
+    """A trace's sequences at this batch, and what must be said where there are not as many: routing is guessed then."""
+    if trace is None:
+        return None, []
+    there = len(np.unique(trace.sequence[trace.position >= 0]))
+    if batch <= there:
+        return in_batches(trace, batch)[0], []
+    return None, [
+        f"the trace has {count_of(there, 'sequence')}, fewer than a batch of {batch}: it is not used"
+    ]
 
 
 def _check_numbers(batch: int, context: int, gpu_gib: float | None, shares: Sequence[float]) -> None:

@@ -44,6 +44,7 @@ class CapacityPanel:
 
     Attributes:
         model, machine, batch, context, budget: controls. advice: the latest. figure: the curve. view: all of it.
+        trace: as given; assign another one before a redraw.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class CapacityPanel:
         machine: str | None = None,
         trace: RoutingTrace | None = None,
     ) -> None:
-        self._models, self._trace = models, trace
+        self._models, self.trace = models, trace
         self._first = next(iter(models))
         self._lock = threading.Lock()
         self._asked = 0
@@ -106,7 +107,7 @@ class CapacityPanel:
         try:
             advice = advise(
                 model, self.spec(), batch=self.batch.value, context=self.context.value,
-                gpu_gib=self.budget.value or None, trace=self._trace if name == self._first else None,
+                gpu_gib=self.budget.value or None, trace=self.trace if name == self._first else None,
             )  # fmt: skip
         except PrescopeError as error:
             self.words.value = f"<p class='ps-error'><b>{type(error).__name__}</b>: {escape(str(error))}</p>"

@@ -17,6 +17,7 @@ from ..engine.job import NamedPrompts
 from ..errors import PrescopeError
 from ..scheduler import SCHEDULES
 from ..simulator import Scenarios
+from ..traces.routing import RoutingTrace
 from ..views.numbers import NAN
 from ..views.threshold import plot_threshold, threshold_info
 from .capacity_panel import CapacityPanel
@@ -53,6 +54,7 @@ class Dashboard:
         report: writes a page of what the live panel shows; None: there is no button.
         sweeps: makes what a sweep of scenarios needs; None: there is no such tab. It may raise ImportError: sweeps
             come with an extra.
+        trace: the newest routing of the runner's model; None: none was recorded yet, so that advice guesses it.
 
     Attributes:
         live: the panel of settings and figures. capacity, runs: panels. tabs, view: widgets.
@@ -68,7 +70,9 @@ class Dashboard:
         report: Callable[[SchedulePanel], Path] | None = None,
         *,
         sweeps: Callable[[Scenarios], "SweepSource"] | None = None,
+        trace: Callable[[], RoutingTrace | None] = lambda: None,
     ) -> None:
+        self._trace = trace
         self._runner, self._record, self._report = runner, record, report
         self._sweeps = sweeps
         self._swept: SweepSource | None = None
@@ -128,13 +132,25 @@ class Dashboard:
         if TABS[index] == "Runs":
             self.runs.refresh()
             return
-        state = (self.live.scenario, self.live.scenarios) if TABS[index] != "Machine and model" else "once"
+        if TABS[index] == "Machine and model":
+            self._show_capacity(index)
+            return
+        state = (self.live.scenario, self.live.scenarios)
         if self._drawn.get(index) == state:
             return
         self._drawn[index] = state
-        {"Machine and model": self.capacity.soon, "Predictor": self._show_predictor, "Schedules": self._show_schedules,
-            "Sweep": self._show_sweep,
-        }[TABS[index]]()  # fmt: skip
+        {"Predictor": self._show_predictor, "Schedules": self._show_schedules, "Sweep": self._show_sweep}[
+            TABS[index]
+        ]()
+
+    def _show_capacity(self, index: int) -> None:
+        """Advice on the session's model goes by its own routing as soon as some was recorded."""
+        trace = self._trace()
+        if index in self._drawn and trace is self.capacity.trace:
+            return
+        self._drawn[index] = "once"
+        self.capacity.trace = trace
+        self.capacity.soon()
 
     def _show_predictor(self) -> None:
         try:

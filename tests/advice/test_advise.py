@@ -254,6 +254,23 @@ def test_a_trace_of_another_model_is_told():
         advise(BIG_EXPERTS, desktop(), trace=other)
 
 
+def test_a_recorded_trace_is_served_at_the_batch_that_is_asked_for():
+    """Three recorded prompts were advised on as one sequence with the tokens/s of three."""
+    size = ModelSize.of(BIG_EXPERTS)
+    made = SyntheticSpec(num_layers=4, num_experts=16, top_k=2).generate(
+        prompt_tokens=4, new_tokens=12, batch=3, seed=3
+    )
+    rates = {}
+    for batch in (1, 3):
+        found = advise(size, desktop(), trace=made, batch=batch, shares=(0.5,))
+        assert not any("guessed" in note for note in found.assumptions)
+        rates[batch] = found.points[0].on_demand
+    assert rates[1] < 0.8 * rates[3]
+    more = advise(size, desktop(), trace=made, batch=4, shares=(0.5,))
+    assert any("3 sequences, fewer than a batch of 4" in note for note in more.assumptions)
+    assert any("guessed" in note for note in more.assumptions)
+
+
 @pytest.mark.parametrize("model", [None, 3, b"x", embedded_model() / "tokenizer.json"], ids=str)
 def test_what_is_no_config_is_told_in_a_few_words(model):
     with pytest.raises((BadModelFolder, NotAMoE)) as told:

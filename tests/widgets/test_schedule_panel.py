@@ -591,6 +591,23 @@ def test_the_model_tab_answers_from_the_engine_and_from_published_shapes(board):
     assert "budget" in capacity.figure.layout.annotations[-1].text
 
 
+def test_the_model_tab_goes_by_the_sessions_own_routing_once_there_is_some(monkeypatch):
+    monkeypatch.setattr(HardwareProfile, "_found", classmethod(lambda cls, place: None))
+    with Session(slots=32, device="cpu", link_gb_per_s=2.0) as session:
+        board = session.dashboard(PROMPTS, max_new_tokens=4)
+        capacity = board.capacity
+
+        def told() -> bool:
+            board.tabs.selected_index = TABS.index("Machine and model")
+            wait_for(lambda: capacity.words.value and "simulating" not in capacity.words.value)
+            return "guessed" in capacity.words.value
+
+        assert told()
+        board.record()
+        board.tabs.selected_index = TABS.index("Runs")
+        assert not told(), "it was recorded meanwhile"
+
+
 def test_a_number_typed_in_makes_the_machine_an_assumed_one(board):
     capacity = board.capacity
     assert capacity.spec().origin.startswith("measured")
