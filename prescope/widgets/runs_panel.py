@@ -240,6 +240,9 @@ def _settings_apart(one: RunResult, other: RunResult) -> pd.DataFrame:
 
 
 def _said(value: object) -> str:
+    """As a person reads it; a setting that this run has not is a dash."""
+    if value is None or value == "":
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -42,6 +42,18 @@ class Drawn(NamedTuple):
     drawn_ms: float
 
 
+class _Pinned(NamedTuple):
+    """A baseline."""
+
+    name: str
+    simulated: Numbers
+    measured: Numbers | None
+
+    def beside(self, run: RunResult | None) -> Numbers:
+        """Its numbers of the kind that a setting has: the simulator may be off by more than settings differ."""
+        return self.simulated if run is None or self.measured is None else self.measured
+
+
 class SchedulePanel:
     """What would another schedule have done? And does it, for real?
 
@@ -78,7 +90,7 @@ class SchedulePanel:
         self._resting = RestTimer(self._advise, REST_S)
         self._runs: dict[Scenario, list[RunResult]] = {}
         self._regrouped: dict[int, Scenarios] = {}
-        self._pinned: tuple[str, Numbers] | None = None
+        self._pinned: _Pinned | None = None
         self.presets = Presets(lambda: self._scenarios, lambda: self.scenario, self.choose)
         self._running: Scenario | None = None
         self._watchers: list[Callable[[], None]] = []
@@ -186,8 +198,8 @@ class SchedulePanel:
 
     @property
     def pinned(self) -> Numbers | None:
-        """The baseline's numbers, if one was pinned."""
-        return None if self._pinned is None else self._pinned[1]
+        """The baseline's numbers, if one was pinned: as measured, where it and the present setting were."""
+        return None if self._pinned is None else self._pinned.beside(self.measured)
 
     @property
     def shown_steps(self) -> range:
@@ -195,10 +207,10 @@ class SchedulePanel:
         return self.drawing.shown_steps
 
     def pin(self) -> None:
-        """From now on numbers are shown against those of this setting: as measured, or as simulated before a run."""
+        """From now on numbers are shown against those of this setting: measured ones against measured ones."""
         kept = self.measured
         name = f"{self.result.config['schedule']}, {self.result.config['num_slots']} slots, batch {self.result.batch}"
-        self._pinned = name, numbers(self.result if kept is None else kept)
+        self._pinned = _Pinned(name, numbers(self.result), None if kept is None else numbers(kept))
         self.presets.pin(self.scenario)
         self._say()
 
@@ -311,7 +323,7 @@ class SchedulePanel:
     def _say_numbers(self) -> None:
         kept = self.measured_runs
         now = numbers(self.result)
-        name, pinned = self._pinned or ("", None)
+        name, pinned = "" if self._pinned is None else self._pinned.name, self.pinned
         bound = bound_numbers(self.result) if self._knows_bounds() else NO_BOUND
         there = self._scenarios.measured_there(self.scenario)
         measured, rates = None, [run.metrics.tokens_per_s for run in kept]

@@ -19,6 +19,7 @@ from prescope.scheduler import SCHEDULES
 from prescope.session import Session
 from prescope.simulator import Recording, Scenario
 from prescope.views.lanes import lanes_info, lanes_traces
+from prescope.views.numbers import formatted
 from prescope.widgets import capacity_panel, pair_panel, schedule_panel, showing
 from prescope.widgets.dashboard import TABS
 from tests.support.speed import assert_within
@@ -338,6 +339,23 @@ def test_another_batch_is_the_same_sequences_and_settings_stay(panel, recorded):
     assert panel.scenarios is recorded
     assert panel.steps.max == steps
     assert panel.result.tokens_per_s == both.tokens_per_s
+
+
+def test_what_was_measured_is_held_against_what_was_measured_alone(panel):
+    """A setting simulated at +10 % stood at -31 % below a pinned run, by as much as the simulator was off."""
+    panel.choose(Scenario(schedule="on-demand", slots=22))
+    simulated = panel.result.tokens_per_s
+    panel.start().result(60)
+    panel.pin()
+    assert "measured, link emulated against pinned" in panel.numbers.text
+    assert panel.pinned.tokens_per_s == panel.measured.metrics.tokens_per_s
+    panel.settings.slots.value = 60
+    assert panel.pinned.tokens_per_s == simulated
+    assert "simulated against pinned" in panel.numbers.text
+    gain = 100 * (panel.result.tokens_per_s / simulated - 1)
+    assert f"{formatted(gain, signed=True, field='tokens_per_s')} %" in panel.numbers.text
+    panel.start().result(60)
+    assert "measured, link emulated against pinned" in panel.numbers.text
 
 
 def test_a_run_of_another_batch_is_not_laid_beside_what_is_simulated(panel):
