@@ -148,7 +148,8 @@ class CapacityPanel:
             return
         former, self._is_quiet = self._is_quiet, True
         for name, widget in self.numbers.items():
-            widget.value = round(float(getattr(known, name)), 1)
+            # To four digits: an emulated link of 0.12 GB/s became one of 0.1 as soon as another number was typed.
+            widget.value = float(f"{getattr(known, name):.4g}")
         self._is_quiet = former
 
     def _on_move(self, change: Any) -> None:

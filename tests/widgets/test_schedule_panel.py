@@ -635,6 +635,19 @@ def test_a_number_typed_in_makes_the_machine_an_assumed_one(board):
     wait_for(lambda: "typed in" in capacity.words.value and "simulating" not in capacity.words.value)
 
 
+def test_a_number_typed_in_leaves_the_others_as_they_were_measured(session):
+    capacity = session.capacity_panel()
+    for machine in capacity.machine.options[:-1]:
+        capacity._is_quiet = True
+        capacity.machine.value = machine
+        capacity._fill()
+        measured = capacity.spec()
+        capacity.machine.value = "typed in"
+        for name in capacity.numbers:
+            assert getattr(capacity.spec(), name) == pytest.approx(getattr(measured, name), rel=1e-3), name
+    capacity.close()
+
+
 def test_advice_that_comes_after_the_panel_was_closed_is_shown_to_nobody(session, monkeypatch):
     """It went on in its thread and put figures into widgets that were gone."""
     capacity = session.capacity_panel()
