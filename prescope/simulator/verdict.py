@@ -125,7 +125,10 @@ def _words(found: Verdict, is_predicting: bool, perfect: SimResult, chosen: SimR
         "layers mostly wait" if found.limit == "waiting" else f"the {found.limit} is busy"
     ) + f" {100 * found.limit_frac:.0f} % of the time"
     most = digits(max(perfect.tokens_per_s, 0.0 if found.with_it is None else found.with_it.tokens_per_s))
-    ceiling = f"; perfect prediction would give {most}, the bound is {digits(chosen.bounds.tokens_per_s)}"
+    # A choice that never uses the CPU has a bound without it, which the others here may pass.
+    with_lane = " with the CPU lane" if perfect.config["cpu"] and not chosen.config["cpu"] else ""
+    bound = digits((perfect if with_lane else chosen).bounds.tokens_per_s)
+    ceiling = f"; perfect prediction would give {most}, the bound{with_lane} is {bound}"
     if found.with_it is None:
         verb = "would pay" if found.perfect_gain >= LEAST_GAIN else "cannot pay"
         return f"Prediction {verb} here: {100 * found.perfect_gain:+.0f} % at most over {best}; {limit}"

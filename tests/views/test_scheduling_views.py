@@ -1,5 +1,6 @@
 """The figures of the scheduling notebook."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from prescope.errors import BadTrace, UnsupportedOption
 from prescope.predictor import Frequency
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.costs import LayerCosts
-from prescope.simulator import Machine, Scenario, Scenarios, verdict
+from prescope.simulator import Machine, Recording, Scenario, Scenarios, verdict
 from prescope.traces.events import event_frame
 from prescope.views.gpu_idle import gpu_idle_info
 from prescope.views.lanes import MAX_BARS, MEANINGS, lanes_info, lanes_layout, lanes_traces
@@ -296,3 +297,19 @@ def test_what_is_empty_is_not_drawn(results, draw):
     for trace in figure.data:
         values = trace.x if trace.orientation == "h" else trace.y
         assert (trace.visible is not False) == bool(len(values) and any(values)), trace.name
+
+
+@pytest.mark.parametrize("slots", [8, 64, 128, 200])
+@pytest.mark.parametrize("schedule", ["on-demand", "klotski", "presched"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_no_line_of_advice_gives_more_than_its_bound(slots, schedule, batch):
+    """Perfect prediction would give 272, it said, and the bound is 157: with the CPU lane, and without."""
+    scenarios = Recording.load("medium.b1").scenarios().at_batch(batch)
+    found = verdict(
+        scenarios, Scenario(schedule=schedule, slots=slots, machine=next(iter(scenarios.machines)))
+    )
+    said = re.search(r"would give ([\d,.]+), the bound[a-zA-Z ]* is ([\d,.]+)", found.words)
+    if said is not None:
+        most, bound = (float(number.replace(",", "").rstrip(".")) for number in said.groups())
+        assert most <= 1.01 * bound, found.words
+    assert "would give" in found.words or "at most" in found.words
