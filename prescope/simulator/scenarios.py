@@ -75,6 +75,7 @@ class Scenarios:
         self._lookahead = lookahead
         self._simulators: dict[tuple[str, str, bool], Simulator] = {}
         self._results: dict[Scenario, SimResult] = {}
+        self._as_recorded = self  # of those that were regrouped: what they were made of
         for name in (NONE, *self.predictors):
             self.simulator(Scenario(slots=1, predictor=name, machine=next(iter(self.machines))))
 
@@ -107,6 +108,8 @@ class Scenarios:
         Raises:
             UnsupportedOption: there are not as many sequences.
         """
+        if self._as_recorded is not self:
+            return self._as_recorded.at_batch(batch)
         if batch == self.batch:
             return self
         trace, rows = in_batches(self.trace, batch)
@@ -123,11 +126,13 @@ class Scenarios:
             for name, one in self.predictors.items()
             if name != ORACLE  # made anew
         ]
-        return Scenarios(
+        made = Scenarios(
             trace, list(self.machines.values()), known, predict_us=self.predict_us, label=self.label,
             commands=self.commands, frequencies=self.frequencies,
             note=f"regrouped to batch {batch}; the machine's times are those of batch {self.batch}",
         )  # fmt: skip
+        made._as_recorded = self
+        return made
 
     def machine(self, scenario: Scenario) -> Machine:
         """The machine of a scenario.
