@@ -81,7 +81,7 @@ class Bench:
         self.cpu.close()
         self._device.recover()
         self.host.close()
-        self.pool = torch.empty(0, dtype=torch.uint8)
+        self.pool = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     # -- one sample --------------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ def copying(device: Device, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) 
     def step() -> None:
         with device.as_current():
             if threading.get_ident() not in made_in:
-                torch.zeros(1, device=device.torch_device)
+                torch.zeros(1, dtype=torch.float32, device=device.torch_device)
                 made_in.add(threading.get_ident())
             look_after()
 

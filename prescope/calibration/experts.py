@@ -26,7 +26,9 @@ class ExpertForm(NamedTuple):
     @property
     def layer(self) -> CpuLayer:
         """The sizes as the CPU lane reads them."""
-        return CpuLayer(torch.empty((0, self.layout.row_bytes), dtype=torch.uint8), self.layout, self.spec)
+        return CpuLayer(
+            torch.empty((0, self.layout.row_bytes), dtype=torch.uint8, device="cpu"), self.layout, self.spec
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,9 +42,8 @@ class ExpertForm(NamedTuple):
 
 def silu_form(width: int, expert_width: int, dtype: torch.dtype = torch.bfloat16) -> ExpertForm:
     """The usual expert: down(silu(gate(x)) * up(x)) without biases."""
-    with torch.device("meta"):
-        up = torch.empty((1, 2 * expert_width, width), dtype=dtype)
-        down = torch.empty((1, width, expert_width), dtype=dtype)
+    up = torch.empty((1, 2 * expert_width, width), dtype=dtype, device="meta")
+    down = torch.empty((1, width, expert_width), dtype=dtype, device="meta")
     spec = ExpertsSpec(
         up="gate_up_proj", down="down_proj", up_bias=None, down_bias=None, is_transposed=False, gate=_silu_gate,
         post_norm=None,
@@ -73,7 +74,10 @@ def _random_fields(form: ExpertForm, generator: torch.Generator) -> dict[str, to
     for name in names:
         if name is not None:
             shape = form.layout.shape(name)
-            tensors[name] = torch.randn((1, *shape), generator=generator) * shape[-1] ** -0.5
+            tensors[name] = (
+                torch.randn((1, *shape), generator=generator, dtype=torch.float32, device="cpu")
+                * shape[-1] ** -0.5
+            )
     return tensors if form.layout.packing is None else pack(form.layout.packing, tensors)
 
 
@@ -104,8 +108,8 @@ class CpuLane:
         layer = self._form.layer
         pairs = np.arange(num * tokens)
         expert_batch = ExpertBatch(np.arange(num), np.arange(num + 1) * tokens, pairs % tokens, pairs)
-        x = torch.randn((tokens, layer.in_dim)).to(layer.dtype)
-        out = torch.empty((num * tokens, layer.out_dim), dtype=layer.dtype)
+        x = torch.randn((tokens, layer.in_dim), dtype=torch.float32, device="cpu").to(layer.dtype)
+        out = torch.empty((num * tokens, layer.out_dim), dtype=layer.dtype, device="cpu")
         self._buffers[num, tokens] = expert_batch, x, out
         return expert_batch, x, out
 

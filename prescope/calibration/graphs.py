@@ -49,7 +49,7 @@ class GraphLane:
         shape = MoEShape(num_layers, num, num, self._form.layout.row_bytes)
         residency = ResidencyTable(shape, num_layers * num, make_policy("lru", shape))
         for layer in range(num_layers):
-            residency.landed(residency.take(layer, torch.arange(num).numpy()))
+            residency.landed(residency.take(layer, torch.arange(num, device="cpu").numpy()))
         table = make_device_table(shape, residency.num_slots, self._device.torch_device)
         table.take(residency)
         step = table.new_step(tokens, num, policy=LRU.kind, orders=False, timed=False)

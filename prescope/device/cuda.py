@@ -283,4 +283,4 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 def _forget_error(device: torch.device) -> None:
     """The check of the next launch takes the error that the runtime remembers of a call that failed."""
     with suppress(RuntimeError):
-        torch.zeros(1, device=device)
+        torch.zeros(1, dtype=torch.float32, device=device)

@@ -91,7 +91,7 @@ class EmulatedLinkDevice(OnCpu):
 
     def allocate_slots(self, num_slots: int, row_bytes: int) -> torch.Tensor:
         try:
-            return torch.empty((num_slots, row_bytes), dtype=torch.uint8)
+            return torch.empty((num_slots, row_bytes), dtype=torch.uint8, device="cpu")
         except RuntimeError as error:  # what torch's CPU allocator raises
             raise SlotPoolTooLarge(
                 f"{num_slots} slots of {format_bytes(row_bytes)} do not fit into host memory, of which "

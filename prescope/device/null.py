@@ -52,7 +52,7 @@ class NullDevice(OnCpu):
         return 1 << 40
 
     def allocate_slots(self, num_slots: int, row_bytes: int) -> torch.Tensor:
-        return torch.full((num_slots, row_bytes), POISON, dtype=torch.uint8)
+        return torch.full((num_slots, row_bytes), POISON, dtype=torch.uint8, device="cpu")
 
     def copy(
         self,

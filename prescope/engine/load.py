@@ -56,7 +56,9 @@ def load(
     source = take_source(settings)
     config = _config_of(settings)
     place = _place_of(model)
-    loaded = load_model(place, dtype, partial(_check_early, config), source, config.experts)
+    # transformers reads weights to the default device, which has no room for all experts: the engine moves the others.
+    with torch.device("cpu"):
+        loaded = load_model(place, dtype, partial(_check_early, config), source, config.experts)
     return Engine(
         loaded.model,
         config,

@@ -289,7 +289,7 @@ class Predictings:
 
 def of_step(made: list[Prediction], lookahead: int, num_experts: int, device: torch.device) -> torch.Tensor:
     """(d, 2, E) of a step's tokens together; rows beyond the last layer are zero."""
-    out = torch.zeros((lookahead, 2, num_experts), device=device)
+    out = torch.zeros((lookahead, 2, num_experts), dtype=torch.float32, device=device)
     if made:
         scores_dTE = torch.stack([prediction.scores_TE for prediction in made])
         out[: len(made), 0] = scores_dTE.sum(1)

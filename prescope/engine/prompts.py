@@ -140,7 +140,7 @@ class Encoder:
             return self._row(row_of(item, position), position)
         if isinstance(item, torch.Tensor | np.ndarray) and (item.ndim == 1 or item.shape[:-1] == (1,)):
             # (1, T) is what a tokenizer returns for one text.
-            ids = self._tensor(torch.as_tensor(item))[0].tolist() if item.shape[-1] else []
+            ids = self._tensor(_as_tensor(item))[0].tolist() if item.shape[-1] else []
             return self._row(ids, position)
         if isinstance(item, Sequence) and not isinstance(item, str | bytes):
             if item and all(isinstance(message, Mapping) for message in item):
@@ -237,12 +237,12 @@ class Encoder:
             if not row:
                 raise UnsupportedOption(f"prompt {position} is empty; every prompt needs at least one token")
         longest = max(map(len, rows))
-        ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        ids = torch.tensor([[self._pad] * (longest - len(row)) + row for row in rows], device="cpu")
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device="cpu")
         return ids, mask
 
     def _embeds(self, given: Any, ids: torch.Tensor | None) -> torch.Tensor:
-        embeds = torch.as_tensor(given)
+        embeds = _as_tensor(given)
         if embeds.dim() != 3 or not embeds.is_floating_point() or not embeds.numel():
             raise UnsupportedOption(
                 f"inputs_embeds are floats of shape (B, T, D), these are {embeds.dtype} {tuple(embeds.shape)}"
@@ -293,6 +293,11 @@ def _require_whole_characters(text: str, what: str) -> None:
         ) from None
 
 
+def _as_tensor(values: Any) -> torch.Tensor:
+    """A tensor where it is; anything else as one on the CPU, whatever torch's default device is."""
+    return values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def _is_id(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.dim() == 0 and not (value.is_floating_point() or value.dtype == torch.bool)
@@ -324,7 +329,7 @@ def _mask(given: Any, tokens: torch.Tensor, own: torch.Tensor | None, goes_on: b
     if isinstance(given, list | tuple) and all(isinstance(row, list | tuple) for row in given):
         given = [[0] * (tokens.shape[1] - len(row)) + list(row) for row in given]
     try:
-        mask = torch.as_tensor(given)
+        mask = _as_tensor(given)
     except (TypeError, ValueError) as error:
         raise UnsupportedOption(f"attention_mask is no (B, T) of zeros and ones: {error}") from error
     mask = mask.reshape(1, -1) if mask.dim() == 1 else mask

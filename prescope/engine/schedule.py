@@ -154,7 +154,7 @@ class ScheduleRunner:
         assert self.cpu is not None, "a schedule without a CPU lane sent experts to the CPU"
         expert_batch = expert_batch_of(ids_TK, experts)
         x, tokens = _rows(x_TD.detach(), expert_batch.tokens)
-        out = torch.empty((len(expert_batch.places), x_TD.shape[1]), dtype=x_TD.dtype)
+        out = torch.empty((len(expert_batch.places), x_TD.shape[1]), dtype=x_TD.dtype, device="cpu")
         job = self.cpu.submit(moe_layer, expert_batch.compact()._replace(tokens=tokens), x, out)
         self._under_way = [*(other for other in self._under_way if not other.done()), job]
         return CpuWork(moe_layer, expert_batch.experts, expert_batch, job, out)

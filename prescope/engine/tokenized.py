@@ -72,7 +72,7 @@ def field_of(value: Any, length: int | None, device: torch.device) -> Any:
     """
     is_numbers = isinstance(value, np.ndarray) and value.dtype.kind in "iufb"
     if is_numbers or (isinstance(value, list | tuple) and value and _is_numeric(value)):
-        value = torch.as_tensor(np.asarray(value))
+        value = torch.as_tensor(np.asarray(value), device="cpu")
     if not isinstance(value, torch.Tensor):
         return value
     value = value.to(device)

@@ -95,8 +95,10 @@ def _all_numbers(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 def _samples(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Pairs as models have them, (SAMPLES,) each: normal, with spreads from a hundredth to a hundred."""
     rng = torch.Generator().manual_seed(0)
-    spread = torch.logspace(-2, 2, SAMPLES)[torch.randperm(SAMPLES, generator=rng)]
-    g, u = torch.randn(2, SAMPLES, generator=rng) * spread
+    spread = torch.logspace(-2, 2, SAMPLES, dtype=torch.float32, device="cpu")[
+        torch.randperm(SAMPLES, generator=rng, device="cpu")
+    ]
+    g, u = torch.randn(2, SAMPLES, generator=rng, dtype=torch.float32, device="cpu") * spread
     return g.to(device, dtype), u.to(device, dtype)
 
 

@@ -610,7 +610,7 @@ class GraphBuffers:
 
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeroed host memory that the GPU reads and writes (the CPU's own in the interpreter)."""
-    return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda", device="cpu")
 
 
 def _power_of_2(n: int) -> int:

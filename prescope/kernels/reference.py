@@ -17,7 +17,7 @@ class TorchKernel:
     serves_unread = False
 
     def __init__(self) -> None:
-        self._order = torch.empty(0, dtype=torch.int64)  # pairs sorted by expert
+        self._order = torch.empty(0, dtype=torch.int64, device="cpu")  # pairs sorted by expert
         self._first = np.zeros(1, dtype=np.int64)  # first place of each expert in that order
 
     def prepare(self, work: Work) -> None:

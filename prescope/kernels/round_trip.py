@@ -44,8 +44,8 @@ class Ping:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._word = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self._answer = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._word = torch.zeros(1, dtype=torch.int32, pin_memory=True, device="cpu")
+        self._answer = torch.zeros(1, dtype=torch.int32, pin_memory=True, device="cpu")
         self._ack = torch.zeros(1, dtype=torch.int32, device=device.torch_device)
         self._times = torch.zeros(2, dtype=torch.int64, device=device.torch_device)
         self._hold = torch.zeros((HOLD_DIM, HOLD_DIM), dtype=torch.bfloat16, device=device.torch_device)

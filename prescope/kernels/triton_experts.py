@@ -108,7 +108,7 @@ class TritonKernel:
     def __init__(self) -> None:
         self._tiles = False
         self._block_m = 16
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._order = torch.empty(0, dtype=torch.int64, device="cpu")
         self._counts = np.zeros(0, dtype=np.int64)
         self._first = np.zeros(0, dtype=np.int64)
         self._gates = Gates()
@@ -190,7 +190,7 @@ class TritonKernel:
         self, moe_layer: int, slot_row: IntArray, version: int, device: torch.device
     ) -> torch.Tensor:
         """The layer's row of the residency table on the device, uploaded only when it has changed."""
-        known, row = self._rows.get(moe_layer, (-1, torch.empty(0)))
+        known, row = self._rows.get(moe_layer, (-1, torch.empty(0, dtype=torch.float32, device="cpu")))
         if known != version or version < 0:
             row = _upload(slot_row, device)
             self._rows[moe_layer] = version, row
@@ -198,7 +198,7 @@ class TritonKernel:
 
     def _keep_round(self, work: Work, experts: IntArray, y_PD: torch.Tensor) -> None:
         """Take over the normed rows of this round's pairs only: the others hold nothing yet, or a former round's."""
-        member = torch.zeros(work.num_experts + 1, dtype=torch.bool)
+        member = torch.zeros(work.num_experts + 1, dtype=torch.bool, device="cpu")
         member[torch.from_numpy(experts)] = True
         ids = work.ids_TK.reshape(-1)
         known = torch.where((ids < 0) | (ids >= work.num_experts), work.num_experts, ids)
@@ -375,6 +375,6 @@ def _upload(table: IntArray, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":  # Triton's interpreter, in tests
         return torch.from_numpy(table.astype(np.int32).ravel())
     # Staging from torch's caching host allocator, which keeps the block until the copy has run.
-    staging = torch.empty(table.size, dtype=torch.int32, pin_memory=True)
+    staging = torch.empty(table.size, dtype=torch.int32, pin_memory=True, device="cpu")
     staging.numpy()[:] = table.ravel()
     return staging.to(device, non_blocking=True)

@@ -158,7 +158,7 @@ def targets_of(moe_layer: int, shape: MoEShape, lookahead: int) -> Iterator[tupl
 def used_mask_torch(ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
     """(..., E) float32 0/1 from ids (..., K); as `used_mask`, on the ids' device. Ids outside [0, E) mark none."""
     places = places_of(ids_TK, num_experts)
-    mask = torch.zeros((*places.shape[:-1], num_experts + 2), device=places.device)
+    mask = torch.zeros((*places.shape[:-1], num_experts + 2), dtype=torch.float32, device=places.device)
     return mask.scatter_(-1, places, 1.0)[..., 1:-1]
 
 
@@ -221,9 +221,9 @@ def measure_us(
     """
     predictor = predictor.to(device)
     generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(tokens, width, generator=generator).to(device)
-    ids_TK = torch.arange(predictor.shape.top_k).expand(tokens, -1).to(device)
-    weights_TK = torch.full(ids_TK.shape, 1.0 / predictor.shape.top_k, device=device)
+    x_TD = torch.randn(tokens, width, generator=generator, dtype=torch.float32, device="cpu").to(device)
+    ids_TK = torch.arange(predictor.shape.top_k, device="cpu").expand(tokens, -1).to(device)
+    weights_TK = torch.full(ids_TK.shape, 1.0 / predictor.shape.top_k, dtype=torch.float32, device=device)
     layer = max(0, (predictor.shape.num_layers - 1 - predictor.lookahead) // 2)
     times = []
     for _ in range(repeats + 1):

@@ -87,7 +87,7 @@ class Routers:
         cls, weight_LED: torch.Tensor, scoring: Literal["softmax", "sigmoid"] = "softmax"
     ) -> "Routers":
         """Routers without biases."""
-        zeros = torch.zeros(weight_LED.shape[:2])
+        zeros = torch.zeros(weight_LED.shape[:2], dtype=torch.float32, device="cpu")
         return cls(weight_LED.detach().float().cpu(), zeros, zeros.clone(), scoring)
 
     def to(self, device: torch.device | str) -> "Routers":
@@ -293,7 +293,9 @@ class PreviousToken(Baseline):
     def begin(self, num_sequences: int) -> None:
         """Forget the past: a run of this many sequences starts."""
         chance = self.shape.top_k / self.shape.num_experts
-        self._recent_SLE = torch.full((num_sequences, *self.shape[:2]), chance)
+        self._recent_SLE = torch.full(
+            (num_sequences, *self.shape[:2]), chance, dtype=torch.float32, device="cpu"
+        )
 
     def observe(self, moe_layer: int, ids_TK: torch.Tensor) -> None:
         """As `base.Learns.observe`; of N positions a sequence at once, the newest weighs most."""
@@ -346,7 +348,7 @@ class Transition(Baseline):
         rate_LE = (used_LRE.sum(1) + PRIOR_TOKENS * K / E) / (len(trace) + PRIOR_TOKENS)
         self._prior_LE = torch.from_numpy(logit(rate_LE).astype(np.float32))
         #: [d - 1, l, i, j]: what expert i at layer l adds to the logit of expert j at layer l + d.
-        self._evidence_DLEE = torch.zeros(lookahead, L, E, E)
+        self._evidence_DLEE = torch.zeros(lookahead, L, E, E, dtype=torch.float32, device="cpu")
         for ahead in range(1, min(lookahead, L - 1) + 1):
             together = np.einsum("lri,lrj->lij", used_LRE[:-ahead], used_LRE[ahead:], optimize=True)
             rate = rate_LE[ahead:, None, :]

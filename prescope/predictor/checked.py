@@ -111,9 +111,13 @@ def try_out(
             which is raised as it is.
     """
     generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(TRIAL_TOKENS, width, generator=generator).to(device, dtype)
+    x_TD = torch.randn(TRIAL_TOKENS, width, generator=generator, dtype=torch.float32, device="cpu").to(
+        device, dtype
+    )
     ids_TK = torch.arange(shape.top_k, device=device).expand(TRIAL_TOKENS, -1)
-    weights_TK = torch.full((TRIAL_TOKENS, shape.top_k), 1.0 / shape.top_k, device=device)
+    weights_TK = torch.full(
+        (TRIAL_TOKENS, shape.top_k), 1.0 / shape.top_k, dtype=torch.float32, device=device
+    )
     for moe_layer in sorted({0, shape.num_layers - 1}):
         try:
             with torch.no_grad():

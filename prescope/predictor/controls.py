@@ -54,7 +54,11 @@ class Chance(Baseline):
         size = (len(at.x_TD), self.shape.num_experts)
 
         def scores(ahead: int, target: int) -> torch.Tensor:
-            noise = torch.rand(size, generator=self._generator).double().numpy()
+            noise = (
+                torch.rand(size, generator=self._generator, dtype=torch.float32, device="cpu")
+                .double()
+                .numpy()
+            )
             return torch.from_numpy(self._scores(noise)).to(at.x_TD.device)
 
         return scores

@@ -107,4 +107,4 @@ def _empty(name: str, size: object, where: str) -> torch.Tensor:
     is_size = isinstance(size, list) and all(type(n) is int and 0 <= n < 2**31 for n in size)
     if not isinstance(size, list) or not is_size or 0 not in size:
         raise BadPredictor(f"{where} tensor {name!r} of size {size!r} is not empty; {REMEDY}")
-    return torch.zeros(size)
+    return torch.zeros(size, dtype=torch.float32, device="cpu")

@@ -113,7 +113,9 @@ class Llapor:
         if config.residual and routers is not None:
             fixed |= {"router": routers.weight_LED.cpu(), "router_bias": routers.logit_bias_LE.cpu()}
             fixed["platt_faded"] = _identity_platt(config, shape)
-            fixed["trust"] = torch.full((shape.num_layers, 1, 1), ALWAYS_TRUST)
+            fixed["trust"] = torch.full(
+                (shape.num_layers, 1, 1), ALWAYS_TRUST, dtype=torch.float32, device="cpu"
+            )
         generator = torch.Generator().manual_seed(seed)
         tensors: dict[str, torch.Tensor] = {}
         width = fixed["pca_mean"].shape[2]
@@ -123,11 +125,14 @@ class Llapor:
             if name in fixed:
                 tensors[name] = fixed[name]
             elif name == "skip":
-                tensors[name] = torch.ones(size)
+                tensors[name] = torch.ones(size, dtype=torch.float32, device="cpu")
             elif starts_at_zero:
-                tensors[name] = torch.zeros(size)
+                tensors[name] = torch.zeros(size, dtype=torch.float32, device="cpu")
             else:
-                tensors[name] = torch.randn(size, generator=generator) * size[-2] ** -0.5
+                tensors[name] = (
+                    torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+                    * size[-2] ** -0.5
+                )
         return cls(config, shape, groups, tensors, tag)
 
     def _early_routers(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -294,7 +299,9 @@ class Llapor:
         if self.config.use_choice:
             assert ids_TK is not None  # checked
             if weights_TK is None:
-                weights_TK = torch.full(ids_TK.shape, 1.0 / self.shape.top_k, device=x_TD.device)
+                weights_TK = torch.full(
+                    ids_TK.shape, 1.0 / self.shape.top_k, dtype=torch.float32, device=x_TD.device
+                )
             choice = choice_of(ids_TK, weights_TK, self.shape.num_experts)[None]
         x_LTD = x_TD.float()[None]
         return *self.hidden(x_LTD, choice, at), self.base(x_LTD, at)
@@ -467,12 +474,14 @@ class Llapor:
 def choice_of(ids: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
     """(..., E) float32: each chosen expert's router weight at its place; ids outside [0, E) leave nothing."""
     places = places_of(ids, num_experts)
-    out = torch.zeros((*places.shape[:-1], num_experts + 2), device=places.device)
+    out = torch.zeros((*places.shape[:-1], num_experts + 2), dtype=torch.float32, device=places.device)
     return out.scatter_(-1, places, weights.float())[..., 1:-1]
 
 
 def _identity_platt(config: LlaporConfig, shape: MoEShape) -> torch.Tensor:
-    return torch.tensor([1.0, 0.0]).repeat(shape.num_layers, config.lookahead, 1)
+    return torch.tensor([1.0, 0.0], dtype=torch.float32, device="cpu").repeat(
+        shape.num_layers, config.lookahead, 1
+    )
 
 
 def _chunks(num_rows: int) -> list[slice]:

@@ -281,7 +281,7 @@ class LlaporKernels:
         config, t, E = predictor.config, predictor.tensors, predictor.shape.num_experts
         T, D = x_TD.shape
         num_ahead = min(d, predictor.shape.num_layers - 1 - moe_layer)
-        out = torch.empty((d, 2, E), device=x_TD.device)
+        out = torch.empty((d, 2, E), dtype=torch.float32, device=x_TD.device)
         if num_ahead <= 0:
             return out.zero_()
         x_TD, K = x_TD.contiguous(), ids_TK.shape[1]
@@ -294,12 +294,12 @@ class LlaporKernels:
             "num_warps": 8,
         }
         has_trust = config.residual and config.trust > 0
-        f, h, share = (torch.empty((T, n), device=x_TD.device) for n in (P, H, 1))
+        f, h, share = (torch.empty((T, n), dtype=torch.float32, device=x_TD.device) for n in (P, H, 1))
         base, num_base = f, 0
         router, bias = t["pca"], t["pca"]  # not looked at
         if config.residual:
             num_base = num_ahead * E
-            base = torch.empty((T, num_base), device=x_TD.device)
+            base = torch.empty((T, num_base), dtype=torch.float32, device=x_TD.device)
             router, bias = t["router"][moe_layer + 1 :], t["router_bias"][moe_layer + 1 :]
 
         def programs(columns: int) -> int:
@@ -327,12 +327,12 @@ class LlaporKernels:
         )  # fmt: skip
         if moe_layer in predictor.groups.middle:
             i, B = moe_layer - predictor.groups.middle.start, config.block
-            inner = torch.empty((T, B), device=x_TD.device)
+            inner = torch.empty((T, B), dtype=torch.float32, device=x_TD.device)
             _open_block[(programs(B),)](
                 h, t["up"][i], t["up_bias"][i], t["gate"][i], t["gate_bias"][i], inner, T, H, B, **sizes
             )
             _close_block[(programs(H),)](inner, t["down"][i], h, T, H, B, **sizes)
-        z = torch.empty((T, num_ahead * E), device=x_TD.device)
+        z = torch.empty((T, num_ahead * E), dtype=torch.float32, device=x_TD.device)
         _judge[(programs(E), num_ahead)](
             h, share, base, t["head"][moe_layer], t["head_bias"][moe_layer],
             t["skip"][moe_layer] if config.residual else f, z, T, H, E, N, num_ahead,

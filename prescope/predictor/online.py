@@ -98,9 +98,11 @@ class OnlineTuner:
             self.config.ring,
         )
         device = p.device
-        self._hidden = torch.zeros(L, ring, p.config.hidden, device=device)
-        self._base = torch.zeros(L, ring, N, device=device) if p.config.residual else None
-        self._used = torch.zeros(L, ring, self.shape.num_experts, device=device)
+        self._hidden = torch.zeros(L, ring, p.config.hidden, dtype=torch.float32, device=device)
+        self._base = (
+            torch.zeros(L, ring, N, dtype=torch.float32, device=device) if p.config.residual else None
+        )
+        self._used = torch.zeros(L, ring, self.shape.num_experts, dtype=torch.float32, device=device)
         # (2, window, lookahead): as trained, as tuned.
         self._errors = np.full((2, self.config.window, self.lookahead), np.nan)
         self._seen = 0

@@ -192,7 +192,7 @@ def _train_layer(
     best, kept, since = -1.0, {k: v.clone() for k, v in net.state_dict().items()}, 0
     for _ in range(epochs):
         net.train()
-        for rows in torch.randperm(len(x)).split(BATCH):
+        for rows in torch.randperm(len(x), device="cpu").split(BATCH):
             bce = binary_cross_entropy_with_logits(net(x[rows]), used[rows], reduction="none")
             focal = (1.0 - torch.exp(-bce)).pow(FOCAL_GAMMA) * bce
             loss = (weight * bce + FOCAL_WEIGHT * focal).mean()

@@ -26,7 +26,7 @@ def layer_recalls(
         counted_RLE: pairs of the trace that count, all unless given.
     """
     L, _, K = predictor.shape[:3]
-    hits, total = torch.zeros(2, predictor.lookahead, L, device=predictor.device)
+    hits, total = torch.zeros(2, predictor.lookahead, L, dtype=torch.float32, device=predictor.device)
     for first in range(0, len(rows), 2048):
         part = rows[first : first + 2048]
         z_LTN = predictor.forward(*predictor.batch_of(trace, part))
@@ -38,7 +38,9 @@ def layer_recalls(
             best = z_LTN[: L - ahead, :, predictor.columns(ahead)].topk(K, dim=-1).indices
             hits[ahead - 1, : L - ahead] += used[ahead:].gather(-1, best).sum((1, 2))
             total[ahead - 1, : L - ahead] += used[ahead:].sum((1, 2))
-    exists = torch.arange(L) < L - torch.arange(1, predictor.lookahead + 1)[:, None]
+    exists = (
+        torch.arange(L, device="cpu") < L - torch.arange(1, predictor.lookahead + 1, device="cpu")[:, None]
+    )
     return torch.where(exists, (hits / total.clamp_min(1)).cpu(), torch.nan)
 
 
@@ -90,6 +92,6 @@ def calibrate(predictor: Llapor, trace: RoutingTrace, counted_RLE: NDArray[np.bo
                     pairs is not None and pairs.any()
                 ):  # where none counts, all do: nothing else is known of the layer
                     z, used = z[pairs][:, None], used[pairs][:, None]
-                platt[layer, ahead - 1] = torch.tensor(fit_platt(z, used))
+                platt[layer, ahead - 1] = torch.tensor(fit_platt(z, used), dtype=torch.float32, device="cpu")
         predictor.tensors[name] = platt.to(predictor.device)
     predictor.is_calibrated = True

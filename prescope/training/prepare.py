@@ -91,7 +91,11 @@ def fit_pca(
         width: dimensions of each layer. `most`: P; columns beyond a layer's width are zero.
     """
     _, L, D = inputs_RLD.shape
-    mean, components, whitening = torch.zeros(L, 1, D), torch.zeros(L, D, most), torch.zeros(L, 1, most)
+    mean, components, whitening = (
+        torch.zeros(L, 1, D, dtype=torch.float32, device="cpu"),
+        torch.zeros(L, D, most, dtype=torch.float32, device="cpu"),
+        torch.zeros(L, 1, most, dtype=torch.float32, device="cpu"),
+    )
     for layer, keep in enumerate(width):
         x = torch.from_numpy(inputs_RLD[:, layer]).to(device).float()
         centre = x.mean(0)

@@ -36,9 +36,9 @@ def routers_of(engine: Engine, trace: RoutingTrace) -> Routers:
     found = [_router_beside(engine.model, layer) for layer in layers]
     E, D = trace.num_experts, require_inputs(trace, "taking out routers").shape[2]
     weight, logit_bias, selection = (
-        torch.zeros(len(layers), E, D),
-        torch.zeros(len(layers), E),
-        torch.zeros(len(layers), E),
+        torch.zeros(len(layers), E, D, dtype=torch.float32, device="cpu"),
+        torch.zeros(len(layers), E, dtype=torch.float32, device="cpu"),
+        torch.zeros(len(layers), E, dtype=torch.float32, device="cpu"),
     )
     for i, (module, extra) in enumerate(found):
         rows, width = module.weight.shape

@@ -142,7 +142,7 @@ class HostLayer:
             self._unpin.detach()
         self._pinned, self._unpin = False, None
         self._views = []
-        self.rows = torch.empty(0, dtype=torch.uint8)
+        self.rows = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._pages.close()
 
 

@@ -240,4 +240,4 @@ class Loader:
         """Give the slots back."""
         self.clear()
         self._slot_views = []
-        self.pool = torch.empty(0, dtype=torch.uint8)
+        self.pool = torch.empty(0, dtype=torch.uint8, device="cpu")

@@ -76,7 +76,7 @@ class HostPages:
 
     def close(self) -> None:
         """Give the memory back as soon as no view of it is left."""
-        self.data = torch.empty(0, dtype=torch.uint8)
+        self.data = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._memory = None
 
 

@@ -60,7 +60,9 @@ def why_not_in_graph(
     generator = torch.Generator().manual_seed(1)
 
     def draw() -> torch.Tensor:
-        return torch.randn(num_tokens, width, generator=generator).to(where, dtype)
+        return torch.randn(num_tokens, width, generator=generator, dtype=torch.float32, device="cpu").to(
+            where, dtype
+        )
 
     shape = predicting.predictor.shape
     inputs = draw()

@@ -35,13 +35,15 @@ def _captured_us(predictor: Predictor, device: Device, num_tokens: int, width: i
     where, shape = device.torch_device, predictor.shape
     predictor = predictor.to(where)
     asked = Predicting(predictor, predictor.lookahead, predictor.fast_path(predictor.lookahead))
-    x_TD = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(0)).to(where)
+    x_TD = torch.randn(
+        num_tokens, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    ).to(where)
     ids_TK = torch.arange(shape.top_k, device=where).expand(num_tokens, -1).contiguous()
-    weights_TK = torch.full(ids_TK.shape, 1.0 / shape.top_k, device=where)
+    weights_TK = torch.full(ids_TK.shape, 1.0 / shape.top_k, dtype=torch.float32, device=where)
     layers = range(max(1, shape.num_layers - 1))  # the last one has none to predict for
 
     def predict_all() -> torch.Tensor:
-        made = torch.empty(0)
+        made = torch.empty(0, dtype=torch.float32, device="cpu")
         for layer in layers:
             made = asked.scores(layer, x_TD, ids_TK, weights_TK)
         return made

@@ -16,7 +16,7 @@ def is_interleaved(gate: TensorFunction, width: int) -> bool:
     """
     if width < 4:  # one output: both orders are the same
         return False
-    inputs = torch.linspace(0.5, 1.5, width).repeat(2, 1)
+    inputs = torch.linspace(0.5, 1.5, width, dtype=torch.float32, device="cpu").repeat(2, 1)
     inputs[1, 1] += 0.25
     first, second = gate(inputs)
     return not first.is_meta and bool(

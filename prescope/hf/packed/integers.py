@@ -22,7 +22,7 @@ _FIXED_ORDER = "weights in another order than their columns (act-order) are not 
 
 def nibbles_of(words: torch.Tensor) -> torch.Tensor:
     """The eight numbers (..., 8) of int32 words (...), from the lowest bits on."""
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device="cpu")
     return ((words.unsqueeze(-1) >> shifts) & 0xF).to(torch.uint8)
 
 
@@ -261,7 +261,7 @@ class Gptq(Grouped):
             return
         inputs = 8 * tensors["weight"].shape[0]
         group = inputs // tensors["scale"].shape[0]
-        if not torch.equal(tensors["order"].long(), torch.arange(inputs) // group):
+        if not torch.equal(tensors["order"].long(), torch.arange(inputs, device="cpu") // group):
             raise UnsupportedExperts(f"{where}: {_FIXED_ORDER}")
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:

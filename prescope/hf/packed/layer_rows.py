@@ -140,7 +140,7 @@ class LayerRows:
             }
         else:
             fields = {
-                part.suffix: torch.empty((self._num_experts, *part.shape), dtype=part.dtype)
+                part.suffix: torch.empty((self._num_experts, *part.shape), dtype=part.dtype, device="cpu")
                 for part in matrix.format.parts(matrix.shape)
             }
             # By several threads: both mapped files and fresh memory are faulted in page by page.

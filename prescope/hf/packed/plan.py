@@ -41,7 +41,7 @@ class LeftOut:
         self._shape, self._dtype = parameter.shape, parameter.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return torch.zeros((), dtype=self._dtype).expand(self._shape)[index]
+        return torch.zeros((), dtype=self._dtype, device="cpu").expand(self._shape)[index]
 
 
 @dataclass(frozen=True)

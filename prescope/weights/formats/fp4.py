@@ -104,10 +104,12 @@ def _scaled(packed: torch.Tensor, scale: torch.Tensor, group: int) -> torch.Tens
 @torch.inference_mode(False)  # it outlives the caller's mode
 def _values(device: torch.device) -> torch.Tensor:
     # Kept: to make it on a GPU, the host would wait for a copy at each matrix.
-    return torch.tensor(E2M1, device=device)
+    return torch.tensor(E2M1, dtype=torch.float32, device=device)
 
 
 def _nearest(groups: torch.Tensor) -> torch.Tensor:
     """The nearest patterns to (..., groups, n) numbers, two in a byte."""
-    size = torch.bucketize(groups.abs().contiguous(), torch.tensor(BETWEEN, device=groups.device))
+    size = torch.bucketize(
+        groups.abs().contiguous(), torch.tensor(BETWEEN, dtype=torch.float32, device=groups.device)
+    )
     return join((size + 8 * (groups < 0)).flatten(-2))
