@@ -1,12 +1,13 @@
 """The one way prescope writes and reads files: whole or not at all, regular files only, with a checksum of the content.
 
-A file is written beside its target and renamed, so a crash, a full disk or an interrupt leaves the old file or the new
-one. What a killed save left is removed by the next save of the same file.
+A file is written in a folder beside its target and renamed, so a crash, a full disk or an interrupt leaves the old file
+or the new one. What a killed save left is removed by the next save of the same file.
 """
 
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,9 +23,11 @@ from .units import format_bytes
 fcntl: Any
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open cannot be deleted: no lock is needed to tell
+except ImportError:  # Windows, where a file that is open cannot be deleted, which tells as much as a lock
     fcntl = None
 
+#: In the folder of a file that is being written; held as long as somebody writes there.
+_LOCK = "lock"
 #: Objects in objects that a JSON file of ours or of a model may have; Python's parser gives up at about 1,000.
 MOST_DEPTH = 100
 _KINDS = {
@@ -40,10 +43,11 @@ _KINDS = {
 
 
 def write_file(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Write a file whole: `write` fills a temporary file beside the target, which then takes the target's place.
+    """Write a file whole: `write` fills a file in a folder beside the target, which then takes the target's place.
 
     The folder is made if it is not there. A link stays a link: what it points to is replaced. The mode is that of the
-    file replaced, else by the user's umask.
+    file replaced, else by the user's umask, whatever `write` makes of it: safetensors puts a file of its own, which is
+    its owner's alone, in the place of the one that it is given.
 
     Raises:
         CannotWrite: no space, no permission, or something at `path` that is no file. The old file is as it was.
@@ -53,28 +57,35 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> Path:
         # The link's own text, not `resolve`: that fails late on a loop of links.
         target = Path(os.path.realpath(given))
         mode = _mode_of(target)
+    except ValueError as error:
+        raise CannotWrite(f"{str(given)!a} is no name of a file: {error}") from error
+    except OSError as error:
+        raise _cannot_write(given, error) from error
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_over(target)
-        unfinished, lock = _temporary_beside(target)
+        folder, lock = _folder_beside(target)
         try:
-            if mode is not None:
-                os.chmod(unfinished, mode)
+            unfinished = folder / target.name
+            unfinished.touch(0o666)
+            mode = stat.S_IMODE(unfinished.stat().st_mode) if mode is None else mode
             write(unfinished)
+            os.chmod(unfinished, mode)
             _to_disk(unfinished)
-            _close(lock)
-            lock = -1
             os.replace(unfinished, target)
         finally:
-            _close(lock)
-            unfinished.unlink(missing_ok=True)
+            os.close(lock)
+            shutil.rmtree(folder, ignore_errors=True)
         _to_disk(target.parent)
     except CannotWrite:
         raise
     except (OSError, SafetensorError) as error:
-        raise CannotWrite(
-            f"{given} cannot be written: {error}; what was there before is unchanged"
-        ) from error
+        raise _cannot_write(given, error) from error
     return given
+
+
+def _cannot_write(path: Path, error: Exception) -> CannotWrite:
+    return CannotWrite(f"{path} cannot be written: {error}; what was there before is unchanged")
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -100,28 +111,31 @@ def _mode_of(target: Path) -> int | None:
     return stat.S_IMODE(found.st_mode)
 
 
-def _temporary_beside(target: Path) -> tuple[Path, int]:
-    """A new empty file, and a descriptor whose lock says that somebody is writing it."""
+def _folder_beside(target: Path) -> tuple[Path, int]:
+    """A new folder, for all that is made on the way, and a descriptor of its lock, to be closed at the end."""
     while True:
-        path = target.with_name(f"{_prefix(target)}{uuid4().hex[:12]}.part")
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        if fcntl is None:
-            os.close(descriptor)
-            return path, -1
+        folder = target.with_name(f"{_prefix(target)}{uuid4().hex[:12]}.part")
+        folder.mkdir(0o700)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # Between these two lines another save may have taken the file for a left-over.
-            if path.exists():
-                return path, descriptor
+            lock = os.open(folder / _LOCK, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+        except FileNotFoundError:  # another save has taken the folder for a left-over
+            continue
+        if fcntl is None:
+            return folder, lock
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except (
             OSError
-        ):  # a file system without locks: nobody can tell left-overs there, so nobody removes any
-            return path, descriptor
-        os.close(descriptor)
+        ):  # no locks on this file system: nobody can tell left-overs there, so nobody removes any
+            return folder, lock
+        # Before it was locked another save may have taken it for a left-over too.
+        if (folder / _LOCK).exists():
+            return folder, lock
+        os.close(lock)
 
 
 def _remove_left_over(target: Path) -> None:
-    """Remove temporary files of this target whose writer is gone."""
+    """Remove the folders of saves of this target whose writer is gone, and its files that former versions left."""
     prefix = _prefix(target)
     for name in os.listdir(target.parent):
         if name.startswith(prefix) and name.endswith(".part"):
@@ -129,17 +143,31 @@ def _remove_left_over(target: Path) -> None:
 
 
 def _remove_unless_locked(path: Path) -> None:
+    is_folder = path.is_dir() and not path.is_symlink()
+    lock = path / _LOCK if is_folder else path
+    remove = shutil.rmtree if is_folder else Path.unlink
     try:
         if fcntl is None:
-            path.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)  # refused while it is open
+            if is_folder:
+                remove(path)
             return
-        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+        descriptor = os.open(lock, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
+            remove(path)
         finally:
             os.close(descriptor)
+    except FileNotFoundError:  # killed before it had a lock, or removed by somebody else
+        _remove_empty(path)
     except OSError:  # it is being written, or is not ours to remove: it is in nobody's way
+        return
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
         return
 
 
@@ -155,11 +183,6 @@ def _to_disk(path: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
-
-
-def _close(descriptor: int) -> None:
-    if descriptor >= 0:
         os.close(descriptor)
 
 

@@ -21,6 +21,8 @@ from prescope.core.files import (
     write_text,
 )
 from prescope.errors import BadProfile, CannotWrite
+from tests.support.damaged_files import small_predictor
+from tests.support.small_run import small_run
 
 ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(os.name != "posix", reason="modes, links and pipes as POSIX has them")
@@ -47,6 +49,44 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path):
     path.chmod(0o640)
     write_text(path, "y")
     assert (stat.S_IMODE(path.stat().st_mode), path.read_text()) == (0o640, "y")
+
+
+def replaces(unfinished: Path) -> None:
+    """Writes as safetensors does: a file of its own takes the place of the one that is given."""
+    own = unfinished.with_name(".tmpXXXXXX")
+    own.touch(0o600)
+    own.write_text("new")
+    os.replace(own, unfinished)
+
+
+@posix
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_whatever_writes_it_the_mode_is_the_users(tmp_path, umask, mode):
+    """Every kind of file that prescope saves, and a writer that replaces what it is given."""
+    run = small_run(steps=2)
+    saves = {
+        "t.safetensors": run.trace.save,
+        "t.parquet": run.trace.save_parquet,
+        "p.json": run.save_perfetto,
+        "e.parquet": run.save_events,
+        "run": run.save,
+        "predictor.safetensors": small_predictor().save,
+        "other": lambda path: write_file(path, replaces),
+    }
+    former = os.umask(umask)
+    try:
+        for name, save in saves.items():
+            save(tmp_path / name)
+        found = {
+            path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()
+        }
+        assert set(found.values()) == {mode}, found
+        kept = tmp_path / "t.safetensors"
+        kept.chmod(0o604)
+        run.trace.save(kept)
+    finally:
+        os.umask(former)
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o604
 
 
 @posix
@@ -94,6 +134,7 @@ from prescope.core.files import write_file
 
 def write(unfinished):
     unfinished.write_text("half")
+    unfinished.with_name(".tmpXXXXXX").write_text("what a library writes on its way")
     print("writing", flush=True)
     time.sleep(60)
 
@@ -123,6 +164,22 @@ def test_what_a_killed_save_left_is_removed_by_the_next_and_one_under_way_is_not
             save.stdout.close()
     write_text(path, "newer")
     assert names(tmp_path) == ["f"]
+
+
+@posix
+def test_what_former_versions_and_saves_killed_at_once_left_is_removed_too(tmp_path):
+    (tmp_path / ".f.0123456789ab.part").write_text("half")
+    (tmp_path / ".f.ba9876543210.part").mkdir()
+    (tmp_path / ".g.0123456789ab.part").write_text("another file's")
+    write_text(tmp_path / "f", "new")
+    assert names(tmp_path) == [".g.0123456789ab.part", "f"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "half a pair \ud800"])
+def test_a_name_that_no_file_can_have_is_said(tmp_path, name):
+    with pytest.raises(CannotWrite, match="no name of a file"):
+        write_text(tmp_path / name, "x")
+    assert names(tmp_path) == []
 
 
 FULL_DISK = """

@@ -59,7 +59,7 @@ def _trace_arrays(trace: RoutingTrace) -> str:
     return repr((arrays, trace._metadata()))
 
 
-def _predictor() -> Llapor:
+def small_predictor() -> Llapor:
     config = LlaporConfig(lookahead=2, width_outer=4, width_middle=4, hidden=6, block=3)
     shape, groups = MoEShape(3, 4, 2), LayerGroups.at(1, 2, 3, "made up")
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +177,7 @@ KINDS: dict[str, Kind] = {
         lambda folder: read_events(folder / "e.parquet").to_csv(),
     ),
     "predictor": Kind(
-        lambda folder: _predictor().save(folder / "p.safetensors"),
+        lambda folder: small_predictor().save(folder / "p.safetensors"),
         lambda folder: _predictor_values(folder / "p.safetensors"),
     ),
     "profile": Kind(_copy_profile, lambda folder: _profile_values(folder / "p.json")),
