@@ -78,6 +78,10 @@ class HostParameter(nn.Parameter):
         """Raises UnsupportedExperts: `what` cannot be done, and what can."""
         refuse(what)
 
+    def set_(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Of all methods the one that torch does not hand to `__torch_function__`."""
+        self.refuse("set_() on an expert's weight")
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped in torch
         return f"HostParameter(shape={tuple(self.shape)}, dtype={self.dtype}, its values are in prescope's host rows)"
 

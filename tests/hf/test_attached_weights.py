@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file, save_model
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 import prescope
@@ -58,6 +59,10 @@ REFUSED: dict[str, Callable[[PreTrainedModel], object]] = {
     "foreach": no_grad(lambda p: torch._foreach_add_([p], 1.0)),
     "out=": no_grad(lambda p: torch.add(p.data, 1.0, out=p)),
     "init": no_grad(lambda p: nn.init.normal_(p)),
+    "set_": no_grad(lambda p: p.set_(experts_of(OTHER).down_proj.detach())),
+    "data.set_": no_grad(lambda p: p.data.set_(experts_of(OTHER).down_proj.detach())),
+    "set_ to nothing": no_grad(lambda p: p.set_()),
+    "a parametrization": lambda m: parametrize.register_parametrization(experts_of(m), "down_proj", nn.Identity()),
     "vector": lambda m: nn.utils.vector_to_parameters(torch.zeros(80_000), m.parameters()),
     "apply(init)": lambda m: m.apply(m._init_weights),
     "to(dtype)": lambda m: m.to(torch.bfloat16),
@@ -111,6 +116,25 @@ def test_what_would_write_or_read_experts_is_refused_and_nothing_changes(way):
         engine.check_integrity()
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert plain_tokens(model, prompt()) == tokens
+
+
+def test_no_method_of_a_tensor_that_writes_gets_by():
+    """Each with no, one and two arguments of several kinds: refused, or not called at all for what it is given."""
+    model = tiny_moe()
+    kinds = (torch.zeros(8, 32, 24), 0, (8, 32, 24), torch.float32, lambda value: value)
+    given = [(), *((one,) for one in kinds), *((one, other) for one in kinds for other in kinds)]
+    writers = [name for name in dir(torch.Tensor) if name.endswith("_") and not name.startswith("_")]
+    done = []
+    with prescope.attach(model, **SETTINGS), torch.no_grad():
+        weight = experts_of(model).down_proj
+        for name in sorted(set(writers) - {"requires_grad_"}):
+            for arguments in given:
+                try:
+                    getattr(weight, name)(*arguments)
+                except (UnsupportedExperts, TypeError, RuntimeError, ValueError):
+                    continue
+                done.append((name, arguments))
+    assert len(writers) > 100 and not done
 
 
 @pytest.mark.parametrize("way", EFFECTIVE)
