@@ -397,7 +397,8 @@ class Engine:
             keywords: for `model.generate`: max_new_tokens, do_sample, generation_config, stop_strings, ...
 
         Raises:
-            UnsupportedOption: the prompts have none of these forms, one is empty, or text comes without a tokenizer.
+            UnsupportedOption: the prompts have none of these forms, one is empty, text comes without a tokenizer, or
+                the model has no `generate` of the usual kind.
             CancelledError: `cancel` came while another run was waited for.
             TransferFailed, NotEnoughMemory: a copy failed, or memory ran out; the engine works again afterwards, with
                 cold slots.

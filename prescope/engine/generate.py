@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from ..errors import UnsupportedOption
 from ..scheduler import schedule_named
@@ -56,6 +56,7 @@ def generate(
     keywords: Mapping[str, Any],
 ) -> RunResult:
     """`Engine.generate`; call it in a turn."""
+    _require_generate(engine.model)
     prompts, keywords = _only_once(prompts, keywords)
     settings = settle(engine, keywords)
     encoder = encoder_of(engine, settings)
@@ -163,6 +164,21 @@ def _notes(engine: Served, loop: DecodeLoop | str) -> list[str]:
     if engine.runner.forced is not None:
         notes.append("decode steps were routed by a trace, not by the model: the tokens mean nothing")
     return notes
+
+
+def _require_generate(model: PreTrainedModel) -> None:
+    """Raise UnsupportedOption for a model that cannot be asked for the next token, with what can be called instead."""
+    if isinstance(model, GenerationMixin):
+        return
+    has, call = (
+        ("a generate of another kind", "model.generate(...)")
+        if model.can_generate()
+        else ("no generate", "model(...)")
+    )
+    raise UnsupportedOption(
+        f"{type(model).__name__} has {has}, and engine.generate goes by the one that adds token by token; call {call} "
+        f"inside `with engine.record() as results:`, which leaves the same evidence"
+    )
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 from functools import partial
 
 import pytest
@@ -26,6 +27,7 @@ from prescope.errors import (
 )
 from prescope.hf import addresses_of, has_hooks
 from prescope.scheduler.costs import LayerCosts
+from tests.support import families
 from tests.support.models import plain_tokens, prompt, tiny_moe
 
 FAST_LINK = {"device": "cpu", "link_gb_per_s": 50.0}
@@ -459,3 +461,41 @@ def test_memory_that_runs_out_in_a_run_is_said_with_what_to_do(error, at_call, m
         assert caught.value.__cause__ is error
         assert engine.generate(prompt(), max_new_tokens=12).tokens == expected
         engine.check_integrity()
+
+
+# -- models without a generate of the usual kind ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("diffusion_gemma", "model.generate"),
+        ("openai_privacy_filter", "model"),
+        ("base of mixtral", "model"),
+        ("base of qwen3_moe", "model"),
+    ],
+)
+def test_a_model_that_does_not_add_token_by_token_is_told_what_to_call_and_that_works(name, call):
+    family = name.removeprefix("base of ")
+    whole = families.build(family)
+    other = whole.base_model if name.startswith("base") else whole
+    inputs = families.prompts(2)
+
+    def run():
+        if call == "model.generate":
+            return families.greedy_ids(whole, family, inputs).tolist()
+        return other(**inputs)[0]
+
+    with torch.no_grad():
+        expected = run()
+        with prescope.attach(other, slots=0.5, **FAST_LINK) as engine:
+            for prompts in (inputs, [[5, 6, 7]]):
+                with pytest.raises(UnsupportedOption, match=re.escape(f"call {call}(...)")):
+                    engine.generate(prompts, max_new_tokens=2)
+            with engine.record() as results:
+                found = run()
+    assert len(results[0].steps)
+    if call == "model":
+        torch.testing.assert_close(found, expected)
+    else:
+        assert found == expected

@@ -183,8 +183,9 @@ _FAMILIES: tuple[Family, ...] = (
         text={"global_head_dim": 8},
         outer={"canvas_length": CANVAS, "vision_config": TINY_TOWER | {"model_type": "gemma4_vision"}},
         canvas=True,
-        note="encoder and decoder layers hold the same expert parameters (tied); block diffusion, not "
-        "causal; the router reads another norm of the residual than the experts",
+        note="encoder and decoder layers hold the same expert parameters (tied); block diffusion by a `generate` "
+        "of its own, not causal: call that inside `engine.record()`; the router reads another norm of the residual "
+        "than the experts",
     ),
     Family(name="dots1", model="Dots1ForCausalLM"),
     Family(
