@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..cache.num_slots import require_slots_setting
 from ..cache.policies import POLICIES
@@ -34,8 +35,8 @@ class EngineConfig:
     Args:
         slots: places for experts on the device: an int is a count, a float in (0, 1] a share of all
             experts of the model (or "25%"), a text such as "8GiB" the memory they may take.
-        device: "cuda", or "cuda:1" for one GPU of several; "cpu" with an emulated link; "null" (virtual clock, for
-            tests); "auto" takes CUDA when there is one and says so.
+        device: "cuda", or "cuda:1" for one GPU of several (or torch.device("cuda:1")); "cpu" with an emulated link;
+            "null" (virtual clock, for tests); "auto" takes CUDA when there is one and says so.
         cache: which expert gives up its slot: "lru", "lfu", "static" (least frequent by `frequencies`)
             "score" (decayed router weight), "shallow" (first layers stay), "arc" (adaptive replacement; "shallow-arc"
             with the first layers favoured), "class-lru" (uses that count half after 128 tokens) or "next-use" (the one
@@ -88,8 +89,11 @@ class EngineConfig:
         for field in fields(self):  # numpy's numbers are Python's here
             if isinstance(value := getattr(self, field.name), np.generic):
                 object.__setattr__(self, field.name, value.item())
+        device: Any = self.device
+        if isinstance(device, torch.device):
+            object.__setattr__(self, "device", str(device))
         if not (isinstance(self.device, str) and _ONE_GPU.fullmatch(self.device)):
-            _one_of("device", self.device, ("auto", *DEVICES))
+            _one_of("device", self.device, ("auto", *DEVICES), " (and 'cuda:1' for one GPU of several)")
         _one_of("cache", self.cache, ("auto", *POLICIES))
         _one_of("kernels", self.kernels, KERNELS)
         _one_of("decode", self.decode, DECODES)
@@ -137,6 +141,6 @@ class EngineConfig:
         return asdict(self)
 
 
-def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+def _one_of(name: str, value: Any, allowed: Iterable[str], others: str = "") -> None:
     if not isinstance(value, str) or value not in allowed:
-        raise UnsupportedOption(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}")
+        raise UnsupportedOption(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}{others}")

@@ -52,7 +52,8 @@ def load(
         BadModelFolder, NotAMoE, UnsupportedExperts: the model cannot be served.
         SlotPoolTooSmall, SlotPoolTooLarge, UnsupportedOption: the settings cannot.
     """
-    dtype = settings.pop("torch_dtype", None) or dtype
+    older = settings.pop("torch_dtype", None)  # of both, transformers goes by the newer name
+    dtype = dtype if older is None or dtype != "auto" else older
     source = take_source(settings)
     config = _config_of(settings)
     place = _place_of(model)

@@ -59,7 +59,7 @@ def _drop_foreign_kernels(name: str | Path, config: PreTrainedConfig) -> None:
             ("_experts_implementation", OWN_EXPERTS),
         ):
             asked = getattr(part, attribute, None)
-            if asked not in own:
+            if not isinstance(asked, str | None) or asked not in own:
                 setattr(part, attribute, None)
                 warnings.warn(
                     f"the config.json of {name} asks for {asked!r}, which may be code from a hub; it is not used "

@@ -4,7 +4,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import UnsupportedExperts
@@ -53,9 +53,12 @@ def load_model(
     if contents is not None and not is_unpacked:
         check_size(name, bare, contents)
     del bare, layers
+    found = model_class(name, config, source)
+    # The others take no revision of code: theirs is in transformers.
+    code = source.code if found is AutoModelForCausalLM else {"trust_remote_code": source.trust_remote_code}
     model = read_model(
-        name, model_class(name, config, source), config, dtype,
-        use_safetensors=source.use_safetensors, **source.hub, **source.weights, **source.code,
+        name, found, config, dtype,
+        use_safetensors=source.use_safetensors, **source.hub, **source.weights, **code,
     )  # fmt: skip
     layers, text = _as_asked(find_moe_layers(model), experts)
     return LoadedModel(model, read_tokenizer(name, source), layers, text)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,23 @@ def test_attention_that_a_config_names_reaches_no_hub(folder, monkeypatch, asked
         assert engine.model.config._attn_implementation in ("sdpa", "eager")
 
 
+@pytest.mark.parametrize(
+    "asked", [["someone/kernel"], {"": ["someone/kernel"]}, 7, {"": {"": "someone/kernel"}}]
+)
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_what_names_no_implementation_is_dropped_or_refused(folder, asked, key):
+    """Whatever stands in a config.json in a name's place: no other error, and no way to a hub."""
+    edit(folder / "config.json", **{key: asked})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            engine = prescope.load(folder, **SETTINGS)
+        except BadModelFolder:
+            return
+    with engine:
+        assert engine.model.config._attn_implementation in ("sdpa", "eager")
+
+
 def test_attention_that_the_caller_names_is_passed_on(folder):
     with prescope.load(folder, attn_implementation="eager", **SETTINGS) as engine:
         assert engine.model.config._attn_implementation == "eager"
@@ -198,7 +216,9 @@ def test_packing_that_is_not_there_or_not_known_is_refused_in_one_line(folder, m
         ({"revison": "main"}, "did you mean revision"),
         ({"dtype": "int8"}, "bfloat16"),
         ({"torch_dtype": torch.int8}, "bfloat16"),
-        ({"device": "cuda:x"}, "cuda"),
+        ({"device": "cuda:x"}, "'cuda:1'"),
+        ({"device": torch.device("mps")}, "'cuda:1'"),
+        ({"device": torch.device("cuda", 99), "link_gb_per_s": None}, "GPU"),
         ({"device": "cuda:99", "link_gb_per_s": None}, "GPU"),
     ],
 )
@@ -215,12 +235,20 @@ def test_what_has_another_place_is_refused_with_that_place(folder, keywords, way
         {"token": None},
         {"torch_dtype": "bf16"},
         {"dtype": "torch.bfloat16"},
+        {"dtype": "bf16", "torch_dtype": torch.float32},
+        {"code_revision": "main"},
+        {"code_revision": "main", "trust_remote_code": False},
     ],
 )
 def test_what_from_pretrained_takes_is_taken(folder, keywords, tmp_path):
     with prescope.load(folder, cache_dir=tmp_path / "hub", **SETTINGS, **keywords) as engine:
         wanted = "bfloat16" if any("dtype" in key for key in keywords) else "float32"
         assert engine.hardware()["dtype"] == wanted
+
+
+def test_a_device_may_be_torchs_own(folder):
+    with prescope.load(folder, **SETTINGS | {"device": torch.device("cpu")}) as engine:
+        assert engine.config.device == "cpu"
 
 
 def test_a_subfolder_is_the_models_folder(folder):
