@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ..errors import UnsupportedOption
@@ -41,9 +42,13 @@ class Forwards:
         self._is_inside = False
         self._is_open = True
         self._wrapped: list[tuple[nn.Module, MethodType, Any]] = []
+        self._depth: Callable[[], int | None] = lambda: None
+        self._whole_depth: int | None = None
 
-    def open(self, model: nn.Module, layers: list[MoELayer]) -> None:
+    def open(self, model: PreTrainedModel, layers: list[MoELayer]) -> None:
         """Wrap an attached model's forward; `close` undoes it, also when this was interrupted."""
+        self._depth = partial(depth_of, model)
+        self._whole_depth = self._depth()
         for name in _callable_alone(layers):
             self._wrap(model.get_submodule(name))
 
@@ -104,6 +109,7 @@ class Forwards:
             given,
             None if self.progress is None else self.progress.num_tokens > 0,
             None if recorder is None else recorder.rereading,
+            is_draft=self._depth() != self._whole_depth,
         )
         if forward is None:
             runner.recorder = None
@@ -146,6 +152,18 @@ class Forwards:
             else:
                 module.__dict__["forward"] = former
         self._wrapped = []
+
+
+def depth_of(model: PreTrainedModel) -> int | None:
+    """Layers that a forward goes through: `assistant_early_exit` says fewer there while it makes a draft."""
+    depth: int | None = getattr(model.base_model.config, "num_hidden_layers", None)
+    return depth
+
+
+def restore_depth(model: PreTrainedModel, depth: int | None) -> None:
+    """Put back what `depth_of` was before a run: transformers leaves it when a draft is interrupted."""
+    if depth is not None and depth_of(model) != depth:
+        model.base_model.config.num_hidden_layers = depth
 
 
 def _callable_alone(layers: list[MoELayer]) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from ..errors import UnsupportedOption
 from ..scheduler import schedule_named
 from ..traces.result import RunResult
+from .forwards import depth_of, restore_depth
 from .graph import DecodeLoop
 from .prompts import Encoder
 from .recorder import Recorder
@@ -118,7 +119,7 @@ def _sequences(
 ) -> torch.Tensor:
     """(B, T) what `model.generate` returns."""
     model, runner, forwards = engine.model, engine.runner, engine.forwards
-    patched, former = model.__dict__, runner.recorder
+    patched, former, depth = model.__dict__, runner.recorder, depth_of(model)
     try:
         runner.recorder, forwards.progress = recorder, progress
         if isinstance(loop, DecodeLoop):
@@ -133,6 +134,7 @@ def _sequences(
     finally:
         runner.recorder, forwards.progress = former, None
         patched.pop("_get_stopping_criteria", None)
+        restore_depth(model, depth)
     sequences: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
     return sequences
 

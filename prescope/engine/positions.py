@@ -78,7 +78,10 @@ class Rereading:
 
 
 def forward_of(
-    given: Mapping[str, Any], has_first_token: bool | None, rereading: Rereading | None = None
+    given: Mapping[str, Any],
+    has_first_token: bool | None,
+    rereading: Rereading | None = None,
+    is_draft: bool = False,
 ) -> Forward | None:
     """What a forward pass with these arguments is; None if it reads no tokens.
 
@@ -86,6 +89,7 @@ def forward_of(
         given: arguments of the model's forward, by name.
         has_first_token: whether the run it belongs to has chosen its first token; None if nobody knows of a run.
         rereading: of the forwards of the same thread before, where nobody knows of a run.
+        is_draft: whether the model's own first layers propose tokens by it, in a cache of their own.
     """
     named = (given.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids"))
     tokens = next((value for value in named if value is not None), None)
@@ -98,6 +102,8 @@ def forward_of(
         is_prefill = not has_first_token
     elif rereading is not None and rereading.is_next(tokens, has_cache=cache is not None):
         is_prefill = False
+    elif is_draft:  # of several tokens where it reads again what was accepted since
+        is_prefill = past == 0
     else:
         # Who verifies a draft wants the logits of every token, who reads a prompt those of the last.
         is_prefill = past == 0 or (length > 1 and given.get("logits_to_keep") != length)

@@ -154,3 +154,28 @@ def test_new_slots_that_cannot_be_had_leave_the_former_ones(model, monkeypatch):
         assert engine.num_slots == 5 and engine.describe()["num_slots"] == 5
         assert engine.generate(ids, max_new_tokens=12).tokens == expected
         engine.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"assistant_early_exit": 1}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}]
+)
+def test_a_run_interrupted_in_any_forward_leaves_the_whole_model(model, settings):
+    """transformers takes layers away while a draft is made, and an interrupt keeps it from giving them back."""
+    ids, passes = prompt().clamp(min=1), 0
+    expected = plain_tokens(model, ids)
+
+    def interrupt(layer, args):
+        nonlocal passes
+        passes -= 1
+        if not passes:
+            raise KeyboardInterrupt
+
+    model.model.layers[0].register_forward_pre_hook(interrupt)
+    with prescope.attach(model, slots=6, **LINK) as engine:
+        for at in range(1, 7):
+            passes = at
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate(ids, max_new_tokens=8, **settings)
+            passes = 0
+            assert engine.generate(ids, max_new_tokens=12).tokens == expected
+            assert plain_tokens(model, ids) == expected

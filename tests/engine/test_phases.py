@@ -78,6 +78,25 @@ def test_a_draft_by_the_models_own_first_layer_is_told_apart():
     assert phases(run) == "pp" + "d" * (len(run.steps) - 2), "the draft reads the prompt too"
 
 
+@pytest.mark.parametrize("early_exit", [1, 2])
+def test_a_draft_by_the_models_own_first_layers_is_told_apart_in_a_recording_too(early_exit):
+    """There the draft reads what was accepted several tokens at a time; a chat that goes on behind it is a prompt."""
+    model, cache = tiny_moe(pad_token_id=0), DynamicCache()
+    with prescope.attach(model, slots=6, **FAST_LINK) as engine:
+        with engine.record() as results:
+            model.generate(
+                REPEATED, attention_mask=torch.ones_like(REPEATED), max_new_tokens=16, do_sample=False,
+                assistant_early_exit=early_exit,
+            )  # fmt: skip
+        with engine.record() as after:
+            model(prompt(), past_key_values=cache)
+            model(prompt(length=3), past_key_values=cache, logits_to_keep=1)
+    run = results[0]
+    assert phases(run) == "pp" + "d" * (len(run.steps) - 2)
+    assert run.metrics.ttft_ms < 1e3 * run.metrics.end_to_end_s / 2
+    assert phases(after[0]) == "pp"
+
+
 @pytest.mark.parametrize("way", DRAFTS)
 def test_the_same_in_a_recording_of_the_models_own_generate(engine, model, way):
     with engine.record() as results:
