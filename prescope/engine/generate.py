@@ -37,9 +37,14 @@ class Settings(NamedTuple):
 
     @property
     def eos(self) -> list[int]:
-        """Ids that end a sequence."""
+        """Ids that end a sequence. Raises UnsupportedOption if they are none."""
         eos = self.in_force.eos_token_id
-        return [] if eos is None else [int(token) for token in np.atleast_1d(eos)]
+        try:
+            return [] if eos is None else [int(token) for token in np.atleast_1d(eos)]
+        except (TypeError, ValueError) as error:
+            raise UnsupportedOption(
+                f"eos_token_id is {eos!r:.60}; it is a token id, a list of them, or None for no end"
+            ) from error
 
     def length(self, prompt_length: int) -> int | None:
         """Most tokens of a sequence, prompt included; None if neither call nor model says."""

@@ -111,6 +111,8 @@ class Encoder:
         """Ids (B, T) and, where padding is known or put in here, a mask."""
         if isinstance(prompts, np.ndarray):
             prompts = self._array(prompts)
+        if isinstance(prompts, torch.Tensor) and prompts.is_nested:
+            prompts = list(prompts.unbind())
         if isinstance(prompts, torch.Tensor):
             return self._tensor(prompts), None
         if isinstance(prompts, str):
@@ -123,15 +125,16 @@ class Encoder:
         items = list(prompts)
         if not items:
             raise UnsupportedOption(f"no prompt is given; pass {FORMS}")
-        if all(isinstance(item, str) for item in items):
+        if all(map(_is_text, items)):
             return self._padded(self._texts(items))
-        if all(isinstance(item, Mapping) and not is_tokenized(item) for item in items):
+        if all(map(_is_message, items)):
             return self._padded(self._chats([items]))
         if all(_is_id(item) for item in items):
             return self._padded([self._row(items, 0)])
-        if _is_id(items[0]):
-            i, item = next((i, item) for i, item in enumerate(items) if not _is_id(item))
-            raise UnsupportedOption(f"a list of token ids has a {type(item).__name__} at {i}: {item!r:.60}")
+        for is_one, what in ((_is_id, "token ids"), (_is_text, "texts"), (_is_message, "messages")):
+            if is_one(items[0]):
+                i, item = next((i, item) for i, item in enumerate(items) if not is_one(item))
+                raise UnsupportedOption(f"a list of {what} has a {type(item).__name__} at {i}: {item!r:.60}")
         return self._padded([self._item(item, i) for i, item in enumerate(items)])
 
     def _item(self, item: Any, position: int) -> list[int]:
@@ -206,7 +209,11 @@ class Encoder:
         return row
 
     def _array(self, prompts: np.ndarray) -> Any:
-        if prompts.dtype.kind in "OUS":
+        if isinstance(prompts, np.ma.MaskedArray) and np.ma.getmaskarray(prompts).any():
+            raise UnsupportedOption(
+                "some values of this array are masked; pass its data with attention_mask=~np.ma.getmaskarray(ids)"
+            )
+        if prompts.dtype.kind in "OUS" or prompts.dtype == np.uint64:  # whose largest are negative to torch
             return prompts.tolist()
         if prompts.dtype.kind not in "biufc":
             raise UnsupportedOption(
@@ -302,6 +309,14 @@ def _is_id(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.dim() == 0 and not (value.is_floating_point() or value.dtype == torch.bool)
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and not is_tokenized(value)
 
 
 def _flat_length(ids: Any) -> int | None:
