@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from ..errors import ForkedProcess, WaitTimedOut
+from ..errors import ForkedProcess, PrescopeError, WaitTimedOut
 
 #: So often a wait looks at whether what it waits for can still come.
 SLICE_S = 0.1
@@ -47,14 +47,20 @@ def require_process(owner: int, what: str) -> None:
 def to_the_end(function: Callable[[], object]) -> None:
     """Call a function again and again until no interrupt came in between, and raise the last one then.
 
-    For what may not be left half done, where the function does what is left when it is called again.
+    For what may not be left half done, where the function does what is left when it is called again. A signal's handler
+    may raise anything, a TimeoutError say: that is an interrupt too, unless it comes again. Then it is the function's
+    own error, as one of prescope's is at once.
     """
-    interrupt: KeyboardInterrupt | None = None
+    interrupt: BaseException | None = None
     while True:
         try:
             function()
             break
-        except KeyboardInterrupt as error:
+        except PrescopeError:
+            raise
+        except BaseException as error:
+            if isinstance(interrupt, Exception) and isinstance(error, Exception):
+                raise
             interrupt = error
     if interrupt is not None:
         raise interrupt

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prescope.core import worker
-from prescope.core.worker import Latch, Worker
+from prescope.core.worker import Latch, Worker, to_the_end
 from prescope.errors import ForkedProcess, NotAttached, WaitTimedOut
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,3 +96,31 @@ def test_a_forked_process_is_told_that_the_thread_stayed_behind():
     )
     assert child.returncode == 0, child.stderr.decode()
     assert issubclass(ForkedProcess, NotAttached)
+
+
+@pytest.mark.parametrize(
+    ("errors", "calls"),
+    [
+        ([], 1),
+        ([KeyboardInterrupt, KeyboardInterrupt, SystemExit], 4),
+        ([TimeoutError], 2),
+        ([TimeoutError, KeyboardInterrupt], 3),
+        ([OSError, OSError], 2),
+        ([WaitTimedOut], 1),
+    ],
+)
+def test_what_an_interrupt_left_half_done_is_done_to_the_end(errors, calls):
+    """An error of its own is raised when it comes again, or at once where it is one that says what was waited for."""
+    left, done = list(errors), []
+
+    def work():
+        done.append(len(done))
+        if left:
+            raise left.pop(0)
+
+    if errors:
+        with pytest.raises(errors[-1]):
+            to_the_end(work)
+    else:
+        to_the_end(work)
+    assert len(done) == calls

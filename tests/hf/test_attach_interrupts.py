@@ -24,8 +24,10 @@ FILES = tuple(f"{FOLDER}/{name}" for name in NAMES)
 
 
 @contextmanager
-def interrupted(at: set[int], files: tuple[str, ...] = FILES) -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt before these lines, counted as they are run in `files`; gives how many there were."""
+def interrupted(
+    at: set[int], files: tuple[str, ...] = FILES, error: type[BaseException] = KeyboardInterrupt
+) -> Iterator[list[int]]:
+    """Raise an error before these lines, counted as they are run in `files`; gives how many there were."""
     lines = [0]
 
     def trace(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
@@ -34,7 +36,7 @@ def interrupted(at: set[int], files: tuple[str, ...] = FILES) -> Iterator[list[i
         if event == "line":
             lines[0] += 1
             if lines[0] in at:
-                raise KeyboardInterrupt
+                raise error
         return trace
 
     former = sys.gettrace()
@@ -45,12 +47,14 @@ def interrupted(at: set[int], files: tuple[str, ...] = FILES) -> Iterator[list[i
         sys.settrace(former)
 
 
-def is_interrupted(at: set[int], call: Callable[[], object]) -> bool:
+def is_interrupted(
+    at: set[int], call: Callable[[], object], error: type[BaseException] = KeyboardInterrupt
+) -> bool:
     """Whether the lines were come to: helpers' threads make it a few more or less from time to time."""
     try:
-        with interrupted(at):
+        with interrupted(at, error=error):
             call()
-    except KeyboardInterrupt:
+    except error:
         return True
     return False
 
@@ -123,9 +127,12 @@ def test_interrupted_at_any_line_detaching_is_ended_by_the_next_call(model, weig
     )  # what the lines before have left to be collected has lines as well
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError, SystemExit])
 @pytest.mark.parametrize("kind", ["attach", "close"])
-def test_an_engine_interrupted_on_its_way_gives_the_model_back(model, weights, kind):
-    """Not every line, since an engine takes longer to make; `close` goes on to the end and raises then."""
+def test_an_engine_interrupted_on_its_way_gives_the_model_back(model, weights, kind, error):
+    """Not every line, since an engine takes longer to make; `close` goes on to the end and raises then. A handler of
+    SIGALRM, as whoever limits the time of a cell has one, raises another error than Ctrl-C does.
+    """
     settings = {"slots": 6, "device": "null"}
     with interrupted(set()) as lines:
         engine = prescope.attach(model, **settings)
@@ -140,10 +147,10 @@ def test_an_engine_interrupted_on_its_way_gives_the_model_back(model, weights, k
             engines.append(prescope.attach(model, **settings))
 
         if kind == "attach":
-            raised.append(is_interrupted({at}, open_one))
+            raised.append(is_interrupted({at}, open_one, error))
         else:
             open_one()
-            raised.append(is_interrupted({at}, engines[0].close))
+            raised.append(is_interrupted({at}, engines[0].close, error))
         for engine in engines:
             engine.close()
         require_as_it_was(model, weights)
