@@ -6,8 +6,9 @@ graph, `recorder` takes down what happened.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -31,6 +32,7 @@ from ..errors import (
     BadProfile,
     NoProfile,
     NotAttached,
+    PrescopeError,
     SlotPoolTooLarge,
     TraceMismatch,
     UnsupportedOption,
@@ -138,6 +140,7 @@ class Engine:
         self._is_entered = False
         self._owner = process_id()
         self._is_closing = self._is_closed = False
+        self._num_undone = 0  # steps of closing
         former: Engine | None = owner_of(layers)
         if former is not None:
             former._give_way()
@@ -230,7 +233,10 @@ class Engine:
         """
         self._require_attached()
         if self.forwards.recorders:
-            raise UnsupportedOption("a run is under way; change settings after it, or cancel() it first")
+            raise UnsupportedOption(
+                "a run is under way; change settings after it, or cancel() it first; recover() ends a recording that "
+                "an interrupt has left open"
+            )
         unknown = schedule.keys() - SCHEDULE_SETTINGS
         if unknown:
             raise UnsupportedOption(
@@ -278,13 +284,17 @@ class Engine:
             return
         self.decoder.forget()
         former = self.num_slots, self.runner.residency.policy
-        self.runner.close_slots()
         try:
-            self.runner.open_slots(count, policy)
-        except SlotPoolTooLarge:
-            self.runner.open_slots(*former)
+            self._reopen_slots(count, policy)
+            self.num_slots, self.reasons["slots"] = count, reason
+        except BaseException:  # an interrupt too: without slots nothing runs
+            self.num_slots = former[0]
+            to_the_end(partial(self._reopen_slots, *former))
             raise
-        self.num_slots, self.reasons["slots"] = count, reason
+
+    def _reopen_slots(self, count: int, policy: CachePolicy) -> None:
+        self.runner.close_slots()
+        self.runner.open_slots(count, policy)
 
     def _placed(self, config: EngineConfig, frequencies: np.ndarray | None, num_slots: int) -> IntArray:
         """Keys of the experts that are in slots from the start: all if there is room on a GPU, as a model is that fits;
@@ -482,17 +492,20 @@ class Engine:
         they learned of the machine stays."""
         self._require_attached()
         self._device.synchronize()
-        self.runner.clear()
+        to_the_end(self.runner.clear)
 
     @in_turn("recover")
     def recover(self) -> None:
-        """Make the engine usable after an interrupt or a failed copy; the slots are cold afterwards.
+        """Make the engine usable after an interrupt or a failed copy; the slots are cold afterwards. A recording of
+        this thread whose block an interrupt has left without its end is over.
 
         Raises:
             NotAttached: it is closed, or this process was forked from its own.
             WaitTimedOut: copies that were under way do not end.
         """
         self._require_attached()
+        if self.forwards.progress is None:  # else it is that of the run under way, which calls this
+            self.forwards.recorders.pop(threading.get_ident(), None)
         self.runner.recover()
 
     @in_turn("force_routing")
@@ -601,20 +614,35 @@ class Engine:
 
     def finish_closing(self) -> None:
         """Give the model back if `close` was called and could not yet; call it when nobody runs."""
-        if not self._is_closing or self._is_closed:
-            return
-        with (
-            ExitStack() as steps
-        ):  # from the last to the first, all of them also if one fails, none half done
-            steps.callback(setattr, self, "_is_closed", True)
-            steps.callback(self._device.close)
-            steps.callback(to_the_end, self._attachment.detach)
-            if self.runner.schedule_runner is not None:
-                steps.callback(self.runner.schedule_runner.close)
-            steps.callback(self.runner.close_slots)
-            steps.callback(to_the_end, self.decoder.forget)
-            steps.callback(to_the_end, self.forwards.close)
-            steps.callback(self._device.recover)
+        if self._is_closing and not self._is_closed:
+            to_the_end(self._close_rest)
+
+    def _close_rest(self) -> None:
+        """Undo everything, in this order, also if a step fails; interrupted, the next call begins with that step."""
+        schedule_runner = self.runner.schedule_runner
+        steps: tuple[Callable[[], object], ...] = (
+            self._device.recover,
+            self.forwards.close,
+            self.decoder.forget,
+            self.runner.close_slots,
+            _ignore if schedule_runner is None else schedule_runner.close,
+            self._attachment.detach,
+            self._device.close,
+        )
+        error, is_again = None, False
+        while self._num_undone < len(steps):
+            try:
+                steps[self._num_undone]()
+            except Exception as failed:  # noqa: BLE001 - raised behind the last step
+                error = failed
+                # Once more where it may have been a signal's handler that raised.
+                if is_again := not (is_again or isinstance(failed, PrescopeError)):
+                    continue
+            is_again = False
+            self._num_undone += 1
+        self._is_closed = True
+        if error is not None:
+            raise error
 
     def _give_way(self) -> None:
         """Detach for a new engine of the same model: a cell that attaches was run twice."""
@@ -677,6 +705,10 @@ class Engine:
             f"{self.num_slots} slots = {format_bytes(self.num_slots * self.shape.row_bytes)}, "
             f"{self.config.cache}, {self._label}{packing}{state})"
         )
+
+
+def _ignore() -> None:
+    """Nothing is to be undone."""
 
 
 def _recorded(engine: Engine, recorder: Recorder) -> RunResult:

@@ -87,7 +87,7 @@ class LayeredRunner:
         self.needs = dict.fromkeys(NeedOutcome, 0)
         self.kernel_problem = ""
         self._unread: list[Unread] = []
-        self._is_serving = False
+        self._is_at_work = False
 
     def open_slots(self, num_slots: int, policy: CachePolicy) -> None:
         """Take memory for slots; all of them are free."""
@@ -101,19 +101,20 @@ class LayeredRunner:
 
     def _use(self, num_slots: int, policy: CachePolicy, pool: torch.Tensor | None) -> None:
         # Kernels keep copies of the residency table's rows, so a new table comes with a new kernel.
-        self._kernel, _ = make_kernel(
+        kernel, _ = make_kernel(
             "torch" if self.kernel_problem else self._kernels,
             self.device.kind,
             self._dtype,
             [layer.layout for layer in self.layers],
         )
         row_bytes = self.shape.row_bytes
-        self.residency = ResidencyTable(self.shape, num_slots, policy)
-        self.loader = Loader(self.device, self.host, self.residency, row_bytes, pool)
+        residency = ResidencyTable(self.shape, num_slots, policy)
+        loader = Loader(self.device, self.host, residency, row_bytes, pool)
         least_bytes = LEAST_BYTES_ON_WIRE if self.device.small_copies_are_slow else 0
-        self.loader.most_on_wire = most_on_wire(row_bytes, num_slots, least_bytes)
-        slots = self.loader.pool
-        self.weights = [layer_weights(layer.layout, layer.spec, slots) for layer in self.layers]
+        loader.most_on_wire = most_on_wire(row_bytes, num_slots, least_bytes)
+        weights = [layer_weights(layer.layout, layer.spec, loader.pool) for layer in self.layers]
+        # Together, without a call between them in which an interrupt could strike: they are of one another.
+        self._kernel, self.residency, self.loader, self.weights = kernel, residency, loader, weights
 
     def close_slots(self) -> None:
         """Give the slots' memory back; both lanes must be idle."""
@@ -133,17 +134,25 @@ class LayeredRunner:
         table, recorder = self.residency, self.recorder
         if not len(table.placed):
             return
+        self._begin_work()
         self.loader.wait(np.flatnonzero(table.in_flight))
         timed = recorder is not None and recorder.timed
         for moe_layer, experts, slots in table.put_back():
             self.recorded(self.loader.load(moe_layer, experts, slots, Reason.STREAM, timed))
         self.loader.wait(np.flatnonzero(table.in_flight))
+        self._is_at_work = False
+
+    def _begin_work(self) -> None:
+        """Of what an interrupt or an error may end half-way; where it has, the next one puts that right first."""
+        if self._is_at_work:
+            self.recover()
+        self._is_at_work = True
 
     def recover(self) -> None:
         """Make the lanes usable after an interrupt or a failed copy; the slots are cold afterwards."""
         self.device.recover()
         self.clear()
-        self._is_serving = False
+        self._is_at_work = False
         self.captured = None
         if self.schedule_runner is not None:
             self.schedule_runner.recover()
@@ -195,14 +204,12 @@ class LayeredRunner:
             weights_TK = weights_TK.reshape(ids_TK.shape)
         if self.captured is not None:
             return self._serve_captured(moe_layer, x_TD, ids_TK, weights_TK)
-        if self._is_serving:  # an interrupt or an error ended the last call half-way
-            self.recover()
-        self._is_serving = True
+        self._begin_work()
         ids_TK = ids_TK.to(torch.int64)
         out = self._serve_now(moe_layer, x_TD, ids_TK, weights_TK)
         if self.schedule_runner is not None:
             self.schedule_runner.observe(moe_layer, ids_TK)
-        self._is_serving = False
+        self._is_at_work = False
         return out
 
     def _serve_alone(

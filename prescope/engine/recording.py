@@ -44,7 +44,10 @@ def _open(engine: Served) -> Recorder:
         UnsupportedOption: it has one.
     """
     if threading.get_ident() in engine.forwards.recorders:
-        raise UnsupportedOption("a recording is under way already; one thread records one run at a time")
+        raise UnsupportedOption(
+            "a recording is under way already; one thread records one run at a time. recover() ends one that an "
+            "interrupt has left open"
+        )
     config = engine.config
     settings = {
         "events": config.events,

@@ -8,12 +8,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import prescope
 from prescope.core import machine
-from prescope.errors import ForkedProcess, NotAttached, NotEnoughMemory, SlotPoolTooLarge
-from tests.support.models import plain_tokens, prompt, tiny_moe
+from prescope.errors import ForkedProcess, NotAttached, NotEnoughMemory, SlotPoolTooLarge, UnsupportedOption
+from prescope.scheduler.costs import LayerCosts
+from tests.support.interrupted_lines import ENGINE_FILES, interrupted, is_interrupted
+from tests.support.models import EXPERTS, LAYERS, plain_tokens, prompt, tiny_moe
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK = {"device": "cpu", "link_gb_per_s": 50.0}
@@ -179,3 +182,73 @@ def test_a_run_interrupted_in_any_forward_leaves_the_whole_model(model, settings
             passes = 0
             assert engine.generate(ids, max_new_tokens=12).tokens == expected
             assert plain_tokens(model, ids) == expected
+
+
+CHANGES = {
+    "more slots": lambda engine: engine.configure(slots=9),
+    "another cache": lambda engine: engine.configure(cache="lfu"),
+    "another schedule": lambda engine: engine.configure(schedule="fiddler", cpu_threads=0),
+    "empty slots": lambda engine: engine.clear_cache(),
+    "a forward": lambda engine: engine.model(prompt()),
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(TimeoutError, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_interrupted_at_any_line_leaves_an_engine_that_works(model, change, error):
+    """Formerly it could be left without slots, or with slots for which no copy came any more."""
+    ids = prompt()
+    expected = plain_tokens(model, ids, 4)
+    settings = {
+        "slots": 6, "device": "null", "schedule": "static-split", "cpu_threads": 0,
+        "frequencies": np.arange(LAYERS * EXPERTS).reshape(LAYERS, EXPERTS),
+        "costs": LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=200.0, source="made up for a test"),
+    }  # fmt: skip
+    with prescope.attach(model, **settings) as engine, interrupted(set(), ENGINE_FILES) as lines:
+        CHANGES[change](engine)
+    raised = []
+    for at in range(1, lines[0], max(1, lines[0] // 8)):
+        with prescope.attach(model, **settings) as engine:
+            raised.append(is_interrupted({at}, lambda one=engine: CHANGES[change](one), error, ENGINE_FILES))
+            assert engine.generate(ids, max_new_tokens=4).tokens == expected
+            engine.check_integrity()
+    assert sum(raised) > 0.8 * len(raised) > 3
+    assert plain_tokens(model, ids, 4) == expected
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_closing_interrupted_at_any_line_gives_the_model_back_at_the_next_call(model, error):
+    """Formerly an interrupt before the last step was prepared had the other steps done, and that one never."""
+    ids = prompt()
+    expected = plain_tokens(model, ids, 4)
+    with interrupted(set(), ENGINE_FILES) as lines:
+        prescope.attach(model, slots=6, device="null").close()
+    whole = lines[0]
+    engine = prescope.attach(model, slots=6, device="null")
+    with interrupted(set(), ENGINE_FILES) as lines:
+        engine.close()
+    assert 20 < lines[0] < whole
+    for at in range(1, lines[0]):
+        engine = prescope.attach(model, slots=6, device="null")
+        is_interrupted({at}, engine.close, error, ENGINE_FILES)
+        engine.close()
+        assert not any("_prescope" in module.__dict__ for module in model.modules())
+        assert all(parameter.data.abs().sum() > 0 for parameter in model.parameters())
+    assert plain_tokens(model, ids, 4) == expected
+
+
+def test_a_recording_that_an_interrupt_left_open_is_ended_by_recover(model):
+    """Ctrl-C between a `with` and its block: Python then does not come to the block's end."""
+    ids = prompt()
+    expected = plain_tokens(model, ids, 4)
+    with prescope.attach(model, slots=6, **LINK) as engine:
+        left_open = engine.record()
+        left_open.__enter__()
+        for use in (lambda: engine.generate(ids, max_new_tokens=4), lambda: engine.configure(slots=7)):
+            with pytest.raises(UnsupportedOption, match=r"recover\(\)"):
+                use()
+        engine.recover()
+        engine.configure(slots=7)
+        run = engine.generate(ids, max_new_tokens=4, on_step=lambda n: engine.recover())
+        assert run.tokens == expected and len(run.steps) == 4
+        del left_open

@@ -1,12 +1,5 @@
 """An interrupt at any line of attaching or detaching: the model is then as it was, at once or after the next call."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import Any
-
 import pytest
 import torch
 
@@ -14,49 +7,8 @@ import prescope
 from prescope.device.null import NullDevice
 from prescope.hf.attach import Attachment
 from prescope.hf.moe_layers import find_moe_layers
+from tests.support.interrupted_lines import interrupted, is_interrupted
 from tests.support.models import plain_tokens, prompt, tiny_moe
-
-FOLDER = str(Path(prescope.__file__).parent)
-#: Not host_parameter.py: a tracer may raise between a `with` block and its end, where CPython hears no signal, and
-#: torch's hooks would stay switched off for all tests that follow.
-NAMES = ("hf/attach.py", "hf/guards.py", "weights/host_pool.py", "engine/forwards.py")
-FILES = tuple(f"{FOLDER}/{name}" for name in NAMES)
-
-
-@contextmanager
-def interrupted(
-    at: set[int], files: tuple[str, ...] = FILES, error: type[BaseException] = KeyboardInterrupt
-) -> Iterator[list[int]]:
-    """Raise an error before these lines, counted as they are run in `files`; gives how many there were."""
-    lines = [0]
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
-        if not frame.f_code.co_filename.startswith(files):
-            return None
-        if event == "line":
-            lines[0] += 1
-            if lines[0] in at:
-                raise error
-        return trace
-
-    former = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield lines
-    finally:
-        sys.settrace(former)
-
-
-def is_interrupted(
-    at: set[int], call: Callable[[], object], error: type[BaseException] = KeyboardInterrupt
-) -> bool:
-    """Whether the lines were come to: helpers' threads make it a few more or less from time to time."""
-    try:
-        with interrupted(at, error=error):
-            call()
-    except error:
-        return True
-    return False
 
 
 @pytest.fixture(scope="module")
