@@ -155,7 +155,7 @@ class Forwards:
 
 
 def depth_of(model: PreTrainedModel) -> int | None:
-    """Layers that a forward goes through: `assistant_early_exit` says fewer there while it makes a draft."""
+    """Layers that a forward goes through: transformers says fewer there while the first ones make a draft."""
     depth: int | None = getattr(model.base_model.config, "num_hidden_layers", None)
     return depth
 
