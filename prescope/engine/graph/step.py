@@ -223,7 +223,7 @@ class GraphStep:
         for layer, slots, rows in zip(runner.layers, runner.weights, runner.host.layers, strict=True):
             width, _, _ = slots.widths(layer.spec.is_transposed)
             x = torch.zeros((self.batch, width), dtype=slots.up.dtype, device=device)
-            nobody = torch.full((self.batch, step.top_k), -1, dtype=torch.float32, device=device)
+            nobody = torch.full((self.batch, step.top_k), -1, dtype=torch.int64, device=device)
             if step.scheduled is not None:  # nobody is asked, so the answer is there before
                 step.reply(layer.moe_layer, 0, NOTHING, last_copy=0, num_on_cpu=0)
             # Weights in both dtypes that routers give: the kernels differ.
