@@ -371,7 +371,11 @@ def test_states_of_a_dtype_that_is_not_read_are_not_left_out_in_silence(of, tmp_
         prescope.read_trace(tmp_path / "run.safetensors", shape=SHAPE)
 
 
-@pytest.mark.parametrize("of_kind", [int, np.int64, np.int16, lambda n: np.array(n), torch.tensor], ids=str)
+@pytest.mark.parametrize(
+    "of_kind",
+    [int, np.int64, np.int16, np.asarray, torch.tensor],
+    ids=["int", "int64", "int16", "array", "tensor"],
+)
 def test_numbers_are_pythons_numpys_or_torchs(of_kind, of):
     whole = prescope.read_trace(of.ids, shape=SHAPE, prompt_tokens=of.prompt_tokens, batch=1)
     shape, prompts = tuple(map(of_kind, SHAPE)), list(map(of_kind, of.prompt_tokens))

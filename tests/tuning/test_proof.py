@@ -189,7 +189,7 @@ def test_other_texts_and_more_memory_are_never_passed_over_in_silence(made_up):
         ({"x": [[1, 2], [3]]}, [[1, 2], [3]]), (("a", [1]), ["a", [1]]), (iter("ab"), ["a", "b"]),
         (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]), (torch.tensor([[1, 2]]), [[1, 2]]),
     ],
-    ids=str,
+    ids=["text", "texts", "by name", "ids", "ids by name", "mixed", "iterator", "array", "tensor"],
 )  # fmt: skip
 def test_prompts_are_texts_or_token_ids_of_any_kind(given, texts):
     found = texts_of(given)

@@ -478,7 +478,9 @@ def test_a_storage_that_cannot_be_used_is_said_without_its_password(url):
         assert "s3cret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("storage", [5, b"a.db", optuna.storages.InMemoryStorage()], ids=["number", "bytes", "storage"])
+@pytest.mark.parametrize(
+    "storage", [5, b"a.db", optuna.storages.InMemoryStorage()], ids=["number", "bytes", "storage"]
+)
 def test_a_storage_is_a_url_or_a_path(storage, tmp_path):
     with pytest.raises(UnsupportedOption, match="storage is"):
         open_sweep("a", SPACE, Hill(), storage=storage)
