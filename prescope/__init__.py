@@ -40,8 +40,9 @@ _HOME_OF = {
 
 #: Modules that are there at once after `import prescope`.
 _SUBMODULES = (
-    "cache", "calibration", "cli", "core", "device", "engine", "errors", "hf", "kernels", "predictor", "profile",
-    "report", "scheduler", "session", "simulator", "traces", "training", "tuning", "views", "weights", "widgets",
+    "advice", "cache", "calibration", "cli", "core", "device", "engine", "errors", "hf", "kernels", "predictor",
+    "profile", "report", "scheduler", "session", "simulator", "traces", "training", "tuning", "views", "weights",
+    "widgets",
 )  # fmt: skip
 
 __all__ = [
