@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id.", show_default=False)]
 Slots = Annotated[str, typer.Option("--slots", "-s", metavar="S", help="0.25 (share), 64 or 8GiB.")]
-Schedule = Annotated[str, typer.Option("--schedule", metavar="NAME", help="presched, fate, ...")]
+Schedule = Annotated[str, typer.Option("--schedule", metavar="NAME", help="presched, klotski, ...")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cuda, cuda:1, cpu.")]
 Link = Annotated[
     float | None,

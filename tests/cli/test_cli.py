@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pandas as pd
 import pytest
@@ -22,11 +23,12 @@ import prescope
 from prescope import tuning
 from prescope.advice import advise
 from prescope.cli import main
-from prescope.cli.options import slots_of
+from prescope.cli.options import Schedule, slots_of
 from prescope.cli.terminal import StatusLine
 from prescope.core.paths import embedded_model
 from prescope.engine import Engine
 from prescope.profile import HardwareProfile
+from prescope.scheduler import SCHEDULES
 from prescope.traces.events import read_events
 from prescope.tuning import load_sweep
 from prescope.tuning.proof import Candidate, Proof
@@ -451,3 +453,20 @@ def test_a_sweep_from_the_shell_is_proved_to_its_end(tmp_path):
     assert "simulator off %" in printed
     assert "default" in told
     assert re.search(r"the simulator said [\d.]+ tokens/s, [\d.]+ were measured", told)
+
+
+def test_the_page_and_the_help_offer_schedules_that_run_as_they_are_written():
+    """`bench --schedule on-demand,fate` stood there: every cell of fate ended in an error, for want of a predictor."""
+    page = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    calls = [line for line in page.splitlines() if line.startswith("prescope") and "--predictor" not in line]
+    named = [
+        name for call in calls for names in re.findall(r"--schedule (\S+)", call) for name in names.split(",")
+    ]
+    said = get_args(Schedule)[1].help.removesuffix(", ...").split(", ")
+    assert named and said
+    assert not [name for name in [*named, *said] if SCHEDULES[name].needs_predictor]
+    sentence = re.search(r"Of the schedules only (.*?) do not run without predictions", page)
+    assert sentence
+    assert set(re.findall(r"`([\w-]+)`", sentence[1])) == {
+        name for name, schedule in SCHEDULES.items() if schedule.needs_predictor
+    }
