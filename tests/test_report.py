@@ -17,6 +17,7 @@ from nbclient.exceptions import CellExecutionError
 from plotly.offline import get_plotlyjs
 
 from prescope import views
+from prescope.cli import main as shell
 from prescope.report import NotebookFailed, badge, execute_notebook, parse_parameter, write_report
 from prescope.report.__main__ import main
 from prescope.report.notebook import _failure, _notebook_page
@@ -178,6 +179,33 @@ def test_a_failing_cell_is_named_with_its_traceback_and_nothing_is_written(tmp_p
     assert "1 / 0" in captured.err
     assert "\x1b[" not in captured.err, "no colours where nobody sees them"
     assert not (tmp_path / "n.html").exists()
+
+
+def test_from_the_shell_a_failing_cell_is_one_last_line_behind_its_traceback(tmp_path, capsys):
+    """It was one line with the whole traceback and its colours in it."""
+    notebook = write_notebook(tmp_path / "n.ipynb", "pass", "1 / 0")
+    assert shell(["report", str(notebook), "-o", str(tmp_path / "n.html")]) == 1
+    said = capsys.readouterr().err
+    assert "\x1b[" not in said, "no colours where nobody sees them"
+    assert said.splitlines()[-1] == "prescope: cell 2 of 2 raised ZeroDivisionError: division by zero"
+    assert "----> 1 1 / 0" in said.splitlines(), "the traceback keeps its lines"
+
+
+@pytest.mark.parametrize("start", ["raise SystemExit(3)", "import a_package_that_is_missing"])
+def test_a_kernel_that_does_not_start_is_said_with_what_to_install(tmp_path, start):
+    """jupyter_client says no more than that it died, and nbclient's tidying failed at exit with a traceback."""
+    (tmp_path / "ipykernel_launcher.py").write_text(start)
+    notebook, page = write_notebook(tmp_path / "n.ipynb", "pass"), tmp_path / "n.html"
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "prescope.report", str(notebook), "--out", str(page)],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and not page.exists()
+    assert re.search(r"no kernel started .*pip install 'prescope\[lab\]'", done.stderr.splitlines()[-1])
 
 
 def test_a_cell_that_hangs_is_ended(tmp_path):

@@ -29,10 +29,16 @@ def report(
 ) -> None:
     """Run a notebook and write it as one HTML page that opens offline."""
     from .. import report as reports
+    from ..report.notebook import for_stderr
 
     try:
         given = by_name(map(reports.parse_parameter, parameters or []), "--param")
         written = reports.execute_notebook(notebook, output, parameters=given, timeout_s=timeout_s, log=tell)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--param") from error
+    except reports.NotebookFailed as error:  # the line that says what is wrong comes last, behind a traceback
+        what, *traceback = for_stderr(str(error)).splitlines()
+        for line in traceback:
+            tell(line)
+        raise reports.NotebookFailed(what) from error
     typer.echo(str(written))

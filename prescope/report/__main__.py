@@ -5,14 +5,11 @@ python -m prescope.report notebooks/00_quickstart.ipynb --out reports/quickstart
 
 import argparse
 import asyncio
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .notebook import NotebookFailed, execute_notebook, parse_parameter
-
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+from .notebook import NotebookFailed, execute_notebook, for_stderr, parse_parameter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         execute_notebook(given.notebook, given.out, parameters=dict(given.param), timeout_s=given.timeout)
     except NotebookFailed as error:
-        text = str(error)
-        print(text if sys.stderr.isatty() else _ANSI.sub("", text), file=sys.stderr)
+        print(for_stderr(str(error)), file=sys.stderr)
         return 1
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)

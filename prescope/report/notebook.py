@@ -5,8 +5,10 @@ Widgets need a kernel, so a notebook runs with PRESCOPE_HEADLESS=1 and its panel
 
 import ast
 import asyncio
+import atexit
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -33,12 +35,18 @@ from .page import PRINT_JS, SHARED_CSS, json_script, provenance
 
 #: Of the line that says what the numbers mean, as panels write it.
 VERDICT_CLASS = "class='ps-verdict'"
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PLOTLY_MIME = "application/vnd.plotly.v1+json"
 _WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
 
 class NotebookFailed(PrescopeError):
-    """A cell of a notebook raised, its kernel died, it took too long, or the file is no notebook."""
+    """A cell of a notebook raised, its kernel did not start or died, it took too long, or the file is no notebook."""
+
+
+def for_stderr(text: str) -> str:
+    """A text for stderr: without the colours of a traceback where no terminal shows them."""
+    return text if sys.stderr.isatty() else _ANSI.sub("", text)
 
 
 _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
@@ -109,8 +117,8 @@ def execute_notebook(
         log: gets one line for each cell.
 
     Raises:
-        NotebookFailed: a cell raised (the message holds its number and traceback), took too long, the kernel died, or
-            the file is no notebook. Nothing is written.
+        NotebookFailed: a cell raised (the message holds its number and, behind the first line, its traceback), took
+            too long, the kernel did not start or died, or the file is no notebook. Nothing is written.
         ValueError: a parameter that the notebook does not have.
     """
     path = Path(path)
@@ -232,6 +240,15 @@ async def _execute(
             if is_interrupted:  # nbclient takes a cancelled task for a dead kernel
                 raise KeyboardInterrupt from error
             raise NotebookFailed(f"{type(error).__name__}: {error}") from error
+        except RuntimeError as error:  # jupyter_client's, before the first cell
+            atexit.unregister(
+                client._cleanup_kernel
+            )  # nbclient forgets to: it would fail, with a traceback, at exit
+            raise NotebookFailed(
+                f"no kernel started ({error}); what it said stands above. It is {sys.executable} -m "
+                f"ipykernel_launcher: pip install 'prescope[lab]' brings ipykernel, and what IPython runs at its start "
+                f"may end it"
+            ) from error
 
 
 def _import_paths() -> list[str]:
