@@ -5,15 +5,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache
+from functools import cache, partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from numpy.typing import NDArray
 
 from ..core.units import format_bytes
-from ..core.worker import process_id
+from ..core.worker import process_id, to_the_end
 from ..errors import NotEnoughMemory, SlotPoolTooLarge, TransferFailed, UnsupportedOption, WaitTimedOut
 from .base import LinkFunctions
 from .driver import DriverEvents, DriverMark, elapsed_us, link_functions, open_memcpy
@@ -32,6 +32,7 @@ HOT_S = 2e-3
 #: cudaErrorHostMemoryNotRegistered.
 NOT_REGISTERED = 713
 
+R = TypeVar("R")
 Copies = Literal["torch", "driver"]
 #: "torch" is `Tensor.copy_`; "driver" calls cuMemcpyHtoDAsync directly, which spares the host torch's dispatch: 3.7
 #: instead of 7 us a copy (H200 machine, benchmarks/async_io.py). The link is idle until the first one is issued.
@@ -223,12 +224,8 @@ class CudaDevice:
         return DriverEvents()
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        with _one_capture:
-            self.synchronize()
-            graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self.torch_device)
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                result = run()
-        return graph.replay, result
+        self.synchronize()
+        return capture_graph(self.torch_device, run)
 
     def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[torch.cuda.Event, int]:
         self.synchronize()
@@ -270,6 +267,37 @@ class CudaDevice:
 
 #: torch captures one graph at a time in a process, whichever engine's.
 _one_capture = threading.Lock()
+
+
+def capture_graph(device: torch.device, run: Callable[[], R]) -> tuple[Callable[[], None], R]:
+    """Take down the launches of `run` without running them; returns how to replay them, and `run`'s result.
+
+    Other threads may use the GPU meanwhile. Call it with the GPU as the current one.
+
+    Raises:
+        RuntimeError: a launch cannot be captured.
+    """
+    with _one_capture:
+        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
+        former = torch.cuda.current_stream(device)
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = run()
+        except BaseException:
+            to_the_end(partial(_leave_capture, graph, stream, former))
+            raise
+    return graph.replay, result
+
+
+def _leave_capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, former: torch.cuda.Stream) -> None:
+    """torch's own way out keeps the stream of a capture that failed as the thread's current one, and is Python:
+    interrupted on the way in or out, it leaves the capture open, and nothing runs on that stream any more.
+    """
+    torch.cuda.set_stream(stream)
+    with suppress(RuntimeError):  # of what is wrong with the capture; that is raised already
+        if torch.cuda.is_current_stream_capturing():
+            graph.capture_end()
+    torch.cuda.set_stream(former)
 
 
 @cache

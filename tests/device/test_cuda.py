@@ -1,4 +1,4 @@
-"""Memory that the system refuses: said with what to do, and everything works afterwards."""
+"""Memory that the system refuses, captures that do not end as they should: said, and everything works afterwards."""
 
 import threading
 from contextlib import nullcontext
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prescope
-from prescope.device import CudaDevice, EmulatedLinkDevice
+from prescope.device import CudaDevice, EmulatedLinkDevice, cuda
 from prescope.errors import NotEnoughMemory, WaitTimedOut
 from tests.support.models import plain_tokens, prompt, tiny_moe
 
@@ -100,6 +100,84 @@ def test_pinning_that_does_not_end_is_said(monkeypatch):
             prescope.attach(tiny_moe(), slots=5, device="cpu")
     finally:
         release.set()
+
+
+class Captures:
+    """torch's functions around a capture, and the state that they leave; something goes wrong at `at`."""
+
+    def __init__(self, monkeypatch, at: str, error: BaseException) -> None:
+        self.current, self.is_open, self.num_ends, self.at, self.error = "the user's", False, 0, at, error
+        self.modes = []
+        outer = self
+
+        class Graph:
+            """As torch.cuda.graph: its way out is not gone when the end of the capture raises."""
+
+            def __init__(self, graph, stream, capture_error_mode):
+                outer.modes.append(capture_error_mode)
+                self.graph, self.stream = graph, stream
+
+            def __enter__(self):
+                self.former, outer.current = outer.current, self.stream
+                outer.is_open = True
+                outer.reach("begun")
+
+            def __exit__(self, *_):
+                outer.reach("ending")
+                self.graph.capture_end()
+                outer.current = self.former
+
+        for name, value in {
+            "graph": Graph, "CUDAGraph": lambda: self, "Stream": lambda device: "a capture's",
+            "current_stream": lambda device=None: self.current, "set_stream": self.set_stream,
+            "is_current_stream_capturing": lambda: self.is_open and self.current == "a capture's",
+            "synchronize": lambda device=None: None,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value, raising=False)
+        cuda._capture_stream.cache_clear()
+
+    def reach(self, place: str) -> None:
+        if place == self.at:
+            self.at = ""
+            raise self.error
+
+    def set_stream(self, stream: str) -> None:
+        self.current = stream
+
+    def capture_end(self) -> None:
+        assert self.is_open and self.current == "a capture's"
+        self.is_open, self.num_ends = False, self.num_ends + 1
+        self.reach("ended")
+
+    def replay(self) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def forgotten_stream():
+    yield
+    cuda._capture_stream.cache_clear()
+
+
+@pytest.mark.usefixtures("forgotten_stream")
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), RuntimeError("operation not permitted when capturing")]
+)
+@pytest.mark.parametrize("at", ["begun", "run", "ending", "ended"])
+def test_whatever_ends_a_capture_the_thread_goes_on_where_it_was(monkeypatch, at, error):
+    """Formerly on the capture's stream; interrupted on the way in or out, that stream was captured for ever."""
+    captures = Captures(monkeypatch, at, error)
+
+    def run() -> int:
+        captures.reach("run")
+        return 7
+
+    with pytest.raises(type(error)):
+        cuda.capture_graph(torch.device("cuda", 0), run)
+    assert not captures.is_open and captures.num_ends == 1
+    assert captures.current == "the user's"
+    assert cuda.capture_graph(torch.device("cuda", 0), run) == (captures.replay, 7)
+    assert captures.current == "the user's" and set(captures.modes) == {"thread_local"}
 
 
 @pytest.mark.gpu
