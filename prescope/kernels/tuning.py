@@ -1,23 +1,28 @@
 """Kernel configurations tuned once per GPU and kept in the user's cache folder."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
+from statistics import median
 from typing import TypeVar
 
 import torch
 import triton
 from tqdm.auto import tqdm
-from triton.testing import do_bench_cudagraph
 
 from ..core.files import write_text
 from ..core.paths import cache_dir
+from ..device.cuda import capture_graph
 from .base import CannotLaunch
 
 Config = TypeVar("Config", bound=tuple[int, ...])
+
+#: Runs by which a candidate's time is guessed, the time that a graph of its runs takes by that, and its replays.
+TRIAL_RUNS, GRAPH_MS, REPLAYS = 5, 5.0, 10
+#: Runs in the graph of a candidate that is too quick for the GPU's clock.
+MOST_RUNS = 1000
 
 _loaded: dict[str, dict[str, list[int]]] = {}  # by file
 
@@ -54,8 +59,7 @@ def tune(
         return
     # Each candidate is compiled first, half a second or so: some seconds once per shape and GPU.
     bar = tqdm(candidates, desc=f"tuning expert kernels ({key})", leave=False)
-    with _captured_on(device):
-        times = [_time_of(partial(run, candidate)) for candidate in bar]
+    times = [_time_of(device, partial(run, candidate)) for candidate in bar]
     if min(times) == inf:  # what runs by the default will say why
         return
     file = _file(device)
@@ -64,22 +68,29 @@ def tune(
     write_text(file, json.dumps(known, indent=1))
 
 
-def _time_of(run: Callable[[], None]) -> float:
-    """Milliseconds; infinite for a tile that this GPU has no room for."""
+def _time_of(device: torch.device, run: Callable[[], None]) -> float:
+    """Milliseconds, median; infinite for a tile that this GPU has no room for."""
     try:
-        return float(do_bench_cudagraph(run, rep=5))
+        run()  # compiles it, which cannot be done while a graph is captured
     except CannotLaunch:
         return inf
+    once_ms = _took_ms(partial(_repeat, run, TRIAL_RUNS)) / TRIAL_RUNS
+    repeats = max(1, int(GRAPH_MS / once_ms)) if once_ms > 0.0 else MOST_RUNS
+    # Not by Triton's do_bench_cudagraph: while it captures, what other threads ask of CUDA fails in this whole process.
+    replay, _ = capture_graph(device, partial(_repeat, run, repeats))
+    return median(_took_ms(replay) / repeats for _ in range(REPLAYS))
 
 
-@contextmanager
-def _captured_on(device: torch.device) -> Iterator[None]:
-    """Let graphs that name no stream be captured on this GPU: torch keeps one stream for them all, of the GPU that was
-    the first to capture in this process, and its kernels would be launched there.
-    """
-    former = torch.cuda.graph.default_capture_stream
-    torch.cuda.graph.default_capture_stream = torch.cuda.Stream(device)
-    try:
-        yield
-    finally:
-        torch.cuda.graph.default_capture_stream = former
+def _repeat(run: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+def _took_ms(work: Callable[[], None]) -> float:
+    """What the GPU took for what is launched."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
