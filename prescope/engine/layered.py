@@ -149,13 +149,17 @@ class LayeredRunner:
         self._is_at_work = True
 
     def recover(self) -> None:
-        """Make the lanes usable after an interrupt or a failed copy; the slots are cold afterwards."""
+        """Make the lanes usable after an interrupt or a failed copy; the slots are cold afterwards.
+
+        Interrupted itself, it is done again before the next layer is served.
+        """
+        self._is_at_work = True
         self.device.recover()
         self.clear()
-        self._is_at_work = False
         self.captured = None
         if self.schedule_runner is not None:
             self.schedule_runner.recover()
+        self._is_at_work = False
 
     @property
     def is_capturing(self) -> bool:

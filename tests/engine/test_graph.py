@@ -242,6 +242,40 @@ def test_an_interrupt_in_a_step_leaves_an_engine_that_works(model, gpu, monkeypa
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("second", ["GraphBuffers.served", "InterpretedGpu.send", "InterpretedGpu.recover"])
+def test_a_second_interrupt_while_the_first_is_put_right_leaves_an_engine_that_works(
+    model, gpu, monkeypatch, driver, second
+):
+    """Ctrl-C is pressed twice. The GPU waited for its answers for ever, or slots passed for full that were not."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU that waits for ever cannot be given back: runs where there is none")
+    ids = prompt()
+    expected = plain_tokens(model, ids, new=6)
+    name, _, method = second.partition(".")
+    module = "prescope.kernels.graph_buffers" if name == "GraphBuffers" else "tests.support.interpreted_gpu"
+    kind = getattr(import_module(module), name)
+    genuine, calls = getattr(kind, method), []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return genuine(*arguments)
+
+    def stop(tokens: int) -> None:
+        if tokens == 4:
+            monkeypatch.setattr(kind, method, interrupted)
+            raise KeyboardInterrupt
+
+    with prescope.attach(model, slots=6, decode=driver, **gpu) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(ids, max_new_tokens=30, on_step=stop)
+        assert calls
+        assert engine.generate(ids, max_new_tokens=6).tokens == expected
+        engine.check_integrity()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
 def test_a_copy_that_the_driver_refuses_is_an_error_and_the_engine_works_again(
     model, gpu, monkeypatch, driver
 ):

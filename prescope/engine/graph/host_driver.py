@@ -291,10 +291,10 @@ class HostDriver:
         self._lane.settle(job)
         has_cpu = captured.scheduled is not None and captured.scheduled.has_cpu
         captured.served(step + 1)
-        # For a layer that was answered before and waits for bytes.
-        self._runner.device.send([captured.landing(MOST_COPIES)], None)
         for layer in self._runner.layers:
             captured.reply(layer.moe_layer, step, NOTHING, last_copy=0, num_on_cpu=0)
             if has_cpu:
                 word, value = captured.cpu_flag(layer.moe_layer, step)
                 word.fill_(value)
+        # For a layer that was answered before and waits for bytes. Last: the link may be what failed.
+        self._runner.device.send([captured.landing(MOST_COPIES)], None)

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...core.jit import warming_up
-from ...core.worker import PATIENCE_S
+from ...core.worker import PATIENCE_S, to_the_end
 from ...errors import TransferFailed, UnsupportedOption, WaitTimedOut
 from ...kernels import StepLog
 from ..layered import LayeredRunner
@@ -179,7 +179,8 @@ class DecodeLoop:
                 self._runner.is_in_graph = True
                 self._run_steps(sample, first, num_steps)
         except BaseException:
-            self._abandon()
+            to_the_end(self._let_go)
+            self._runner.device.recover()
             raise
         finally:
             self._runner.is_in_graph = False
@@ -315,15 +316,17 @@ class DecodeLoop:
                     f"the GPU was not done with a decode step within {PATIENCE_S:.0f} s; run again"
                 )
 
-    def _abandon(self) -> None:
-        """Let a step that still waits for the host run to its end, with whatever weights there are."""
+    def _let_go(self) -> None:
+        """Let steps that still wait for the host run to their end, with whatever weights there are.
+
+        An interrupt in here would leave the GPU waiting for ever, and Ctrl-C is pressed twice: see `to_the_end`.
+        """
         for buffers in (captured.buffers for captured in self._step.captured.values()):
             if buffers.launched and buffers.scheduled is not None:
                 self._scheduled_step.abandon(buffers.launched - 1)
             elif buffers.launched and buffers.orders:
                 assert self._ordered_step is not None
                 self._ordered_step.abandon(buffers.launched - 1)
-        self._runner.device.recover()
 
     # -- whose table is the true one ---------------------------------------------------------------------------
 
