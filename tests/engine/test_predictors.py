@@ -1,5 +1,6 @@
 """Any predictor: inside the graph, beside it or in the layers' way, the text is the plain model's and no step waits."""
 
+import sys
 import threading
 import time
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import prescope
-from prescope.engine.graph.beside import SCORES_SHIFT, write_answers
+from prescope.engine.graph.beside import SCORES_SHIFT, Listening, write_answers
 from prescope.engine.graph.capturable import why_not_in_graph
 from prescope.engine.graph.host_messages import has_all, read_predictions
 from prescope.engine.predicting import WATCHED_CALLS, Predicting
@@ -238,3 +239,32 @@ def test_interrupts_and_other_threads_find_an_engine_that_works(model, early, gp
             thread.join(120)
         engine.check_integrity()
     assert [runs[name].tokens for name in "ab"] == [expected, expected]
+
+
+@ASIDE
+@pytest.mark.parametrize("where", ["host_driver.compile_first", "host_driver.Listening.begin"])
+def test_an_interrupt_before_the_first_step_leaves_a_predictor_that_answers(
+    model, early, gpu, monkeypatch, where
+):
+    """Its thread went on listening to the run that was given up, and never heard of another."""
+    ids, switch_s = prompt(length=5), sys.getswitchinterval()
+    with opened(model, OnHost(early), **gpu) as engine:
+        generate(engine, ids)
+        with monkeypatch.context() as patch:
+            genuine = Listening.begin
+
+            def interrupted(*arguments):
+                if isinstance(arguments[0], Listening):
+                    genuine(*arguments)
+                raise KeyboardInterrupt
+
+            patch.setattr(f"prescope.engine.graph.{where}", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate(ids, max_new_tokens=NEW)
+        assert sys.getswitchinterval() == switch_s
+        answers, num_tries = 0, 0
+        while not answers and num_tries < MOST_TRIES:
+            run, num_tries = generate(engine, ids), num_tries + 1
+            answers, _ = answers_of(run)
+    assert answers > 0
+    assert run.tokens == plain_tokens(model, ids, new=NEW)

@@ -63,14 +63,14 @@ class HostDriver:
         self._events = runner.device.open_events(self._timed)
         self._addresses = self._lay_out(captured)
         self._state = self._start(captured)
-        if self._listening is not None:
-            self._listening.begin(self._state.counts)
         self._addresses.shown[:] = runner.residency.slot_of
         # Before the GPU is at work on a step: it would wait as long. An interpreted one takes the
         # compiler's time, and tests ended after 300 s on a busy machine.
         compile_first(serve, (*self._arguments(0, 0, -1), 0), "the host's part of a decode step")
-        self._captured, self._is_abandoned = captured, False
         self._served, self._num_steps = {}, 0
+        self._captured, self._is_abandoned = captured, False
+        if self._listening is not None:  # last, since from here on `end` is needed, whatever interrupts
+            self._listening.begin(self._state.counts)
 
     def _listen(self, captured: "GraphBuffers") -> None:
         """Have the predictor asked beside the steps, if it is not part of them."""

@@ -164,16 +164,16 @@ class DecodeLoop:
             recorder.anchor(*self._runner.device.clock(all_buffers[0].stamp))
         elif recorder is not None:
             recorder.anchor(self._runner.device.mark(True), 0)
-        for buffers in all_buffers:
-            if buffers.scheduled is not None:
-                self._scheduled_step.begin(buffers)
-            elif buffers.orders:
-                self._ordered_step = CopyDriver(self._runner, buffers)
         schedule_runner = self._runner.schedule_runner
         if schedule_runner is not None and schedule_runner.predicting is not None:
             aside = self._step.aside
             schedule_runner.predicting.where = f"beside the graph: {aside}" if aside else "in the graph"
         try:
+            for buffers in all_buffers:
+                if buffers.scheduled is not None:
+                    self._scheduled_step.begin(buffers)
+                elif buffers.orders:
+                    self._ordered_step = CopyDriver(self._runner, buffers)
             # Only here: beside layers that the CPU computes, or launches, threads that wait would be in the way.
             with schedule_runner.awake() if schedule_runner is not None else nullcontext():
                 self._runner.is_in_graph = True
