@@ -49,6 +49,14 @@ def test_orders_that_come_late_are_followed_once():
     assert [nbytes for _, nbytes in copied] == [ROW, ROW, 4], "each once, and behind them that they are there"
     assert (pool[1] == rows[3]).all() and (pool[2] == rows[0]).all()
     assert ack.tolist() == [STEP + 1, 0] and served[0] == STEP + 1
+    # 32,767 steps later, none of which missed as much, the same number: the count comes before the orders.
+    progress[:], copied[:] = 0, []
+    written[0, 0] = NUMBER << 48 | 2
+    assert follow_orders(*arguments) == NOBODY_ASKED and not copied, "a former order is no order"
+    written[0, 1:] = word(expert=1, slot=0), word(expert=2, slot=1)
+    assert follow_orders(*arguments) == SERVED
+    assert [nbytes for _, nbytes in copied] == [ROW, ROW, 4]
+    assert (pool[0] == rows[1]).all() and (pool[1] == rows[2]).all() and (pool[2] == rows[0]).all()
 
 
 def test_a_gpu_is_taken_for_stopped_only_if_its_messages_were_looked_for_once_more():

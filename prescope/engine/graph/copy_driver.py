@@ -82,6 +82,8 @@ def follow_orders(
                     progress[1] = call(link.memcpy, (target, source, nbytes, link.stream)) & 0xFFFFFFFF
                     if progress[1] != 0:
                         return LINK_FAILED
+                # Later steps may order less: this one must not be there when numbers come round again.
+                orders.orders[layer, progress[2]] = 0
             progress[2] += 1
         if count > 0:
             orders.ack_sources[layer] = step + 1  # its last copy is over: the GPU has gone on since
