@@ -78,6 +78,10 @@ class DeviceTable:
     Args:
         shape, num_slots: as the table's.
         device: the GPU.
+
+    Attributes:
+        looks, side: streams on which a step is captured beside its layers: what it reads from the host, and its
+            predictions; None without a GPU.
     """
 
     def __init__(self, shape: MoEShape, num_slots: int, device: torch.device) -> None:
@@ -87,6 +91,9 @@ class DeviceTable:
         self.scores = torch.empty(shape.total_experts, dtype=torch.float64, device=device)
         self.tick = torch.zeros(1, dtype=torch.int64, device=device)
         self.gates = Gates()
+        # Of all steps: torch hands out 32 streams in turn, so each step's own would now and then be the one that the
+        # step is captured on, which makes the branch a part of the main one; and cuBLAS keeps a workspace for each.
+        self.looks, self.side = _branch(device), _branch(device)
 
     def new_step(
         self,
@@ -175,7 +182,7 @@ class GraphBuffers:
         self._on_cpu = torch.zeros(L, dtype=torch.int32, device=device)
         # What is read from the host beside the layers. Not on the predictions' branch, which may be busy.
         has_host = scheduled is not None or orders
-        self._looks = torch.cuda.Stream(device) if has_host and device.type == "cuda" else None
+        self._looks = table.looks if has_host else None
         self._ack = torch.zeros(L, dtype=torch.int32, device=device)
         self._ack_sources = _mapped((L,), torch.int32, device)
         # Host views.
@@ -199,7 +206,7 @@ class GraphBuffers:
             return
         T = self.num_tokens
         # Predictions are made beside the layer, not in its way.
-        self._side = torch.cuda.Stream(device) if way.scores is not None and device.type == "cuda" else None
+        self._side = self.table.side if way.scores is not None else None
         self._read_aside: list[torch.Tensor] = []
         self._landed = torch.zeros(1, dtype=torch.int32, device=device)
         numbers = _mapped((COPY_NUMBERS,), torch.int32, device)
@@ -611,6 +618,10 @@ class GraphBuffers:
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeroed host memory that the GPU reads and writes (the CPU's own in the interpreter)."""
     return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda", device="cpu")
+
+
+def _branch(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _power_of_2(n: int) -> int:

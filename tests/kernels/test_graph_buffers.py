@@ -255,3 +255,22 @@ def test_predictions_reach_the_host_with_the_number_of_their_step():
         torch.cuda.synchronize()  # a branch of its own predicts
     assert (words[0] >> 32 == world.step.number(0)).all() and not words[1].any()
     assert words[0].view(np.float32)[::2].tolist() == scores.ravel().tolist()
+
+
+def test_all_steps_of_a_table_are_captured_beside_its_own_two_streams(monkeypatch):
+    """torch hands out 32 in turn: a step's own were now and then the capture's, and lay in the layers' way."""
+    opened = []
+    if DEVICE == "cpu":
+        monkeypatch.setattr(captured, "_branch", lambda device: opened.append(device) or object())
+    table = captured.DeviceTable(MoEShape(L, E, 2, 0), 8, torch.device(DEVICE))
+    way = host_decides(lookahead=1, scores=lambda *_: None)
+    forms = [
+        {"policy": captured.graph_kernels.HOST, "orders": False, "scheduled": way},
+        {"policy": captured.graph_kernels.HOST, "orders": False, "scheduled": host_decides(lookahead=0)},
+        {"policy": POLICIES["lru"].kind, "orders": True},
+        {"policy": POLICIES["lru"].kind, "orders": False},
+    ]
+    steps = [table.new_step(tokens, 2, timed=False, **form) for form in forms for tokens in (1, 4)]
+    assert table.looks != table.side and len(opened) == (2 if DEVICE == "cpu" else 0)
+    assert [step._looks for step in steps] == [table.looks] * 6 + [None] * 2
+    assert [getattr(step, "_side", None) for step in steps] == [table.side] * 2 + [None] * 6
