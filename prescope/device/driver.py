@@ -1,6 +1,7 @@
 """The CUDA driver by ctypes: copies and events without torch's dispatch around them."""
 
 import ctypes
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -16,6 +17,11 @@ from .base import LinkFunctions
 Memcpy = Callable[[int, int, int, int], None]
 
 
+def library_name(platform: str) -> str:
+    """Of the driver's library, by `sys.platform`."""
+    return "nvcuda.dll" if platform == "win32" else "libcuda.so.1"
+
+
 @cache
 def open_driver() -> ctypes.CDLL:
     """The installed driver; torch must have made its context current in this thread.
@@ -23,8 +29,9 @@ def open_driver() -> ctypes.CDLL:
     Raises:
         UnsupportedOption: there is no driver library to open.
     """
+    name = library_name(sys.platform)
     try:
-        library = ctypes.CDLL("libcuda.so.1")
+        library = ctypes.CDLL(name)
         library.cuMemcpyHtoDAsync_v2.argtypes = [
             ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p,
         ]  # fmt: skip
@@ -33,7 +40,8 @@ def open_driver() -> ctypes.CDLL:
         library.cuEventDestroy_v2.argtypes = [ctypes.c_void_p]
     except (OSError, AttributeError) as error:
         raise UnsupportedOption(
-            f"copies='driver' needs the CUDA driver's libcuda.so.1 ({error}); use copies='torch'"
+            f"copies go by the CUDA driver's {name}, which cannot be opened ({error}); install NVIDIA's driver, or "
+            f"use device='cpu' for an emulated link"
         ) from error
     return library
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import prescope
-from prescope.device import CudaDevice, EmulatedLinkDevice, cuda
-from prescope.errors import NotEnoughMemory, WaitTimedOut
+from prescope.device import CudaDevice, EmulatedLinkDevice, cuda, driver
+from prescope.errors import NotEnoughMemory, UnsupportedOption, WaitTimedOut
 from tests.support.models import plain_tokens, prompt, tiny_moe
 
 
@@ -151,6 +151,22 @@ class Captures:
 
     def replay(self) -> None:
         """Nothing."""
+
+
+@pytest.mark.parametrize(("platform", "name"), [("win32", "nvcuda.dll"), ("linux", "libcuda.so.1")])
+def test_the_driver_is_looked_for_by_its_name_here_and_said_to_be_missing(monkeypatch, platform, name):
+    """Formerly by Linux's name alone, and the error named a setting that engines do not have."""
+    asked = []
+
+    def missing(library: str):
+        asked.append(library)
+        raise OSError("no such file")
+
+    monkeypatch.setattr("sys.platform", platform)
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    with pytest.raises(UnsupportedOption, match=rf"{name}.*no such file.*device='cpu'"):
+        driver.open_driver.__wrapped__()
+    assert asked == [name]
 
 
 @pytest.fixture
