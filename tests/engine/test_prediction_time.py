@@ -1,5 +1,7 @@
 """What a prediction takes: captured where steps run from a graph, from Python where it cannot be, or they do not."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -16,6 +18,17 @@ class Graphs(NullDevice):
     """A device whose graphs take a stated time."""
 
     captures_steps = True
+    depth = 0
+
+    @contextmanager
+    def as_current(self):
+        self.depth += 1
+        yield
+        self.depth -= 1
+
+    def synchronize(self) -> None:
+        assert self.depth, "on another GPU"
+        super().synchronize()
 
     def capture(self, run):
         result = run()
@@ -67,7 +80,10 @@ def test_a_graph_of_all_layers_is_timed_by_the_path_that_the_engine_takes(fast_t
 
 @pytest.mark.parametrize(("can_be", "is_captured"), [(False, True), (True, False)])
 def test_from_python_where_it_is_not_captured(can_be, is_captured):
-    predictor = Predictor(can_be)
-    us = prediction_us(predictor, Graphs(), 3, 16, is_captured=is_captured)
+    predictor, device, depths = Predictor(can_be), Graphs(), set()
+    asked = predictor.predict
+    predictor.predict = lambda *arguments: depths.add(device.depth) or asked(*arguments)
+    us = prediction_us(predictor, device, 3, 16, is_captured=is_captured)
+    assert depths == {1} and device.depth == 0, "a kernel of Triton's is launched on the thread's current GPU"
     assert 0 < us < 1e5 and us != pytest.approx(REPLAY_US / 7, rel=0.01)
     assert len({layer for _, layer in predictor.asked[1:]}) == 1

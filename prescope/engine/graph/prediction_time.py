@@ -22,13 +22,14 @@ def prediction_us(
     Args:
         is_captured: decode steps run from a graph. A predictor that cannot be captured is asked beside it, from Python.
     """
-    if is_captured:
-        try:
-            with device.as_current(), torch.no_grad():
-                return _captured_us(predictor, device, num_tokens, width)
-        except Exception:  # noqa: BLE001 - it may be anybody's code: whatever it is, it runs beside the graph
-            device.synchronize()
-    return measure_us(predictor, width, tokens=num_tokens, device=str(device.torch_device))
+    with device.as_current():
+        if is_captured:
+            try:
+                with torch.no_grad():
+                    return _captured_us(predictor, device, num_tokens, width)
+            except Exception:  # noqa: BLE001 - it may be anybody's code: whatever it is, it runs beside the graph
+                device.synchronize()
+        return measure_us(predictor, width, tokens=num_tokens, device=str(device.torch_device))
 
 
 def _captured_us(predictor: Predictor, device: Device, num_tokens: int, width: int) -> float:
