@@ -152,8 +152,7 @@ class PackedLinear(NamedTuple):
         return self.w.format.nbytes(self.w.shape[1:])
 
     def _pair_config(self, in_dim: int) -> PackedConfig:
-        found = tuned(self.x.device, self.key)
-        return default_pairs(in_dim) if found is None else PackedConfig(*found)
+        return tuned(self.x.device, self.key, self.candidates) or default_pairs(in_dim)
 
     def _strides(self, slots: _Slots) -> tuple[int | float, ...]:
         bias_stride = 0 if self.bias is None else self.bias.stride(0)

@@ -346,9 +346,9 @@ def linear_of(
 
 def pair_config(linear: Linear) -> PairConfig:
     """The configuration tuned for this GPU, or the default where none was tuned."""
-    found = tuned(linear.w.device, linear.key)
+    found = tuned(linear.w.device, linear.key, linear.candidates)
     if found is not None:
-        return PairConfig(*found)
+        return found
     return DEFAULT_PAIRS_TRANSPOSED if linear.is_transposed else DEFAULT_PAIRS
 
 

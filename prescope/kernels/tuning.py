@@ -1,12 +1,13 @@
 """Kernel configurations tuned once per GPU and kept in the user's cache folder."""
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from ..core.files import write_text
 from ..core.paths import cache_dir
 from ..device.cuda import capture_graph
+from ..errors import CannotWrite
 from .base import CannotLaunch
 
 Config = TypeVar("Config", bound=tuple[int, ...])
@@ -24,7 +26,7 @@ TRIAL_RUNS, GRAPH_MS, REPLAYS = 5, 5.0, 10
 #: Runs in the graph of a candidate that is too quick for the GPU's clock.
 MOST_RUNS = 1000
 
-_loaded: dict[str, dict[str, list[int]]] = {}  # by file
+_loaded: dict[str, dict[str, Any]] = {}  # by file
 
 
 def _file(device: torch.device) -> Path:
@@ -32,18 +34,30 @@ def _file(device: torch.device) -> Path:
     return cache_dir() / f"kernels_{gpu}_triton-{triton.__version__}.json"
 
 
-def _known(file: Path) -> dict[str, list[int]]:
+def _known(file: Path) -> dict[str, Any]:
     if str(file) not in _loaded:
-        try:
-            _loaded[str(file)] = json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError):  # none yet, or half-written by a process that was killed
-            _loaded[str(file)] = {}
+        _loaded[str(file)] = _read(file)
     return _loaded[str(file)]
 
 
-def tuned(device: torch.device, key: str) -> list[int] | None:
-    """The configuration found for `key` on this GPU, if it was tuned."""
-    return _known(_file(device)).get(key) if device.type == "cuda" else None
+def _read(file: Path) -> dict[str, Any]:
+    """What was kept; nothing if there is no such file, or something else in its place. It is only ever made anew."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def tuned(device: torch.device, key: str, candidates: Sequence[Config]) -> Config | None:
+    """Which of the candidates was found to be the fastest for `key` on this GPU; None if it was not tuned."""
+    if device.type != "cuda":
+        return None
+    known = _known(_file(device))
+    found = known.get(key)
+    if isinstance(found, list):  # as it was read: of another version's candidates, or anybody's
+        found = known[key] = next((one for one in candidates if list(one) == found), None)
+    return found if isinstance(found, tuple) else None
 
 
 def tune(
@@ -53,9 +67,9 @@ def tune(
     run: Callable[[Config], None],
 ) -> None:
     """Time `run(candidate)` of each candidate (CUDA graph of many runs, median) and keep the fastest for `key`; none,
-    where none can run.
+    where none can run. Where the file cannot be written, each process does so anew, which a warning says.
     """
-    if device.type != "cuda" or tuned(device, key) is not None:
+    if device.type != "cuda" or tuned(device, key, candidates) is not None:
         return
     # Each candidate is compiled first, half a second or so: some seconds once per shape and GPU.
     bar = tqdm(candidates, desc=f"tuning expert kernels ({key})", leave=False)
@@ -64,8 +78,11 @@ def tune(
         return
     file = _file(device)
     known = _known(file)
-    known[key] = list(candidates[times.index(min(times))])
-    write_text(file, json.dumps(known, indent=1))
+    known[key] = candidates[times.index(min(times))]
+    try:
+        write_text(file, json.dumps(known, indent=1))
+    except CannotWrite as error:
+        warnings.warn(f"expert kernels are tuned again in the next process: {error}", stacklevel=2)
 
 
 def _time_of(device: torch.device, run: Callable[[], None]) -> float:

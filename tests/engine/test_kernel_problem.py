@@ -1,10 +1,8 @@
 """A kernel that Triton cannot compile, or that the GPU has no room for: the reference computes, and says why."""
 
 import ast
-from functools import partial
 
 import pytest
-import torch
 
 import prescope
 from tests.support.models import EXPERTS, LAYERS, plain_tokens, prompt, tiny_moe
@@ -12,8 +10,6 @@ from tests.support.models import EXPERTS, LAYERS, plain_tokens, prompt, tiny_moe
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
-
-from prescope.kernels import tuning
 
 ALL = LAYERS * EXPERTS
 NO_ROOM = OutOfResources(300_000, 232_448, "shared memory")
@@ -81,23 +77,3 @@ def test_a_step_that_has_such_a_kernel_runs_layer_by_layer(gpu, fails):
             run = engine.generate(ids, max_new_tokens=4)
         assert run.tokens == expected
         assert "_finish" in run.config["reasons"]["decode"]
-
-
-def test_tiles_that_there_is_no_room_for_are_not_the_fastest(monkeypatch, tmp_path):
-    """Where none has room, nothing is kept: whoever launches the default is told."""
-
-    def run(most, candidate):
-        if candidate[0] > most:
-            raise tuning.CannotLaunch("no room")
-
-    def timed(run, rep):
-        run()
-        return -float(run.args[-1][0])  # the larger, the faster
-
-    monkeypatch.setattr(tuning, "_file", lambda device: tmp_path / "kernels.json")
-    monkeypatch.setattr(tuning, "_captured_on", lambda device: torch.no_grad())
-    monkeypatch.setattr(tuning, "do_bench_cudagraph", timed)
-    gpu, candidates = torch.device("cuda"), [(16, 1), (64, 1), (32, 1)]
-    for most, kept in ((8, None), (32, [32, 1])):
-        tuning.tune(gpu, "a shape", candidates, partial(run, most))
-        assert tuning.tuned(gpu, "a shape") == kept
