@@ -403,7 +403,8 @@ class Engine:
                 and lists are padded on the left; a tensor's padding is told by its mask, or as `model.generate` does.
             attention_mask: (B, T), 0 where a token of `prompts` is padding.
             inputs_embeds: (B, T, D) embeddings, instead of ids or beside them.
-            on_step: called with the number of tokens so far after each one.
+            on_step: called with the number of tokens so far after each one. It must not wait for the GPU (`.item()`,
+                `.cpu()`, `synchronize`): from a graph the next step is under way, and may wait for the host meanwhile.
             keywords: for `model.generate`: max_new_tokens, do_sample, generation_config, stop_strings, ...
 
         Raises:
