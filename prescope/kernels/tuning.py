@@ -54,10 +54,11 @@ def tuned(device: torch.device, key: str, candidates: Sequence[Config]) -> Confi
     if device.type != "cuda":
         return None
     known = _known(_file(device))
-    found = known.get(key)
+    found: Any = known.get(key)
     if isinstance(found, list):  # as it was read: of another version's candidates, or anybody's
-        found = known[key] = next((one for one in candidates if list(one) == found), None)
-    return found if isinstance(found, tuple) else None
+        known[key] = found = next((one for one in candidates if list(one) == found), None)
+    is_one_of_them: bool = isinstance(found, tuple)
+    return found if is_one_of_them else None
 
 
 def tune(
