@@ -21,6 +21,8 @@ from tests.support.models import EXPERTS, LAYERS, plain_tokens, prompt, tiny_moe
 from tests.support.predictors import SHAPE, WRONG, Answering, Gate, OnHost, sleeps
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
+from triton.runtime.errors import OutOfResources
+
 NEW = 5
 COSTS = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=200.0, source="made up for a test")
 ASIDE = pytest.mark.filterwarnings("ignore:.* cannot be part of the graph:UserWarning")
@@ -268,3 +270,27 @@ def test_an_interrupt_before_the_first_step_leaves_a_predictor_that_answers(
             answers, _ = answers_of(run)
     assert answers > 0
     assert run.tokens == plain_tokens(model, ids, new=NEW)
+
+
+@ASIDE
+@pytest.mark.filterwarnings("ignore:.* failed at MoE layer 0. OutOfResources:UserWarning")
+def test_a_fast_path_that_cannot_run_here_leaves_the_predictor_beside_the_graph(model, early, gpu):
+    """Once it has failed in the way of the first step's layers, its capture was a foreign error that ended the run."""
+    ids, asked = prompt(length=5), []
+
+    class NoRoom:
+        most_tokens = 4
+
+        def __call__(self, *arguments):
+            asked.append(arguments[0])
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+    predictor = OnHost(early)
+    predictor.fast_path = lambda lookahead: NoRoom()
+    with opened(model, predictor, **gpu) as engine:
+        generate(engine, ids)
+        run = generate(engine, ids)
+    assert asked and run.tokens == plain_tokens(model, ids, new=NEW)
+    reasons = run.config["reasons"]
+    assert reasons["decode"].startswith("host-driven")
+    assert reasons["predictor"].startswith("beside the graph: out of resource: shared memory")

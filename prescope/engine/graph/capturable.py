@@ -52,9 +52,10 @@ def why_not_in_graph(
     Args:
         layers: MoE layers it is asked at. `num_tokens`, `width`, `dtype`: of the router inputs there.
     """
-    if predicting.is_forced or num_tokens <= predicting.most_fast_tokens:
+    if predicting.is_forced:
         return ""
-    if predicting.observing is not None:
+    is_fast = num_tokens <= predicting.most_fast_tokens  # made for graphs: it is asked once, since it may not run here
+    if predicting.observing is not None and not is_fast:
         return "it learns from what layers used, which it is told in Python"
     where = device.torch_device
     generator = torch.Generator().manual_seed(1)
@@ -75,6 +76,8 @@ def why_not_in_graph(
     try:
         with torch.no_grad():
             answers()  # what it does once, it has done
+        if is_fast:
+            return ""
         with torch.no_grad(), _OnDevice(where):
             answers()
         with torch.no_grad():
