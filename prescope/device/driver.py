@@ -18,7 +18,7 @@ Memcpy = Callable[[int, int, int, int], None]
 
 
 def library_name(platform: str) -> str:
-    """Of the driver's library, by `sys.platform`."""
+    """Of the driver's library, by the name that Python has for the system."""
     return "nvcuda.dll" if platform == "win32" else "libcuda.so.1"
 
 
