@@ -54,7 +54,8 @@ def why_not_in_graph(
     """
     if predicting.is_forced:
         return ""
-    is_fast = num_tokens <= predicting.most_fast_tokens  # made for graphs: it is asked once, since it may not run here
+    # A fast path is made for graphs: it is asked once, since it may not run here.
+    is_fast = num_tokens <= predicting.most_fast_tokens
     if predicting.observing is not None and not is_fast:
         return "it learns from what layers used, which it is told in Python"
     where = device.torch_device
