@@ -1,9 +1,9 @@
 """A predictor's answers, looked at before anything is decided by them: anybody may write one.
 
-Shapes: T tokens, E experts, d layers ahead.
+Shapes: R rows of a trace, T tokens, E experts, L MoE layers, d layers ahead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,20 @@ import torch
 from numpy.typing import NDArray
 
 from ..core.types import MoEShape
+from ..core.units import count_of
 from ..errors import BadTrace, PrescopeError, UnsupportedOption
-from .base import Prediction, Predictor
+from ..traces.routing import RoutingTrace
+from .base import IdArray, Prediction, Predictor, ReplaysRows, ScoreArray
 
 #: How far sums of probabilities in float32, or 16 bits, may leave their range.
 SLACK = 1e-2
+PROBABILITIES = "scores are probabilities in [0, 1]: of logits take the sigmoid"
 #: Tokens of a trial.
 TRIAL_TOKENS = 2
 
 
 class BadPrediction(PrescopeError):
-    """A predictor's answer has not the form that `Predictor.predict` promises, or holds no probabilities."""
+    """A predictor's answer has not the form that `Predictor` promises, or holds no probabilities."""
 
 
 def ask(
@@ -89,9 +92,66 @@ def check_values(values_d2E: NDArray[np.floating[Any]], name: str, moe_layer: in
     least = values_d2E.min(initial=0.0)
     if least < -SLACK or most > 1.0 + SLACK:
         raise BadPrediction(
-            f"{name} answers {least if least < -SLACK else most:.3g} behind MoE layer {moe_layer}; scores are "
-            f"probabilities in [0, 1]: of logits take the sigmoid"
+            f"{name} answers {_worse(least, most):.3g} behind MoE layer {moe_layer}; {PROBABILITIES}"
         )
+
+
+def replay(predictor: Predictor, trace: RoutingTrace, lookahead: int) -> ScoreArray:
+    """`Predictor.replay`, looked at.
+
+    Raises:
+        BadPrediction: it raised something else than an error of prescope, which is raised as it is; its answer is of
+            another shape, or holds no probabilities.
+    """
+    return _replayed(lambda: predictor.replay(trace, lookahead), predictor, trace, lookahead, len(trace))
+
+
+def replay_rows(
+    predictor: Predictor, by_rows: ReplaysRows, trace: RoutingTrace, lookahead: int, rows: IdArray
+) -> ScoreArray:
+    """`ReplaysRows.replay_rows`, looked at; raises as `replay`.
+
+    Args:
+        by_rows: the predictor, as one that scores rows.
+    """
+    return _replayed(
+        lambda: by_rows.replay_rows(trace, lookahead, rows), predictor, trace, lookahead, len(rows)
+    )
+
+
+def _replayed(
+    answer: Callable[[], Any], predictor: Predictor, trace: RoutingTrace, lookahead: int, num_rows: int
+) -> ScoreArray:
+    where = f"replay of {predictor.name}, {count_of(lookahead, 'layer')} ahead,"
+    try:
+        made = answer()
+    except PrescopeError:
+        raise
+    except Exception as error:
+        raise BadPrediction(f"{where} raised {type(error).__name__}: {error}") from error
+    if isinstance(made, torch.Tensor):
+        made = made.detach().cpu()
+        made = (made.float() if made.is_floating_point() else made).numpy()
+    wanted = (num_rows, trace.num_layers - lookahead, trace.num_experts)
+    # Of another shape numpy would repeat a single layer or expert for all of them, and nobody would notice.
+    if not isinstance(made, np.ndarray) or made.dtype.kind not in "fiub" or made.shape != wanted:
+        found = f"{made.dtype} {made.shape}" if isinstance(made, np.ndarray) else f"a {type(made).__name__}"
+        raise BadPrediction(
+            f"{where} answers with {found}; it has to be float32 {wanted}: rows, layers that far on, experts"
+        )
+    scores: ScoreArray = made.astype(np.float32, copy=False)
+    least, most = float(scores.min(initial=0.0)), float(scores.max(initial=0.0))  # NaN if any is
+    if not (np.isfinite(least) and np.isfinite(most)):
+        bad = int((~np.isfinite(scores)).any(axis=(1, 2)).sum())
+        raise BadPrediction(f"{where} answers NaN or infinity in {count_of(bad, 'row')}")
+    if least < -SLACK or most > 1.0 + SLACK:
+        raise BadPrediction(f"{where} answers {_worse(least, most):.3g}; {PROBABILITIES}")
+    return scores
+
+
+def _worse(least: float, most: float) -> float:
+    """Of the least and the greatest number the one that is no probability."""
+    return least if least < -SLACK else most
 
 
 def try_out(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadTrace, UnsupportedOption
 from ..predictor.base import Predictor, ReplaysRows, ScoreArray
+from ..predictor.checked import replay, replay_rows
 from ..traces.events import PHASES
 from ..traces.routing import RoutingTrace
 
@@ -180,9 +181,9 @@ class Predictions:
         trace = self._trace
         most = max(1, PART_BYTES // (4 * L * E))  # rows scored at once
         for ahead in range(1, self.depth + 1):
+            assert self._predictor is not None
             if self._by_rows is None:
-                assert self._predictor is not None
-                scores = self._predictor.replay(trace, ahead)
+                scores = replay(self._predictor, trace, ahead)
                 scores = scores if len(self._rows) == len(trace) else scores[self._rows]
                 _sum_up(scores, self._first[:-1], expected[ahead - 1, :, ahead:], used[ahead - 1, :, ahead:])
                 continue
@@ -193,7 +194,7 @@ class Predictions:
                 rows = self._rows[self._first[first] : self._first[last]]
                 here = slice(first - begin, last - begin)
                 _sum_up(
-                    self._by_rows.replay_rows(trace, ahead, rows),
+                    replay_rows(self._predictor, self._by_rows, trace, ahead, rows),
                     self._first[first:last] - self._first[first],
                     expected[ahead - 1, here, ahead:],
                     used[ahead - 1, here, ahead:],

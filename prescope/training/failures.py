@@ -16,6 +16,7 @@ from ..core.types import MoEShape
 from ..errors import TraceMismatch, UnsupportedOption
 from ..predictor.base import Cost, Learns, Predictor, ScoreArray, used_mask
 from ..predictor.baselines import Baseline, LayerInput, Scorer
+from ..predictor.checked import replay
 from ..predictor.controls import Chance
 from ..predictor.llapor import Llapor
 from ..predictor.online import OnlineConfig, OnlineTuner
@@ -53,7 +54,7 @@ class Inverted(Baseline):
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`."""
-        return 1.0 - self._predictor.replay(trace, lookahead)
+        return 1.0 - replay(self._predictor, trace, lookahead)
 
     def cost(self) -> Cost:
         """The other's."""
@@ -71,7 +72,7 @@ def adversarial_trace(trace: RoutingTrace, predictor: Predictor, lookahead: int 
     Inputs, weights and the first `lookahead` layers stay, so recall at that lookahead is 0 wherever 2K <= E: the worst
     that routing can do to a scheduler that believes the predictor.
     """
-    scores = predictor.replay(trace, lookahead)
+    scores = replay(predictor, trace, lookahead)
     ids = trace.expert_ids.copy()
     worst = np.argsort(scores, axis=-1, kind="stable")[..., : trace.top_k]
     ids[:, lookahead:] = np.where(ids[:, lookahead:] >= 0, worst, -1)

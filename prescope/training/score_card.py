@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..core.types import MoEShape
 from ..errors import TraceMismatch
 from ..predictor.base import Predictor, ScoreArray, require_lookahead
+from ..predictor.checked import replay
 from ..predictor.layer_groups import LayerGroups
 from ..traces.routing import RoutingTrace
 from .intervals import Interval, interval_of, resamples
@@ -247,6 +248,7 @@ def score(
 
     Raises:
         BadTrace, TraceMismatch: as `predictor.replay`.
+        BadPrediction: its scores are of another shape, or no probabilities.
         UnsupportedOption: a lookahead beyond the predictor's.
     """
     shape = trace.shape
@@ -256,7 +258,7 @@ def score(
         require_lookahead(ahead, most, predictor.name)
     sums = Sums(trace, ahead_A, batch_tokens)
     for a, ahead in enumerate(ahead_A):
-        sums.add(a, ahead, predictor.replay(trace, ahead))
+        sums.add(a, ahead, replay(predictor, trace, ahead))
     return ScoreCard(
         predictor=predictor.name,
         is_calibrated=predictor.is_calibrated,

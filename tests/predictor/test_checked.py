@@ -1,0 +1,109 @@
+"""Anybody may write a predictor: what is wrong with it is said by its name, wherever it is given."""
+
+import numpy as np
+import pytest
+import torch
+
+from prescope.predictor import BadPrediction, Oracle
+from prescope.predictor.baselines import Baseline
+from prescope.scheduler.costs import LayerCosts
+from prescope.simulator import Simulator
+from prescope.training.score_card import score
+from tests.support.small_run import small_trace
+
+COSTS = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=200.0, source="made up for a test")
+LOOKAHEAD = 2
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return small_trace()
+
+
+class Replaying(Baseline):
+    """The oracle's scores of a whole trace, changed."""
+
+    name = "somebody's own"
+
+    def __init__(self, trace, change):
+        super().__init__(trace.shape, LOOKAHEAD)
+        self._change, self._oracle = change, Oracle(trace.shape, LOOKAHEAD)
+
+    def _scorer(self, at):
+        raise AssertionError("nobody asks it live")
+
+    def replay(self, trace, lookahead):
+        return self._change(self._oracle.replay(trace, lookahead))
+
+
+class ReplayingRows(Replaying):
+    """One that scores rows by themselves."""
+
+    def replay_rows(self, trace, lookahead, rows):
+        return self._change(self._oracle.replay_rows(trace, lookahead, rows))
+
+
+def fails(scores):
+    raise ZeroDivisionError("a replay broke")
+
+
+def one_is_nan(scores):
+    scores = scores.copy()
+    scores[-1, 0, 0] = np.nan
+    return scores
+
+
+WRONG = {
+    "raises": (fails, "ZeroDivisionError: a replay broke"),
+    "NaN": (one_is_nan, "NaN or infinity in 1 row"),
+    "infinity": (lambda scores: np.where(scores > 0, np.inf, 0.0), "infinity"),
+    "logits": (lambda scores: 10.0 * scores - 5.0, "sigmoid"),
+    "above 1": (lambda scores: 2.0 * scores, "answers 2;"),
+    "rows": (lambda scores: scores[:-1], "it has to be"),
+    # Numpy repeats these: they were taken for all layers, or for all experts.
+    "a layer for all": (lambda scores: scores[:, :1], "it has to be"),
+    "an expert for all": (lambda scores: scores[..., :1], "it has to be"),
+    "a row for all": (lambda scores: scores[:1], "it has to be"),
+    "layers": (lambda scores: np.concatenate([scores, scores[:, :1]], axis=1), "it has to be"),
+    "experts": (lambda scores: scores[..., 1:], "it has to be"),
+    "nothing": (lambda scores: None, "NoneType"),
+    "a list": (lambda scores: scores.tolist(), "a list"),
+    "objects": (lambda scores: scores.astype(object), "object"),
+}
+
+
+@pytest.mark.parametrize("kind", [Replaying, ReplayingRows])
+@pytest.mark.parametrize(("change", "said"), WRONG.values(), ids=WRONG)
+def test_a_wrong_replay_is_told_by_name_and_nothing_is_simulated_by_it(trace, kind, change, said):
+    predictor = kind(trace, change)
+    with pytest.raises(BadPrediction, match="replay of somebody's own") as error:
+        Simulator(trace, COSTS, row_bytes=1, predictor=predictor).run(slots=8)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG.values(), ids=WRONG)
+def test_a_wrong_replay_gets_no_score_card(trace, change, said):
+    with pytest.raises(BadPrediction, match="replay of somebody's own") as error:
+        score(Replaying(trace, change), trace)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [Replaying, ReplayingRows])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scores: scores.astype(np.float64),
+        lambda scores: scores > 0.5,
+        lambda scores: scores.astype(np.uint8),
+        lambda scores: torch.from_numpy(scores).bfloat16(),
+        np.asfortranarray,
+    ],
+    ids=["float64", "bool", "bytes", "a tensor", "another order"],
+)
+def test_right_numbers_are_right_in_every_form(trace, kind, change):
+    """Negated bytes are no order: a perfect predictor's recall was 0.0."""
+    predictor, oracle = kind(trace, change), Oracle(trace.shape, LOOKAHEAD)
+    runs = [Simulator(trace, COSTS, row_bytes=1, predictor=one).run(slots=8) for one in (predictor, oracle)]
+    assert runs[0].counts == runs[1].counts and runs[0].total_us == runs[1].total_us
+    card = score(predictor, trace)
+    assert card.recall(1) == card.recall(2) == 1.0
