@@ -20,7 +20,7 @@ from ..core.bell import Bell
 from ..core.worker import Worker
 from ..predictor import Prediction, Predictor
 from ..predictor.base import FastPath, Learns
-from ..predictor.checked import ask, check_values
+from ..predictor.checked import apart_from_draws, ask, check_values
 from .forced_routing import ForcedRouting
 from .observing import Observing
 from .positions import Forward
@@ -150,7 +150,8 @@ class Predicting:
         if self.observing is None or self.is_forced or self.problem or self.is_busy:
             return
         try:
-            self.observing.layer(moe_layer, ids_TK)
+            with apart_from_draws(ids_TK.device):
+                self.observing.layer(moe_layer, ids_TK)
         except Exception as error:  # noqa: BLE001 - as in `_values`
             self.fail(moe_layer, error)
 
@@ -189,8 +190,13 @@ class Predicting:
     def _values(
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> NDArray[np.float32]:
+        given = (x_TD, ids_TK, weights_TK)
+        if len(x_TD) > self.most_fast_tokens and not self.is_forced:
+            # The model computes with these, and anybody's code may write into what it is given.
+            given = (x_TD.clone(), ids_TK.clone(), weights_TK.clone())
         try:
-            values: NDArray[np.float32] = self.scores(moe_layer, x_TD, ids_TK, weights_TK).cpu().numpy()
+            with apart_from_draws(x_TD.device):
+                values: NDArray[np.float32] = self.scores(moe_layer, *given).cpu().numpy()
             check_values(values, self.predictor.name, moe_layer, len(x_TD))
         except Exception as error:  # noqa: BLE001 - it may be anybody's code, and the text does not depend on it
             if bool(torch.isfinite(x_TD).all()):

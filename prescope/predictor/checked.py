@@ -4,6 +4,7 @@ Shapes: R rows of a trace, T tokens, E experts, L MoE layers, d layers ahead.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,29 @@ def ask(
     """A predictor's answers for the next `lookahead` layers, as far as there are such, in a form that was checked.
 
     Raises:
-        BadPrediction: they are for other layers, or of another shape. And whatever the predictor raises.
+        BadPrediction: they are for other layers, or of another shape; or it has written into what it was given, which
+            may be the model's own. And whatever the predictor raises.
     """
-    made = predictor.predict(moe_layer, x_TD, ids_TK, weights_TK)
+    given = x_TD, ids_TK, weights_TK
+    before = [_version(one) for one in given]
+    made = predictor.predict(moe_layer, *given)
+    if [_version(one) for one in given] != before:
+        raise BadPrediction(
+            f"{predictor.name} writes into the tensors that it is given at MoE layer {moe_layer}; the model computes "
+            f"with them, so let it work on a copy: x_TD = x_TD.clone()"
+        )
     return check_form(made, predictor.name, moe_layer, len(x_TD), predictor.shape, lookahead)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; torch does not count that of one made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def apart_from_draws(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside leaves torch's random numbers as they were, so that a text is sampled as without it."""
+    fork: AbstractContextManager[None] = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    return fork
 
 
 def check_form(
@@ -180,7 +200,7 @@ def try_out(
     )
     for moe_layer in sorted({0, shape.num_layers - 1}):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), apart_from_draws(device):
                 made = ask(predictor, moe_layer, x_TD, ids_TK, weights_TK, lookahead)
             for one in made:
                 scores = one.scores_TE.detach().float().cpu().numpy()

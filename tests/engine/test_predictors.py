@@ -294,3 +294,85 @@ def test_a_fast_path_that_cannot_run_here_leaves_the_predictor_beside_the_graph(
     reasons = run.config["reasons"]
     assert reasons["decode"].startswith("host-driven")
     assert reasons["predictor"].startswith("beside the graph: out of resource: shared memory")
+
+
+# -- what it is given is the model's ---------------------------------------------------------------------------
+
+
+def writes(x_TD, ids_TK, weights_TK):
+    for one in (x_TD, ids_TK, weights_TK):
+        one.zero_()
+
+
+def writes_unseen(x_TD, ids_TK, weights_TK):
+    """Torch does not count these."""
+    for one in (x_TD, ids_TK, weights_TK):
+        one.data.zero_()
+
+
+class Writing(OnHost):
+    """Answers as another one, then writes into what it was given, from some call on."""
+
+    def __init__(self, inner, write, begin):
+        super().__init__(inner)
+        self._write, self._begin, self.name = write, begin, "a writing one"
+
+    def predict(self, moe_layer, x_TD, ids_TK=None, weights_TK=None):
+        made = super().predict(moe_layer, x_TD, ids_TK, weights_TK)
+        if self.calls > self._begin:
+            self._write(x_TD, ids_TK, weights_TK)
+        return made
+
+
+@pytest.mark.parametrize("part", range(3), ids=["x", "ids", "weights"])
+def test_one_that_writes_into_what_it_is_given_is_refused_before_a_run(model, early, part):
+    predictor = Writing(early, lambda *given: given[part].zero_(), 0)
+    with pytest.raises(UnsupportedOption, match="a writing one writes into the tensors"):
+        opened(model, predictor, device="cpu")
+
+
+@pytest.mark.parametrize(("write", "is_said"), [(writes, True), (writes_unseen, False)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_it_writes_later_changes_no_token_and_no_recorded_expert(
+    model, early, batch, write, is_said, monkeypatch
+):
+    monkeypatch.setattr("prescope.engine.predicting.SLOW_US", 1e9)  # on a busy machine it is slow as well
+    ids = prompt(batch)
+    with opened(model, None, device="cpu") as engine:
+        plain = generate(engine, ids)
+    with opened(model, Writing(early, write, 4), device="cpu") as engine:
+        if is_said:
+            with pytest.warns(UserWarning, match="writes into the tensors"):
+                run = generate(engine, ids)
+        else:
+            run = generate(engine, ids)
+    assert run.tokens == plain.tokens == plain_tokens(model, ids, NEW)
+    assert (run.trace.expert_ids == plain.trace.expert_ids).all()
+    assert (run.trace.weights == plain.trace.weights).all()
+
+
+class Drawing(OnHost):
+    """Draws when it is asked and when it is told, as a network with dropout does."""
+
+    def __init__(self, inner, draw):
+        super().__init__(inner, lambda call: draw())
+        self._draw = draw
+
+    def begin(self, num_sequences):
+        pass
+
+    def observe(self, moe_layer, ids_TK):
+        self._draw()
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(3), lambda: torch.manual_seed(7)], ids=["rand", "seed"])
+@pytest.mark.parametrize("decode", ["auto", "layered"])
+def test_one_that_draws_leaves_a_sampled_text_as_it_is(model, early, draw, decode, monkeypatch):
+    monkeypatch.setattr("prescope.engine.predicting.SLOW_US", 1e9)  # on a busy machine it is slow as well
+    ids = prompt()
+    torch.manual_seed(3)
+    plain = model.generate(ids, max_new_tokens=12, do_sample=True)
+    torch.manual_seed(3)  # what attaching tries out draws too
+    with opened(model, Drawing(early, draw), device="cpu", decode=decode) as engine:
+        run = engine.generate(ids, max_new_tokens=12, do_sample=True)
+    assert run.tokens == plain[:, ids.shape[1] :].tolist()
