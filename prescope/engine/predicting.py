@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from ..core.bell import Bell
+from ..core.numbers import is_count
 from ..core.worker import Worker
+from ..errors import UnsupportedOption
 from ..predictor import Prediction, Predictor
 from ..predictor.base import FastPath, Learns
-from ..predictor.checked import apart_from_draws, ask, check_values
+from ..predictor.checked import apart_from_draws, ask, check_values, prepared
 from .forced_routing import ForcedRouting
 from .observing import Observing
 from .positions import Forward
@@ -190,11 +192,11 @@ class Predicting:
     def _values(
         self, moe_layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> NDArray[np.float32]:
-        given = (x_TD, ids_TK, weights_TK)
-        if len(x_TD) > self.most_fast_tokens and not self.is_forced:
-            # The model computes with these, and anybody's code may write into what it is given.
-            given = (x_TD.clone(), ids_TK.clone(), weights_TK.clone())
         try:
+            given = (x_TD, ids_TK, weights_TK)
+            if len(x_TD) > self.most_fast_tokens and not self.is_forced:
+                # The model computes with these, and anybody's code may write into what it is given.
+                given = (x_TD.clone(), ids_TK.clone(), weights_TK.clone())
             with apart_from_draws(x_TD.device):
                 values: NDArray[np.float32] = self.scores(moe_layer, *given).cpu().numpy()
             check_values(values, self.predictor.name, moe_layer, len(x_TD))
@@ -281,12 +283,20 @@ class Predictings:
 
         Args:
             predictor: the same on the device.
+
+        Raises:
+            UnsupportedOption: its `fast_path` raised, or gave something else.
         """
         found = [one for one in self._known if one.given is given and one.lookahead == lookahead]
         if found:
             made = found[-1]
         else:
-            fast_path = predictor.fast_path(lookahead) if lookahead and has_fast_path else None
+            fast_path = prepared(predictor, "fast_path", lookahead) if lookahead and has_fast_path else None
+            if fast_path is not None and not is_count(getattr(fast_path, "most_tokens", None)):
+                raise UnsupportedOption(
+                    f"fast_path of {predictor.name} gives a {type(fast_path).__name__} without most_tokens; it gives "
+                    f"a prescope.predictor.base.FastPath, or None"
+                )
             made = Predicting(predictor, lookahead, fast_path, given)
         made.begin_text()
         self._known = [*[one for one in self._known if one is not made][1 - MOST_KNOWN :], made]

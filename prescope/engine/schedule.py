@@ -19,7 +19,7 @@ from ..hf import MoELayer
 from ..kernels import ExpertsSpec
 from ..kernels.cpu import CpuExperts, CpuJob, CpuLayer, ExpertBatch, expert_batch_of
 from ..predictor import Predictor
-from ..predictor.checked import try_out
+from ..predictor.checked import prepared, require_predictor, try_out
 from ..scheduler import schedule_named
 from ..scheduler.costs import LayerCosts, compiled_costs
 from ..scheduler.layer import Decision
@@ -248,7 +248,8 @@ def open_schedule_runner(
         depth = min(predictor.lookahead, shape.num_layers - 1)
         moved = predictings.known(predictor)
         if moved is None:
-            moved = predictor.to(device)
+            moved = prepared(predictor, "to", device)
+            _require_fit(moved, shape)
             try_out(moved, shape, layers[0].expert_size[1], dtype, device, depth)
     resolved = resolve(
         config.schedule,
@@ -281,10 +282,7 @@ def open_schedule_runner(
 
 def _require_fit(predictor: Predictor, shape: MoEShape) -> None:
     """Raises UnsupportedOption: it is no predictor, or of another model."""
-    if not isinstance(predictor, Predictor):
-        raise UnsupportedOption(
-            f"predictor is a {type(predictor).__name__}, which lacks what prescope.predictor.Predictor asks for"
-        )
+    require_predictor(predictor, "predict", "replay", "cost", "to", "fast_path")
     if predictor.shape.routing != shape.routing:
         raise UnsupportedOption(
             f"{predictor.name} is for (layers, experts, top-k) = {tuple(predictor.shape)[:3]}, this model has "

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.numbers import is_count
 from ..core.types import MoEShape
 from ..core.units import count_of
 from ..errors import BadTrace, PrescopeError, UnsupportedOption
@@ -26,6 +27,53 @@ TRIAL_TOKENS = 2
 
 class BadPrediction(PrescopeError):
     """A predictor's answer has not the form that `Predictor` promises, or holds no probabilities."""
+
+
+#: What is asked of a predictor everywhere, besides its methods.
+FIELDS = ("name", "shape", "lookahead", "needs_inputs", "is_calibrated")
+
+
+def require_predictor(given: Any, *methods: str) -> None:
+    """Look at what was given as a predictor, but do not ask it anything.
+
+    Args:
+        methods: that it is going to be asked by.
+
+    Raises:
+        UnsupportedOption: it lacks some of `Predictor`, or its shape, lookahead or name are none.
+    """
+    kind = given.__name__ if isinstance(given, type) else type(given).__name__
+    if isinstance(given, type):
+        raise UnsupportedOption(f"predictor is {kind} itself, a class; make one of it: {kind}(...)")
+    if lacking := [name for name in (*FIELDS, *methods) if not hasattr(given, name)]:
+        raise UnsupportedOption(
+            f"predictor is a {kind}, which lacks what prescope.predictor.Predictor asks for: {', '.join(lacking)}"
+        )
+    if not isinstance(given.shape, MoEShape):
+        raise UnsupportedOption(
+            f"the shape of a {kind} is {given.shape!r}; it has to be a model's, as engine.shape or trace.shape"
+        )
+    if not (is_count(given.lookahead) and given.lookahead >= 0):
+        raise UnsupportedOption(f"the lookahead of a {kind} is {given.lookahead!r}; it is a number of layers")
+    if not isinstance(given.name, str):
+        raise UnsupportedOption(f"the name of a {kind} is {given.name!r}; figures show it, so it is a text")
+
+
+def prepared(predictor: Predictor, method: str, argument: Any) -> Any:
+    """What a method of a predictor gives before a run.
+
+    Raises:
+        UnsupportedOption: it raised something else than an error of prescope, which is raised as it is.
+    """
+    try:
+        return getattr(predictor, method)(argument)
+    except (PrescopeError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedOption(
+            f"{method}({argument}) of {predictor.name} raised {type(error).__name__} ({error}); mend it, or give "
+            f"another predictor"
+        ) from error
 
 
 def ask(

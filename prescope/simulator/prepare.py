@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadTrace, UnsupportedOption
 from ..predictor.base import Predictor, ReplaysRows, ScoreArray
-from ..predictor.checked import replay, replay_rows
+from ..predictor.checked import replay, replay_rows, require_predictor
 from ..traces.events import PHASES
 from ..traces.routing import RoutingTrace
 
@@ -125,6 +125,8 @@ class Predictions:
     """
 
     def __init__(self, predictor: Predictor | None, trace: RoutingTrace, lookahead: int = LOOKAHEAD) -> None:
+        if predictor is not None:
+            require_predictor(predictor, "replay")
         # One that reads router inputs needs nothing else of the past; others may know it from the prompt.
         told = trace.select(phase="decode") if predictor is not None and predictor.needs_inputs else trace
         asked: object = predictor

@@ -68,6 +68,7 @@ class Simulator:
     Raises:
         BadTrace: no decode step, or the predictor reads router inputs and the trace has none.
         TraceMismatch: the predictor is for another model.
+        UnsupportedOption: it is no predictor.
         BadPrediction: its scores are of another shape, or no probabilities; of one that scores rows (`ReplaysRows`)
             and is not kept whole, said by `run`.
     """

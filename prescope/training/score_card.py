@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..core.types import MoEShape
 from ..errors import TraceMismatch
 from ..predictor.base import Predictor, ScoreArray, require_lookahead
-from ..predictor.checked import replay
+from ..predictor.checked import replay, require_predictor
 from ..predictor.layer_groups import LayerGroups
 from ..traces.routing import RoutingTrace
 from .intervals import Interval, interval_of, resamples
@@ -249,8 +249,9 @@ def score(
     Raises:
         BadTrace, TraceMismatch: as `predictor.replay`.
         BadPrediction: its scores are of another shape, or no probabilities.
-        UnsupportedOption: a lookahead beyond the predictor's.
+        UnsupportedOption: it is no predictor, or a lookahead is beyond its own.
     """
+    require_predictor(predictor, "replay")
     shape = trace.shape
     most = min(predictor.lookahead, shape.num_layers - 1)
     ahead_A = tuple(lookaheads) if lookaheads is not None else tuple(range(1, most + 1))

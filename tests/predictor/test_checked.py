@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from prescope.predictor import BadPrediction, Oracle
+import prescope
+from prescope.engine.predicting import Predictings
+from prescope.errors import UnsupportedOption
+from prescope.predictor import BadPrediction, Frequency, Oracle
 from prescope.predictor.baselines import Baseline
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Simulator
 from prescope.training.score_card import score
+from tests.support.models import EXPERTS, LAYERS, TOP_K, prompt, tiny_moe
 from tests.support.small_run import small_trace
 
 COSTS = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=200.0, source="made up for a test")
@@ -107,3 +111,84 @@ def test_right_numbers_are_right_in_every_form(trace, kind, change):
     assert runs[0].counts == runs[1].counts and runs[0].total_us == runs[1].total_us
     card = score(predictor, trace)
     assert card.recall(1) == card.recall(2) == 1.0
+
+
+# -- what is no predictor ------------------------------------------------------------------------------------
+
+
+def refuses(given):
+    raise RuntimeError("it cannot")
+
+
+#: What is wrong with a predictor, and words of what is said of it.
+NONE = {
+    "shape is a tuple": ({"shape": (LAYERS, EXPERTS, TOP_K)}, "shape of a Changed"),
+    "shape is nothing": ({"shape": None}, "shape of a Changed"),
+    "lookahead is nothing": ({"lookahead": None}, "lookahead of a Changed"),
+    "lookahead is negative": ({"lookahead": -1}, "lookahead of a Changed"),
+    "lookahead is no count": ({"lookahead": 1.5}, "lookahead of a Changed"),
+    "name is nothing": ({"name": None}, "name of a Changed"),
+}
+NONE_LIVE = {
+    "to raises": ({"to": refuses}, "raised RuntimeError"),
+    "to gives nothing": ({"to": lambda device: None}, "NoneType"),
+}
+
+
+def changed(trace, changes):
+    class Changed(Frequency):
+        pass
+
+    made = Changed(trace, LOOKAHEAD)
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.fixture(scope="module")
+def attached():
+    with prescope.attach(
+        tiny_moe(), schedule="presched", costs=COSTS, slots=7, cpu_threads=0, device="cpu"
+    ) as engine:
+        yield engine, engine.generate(prompt(), max_new_tokens=4).trace
+
+
+@pytest.mark.parametrize(("changes", "said"), (NONE | NONE_LIVE).values(), ids=NONE | NONE_LIVE)
+def test_an_engine_says_what_is_wrong_with_a_predictor_and_stays_as_it_was(attached, changes, said):
+    engine, trace = attached
+    with pytest.raises(UnsupportedOption, match=said):
+        engine.configure(predictor=changed(trace, changes))
+    engine.generate(prompt(), max_new_tokens=2)
+    engine.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("fast_path", "said"),
+    [(refuses, "raised RuntimeError"), (lambda lookahead: lookahead, "without most_tokens")],
+)
+def test_a_fast_path_that_is_none_is_told_when_it_is_made(trace, fast_path, said):
+    """Kernels of torch do not ask for it, so no engine on a CPU does either."""
+    predictor = changed(trace, {"fast_path": fast_path})
+    with pytest.raises(UnsupportedOption, match=said):
+        Predictings().of(predictor, predictor, LOOKAHEAD, has_fast_path=True)
+
+
+@pytest.mark.parametrize(("changes", "said"), NONE.values(), ids=NONE)
+def test_simulator_and_score_card_say_the_same(trace, changes, said):
+    predictor = changed(trace, changes)
+    with pytest.raises(UnsupportedOption, match=said):
+        Simulator(trace, COSTS, row_bytes=1, predictor=predictor)
+    with pytest.raises(UnsupportedOption, match=said):
+        score(predictor, trace)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [(Frequency, "Frequency itself, a class"), (object(), "lacks .* name, shape")]
+)
+def test_a_class_or_another_object_is_no_predictor(attached, trace, given, said):
+    with pytest.raises(UnsupportedOption, match=said):
+        attached[0].configure(predictor=given)
+    with pytest.raises(UnsupportedOption, match=said):
+        Simulator(trace, COSTS, row_bytes=1, predictor=given)
+    with pytest.raises(UnsupportedOption, match=said):
+        score(given, trace)
