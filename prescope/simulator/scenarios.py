@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import UnsupportedOption
 from ..predictor import NoisyOracle, Oracle, Predictor, RecordedPredictor
+from ..predictor.checked import require_predictor
 from ..scheduler import SCHEDULES, schedule_named
 from ..scheduler.settings import resolve
 from ..traces.routing import RoutingTrace
@@ -48,6 +49,9 @@ class Scenarios:
             those that need them go by this very trace's.
         note: of each result.
 
+    Raises:
+        UnsupportedOption: no machine, something that is no predictor, or two of one name.
+
     Attributes:
         frequencies: as given.
     """
@@ -65,11 +69,23 @@ class Scenarios:
         frequencies: NDArray[np.floating] | None = None,
         note: str = "",
     ) -> None:
+        if isinstance(predictors, Predictor) or not machines:
+            raise UnsupportedOption(
+                "scenarios take a list of predictors, of one too, and one machine at least"
+            )
         self._measured, self.commands, self._note = measured, tuple(commands), note
         self.trace, self.label, self.frequencies = trace, label or trace.model, frequencies
         self.machines = {machine.name: machine for machine in machines}
         lookahead = min(LOOKAHEAD, max(1, trace.num_layers - 1))
-        self.predictors: dict[str, Predictor] = {predictor.name: predictor for predictor in predictors}
+        self.predictors: dict[str, Predictor] = {}
+        for predictor in predictors:
+            require_predictor(predictor, "replay")
+            if self.predictors.get(predictor.name, predictor) is not predictor or predictor.name == NONE:
+                raise UnsupportedOption(
+                    f"a scenario tells predictors apart by their names, and {predictor.name!r} is taken; set another "
+                    f"name of this one: predictor.name = ..."
+                )
+            self.predictors[predictor.name] = predictor
         self.predictors.setdefault(ORACLE, Oracle(trace.shape, lookahead))
         self.predict_us = dict(predict_us or {})
         self._lookahead = lookahead

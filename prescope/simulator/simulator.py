@@ -68,7 +68,7 @@ class Simulator:
     Raises:
         BadTrace: no decode step, or the predictor reads router inputs and the trace has none.
         TraceMismatch: the predictor is for another model.
-        UnsupportedOption: it is no predictor.
+        UnsupportedOption: it is no predictor, or a number is out of its range.
         BadPrediction: its scores are of another shape, or no probabilities; of one that scores rows (`ReplaysRows`)
             and is not kept whole, said by `run`.
     """
@@ -91,6 +91,8 @@ class Simulator:
             )
         if not (is_count(row_bytes) and row_bytes >= 1 and is_number(step_us) and step_us >= 0):
             raise UnsupportedOption("row_bytes is at least 1; step_us is a time in microseconds")
+        if not (is_count(lookahead) and lookahead >= 0):
+            raise UnsupportedOption(f"lookahead is {lookahead!r}; it is a number of layers, 0 or more")
         self.trace, self.costs, self.predictor, self.row_bytes = trace, costs, predictor, row_bytes
         self.step_us = step_us
         self.label = label or trace.model
@@ -148,6 +150,8 @@ class Simulator:
                 time passes.
             SlotPoolTooSmall: fewer slots than a token needs.
         """
+        if not isinstance(believed, LayerCosts | None):
+            raise UnsupportedOption(f"believed are LayerCosts, not a {type(believed).__name__}")
         settings = self._resolve(
             schedule, slots, cache, lookahead, width, threshold, cpu, frequencies, least_bytes, most_in_flight
         )
@@ -445,7 +449,14 @@ def _put_back(table: ResidencyTable) -> None:
 
 
 def _fill(table: ResidencyTable, resident_LE: NDArray[np.bool_]) -> None:
-    """Put experts into empty slots. Raises UnsupportedOption: they do not fit, or are another model's."""
+    """Put experts into empty slots.
+
+    Raises:
+        UnsupportedOption: they do not fit, are another model's, or are no truth values.
+    """
+    if not isinstance(resident_LE, np.ndarray) or resident_LE.dtype != np.bool_:
+        given = resident_LE.dtype if isinstance(resident_LE, np.ndarray) else type(resident_LE).__name__
+        raise UnsupportedOption(f"resident is {given}; it is an array of truth values, (layers, experts)")
     shape, count = table.shape, int(resident_LE.sum())
     if resident_LE.shape != (shape.num_layers, shape.num_experts) or count > table.num_slots:
         raise UnsupportedOption(

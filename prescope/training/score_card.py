@@ -8,7 +8,7 @@ What a prediction is worth to a cache and a schedule is another card: `score_sch
 Shapes: R rows, E experts, K top-k, L MoE layers, Q prompts, A lookaheads, N domains, B bins, G batches of tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..core.numbers import is_count
 from ..core.types import MoEShape
-from ..errors import TraceMismatch
+from ..errors import TraceMismatch, UnsupportedOption
 from ..predictor.base import Predictor, ScoreArray, require_lookahead
 from ..predictor.checked import replay, require_predictor
 from ..predictor.layer_groups import LayerGroups
@@ -82,7 +83,7 @@ class ScoreCard:
 
     def recalls(self, lookahead: int) -> tuple[float, ...]:
         """Recall@K of each source layer that has a layer so far ahead, first layer first; all prompts."""
-        a, layers = self.lookaheads.index(lookahead), self.shape.num_layers - lookahead
+        a, layers = self._index_of(lookahead), self.shape.num_layers - lookahead
         pairs = zip(self.hits[a, :layers].sum(axis=1), self.used[a, :layers].sum(axis=1), strict=True)
         return tuple(ratio(float(hits), float(used)) for hits, used in pairs)
 
@@ -94,7 +95,7 @@ class ScoreCard:
 
     def exact_frac(self, lookahead: int, *, domain: str | None = None) -> float:
         """Share of tokens whose best K are exactly the experts that they use, mean over layers."""
-        a, layers = self.lookaheads.index(lookahead), self.shape.num_layers - lookahead
+        a, layers = self._index_of(lookahead), self.shape.num_layers - lookahead
         chosen = self._in_domain(domain)
         exact, tokens = (part[a, :layers][:, chosen].sum(axis=1) for part in (self.exact, self.tokens))
         return float((exact / np.maximum(tokens, 1e-12)).mean())
@@ -194,17 +195,26 @@ class ScoreCard:
             )
         return pd.DataFrame(rows)
 
+    def _index_of(self, lookahead: int) -> int:
+        """Its place in the arrays. Raises UnsupportedOption: the card has none of that lookahead."""
+        if lookahead not in self.lookaheads:
+            raise UnsupportedOption(
+                f"the card of {self.predictor} has no lookahead {lookahead!r}; it has "
+                f"{', '.join(map(str, self.lookaheads))}"
+            )
+        return self.lookaheads.index(lookahead)
+
     def _bins_of(self, lookahead: int, domain: str | None) -> FloatArray:
         """(B, 3) of all layers and of one domain, or of all."""
         self._in_domain(domain)
-        kept = self.bins[self.lookaheads.index(lookahead)].sum(axis=0)
+        kept = self.bins[self._index_of(lookahead)].sum(axis=0)
         bins: FloatArray = kept.sum(axis=0) if domain is None else kept[self.bin_domains == domain][0]
         return bins
 
     def _in_domain(self, domain: str | None) -> NDArray[np.bool_]:
         chosen = np.ones(len(self.prompts), dtype=bool) if domain is None else self.domains == domain
         if not chosen.any():
-            raise ValueError(
+            raise UnsupportedOption(
                 f"no prompt of domain {domain!r}; there are {sorted(set(self.domains.tolist()))}"
             )
         return chosen
@@ -212,13 +222,13 @@ class ScoreCard:
     def _at(self, lookahead: int, domain: str | None) -> tuple[int, int, NDArray[np.bool_]]:
         self._in_domain(domain)
         batches = np.ones(len(self.batch_domains), bool) if domain is None else self.batch_domains == domain
-        return self.lookaheads.index(lookahead), self.shape.num_layers - lookahead, batches
+        return self._index_of(lookahead), self.shape.num_layers - lookahead, batches
 
     def _recall_of(
         self, weights: FloatArray, lookahead: int, double: bool, domain: str | None, group: str | None
     ) -> FloatArray:
         """Recall for prompt weights (..., Q): mean over layers of weighted hits over weighted used."""
-        a = self.lookaheads.index(lookahead)
+        a = self._index_of(lookahead)
         layers = [
             layer
             for layer in range(self.shape.num_layers - lookahead)
@@ -249,12 +259,20 @@ def score(
     Raises:
         BadTrace, TraceMismatch: as `predictor.replay`.
         BadPrediction: its scores are of another shape, or no probabilities.
-        UnsupportedOption: it is no predictor, or a lookahead is beyond its own.
+        UnsupportedOption: it is no predictor, a lookahead is beyond its own, or a batch has no tokens.
     """
     require_predictor(predictor, "replay")
     shape = trace.shape
     most = min(predictor.lookahead, shape.num_layers - 1)
-    ahead_A = tuple(lookaheads) if lookaheads is not None else tuple(range(1, most + 1))
+    if not (is_count(batch_tokens) and batch_tokens >= 1):
+        raise UnsupportedOption(f"batch_tokens is {batch_tokens!r}; a batch has at least one token")
+    ahead_A = tuple(range(1, most + 1))
+    if lookaheads is not None:
+        ahead_A = tuple(lookaheads) if isinstance(lookaheads, Iterable) else ()
+        if not ahead_A:
+            raise UnsupportedOption(
+                f"lookaheads are {lookaheads!r}; give a list of one or more, such as [1, 2]"
+            )
     for ahead in ahead_A:
         require_lookahead(ahead, most, predictor.name)
     sums = Sums(trace, ahead_A, batch_tokens)

@@ -120,6 +120,8 @@ class ScheduleCard:
         }
 
     def _ratio(self, name: str, weights: FloatArray) -> FloatArray:
+        if name not in RATIOS:
+            raise UnsupportedOption(f"a card has no {name!r}; choose one of {', '.join(map(repr, RATIOS))}")
         part, whole = (weights @ self.sums[key] for key in RATIOS[name])
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio: FloatArray = np.where(whole > 0, part / whole, np.nan)

@@ -73,8 +73,10 @@ class SimulatorRunner:
         self.frequencies = frequencies
         self._traces = {traces.model: traces} if isinstance(traces, RoutingTrace) else dict(traces)
         self._machines = _machines_of(machines, row_bytes)
-        if not self._traces or not self._machines:
-            raise UnsupportedOption("a simulator needs a trace and a machine")
+        if not self._traces or not self._machines or isinstance(predictors, Predictor):
+            raise UnsupportedOption(
+                "a simulator needs a trace and a machine; predictors are a list, of one too"
+            )
         self._predictors, self._predict_us = list(predictors), dict(predict_us or {})
         self._slots = slots
         told = [prompt.get("text") for trace in self._traces.values() for prompt in trace.prompts]

@@ -10,8 +10,9 @@ from prescope.errors import UnsupportedOption
 from prescope.predictor import BadPrediction, Frequency, Oracle
 from prescope.predictor.baselines import Baseline
 from prescope.scheduler.costs import LayerCosts
-from prescope.simulator import Simulator
+from prescope.simulator import Machine, Scenarios, Simulator
 from prescope.training.score_card import score
+from prescope.tuning import SimulatorRunner
 from tests.support.models import EXPERTS, LAYERS, TOP_K, prompt, tiny_moe
 from tests.support.small_run import small_trace
 
@@ -192,3 +193,67 @@ def test_a_class_or_another_object_is_no_predictor(attached, trace, given, said)
         Simulator(trace, COSTS, row_bytes=1, predictor=given)
     with pytest.raises(UnsupportedOption, match=said):
         score(given, trace)
+
+
+# -- settings of what goes by predictors -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def machine():
+    return Machine("a machine", COSTS, 1, 0.0, 0)
+
+
+@pytest.mark.parametrize("make", [Scenarios, SimulatorRunner])
+def test_predictors_are_a_list_and_each_has_a_name_of_its_own(trace, machine, make):
+    """Of two predictors of one name the first was silently never asked."""
+    first, second = Frequency(trace, LOOKAHEAD), Frequency(trace, LOOKAHEAD)
+    with pytest.raises(UnsupportedOption, match="a list"):
+        make(trace, [machine], first)
+    with pytest.raises(UnsupportedOption, match="lacks"):
+        make(trace, [machine], [Nameless()])
+    with pytest.raises(UnsupportedOption, match="'frequency' is taken"):
+        make(trace, [machine], [first, second])
+    make(trace, [machine], [first, first])
+    second.name = "another"
+    make(trace, [machine], [first, second])
+    second.name = "none"
+    with pytest.raises(UnsupportedOption, match="'none' is taken"):
+        make(trace, [machine], [first, second])
+
+
+class Nameless:
+    name = "somebody's own"
+
+
+def test_scenarios_need_a_machine(trace):
+    with pytest.raises(UnsupportedOption, match="machine"):
+        Scenarios(trace, [])
+
+
+@pytest.mark.parametrize("lookahead", [-1, 1.5, None, True])
+def test_a_simulators_lookahead_is_a_number_of_layers(trace, lookahead):
+    with pytest.raises(UnsupportedOption, match="lookahead"):
+        Simulator(trace, COSTS, row_bytes=1, predictor=Frequency(trace, LOOKAHEAD), lookahead=lookahead)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"believed": 3}, {"resident": [[True]]}, {"resident": np.full((4, 8), np.nan)}, {"resident": "all"}],
+    ids=str,
+)
+def test_what_a_run_is_given_has_to_be_what_it_is_named(trace, wrong):
+    with pytest.raises(UnsupportedOption, match=next(iter(wrong))):
+        Simulator(trace, COSTS, row_bytes=1).run(slots=8, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"lookaheads": 1}, {"lookaheads": []}, {"batch_tokens": 0}], ids=str)
+def test_a_score_card_is_of_a_lookahead_and_a_token_at_least(trace, wrong):
+    with pytest.raises(UnsupportedOption, match=next(iter(wrong))):
+        score(Frequency(trace, LOOKAHEAD), trace, **wrong)
+
+
+@pytest.mark.parametrize("figure", ["recall", "recalls", "recall_interval", "exact_frac", "hot", "ece"])
+def test_a_card_names_the_lookaheads_that_it_has(trace, figure):
+    card = score(Frequency(trace, LOOKAHEAD), trace, lookaheads=np.array([1, 2]))
+    with pytest.raises(UnsupportedOption, match="no lookahead 3; it has 1, 2"):
+        getattr(card, figure)(3)
