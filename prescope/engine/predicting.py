@@ -307,7 +307,8 @@ def of_step(made: list[Prediction], lookahead: int, num_experts: int, device: to
     """(d, 2, E) of a step's tokens together; rows beyond the last layer are zero."""
     out = torch.zeros((lookahead, 2, num_experts), dtype=torch.float32, device=device)
     if made:
-        scores_dTE = torch.stack([prediction.scores_TE for prediction in made])
+        # Sums of tokens in 16 bits would be off by whole tokens, and in 8 bits there are none.
+        scores_dTE = torch.stack([prediction.scores_TE.float() for prediction in made])
         out[: len(made), 0] = scores_dTE.sum(1)
         out[: len(made), 1] = 1.0 - (1.0 - scores_dTE).prod(1)
     return out

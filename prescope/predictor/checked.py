@@ -157,7 +157,7 @@ def check_values(values_d2E: NDArray[np.floating[Any]], name: str, moe_layer: in
         bad = int((~np.isfinite(values_d2E[:, 1])).sum())
         raise BadPrediction(f"{name} answers NaN or infinity for {bad} experts behind MoE layer {moe_layer}")
     most = max(values_d2E[:, 0].max(initial=0.0) / max(1, num_tokens), values_d2E[:, 1].max(initial=0.0))
-    least = values_d2E.min(initial=0.0)
+    least = values_d2E.min(initial=0.0) / max(1, num_tokens)  # what rounding leaves of each token adds up
     if least < -SLACK or most > 1.0 + SLACK:
         raise BadPrediction(
             f"{name} answers {_worse(least, most):.3g} behind MoE layer {moe_layer}; {PROBABILITIES}"

@@ -12,13 +12,13 @@ import prescope
 from prescope.engine.graph.beside import SCORES_SHIFT, Listening, write_answers
 from prescope.engine.graph.capturable import why_not_in_graph
 from prescope.engine.graph.host_messages import has_all, read_predictions
-from prescope.engine.predicting import WATCHED_CALLS, Predicting
+from prescope.engine.predicting import WATCHED_CALLS, Predicting, of_step
 from prescope.errors import UnsupportedOption
-from prescope.predictor import Chance, EarlyRouter, Routers
+from prescope.predictor import Chance, EarlyRouter, Prediction, Routers
 from prescope.scheduler.costs import LayerCosts
 from prescope.training import Inverted
 from tests.support.models import EXPERTS, LAYERS, plain_tokens, prompt, tiny_moe
-from tests.support.predictors import SHAPE, WRONG, Answering, Gate, OnHost, sleeps
+from tests.support.predictors import SHAPE, WRONG, Answering, Gate, OnHost, scores_by, sleeps
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 from triton.runtime.errors import OutOfResources
@@ -376,3 +376,24 @@ def test_one_that_draws_leaves_a_sampled_text_as_it_is(model, early, draw, decod
     with opened(model, Drawing(early, draw), device="cpu", decode=decode) as engine:
         run = engine.generate(ids, max_new_tokens=12, do_sample=True)
     assert run.tokens == plain[:, ids.shape[1] :].tolist()
+
+
+# -- numbers of many tokens ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_tokens_are_added_up_in_float32_whatever_scores_are_in(dtype):
+    """514 times a half: bfloat16 has no 257, and in 8 bits torch adds nothing up."""
+    scores = torch.full((514, EXPERTS), 0.5, dtype=dtype)
+    scores[1:, 0] = 0.0
+    made = of_step([Prediction(1, 1, scores)], 2, EXPERTS, torch.device("cpu"))
+    assert made[0, 0].tolist() == [0.5, *[257.0] * (EXPERTS - 1)]
+    assert made[0, 1].tolist() == [0.5, *[1.0] * (EXPERTS - 1)]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_a_little_below_0_is_rounding_however_many_tokens_there_are(model, early, batch, monkeypatch):
+    monkeypatch.setattr("prescope.engine.predicting.SLOW_US", 1e9)  # on a busy machine it is slow as well
+    predictor = Answering(early, scores_by(lambda scores: torch.full_like(scores, -0.002)))
+    with opened(model, predictor, device="cpu", slots=24) as engine:
+        assert not generate(engine, prompt(batch)).notes
