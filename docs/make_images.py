@@ -75,6 +75,8 @@ def will_it_run(page, lab: str) -> None:
     fields = page.locator(".ps-field:visible")
     fields.filter(has_text="model").first.locator("select").select_option("qwen3-30b-a3b")
     page.wait_for_timeout(3_000)
+    fields.filter(has_text="machine").first.locator("select").select_option("h200")
+    page.wait_for_timeout(3_000)
     budget = fields.filter(has_text="budget").first.locator("input")
     budget.fill("24")
     budget.press("Tab")
