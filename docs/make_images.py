@@ -83,7 +83,7 @@ def will_it_run(page, lab: str) -> None:
     page.wait_for_timeout(1_000)
     page.wait_for_function("!document.body.innerText.includes('simulating …')", timeout=120_000)
     page.wait_for_timeout(3_000)
-    shoot(page, "will_it_run", 1252)
+    shoot(page, "will_it_run", 1278)
 
 
 def real_run(page, lab: str) -> None:
