@@ -217,25 +217,29 @@ def test_sampling_and_processors_choose_on_the_host(model, gpu):
 DRIVERS = {"host-driven": "host_driver.serve", "copy-engine": "copy_driver.follow_orders"}
 
 
+def interrupted_at(number, genuine, calls):
+    """A function that an interrupt strikes before its call of this number; `calls` gets an entry for each."""
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return genuine(*arguments)
+
+    return interrupted
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_an_interrupt_in_a_step_leaves_an_engine_that_works(model, gpu, monkeypatch, driver):
     ids = prompt()
     expected = plain_tokens(model, ids, new=6)
     module, _, name = DRIVERS[driver].partition(".")
     served = getattr(import_module(f"prescope.engine.graph.{module}"), name)
-    calls = []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return served(*arguments)
-
     with prescope.attach(model, slots=6, decode=driver, **gpu) as engine:
         engine.generate(ids, max_new_tokens=4)
         engine.clear_cache()
         with monkeypatch.context() as patch:
-            patch.setattr(f"prescope.engine.graph.{module}.{name}", interrupted)
+            patch.setattr(f"prescope.engine.graph.{module}.{name}", interrupted_at(4, served, []))
             with pytest.raises(KeyboardInterrupt):
                 engine.generate(ids, max_new_tokens=30)
         assert engine.generate(ids, max_new_tokens=6).tokens == expected
@@ -258,14 +262,8 @@ def test_a_second_interrupt_while_the_first_is_put_right_leaves_an_engine_that_w
     kind = getattr(import_module(module), name)
     genuine, calls = getattr(kind, method), []
 
-    def interrupted_again(*arguments):
-        calls.append(1)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        return genuine(*arguments)
-
     def interrupted(*arguments):
-        patch.setattr(kind, method, interrupted_again)
+        patch.setattr(kind, method, interrupted_at(at, genuine, calls))
         raise KeyboardInterrupt
 
     with prescope.attach(model, slots=6, decode=driver, **gpu) as engine:
