@@ -115,6 +115,7 @@ class Side:
     def __init__(self, checkout: Path, model: str, args: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--worker", "--model", model, "--prompt", str(args.prompt)]
         command += ["--device", args.device, "--dtype", args.dtype]
+        command += ["--predicted"] * args.predicted + ["--compiled"] * args.compiled
         path = f"{checkout}:{Path(__file__).parent}"
         self._process = subprocess.Popen(
             command,
@@ -160,7 +161,12 @@ def work(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     model = open_model(args.model[0], device, dtypes[args.dtype]).model
-    engine = prescope.attach(model, slots=0.5, device=args.device)
+    gates = [part.weight.detach() for name, part in model.named_modules() if name.endswith("mlp.gate")]
+    engine = prescope.attach(model, slots=0.5, device=args.device, compiled=args.compiled)
+    if args.predicted:
+        from prescope.predictor import EarlyRouter, Routers
+
+        engine.configure(predictor=EarlyRouter(engine.shape, Routers.of_weights(torch.stack(gates)), 1))
     vocabulary = model.config.vocab_size
     where, size = Path(prescope.__file__).parent, engine.shape.row_bytes / 1e6
     about = f"{where}, {engine.num_slots} slots at 50 %, experts of {size:.1f} MB"
@@ -216,6 +222,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--schedules", nargs="+", default=["on-demand", "presched"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--slots", nargs="+", type=float, default=[0.5])
+    parser.add_argument("--predicted", action="store_true", help="by the early router, one layer ahead")
+    parser.add_argument("--compiled", action="store_true", help="the layers around the experts")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2, help="of A-B-B-A")

@@ -4,8 +4,9 @@
 
 A small model with random weights (float32) runs in child processes, one after the other, each with random schedules,
 slots, caches, batches and prompts, on the GPU if there is one. Every text is compared with the plain model's. A child
-that crashes, hangs (no sign of life for --patience seconds) or ends in an unforeseen error is counted and the next one
-started. Prints a table; exits with 1 unless wrong texts, errors, crashes and hangs are all 0.
+that crashes, hangs (no sign of life for --patience seconds; its threads' stacks are kept) or ends in an unforeseen
+error is counted and the next one started. Prints a table; exits with 1 unless wrong texts, errors, crashes and hangs
+are all 0.
 """
 
 import argparse
@@ -53,6 +54,10 @@ COSTS = LayerCosts(
     source="made up for the stress test",
 )
 CHILD_SECONDS = 40.0
+#: Until a child has imported torch and opened the GPU: beside the tests on a machine that had just started, 75 s.
+START_SECONDS = 300.0
+#: For a child that hangs to write down its stacks.
+STACKS_SECONDS = 5.0
 #: Of the time divided by the kinds, so that each has its turn: a child takes some seconds to start as well.
 MOST_SHARE = 0.5
 COUNTS = ("calls", "interrupts", "forks", "closes")
@@ -286,7 +291,7 @@ def watch(
             [*command, "--device", device], stdout=subprocess.PIPE, stderr=errors, text=True
         )
         last: dict[str, Any] = {"counts": {}, "said": []}
-        alive = [time.monotonic()]
+        alive = [time.monotonic() + START_SECONDS - patience_s]
 
         def read() -> None:
             assert process.stdout is not None
@@ -302,7 +307,11 @@ def watch(
             time.sleep(0.2)
             hung = time.monotonic() - alive[0] > patience_s
         if hung:
-            process.kill()
+            process.send_signal(signal.SIGABRT)
+            try:
+                process.wait(timeout=STACKS_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
         code = process.wait()
         reader.join()
         errors.seek(0)
@@ -310,7 +319,8 @@ def watch(
     counts, said = Counter(last["counts"]), list(last["said"])
     if hung:
         counts["hangs"] += 1
-        said.append(f"{kind}, seed {seed}: no sign of life for {patience_s:.0f} s; {tail}")
+        before = "" if counts["calls"] else " before its first call"
+        said.append(f"{kind}, seed {seed}: no sign of life for {patience_s:.0f} s{before}; {tail}")
     elif code < 0:
         counts["crashes"] += 1
         said.append(f"{kind}, seed {seed}: ended by signal {-code}; {tail}")
