@@ -80,6 +80,7 @@ $(STAMP): pyproject.toml constraints.txt $(if $(filter-out $(CURDIR),$(shell cat
 	@mkdir -p $(VENV)/share/jupyter/lab/settings
 	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' \
 		> $(VENV)/share/jupyter/lab/settings/overrides.json
+	$(BIN)/python -m prescope compile
 	@echo '$(CURDIR)' > $@
 
 .PHONY: moved

@@ -12,6 +12,7 @@ from ..errors import PrescopeError
 from .advise import advise
 from .bench import bench
 from .calibrate import calibrate
+from .compile import compile_now
 from .report import report
 from .run import run
 from .sweep import sweep
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 for command in (run, bench, calibrate, advise, train, sweep, report):
     app.command()(command)
+app.command("compile")(compile_now)
 
 
 @app.callback(invoke_without_command=True)

@@ -35,7 +35,7 @@ from prescope.tuning.proof import Candidate, Proof
 from tests.support.small_run import small_run
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["run", "bench", "calibrate", "advise", "train", "sweep", "report"]
+COMMANDS = ["run", "bench", "calibrate", "advise", "train", "sweep", "report", "compile"]
 #: On the virtual clock, so that nothing is waited for.
 FAST = ["--device", "null", "--link-gb-per-s", "1"]
 
