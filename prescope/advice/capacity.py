@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE
+from ..core.paths import user_path
 from ..core.units import GIB, count_of
 from ..engine import Engine
 from ..errors import BadProfile, NoProfile, TraceMismatch, UnsupportedOption
@@ -192,7 +193,7 @@ def _machine_named(given: str | Path) -> MachineSpec:
         )
     name = str(given).lower()
     shipped = [file.stem for file in shipped_files()]
-    if Path(given).is_file():
+    if user_path(given).is_file():
         return MachineSpec.of_profile(HardwareProfile.load(given))
     if name not in KNOWN and name not in shipped:
         names = ", ".join(sorted([*KNOWN, *shipped]))

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from ..core.paths import data_dir
+from ..core.paths import data_dir, user_path
 from ..core.types import ExpertSize, MoEShape
 from ..engine import Engine
 from ..errors import BadModelFolder, NotAMoE, PrescopeError, UnsupportedExperts
@@ -205,7 +205,7 @@ def config_file(model: str | Path) -> Path:
         raise BadModelFolder(
             f"model is {model!r:.80}; give a folder, a hub id, a config as a dict, or an engine"
         )
-    given = Path(model)
+    given = user_path(model)
     for path in (given / "config.json", given, data_dir() / "configs" / f"{model}.json"):
         if path.is_file():
             return path

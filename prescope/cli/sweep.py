@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.paths import user_path
 from .options import AsJson, Device, by_name, listed, shape_of
 from .terminal import StatusLine, on_interrupt, tell
 
@@ -170,7 +171,7 @@ def _replays(given: str, shape: str | None) -> "SimulatorRunner":
     from ..traces.importers import read_trace
     from ..tuning import SimulatorRunner
 
-    path = Path(given)
+    path = user_path(given)
     if given in shipped_recordings() or path.with_suffix(".trace.safetensors").exists():
         return SimulatorRunner.of_recording(given)
     trace = read_trace(path, shape=None if shape is None else shape_of(shape))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..core.paths import user_path
 from .options import DEFAULT_MODEL, Device, Model, shape_of
 from .terminal import StatusLine, tell
 
@@ -53,7 +54,7 @@ def train(
     from ..engine import load
     from ..traces.importers import read_trace
 
-    checkpoint = output.with_suffix(".checkpoint.safetensors")
+    checkpoint = user_path(output).with_suffix(".checkpoint.safetensors")
     settings = training.TrainConfig(epochs=epochs, seed=seed)
     with StatusLine() as status:
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from ..errors import CannotWrite, PrescopeError
 from .machine import available_memory_bytes
+from .paths import user_path
 from .units import format_bytes
 
 fcntl: Any
@@ -52,7 +53,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> Path:
     Raises:
         CannotWrite: no space, no permission, or something at `path` that is no file. The old file is as it was.
     """
-    given = Path(path)
+    given = user_path(path)
     try:
         # The link's own text, not `resolve`: that fails late on a loop of links.
         target = Path(os.path.realpath(given))

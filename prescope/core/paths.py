@@ -1,4 +1,5 @@
-"""Where the files that come with prescope lie: beside the package in a checkout, inside it in a wheel.
+"""Where files lie: those that a user names, and those that come with prescope, beside the package in a checkout or
+inside it in a wheel.
 
 Knows paths only; reads no model.
 """
@@ -11,6 +12,15 @@ from prescope.errors import BadModelFolder
 #: What the embedded model is called.
 EMBEDDED_MODEL = "tiny-moe"
 _PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path as a user names it: `~` is the home folder, as in a shell. Every file that a caller names goes through
+    here, often twice, so what comes back does not change again: a folder that is really called `~` (`./~`) comes back
+    as an absolute path.
+    """
+    found = Path(os.path.expanduser(path))
+    return found.absolute() if str(found).startswith("~") else found
 
 
 def data_dir() -> Path:

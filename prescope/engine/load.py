@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..core.paths import EMBEDDED_MODEL, embedded_model
+from ..core.paths import EMBEDDED_MODEL, embedded_model, user_path
 from ..errors import UnsupportedOption
 from ..hf import PASSED_ON, load_model, model_in, take_source
 from ..predictor import Predictor
@@ -84,7 +84,7 @@ def _place_of(model: Any) -> str | Path:
             f"prescope.attach(model, ...)"
         )
     name = os.fspath(model)
-    return Path(name).expanduser() if name.startswith("~") or isinstance(model, os.PathLike) else name
+    return user_path(name) if name.startswith("~") or isinstance(model, os.PathLike) else name
 
 
 def _config_of(settings: dict[str, Any]) -> EngineConfig:

@@ -21,6 +21,7 @@ from ..core.files import (
     sorted_json,
     write_file,
 )
+from ..core.paths import user_path
 from .base import BadPredictor
 
 REMEDY = "the file is damaged; train the predictor again, or fetch it again"
@@ -52,7 +53,7 @@ def check_tensors(
     require_finite_tensors(tensors, what, "the file is damaged or training failed; train the predictor again")
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], path: Path) -> Path:
+def write_tensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], path: str | Path) -> Path:
     """Write tensors and metadata, whole or not at all, with a checksum of both.
 
     Raises:
@@ -66,13 +67,14 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str],
     return write_file(path, lambda unfinished: save_file(filled, unfinished, header))
 
 
-def read_tensors(path: Path, expected_format: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_tensors(path: str | Path, expected_format: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and metadata written by `write_tensors`.
 
     Raises:
         BadPredictor: no regular file, unreadable, of another format, or not as it was written.
         FileNotFoundError: there is none.
     """
+    path = user_path(path)
     require_memory(require_file(path, BadPredictor), str(path), BadPredictor)
     try:
         with safe_open(path, framework="pt") as file:

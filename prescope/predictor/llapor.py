@@ -408,7 +408,7 @@ class Llapor:
             "width": self.width,
             "validation_error": None if np.isnan(self.validation_error) else self.validation_error,
         }
-        return write_tensors(self.tensors, {"format": FORMAT, "prescope": json.dumps(metadata)}, Path(path))
+        return write_tensors(self.tensors, {"format": FORMAT, "prescope": json.dumps(metadata)}, path)
 
     @classmethod
     def load(cls, path: str | Path, *, fingerprint: str | None = None, device: str = "cpu") -> "Llapor":
@@ -422,7 +422,7 @@ class Llapor:
             TraceMismatch: it was trained for another model.
             FileNotFoundError: there is none.
         """
-        tensors, metadata = read_tensors(Path(path), FORMAT)
+        tensors, metadata = read_tensors(path, FORMAT)
         try:
             # Files of before do not say it: their scalings are of plain logits.
             config = LlaporConfig(**{"relative": False, **metadata["config"]})

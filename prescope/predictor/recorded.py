@@ -112,7 +112,7 @@ class RecordedPredictor(Baseline):
             "routed": self.routed,
             "is_calibrated": self.is_calibrated,
         }
-        return write_tensors(tensors, {"format": FORMAT, "prescope": json.dumps(known)}, Path(path))
+        return write_tensors(tensors, {"format": FORMAT, "prescope": json.dumps(known)}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -121,7 +121,7 @@ class RecordedPredictor(Baseline):
         Raises:
             BadPredictor: it cannot be read, or its numbers are not those of predictions.
         """
-        tensors, known = read_tensors(Path(path), FORMAT)
+        tensors, known = read_tensors(path, FORMAT)
         try:
             scores = [tensors[f"ahead_{i}"].numpy() for i in range(1, len(tensors) + 1)]
             shape = MoEShape(*known["shape"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.files import checksum, read_object, require_checksum, sorted_json, write_text
 from ..core.machine import Place
-from ..core.paths import cache_dir, shipped_profiles
+from ..core.paths import cache_dir, shipped_profiles, user_path
 from ..errors import BadProfile
 
 FORMAT = "prescope.profile"
@@ -41,7 +41,7 @@ def named_file(path: str | Path) -> Path:
     Raises:
         BadProfile: there is no such file.
     """
-    given = Path(path)
+    given = user_path(path)
     for candidate in (
         given,
         shipped_profiles() / f"{given.name}.json" if given.name == str(given) else given,

@@ -14,6 +14,7 @@ import pandas as pd
 from ..core.html import facts_html
 from ..core.machine import Place, this_place
 from ..core.numbers import is_count
+from ..core.paths import user_path
 from ..core.types import ExpertSize, MoEShape
 from ..errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
 from ..scheduler.costs import LayerCosts, Spread
@@ -292,7 +293,7 @@ class HardwareProfile(Measurements):
 
     def save(self, path: str | Path | None = None) -> Path:
         """Write it as JSON, by an atomic rename; by default where `of_this_machine` finds it. Returns the path."""
-        file = own_file(self.place) if path is None else Path(path)
+        file = own_file(self.place) if path is None else user_path(path)
         write_json(file, to_plain(self))
         return file
 

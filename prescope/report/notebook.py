@@ -29,6 +29,7 @@ from plotly.offline import get_plotlyjs
 from traitlets.config import Config
 
 from ..core.files import require_file, write_text
+from ..core.paths import user_path
 from ..errors import PrescopeError
 from ..views.theme import CONFIG, FONT
 from .page import PRINT_JS, SHARED_CSS, json_script, provenance
@@ -121,7 +122,7 @@ def execute_notebook(
             too long, the kernel did not start or died, or the file is no notebook. Nothing is written.
         ValueError: a parameter that the notebook does not have.
     """
-    path = Path(path)
+    path = user_path(path)
     notebook = _read(path)
     _inject(notebook, parameters or {})
     begin = time.monotonic()

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE
 from ..core.files import checksum, read_object, require_checksum, sorted_json, write_text
-from ..core.paths import data_dir
+from ..core.paths import data_dir, user_path
 from ..errors import BadTrace
 from ..predictor import RecordedPredictor
 from ..scheduler.costs import LayerCosts
@@ -60,7 +60,7 @@ class Recording:
 
     def save(self, folder: str | Path, name: str) -> list[Path]:
         """Write its files; returns them."""
-        folder = Path(folder)
+        folder = user_path(folder)
         files = [self.trace.save(folder / f"{name}.trace.safetensors")]
         files += [one.save(folder / f"{name}.{_plain(one.name)}.safetensors") for one in self.predictors]
         contents = {
@@ -113,7 +113,7 @@ def shipped_recordings() -> list[str]:
 
 
 def _file_of(name: str | Path) -> Path:
-    given, shipped = Path(name), data_dir() / SHIPPED / f"{name}.json"
+    given, shipped = user_path(name), data_dir() / SHIPPED / f"{name}.json"
     for path in (given, shipped):
         if path.is_file():
             return path

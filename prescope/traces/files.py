@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..core.files import checksum, parse_object, require_checksum, require_file, require_memory, write_file
+from ..core.paths import user_path
 from ..errors import BadTrace
 
 REMEDY = "record it again, or fetch it again"
@@ -65,6 +66,7 @@ def read_arrays(path: str | Path, format_name: str, what: str) -> tuple[dict[str
         BadTrace: no regular file, truncated, corrupt, of another format, or not as it was written.
         FileNotFoundError: there is none.
     """
+    path = user_path(path)
     require_memory(require_file(path, BadTrace), str(path), BadTrace)
     try:
         with safe_open(path, framework="numpy") as file:
@@ -106,9 +108,10 @@ def read_table(
         BadTrace: no Parquet, of another format, a column is missing, or it holds more rows than a file of its size can.
         FileNotFoundError: there is none.
     """
+    path = user_path(path)
     nbytes = require_file(path, BadTrace)
     try:
-        with pq.ParquetFile(Path(path).absolute()) as file:  # of "~/run" it would make a home folder
+        with pq.ParquetFile(path) as file:
             attrs = (file.schema_arrow.metadata or {}).get(_ATTRS, b"{}").decode("utf-8")
             names, rows = file.schema_arrow.names, file.metadata.num_rows
             if rows > FREE_ROWS + MOST_ROWS_PER_BYTE * nbytes:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import checksum, read_object, require_checksum, sorted_json, write_text
+from ..core.paths import user_path
 from ..errors import BadTrace, CannotWrite
 from .events import TABLES, digest_of_table, read_named_table, write_named_table
 from .files import REMEDY
@@ -48,7 +49,7 @@ def write_run(
     Raises:
         CannotWrite: no space, no permission, or `folder` is a file. What was there before is unchanged.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if isfile(folder):  # also of a name that is too long
         raise CannotWrite(f"{folder} is a file; a run is saved as a folder, give another name")
     parts = {}
@@ -80,7 +81,7 @@ def read_run(folder: str | Path) -> Stored:
         BadTrace: it is no saved run, a part is damaged, missing, or of another run.
         FileNotFoundError: there is none.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     folder = folder.parent if folder.name == INDEX else folder
     if isfile(folder):
         raise BadTrace(f"{folder} is a file; a saved run is a folder with a {INDEX}")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core.files import parse_object, read_lines, require_file
-from ..core.paths import embedded_prompts
+from ..core.paths import embedded_prompts, user_path
 from ..engine.engine import Engine
 from ..engine.load import attach, load
 from ..engine.recorder import NOT_FINITE
@@ -54,7 +54,7 @@ def read_prompts(path: str | Path) -> dict[str, list[str]]:
         UnsupportedOption: a line is none of these; with its number.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
+    path = user_path(path)
     require_file(path, UnsupportedOption)
     found: dict[str, list[str]] = {}
     for number, line in enumerate(read_lines(path, UnsupportedOption, "save it as UTF-8"), 1):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from ..core.paths import user_path
 from ..errors import BadTrace, UnsupportedOption
 from ..predictor.base import BadPredictor, BadState, IdArray, require_inputs, used_mask, used_mask_torch
 from ..predictor.baselines import Routers
@@ -147,7 +148,7 @@ def train(
         rows = split._replace(train=np.concatenate([split.train, more]))
         trace = RoutingTrace.concat([trace, own_text])
     run = _TrainingRun(trace, rows, config, training, routers, groups, device)
-    path = Path(checkpoint) if checkpoint is not None else None
+    path = user_path(checkpoint) if checkpoint is not None else None
     if path is not None and path.exists():
         run.resume(path)
     started = time.perf_counter()

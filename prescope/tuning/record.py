@@ -14,6 +14,7 @@ from optuna.exceptions import DuplicatedStudyError, StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from ..core.paths import user_path
 from ..errors import BadSweep
 from .objectives import OBJECTIVES, Objective
 from .points import Asked, Asking, Outcome
@@ -197,7 +198,7 @@ def shown(url: str) -> str:
 def _url_of_existing(where: str) -> tuple[str, bool]:
     if "://" in where:
         return where, False
-    for path, is_name in ((FOLDER / f"{where}.db", True), (Path(where), False)):
+    for path, is_name in ((FOLDER / f"{where}.db", True), (user_path(where), False)):
         if path.is_file():
             return url_of_file(path), is_name
     there = ", ".join(sorted(repr(path.stem) for path in FOLDER.glob("*.db"))) if FOLDER.is_dir() else ""

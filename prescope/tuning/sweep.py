@@ -10,6 +10,7 @@ import pandas as pd
 from optuna.trial import TrialState, create_trial
 
 from ..core.numbers import is_count, is_number, plain
+from ..core.paths import user_path
 from ..engine.turn import Turn
 from ..errors import BadSweep, UnsupportedOption
 from .estimate import Estimate, estimate
@@ -340,8 +341,9 @@ def open_sweep(
         raise UnsupportedOption(f"storage is {storage!r}; give any Optuna URL, or the path of an SQLite file")
     where = None if storage is None else str(storage)
     if where is not None and "://" not in where:
-        Path(where).parent.mkdir(parents=True, exist_ok=True)
-        where = url_of_file(Path(where))
+        file = user_path(where)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        where = url_of_file(file)
     return Sweep(create_or_open(name, plan, where), runner)
 
 

@@ -89,12 +89,12 @@ class RunsPanel:
     def _typed(self) -> Path:
         if not self.folder.value.strip():
             raise UnsupportedOption("no folder is named; type one, such as runs/first")
-        return Path(self.folder.value.strip()).expanduser()
+        return Path(self.folder.value.strip())
 
     def _try(self, what: Callable[[], str]) -> None:
         try:
             self.told.value = escape(what())
-        except (PrescopeError, OSError, RuntimeError) as error:  # of a path: ~nobody has no home
+        except (PrescopeError, OSError) as error:
             name = type(error).__name__
             self.told.value = f"<span class='ps-error'><b>{name}</b>: {escape(str(error))}</span>"
 

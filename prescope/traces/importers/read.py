@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...core.files import require_file
 from ...core.numbers import is_count
+from ...core.paths import user_path
 from ...core.types import MoEShape
 from ...errors import BadTrace, UnsupportedOption
 from ..routing import FORMAT, MOST_EXPERTS, RoutingTrace
@@ -25,14 +26,14 @@ Shape = MoEShape | tuple[int, int, int]
 class _Wanted(NamedTuple):
     """A call of `read_trace`."""
 
-    source: Any
+    source: Any  # a path is a `Path`
     foreign: Foreign
     prompt_tokens: int | list[int] | None
     batch: int | None
 
     @property
     def where(self) -> str:
-        return str(self.source) if isinstance(self.source, str | Path) else f"this {self.foreign.kind} trace"
+        return str(self.source) if isinstance(self.source, Path) else f"this {self.foreign.kind} trace"
 
     @property
     def path(self) -> Path:
@@ -41,11 +42,11 @@ class _Wanted(NamedTuple):
         Raises:
             BadTrace: something else was given.
         """
-        if not isinstance(self.source, str | Path):
+        if not isinstance(self.source, Path):
             raise BadTrace(
                 f"kind={self.foreign.kind!r} is a file or a folder, not a {type(self.source).__name__}"
             )
-        return Path(self.source)
+        return self.source
 
 
 def read_trace(
@@ -83,14 +84,15 @@ def read_trace(
         UnsupportedOption: an unknown kind, a shape that is missing or cannot be, or numbers that are none.
         FileNotFoundError: there is no such file.
     """
-    if isinstance(source, str | Path) and not Path(source).exists():
+    source = user_path(source) if isinstance(source, str | Path) else source
+    if isinstance(source, Path) and not source.exists():
         raise FileNotFoundError(f"there is no trace at {source}")
     kind = kind or _kind_of(source)
     if kind not in KINDS:
         raise UnsupportedOption(f"kind is {kind!r}; choose one of {', '.join(map(repr, KINDS))}")
     if kind == "prescope":
         return _read_own(source)
-    name = model or (Path(source).stem if isinstance(source, str | Path) else kind)
+    name = model or (source.stem if isinstance(source, Path) else kind)
     kept = None if layers is None else _counts_of(layers, "layers")
     if isinstance(kept, int) or (kept is not None and sorted(set(kept)) != kept):
         raise UnsupportedOption(f"layers={layers!r} are not ascending numbers of layers")
@@ -139,8 +141,8 @@ def _kind_of(source: Any) -> str:
     Raises:
         UnsupportedOption: nobody can tell.
     """
-    if isinstance(source, str | Path):
-        return _kind_of_path(Path(source))
+    if isinstance(source, Path):
+        return _kind_of_path(source)
     first = source[0] if isinstance(source, list | tuple) and source else source
     if isinstance(first, RequestOutput):
         return "vllm"
@@ -191,16 +193,15 @@ def _is_own(path: Path) -> bool:
 
 
 def _read_own(source: Any) -> RoutingTrace:
-    if not isinstance(source, str | Path):
+    if not isinstance(source, Path):
         raise BadTrace(f"kind='prescope' is a file, not a {type(source).__name__}")
-    path = Path(source)
-    return RoutingTrace.load_parquet(path) if path.suffix == ".parquet" else RoutingTrace.load(path)
+    return RoutingTrace.load_parquet(source) if source.suffix == ".parquet" else RoutingTrace.load(source)
 
 
 def _responses(wanted: _Wanted) -> list[Any]:
     source = wanted.source
-    if isinstance(source, str | Path):
-        return list(responses_in(Path(source)))
+    if isinstance(source, Path):
+        return list(responses_in(source))
     found = list(source) if isinstance(source, list | tuple) else [source]
     for number, one in enumerate(found):
         if not isinstance(one, Mapping | RequestOutput):
@@ -226,7 +227,7 @@ def _sglang(wanted: _Wanted) -> RoutingTrace:
 
 def _arrays(wanted: _Wanted) -> RoutingTrace:
     source = wanted.source
-    arrays = read_arrays_file(Path(source)) if isinstance(source, str | Path) else source
+    arrays = read_arrays_file(source) if isinstance(source, Path) else source
     requests = list(array_requests(arrays, wanted.prompt_tokens, wanted.where))
     return trace_of_requests(requests, wanted.foreign, wanted.batch)
 
