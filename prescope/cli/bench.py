@@ -19,10 +19,10 @@ from .options import (
     Dtype,
     Link,
     Model,
-    PredictorFile,
+    Predictor,
     listed,
+    loaded,
     numbers,
-    predictor_in,
     slots_of,
 )
 from .terminal import StatusLine, tell
@@ -58,7 +58,7 @@ def bench(
     device: Device = "auto",
     dtype: Dtype = "auto",
     link: Link = None,
-    predictor: PredictorFile = None,
+    predictor: Predictor = None,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     output: Annotated[
@@ -72,7 +72,6 @@ def bench(
     if output is not None and output.suffix not in (".json", ".csv"):
         raise typer.BadParameter(f"{output} ends in neither .json nor .csv", param_hint="--output")
     prompts, news, batches = numbers(prompt, "--prompt"), numbers(new, "--new"), numbers(batch, "--batch")
-    from ..engine import load
     from ..engine.benchmark import benchmark, grid
     from ..training import own_prompts
 
@@ -81,13 +80,12 @@ def bench(
     rows: list[dict[str, Any]] = []
     with StatusLine() as status:
         status.show(f"loading {model}")
-        known = predictor_in(predictor)
         engine = _opened(
             pools,
-            lambda wanted: load(
-                model, slots=wanted, device=device, dtype=dtype, link_gb_per_s=link, predictor=known
+            lambda wanted: loaded(
+                model, predictor, schedule="on-demand", slots=wanted, device=device, dtype=dtype, link_gb_per_s=link
             ),
-        )
+        )  # fmt: skip
         texts = [text for group in own_prompts().values() for text in group]
 
         def on_run(cell: Any, number: int) -> None:

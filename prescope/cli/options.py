@@ -1,7 +1,6 @@
 """Options that several commands share, and how their texts are read."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,7 +8,7 @@ import typer
 from ..core.paths import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
-    from ..predictor import Llapor
+    from ..engine import Engine
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id.", show_default=False)]
 Slots = Annotated[str, typer.Option("--slots", "-s", metavar="S", help="0.25 (share), 64 or 8GiB.")]
@@ -19,15 +18,17 @@ Link = Annotated[
     float | None,
     typer.Option("--link-gb-per-s", metavar="GB/S", help="Of the emulated link.", show_default=False),
 ]
-PredictorFile = Annotated[
-    Path | None,
-    typer.Option("--predictor", metavar="FILE", help="Written by train.", show_default=False),
+Predictor = Annotated[
+    str | None,
+    typer.Option("--predictor", metavar="FILE", help="Of train, or early-router.", show_default=False),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="bf16, fp16, fp32, auto.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What MODEL is when it is not given.
 DEFAULT_MODEL = EMBEDDED_MODEL
+#: The predictor that no file holds: the routers of the model that is loaded.
+EARLY_ROUTER = "early-router"
 
 
 def slots_of(text: str) -> int | float | str:
@@ -91,10 +92,21 @@ def shape_of(text: str) -> tuple[int, int, int]:
     return layers, experts, top_k
 
 
-def predictor_in(file: Path | None) -> "Llapor | None":
-    """The predictor of a file; the engine checks that it is for its model."""
-    if file is None:
-        return None
-    from ..predictor import Llapor
+def loaded(model: str, predictor: str | None, *, schedule: str, **settings: Any) -> "Engine":
+    """An engine with the predictor that an option names; raises as `engine.load` and `Llapor.load`.
 
-    return Llapor.load(file)
+    A schedule waits for a predictor that is made of the model.
+    """
+    from ..engine import load
+    from ..predictor import Llapor
+    from ..scheduler import schedule_named
+    from ..training import early_router
+
+    schedule_named(schedule)  # a wrong name is told before minutes of loading
+    if predictor != EARLY_ROUTER:
+        known = None if predictor is None else Llapor.load(predictor)
+        return load(model, schedule=schedule, predictor=known, **settings)
+    engine = load(model, **settings)
+    engine.configure(schedule=schedule, predictor=early_router(engine))
+    engine.clear_cache()  # of what the model wrote for it: a run begins from empty slots
+    return engine

@@ -14,10 +14,10 @@ from .options import (
     Dtype,
     Link,
     Model,
-    PredictorFile,
+    Predictor,
     Schedule,
     Slots,
-    predictor_in,
+    loaded,
     slots_of,
 )
 from .terminal import StatusLine, on_interrupt, tell
@@ -38,7 +38,7 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     link: Link = None,
-    predictor: PredictorFile = None,
+    predictor: Predictor = None,
     chat: Annotated[bool, typer.Option("--chat", help="By the model's chat template.")] = False,
     trace: Annotated[
         Path | None,
@@ -59,14 +59,12 @@ def run(
         if sys.stdin.isatty():
             tell("type the prompt, then Ctrl-D")
         prompt = sys.stdin.read()
-    from ..engine import load
     from ..engine.job import Job
 
     with StatusLine() as status:
         status.show(f"loading {model}")
-        engine = load(
-            model, slots=slots_of(slots), schedule=schedule, device=device, dtype=dtype, link_gb_per_s=link,
-            predictor=predictor_in(predictor),
+        engine = loaded(
+            model, predictor, slots=slots_of(slots), schedule=schedule, device=device, dtype=dtype, link_gb_per_s=link
         )  # fmt: skip
     prompts = [{"role": "user", "content": prompt}] if chat else prompt
     shown = _Shown(engine)

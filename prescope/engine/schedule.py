@@ -239,8 +239,9 @@ def open_schedule_runner(
         predictor = None
     if predictor is None and schedule.needs_predictor:
         raise UnsupportedOption(
-            f"schedule={schedule.name!r} prefetches by predictions; give predictor=... (it comes with "
-            f"{schedule.predictor}), or use schedule='on-demand'"
+            f"schedule={schedule.name!r} prefetches by predictions; give predictor=... (as published the "
+            f"{schedule.predictor}; prescope.training.early_router(engine) needs no training), or use "
+            f"schedule='on-demand'"
         )
     depth, moved = 0, None
     if predictor is not None:

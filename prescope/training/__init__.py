@@ -11,7 +11,7 @@ from .intervals import Interval
 from .pipeline import TrainedPredictor, baselines, comparison, train_on_trace, train_predictor
 from .prepare import Split, rows_of, split_by_prompt
 from .record import own_prompts, own_text, read_prompts, record_trace
-from .routers import router_agreement, routers_of
+from .routers import early_router, router_agreement, routers_of
 from .savings import Savings, savings
 from .score_card import ScoreCard, difference, score
 from .score_schedule import ScheduleCard, schedule_cards
@@ -34,6 +34,7 @@ __all__ = [
     "comparison",
     "difference",
     "domain_shift",
+    "early_router",
     "joined_stream",
     "own_prompts",
     "own_text",

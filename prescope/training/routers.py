@@ -13,13 +13,16 @@ from ..engine.engine import Engine
 from ..errors import UnsupportedOption
 from ..hf import MoELayer, find_moe_layers
 from ..predictor.base import BadState, require_inputs, used_mask
-from ..predictor.baselines import Routers
+from ..predictor.baselines import EarlyRouter, Routers
 from ..predictor.llapor_config import LlaporConfig
 from ..traces.routing import RoutingTrace
+from .record import own_text
 
 #: Share of the recorded choices that routers taken from a model must reproduce on the recorded inputs.
 MIN_AGREEMENT = 0.9
 AGREEMENT_ROWS = 2048
+#: What the model writes to prove its routers on, and to scale their scores: tokens in all, and of each text.
+PROOF_TOKENS, PROOF_LENGTH = 512, 32
 
 
 def routers_of(engine: Engine, trace: RoutingTrace) -> Routers:
@@ -73,6 +76,20 @@ def router_agreement(routers: Routers, trace: RoutingTrace) -> float:
         choice = routers.choice(layer, torch.from_numpy(inputs[rows, layer]).float())
         hits += int(used[:, layer].gather(1, choice.topk(trace.top_k, dim=1).indices).sum())
     return hits / max(int(used.sum()), 1)
+
+
+def early_router(engine: Engine, lookahead: int = 4) -> EarlyRouter:
+    """The predictor that needs no training: the model's own routers, applied up to `lookahead` layers early.
+
+    The model writes a few short texts first, on which its routers are proven and their scores made probabilities.
+
+    Raises:
+        UnsupportedOption: as `routers_of`.
+    """
+    trace = own_text(engine, PROOF_TOKENS, length=PROOF_LENGTH)
+    found = EarlyRouter(engine.shape, routers_of(engine, trace), lookahead)
+    found.calibrate(trace)
+    return found
 
 
 def _router_beside(model: nn.Module, layer: MoELayer) -> tuple[Any, torch.Tensor | None]:

@@ -29,6 +29,7 @@ from prescope.core.paths import embedded_model
 from prescope.engine import Engine
 from prescope.profile import HardwareProfile
 from prescope.scheduler import SCHEDULES
+from prescope.scheduler.costs import LayerCosts
 from prescope.traces.events import read_events
 from prescope.tuning import load_sweep
 from prescope.tuning.proof import Candidate, Proof
@@ -95,6 +96,7 @@ def test_a_wrong_call_is_2_and_says_what_is_wrong(arguments, capsys):
         (["run", "-p", "x", "--schedule", "none", *FAST], "choose one of"),
         (["run", "-p", "x", "--slots", "8Gigs", *FAST], "8GiB"),
         (["run", "-p", "x", "--predictor", "gone.safetensors", *FAST], "gone.safetensors"),
+        (["run", "-p", "x", "--schedule", "fat", "--predictor", "early-router", *FAST], "choose one of"),
         (["bench", "-n", "1", *FAST], "2 new tokens"),
         (["advise", "no-such-shape"], "no-such-shape"),
         (["train", "--trace", "gone.npy", "--shape", "4,8,2"], "gone.npy"),
@@ -214,6 +216,50 @@ def test_train_writes_a_predictor_and_prints_recall(capsys, tmp_path):
     assert "llapor" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir() if "checkpoint" in path.name] == []
     assert main(["run", "-p", "x", "-n", "2", "--predictor", str(output), *FAST]) == 0
+
+
+@pytest.fixture
+def with_costs(monkeypatch):
+    """Of a machine that nobody has calibrated."""
+    costs = LayerCosts(link_us=60.0, gpu_us=12.0, rest_us=25.0, source="made up")
+    monkeypatch.setattr(Engine, "_costs_here", lambda *_: costs)
+
+
+@pytest.mark.usefixtures("with_costs")
+@pytest.mark.parametrize("schedule", ["fate", "moe-infinity", "presched"])
+def test_a_schedule_runs_by_the_models_own_routers_without_training(schedule, capsys, tmp_path):
+    """`fate` and `moe-infinity` could not be run from the shell at all before a predictor was trained."""
+    timeline = tmp_path / "t.parquet"
+    command = [
+        "run",
+        "-p",
+        "The old man",
+        "-n",
+        "6",
+        "--schedule",
+        schedule,
+        "--predictor",
+        "early-router",
+        "-s",
+        "0.3",
+    ]
+    assert main([*command, "--schedule", schedule, "--timeline", str(timeline), *FAST]) == 0
+    assert "prefetch" in set(read_events(timeline)["reason"])
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.usefixtures("with_costs")
+def test_a_schedule_without_the_predictor_it_needs_names_one_that_needs_no_training(capsys):
+    assert main(["run", "-p", "x", "--schedule", "fate", *FAST]) == 1
+    assert "early_router(engine)" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("with_costs")
+def test_bench_measures_schedules_that_need_predictions_beside_the_others(capsys):
+    command = ["bench", "-p", "8", "-n", "4", "-s", "0.3", "-r", "1", "--warm-up", "0", "--json"]
+    assert main([*command, "--schedule", "fate,on-demand", "--predictor", "early-router", *FAST]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["schedule"], row["error"]) for row in rows] == [("fate", ""), ("on-demand", "")]
 
 
 def test_calibrate_prints_what_it_measured(capsys, monkeypatch):
