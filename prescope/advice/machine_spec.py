@@ -11,8 +11,8 @@ from ..errors import BadProfile, UnsupportedOption
 from ..profile import HardwareProfile
 from ..scheduler.costs import LayerCosts
 
-#: GPU -> memory in GiB and its rate in GB/s, by its maker's data sheet; a profile does not measure them. Of the A100
-#: what PreScope's authors left of its memory.
+#: GPU -> memory in GiB and its rate in GB/s, by its maker's data sheet; of others a profile holds what CUDA tells. Of
+#: the A100 what PreScope's authors left of its memory.
 GPUS = {
     "NVIDIA H200": (140.4, 4800.0),
     "NVIDIA H100 80GB HBM3": (79.6, 3350.0),
@@ -75,11 +75,9 @@ class MachineSpec:
                 raise UnsupportedOption(f"{name} is {value!r}; it is a number of 0 or more")
 
     @classmethod
-    def of_profile(
-        cls, profile: HardwareProfile, name: str = "", *, gpu_gib: float | None = None
-    ) -> "MachineSpec":
-        """The numbers of a measured profile; GPU memory by its maker's data sheet unless given. Where the CPU stands in
-        for a GPU its memory is the host's.
+    def of_profile(cls, profile: HardwareProfile, name: str = "") -> "MachineSpec":
+        """The numbers of a measured profile; GPU memory by its maker's data sheet, else as CUDA told the calibration.
+        Where the CPU stands in for a GPU its memory is the host's.
 
         Raises:
             UnsupportedOption: the GPU's memory is not known.
@@ -89,17 +87,22 @@ class MachineSpec:
             float(profile.machine.get("host_memory_gib") or 64.0),
             profile.dram_gb_per_s(),
         )
-        is_stand_in = device == CPU_DEVICE
-        known = GPUS.get(device, (host_gib if is_stand_in else gpu_gib or 0.0, host_gb_per_s))
-        if not (gpu_gib or known[0]):
-            raise UnsupportedOption(f"the memory of {device} is not known; give gpu_gib=...")
+        told = (profile.machine.get("device_memory_gib"), profile.machine.get("device_memory_gb_per_s"))
+        gpu_gib, gpu_gb_per_s = GPUS.get(device) or (
+            (host_gib, host_gb_per_s) if device == CPU_DEVICE else told
+        )
+        if not (gpu_gib and gpu_gb_per_s):
+            raise UnsupportedOption(
+                f"the profile does not say how much memory {device} has, nor how fast it is: run prescope.calibrate() "
+                f"again, which notes both, or type the numbers in: MachineSpec(gpu_gib=..., gpu_gb_per_s=..., ...)"
+            )
         return cls(
             name=name or device,
             link_gb_per_s=profile.lanes.link.rate_gb_per_s,
             host_gib=host_gib,
             host_gb_per_s=host_gb_per_s if host_gb_per_s == host_gb_per_s else 50.0,
-            gpu_gib=gpu_gib or known[0],
-            gpu_gb_per_s=known[1] if known[1] == known[1] else 50.0,
+            gpu_gib=gpu_gib,
+            gpu_gb_per_s=gpu_gb_per_s if gpu_gb_per_s == gpu_gb_per_s else 50.0,
             cores=int(profile.machine.get("cpu_threads") or profile.place.cores),
             profile=profile,
             origin=f"{profile.label}, {profile.measured}",

@@ -36,6 +36,8 @@ PASSES = 2
 ENGINE_SHARE = 0.4
 #: Sizes of experts of one model that are measured.
 MOST_FORMS = 3
+#: What a device says of itself that a profile keeps.
+OF_DEVICE = ("device", "device_memory_gib", "device_memory_gb_per_s")
 
 
 class Subject(NamedTuple):
@@ -102,7 +104,11 @@ def calibrate(
         label=described["label"],
         measured=datetime.now(UTC).date().isoformat(),
         points=tuple(points),
-        machine={**machine_facts(), "device": described["device"], "cpu_threads": run.cpu_threads},
+        machine={
+            **machine_facts(),
+            **{name: described[name] for name in OF_DEVICE if name in described},
+            "cpu_threads": run.cpu_threads,
+        },
         cpu_backend=run.cpu_backend,
         link_gb_per_s=run.link_gb_per_s,
         origin=f"prescope.calibrate({subject.name}seconds={seconds:g})",

@@ -10,7 +10,7 @@ from IPython.display import HTML, display
 
 from ..advice import KNOWN, Advice, MachineSpec, ModelSize, advise
 from ..engine import Engine
-from ..errors import NoProfile, PrescopeError
+from ..errors import NoProfile, PrescopeError, UnsupportedOption
 from ..profile import HardwareProfile
 from ..profile.files import shipped_files
 from ..simulator import HERE
@@ -187,7 +187,7 @@ def _known_machines(first: Engine | ModelSize | str) -> dict[str, MachineSpec]:
     described = first.hardware() if isinstance(first, Engine) else None
     try:
         known = {HERE: MachineSpec.of_profile(HardwareProfile.of_this_machine(described), HERE)}
-    except NoProfile:
+    except (NoProfile, UnsupportedOption):  # of an older calibration, which did not note the GPU's memory
         known = {}
     for file in shipped_files():
         profile = HardwareProfile.load(file)

@@ -353,6 +353,26 @@ def test_packing_that_is_not_served_is_said():
     assert any("bitsandbytes" in note for note in size.notes)
 
 
+def of_another_gpu(**more: float) -> HardwareProfile:
+    """As a calibration makes it on a GPU whose data sheet nobody has typed in."""
+    profile = HardwareProfile.load("h200")
+    return replace(profile, machine=profile.machine | {"device": "NVIDIA GeForce RTX 4090"} | more)
+
+
+def test_a_gpu_that_is_in_no_list_has_the_memory_that_its_calibration_notes():
+    """Its rate was taken to be the host memory's, and `gpu_gib` was asked for and not looked at."""
+    profile = of_another_gpu(device_memory_gib=23.5, device_memory_gb_per_s=1008)
+    advice = advise(BIG_EXPERTS, profile, context=64)
+    assert (advice.machine.gpu_gib, advice.machine.gpu_gb_per_s) == (23.5, 1008)
+    assert advise(BIG_EXPERTS, profile, context=64, gpu_gib=8.0).budget_gib == 8.0
+
+
+@pytest.mark.parametrize("more", [{}, {"device_memory_gib": 23.5}, {"device_memory_gb_per_s": 1008}])
+def test_a_gpu_whose_memory_nobody_noted_is_refused_with_what_to_do(more):
+    with pytest.raises(UnsupportedOption, match=r"RTX 4090 has.*calibrate\(\) again.*MachineSpec\("):
+        advise(BIG_EXPERTS, of_another_gpu(**more), gpu_gib=8.0)
+
+
 def test_advice_on_experts_that_will_be_packed():
     plain, packed = (advise(BIG_EXPERTS, desktop(), experts=form) for form in ("auto", "int4"))
     assert packed.model.shape.row_bytes < plain.model.shape.row_bytes / 3.8

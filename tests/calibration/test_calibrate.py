@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import prescope
+from prescope.advice import MachineSpec
 from prescope.calibration import ExpertForm, graphs, silu_form
 from prescope.calibration.bench import Bench
 from prescope.calibration.busy import repeating
@@ -136,6 +137,16 @@ def test_an_engine_is_measured_in_its_own_layers():
     assert profile.link_gb_per_s == 0.5
     assert costs.link_us >= engine.shape.row_bytes / 0.5e3
     assert any("tiny" in note for note in profile.notes)
+
+
+def test_what_the_device_says_of_its_memory_is_kept_for_advice(monkeypatch):
+    """A profile measures neither; CUDA tells both."""
+    said = {"device": "a GPU", "device_memory_gib": 23.5, "device_memory_gb_per_s": 1008}
+    described = NullDevice.describe
+    monkeypatch.setattr(NullDevice, "describe", lambda device: described(device) | said)
+    profile = prescope.calibrate(SMALL, **NULL, save=False, on_progress=lambda what, share: None)
+    assert {name: profile.machine[name] for name in said} == said
+    assert MachineSpec.of_profile(profile).gpu_gib == 23.5
 
 
 def test_a_model_that_is_not_attached_gives_its_sizes():
