@@ -6,10 +6,10 @@ nothing of a part, that is left out and `notes` says so.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -19,8 +19,8 @@ from ..core.paths import data_dir, user_path
 from ..core.types import ExpertSize, MoEShape
 from ..engine import Engine
 from ..errors import BadModelFolder, NotAMoE, PrescopeError, UnsupportedExperts
-from ..hf import Outline, format_said, outline_of, outline_of_config
-from ..weights.formats import format_for
+from ..hf import Outline, formats_said, outline_of, outline_of_config
+from ..weights.formats import Format, format_for
 from ..weights.layout import PackedMatrix, packed_layout
 
 #: Names of one number in different families, the first one there counts.
@@ -130,11 +130,12 @@ def _counted(
     text = outline.config.get_text_config(decoder=True)
     written = text.to_dict()  # by the family's own names
     known = {field: _first(written, (text.attribute_map.get(field, field),)) for field in ATTENTION}
-    packing = {"quantization_config": _packing(facts)}
     largest = max(outline.layers, key=lambda layer: layer.layout.row_bytes)
     _, width, inner = largest.expert_size
-    has_gate = largest.spec.up == "gate_up_proj"
-    rows = _packed_bytes(packing, width, inner, experts, notes, has_gate)
+    parts = _Parts(largest.matrix_shapes, largest.bias_shapes, largest.layout.dtype(largest.spec.up))
+    rows = _packed_bytes(
+        _packing(facts), parts, [layer.decoder_layer for layer in outline.layers], experts, notes
+    )
     nbytes = rows or int(largest.layout.row_bytes * min(1.0, bits / 16))  # float8 is counted on bfloat16
     layers = int(text.num_hidden_layers)
     kinds = written.get("layer_types") or getattr(text, "layers_block_type", None)
@@ -171,7 +172,9 @@ def _reckoned(facts: Mapping[str, Any], name: str, bits: float, experts: str, no
     moe = _moe_layers(facts, layers)
     native = (facts.get("derived") or {}).get("native_bits_per_weight")
     expert_bits = bits if native is None else float(native)
-    nbytes = _packed_bytes(facts, width, inner, experts, notes) or int(3 * width * inner * expert_bits / 8)
+    parts = _Parts({"up": (2 * inner, width), "down": (width, inner)}, {}, torch.bfloat16)
+    rows = _packed_bytes(_packing(facts), parts, [layers - 1], experts, notes)
+    nbytes = rows or int(3 * width * inner * expert_bits / 8)
     attention, kv = _attention(facts, width)
     every = facts.get("full_attention_interval")
     if every:
@@ -259,26 +262,48 @@ def _packing(facts: Mapping[str, Any]) -> Any:
     return facts.get("quantization_config") or (facts.get("text_config") or {}).get("quantization_config")
 
 
+class _Parts(NamedTuple):
+    """What one expert is made of."""
+
+    matrices: Mapping[str, tuple[int, int]]  # (N, K) by name
+    biases: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype  # of what is not packed
+
+
 def _packed_bytes(
-    facts: Mapping[str, Any], width: int, inner: int, experts: str, notes: list[str], has_gate: bool = True
+    said: Any, parts: _Parts, layers: Sequence[int], experts: str, notes: list[str]
 ) -> int | None:
-    """Bytes of one expert's row where experts are packed, by the checkpoint or while it is loaded; else None."""
-    shapes = {"up": ((1 + has_gate) * inner, width), "down": (width, inner)}
-    said = facts.get("quantization_config")
+    """Bytes of one expert's row where experts are packed, by the checkpoint or while it is loaded; else None.
+
+    Args:
+        said: the `quantization_config`. layers: decoder layers with experts.
+    """
+    columns = {name: shape[1] for name, shape in parts.matrices.items()}
     if experts not in ("auto", "plain"):
-        formats = dict.fromkeys(shapes, format_for(experts, width, inner))
+        found = [dict.fromkeys(columns, format_for(experts, *columns.values()))]
         notes.append(f"experts are packed to {experts} while they are loaded, which is lossy")
     elif said and experts == "auto":
         try:
-            formats = {name: format_said(said, columns) for name, (_, columns) in shapes.items()}
+            of_layers = formats_said(said, columns, layers)
         except UnsupportedExperts as error:
             notes.append(f"{error}: experts are counted as if they were not packed")
+            return None
+        found = [formats for formats in of_layers if formats is not None]
+        if num_plain := len(of_layers) - len(found):
+            notes.append(
+                f"the checkpoint leaves the experts of {num_plain} of {len(of_layers)} layers as they are, and a slot "
+                f"has room for any of them: none is counted as packed"
+            )
             return None
     else:
         return None
     notes.append("packed experts are counted as computed in the time of their bytes")
-    matrices = [PackedMatrix(name, formats[name], shape) for name, shape in shapes.items()]
-    return packed_layout(matrices, torch.bfloat16, {}).row_bytes
+    return max(_row_bytes(parts, formats) for formats in found)
+
+
+def _row_bytes(parts: _Parts, formats: Mapping[str, Format]) -> int:
+    matrices = [PackedMatrix(name, formats[name], shape) for name, shape in parts.matrices.items()]
+    return packed_layout(matrices, parts.dtype, parts.biases).row_bytes
 
 
 def _attention(facts: Mapping[str, Any], width: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from .load import load_model
 from .loaded import LoadedModel
 from .moe_layers import MoELayer, find_moe_layers, top_k_of
 from .outline import Outline, outline_of, outline_of_config
-from .packed import format_said
+from .packed import formats_said
 from .static_cache import (
     addresses_of,
     bucket_of,
@@ -39,7 +39,7 @@ __all__ = [
     "cached_tokens",
     "compiled_layers",
     "find_moe_layers",
-    "format_said",
+    "formats_said",
     "has_hooks",
     "load_model",
     "model_in",

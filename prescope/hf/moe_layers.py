@@ -46,6 +46,19 @@ class MoELayer:
         return {name: getattr(self.module, name) for name in self.weight_names}
 
     @property
+    def matrix_shapes(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of an expert's matrices by name, N outputs and K inputs."""
+        shapes = {name: self.layout.shape(name) for name in (self.spec.up, self.spec.down)}
+        is_turned = self.spec.is_transposed
+        return {name: (b, a) if is_turned else (a, b) for name, (a, b) in shapes.items()}
+
+    @property
+    def bias_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of an expert's biases, if it has some."""
+        names = (self.spec.up_bias, self.spec.down_bias)
+        return {name: self.layout.shape(name) for name in names if name is not None}
+
+    @property
     def nbytes(self) -> int:
         """Of the rows of all experts."""
         return self.num_experts * self.layout.row_bytes
@@ -53,8 +66,7 @@ class MoELayer:
     @property
     def expert_size(self) -> ExpertSize:
         """Bytes of a row, and the sizes of an expert's matrices."""
-        down = self.layout.shape(self.spec.down)
-        width, expert_width = (down[1], down[0]) if self.spec.is_transposed else (down[0], down[1])
+        width, expert_width = self.matrix_shapes[self.spec.down]
         return ExpertSize(self.layout.row_bytes, width, expert_width)
 
 

@@ -1,7 +1,8 @@
 """Which way of writing a `quantization_config` means, and which ones are not read here."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +14,13 @@ from .integers import Awq, ChannelInt8, Gptq, Grouped, PackQuantized, PackQuanti
 from .published import Group, Published
 
 SERVED = "fp8 (block, channel or tensor scales), mxfp4 (gpt-oss), compressed-tensors, awq and gptq"
-#: A module that a config group of experts targets, in most families.
-AN_EXPERT = "model.layers.1.mlp.experts.0.gate_proj"
+#: What an expert's matrix is called in its decoder layer, family by family; at last that of all experts of a layer.
+IN_LAYER = (
+    "mlp.experts.0.gate_proj", "block_sparse_moe.experts.0.w1", "feed_forward.experts.0.gate_proj",
+    "mixer.experts.0.up_proj", "mlp.experts",
+)  # fmt: skip
+#: Where tools list modules that they leave as they are: compressed-tensors, transformers and AutoAWQ, AutoFP8.
+LEFT_PLAIN = ("ignore", "modules_to_not_convert", "ignored_layers")
 
 
 def groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
@@ -23,11 +29,90 @@ def groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
     Raises:
         UnsupportedExperts: one of them is not read here, with the reason.
     """
-    try:
+    with _well_formed():
         return _groups_of(config)
+
+
+@contextmanager
+def _well_formed() -> Iterator[None]:
+    """A list in place of an object, a word in place of a number, as an UnsupportedExperts: it is somebody's JSON."""
+    try:
+        yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, re.error) as error:
-        # A list in place of an object, a word in place of a number: somebody's JSON, of any shape.
         raise UnsupportedExperts(f"its quantization_config is malformed ({error})") from error
+
+
+def formats_said(
+    config: Mapping[str, Any], columns: Mapping[str, int], layers: Sequence[int]
+) -> list[dict[str, Format] | None]:
+    """What an expert's matrices become, as far as a `quantization_config` says it, of each of some decoder layers: a
+    format by name, or None where the experts of a layer are left as they are.
+
+    Args:
+        columns: weights in a row of each matrix. layers: by their index.
+
+    Raises:
+        UnsupportedExperts: they are written in a way that is not read here.
+    """
+    groups, is_plain = groups_of(config), _left_plain(config)
+    found: list[dict[str, Format] | None] = []
+    for layer in layers:
+        modules = [f"model.layers.{layer}.{name}" for name in IN_LAYER]
+        distance, group = min(
+            ((group.distance(module), group) for group in groups for module in modules),
+            key=lambda one: one[0],
+        )
+        is_meant = distance < 3 or not group.targets
+        if not is_meant or any(map(is_plain, modules)):
+            found.append(None)
+        else:
+            found.append({name: _format_of(group.published, one) for name, one in columns.items()})
+    return found
+
+
+def _format_of(published: Published, columns: int) -> Format:
+    """Of a matrix with rows of `columns` weights."""
+    if isinstance(published, BlockFp8):
+        return Fp8(*published.block) if published.block is not None else Fp8(1, columns)
+    match published:
+        case GptOssMxfp4() | PackedMxfp4():
+            return Mxfp4()
+        case PackedNvfp4():
+            return Nvfp4()
+        case ChannelInt8():
+            return Int8()
+    assert isinstance(published, Grouped)
+    group = published.group if published.group is not None and published.group > 0 else columns
+    if isinstance(published, PackQuantized8):
+        return Int8(group if group < columns else None)
+    return Int4(group, torch.bfloat16, has_zeros=not published.is_symmetric)
+
+
+def _left_plain(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether a module is among those that a `quantization_config` leaves as they are."""
+    with _well_formed():
+        listed = [str(name) for key in LEFT_PLAIN for name in config.get(key) or ()]
+        # GPTQModel's: "-:" and a pattern.
+        listed += [f"re:{key[2:]}" for key in config.get("dynamic") or () if key.startswith("-:")]
+        # Thousands of names where each expert stands there by itself, a few patterns: those are tried one by one.
+        names = {name[max(0, name.find("layers.")) :] for name in listed if re.fullmatch(r"[\w.]+", name)}
+        patterns = [_pattern(name) for name in listed if not re.fullmatch(r"[\w.]+", name)]
+    return lambda module: (
+        not names.isdisjoint(_paths(module)) or any(pattern.search(module) for pattern in patterns)
+    )
+
+
+def _pattern(listed: str) -> re.Pattern[str]:
+    """Of compressed-tensors, which begin with "re:", from a name's start; all others name whole parts of a name."""
+    if listed.startswith("re:"):
+        return re.compile(rf"\A(?:{listed[3:]})")
+    return re.compile(rf"(?:^|\.)(?:{listed})(?:\.|$)")
+
+
+def _paths(module: str) -> set[str]:
+    """All runs of the parts of a dotted name: a module is listed by its own name, an outer one's, or an end of it."""
+    parts = module.split(".")
+    return {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
 
 
 def _groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
@@ -46,29 +131,6 @@ def _groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
         case "gptq":
             return (Group(_gptq(config)),)
     raise UnsupportedExperts(f"quant_method {method!r} is not one of {SERVED}")
-
-
-def format_said(config: Mapping[str, Any], columns: int) -> Format:
-    """What an expert's matrix with rows of `columns` weights becomes, as far as a `quantization_config` says it.
-
-    Raises:
-        UnsupportedExperts: it is written in a way that is not read here.
-    """
-    published = min(groups_of(config), key=lambda group: group.distance(AN_EXPERT)).published
-    if isinstance(published, BlockFp8):
-        return Fp8(*published.block) if published.block is not None else Fp8(1, columns)
-    match published:
-        case GptOssMxfp4() | PackedMxfp4():
-            return Mxfp4()
-        case PackedNvfp4():
-            return Nvfp4()
-        case ChannelInt8():
-            return Int8()
-    assert isinstance(published, Grouped)
-    group = published.group if published.group is not None and published.group > 0 else columns
-    if isinstance(published, PackQuantized8):
-        return Int8(group if group < columns else None)
-    return Int4(group, torch.bfloat16, has_zeros=not published.is_symmetric)
 
 
 def _fp8(config: Mapping[str, Any]) -> Published:

@@ -24,16 +24,10 @@ def packed_on_load(layers: Sequence[MoELayer], name: str) -> list[MoELayer]:
 
 def _packed(layer: MoELayer, name: str) -> MoELayer:
     spec = layer.spec
-    shapes = {
-        matrix: (shape[1], shape[0]) if spec.is_transposed else (shape[0], shape[1])
-        for matrix in (spec.up, spec.down)
-        for shape in [layer.layout.shape(matrix)]
-    }
+    shapes = layer.matrix_shapes
     format = format_for(name, *(columns for _, columns in shapes.values()))
     matrices = [PackedMatrix(matrix, format, shape) for matrix, shape in shapes.items()]
-    biases = [bias for bias in (spec.up_bias, spec.down_bias) if bias is not None]
-    dtype = layer.layout.dtype(spec.up)
-    layout = packed_layout(matrices, dtype, {bias: layer.layout.shape(bias) for bias in biases})
+    layout = packed_layout(matrices, layer.layout.dtype(spec.up), layer.bias_shapes)
     is_halved = bool(layer.module.has_gate) and is_interleaved(spec.gate, shapes[spec.up][0])
     gate = in_two_halves(spec.gate) if is_halved else spec.gate
     assert layout.packing is not None
