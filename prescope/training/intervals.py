@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UnsupportedOption
+
 #: Resamples of a 95 % interval: its ends move by about 1 % of its width from seed to seed.
 RESAMPLES = 2000
 
@@ -21,6 +23,21 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def prompts_of(domain: str | None, domains: NDArray[np.str_]) -> NDArray[np.bool_]:
+    """(Q,) which prompts are of a domain, all for None.
+
+    Args:
+        domains: (Q,) of each prompt.
+
+    Raises:
+        UnsupportedOption: none is, with the domains that there are.
+    """
+    chosen = np.ones(len(domains), dtype=bool) if domain is None else domains == domain
+    if not chosen.any():
+        raise UnsupportedOption(f"no prompt of domain {domain!r}; there are {sorted(set(domains.tolist()))}")
+    return chosen
 
 
 def resamples(chosen: NDArray[np.bool_], seed: int) -> NDArray[np.float64]:

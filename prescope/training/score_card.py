@@ -23,7 +23,7 @@ from ..predictor.base import Predictor, ScoreArray, require_lookahead
 from ..predictor.checked import replay, require_predictor
 from ..predictor.layer_groups import LayerGroups
 from ..traces.routing import RoutingTrace
-from .intervals import Interval, interval_of, resamples
+from .intervals import Interval, interval_of, prompts_of, resamples
 from .score_sums import BATCH_TOKENS, NUM_BINS, FloatArray, Sums, best_mask, ratio
 
 
@@ -212,12 +212,7 @@ class ScoreCard:
         return bins
 
     def _in_domain(self, domain: str | None) -> NDArray[np.bool_]:
-        chosen = np.ones(len(self.prompts), dtype=bool) if domain is None else self.domains == domain
-        if not chosen.any():
-            raise UnsupportedOption(
-                f"no prompt of domain {domain!r}; there are {sorted(set(self.domains.tolist()))}"
-            )
-        return chosen
+        return prompts_of(domain, self.domains)
 
     def _at(self, lookahead: int, domain: str | None) -> tuple[int, int, NDArray[np.bool_]]:
         self._in_domain(domain)
@@ -312,8 +307,3 @@ def recall_at(scores_TE: ScoreArray, used_TE: NDArray[np.bool_], k: int) -> floa
     """Share of used experts among the k best scored. Equal scores are taken in order of the expert's id."""
     hits = (best_mask(scores_TE, k) & used_TE).sum()
     return ratio(float(hits), float(used_TE.sum()))
-
-
-def expected_chance_recall(shape: MoEShape, k: int) -> float:
-    """Recall@k of a random order: k / E."""
-    return min(1.0, k / shape.num_experts)

@@ -20,7 +20,7 @@ from ..scheduler.costs import LayerCosts
 from ..simulator import SimResult, Simulator, as_decode
 from ..simulator.replay import DECIDED, FETCHED, ON_DEMAND, PREFETCHED, REASON, STEP
 from ..traces.routing import RoutingTrace
-from .intervals import Interval, interval_of, resamples
+from .intervals import Interval, interval_of, prompts_of, resamples
 from .misses import missed_by_cache
 from .score_sums import FloatArray, best_mask
 
@@ -80,8 +80,8 @@ class ScheduleCard:
         tokens_per_s, tokens_per_s_without: simulated, with predictions and without.
         """
         return interval_of(
-            float(self._ratio(name, self._chosen(domain).astype(float))),
-            self._ratio(name, resamples(self._chosen(domain), seed)),
+            float(self._ratio(name, prompts_of(domain, self.domains).astype(float))),
+            self._ratio(name, resamples(prompts_of(domain, self.domains), seed)),
         )
 
     def gain(
@@ -97,7 +97,7 @@ class ScheduleCard:
                 f"the cards of {self.predictor} and {other.predictor} are of different traces or settings; "
                 f"make both by one call of schedule_cards"
             )
-        chosen = self._chosen(domain)
+        chosen = prompts_of(domain, self.domains)
         base, name = (self, "tokens_per_s_without") if other is None else (other, "tokens_per_s")
         shares = [
             self._ratio("tokens_per_s", weights) / base._ratio(name, weights) - 1.0
@@ -107,7 +107,7 @@ class ScheduleCard:
 
     def row(self, *, domain: str | None = None) -> dict[str, object]:
         """All values without their intervals, and the settings; for tables."""
-        weights = self._chosen(domain).astype(float)
+        weights = prompts_of(domain, self.domains).astype(float)
         return {
             "predictor": self.predictor,
             "slots": self.slots,
@@ -126,14 +126,6 @@ class ScheduleCard:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio: FloatArray = np.where(whole > 0, part / whole, np.nan)
         return ratio
-
-    def _chosen(self, domain: str | None) -> NDArray[np.bool_]:
-        chosen = np.ones(len(self.domains), bool) if domain is None else self.domains == domain
-        if not chosen.any():
-            raise UnsupportedOption(
-                f"no prompts of domain {domain!r}; there are {sorted(set(self.domains.tolist()))}"
-            )
-        return chosen
 
     def _is_comparable(self, other: "ScheduleCard") -> bool:
         settings = ("schedule", "num_slots", "batch", "source")

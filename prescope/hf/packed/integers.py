@@ -186,7 +186,25 @@ class ChannelInt8(Published):
         return {"": weight, "_scale": tensors["scale"].float().reshape(-1).expand(weight.shape[:-1])}
 
 
-class Awq(Grouped):
+class Turned(Grouped):
+    """What AWQ and GPTQ share: scales and zeros lie by groups first, and zeros in words along N."""
+
+    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
+        rows, columns = self.shape(entries)
+        groups = self.num_groups(columns, (entries["scale"].shape or (1,))[0])
+        return {
+            "weight": Wanted(("I32",), None),
+            "zero": Wanted(("I32",), ((groups, -(-rows // 8)),)),
+            "scale": Wanted(FLOATS, ((groups, rows),)),
+            "order": Wanted(("I32", "I64"), ((columns,),)),
+        }
+
+    def format(self, entries: Entries) -> Format:
+        scale = entries["scale"]
+        return int4(self.shape(entries)[1], scale.shape[0], scale.dtype, has_zeros=True)
+
+
+class Awq(Turned):
     """Words of 8 outputs (K, N / 8) in an order of their own, zeros (K / g, N / 8), scales (K / g, N)."""
 
     label = "AWQ"
@@ -196,28 +214,9 @@ class Awq(Grouped):
         inputs, words = entries["weight"].shape
         return 8 * words, inputs
 
-    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
-        return _wanted_turned(self, entries)
-
-    def format(self, entries: Entries) -> Format:
-        scale = entries["scale"]
-        return int4(self.shape(entries)[1], scale.shape[0], scale.dtype, has_zeros=True)
-
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         q, zero = (_awq_columns(tensors[role]).mT for role in ("weight", "zero"))
         return {"": join(q), "_scale": tensors["scale"].mT, "_zero": zero}
-
-
-def _wanted_turned(published: Grouped, entries: Entries) -> Mapping[str, Wanted]:
-    """Of scales and zeros that lie by groups first, and zeros in words along N."""
-    rows, columns = published.shape(entries)
-    groups = published.num_groups(columns, (entries["scale"].shape or (1,))[0])
-    return {
-        "weight": Wanted(("I32",), None),
-        "zero": Wanted(("I32",), ((groups, -(-rows // 8)),)),
-        "scale": Wanted(FLOATS, ((groups, rows),)),
-        "order": Wanted(("I32", "I64"), ((columns,),)),
-    }
 
 
 def _awq_columns(words: torch.Tensor) -> torch.Tensor:
@@ -228,7 +227,7 @@ def _awq_columns(words: torch.Tensor) -> torch.Tensor:
     return ordered.flatten(-2)
 
 
-class Gptq(Grouped):
+class Gptq(Turned):
     """Words of 8 inputs (K / 8, N), zeros (K / g, N / 8) less one, scales (K / g, N), groups in order (`g_idx`).
 
     Args:
@@ -248,13 +247,6 @@ class Gptq(Grouped):
     def shape(self, entries: Entries) -> tuple[int, ...]:
         words, outputs = entries["weight"].shape
         return outputs, 8 * words
-
-    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
-        return _wanted_turned(self, entries)
-
-    def format(self, entries: Entries) -> Format:
-        scale = entries["scale"]
-        return int4(self.shape(entries)[1], scale.shape[0], scale.dtype, has_zeros=True)
 
     def check(self, tensors: Tensors, where: str) -> None:
         if "order" not in tensors:

@@ -22,6 +22,8 @@ from .requests import DECODE, PREFILL, Foreign, make_trace, require_ids
 from .responses import array_of_lists
 
 FILES = "router_trace_rank*.jsonl"
+#: Of a file of hidden states, and all in it.
+MOST_BYTES = 2**48
 REMEDY = "it is damaged, or no router trace of Megatron-LM"
 
 
@@ -120,10 +122,10 @@ def _read_file(file: Path, foreign: Foreign, passes: _Passes) -> None:
         seen[key] += 1
 
 
-def _whole(record: dict[str, Any], name: str, where: str) -> int:
+def _whole(record: dict[str, Any], name: str, where: str, below: int = 2**31) -> int:
     value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise BadTrace(f"{where}: {name} is {value!r}, expected a number; {REMEDY}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < below:
+        raise BadTrace(f"{where}: {name} is {value!r}, expected a whole number from 0; {REMEDY}")
     return value
 
 
@@ -146,7 +148,7 @@ def _record(record: dict[str, Any], rank: int, folder: Path, foreign: Foreign, w
 
 def _hidden_states(record: dict[str, Any], tokens: int, file: Path, where: str) -> NDArray[np.float16]:
     """(T, D) of the file beside the trace."""
-    offset, nbytes = (_whole_bytes(record, name, where) for name in ("hs_offset", "hs_bytes"))
+    offset, nbytes = (_whole(record, name, where, MOST_BYTES) for name in ("hs_offset", "hs_bytes"))
     shape = record.get("hs_shape")
     if not (isinstance(shape, list) and len(shape) == 2 and shape[0] == tokens and isinstance(shape[1], int)):
         raise BadTrace(f"{where}: hs_shape is {shape!r}, expected [{tokens}, width]; {REMEDY}")
@@ -156,13 +158,6 @@ def _hidden_states(record: dict[str, Any], tokens: int, file: Path, where: str) 
         )
     raw = np.fromfile(file, dtype="<u2", count=nbytes // 2, offset=offset)
     return saturating_float16(of_bfloat16(raw)).reshape(tokens, shape[1])
-
-
-def _whole_bytes(record: dict[str, Any], name: str, where: str) -> int:
-    value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**48:
-        raise BadTrace(f"{where}: {name} is {value!r}, expected a number of bytes; {REMEDY}")
-    return value
 
 
 def of_bfloat16(raw: NDArray[np.uint16]) -> NDArray[np.float32]:
