@@ -102,7 +102,7 @@ class CopyDriver:
     """Serves captured steps whose copies the GPU orders.
 
     Args:
-        serving: slots and link.
+        runner: slots and link.
         captured: the step's buffers.
     """
 
@@ -120,7 +120,7 @@ class CopyDriver:
         self._progress, self._words = np.zeros(3, np.int64), np.zeros(2, np.int64)
 
     def run(self, step: int, side_tasks: SideTasks) -> None:
-        """Serve all layers of a step that is running, with chores between them.
+        """Serve all layers of a step that is running, with side tasks between them.
 
         Raises:
             TransferFailed: the GPU stopped, or the driver refused a copy.

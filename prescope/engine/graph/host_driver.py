@@ -36,7 +36,7 @@ class HostDriver:
     """Serves captured steps by the engine's schedule, or on demand.
 
     Args:
-        serving: slots, link and schedule, if there is one.
+        runner: slots, link and schedule, if there is one.
     """
 
     def __init__(self, runner: LayeredRunner) -> None:
@@ -149,7 +149,7 @@ class HostDriver:
         return state
 
     def _arguments(self, step: int, number: int, row: int) -> tuple[Any, ...]:
-        """Of `serve`, but for the number of chores."""
+        """Of `serve`, but for the number of side tasks."""
         planner = self._schedule_runner.planner
         planner_state = PlannerState(
             planner.settings, planner.costs, *planner.calibrated_cpu(), planner.memory
@@ -162,7 +162,7 @@ class HostDriver:
     # -- steps -------------------------------------------------------------------------------------------------
 
     def run(self, step: int, row: int, side_tasks: SideTasks) -> None:
-        """Serve all layers of a step that is running, with chores between them.
+        """Serve all layers of a step that is running, with side tasks between them.
 
         Args:
             row: its step in the recording, -1 without one.

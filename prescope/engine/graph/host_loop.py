@@ -59,8 +59,8 @@ from .host_state import (
 
 @jit
 def has_time(side_tasks: int, left: int, is_busy: bool) -> bool:
-    """Whether the interpreter had better do one of its chores now: behind a layer that keeps the GPU busy, with copies
-    or the CPU's experts, and behind each layer when no more are left than chores.
+    """Whether the interpreter had better do one of its side tasks now: behind a layer that keeps the GPU busy, with
+    copies or the CPU's experts, and behind each layer when no more are left than side tasks.
     """
     return side_tasks > 0 and left > 0 and (is_busy or left <= side_tasks)
 

@@ -12,7 +12,7 @@ from ...kernels.cpu import LaneAddresses
 from ...scheduler.types import Costs, Memory, ScheduleSettings
 
 #: What `serve` returns: all layers are served; nobody has asked for WAIT_US; a function of the driver, or the CPU lane,
-#: failed (the code is in `counts[FAILURE]`); there is time for a chore. And `wait`: the next layer has asked before.
+#: failed (the code is in `counts[FAILURE]`); there is time for a side task. `wait`: the next layer has asked before.
 SERVED, NOBODY_ASKED, LINK_FAILED, CPU_FAILED, PAUSED, NEXT_ASKED = range(6)
 #: So long a message is awaited before the interpreter is asked for signals, and whether the GPU still runs.
 WAIT_US = 20_000.0
