@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -81,17 +81,12 @@ def _random_fields(form: ExpertForm, generator: torch.Generator) -> dict[str, to
     return tensors if form.layout.packing is None else pack(form.layout.packing, tensors)
 
 
-class ExpertLane(Protocol):
-    """Computes `num` distinct experts with `tokens` tokens each and returns when it is done.
+class CpuLane:
+    """The engine's own CPU lane.
 
+    As of every lane here, `run` computes `num` distinct experts with `tokens` tokens each and returns when it is done.
     Successive calls take other experts, so that weights come from memory and not from a cache.
     """
-
-    def run(self, num: int, tokens: int) -> None: ...
-
-
-class CpuLane:
-    """The engine's own CPU lane."""
 
     def __init__(self, form: ExpertForm, host: HostLayer, lane: CpuExperts) -> None:
         self._form, self._num_rows, self._lane = form, len(host.rows), lane

@@ -29,11 +29,11 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.set_postfix_str(what)
 
-    def done(self, num: int = 1) -> None:
-        """Count measurements as done."""
-        self._done += num
+    def done(self) -> None:
+        """Count a measurement as done."""
+        self._done += 1
         if self._bar is not None:
-            self._bar.update(num)
+            self._bar.update()
 
     def __enter__(self) -> Self:
         return self

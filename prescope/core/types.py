@@ -3,8 +3,8 @@
 Shapes used everywhere: T tokens, D model width, F expert width, E experts, K top-k, L MoE layers, S slots.
 """
 
-from enum import IntEnum, StrEnum
-from typing import Any, Literal, NamedTuple
+from enum import StrEnum
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
 Phase = Literal["prefill", "decode"]
+#: What a function that is handed on returns.
+Returned = TypeVar("Returned")
 
 
 class ExpertKey(NamedTuple):
@@ -23,14 +25,6 @@ class ExpertKey(NamedTuple):
 
     moe_layer: int
     expert: int
-
-
-class Residency(IntEnum):
-    """Where an expert's weights are now, as far as the GPU is concerned."""
-
-    PINNED = 0  # in host memory only
-    IN_FLIGHT = 1  # a copy into its slot has been issued and is not known to be complete
-    RESIDENT = 2  # in its slot
 
 
 class NeedOutcome(StrEnum):

@@ -202,16 +202,6 @@ def require_lookahead(lookahead: int, most: int, name: str) -> None:
         raise UnsupportedOption(f"lookahead {lookahead} of {name}: choose 1 to {most}")
 
 
-def require_finite(x_TD: torch.Tensor, moe_layer: int) -> None:
-    """Raises BadState when a router input is NaN or infinite. Reads back one bool, so not for the decode path."""
-    if not bool(torch.isfinite(x_TD).all()):
-        bad = int((~torch.isfinite(x_TD)).any(dim=-1).sum())
-        raise BadState(
-            f"router inputs of MoE layer {moe_layer} hold NaN or infinite numbers in {bad} of {len(x_TD)} tokens; "
-            f"the model's own output is broken there too: load it in bfloat16 or float32 instead of float16"
-        )
-
-
 def measure_us(
     predictor: Predictor, width: int, *, tokens: int = 1, repeats: int = 50, device: str = "cpu"
 ) -> float:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ..core.units import digits
 from ..scheduler import SCHEDULES, schedule_named
 from .result import SimResult
-from .scenario import NOISY, NONE, ORACLE, Scenario
+from .scenario import NONE, ORACLE, Scenario
 from .scenarios import STAND_INS, Scenarios
 
 #: A change of tokens/s below this is none: two orders of the same copies differ by as much.
@@ -170,8 +170,3 @@ def _why_not(found: Verdict) -> str:
     spent = f", a prediction takes {cost:.0f} us a layer" if cost else ""
     share = 100 * wasted / max(1, own.counts.prefetches)
     return f"{share:.0f} % of what {own.config['predictor']} has copied is not used{spent}"
-
-
-def is_oracle(scenario: Scenario) -> bool:
-    """Whether a choice goes by what nobody can know."""
-    return scenario.predictor in (ORACLE, NOISY)

@@ -104,17 +104,8 @@ def bound_numbers(result: SimResult) -> Numbers:
 NO_BOUND = Numbers("bound", *[NAN] * (len(Numbers._fields) - 1))
 
 
-def numbers_frame(rows: Iterable[Numbers]) -> pd.DataFrame:
-    """As a table with units in its heads."""
-    listed = list(rows)
-    frame = pd.DataFrame(
-        [row[1:] for row in listed], columns=[head for head, _ in COLUMNS.values()], dtype=float
-    )
-    return frame.set_index(pd.Index([row.row for row in listed], name=""))
-
-
 def numbers_text(rows: Iterable[Numbers]) -> pd.DataFrame:
-    """The same as a person reads it: three digits, "-" where nothing is known."""
+    """As a person reads it: units in the heads, three digits, "-" where nothing is known."""
     listed = list(rows)
     texts = [[formatted(getattr(row, field), field=field) for field in COLUMNS] for row in listed]
     heads = [head for head, _ in COLUMNS.values()]
