@@ -235,7 +235,7 @@ class Bench:
         self, lane: CpuLane, layer: CpuLayer, tokens: int, num: int, i: int, pause: float = 0.0
     ) -> tuple[float, float]:
         """Seconds of `submit`, and until `wait` returns."""
-        expert_batch = make_lot(layer, tokens, num, i)
+        expert_batch = make_batch(layer, tokens, num, i)
         x, out = self.tensors(layer, tokens, num)
         start = time.perf_counter() + pause
         while time.perf_counter() < start:  # as the thread does that serves a step
@@ -379,7 +379,7 @@ def make_layer(data: torch.Tensor, d: int, f: int) -> CpuLayer:
     return CpuLayer(data[: num * layout.row_bytes].view(num, layout.row_bytes), layout, spec)
 
 
-def make_lot(layer: CpuLayer, tokens: int, num: int, i: int) -> ExpertBatch:
+def make_batch(layer: CpuLayer, tokens: int, num: int, i: int) -> ExpertBatch:
     """All tokens to each of the i-th `num` experts."""
     experts = (np.arange(num) + i * num) % layer.rows.shape[0]
     pairs = np.arange(num * tokens)
@@ -393,7 +393,7 @@ def make_x(layer: CpuLayer, tokens: int) -> torch.Tensor:
 
 def check(lane: CpuLane, layer: CpuLayer, tokens: int) -> float:
     """Relative error of one expert against products in float32, its activations rounded to bfloat16."""
-    expert_batch, x = make_lot(layer, tokens, 1, 3), make_x(layer, tokens)
+    expert_batch, x = make_batch(layer, tokens, 1, 3), make_x(layer, tokens)
     out = torch.empty(tokens, layer.out_dim, dtype=torch.bfloat16)
     lane.submit(0, expert_batch, x, out, None).wait()
     expert = int(expert_batch.experts[0])

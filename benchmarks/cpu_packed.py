@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cpu_candidates import silu_gate
-from cpu_experts import make_lot, make_x
+from cpu_experts import make_batch, make_x
 
 from prescope.core.machine import machine_facts
 from prescope.kernels import ExpertsSpec
@@ -168,7 +168,7 @@ def lane_way(lane: NativeLane, index: int, layer: CpuLayer, tokens: int) -> Way:
     """One call for eight experts of one of the lane's layers."""
     x, out = make_x(layer, tokens), torch.zeros(EXPERTS * tokens, layer.out_dim).bfloat16()
     return Way(
-        lambda i: lane.submit(index, make_lot(layer, tokens, EXPERTS, i), x, out, None).wait(),
+        lambda i: lane.submit(index, make_batch(layer, tokens, EXPERTS, i), x, out, None).wait(),
         layer.weight_bytes(),
     )
 
@@ -208,9 +208,9 @@ def filled(data: torch.Tensor, layout: RowLayout, fields: dict[str, torch.Tensor
 
 def check(layer: CpuLayer, threads: int) -> None:
     """One expert against its unpacked weights in float32, its activations rounded to bfloat16."""
-    lane, x, lot = NativeLane([layer], threads), make_x(layer, 3), make_lot(layer, 3, 1, 3)
+    lane, x, batch = NativeLane([layer], threads), make_x(layer, 3), make_batch(layer, 3, 1, 3)
     out = torch.empty(3, layer.out_dim, dtype=torch.bfloat16)
-    lane.submit(0, lot, x, out, None).wait()
+    lane.submit(0, batch, x, out, None).wait()
     lane.close()
     exact = {}
     assert layer.layout.packing is not None

@@ -44,7 +44,7 @@ def require_process(owner: int, what: str) -> None:
         )
 
 
-def to_the_end(function: Callable[[], object]) -> None:
+def despite_interrupts(function: Callable[[], object]) -> None:
     """Call a function again and again until no interrupt came in between, and raise the last one then.
 
     For what may not be left half done, where the function does what is left when it is called again. A signal's handler

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, partial
 from itertools import chain
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
 
+from ..core.types import Returned
 from ..core.units import format_bytes
-from ..core.worker import process_id, to_the_end
+from ..core.worker import despite_interrupts, process_id
 from ..errors import NotEnoughMemory, SlotPoolTooLarge, TransferFailed, UnsupportedOption, WaitTimedOut
 from .base import LinkFunctions
 from .driver import DriverEvents, DriverMark, elapsed_us, link_functions, open_memcpy
@@ -32,7 +33,6 @@ HOT_S = 2e-3
 #: cudaErrorHostMemoryNotRegistered.
 NOT_REGISTERED = 713
 
-R = TypeVar("R")
 Copies = Literal["torch", "driver"]
 #: "torch" is `Tensor.copy_`; "driver" calls cuMemcpyHtoDAsync directly, which spares the host torch's dispatch: 3.7
 #: instead of 7 us a copy (H200 machine, benchmarks/async_io.py). The link is idle until the first one is issued.
@@ -269,7 +269,7 @@ class CudaDevice:
 _one_capture = threading.Lock()
 
 
-def capture_graph(device: torch.device, run: Callable[[], R]) -> tuple[Callable[[], None], R]:
+def capture_graph(device: torch.device, run: Callable[[], Returned]) -> tuple[Callable[[], None], Returned]:
     """Take down the launches of `run` without running them; returns how to replay them, and `run`'s result.
 
     Other threads may use the GPU meanwhile. Call it with the GPU as the current one.
@@ -284,7 +284,7 @@ def capture_graph(device: torch.device, run: Callable[[], R]) -> tuple[Callable[
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 result = run()
         except BaseException:
-            to_the_end(partial(_leave_capture, graph, stream, former))
+            despite_interrupts(partial(_leave_capture, graph, stream, former))
             raise
     return graph.replay, result
 

@@ -25,7 +25,7 @@ from ..core.jit import IS_COMPILED, behind
 from ..core.machine import machine_facts
 from ..core.types import ExpertSize, IntArray, NeedOutcome
 from ..core.units import format_bytes
-from ..core.worker import process_id, require_process, to_the_end
+from ..core.worker import despite_interrupts, process_id, require_process
 from ..device import Device, open_device, resolve_device
 from ..errors import (
     AlreadyAttached,
@@ -183,7 +183,7 @@ class Engine:
                     repr((type(model).__name__, self.shape, [layer.layout for layer in layers]))
                 )
             except BaseException:
-                to_the_end(self._undo)
+                despite_interrupts(self._undo)
                 raise
 
     def _undo(self) -> None:
@@ -289,7 +289,7 @@ class Engine:
             self.num_slots, self.reasons["slots"] = count, reason
         except BaseException:  # an interrupt too: without slots nothing runs
             self.num_slots = former[0]
-            to_the_end(partial(self._reopen_slots, *former))
+            despite_interrupts(partial(self._reopen_slots, *former))
             raise
 
     def _reopen_slots(self, count: int, policy: CachePolicy) -> None:
@@ -493,7 +493,7 @@ class Engine:
         they learned of the machine stays."""
         self._require_attached()
         self._device.synchronize()
-        to_the_end(self.runner.clear)
+        despite_interrupts(self.runner.clear)
 
     @in_turn("recover")
     def recover(self) -> None:
@@ -616,7 +616,7 @@ class Engine:
     def finish_closing(self) -> None:
         """Give the model back if `close` was called and could not yet; call it when nobody runs."""
         if self._is_closing and not self._is_closed:
-            to_the_end(self._close_rest)
+            despite_interrupts(self._close_rest)
 
     def _close_rest(self) -> None:
         """Undo everything, in this order, also if a step fails; interrupted, the next call begins with that step."""

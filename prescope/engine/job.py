@@ -4,16 +4,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self
 
+from ..core.types import Returned
 from ..core.worker import SLICE_S, Latch, process_id, require_process
 from ..errors import WaitTimedOut
 from .turn import Turn
 
 #: One text, several, or a name (a domain, say) for each: the names go into the trace.
 NamedPrompts = str | Sequence[str] | Mapping[str, str]
-#: What a run returns.
-R = TypeVar("R")
 Watcher = Callable[["Job[Any]"], None]
 #: Least time between two calls of who shows a run; a person reads no faster, and the run is not kept from its work.
 SHOW_S = 0.1
@@ -23,7 +22,7 @@ LAST_SHOW_S = 5.0
 RECENT = 32
 
 
-class Job(Generic[R]):
+class Job(Generic[Returned]):
     """A run in a thread: watch `progress`, `cancel` it at the next token, or wait for its `result`.
 
     Args:
@@ -38,13 +37,13 @@ class Job(Generic[R]):
 
     def __init__(
         self,
-        run: Callable[..., R],
+        run: Callable[..., Returned],
         turn: Turn,
         settings: dict[str, Any],
         so_far: Callable[[], list[list[int]]] | None = None,
     ) -> None:
         self._owner = process_id()
-        self._future: Future[R] = Future()
+        self._future: Future[Returned] = Future()
         self._ended = Latch()
         self._cancel = threading.Event()
         self._run, self._turn, self._settings = run, turn, settings
@@ -101,7 +100,7 @@ class Job(Generic[R]):
         """End after the token the run is at; `result` then returns what there is by then. A job that waits gives up."""
         self._cancel.set()
 
-    def result(self, timeout_s: float | None = None) -> R:
+    def result(self, timeout_s: float | None = None) -> Returned:
         """Wait for the run, and for those who watch it, and return it; Ctrl-C ends the wait and not the run.
 
         Raises:

@@ -42,7 +42,7 @@ class CpuWork(NamedTuple):
     experts: IntArray  # (n,)
     expert_batch: ExpertBatch
     job: CpuJob
-    out: torch.Tensor  # (m, D) of the lot's pairs, one after another, on the host
+    out: torch.Tensor  # (m, D) of the batch's pairs, one after another, on the host
 
 
 class ScheduleRunner:

@@ -11,15 +11,15 @@ from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 
+from ..core.types import Returned
 from ..core.worker import process_id, require_process
 from ..errors import WaitTimedOut
 
 P = ParamSpec("P")
-R = TypeVar("R")
 #: After this long whoever waits is told for whom.
 PATIENCE_S = 2.0
 #: How often a wait looks whether it was cancelled.
@@ -186,13 +186,13 @@ class Turn:
 
 def in_turn(
     what: str, is_patient: bool = True
-) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[Concatenate[Any, P], R]]:
+) -> Callable[[Callable[Concatenate[Any, P], Returned]], Callable[Concatenate[Any, P], Returned]]:
     """Make a method of whoever has a `turn` run in it; arguments as of `Turn.run`."""
 
-    def decorate(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    def decorate(method: Callable[Concatenate[Any, P], Returned]) -> Callable[Concatenate[Any, P], Returned]:
         @wraps(method)
-        def in_its_turn(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
-            result: R = self.turn.run(what, method, (self, *args), kwargs, is_patient=is_patient)
+        def in_its_turn(self: Any, *args: P.args, **kwargs: P.kwargs) -> Returned:
+            result: Returned = self.turn.run(what, method, (self, *args), kwargs, is_patient=is_patient)
             return result
 
         return in_its_turn

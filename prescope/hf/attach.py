@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ..core.worker import Latch, Worker, to_the_end
+from ..core.worker import Latch, Worker, despite_interrupts
 from ..device import Device
 from ..errors import AlreadyAttached, UnsupportedExperts
 from ..weights.host_pool import HostLayer, HostPool, is_on_host
@@ -144,7 +144,7 @@ class Attachment:
             self._route(serve, owner)
             self._guards.install(self.model, self._device.torch_device)
         except BaseException:
-            to_the_end(self.detach)
+            despite_interrupts(self.detach)
             raise
 
     def _take_experts(self) -> None:
@@ -163,7 +163,7 @@ class Attachment:
             with progress:
                 self._fill_rows(progress, helpers)
         finally:  # their work is over, also after an error: `detach` then unpins what they have pinned
-            to_the_end(helpers.close)
+            despite_interrupts(helpers.close)
         self.fill_seconds = time.perf_counter() - started
 
     def _fill_rows(self, progress: tqdm, helpers: "_Helpers") -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, StaticCache
 
-from ..core.worker import to_the_end
+from ..core.worker import despite_interrupts
 from ..kernels import layer_options
 from .moe_layers import MoELayer
 
@@ -73,7 +73,7 @@ def compiled_layers(
                 block.__dict__["forward"] = _compiled(block, is_plain, options)
             yield
         finally:
-            to_the_end(lambda: _restore(blocks, hooks))
+            despite_interrupts(lambda: _restore(blocks, hooks))
 
 
 def _restore(blocks: Sequence[nn.Module], hooks: Sequence[torch.utils.hooks.RemovableHandle]) -> None:

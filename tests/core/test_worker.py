@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prescope.core import worker
-from prescope.core.worker import Latch, Worker, to_the_end
+from prescope.core.worker import Latch, Worker, despite_interrupts
 from prescope.errors import ForkedProcess, NotAttached, WaitTimedOut
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,7 +109,7 @@ def test_a_forked_process_is_told_that_the_thread_stayed_behind():
         ([WaitTimedOut], 1),
     ],
 )
-def test_what_an_interrupt_left_half_done_is_done_to_the_end(errors, calls):
+def test_what_an_interrupt_left_half_done_is_finished(errors, calls):
     """An error of its own is raised when it comes again, or at once where it is one that says what was waited for."""
     left, done = list(errors), []
 
@@ -120,7 +120,7 @@ def test_what_an_interrupt_left_half_done_is_done_to_the_end(errors, calls):
 
     if errors:
         with pytest.raises(errors[-1]):
-            to_the_end(work)
+            despite_interrupts(work)
     else:
-        to_the_end(work)
+        despite_interrupts(work)
     assert len(done) == calls

@@ -386,7 +386,7 @@ def test_what_goes_wrong_on_the_cpu_lane_of_a_graph_step_is_raised(
     with opened(model, "fiddler", early, frequencies, slots=5, costs=slow, **gpu) as engine:
         expected = engine.generate(ids, max_new_tokens=5).tokens
         with monkeypatch.context() as patch:
-            name = "check_lot" if where == "submit" else "_compute"
+            name = "check_batch" if where == "submit" else "_compute"
             patch.setattr(f"prescope.kernels.cpu.with_torch.{name}", broken)
             with pytest.raises(ArithmeticError, match="a thread broke"):
                 engine.generate(ids, max_new_tokens=5)

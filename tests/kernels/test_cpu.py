@@ -604,9 +604,9 @@ def test_a_process_with_a_busy_lane_ends_and_a_forked_child_too():
     code = (
         "import os, sys; sys.path.insert(0, '.')\n"
         "from tests.kernels.test_cpu import *\n"
-        "layer, lot, x, out = large_case()\n"
+        "layer, batch, x, out = large_case()\n"
         "lane = CpuExperts([layer], threads=2, implementation='native')\n"
-        "jobs = [lane.submit(0, lot, x, out) for _ in range(20)]\n"
+        "jobs = [lane.submit(0, batch, x, out) for _ in range(20)]\n"
         "import warnings; warnings.simplefilter('ignore')\n"
         "pid = os.fork()\n"
         "if pid == 0:\n    lane.close(); sys.exit(0)\n"

@@ -138,7 +138,7 @@ class Family:
 
 @lru_cache
 def decorated_packages() -> tuple[str, ...]:
-    """Packages of the installed transformers whose experts go through the seam, found in their source."""
+    """Packages of the installed transformers whose experts transformers hands on, found in their source."""
     mark = re.compile(r"^@use_experts_implementation\b", re.MULTILINE)
     sources = (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")
     marked = (path for path in sources if mark.search(path.read_text(encoding="utf-8")))
@@ -445,7 +445,7 @@ def greedy_ids(
 
 
 def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of `model` whose forward goes through the seam, by dotted name."""
+    """Every module of `model` whose forward transformers hands on, by dotted name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "is_transposed")}
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...core.jit import warming_up
-from ...core.worker import PATIENCE_S, to_the_end
+from ...core.worker import PATIENCE_S, despite_interrupts
 from ...errors import TransferFailed, UnsupportedOption, WaitTimedOut
 from ...kernels import StepLog
 from ..layered import LayeredRunner
@@ -179,7 +179,7 @@ class DecodeLoop:
                 self._runner.is_in_graph = True
                 self._run_steps(sample, first, num_steps)
         except BaseException:
-            to_the_end(self._let_go)
+            despite_interrupts(self._let_go)
             self._runner.device.recover()
             raise
         finally:
@@ -247,7 +247,7 @@ class DecodeLoop:
         return launched
 
     def _serve(self, launched: Launched, side_tasks: SideTasks) -> None:
-        """Serve a step if the host has to, and do all chores."""
+        """Serve a step if the host has to, and do all side tasks."""
         step, driver = self._step, launched.driver
         if driver == HOST:
             self._scheduled_step.run(launched.number, launched.row, side_tasks)
@@ -319,7 +319,8 @@ class DecodeLoop:
     def _let_go(self) -> None:
         """Let steps that still wait for the host run to their end, with whatever weights there are.
 
-        An interrupt in here would leave the GPU waiting for ever, and Ctrl-C is pressed twice: see `to_the_end`.
+        An interrupt in here would leave the GPU waiting for ever, and Ctrl-C is pressed twice: see
+        `despite_interrupts`.
         """
         for buffers in (captured.buffers for captured in self._step.captured.values()):
             if buffers.launched and buffers.scheduled is not None:

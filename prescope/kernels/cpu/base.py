@@ -5,17 +5,16 @@ that fall to them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ...cache.residency import IntArray
+from ...core.types import Returned
 from ...weights.layout import RowLayout
 from ..base import ExpertsSpec
-
-R = TypeVar("R")
 
 #: Longer than any job takes that a decode step submits: all experts of a layer, read at 1 GB/s, are done sooner.
 MOST_JOB_S = 60.0
@@ -153,7 +152,7 @@ class LaneFunctions:
         """Of no lane: nothing is ever submitted."""
         return cls(LaneAddresses(0, 0, 0, 0, 0), [])
 
-    def serving(self, serve: Callable[..., R], *arguments: Any) -> R:
+    def serving(self, serve: Callable[..., Returned], *arguments: Any) -> Returned:
         """What compiled code returns that calls these functions. Raises what a signal's handler raised in between."""
         return serve(*arguments)
 

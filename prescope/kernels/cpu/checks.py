@@ -35,7 +35,7 @@ def check_tensors(
         raise ValueError(f"a flag is one int32 on the CPU, not {flag.word}")
 
 
-def check_lot(layer: CpuLayer, expert_batch: ExpertBatch, x_TD: torch.Tensor, out: torch.Tensor) -> None:
+def check_batch(layer: CpuLayer, expert_batch: ExpertBatch, x_TD: torch.Tensor, out: torch.Tensor) -> None:
     """Raise ValueError if an index leaves its tensor. (kernel.c checks this itself, in a tenth of the time.)"""
     first = expert_batch.first
     if first[0] != 0 or first[-1] != len(expert_batch.tokens) or (np.diff(first) < 0).any():

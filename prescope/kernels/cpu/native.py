@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from ...core.native import address_of
-from ...core.worker import process_id, require_process, to_the_end
+from ...core.worker import despite_interrupts, process_id, require_process
 from ...errors import WaitTimedOut
 from ..base import ExpertsSpec
 from ..gates import GateTables, activation_tables, gate_tables
 from .base import MOST_JOB_S, CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions
 from .build import CannotBuild, load
-from .checks import check_lot
+from .checks import check_batch
 from .packed import Packed, packed_as
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -123,7 +123,7 @@ class NativeLane:
             )
             if not job.address:
                 self._jobs.pop()
-                check_lot(self._layers[moe_layer], expert_batch, x_TD, out)
+                check_batch(self._layers[moe_layer], expert_batch, x_TD, out)
                 raise MemoryError(f"no memory for {len(expert_batch.tokens)} pairs on the CPU lane")
         return job
 
@@ -244,7 +244,7 @@ def _close_pool(calls: _Calls, pool: int) -> None:
     """Raises WaitTimedOut: an expert takes longer than MOST_JOB_S; a job ends behind the expert it is at."""
     if pool and calls.is_here:  # a forked child has the memory, but not the threads that would end
         # What threads still read and write is given up afterwards, so an interrupt waits as well.
-        to_the_end(partial(_await_end, calls, pool))
+        despite_interrupts(partial(_await_end, calls, pool))
 
 
 def _await_end(calls: _Calls, pool: int) -> None:

@@ -13,18 +13,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from ...core.native import address_of
+from ...core.types import Returned
 from ...core.worker import Latch, Worker
 from .base import MOST_JOB_S, CpuJob, CpuLayer, ExpertBatch, Flag, LaneAddresses, LaneFunctions
-from .checks import check_lot
-
-R = TypeVar("R")
+from .checks import check_batch
 
 
 class TorchLane:
@@ -50,7 +49,7 @@ class TorchLane:
     ) -> CpuJob:
         self._leader.require_here()  # in a forked process the lock may be taken for ever
         layer = self._layers[moe_layer]
-        check_lot(layer, expert_batch, x_TD, out)
+        check_batch(layer, expert_batch, x_TD, out)
         job = _TorchJob(self._leader, flag, partial(_compute, layer, expert_batch, x_TD=x_TD, out=out))
         with self._lock:
             if self._closed:
@@ -180,7 +179,7 @@ class _TorchFunctions(LaneFunctions):
         del self._jobs[job]
         return 0
 
-    def serving(self, serve: Callable[..., R], *arguments: Any) -> R:
+    def serving(self, serve: Callable[..., Returned], *arguments: Any) -> Returned:
         if threading.current_thread() is not threading.main_thread():
             return serve(*arguments)
         raised: list[BaseException] = []
