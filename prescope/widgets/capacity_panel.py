@@ -18,7 +18,7 @@ from ..traces.routing import RoutingTrace
 from ..views.capacity import capacity
 from .field import Field
 from .figures import SlimFigureWidget, is_headless
-from .showing import page_html, show_panel
+from .showing import page_html, show_panel, take_off
 from .style import boxed, panel
 from .tables import frame_html
 
@@ -138,8 +138,7 @@ class CapacityPanel:
         """Take the panel off the page; what is still being simulated is shown to nobody."""
         with self._lock:
             self._asked += 1
-        self.figure.close()
-        self.view.close()
+        take_off(self.view, self.figure)
 
     def _fill(self) -> None:
         """The numbers of the chosen machine."""

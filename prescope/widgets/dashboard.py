@@ -22,11 +22,11 @@ from ..views.numbers import NAN
 from ..views.threshold import plot_threshold, threshold_info
 from .capacity_panel import CapacityPanel
 from .figures import SlimFigureWidget, is_headless
-from .pair_panel import PairPanel
+from .pair_panel import PairPanel, other_than
 from .runner import Runner
 from .runs_panel import RunsPanel
 from .schedule_panel import SchedulePanel, vars_of
-from .showing import page_html, show_panel
+from .showing import page_html, show_panel, take_off
 from .style import boxed, panel, row
 from .tables import frame_html
 
@@ -179,9 +179,9 @@ class Dashboard:
             f"tokens and machine. Simulated.</p>{shown}"
         )
         if self.pair is not None:
-            self.pair.close()
-        other = "on-demand" if scenario.schedule != "on-demand" else "presched"
-        self.pair = PairPanel(scenarios, scenario, scenario.schedule, other)
+            self.pair.use(scenarios, scenario)
+            return
+        self.pair = PairPanel(scenarios, scenario, scenario.schedule, other_than(scenario.schedule))
         self._pair_box.children = (self.pair.view,)
 
     def _rate_there(self, schedule: str) -> float:
@@ -245,6 +245,7 @@ class Dashboard:
 
     def close(self) -> None:
         """Take the dashboard off the page; runs stay."""
+        take_off(self.view, self.predictor_figure)
         self.live.close()
         self.capacity.close()
         self.runs.close()
@@ -252,8 +253,6 @@ class Dashboard:
             self.sweep.close()
         if self.pair is not None:
             self.pair.close()
-        self.predictor_figure.close()
-        self.view.close()
 
     def _on_source(self, _change: Any) -> None:
         scenarios = self._sources[self.source.value]()

@@ -7,6 +7,14 @@ import ipywidgets as ipw
 from .style import boxed
 
 
+def rebound(slider: ipw.IntSlider, low: int, high: int) -> None:
+    """Give a slider other ends; its value stays, or becomes the nearer end."""
+    # No moment at which an end lies beyond the value: the widget would refuse it.
+    slider.min, slider.max = min(low, slider.min), max(high, slider.max)
+    slider.value = min(max(low, slider.value), high)
+    slider.min, slider.max = low, high
+
+
 class Field:
     """A labelled control on the grid of a panel.
 

@@ -11,6 +11,7 @@ from ..views.schedule_pair import (
     schedule_pair_traces,
 )
 from .figures import SlimFigureWidget
+from .showing import take_off
 from .style import boxed
 
 
@@ -41,4 +42,4 @@ class MeasuredBeside:
 
     def close(self) -> None:
         """Take it off the page."""
-        self.figure.close()
+        take_off(self.view, self.figure)

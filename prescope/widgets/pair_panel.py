@@ -16,9 +16,9 @@ from ..views.schedule_pair import (
     schedule_pair_layout,
     schedule_pair_traces,
 )
-from .field import Field
+from .field import Field, rebound
 from .figures import SlimFigureWidget, is_headless
-from .showing import page_html, show_panel
+from .showing import page_html, show_panel, take_off
 from .style import boxed, panel
 from .tables import frame_html
 
@@ -32,15 +32,11 @@ class PairPanel:
 
     def __init__(self, scenarios: Scenarios, scenario: Scenario, upper: str, lower: str) -> None:
         self._scenarios, self._scenario = scenarios, scenario
+        self._is_quiet = False
         options = [(schedule.title, name) for name, schedule in SCHEDULES.items()]
         self.upper, self.lower = (ipw.Dropdown(options=options, value=name) for name in (upper, lower))
-        steps = scenarios.simulator(scenario).needs.steps
-        self.step = ipw.IntSlider(
-            value=int(steps[min(2, len(steps) - 1)]),
-            min=int(steps[0]),
-            max=int(steps[-1]),
-            continuous_update=False,
-        )
+        first, last = _ends(scenarios, scenario)
+        self.step = ipw.IntSlider(value=min(first + 2, last), min=first, max=last, continuous_update=False)
         layers = scenarios.trace.num_layers
         self.layer = ipw.IntSlider(value=min(3, layers - 1), max=layers - 1, continuous_update=False)
         self.figure = SlimFigureWidget(plot_schedule_pair(self._info()))
@@ -54,7 +50,7 @@ class PairPanel:
         controls = boxed(ipw.Box([field.view for field in fields]), "ps-controls")
         self.view = panel(controls, boxed(ipw.VBox([self.figure]), "ps-figures"), self.tables)
         for control in (self.upper, self.lower, self.step, self.layer):
-            control.observe(lambda _: self.redraw(), "value")
+            control.observe(self._on_move, "value")
         self._tell()
 
     def state(self) -> dict[str, Any]:
@@ -80,10 +76,33 @@ class PairPanel:
         )
         return upper, lower
 
+    def use(self, scenarios: Scenarios, scenario: Scenario) -> None:
+        """Go by another trace or other settings; step, layer and zoom stay where they were put.
+
+        The upper schedule follows the setting's own until another one is chosen; so does the lower one where both would
+        be the same.
+        """
+        self._is_quiet = True
+        try:
+            if self.upper.value == self._scenario.schedule:
+                self.upper.value = scenario.schedule
+            if self.lower.value == self.upper.value:
+                self.lower.value = other_than(self.upper.value)
+            self._scenarios, self._scenario = scenarios, scenario
+            first, last = _ends(scenarios, scenario)
+            rebound(self.step, first, last)
+            rebound(self.layer, 0, scenarios.trace.num_layers - 1)
+        finally:
+            self._is_quiet = False
+        self.redraw()
+
     def close(self) -> None:
         """Take the panel off the page."""
-        for widget in (self.figure, self.view):
-            widget.close()
+        take_off(self.view)
+
+    def _on_move(self, _change: Any) -> None:
+        if not self._is_quiet:
+            self.redraw()
 
     def _scenario_of(self, name: str) -> Scenario:
         """The choice it was made with, for its own schedule; another schedule is as published."""
@@ -111,6 +130,17 @@ class PairPanel:
             return
         display(self._plain())
         display(HTML(page_html(self.tables.value)))
+
+
+def other_than(schedule: str) -> str:
+    """What a schedule is held against where nobody has chosen: on demand, or PreSched."""
+    return "on-demand" if schedule != "on-demand" else "presched"
+
+
+def _ends(scenarios: Scenarios, scenario: Scenario) -> tuple[int, int]:
+    """First and last decode step."""
+    steps = scenarios.simulator(scenario).needs.steps
+    return int(steps[0]), int(steps[-1])
 
 
 def why_html(why: LayerExplanation) -> str:

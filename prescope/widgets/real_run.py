@@ -19,6 +19,7 @@ from .busy import IS_BUSY, OthersWork
 from .figures import SlimFigureWidget
 from .job_controls import JobControls
 from .runner import Runner
+from .showing import take_off
 from .style import boxed, row
 
 #: Characters of text that are shown of each sequence.
@@ -111,7 +112,7 @@ class RealRun:
     def close(self) -> None:
         """Stop, and take the figure off the page."""
         self.controls.close()
-        self.figure.close()
+        take_off(self.view)
 
     def _what(self) -> NamedPrompts:
         """The prompts of the text field; their names too, while nobody has changed them. An empty field is filled with

@@ -15,9 +15,10 @@ from ..traces.result import RunResult
 from ..views.numbers import COLUMNS, NAN, change, formatted, numbers
 from ..views.schedule_pair import plot_schedule_pair, schedule_pair_info
 from ..views.theme import written
-from .field import Field
+from .field import Field, rebound
 from .figures import SlimFigureWidget
 from .runner import Runner
+from .showing import take_off
 from .style import boxed, panel, row
 from .tables import frame_html
 
@@ -133,16 +134,14 @@ class RunsPanel:
         if not has_lanes:
             return
         self._is_quiet = True
-        self.step.max, self.step.min = max(steps[-1], self.step.min), steps[0]
-        self.step.max = steps[-1]
+        rebound(self.step, steps[0], steps[-1])
         self._is_quiet = False
         info = schedule_pair_info(one, other, range(self.step.value, self.step.value + 1))
         self.figure.show_figure(plot_schedule_pair(info))
 
     def close(self) -> None:
         """Take the panel off the page; the runs stay."""
-        self.figure.close()
-        self.view.close()
+        take_off(self.view)
 
     def _on_move(self, _change: Any) -> None:
         if not self._is_quiet:

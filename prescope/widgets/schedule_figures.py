@@ -116,11 +116,6 @@ class ScheduleFigures:
             "step_times": plot_step_times(step_times_info(result, measured)),
         }
 
-    def close(self) -> None:
-        """Take them off the page."""
-        for figure in self.figures.values():
-            figure.close()
-
     def _on_range(self, _change: Any) -> None:
         if not self._is_bounding:
             self._axis_ms = 0.0

@@ -26,7 +26,7 @@ from .rest_timer import RestTimer, Throttle, is_alone
 from .runner import Runner
 from .schedule_figures import ScheduleFigures
 from .settings import Settings
-from .showing import page_html, show_panel
+from .showing import page_html, show_panel, take_off
 from .style import boxed, panel, row
 
 #: Between two redraws while a slider is dragged; the last position is always drawn.
@@ -249,13 +249,12 @@ class SchedulePanel:
 
     def close(self) -> None:
         """Stop the run and take the panel off the page; its results stay."""
+        take_off(self.view)
         if self.real is not None:
             self.real.close()
             self._beside.close()
         self._throttle.cancel()
         self._resting.cancel()
-        for part in (self.drawing, self.presets.copy, self.view):
-            part.close()
         gc.unfreeze()
 
     def _for_engine(self) -> dict[str, Any]:

@@ -21,6 +21,18 @@ def show_panel(view: ipw.Widget, words: str, figures: Sequence[go.Figure]) -> No
     display({**live, "text/html": page_html(f"{words}{told}{figures_html(figures)}")}, raw=True)
 
 
+def take_off(*roots: ipw.Widget) -> None:
+    """Close widgets and all that stands in them, the outer ones first.
+
+    A box that lives on and names a closed widget takes all others with it: after a reload Lab shows no widget of the
+    whole kernel, but "Loading widget..." for ever (ipywidgets 8.1.9, JupyterLab 4.6.6).
+    """
+    for root in roots:
+        inner = root.children if isinstance(root, ipw.Box) else ()
+        root.close()
+        take_off(*inner)
+
+
 def page_html(words: str) -> str:
     """What a panel says, with its looks, for pages without widgets."""
     return f"<style>{CSS}</style><div class='prescope'>{words}</div>"

@@ -15,7 +15,7 @@ from .field import Field
 from .figures import SlimFigureWidget, is_headless
 from .job_controls import JobControls
 from .runner import Runner
-from .showing import show_panel
+from .showing import show_panel, take_off
 from .style import boxed, panel, row
 
 
@@ -88,8 +88,7 @@ class SlotsPanel:
     def close(self) -> None:
         """Stop the run and take the panel off the page; the former result stays in the runner."""
         self.controls.close()
-        for widget in (*self.figures.values(), self.view):
-            widget.close()
+        take_off(self.view, *self.figures.values())
 
     def _label_slots(self) -> None:
         count = self.slots.value

@@ -91,10 +91,6 @@ class SweepChosen:
         self.words.value, self._picked = "", None
         self.timeline.add_class("ps-hidden")
 
-    def close(self) -> None:
-        """Take the figure off the page."""
-        self.lanes.close()
-
     def _offer(self, chosen: pd.DataFrame, points: pd.DataFrame, objectives: Sequence[str]) -> None:
         rows = best_first(chosen, objectives[0]).head(MOST_OFFERED)
         shown = points_frame(rows, objectives, MOST_OFFERED, like=points)

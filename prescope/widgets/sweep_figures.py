@@ -91,11 +91,6 @@ class SweepFigures:
             self._parts[name].add_class("ps-hidden")
             self._say(name, "no point yet")
 
-    def close(self) -> None:
-        """Take the figures off the page."""
-        for figure in self.figures.values():
-            figure.close()
-
     # -- each figure -------------------------------------------------------------------------------------------
 
     def _parallel(self) -> go.Figure:

@@ -20,7 +20,7 @@ from ..tuning import Progress, Proof, Sweep, SweepJob, load_sweep
 from ..views.sweep_points import told_of_points
 from .copy_button import CopyButton
 from .figures import is_headless
-from .showing import page_html, show_panel
+from .showing import page_html, show_panel, take_off
 from .style import boxed, panel, row
 from .sweep_chosen import SweepChosen
 from .sweep_controls import SweepControls
@@ -300,8 +300,9 @@ class SweepPanel:
         """End the run and take the panel off the page; the study stays."""
         with self._lock:
             self._is_closed = True
-        for part in (self.run, self.proof, self.figures, self.chosen, self.code, self.view):
-            part.close()
+        self.run.close()
+        self.proof.close()
+        take_off(self.view, self.run.view)
         self.estimate.stop()
 
     def plain(self) -> list[go.Figure]:

@@ -8,6 +8,8 @@ CELLS = [
     "from prescope.session import Session\n"
     "session = Session(slots=32, device='cpu', link_gb_per_s=2.0)\n"
     "run = session.run(['Once upon a time'], slots=33, max_new_tokens=12)",
+    # The cell run twice: what the first one leaves behind must not keep the second from coming back after a reload.
+    "board = session.dashboard(['Once upon a time'], scenarios=session.scenarios(run), max_new_tokens=12)\n"
     "board = session.dashboard(['Once upon a time'], scenarios=session.scenarios(run), max_new_tokens=12)\nboard",
     "run",
 ]
@@ -17,6 +19,8 @@ LANES = """
   .find(p => p.layout?.title?.text.includes('Where does each'))?.data.filter(t => t.type === 'bar' && t.x.length)
   .map(t => [t.name ?? '', t.x.length, (t.y ?? []).length, [...new Set(t.y ?? [])].join()].join(':'))
 """
+#: Words of errors that are ours: of the panels, of plotly, of a widget that was closed under the page.
+OURS = ("prescope", "plotly", "comm channel")
 PLOTS = "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 9"
 GONE = """
 () => { const root = document.querySelector('.prescope');
@@ -62,6 +66,12 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
             page.keyboard.press("ArrowRight")
             page.wait_for_timeout(1_500)
         drag_over_the_overview(page)
+        for tab in ("Schedules", "Live tuning", "Schedules", "Live tuning"):
+            page.locator(".lm-TabBar-tab", has_text=tab).last.click()
+            page.wait_for_timeout(2_000)
+            page.locator(".ps-field:visible .noUi-handle").first.focus()
+            page.keyboard.press("ArrowRight")
+            page.wait_for_timeout(1_000)
         page.wait_for_function(f"({LANES})()?.length", timeout=30_000)
         before = page.evaluate(LANES)
         assert all(row.split(":")[1] == row.split(":")[2] for row in before), before
@@ -86,4 +96,4 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
         page.locator(".jp-Dialog .jp-mod-accept").click()
         page.wait_for_function(GONE, timeout=30_000)
         assert requests == []
-        assert [error for error in errors if "prescope" in error.lower() or "plotly" in error.lower()] == []
+        assert [error for error in errors if any(word in error.lower() for word in OURS)] == []

@@ -513,6 +513,29 @@ def test_a_tab_shows_the_settings_when_it_is_opened_and_follows_them(board, tab)
         assert board.pair is not None
 
 
+def test_the_pair_stays_where_it_was_put_when_the_settings_move(board):
+    """It was made anew: step and layer went back, and the page's part of the former figure said "no comm channel"."""
+    board.live.choose(Scenario(schedule="presched", slots=30, predictor="frequency"))
+    board.tabs.selected_index = TABS.index("Schedules")
+    pair, figure = board.pair, board.pair.figure
+    assert (pair.upper.value, pair.lower.value) == ("presched", "on-demand")
+    pair.step.value, pair.layer.value = 5, 6
+    board.live.settings.slots.value = 40
+    assert board.pair is pair
+    assert (pair.figure, pair.step.value, pair.layer.value) == (figure, 5, 6)
+    assert "40 slots" in str([note.text for note in figure.layout.annotations])
+    board.live.settings.schedule.value = "on-demand"
+    assert (pair.upper.value, pair.lower.value) == ("on-demand", "presched"), "it follows what is chosen"
+    pair.upper.value = "fate"
+    board.live.settings.schedule.value = "klotski"
+    assert (pair.upper.value, pair.lower.value) == ("fate", "presched"), "one chosen here stays"
+    board.live.settings.batch.value = 1
+    assert pair.step.max > 14, "two sequences of seven decode steps, one after the other"
+    pair.step.value = pair.step.max
+    board.live.settings.batch.value = 2
+    assert (pair.step.value, pair.step.max) == (7, 7)
+
+
 def test_runs_are_kept_and_any_two_compared(board, session):
     board.live.choose(Scenario(schedule="on-demand", slots=48))
     board.live.start().result(60)

@@ -1,0 +1,73 @@
+"""A panel that is closed leaves nothing behind that would keep the others from coming back after a reload."""
+
+import ipywidgets as ipw
+import pytest
+from ipywidgets.widgets.widget import _instances
+
+from prescope.session import Session
+from prescope.simulator import Scenario
+from prescope.widgets.dashboard import TABS
+from prescope.widgets.showing import take_off
+
+PROMPTS = ["Once upon a time"]
+
+
+@pytest.fixture(scope="module")
+def session():
+    with Session(slots=32, device="cpu", link_gb_per_s=50.0) as session:
+        for _ in range(2):
+            session.run(PROMPTS, max_new_tokens=6)
+        yield session
+
+
+def broken() -> list[str]:
+    """Boxes that live and name a closed widget: after a reload Lab shows no widget at all, it waits for that one."""
+    boxes = [box for box in _instances.values() if isinstance(box, ipw.Box)]
+    return [repr(box) for box in boxes if any(child.comm is None for child in box.children)]
+
+
+def opened(session, kind):
+    """A panel of this kind, everything in it shown once."""
+    if kind == "dashboard":
+        board = session.dashboard(PROMPTS, scenarios=session.scenarios(session.runs[1]), max_new_tokens=6)
+        for index in (*range(len(TABS)), TABS.index("Schedules")):
+            board.tabs.selected_index = index
+            board.live.settings.slots.value += 1
+        board.live.start().result(60)
+        return board
+    if kind == "slots":
+        return session.panel(PROMPTS, max_new_tokens=6)
+    if kind == "capacity":
+        return session.capacity_panel()
+    scenarios = session.scenarios(session.runs[1])
+    makers = {
+        "schedule": lambda: session.schedule_panel(scenarios, PROMPTS, max_new_tokens=6),
+        "pair": lambda: session.pair_panel(scenarios, Scenario(slots=32)),
+        "sweep": lambda: session.sweep_panel(scenarios, PROMPTS, max_new_tokens=6),
+    }
+    return makers[kind]()
+
+
+@pytest.mark.parametrize("kind", ["dashboard", "slots", "capacity", "schedule", "pair", "sweep"])
+def test_a_panel_opened_again_leaves_no_box_with_a_closed_widget(session, kind):
+    first = opened(session, kind)
+    assert broken() == []
+    second = opened(session, kind)  # the session closes the first
+    assert first.view.comm is None
+    assert broken() == []
+    second.close()
+    assert broken() == []
+    second.close()  # as the session does once more, when it makes another one
+
+
+def test_what_stands_in_a_box_goes_with_it_the_outer_ones_first():
+    inner = ipw.HBox([ipw.IntSlider()])
+    outer, beside = ipw.Tab([inner, ipw.HTML()]), ipw.HTML()
+    gone: list[ipw.Widget] = []
+    for widget in (outer, inner, inner.children[0]):
+        widget.comm.close = lambda *_, widget=widget, **__: gone.append(widget)
+    slider = inner.children[0]
+    take_off(outer)
+    assert gone == [outer, inner, slider]
+    assert beside.comm is not None
+    beside.close()
