@@ -46,6 +46,8 @@ def verdict(scenarios: Scenarios, scenario: Scenario) -> Verdict:
     chosen = scenarios.run(scenario)
     is_predicting = predicts(scenarios, scenario)
     without = _best_without(scenarios, full)
+    if not is_predicting and chosen.tokens_per_s > without.tokens_per_s:
+        without = chosen  # with a cache or a schedule that is not among those that are tried
     guess = scenario if is_predicting else _best_known(scenarios, full)
     with_it = chosen if is_predicting else None if guess is None else scenarios.run(guess)
     base = scenarios.resolved(guess or _presched(full, ORACLE))
@@ -97,14 +99,13 @@ def _presched(full: Scenario, predictor: str) -> Scenario:
 
 
 def _best_without(scenarios: Scenarios, full: Scenario) -> SimResult:
-    """On demand, or the CPU lane without predictions where it may be used."""
+    """On demand, PreSched without predictions, or the CPU lane alone where it may be used."""
     # A schedule whose own lane is the CPU's is there only if the choice allows the lane.
     alone = Scenario(
         schedule="on-demand", slots=full.slots, machine=full.machine, cpu=full.cpu or _may(scenarios, full)
     )
-    ways = [alone]
-    if alone.cpu:
-        ways += [replace(alone, schedule=name, predictor=NONE) for name in ("fiddler", "presched")]
+    names = ("fiddler", "presched") if alone.cpu else ("presched",)
+    ways = [alone, *(replace(alone, schedule=name, predictor=NONE) for name in names)]
     return max((scenarios.run(one) for one in ways), key=lambda result: result.tokens_per_s)
 
 
@@ -122,7 +123,7 @@ def _best_known(scenarios: Scenarios, full: Scenario) -> Scenario | None:
 def _words(found: Verdict, is_predicting: bool, perfect: SimResult, chosen: SimResult) -> str:
     best = f"{name_of(found.without)}, the best without it ({digits(found.without.tokens_per_s)} tokens/s)"
     limit = (
-        "layers mostly wait" if found.limit == "waiting" else f"the {found.limit} is busy"
+        "the GPU waits" if found.limit == "waiting" else f"the {found.limit} is busy"
     ) + f" {100 * found.limit_frac:.0f} % of the time"
     most = digits(max(perfect.tokens_per_s, 0.0 if found.with_it is None else found.with_it.tokens_per_s))
     # A choice that never uses the CPU has a bound without it, which the others here may pass.
