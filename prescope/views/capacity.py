@@ -75,10 +75,12 @@ def plot_capacity(info: CapacityInfo) -> go.Figure:
             line={"color": COLORS[color], "width": 2.2, "dash": dash}, marker={"size": 6},
             hovertemplate="%{y:,.3g} tokens/s, " + words + "<br>%{text}<extra></extra>", row=1, col=1,
         )  # fmt: skip
+    has_best = info.best_gib == info.best_gib  # a NaN in a list is no JSON: the notebook would warn in red
     fig.add_scatter(
-        x=[info.best_gib], y=[info.best_rate], name="advised", mode="markers", hoverinfo="skip",
+        x=[info.best_gib] if has_best else [], y=[info.best_rate] if has_best else [], name="advised",
+        mode="markers", hoverinfo="skip",
         marker={"size": 14, "symbol": "star", "color": COLORS["stall"], "line": {"width": 1, "color": "white"}}, row=1,
-        col=1, showlegend=info.best_gib == info.best_gib,
+        col=1, showlegend=has_best,
     )  # fmt: skip
     fig.add_scatter(
         x=info.gpu_gib, y=info.hit_pct, name="hit rate", mode="lines+markers", showlegend=False,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import prescope
+from prescope import views
 from prescope.advice import INTERVAL, MachineSpec, ModelSize, advise, paces
 from prescope.core.machine import this_place
 from prescope.core.paths import data_dir, embedded_model
@@ -190,6 +191,14 @@ def test_the_table_has_units_and_one_row_for_each_point(offload):
     assert table["GPU memory, GiB"].is_monotonic_increasing
     assert table["fits"].any()
     assert not table["fits"].all()
+
+
+@pytest.mark.parametrize("gib", [0.5, 24.0, 400.0])
+def test_the_figure_of_any_advice_is_json(gib):
+    """Where nothing fits there is no best point: its NaN made the kernel warn in red below the figure."""
+    machine = replace(desktop(), host_gib=8.0, gpu_gib=gib)
+    figure = views.capacity(advise("qwen3-30b-a3b", machine, shares=[0.25, 0.5]))
+    json.dumps(figure.to_plotly_json(), allow_nan=False, default=list)
 
 
 def test_an_engine_is_advised_on_by_its_own_sizes():

@@ -213,7 +213,7 @@ def test_a_verdict_follows_its_numbers(scenarios, schedule):
     "schedule", [name for name, way in SCHEDULES.items() if way.predictor == "none"] + ["presched"]
 )
 def test_the_best_without_prediction_is_no_slower_than_what_is_shown_without(schedule, has_lane):
-    """PreSched without predictions had 39.4 tokens/s, and the line below it called on demand, 32.8, the best without."""
+    """PreSched without predictions had 39.4 tokens/s, and the line below called on demand, 32.8, the best without."""
     trace = small_trace(steps=9, batch=3)
     costs = COSTS if has_lane else replace(COSTS, cpu_us=(0.0,))
     scenarios = Scenarios(trace, [MACHINE._replace(costs=costs)], [Frequency(trace, 2)])
