@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from ..cache.slots import sort_need
+from ..core.jit import said_if_compiled_first
 from ..errors import UnsupportedOption
 from ..scheduler import schedule_named
+from ..scheduler.layer import decide_layer
 from ..traces.result import RunResult
 from .forwards import depth_of, restore_depth
 from .graph import DecodeLoop
@@ -92,7 +95,8 @@ def generate(
     said = {name: value for name, value in given.items() if not isinstance(value, torch.Tensor)}
 
     def run(recorder: Recorder) -> RunResult:
-        tokens = progress.tokens(_sequences(engine, arguments, progress, loop, recorder))
+        with said_if_compiled_first(_decides(engine), "what decides about experts"):
+            tokens = progress.tokens(_sequences(engine, arguments, progress, loop, recorder))
         result = result_of(
             engine,
             recorder,
@@ -113,6 +117,11 @@ def generate(
     text = tokenizer.batch_decode(tokens, skip_special_tokens=True) if tokenizer else [""] * len(tokens)
     hardware = {**result.hardware, "label": _label(engine, loop, result.label)}
     return replace(result, text=text, hardware=hardware)
+
+
+def _decides(engine: Served) -> Callable[..., Any]:
+    """The compiled function that every layer of a prompt or a step calls."""
+    return sort_need if engine.runner.schedule_runner is None else decide_layer
 
 
 def _sequences(

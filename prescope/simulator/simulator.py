@@ -313,26 +313,26 @@ class Simulator:
         depth = resolved.predicts
         memory = Memory.fresh(depth, self.shape.num_layers, self.shape.num_experts)
         logs, now = [], 0.0
-        for i, (prefills, steps) in enumerate(self._segments):
-            if i > 0 or resident is None:
-                self._prefill(table, prefills, resolved.settings, by, is_first=i == 0)
-            tick = np.array([policy.tick], np.int64)
-            slots = table.arrays
-            if policy.kind not in CHANGES_ALL:
-                slots = slots._replace(lowest=bounds_of(slots, self.shape.num_layers))
-            state = State(slots, tick, memory, Waiting.none(self.shape.total_experts))
-            clock, wire = begin(table.num_slots, settings.most_in_flight, now)
-            for part in self._parts(steps):
-                demand = self._demand(part, depth, with_weights=settings.cache == "score")
-                with said_if_compiled_first(replay, "the simulator"):
+        with said_if_compiled_first(replay, "the simulator"):
+            for i, (prefills, steps) in enumerate(self._segments):
+                if i > 0 or resident is None:
+                    self._prefill(table, prefills, resolved.settings, by, is_first=i == 0)
+                tick = np.array([policy.tick], np.int64)
+                slots = table.arrays
+                if policy.kind not in CHANGES_ALL:
+                    slots = slots._replace(lowest=bounds_of(slots, self.shape.num_layers))
+                state = State(slots, tick, memory, Waiting.none(self.shape.total_experts))
+                clock, wire = begin(table.num_slots, settings.most_in_flight, now)
+                for part in self._parts(steps):
+                    demand = self._demand(part, depth, with_weights=settings.cache == "score")
                     log = replay(
                         resolved.settings, costs, by, policy.kind, settings.most_in_flight, self.costs.is_layered,
                         step_us, state, demand, clock, wire,
                     )  # fmt: skip
-                logs.append(log)
-            table.unprotect()
-            table.in_flight[:] = False  # whatever follows waits for all copies first
-            policy.tick, now = int(state.tick[0]), float(logs[-1].step_end_us[-1])
+                    logs.append(log)
+                table.unprotect()
+                table.in_flight[:] = False  # whatever follows waits for all copies first
+                policy.tick, now = int(state.tick[0]), float(logs[-1].step_end_us[-1])
         return _joined(logs)
 
     def _find_interval(

@@ -5,6 +5,7 @@ import resource
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ import prescope
 from prescope.cache.policies import LRU, POLICIES
 from prescope.core.types import NeedOutcome
 from prescope.device import NullDevice
-from prescope.engine import recording
+from prescope.engine import generate, recording
 from prescope.engine.config import EngineConfig
 from prescope.errors import (
     AlreadyAttached,
@@ -294,6 +295,25 @@ def test_a_schedule_brings_its_cache_unless_one_was_chosen(model):
         assert engine.config.cache == "lfu" and engine.reasons["cache"] == "as given"
         engine.configure(cache="auto")
         assert engine.config.cache == "next-use"
+
+
+def test_a_first_run_says_what_it_compiles_for_the_schedule_it_has(model, monkeypatch):
+    """The first run of a new user compiled for half a minute without a sign."""
+    asked: list[str] = []
+
+    @contextmanager
+    def said(function, what):
+        asked.append(function.__name__)
+        yield
+
+    monkeypatch.setattr(generate, "said_if_compiled_first", said)
+    costs = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=200.0, source="made up for a test")
+    with prescope.attach(model, slots=6, costs=costs, cpu_threads=0, **FAST_LINK) as engine:
+        for schedule, compiled in {"on-demand": "sort_need", "presched": "decide_layer"}.items():
+            asked.clear()
+            engine.configure(schedule=schedule)
+            engine.generate(prompt(), max_new_tokens=2)
+            assert asked == [compiled]
 
 
 def test_the_models_own_generate_and_forward_are_recorded(model):
