@@ -25,7 +25,7 @@ from .engine.graph.prediction_time import prediction_us
 from .engine.job import Job, NamedPrompts
 from .engine.load import load
 from .engine.prompts import Prompts
-from .errors import BadTrace, UnsupportedOption
+from .errors import BadTrace, NoProfile, UnsupportedOption
 from .predictor import Oracle, Predictor
 from .profile import HardwareProfile
 from .report import story_of_run, story_of_setting, write_story, write_sweep_report
@@ -315,7 +315,8 @@ class Session:
         Args:
             prompts: of real runs; three short ones when not given.
             scenarios: to open with instead.
-            predictors, profile: of the session's own runs, as in `scenarios`.
+            predictors, profile: of the session's own runs, as in `scenarios`; without a profile what is known of this
+                machine, as for a schedule of the engine.
             recording: name or path of one to offer first.
             keywords: of every real run: max_new_tokens, ...
         """
@@ -325,10 +326,11 @@ class Session:
         def own() -> Scenarios:
             recorded = [run for run in self.runs if _is_recorded(run)]
             run = recorded[-1] if recorded else self._record(prompts, keywords)
-            return self.scenarios(run, predictors=predictors, profile=profile)
+            return self.scenarios(run, predictors=predictors, profile=profile or self._known_profile())
 
         def fresh() -> Scenarios:
-            return self.scenarios(self._record(prompts, keywords), predictors=predictors, profile=profile)
+            run = self._record(prompts, keywords)
+            return self.scenarios(run, predictors=predictors, profile=profile or self._known_profile())
 
         sources: dict[str, Callable[[], Scenarios]] = {}
         if scenarios is not None:
@@ -366,7 +368,7 @@ class Session:
         Args:
             scenarios: of the recorded run that is swept; by default the session's latest, or one that is made now.
             prompts: of points on the device; three short ones when not given.
-            predictors, profile: as in `scenarios`, where none are given.
+            predictors, profile: as in `dashboard`, where no scenarios are given.
             keywords: of every point on the device: max_new_tokens, ...
 
         Raises:
@@ -377,6 +379,7 @@ class Session:
         if scenarios is None:
             recorded = [run for run in self.runs if _is_recorded(run)]
             run = recorded[-1] if recorded else self._record(prompts, keywords)
+            profile = profile or self._known_profile()
             scenarios = self.scenarios(run, predictors=predictors, profile=profile)
         source = self._sweep_source(scenarios, prompts, keywords)
         kept = {"slots": self.engine.num_slots}
@@ -399,6 +402,13 @@ class Session:
             slots = max(self.engine.shape.top_k, self.engine.shape.total_experts // 2)
         settings = {"schedule": "on-demand", "slots": slots}
         return self.run(prompts, configure=settings, **keywords)
+
+    def _known_profile(self) -> HardwareProfile | None:
+        """What was measured of this machine, by its owner or for prescope; None: nobody has calibrated it."""
+        try:
+            return HardwareProfile.of_this_machine(self.engine.hardware())
+        except NoProfile:
+            return None
 
     def _report_here(self, panel: SchedulePanel) -> Path:
         return self.report(Path("prescope_report.html").resolve(), of=panel)

@@ -382,7 +382,7 @@ class Scenarios:
                     "misses avoided %": 100 * decode.prefetch_coverage,
                     "used ones on time %": 100 * decode.prefetch_timeliness,
                     "MB per step": decode.h2d_bytes / decode.num_steps / 1e6,
-                    "link in use %": 100 * decode.link_use_frac,
+                    "link busy %": 100 * decode.link_use_frac,
                     "GPU idle %": 100 * idle_us / decode.wall_ms,
                     "bound, tokens/s": result.bounds.tokens_per_s,
                     "cache": result.config["cache"],

@@ -38,7 +38,7 @@ TABS = ("Machine and model", "Live tuning", "Run it for real", "Predictor", "Sch
 LIVE = TABS.index("Live tuning")
 #: Columns of the table of all schedules that are shown.
 SCHEDULE_COLUMNS = [
-    "tokens/s", "hit %", "late %", "miss %", "on CPU %", "misses avoided %", "MB per step", "link in use %",
+    "tokens/s", "hit %", "late %", "miss %", "on CPU %", "misses avoided %", "MB per step", "link busy %",
     "GPU idle %", "bound, tokens/s",
 ]  # fmt: skip
 
@@ -239,7 +239,7 @@ class Dashboard:
         self._sources.pop(name, None)
         if self.source.value == name:
             self._sources[name] = lambda: scenarios
-            self.live.use(scenarios, self._runner.engine.num_slots)
+            self._simulate(scenarios)
         else:
             self.use(name, scenarios)
 
@@ -255,7 +255,10 @@ class Dashboard:
             self.pair.close()
 
     def _on_source(self, _change: Any) -> None:
-        scenarios = self._sources[self.source.value]()
+        self._simulate(self._sources[self.source.value]())
+
+    def _simulate(self, scenarios: Scenarios) -> None:
+        """From now on; the head says whose costs these are."""
         half = scenarios.num_experts // 2
         is_here = next(iter(scenarios.machines.values())).is_here
         self.live.use(scenarios, self._runner.engine.num_slots if is_here else half)

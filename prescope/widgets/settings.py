@@ -188,10 +188,12 @@ class Settings:
         self.fields["lookahead"].allow(nobody)
         for name in ("width", "threshold"):
             self.fields[name].allow(nobody or streams)
-        has_lane = len(scenarios.machine(full).costs.cpu_us) > 1
+        machine = scenarios.machine(full)
+        has_lane = len(machine.costs.cpu_us) > 1
+        remedy = ": run prescope.calibrate(session.engine), then record a run here" if machine.is_here else ""
         self.fields["cpu"].allow(
             f"{way.title} never uses the CPU" if not way.uses_cpu
-            else "" if has_lane else "no CPU times of this machine: calibrate it"
+            else "" if has_lane else f"no CPU times of this machine{remedy}"
         )  # fmt: skip
         self.fields["batch"].allow("" if len(self.batch.options) > 1 else "one sequence was recorded")
         self.fields["cache"].allow(note="" if self.cache.value != _OWN else f"{way.title}: {way.cache}")

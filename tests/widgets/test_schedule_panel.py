@@ -606,6 +606,26 @@ def test_a_folder_in_ones_home_is_saved_to_and_opened_again(board, session, monk
     assert "opened" in board.runs.told.value
 
 
+def test_a_machine_calibrated_meanwhile_has_its_cpu_lane_at_the_next_recording(session, monkeypatch):
+    """The field said "calibrate it" to a person who just had: the dashboard alone did not look for the profile."""
+    found: list[HardwareProfile] = []
+    monkeypatch.setattr(
+        HardwareProfile, "_found", classmethod(lambda cls, place: found[0] if found else None)
+    )
+    board = session.dashboard(PROMPTS, max_new_tokens=8)
+    try:
+        board.record()
+        lane = board.live.settings.fields["cpu"]
+        assert lane.control.disabled and "prescope.calibrate(session.engine)" in lane.note
+        profile = HardwareProfile.load("test_machine")
+        found.append(replace(profile, place=this_place(session.engine.hardware())))
+        board.record()
+        assert not lane.control.disabled and not lane.note
+        assert "CPU experts calibrated" in board._head.value
+    finally:
+        board.close()
+
+
 def test_a_run_recorded_here_becomes_what_is_simulated(board, session):
     before = len(session.runs)
     board.record()
