@@ -33,8 +33,9 @@ class JobControls:
         self.bar = ipw.FloatProgress(min=0, max=1, layout={"width": "160px"})
         self.status = ipw.HTML()
         self.reason = ipw.HTML()
-        busy = boxed(ipw.Box([self.bar, self.status]), "ps-row", "ps-job")
-        self.view = row(self.run_button, self.cancel_button, busy, self.reason)
+        busy = boxed(ipw.Box([self.bar, self.status]), "ps-job")
+        # The buttons stay where they are, whatever the status says: one that moves is missed.
+        self.view = boxed(row(self.run_button, self.cancel_button, busy, self.reason), "ps-run")
         self.run_button.on_click(lambda _: start())
         self.cancel_button.on_click(lambda _: self.cancel())
 
@@ -101,8 +102,10 @@ class JobControls:
         if error is None:
             notes = [escape(note) for note in (told, *job.result().notes) if note]
             word = "cancelled" if job.is_cancelled else "done"
+            if any(note.startswith(word) for note in notes):  # and after how many steps
+                word = ""
             look = "warning" if job.is_cancelled or told else "success"
-            self.status.value = "; ".join([word, *notes])
+            self.status.value = "; ".join(filter(None, [word, *notes]))
         elif isinstance(error, CancelledError):
             look = "warning"
             self.status.value = "cancelled before the first token; what is shown is the former run"

@@ -37,6 +37,8 @@ CSS = f"""
 .prescope.jupyter-widgets-disconnected .ps-job {{ display: none; }}
 .ps-row {{ display: flex; flex-flow: row wrap; align-items: center; gap: 6px 12px; overflow: visible; }}
 .ps-top {{ align-items: flex-start; }}
+.ps-run {{ flex: 1 1 500px; }} .ps-job {{ display: flex !important; flex: 1 1 200px; align-items: center; gap: 12px;
+  overflow: visible; }} .ps-job > .widget-html {{ flex: 1 1 0; min-width: 0; }}
 .ps-side {{ display: grid !important; grid-template-columns: minmax(0, 1fr); gap: 8px 20px; overflow: visible; }}
 .ps-controls {{ display: grid !important; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr));
   gap: 6px 20px; align-content: start; align-items: start; overflow: visible; }}
@@ -66,10 +68,10 @@ CSS = f"""
 .ps-pairs {{ display: grid !important; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 8px 20px;
   overflow: visible; }} .ps-pairs > * {{ min-width: 0; overflow: visible; justify-content: flex-end; }}
 .ps-figures {{ min-width: 0; overflow: visible; }}
-.ps-figures > * {{ min-width: 0; }}
+.ps-figures > * {{ min-width: 0; }} .ps-figures > .ps-controls {{ align-items: center; }}
 .prescope table.ps-numbers, .prescope table.ps-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums;
   font-size: 13px; margin: 0; width: auto; table-layout: auto; }}
-.prescope table.ps-numbers {{ width: 100%; }}
+.prescope table.ps-numbers {{ width: 100%; }} .prescope table.ps-table {{ margin-bottom: 8px; }}
 .prescope .ps-numbers th, .prescope .ps-numbers td, .prescope .ps-table th, .prescope .ps-table td {{
   padding: 3px 14px 3px 0; text-align: right; border: 0; white-space: nowrap; color: var(--ps-text);
   background: none; vertical-align: baseline; }}

@@ -34,7 +34,7 @@ class SweepRun:
         self.cancel_button.tooltip = "End; every finished point is kept, and Start goes on from there"
         self.bar = ipw.FloatProgress(min=0, max=1, layout={"width": "140px"})
         self.status, self.reason = ipw.HTML(), ipw.HTML()
-        busy = boxed(ipw.Box([self.bar, self.status]), "ps-row", "ps-job")
+        busy = boxed(ipw.Box([self.bar, self.status]), "ps-job")
         self.view = row(self.start_button, self.pause_button, self.cancel_button, busy, self.reason)
         self.start_button.on_click(lambda _: self._start())
         self.pause_button.on_click(lambda _: self.pause_or_go_on())

@@ -1,5 +1,6 @@
 import json
 import re
+import time
 
 import plotly.graph_objects as go
 import pytest
@@ -152,6 +153,20 @@ def test_a_run_cancelled_at_its_first_token_leaves_the_figures(session):
     assert "cancelled" in panel.controls.status.value
     panel.step.value = panel.step.max
     assert panel.figures["timeline"].data
+    panel.close()
+
+
+def test_a_cancelled_run_says_so_once(session):
+    panel = session.panel(PROMPTS, max_new_tokens=400)
+    job = panel.start()
+    while job.num_tokens < 3:
+        assert not job.is_done
+        time.sleep(0.01)
+    panel.cancel()
+    job.result(60)
+    assert re.match(r"cancelled after \d+ steps(;|$)", panel.controls.status.value), (
+        panel.controls.status.value
+    )
     panel.close()
 
 
