@@ -36,7 +36,10 @@ class _BothForms(MimetypeRenderer):
 
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
         display(HTML(LOOKS))
-        return {PLOTLY_MIME: fig_dict, "text/html": figures_html([go.Figure(fig_dict, skip_invalid=True)])}
+        return {
+            PLOTLY_MIME: {**fig_dict, "config": CONFIG},
+            "text/html": figures_html([go.Figure(fig_dict, skip_invalid=True)]),
+        }
 
 
 def show_in_both_forms() -> None:

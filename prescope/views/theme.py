@@ -73,9 +73,11 @@ _WRITTEN = {"llapor": "LLaPor"}
 TEXT = "#6b7280"
 GRID = "rgba(128,128,128,.18)"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
-#: For `fig.show(config=...)` and the report: no logo, no buttons that do nothing here.
+#: Of every figure: no logo, no buttons that do nothing here, and none that uploads the figure to its makers ("Share
+#: chart...", which plotly.js 4.1 shows unless told otherwise).
 CONFIG: dict[str, Any] = {
     "displaylogo": False,
+    "showSendToCloud": False,
     "responsive": True,
     "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
 }
