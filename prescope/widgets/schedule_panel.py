@@ -272,9 +272,9 @@ class SchedulePanel:
                 f"it had {count_of(run.metrics.batch, 'sequence')}, what is simulated has {self._scenarios.batch}: not "
                 f"laid beside it, see Runs"
             )
-        return (
-            "" if self.measured is run else "the controls were moved meanwhile: this was the setting before"
-        )
+        if self.measured is not run:
+            return "the controls were moved meanwhile: this was the setting before"
+        return _ended_early(run)
 
     # -- drawing -----------------------------------------------------------------------------------------------
 
@@ -371,6 +371,18 @@ class SchedulePanel:
         display(HTML(page_html(self.numbers.text)))
         for figure in self.plain():
             display(figure)
+
+
+def _ended_early(run: RunResult) -> str:
+    """What to compare where sequences have ended: the simulated ones write a token in each step."""
+    longest = max(map(len, run.tokens))
+    ended = sum(len(one) < longest for one in run.tokens)
+    if not ended:
+        return ""
+    return (
+        f"{ended} of {count_of(len(run.tokens), 'sequence')} ended early, tokens/s counts what was written: compare "
+        f"ms per token with the simulated"
+    )
 
 
 def _beside(simulated: Numbers, measured: Numbers | None, rates: Sequence[float]) -> str:
