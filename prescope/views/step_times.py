@@ -19,6 +19,8 @@ from .theme import COLORS, NAMES, settings_of, source_of, style, titled, told_of
 #: More steps than this are stepped areas instead of bars: seven shapes, which a browser draws at once, instead of
 #: over a thousand, which took most of the time of a slider's move.
 MOST_BARS = 64
+#: Around what is drawn over the causes: the measured line was hardly seen on stalls, the bound not at all.
+RING = "rgba(255,255,255,.9)"
 CAUSES = ("dense", "experts", "stall", "cpu_wait", "host_wait", "warm_up", "other")
 
 
@@ -113,7 +115,7 @@ def _causes(
 
 def step_times_traces(info: StepTimesInfo) -> list[dict[str, Any]]:
     """Always as many: each cause as bars and as a stepped area, of which one is empty ("other" is all where causes are
-    not known), then the measured line and the bound.
+    not known), then what is light below the bound, the measured line and the bound: both lie on colours of all kinds.
     """
     measured = info.measured or Times((), (), 0.0, "measured", {})
     line = {"color": COLORS["measured"], "width": 2}
@@ -126,20 +128,25 @@ def step_times_traces(info: StepTimesInfo) -> list[dict[str, Any]]:
     values = {name: [*ms[:1], *ms, *ms[-1:]] for name, ms in causes.items()}
     areas = [_cause(cause, ends, values[cause], source, not are_many, as_area=True) for cause in CAUSES]
     has_bound = info.bound_ms == info.bound_ms
+    bound = {
+        "type": "scatter", "x": [steps[0] - 0.5, steps[-1] + 0.5] if has_bound else [],
+        "y": [info.bound_ms] * 2 if has_bound else [], "mode": "lines", "visible": has_bound,
+    }  # fmt: skip
     return [
         *bars,
         *areas,
+        {**bound, "line": {"color": RING, "width": 5}, "hoverinfo": "skip", "showlegend": False},
         {
             "type": "scatter", "x": list(measured.steps), "y": list(measured.step_ms), "name": measured.source,
-            "mode": "lines+markers", "line": line, "marker": {"size": 6, "color": COLORS["measured"]},
+            "mode": "lines+markers", "line": line,
+            "marker": {"size": 5 if are_many else 8, "color": COLORS["measured"],
+                "line": {"width": 1 if are_many else 1.5, "color": RING}},
             "hovertemplate": f"%{{y:.3f}} ms, {measured.source}<extra></extra>",
             "showlegend": info.measured is not None, "visible": info.measured is not None,
         },
         {
-            "type": "scatter", "x": [steps[0] - 0.5, steps[-1] + 0.5] if has_bound else [],
-            "y": [info.bound_ms] * 2 if has_bound else [], "name": "bound of the mean step", "mode": "lines",
-            "line": {"color": COLORS["bound"], "width": 2, "dash": "dash"}, "showlegend": has_bound,
-            "visible": has_bound,
+            **bound, "name": "bound of the mean step", "showlegend": has_bound,
+            "line": {"color": COLORS["bound"], "width": 2.5, "dash": "dash"},
             "hovertemplate": "%{y:.3f} ms: no mean step is shorter<extra></extra>",
         },
     ]  # fmt: skip

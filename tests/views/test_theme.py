@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 import prescope.views
+from prescope.views.step_times import CAUSES, RING, StepTimesInfo, Times, step_times_traces
 from prescope.views.theme import AMOUNT_SCALE, COLORS, GAIN_SCALE, LINE, TEXT, figures_css, titled
 from tests.support.colors import closest, contrast, difference
 
@@ -34,6 +35,25 @@ def on(ground: str, colour: str) -> str:
 def test_colours_that_meet_are_told_apart_by_all_eyes(meanings):
     apart, *which = closest([COLORS[name] for name in meanings])
     assert apart >= 20, which
+
+
+@pytest.mark.parametrize("line", ["measured", "bound"])
+def test_a_line_over_the_causes_of_a_step_is_seen_on_each_of_them(line):
+    """The measured line was 10 from the stalls that it crosses, and the bound went under: both have a light ring."""
+    ring, drawn = on("#ffffff", RING), COLORS[line]
+    assert closest([ring, drawn])[0] >= 20
+    for cause in CAUSES:
+        below = COLORS[cause]
+        assert max(closest([drawn, below])[0], closest([ring, below])[0]) >= 20, cause
+    times = Times((1, 2), (2.0, 3.0), 400.0, "simulated", {})
+    info = StepTimesInfo(times, "", "", times._replace(source="measured"), bound_ms=1.0)
+    *_, light, measured, bound = step_times_traces(info)
+    assert light["line"]["color"] == RING and light["line"]["width"] > bound["line"]["width"]
+    assert light["y"] == bound["y"] == [1.0, 1.0]
+    assert measured["marker"]["line"]["color"] == RING
+    assert not step_times_traces(info._replace(bound_ms=float("nan")))[-3]["visible"], (
+        "where there is no bound"
+    )
 
 
 @pytest.mark.parametrize("ground", ["#111111", "#212121"])
