@@ -34,7 +34,6 @@ from ..errors import (
     NotAttached,
     PrescopeError,
     SlotPoolTooLarge,
-    TraceMismatch,
     UnsupportedOption,
 )
 from ..hf import Attachment, MoELayer, find_moe_layers, owner_of, require_whole, top_k_of
@@ -521,7 +520,9 @@ class Engine:
                 and probability of use by layers ahead.
 
         Raises:
-            TraceMismatch: the trace is of another shape.
+            TraceMismatch: the trace or its scores are of another shape, or it has no decode steps; of a run, that its
+                steps have another number of tokens.
+            UnsupportedOption: what is given is no trace, or no array.
         """
         self._require_attached()
         if trace is None:
@@ -529,15 +530,8 @@ class Engine:
             if self.runner.schedule_runner is not None:
                 self.runner.schedule_runner.force(None)
             return
-        found = (trace.num_layers, trace.num_experts, trace.top_k)
-        if found != (self.shape.num_layers, self.shape.num_experts, self.shape.top_k):
-            raise TraceMismatch(
-                f"the trace has (layers, experts, top-k) = {found}, the model has "
-                f"{(self.shape.num_layers, self.shape.num_experts, self.shape.top_k)}"
-            )
-        first = trace.select(phase="decode").steps[:1]
-        batch = int((trace.step == first[0]).sum()) if first else 0
-        self.runner.forced = forced = ForcedRouting.of_trace(trace, batch, self._device.torch_device, scores)
+        forced = ForcedRouting.of_trace(trace, self.shape, self._device.torch_device, scores)
+        self.runner.forced = forced
         if self.runner.schedule_runner is not None:
             self.runner.schedule_runner.force(forced)
 

@@ -6,10 +6,13 @@ routing like a trained model's. The tokens that come out mean nothing, as they d
 Shapes: S steps, L MoE layers, T tokens, K top-k, E experts, d layers ahead.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from ..errors import TraceMismatch
+from ..core.types import MoEShape
+from ..errors import TraceMismatch, UnsupportedOption
 from ..traces.routing import RoutingTrace
 
 
@@ -32,21 +35,43 @@ class ForcedRouting:
 
     @classmethod
     def of_trace(
-        cls, trace: RoutingTrace, batch: int, device: torch.device, scores: np.ndarray | None = None
+        cls, trace: RoutingTrace, shape: MoEShape, device: torch.device, scores: Any = None
     ) -> "ForcedRouting":
-        """The decode steps of a trace whose steps hold `batch` tokens each.
+        """The decode steps of a trace that hold as many tokens as its first one, for a model of `shape`.
+
+        Args:
+            scores: an array as `__init__` takes it, for these steps.
 
         Raises:
-            TraceMismatch: no step does.
+            UnsupportedOption: what is given is no trace, or no array of numbers.
+            TraceMismatch: it is of another shape, or has no decode step.
         """
-        decode = trace.select(phase="decode")
-        steps = [step for step in decode.steps if int((decode.step == step).sum()) == batch]
-        if not steps:
-            raise TraceMismatch(
-                f"the trace has no decode step of {batch} tokens; record or generate one with batch={batch}"
+        if not isinstance(trace, RoutingTrace):
+            raise UnsupportedOption(
+                f"trace is a {type(trace).__name__}; it is a RoutingTrace, such as engine.generate(...).trace"
             )
-        ids = np.stack([decode.step_routing(step)[0] for step in steps])
-        return cls(ids, scores, device)
+        found, here = (trace.num_layers, trace.num_experts, trace.top_k), shape[:3]
+        if found != here:
+            raise TraceMismatch(f"the trace has (layers, experts, top-k) = {found}, the model has {here}")
+        decode = trace.select(phase="decode")
+        if not len(decode):
+            raise TraceMismatch(
+                "the trace has no decode steps, only a prompt's; record or generate one of several new tokens"
+            )
+        numbers, counts = np.unique(decode.step, return_counts=True)
+        steps = numbers[counts == counts[0]]
+        ids = np.stack([decode.step_routing(int(step))[0] for step in steps])
+        return cls(ids, None if scores is None else _scores(scores, len(ids), shape), device)
+
+    def require(self, num_tokens: int) -> None:
+        """Raise TraceMismatch unless a step of the model has as many tokens as one of the trace."""
+        _, here, _ = self.ids_LTK.shape
+        if num_tokens != here:
+            raise TraceMismatch(
+                f"decode steps are routed by a trace of {here} tokens a step, and this one has {num_tokens} (a token "
+                f"of each sequence; beams and samples are sequences too); generate {here} at once, or end it with "
+                f"force_routing(None)"
+            )
 
     def restart(self) -> None:
         """The next step is the first."""
@@ -58,3 +83,17 @@ class ForcedRouting:
         if self.scores is not None and self._all_scores is not None:
             self.scores.copy_(self._all_scores.index_select(0, self._next)[0])
         self._next.add_(1).remainder_(len(self._ids))
+
+
+def _scores(given: Any, num_steps: int, shape: MoEShape) -> np.ndarray:
+    """An array (S, L, d, 2, E) of numbers. Raises UnsupportedOption, TraceMismatch."""
+    scores = np.asarray(given)
+    if scores.dtype.kind not in "biuf":
+        raise UnsupportedOption(f"scores are a {type(given).__name__}; they are an array of numbers")
+    wanted = (num_steps, shape.num_layers, 2, shape.num_experts)
+    if scores.ndim != 5 or scores.shape[:2] + scores.shape[3:] != wanted or not scores.shape[2]:
+        raise TraceMismatch(
+            f"scores are {scores.shape}; for the decode steps of this trace they are (steps, layers, layers ahead, 2, "
+            f"experts) = ({wanted[0]}, {wanted[1]}, 1 or more, {wanted[2]}, {wanted[3]})"
+        )
+    return scores

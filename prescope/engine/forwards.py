@@ -128,6 +128,7 @@ class Forwards:
                     "decode steps are routed by a trace, one token of each sequence at a time; a draft's tokens "
                     "cannot be verified with it: end it with force_routing(None)"
                 )
+            runner.forced.require(forward.batch)
             runner.forced.advance()
         if recorder is not None:
             recorder.begin_step(forward)
