@@ -169,9 +169,10 @@ class Predicting:
         """
         forced = self.forced
         if forced is not None and forced.scores is not None:
-            return forced.scores[
-                moe_layer, : self.lookahead
-            ].clone()  # the next step's are put into their place
+            # Compiled decisions read all layers that are looked at: those the trace says nothing of have zeros. A copy,
+            # for the next step's are put into the place of these.
+            given = forced.scores[moe_layer, : self.lookahead]
+            return torch.cat([given, given.new_zeros(self.lookahead - len(given), *given.shape[1:])])
         if self._fast_path is not None and len(x_TD) <= self._fast_path.most_tokens:
             return self._fast_path(moe_layer, x_TD, ids_TK, weights_TK)
         made = ask(self.predictor, moe_layer, x_TD, ids_TK, weights_TK, self.lookahead)

@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 
 import prescope
 from prescope.errors import TraceMismatch, UnsupportedOption
+from prescope.predictor import EarlyRouter, Routers
+from prescope.scheduler.costs import LayerCosts
 from tests.support.models import EXPERTS, LAYERS, plain_tokens, prompt, tiny_moe
 
 FAST_LINK = {"device": "cpu", "link_gb_per_s": 50.0}
+COSTS = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=200.0, cpu_us=(0.0, 80.0, 120.0), source="made up")
 NEW = 6
 STEPS = NEW - 1
 
@@ -67,3 +71,26 @@ def test_what_is_no_trace_of_this_model_is_refused_and_nothing_is_forced(model):
                 engine.force_routing(*give(run))
             assert engine.runner.forced is None, name
         assert engine.generate(prompt(), max_new_tokens=NEW).tokens == run.tokens
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 7])
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_scores_may_say_nothing_of_the_last_layers_that_are_looked_at(model, ahead, lookahead):
+    """Compiled decisions read as many layers as the schedule looks at: behind shorter scores lay foreign memory."""
+    routers = Routers.of_weights(
+        torch.stack([layer.mlp.gate.weight.detach() for layer in model.model.layers])
+    )
+    with prescope.attach(model, slots=6, costs=COSTS, cpu_threads=0, **FAST_LINK) as engine:
+        engine.configure(
+            schedule="presched", predictor=EarlyRouter(engine.shape, routers, 2), lookahead=lookahead
+        )
+        run = engine.generate(prompt(), max_new_tokens=NEW)
+        engine.force_routing(run.trace, given := scores(ahead=ahead))
+        assert engine.generate(prompt(), max_new_tokens=NEW).tokens == run.tokens
+        predicting = engine.runner.schedule_runner.predicting
+        predicting.forced.restart()
+        predicting.forced.advance()
+        for layer in range(LAYERS):
+            found = predicting.scores(layer, *(torch.zeros(1, 1) for _ in range(3))).numpy()
+            assert found.shape == (predicting.lookahead, 2, EXPERTS)
+            assert (found[:ahead] == given[0, layer, : predicting.lookahead]).all() and not found[ahead:].any()
