@@ -22,7 +22,7 @@ from ..core.worker import Worker
 from ..errors import UnsupportedOption
 from ..predictor import Prediction, Predictor
 from ..predictor.base import FastPath, Learns
-from ..predictor.checked import apart_from_draws, ask, check_values, prepared
+from ..predictor.checked import BadPrediction, apart_from_draws, ask, check_values, prepared
 from .forced_routing import ForcedRouting
 from .observing import Observing
 from .positions import Forward
@@ -174,7 +174,15 @@ class Predicting:
             given = forced.scores[moe_layer, : self.lookahead]
             return torch.cat([given, given.new_zeros(self.lookahead - len(given), *given.shape[1:])])
         if self._fast_path is not None and len(x_TD) <= self._fast_path.most_tokens:
-            return self._fast_path(moe_layer, x_TD, ids_TK, weights_TK)
+            answer = self._fast_path(moe_layer, x_TD, ids_TK, weights_TK)
+            wanted = (self.lookahead, 2, self.predictor.shape.num_experts)
+            # Compiled decisions read so many numbers, whatever there is.
+            if not isinstance(answer, torch.Tensor) or answer.shape != wanted:
+                raise BadPrediction(
+                    f"fast_path of {self.predictor.name} answers a {type(answer).__name__} of shape "
+                    f"{tuple(getattr(answer, 'shape', ()))}; it is a tensor (layers ahead, 2, experts) = {wanted}"
+                )
+            return answer
         made = ask(self.predictor, moe_layer, x_TD, ids_TK, weights_TK, self.lookahead)
         return of_step(made, self.lookahead, self.predictor.shape.num_experts, x_TD.device)
 

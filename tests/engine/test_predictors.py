@@ -273,6 +273,27 @@ def test_an_interrupt_before_the_first_step_leaves_a_predictor_that_answers(
 
 
 @ASIDE
+@pytest.mark.parametrize(
+    "answer", [(1, 2, EXPERTS), (2, 1, EXPERTS), (2, 2, 1), (0, 2, EXPERTS), (EXPERTS,), None]
+)
+def test_a_fast_path_that_answers_of_another_shape_is_told_so(model, early, gpu, answer):
+    """Compiled decisions read as many numbers as they expect: with fewer they would read foreign memory."""
+
+    def scores(*arguments):
+        return None if answer is None else torch.zeros(answer)
+
+    scores.most_tokens = 4
+    predictor, ids = OnHost(early), prompt(length=5)
+    expected = plain_tokens(model, ids, new=NEW)
+    predictor.fast_path = lambda lookahead: scores
+    with opened(model, predictor, decode="layered", **gpu) as engine:
+        with pytest.warns(UserWarning, match="fast_path of .* answers a (Tensor|NoneType) of shape"):
+            run = generate(engine, ids)
+        assert run.tokens == expected
+        assert any("decoded without predictions" in note for note in run.notes)
+
+
+@ASIDE
 @pytest.mark.filterwarnings("ignore:.* failed at MoE layer 0. OutOfResources:UserWarning")
 def test_a_fast_path_that_cannot_run_here_leaves_the_predictor_beside_the_graph(model, early, gpu):
     """Once it has failed in the way of the first step's layers, its capture was a foreign error that ended the run."""
