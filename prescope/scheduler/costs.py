@@ -4,9 +4,9 @@ Pure: numbers in, numbers out; measured by others and handed in with their origi
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,15 @@ class Spread(NamedTuple):
 
 #: Stated times, and such whose spread nobody knows.
 EXACT = Spread()
+
+
+def _times(name: str, given: Any) -> tuple[Any, ...]:
+    """A list or array of numbers as a tuple of Python's own. Raises UnsupportedOption if it is none."""
+    if isinstance(given, np.ndarray) and given.ndim == 1:
+        return tuple(given.tolist())
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise UnsupportedOption(f"{name} of costs is a {type(given).__name__}; it is a list of numbers")
+    return tuple(given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,13 @@ class LayerCosts:
     source: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spread", Spread(*self.spread))  # a file has a plain list
+        for name in ("spread", "cpu_us", "cpu_alone_us"):  # a file has plain lists, who measures has arrays
+            object.__setattr__(self, name, _times(name, getattr(self, name)))
+        if len(self.spread) > len(EXACT) or not all(map(is_number, self.spread)):
+            raise UnsupportedOption(
+                f"spread of costs is {self.spread!r:.60}; it is {len(EXACT)} numbers at most"
+            )
+        object.__setattr__(self, "spread", Spread(*self.spread))
         if min(self.spread) < 0:
             raise UnsupportedOption(f"{self.spread}: a share of a time is not negative")
         times = (

@@ -47,6 +47,22 @@ def test_what_is_no_time_is_no_cost(name, wrong):
         replace(COSTS, **{name: (0.0, wrong) if name == "cpu_us" else wrong})
 
 
+@pytest.mark.parametrize("name", ["cpu_us", "cpu_alone_us", "spread"])
+def test_several_times_may_come_as_a_list_or_an_array_and_nothing_else(name):
+    """Costs are compared and written to files: an array has no truth value, and cannot be compared as a whole."""
+    times = (0.0, 2.0, 3.0)
+    curve = {"cpu_us": times} if name == "cpu_alone_us" else {}
+    expected = replace(COSTS, **curve, **{name: times})
+    for given in (list(times), np.array(times), np.array(times, dtype=np.float32), list(np.array(times))):
+        assert replace(COSTS, **curve, **{name: given}) == expected
+    for wrong in (None, 3.0, "12", {0.0, 1.0}, np.zeros((2, 2))):
+        with pytest.raises(UnsupportedOption, match=f"{name} of costs is .*; it is a list of numbers"):
+            replace(COSTS, **{name: wrong})
+    for wrong in (["a"], [None, 1.0], [1.0] * 5) if name == "spread" else ():
+        with pytest.raises(UnsupportedOption, match="4 numbers at most"):
+            replace(COSTS, spread=wrong)
+
+
 def test_the_cpu_lane_of_costs_is_off_unless_given():
     """Costs written before there was a CPU lane mean the same as before."""
     assert (COSTS.cpu_us, COSTS.cpu_base_us, COSTS.decide_us, COSTS.copy_us) == ((), 0.0, 0.0, 0.0)
