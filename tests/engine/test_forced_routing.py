@@ -93,4 +93,6 @@ def test_scores_may_say_nothing_of_the_last_layers_that_are_looked_at(model, ahe
         for layer in range(LAYERS):
             found = predicting.scores(layer, *(torch.zeros(1, 1) for _ in range(3))).numpy()
             assert found.shape == (predicting.lookahead, 2, EXPERTS)
-            assert (found[:ahead] == given[0, layer, : predicting.lookahead]).all() and not found[ahead:].any()
+            assert (found[:ahead] == given[0, layer, : predicting.lookahead]).all() and not found[
+                ahead:
+            ].any()
