@@ -187,6 +187,15 @@ class RoutingTrace:
         return len(self.decoder_layers)
 
     @property
+    def num_sequences(self) -> int:
+        """How many numbers its sequences take: those of prompts whose rows are not here count as well."""
+        return max(len(self.prompts), int(self.sequence.max(initial=-1)) + 1)
+
+    def prompt_of_each(self) -> list[dict[str, Any]]:
+        """What is known of the prompt of each sequence, by its number; an empty dict where nothing is."""
+        return [*self.prompts, *({} for _ in range(self.num_sequences - len(self.prompts)))]
+
+    @property
     def steps(self) -> list[int]:
         """Distinct steps, ascending."""
         return np.unique(self.step).tolist()
@@ -270,7 +279,8 @@ class RoutingTrace:
     def concat(cls, traces: Sequence["RoutingTrace"]) -> "RoutingTrace":
         """Several runs of one model as one trace: steps and sequences of each follow those of the one before.
 
-        Inputs are kept when all have them, else left out. Metadata is the first's, prompts are everyone's.
+        Inputs are kept when all have them, else left out. Metadata is the first's, prompts are everyone's: each stays
+        with its sequence, also where a trace holds some rows of a run alone, or knows nothing of its prompts.
 
         Raises:
             TraceMismatch: the traces are of different models.
@@ -279,19 +289,36 @@ class RoutingTrace:
         if not traces:
             raise ValueError("concat needs at least one trace")
         head = traces[0]
+        knows_prompts = any(trace.prompts for trace in traces)
         columns: dict[str, list[np.ndarray]] = {}
         step = sequence = 0
         for trace in traces:
             trace.check_model(head.fingerprint, head.model)
+            head._check_sizes(trace)
             moved = trace._arrays() | {"step": trace.step + step, "sequence": trace.sequence + sequence}
             for name, array in moved.items():
                 columns.setdefault(name, []).append(array)
             step += int(trace.step.max(initial=-1)) + 1
-            sequence += int(trace.sequence.max(initial=-1)) + 1
+            sequence += trace.num_sequences
         arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
         if any(trace.inputs is None for trace in traces):
             arrays["inputs"] = None
-        return replace(head, **arrays, prompts=[prompt for trace in traces for prompt in trace.prompts])
+        prompts = [prompt for trace in traces for prompt in trace.prompt_of_each()] if knows_prompts else []
+        return replace(head, **arrays, prompts=prompts)
+
+    def _check_sizes(self, other: "RoutingTrace") -> None:
+        """Raises TraceMismatch unless rows of both can stand in one trace; of two widths none would be the inputs'."""
+        widths = [None if one.inputs is None else one.inputs.shape[2] for one in (self, other)]
+        sizes = [(one.shape.routing[:3], one.decoder_layers) for one in (self, other)]
+        if sizes[0] == sizes[1] and (None in widths or widths[0] == widths[1]):
+            return
+        mine, others = (
+            f"(layers, experts, top-k) = {shape}, decoder layers {layers}, inputs of width {width}"
+            for (shape, layers), width in zip(sizes, widths, strict=True)
+        )
+        raise TraceMismatch(
+            f"traces of {self.model} and {other.model} cannot be joined: {mine}; {others}. Record them with one model"
+        )
 
     def digest(self) -> str:
         """A checksum of arrays and metadata."""

@@ -6,7 +6,7 @@ Shapes: R rows, T tokens, E experts, K top-k, L MoE layers.
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def adversarial_trace(trace: RoutingTrace, predictor: Predictor, lookahead: int 
 def joined_stream(before: RoutingTrace, after: RoutingTrace) -> RoutingTrace:
     """Two traces of one model as one stream in which the text changes half-way: "before", then "after"."""
     parts = [
-        replace(part, prompts=[{**known, "domain": domain} for known in _prompts_of(part)])
+        replace(part, prompts=[{**known, "domain": domain} for known in part.prompt_of_each()])
         for domain, part in (("before", before), ("after", after))
     ]
     return RoutingTrace.concat(parts)
@@ -178,9 +178,3 @@ def _curve(
             for i in firsts
         ]
     )
-
-
-def _prompts_of(trace: RoutingTrace) -> list[dict[str, Any]]:
-    """One dict for each sequence, also where the trace has none: domains are looked up by sequence."""
-    count = int(trace.sequence.max(initial=-1)) + 1
-    return [trace.prompts[i] if i < len(trace.prompts) else {} for i in range(count)]

@@ -34,9 +34,9 @@ def prompt_keys(trace: RoutingTrace) -> IdArray:
     """(R,) a number for each row's prompt. Sequences of the same text are one prompt: they must not be split."""
     numbers: dict[str, int] = {}
     sequences, row_sequence = np.unique(trace.sequence, return_inverse=True)
-    keys = []
+    keys, known_by_sequence = [], trace.prompt_of_each()
     for sequence in sequences.tolist():
-        known = trace.prompts[sequence] if sequence < len(trace.prompts) else {}
+        known = known_by_sequence[sequence]
         text = known.get("tokens", known.get("text"))
         name = f"sequence {sequence}" if text is None else json.dumps(text)
         keys.append(numbers.setdefault(name, len(numbers)))

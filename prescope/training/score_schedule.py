@@ -22,7 +22,7 @@ from ..simulator.replay import DECIDED, FETCHED, ON_DEMAND, PREFETCHED, REASON, 
 from ..traces.routing import RoutingTrace
 from .intervals import Interval, interval_of, prompts_of, resamples
 from .misses import missed_by_cache
-from .score_sums import FloatArray, best_mask
+from .score_sums import FloatArray, best_mask, domain_of_each
 
 #: Shares of all experts that there are slots for.
 SLOTS = (0.125, 0.25, 0.5)
@@ -208,8 +208,7 @@ def _units(steps: RoutingTrace, batch: int) -> tuple[NDArray[np.int64], NDArray[
     _, rank_R = np.unique(steps.sequence, return_inverse=True)
     _, first = np.unique(steps.step, return_index=True)
     unit_R = rank_R // batch
-    known = [str(prompt.get("domain", "all")) for prompt in steps.prompts]
-    domain_R = np.array([known[s] if s < len(known) else "all" for s in steps.sequence.tolist()])
+    domain_R = domain_of_each(steps)[steps.sequence]
     found = [np.unique(domain_R[unit_R == unit]) for unit in range(int(unit_R.max()) + 1)]
     return unit_R[first], np.array([names[0] if len(names) == 1 else MIXED for names in found])
 

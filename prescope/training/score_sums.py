@@ -37,6 +37,11 @@ def ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole > 0 else float("nan")
 
 
+def domain_of_each(trace: RoutingTrace) -> NDArray[np.str_]:
+    """The domain of each sequence's prompt, by the sequence's number; "all" where none is named."""
+    return np.array([str(prompt.get("domain", "all")) for prompt in trace.prompt_of_each()], dtype=np.str_)
+
+
 class Sums:
     """Adds up one trace's scores, lookahead by lookahead."""
 
@@ -47,10 +52,7 @@ class Sums:
         self.trace_id = zlib.crc32(trace.expert_ids[self.real].tobytes())
         keys = prompt_keys(trace)[self.real]
         self.prompts, self.prompt_R = np.unique(keys, return_inverse=True)
-        by_sequence = [str(p.get("domain", "all")) for p in trace.prompts]
-        row_domain = np.array(
-            [by_sequence[s] if s < len(by_sequence) else "all" for s in trace.sequence[self.real].tolist()]
-        )
+        row_domain = domain_of_each(trace)[trace.sequence[self.real]]
         self.domains = np.array([row_domain[self.prompt_R == q][0] for q in range(len(self.prompts))])
         self.batch_R, self.batch_domains = _batches(
             trace.position[self.real], self.prompt_R, row_domain, batch_tokens

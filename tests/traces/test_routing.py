@@ -312,6 +312,34 @@ def test_concat_keeps_the_needs_of_every_run_apart(trace):
     assert RoutingTrace.concat([trace, small_trace()]).inputs is None
 
 
+@pytest.mark.parametrize("known", ["fewer", "none", "some rows alone", "no rows"])
+def test_concat_leaves_each_prompt_with_its_sequence(trace, known):
+    """By its number a sequence has its domain, and sequences of one text are never split between two purposes."""
+    count = int(trace.sequence.max()) + 1
+    first = replace(trace, prompts=[{"id": f"first {i}"} for i in range(count)])
+    second = replace(trace, prompts=[{"id": f"second {i}"} for i in range(count)])
+    first = {
+        "fewer": replace(first, prompts=first.prompts[:1]),
+        "none": replace(first, prompts=[]),
+        "some rows alone": first.take(first.sequence == 0),
+        "no rows": first.take(first.sequence < 0),
+    }[known]
+    both = RoutingTrace.concat([first, second, first])
+    of_rows = [both.prompt_of_each()[sequence].get("id") for sequence in both.sequence.tolist()]
+    parts = [(part.sequence.tolist(), part.prompt_of_each()) for part in (first, second, first)]
+    assert of_rows == [prompts[i].get("id") for sequences, prompts in parts for i in sequences]
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"num_experts": NUM_EXPERTS + 1}, {"decoder_layers": [0, 1, 2, 9]}, "width"]
+)
+def test_traces_of_other_sizes_are_not_joined(trace, sizes):
+    other = small_trace(width=5) if sizes == "width" else replace(trace, **sizes)
+    for pair in ([trace, other], [other, trace]):
+        with pytest.raises(TraceMismatch, match=r"cannot be joined.*one model"):
+            RoutingTrace.concat(pair)
+
+
 def test_traces_of_two_models_are_not_joined(trace):
     with pytest.raises(TraceMismatch, match="record a trace with this model"):
         RoutingTrace.concat([trace, replace(trace, fingerprint="f" * 16, model="other")])
