@@ -375,8 +375,13 @@ class Transition(Baseline):
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`."""
+        return self.replay_rows(trace, lookahead, np.arange(len(trace)))
+
+    def replay_rows(self, trace: RoutingTrace, lookahead: int, rows: IdArray) -> ScoreArray:
+        """As `replay`, of some rows."""
         self._check(trace, lookahead)
-        used_RLE = torch.from_numpy(used_mask(trace.expert_ids, self.shape.num_experts).astype(np.float32))
+        ids = trace.expert_ids[rows]
+        used_RLE = torch.from_numpy(used_mask(ids, self.shape.num_experts).astype(np.float32))
         layers = range(self.shape.num_layers - lookahead)
         return torch.stack([self._scores(i, lookahead, used_RLE[:, i]) for i in layers], dim=1).numpy()
 

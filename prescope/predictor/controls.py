@@ -13,6 +13,9 @@ from ..traces.routing import RoutingTrace
 from .base import IdArray, ScoreArray, used_mask
 from .baselines import Baseline, LayerInput, Scorer
 
+#: Draws of the generator until they begin anew: going back is going on by the rest of them.
+PERIOD = 1 << 128
+
 
 class Oracle(Baseline):
     """Knows the trace that it replays. A score card that gives it less than 1.0 is wrong."""
@@ -65,8 +68,16 @@ class Chance(Baseline):
 
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`; the same order at each call, another at each lookahead."""
+        return self.replay_rows(trace, lookahead, np.arange(len(trace)))
+
+    def replay_rows(self, trace: RoutingTrace, lookahead: int, rows: IdArray) -> ScoreArray:
+        """As `replay`, of some rows: each has the draws that it has in a replay of all."""
         self._check(trace, lookahead)
-        rng = np.random.default_rng([self.seed, lookahead])
-        return self._scores(
-            rng.random((len(trace), self.shape.num_layers - lookahead, self.shape.num_experts))
-        )
+        size = (self.shape.num_layers - lookahead, self.shape.num_experts)
+        bits = np.random.PCG64([self.seed, lookahead])
+        rng, at = np.random.Generator(bits), 0
+        out = np.empty((len(rows), *size), np.float32)
+        for i, row in enumerate(rows.tolist()):
+            bits.advance((row - at) * size[0] * size[1] % PERIOD)
+            out[i], at = self._scores(rng.random(size)), row + 1
+        return out

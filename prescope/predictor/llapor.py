@@ -33,6 +33,7 @@ from .base import (
     BadState,
     Cost,
     FastPath,
+    IdArray,
     Prediction,
     ScoreArray,
     places_of,
@@ -48,8 +49,10 @@ from .llapor_config import FIXED, LlaporConfig, ModelTag, tensor_shapes
 FORMAT = "prescope-predictor-3"
 #: Distances up to which a correction counts in full: for none of the states, and for all of them.
 NEVER_TRUST, ALWAYS_TRUST = 1e-6, 1e6
-#: Rows scored at once in a replay.
-ROWS = 2048
+#: Rows scored at once in a replay, at most; fewer where their inputs and logits of all layers, as one array each, would
+#: take more than so many bytes. There are some five such arrays at a time: of 94 layers, 512 experts and four layers
+#: ahead, 2048 rows took 4.6 GB.
+ROWS, PART_BYTES = 2048, 32 << 20
 ALL = slice(None)
 
 
@@ -348,22 +351,32 @@ class Llapor:
         self.check_trace(trace, self.lookahead)
         parts = [
             self.comparable(self.forward(*self.batch_of(trace, rows))).flatten(-2).cpu()
-            for rows in _chunks(len(trace))
+            for rows in self.chunks(len(trace))
         ]
         return torch.cat(parts, dim=1)
 
-    @torch.no_grad()
     def replay(self, trace: RoutingTrace, lookahead: int) -> ScoreArray:
         """As `Predictor.replay`. Raises BadTrace, TraceMismatch, BadState."""
+        return self.replay_rows(trace, lookahead, np.arange(len(trace)))
+
+    @torch.no_grad()
+    def replay_rows(self, trace: RoutingTrace, lookahead: int, rows: IdArray) -> ScoreArray:
+        """As `replay`, of some rows."""
         self.check_trace(trace, lookahead)
         L = self.shape.num_layers - lookahead
-        out = np.empty((len(trace), L, self.shape.num_experts), dtype=np.float32)
-        for rows in _chunks(len(trace)):
-            x, choice = self.batch_of(trace, rows)
+        out = np.empty((len(rows), L, self.shape.num_experts), dtype=np.float32)
+        for part in self.chunks(len(rows)):
+            x, choice = self.batch_of(trace, rows[part])
             h, share = self.hidden(x, choice)
             p = self.probabilities(self.logits(h, self.base(x)), share)
-            out[rows] = p[:L, :, lookahead - 1].transpose(0, 1).cpu().numpy()
+            out[part] = p[:L, :, lookahead - 1].transpose(0, 1).cpu().numpy()
         return out
+
+    def chunks(self, num_rows: int) -> list[slice]:
+        """So many rows in parts that are scored at once."""
+        numbers = self.shape.num_layers * max(self.width, self.config.lookahead * self.shape.num_experts)
+        size = max(1, min(ROWS, PART_BYTES // (4 * numbers)))
+        return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
 
     def cost(self) -> Cost:
         """Of `predict` for a middle layer (the largest) and one token. The routers' share is the model's own."""
@@ -482,7 +495,3 @@ def _identity_platt(config: LlaporConfig, shape: MoEShape) -> torch.Tensor:
     return torch.tensor([1.0, 0.0], dtype=torch.float32, device="cpu").repeat(
         shape.num_layers, config.lookahead, 1
     )
-
-
-def _chunks(num_rows: int) -> list[slice]:
-    return [slice(first, min(first + ROWS, num_rows)) for first in range(0, num_rows, ROWS)]

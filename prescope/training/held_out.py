@@ -27,8 +27,8 @@ def layer_recalls(
     """
     L, _, K = predictor.shape[:3]
     hits, total = torch.zeros(2, predictor.lookahead, L, dtype=torch.float32, device=predictor.device)
-    for first in range(0, len(rows), 2048):
-        part = rows[first : first + 2048]
+    for chunk in predictor.chunks(len(rows)):
+        part = rows[chunk]
         z_LTN = predictor.forward(*predictor.batch_of(trace, part))
         ids = torch.from_numpy(trace.expert_ids[part]).to(predictor.device).transpose(0, 1)
         used = used_mask_torch(ids, trace.num_experts)

@@ -22,11 +22,14 @@ from prescope.predictor import (
     ModelTag,
     TooFewPrompts,
     files,
+    llapor,
 )
 from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
+from prescope.scheduler.costs import LayerCosts
+from prescope.simulator import Simulator, as_decode, prepare
 from prescope.traces.routing import used_mask
 from prescope.training import TrainConfig, record_trace, routers_of, rows_of, split_by_prompt, train
-from prescope.training.held_out import fit_trust
+from prescope.training.held_out import fit_trust, layer_recalls
 from prescope.training.misses import absent_pairs
 from tests.support.models import EXPERTS, LAYERS, TOP_K, VOCABULARY, tiny_moe
 
@@ -34,6 +37,7 @@ SHAPE = MoEShape(LAYERS, EXPERTS, TOP_K)
 GROUPS = LayerGroups.at(1, 2, LAYERS, "three groups: for the test")
 SMALL = LlaporConfig(lookahead=2, hidden=32, block=16)
 QUICK = TrainConfig(epochs=3, batch_tokens=128)
+COSTS = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=50.0, source="made up for a test")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +92,36 @@ def test_live_predictions_equal_the_replays(recorded, config):
         for one in live:
             expected = predictor.replay(trace, one.lookahead)[rows, layer]
             np.testing.assert_allclose(one.scores_TE.numpy(), expected, atol=1e-5)
+
+
+def test_a_long_trace_is_scored_in_parts(recorded, trained, monkeypatch):
+    """Logits of all rows, layers, lookaheads and experts were 4.6 GB for 1,024 tokens of a model of 94 x 512."""
+    trace, sizes, hidden = recorded[0], [], Llapor.hidden
+
+    def counted(self, x_LTD, *rest, **options):
+        sizes.append(x_LTD.shape[1])
+        return hidden(self, x_LTD, *rest, **options)
+
+    wholes = [trained.replay(trace, ahead) for ahead in (1, 2)]
+    decoded = as_decode(trace)
+    whole = Simulator(decoded, COSTS, row_bytes=1, predictor=trained).predicted
+    monkeypatch.setattr(Llapor, "hidden", counted)
+    monkeypatch.setattr(llapor, "PART_BYTES", 7 * 4 * LAYERS * trained.width)
+    for ahead in (1, 2):
+        np.testing.assert_allclose(trained.replay(trace, ahead), wholes[ahead - 1], atol=1e-6)
+        rows = np.array([3, 4, 40, 300])
+        np.testing.assert_allclose(
+            trained.replay_rows(trace, ahead, rows), wholes[ahead - 1][rows], atol=1e-6
+        )
+    layer_recalls(trained, trace, np.arange(len(trace)))
+    assert max(sizes) == 7
+    monkeypatch.setattr(prepare, "KEPT_BYTES", 0)
+    monkeypatch.setattr(prepare, "PART_BYTES", 5 * 4 * LAYERS * EXPERTS)
+    sizes.clear()
+    simulator = Simulator(decoded, COSTS, row_bytes=1, predictor=trained)
+    assert not sizes  # nothing is made before a replay comes to it
+    np.testing.assert_allclose(simulator.predicted.used_dSLE, whole.used_dSLE, atol=1e-6)
+    assert max(sizes) == 5
 
 
 def test_the_correction_fades_on_states_unlike_those_of_the_training(recorded, trained):

@@ -10,7 +10,7 @@ from prescope.device import open_device
 from prescope.engine.graph.capturable import why_not_in_graph
 from prescope.engine.predicting import Predicting
 from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
-from prescope.predictor.base import used_mask
+from prescope.predictor.base import ReplaysRows, used_mask
 from prescope.predictor.baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
 from prescope.predictor.controls import Chance, Oracle
 from prescope.predictor.layer_groups import Cues, group_layers
@@ -98,6 +98,20 @@ def test_live_predictions_equal_the_replays(trace, routers):
             for one in live:
                 replayed = predictor.replay(trace, one.lookahead)[rows, layer]
                 assert np.allclose(one.scores_TE.numpy(), replayed, atol=1e-5), predictor.name
+
+
+def test_some_rows_score_as_in_a_replay_of_all(trace, routers):
+    """So the simulator need not hold all scores of a long trace; only the previous token needs all rows before."""
+    rows = np.array([5, 6, 30, 31, 200])
+    for predictor in predictors(trace, routers):
+        if isinstance(predictor, ReplaysRows):
+            for ahead in range(1, D + 1):
+                expected = predictor.replay(trace, ahead)[rows]
+                assert np.allclose(predictor.replay_rows(trace, ahead, rows), expected, atol=1e-6), (
+                    predictor.name
+                )
+        else:
+            assert isinstance(predictor, PreviousToken)
 
 
 def test_the_early_router_applies_the_coming_layers_router(trace, routers, model):

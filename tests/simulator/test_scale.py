@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from prescope.predictor import Frequency, NoisyOracle, Oracle, RecordedPredictor
+from prescope.predictor import Chance, Frequency, NoisyOracle, Oracle, RecordedPredictor
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Simulator, prepare, simulator
 from prescope.traces.routing import RoutingTrace
@@ -64,7 +64,7 @@ def test_memory_is_that_of_what_is_needed_and_of_a_part_of_the_predictions(predi
     assert peak < (40 << 20), f"{peak / 2**20:.0f} MiB"
 
 
-@pytest.mark.parametrize("kind", ["oracle", "noisy", "frequency", "recorded"])
+@pytest.mark.parametrize("kind", ["oracle", "noisy", "frequency", "recorded", "chance"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_predictions_made_in_parts_are_those_made_at_once(kind, batch, monkeypatch):
     """Whole replays too, to the last bit: also across a second prompt, and with parts of a few rows."""
@@ -76,6 +76,7 @@ def test_predictions_made_in_parts_are_those_made_at_once(kind, batch, monkeypat
         "oracle": Oracle(trace.shape, 3),
         "noisy": noisy,
         "frequency": Frequency(trace, 3),
+        "chance": Chance(trace.shape, 3),
         "recorded": RecordedPredictor.of_scores(
             trace, [noisy.replay(trace, ahead)[decode] for ahead in (1, 2)], name="x", is_calibrated=True
         ),
