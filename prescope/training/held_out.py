@@ -20,7 +20,7 @@ MIN_ERROR = 0.01
 def layer_recalls(
     predictor: Llapor, trace: RoutingTrace, rows: IdArray, counted_RLE: NDArray[np.bool_] | None = None
 ) -> torch.Tensor:
-    """(lookahead, L) recall@K of some rows by source layer; NaN where there is no layer to predict.
+    """(lookahead, L) recall@K of some rows by source layer; NaN where there is no layer to predict, or none used it.
 
     Args:
         counted_RLE: pairs of the trace that count, all unless given.
@@ -38,15 +38,12 @@ def layer_recalls(
             best = z_LTN[: L - ahead, :, predictor.columns(ahead)].topk(K, dim=-1).indices
             hits[ahead - 1, : L - ahead] += used[ahead:].gather(-1, best).sum((1, 2))
             total[ahead - 1, : L - ahead] += used[ahead:].sum((1, 2))
-    exists = (
-        torch.arange(L, device="cpu") < L - torch.arange(1, predictor.lookahead + 1, device="cpu")[:, None]
-    )
-    return torch.where(exists, (hits / total.clamp_min(1)).cpu(), torch.nan)
+    return torch.where(total > 0, hits / total.clamp_min(1), torch.nan).cpu()
 
 
 def mean_recall(recalls: torch.Tensor) -> float:
-    """Over layers, then over lookaheads."""
-    return float(recalls.nanmean(1).mean())
+    """Over layers, then over lookaheads; NaN where nothing counts at all."""
+    return float(recalls.nanmean(1).nanmean())
 
 
 def fit_trust(predictor: Llapor, trace: RoutingTrace, rows: IdArray) -> None:

@@ -50,7 +50,8 @@ def resamples(chosen: NDArray[np.bool_], seed: int) -> NDArray[np.float64]:
 
 
 def interval_of(value: float, resampled: NDArray[np.float64]) -> Interval:
-    """The 95 % percentile interval of resampled values (RESAMPLES,) around a value."""
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    """The 95 % percentile interval of resampled values (RESAMPLES,) around a value; those that are NaN say nothing."""
+    known = resampled[~np.isnan(resampled)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (value, value)
     # The percentile interval of few, skewed prompts can miss the point; it never should.
     return Interval(value, min(float(low), value), max(float(high), value))

@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 
 from ..core.numbers import is_count
 from ..core.types import MoEShape
-from ..errors import TraceMismatch, UnsupportedOption
+from ..errors import BadTrace, TraceMismatch, UnsupportedOption
 from ..predictor.base import Predictor, ScoreArray, require_lookahead
 from ..predictor.checked import replay, require_predictor
 from ..predictor.layer_groups import LayerGroups
 from ..traces.routing import RoutingTrace
 from .intervals import Interval, interval_of, prompts_of, resamples
 from .score_sums import BATCH_TOKENS, NUM_BINS, FloatArray, Sums, best_mask, ratio
+
+#: Of layers, as `LayerGroups.name_of` names them.
+GROUPS = ("input", "middle", "output")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,7 +77,7 @@ class ScoreCard:
     def recall(
         self, lookahead: int, *, double: bool = False, domain: str | None = None, group: str | None = None
     ) -> float:
-        """Share of used experts among the best K (or 2K) scored, mean over layers.
+        """Share of used experts among the best K (or 2K) scored, mean over the layers that were used at all.
 
         Args:
             domain: of these prompts only. `group`: "input", "middle" or "output" layers only, by source layer.
@@ -94,11 +97,11 @@ class ScoreCard:
         return interval_of(self.recall(lookahead, domain=domain), values)
 
     def exact_frac(self, lookahead: int, *, domain: str | None = None) -> float:
-        """Share of tokens whose best K are exactly the experts that they use, mean over layers."""
+        """Share of tokens whose best K are exactly the experts that they use, mean over layers that were used."""
         a, layers = self._index_of(lookahead), self.shape.num_layers - lookahead
         chosen = self._in_domain(domain)
         exact, tokens = (part[a, :layers][:, chosen].sum(axis=1) for part in (self.exact, self.tokens))
-        return float((exact / np.maximum(tokens, 1e-12)).mean())
+        return float(_mean_of_ratios(exact, tokens))
 
     def hot(self, lookahead: int, *, domain: str | None = None) -> float:
         """The paper's metric: share of the predicted hot Top-4 of a batch of tokens that are in its true Top-6.
@@ -223,6 +226,8 @@ class ScoreCard:
         self, weights: FloatArray, lookahead: int, double: bool, domain: str | None, group: str | None
     ) -> FloatArray:
         """Recall for prompt weights (..., Q): mean over layers of weighted hits over weighted used."""
+        if group is not None and group not in GROUPS:
+            raise UnsupportedOption(f"group is {group!r}; choose one of {', '.join(map(repr, GROUPS))}")
         a = self._index_of(lookahead)
         layers = [
             layer
@@ -234,7 +239,7 @@ class ScoreCard:
         weights = weights * self._in_domain(domain)
         hits = weights @ (self.hits_double if double else self.hits)[a, layers].T
         used = weights @ self.used[a, layers].T
-        return (hits / np.maximum(used, 1e-12)).mean(axis=-1)
+        return _mean_of_ratios(hits, used)
 
 
 def score(
@@ -252,11 +257,12 @@ def score(
         groups: of the layers, for the card's columns; one group when not given.
 
     Raises:
-        BadTrace, TraceMismatch: as `predictor.replay`.
+        BadTrace: there is no token, or no coming layer. And, with TraceMismatch, as `predictor.replay`.
         BadPrediction: its scores are of another shape, or no probabilities.
         UnsupportedOption: it is no predictor, a lookahead is beyond its own, or a batch has no tokens.
     """
     require_predictor(predictor, "replay")
+    require_scorable(trace)
     shape = trace.shape
     most = min(predictor.lookahead, shape.num_layers - 1)
     if not (is_count(batch_tokens) and batch_tokens >= 1):
@@ -283,6 +289,18 @@ def score(
     )
 
 
+def require_scorable(trace: RoutingTrace) -> None:
+    """Make sure that a predictor can be judged on a trace.
+
+    Raises:
+        BadTrace: it has no token that is no padding, or one layer, before which nothing is predicted.
+    """
+    if not (trace.position >= 0).any():
+        raise BadTrace(f"the trace of {trace.model} has no token to score; record some text")
+    if trace.num_layers < 2:
+        raise BadTrace(f"{trace.model} has {trace.num_layers} MoE layer; there is no coming layer to predict")
+
+
 def difference(
     first: ScoreCard, second: ScoreCard, lookahead: int, *, domain: str | None = None, seed: int = 0
 ) -> Interval:
@@ -291,7 +309,7 @@ def difference(
     Raises:
         TraceMismatch: the cards are of different traces.
     """
-    if first.trace_id != second.trace_id:
+    if first.trace_id != second.trace_id or not np.array_equal(first.prompts, second.prompts):
         raise TraceMismatch(
             f"{first.predictor} and {second.predictor} were scored on different traces; score both on one"
         )
@@ -301,6 +319,16 @@ def difference(
     )
     point = first.recall(lookahead, domain=domain) - second.recall(lookahead, domain=domain)
     return interval_of(point, values)
+
+
+def _mean_of_ratios(part: FloatArray, whole: FloatArray) -> FloatArray:
+    """(...) from (..., L): mean over layers of part / whole. A layer of which nothing is known, since none of these
+    tokens used it, is left out; NaN where that is so of all.
+    """
+    known = whole > 0
+    ratios = np.divide(part, whole, out=np.zeros_like(part), where=known)
+    layers = known.sum(axis=-1)
+    return np.divide(ratios.sum(axis=-1), layers, out=np.full(layers.shape, np.nan), where=layers > 0)
 
 
 def recall_at(scores_TE: ScoreArray, used_TE: NDArray[np.bool_], k: int) -> float:

@@ -243,7 +243,7 @@ class _TrainingRun:
                 f"({self.training.learning_rate}); nothing was overwritten"
             )
         recall = self._validation_recall()
-        is_best = recall > self.best_recall
+        is_best = not recall <= self.best_recall  # NaN: nothing tells epochs apart, so the newest is kept
         self.epoch += 1
         self.epochs_since_best = 0 if is_best else self.epochs_since_best + 1
         if is_best:

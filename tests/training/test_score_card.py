@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from prescope.core.types import MoEShape
-from prescope.errors import TraceMismatch, UnsupportedOption
+from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
 from prescope.predictor import Chance, Frequency, Oracle, PreviousToken, Transition
 from prescope.scheduler.costs import LayerCosts
 from prescope.traces.routing import RoutingTrace
@@ -78,6 +78,27 @@ def test_the_oracle_scores_one_everywhere(trace):
     assert set(frame["domain"]) == {"odd", "even"}
 
 
+@pytest.mark.parametrize("unused", [0, 2, LAYERS - 1])
+def test_a_layer_that_no_token_uses_says_nothing(trace, unused):
+    """Traces of other programs have rows for dense layers: the oracle's recall over all layers was below 1."""
+    ids = trace.expert_ids.copy()
+    ids[:, unused] = -1
+    # One domain does not use another layer either: its own mean leaves that out too.
+    of_odd = np.flatnonzero(trace.sequence % 2)
+    ids[of_odd, 1] = -1
+    partly = replace(trace, expert_ids=ids)
+    card = score(Oracle(SHAPE, 2), partly)
+    for domain in (None, "odd", "even"):
+        for ahead in (1, 2):
+            assert card.recall(ahead, domain=domain) == card.exact_frac(ahead, domain=domain) == 1.0
+            assert card.recall_interval(ahead, domain=domain) == (1.0, 1.0, 1.0)
+    frequency = score(Frequency(trace, 1), partly)
+    known = [recall for recall in frequency.recalls(1) if recall == recall]
+    assert frequency.recall(1) == pytest.approx(np.mean(known)) and len(known) < LAYERS
+    nothing = score(Oracle(SHAPE, 2), replace(trace, expert_ids=np.full_like(ids, -1)))
+    assert np.isnan([nothing.recall(1), *nothing.recall_interval(1), nothing.exact_frac(1)]).all()
+
+
 def test_chance_scores_chance(trace):
     card = score(Chance(SHAPE, 3), trace)
     for ahead in card.lookaheads:
@@ -95,6 +116,23 @@ def test_nobody_beats_the_oracle_and_twice_as_many_guesses_find_no_less(trace):
 def test_precision_equals_recall_when_each_token_uses_k_and_k_are_predicted(trace):
     frame = score(Transition(trace, 2), trace).to_frame()
     np.testing.assert_allclose(frame["precision"], frame["recall"])
+
+
+def test_what_cannot_be_judged_is_told(trace):
+    one_layer = replace(
+        trace, expert_ids=trace.expert_ids[:, :1], weights=trace.weights[:, :1], decoder_layers=[0]
+    )
+    with pytest.raises(BadTrace, match="no coming layer"):
+        score(Oracle(one_layer.shape, 1), one_layer)
+    for empty in (trace.take(trace.position > 10**6), replace(trace, position=np.full(len(trace), -1))):
+        with pytest.raises(BadTrace, match="no token to score"):
+            score(Oracle(SHAPE, 1), empty)
+    card = score(Oracle(SHAPE, 2), trace)
+    with pytest.raises(UnsupportedOption, match="choose one of 'input', 'middle', 'output'"):
+        card.recall(1, group="first")
+    one_text = replace(trace, prompts=[{"text": "the same"}] * PROMPTS)
+    with pytest.raises(TraceMismatch, match="different traces"):
+        difference(card, score(Oracle(SHAPE, 2), one_text), 1)
 
 
 def test_padding_is_not_scored(trace):
