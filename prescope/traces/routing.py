@@ -275,6 +275,25 @@ class RoutingTrace:
                 f"(engine.generate(...).trace), or load the model the trace belongs to"
             )
 
+    def check_same_model(self, other: "RoutingTrace") -> None:
+        """Make sure that another trace is of this one's model, and its router inputs, if both have them, as wide.
+
+        Raises:
+            TraceMismatch: it is not.
+        """
+        other.check_model(self.fingerprint, self.model)
+        widths = [None if one.inputs is None else one.inputs.shape[2] for one in (self, other)]
+        sizes = [(tuple(one.shape.routing[:3]), one.decoder_layers) for one in (self, other)]
+        if sizes[0] == sizes[1] and (None in widths or widths[0] == widths[1]):
+            return
+        mine, others = (
+            f"(layers, experts, top-k) = {shape}, decoder layers {layers}, inputs of width {width}"
+            for (shape, layers), width in zip(sizes, widths, strict=True)
+        )
+        raise TraceMismatch(
+            f"traces of {self.model} and {other.model} cannot be joined: {mine}; {others}. Record both with one model"
+        )
+
     @classmethod
     def concat(cls, traces: Sequence["RoutingTrace"]) -> "RoutingTrace":
         """Several runs of one model as one trace: steps and sequences of each follow those of the one before.
@@ -293,8 +312,7 @@ class RoutingTrace:
         columns: dict[str, list[np.ndarray]] = {}
         step = sequence = 0
         for trace in traces:
-            trace.check_model(head.fingerprint, head.model)
-            head._check_sizes(trace)
+            head.check_same_model(trace)
             moved = trace._arrays() | {"step": trace.step + step, "sequence": trace.sequence + sequence}
             for name, array in moved.items():
                 columns.setdefault(name, []).append(array)
@@ -305,20 +323,6 @@ class RoutingTrace:
             arrays["inputs"] = None
         prompts = [prompt for trace in traces for prompt in trace.prompt_of_each()] if knows_prompts else []
         return replace(head, **arrays, prompts=prompts)
-
-    def _check_sizes(self, other: "RoutingTrace") -> None:
-        """Raises TraceMismatch unless rows of both can stand in one trace; of two widths none would be the inputs'."""
-        widths = [None if one.inputs is None else one.inputs.shape[2] for one in (self, other)]
-        sizes = [(one.shape.routing[:3], one.decoder_layers) for one in (self, other)]
-        if sizes[0] == sizes[1] and (None in widths or widths[0] == widths[1]):
-            return
-        mine, others = (
-            f"(layers, experts, top-k) = {shape}, decoder layers {layers}, inputs of width {width}"
-            for (shape, layers), width in zip(sizes, widths, strict=True)
-        )
-        raise TraceMismatch(
-            f"traces of {self.model} and {other.model} cannot be joined: {mine}; {others}. Record them with one model"
-        )
 
     def digest(self) -> str:
         """A checksum of arrays and metadata."""

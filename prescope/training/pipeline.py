@@ -25,7 +25,7 @@ from .prepare import MIN_PROMPTS, rows_of, split_by_prompt, spread
 from .record import PromptSet, device_of, opened, own_prompts, own_text, record_trace
 from .routers import router_agreement, routers_of, routers_or_reason
 from .savings import savings
-from .score_card import ScoreCard, difference, score
+from .score_card import ScoreCard, difference, require_scorable, score
 from .trainer import TrainConfig, TrainingProgress, TrainResult, train
 
 __all__ = [
@@ -138,10 +138,15 @@ def train_predictor(
     started = time.perf_counter()
     _require_prompts(prompts)
     training = training or TrainConfig()
+    test = None
     with opened(model) as engine:
         trace = record_trace(
             engine, prompts, max_tokens=max_tokens, new_tokens=new_tokens, seed=training.seed
         )
+        if (
+            test_prompts is not None
+        ):  # before training: what is wrong with them must not cost a trained predictor
+            test = record_trace(engine, test_prompts, max_tokens=max_tokens, new_tokens=new_tokens, seed=1)
         # The split that `train` makes too.
         cues = measure_cues(trace, split_by_prompt(trace, training.hold_out, training.seed).train)
         own = OWN_TOKENS if own_tokens is None else own_tokens
@@ -157,9 +162,6 @@ def train_predictor(
             checkpoint=checkpoint,
             on_progress=on_progress,
         )
-        test = None
-        if test_prompts is not None:
-            test = record_trace(engine, test_prompts, max_tokens=max_tokens, new_tokens=new_tokens, seed=1)
     notes = {"routers": reason, "own_tokens": own}
     return _judged(result, trace, cues, routers, test, notes, path, started)
 
@@ -185,10 +187,15 @@ def train_on_trace(
 
     Raises:
         TooFewPrompts: fewer than 4 different sequences. BadState, BadTrace: the states are NaN or missing.
+        TraceMismatch: `test` is of another model.
     """
     started = time.perf_counter()
     training = training or TrainConfig()
     require_inputs(trace, "training LLaPor")
+    if test is not None:
+        trace.check_same_model(test)
+        require_inputs(test, "judging LLaPor")
+        require_scorable(test)
     cues = measure_cues(trace, split_by_prompt(trace, training.hold_out, training.seed).train)
     result = train(
         trace, config=config or LlaporConfig.paper(), training=training, groups=group_layers(cues), device=device,

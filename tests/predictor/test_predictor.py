@@ -28,7 +28,15 @@ from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Simulator, as_decode, prepare
 from prescope.traces.routing import used_mask
-from prescope.training import TrainConfig, record_trace, routers_of, rows_of, split_by_prompt, train
+from prescope.training import (
+    TrainConfig,
+    record_trace,
+    routers_of,
+    rows_of,
+    split_by_prompt,
+    train,
+    train_on_trace,
+)
 from prescope.training.held_out import fit_trust, layer_recalls
 from prescope.training.misses import absent_pairs
 from tests.support.models import EXPERTS, LAYERS, TOP_K, VOCABULARY, tiny_moe
@@ -289,6 +297,24 @@ def test_scores_compare_across_tokens(recorded, trained):
     for ahead in (1, 2):
         sums = trained.replay(recorded[0], ahead).sum(-1)
         assert abs(sums.mean() - TOP_K) < 0.2 and sums.std() < 0.4
+
+
+@pytest.mark.parametrize("wrong", ["model", "sizes", "width", "no inputs", "no tokens", "padding"])
+def test_a_test_trace_that_cannot_judge_is_told_before_training(recorded, tmp_path, wrong):
+    """Told behind it, an hour's training was gone: the predictor is saved when it has been judged."""
+    trace = recorded[0]
+    test = {
+        "model": replace(trace, fingerprint="f" * 16),
+        "sizes": replace(trace, num_experts=EXPERTS + 1),
+        "width": replace(trace, inputs=trace.inputs[..., :-1]),
+        "no inputs": replace(trace, inputs=None),
+        "no tokens": trace.take(trace.step < 0),
+        "padding": replace(trace, position=np.full(len(trace), -1)),
+    }[wrong]
+    epochs = []
+    with pytest.raises((TraceMismatch, BadTrace)):
+        train_on_trace(trace, test=test, training=QUICK, on_progress=epochs.append)
+    assert not epochs
 
 
 def test_a_predictor_of_another_model_is_refused(trained, tmp_path):

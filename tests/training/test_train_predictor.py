@@ -9,7 +9,7 @@ import torch
 import prescope
 from prescope.core import paths
 from prescope.core.paths import embedded_model
-from prescope.errors import BadTrace, TraceMismatch, UnsupportedOption
+from prescope.errors import BadTrace, PrescopeError, TraceMismatch, UnsupportedOption
 from prescope.predictor import BadState, Llapor, LlaporConfig, TooFewPrompts
 from prescope.predictor.llapor import ALWAYS_TRUST, NEVER_TRUST
 from prescope.training import (
@@ -129,6 +129,17 @@ def test_an_engine_keeps_its_settings(engine):
 def test_too_few_prompts_are_refused_before_anything_runs(prompts):
     with pytest.raises(TooFewPrompts, match="4 or more"):
         prescope.train_predictor("no model is loaded for this", prompts)
+
+
+@pytest.mark.parametrize("test_prompts", [[], [[]], ["a text"], {"new": []}])
+def test_test_prompts_that_cannot_be_recorded_are_told_before_training(test_prompts):
+    prompts = np.random.default_rng(0).integers(0, 128, (6, 8)).tolist()
+    epochs = []
+    with prescope.attach(tiny_moe(), slots=1.0, device="null") as engine, pytest.raises(PrescopeError):
+        prescope.train_predictor(
+            engine, prompts, test_prompts=test_prompts, own_tokens=0, on_progress=epochs.append
+        )
+    assert not epochs
 
 
 def test_states_that_are_nan_end_training_and_overwrite_nothing(tmp_path):
