@@ -3,11 +3,11 @@
 Shapes: D width, P compressed width, H hidden, B width of the block, E experts, L MoE layers, N = lookahead * E outputs.
 """
 
-import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from ..core.numbers import is_number, require_count, require_size, settle
 from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 
@@ -53,17 +53,15 @@ class LlaporConfig:
 
     def __post_init__(self) -> None:
         for name in ("lookahead", "width_outer", "width_middle", "hidden", "block"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UnsupportedOption(
-                    f"{name} is {getattr(self, name)!r}; it is a whole number, at least 1"
-                )
-        if not 0.0 <= self.dropout < 1.0:
-            raise UnsupportedOption(f"dropout is {self.dropout}; it lies in [0, 1)")
-        weights = (self.trust, self.focal_lambda, self.focal_gamma, self.distill)
-        if not all(0.0 <= weight < math.inf for weight in weights):
-            raise UnsupportedOption(
-                "trust, focal_lambda, focal_gamma and distill are finite and not negative"
-            )
+            require_count(name, getattr(self, name))
+        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise UnsupportedOption(f"dropout is {self.dropout!r}; it lies in [0, 1)")
+        for name in ("trust", "focal_lambda", "focal_gamma", "distill"):
+            require_size(name, getattr(self, name))
+        for name in ("residual", "relative", "use_choice"):
+            if not isinstance(getattr(self, name), bool):
+                raise UnsupportedOption(f"{name} is {getattr(self, name)!r}; it is True or False")
+        settle(self)
 
     @classmethod
     def paper(cls, **changes: Any) -> "LlaporConfig":

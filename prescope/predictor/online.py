@@ -14,6 +14,7 @@ text that is merely harder (tiny-moe, Rust); on text that is new (Ukrainian) it 
 Shapes: T tokens, H hidden, E experts, K top-k, L MoE layers, N = lookahead * E, W tokens of the ring.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Self
@@ -23,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from ..core.numbers import is_number, require_count, require_size, settle
 from ..errors import UnsupportedOption
 from ..traces.routing import RoutingTrace
 from .base import Cost, FastPath, Prediction, ScoreArray, targets_of, used_mask_torch
@@ -53,10 +55,17 @@ class OnlineConfig:
     pause: int = 64
 
     def __post_init__(self) -> None:
-        if min(self.window, self.ring, self.steps, self.pause) < 1 or self.ring < self.window:
+        for name in ("window", "ring", "steps", "pause"):
+            require_count(name, getattr(self, name))
+        if self.ring < self.window:
             raise UnsupportedOption(
-                "window, ring, steps and pause are at least 1, and the ring holds a window"
+                f"ring is {self.ring} and window {self.window}; the ring holds a window at least"
             )
+        if not is_number(self.margin) or not math.isfinite(self.margin):
+            raise UnsupportedOption(f"margin is {self.margin!r}; it is a share of the experts, such as 0.1")
+        require_size("learning_rate", self.learning_rate, above=True)
+        require_size("pull", self.pull)
+        settle(self)
 
 
 class OnlineTuner:
@@ -75,6 +84,11 @@ class OnlineTuner:
     needs_every_layer = True
 
     def __init__(self, predictor: Llapor, config: OnlineConfig | None = None) -> None:
+        if not isinstance(predictor, Llapor):
+            raise UnsupportedOption(
+                f"only a Llapor, as prescope.train_predictor(...).predictor is one, is tuned online; this is a "
+                f"{type(predictor).__name__}"
+            )
         self._trained = predictor
         self.config = config or OnlineConfig()
         self.name = f"{predictor.name} tuned online"
@@ -206,7 +220,10 @@ class OnlineTuner:
     def replay(self, trace: RoutingTrace, lookahead: int, chunk: int = 16) -> ScoreArray:
         """As `Predictor.replay`, in the order of the rows, learning after each `chunk` of them; starts anew.
 
-        Each chunk is scored before it is learned from.
+        Each chunk is scored before it is learned from; padding is not learned from.
+
+        Raises:
+            UnsupportedOption: `chunk` is no number of rows. And as `Llapor.replay`.
         """
         return self.replay_all(trace, (lookahead,), chunk)[lookahead]
 
@@ -214,6 +231,7 @@ class OnlineTuner:
         self, trace: RoutingTrace, lookaheads: tuple[int, ...], chunk: int = 16
     ) -> dict[int, ScoreArray]:
         """`replay` for several lookaheads in one pass."""
+        require_count("chunk", chunk)
         for ahead in lookaheads:
             self._trained.check_trace(trace, ahead)
         self.reset()
@@ -227,14 +245,24 @@ class OnlineTuner:
                 p = self._probabilities(hidden, share, base)
                 for ahead in lookaheads:
                     out[ahead][rows] = p[: L - ahead, :, ahead - 1].transpose(0, 1).cpu().numpy()
-            ids = torch.from_numpy(trace.expert_ids[rows]).to(self.predictor.device).transpose(0, 1)
+            real = np.where(trace.position[rows, None, None] >= 0, trace.expert_ids[rows], -1)
+            ids = torch.from_numpy(real).to(self.predictor.device).transpose(0, 1)
             self._learn(hidden, base, used_mask_torch(ids, E))
         return out
 
     # -- learning ----------------------------------------------------------------------------------------------
 
     def _learn(self, hidden: torch.Tensor, base: torch.Tensor | None, used: torch.Tensor) -> None:
-        """Take in T tokens (L, T, ...) whose outcome is known; tune if they say so."""
+        """Take in T tokens (L, T, ...) whose outcome is known; tune if they say so.
+
+        Padding used no expert. Were it a token, whatever was predicted of it would be an error.
+        """
+        is_token = used.any(dim=2).any(dim=0)
+        if not is_token.all():
+            hidden, used = hidden[:, is_token], used[:, is_token]
+            base = None if base is None else base[:, is_token]
+        if not hidden.shape[1]:
+            return
         at = torch.arange(self._seen, self._seen + hidden.shape[1], device=hidden.device)[-self.config.ring :]
         keep = len(at)
         self._hidden[:, at % self.config.ring] = hidden[:, -keep:].detach()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.numbers import require_count
 from ..core.types import MoEShape
 from ..errors import TraceMismatch, UnsupportedOption
 from ..predictor.base import Cost, Learns, Predictor, ScoreArray, used_mask
@@ -123,9 +124,14 @@ def domain_shift(
 ) -> Shift:
     """Score two traces one after the other as one stream, with the predictor as trained and with online tuning.
 
+    Padding is left out.
+
     Raises:
         TraceMismatch: the traces are of different models, or shorter than a window.
+        UnsupportedOption: `window` is no number of tokens.
     """
+    require_count("window", window)
+    before, after = (trace.take(trace.position >= 0) for trace in (before, after))
     if min(len(before), len(after)) < window:
         raise TraceMismatch(
             f"both parts of a stream need {window} tokens; they have {len(before)} and {len(after)}"

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from ..core.numbers import is_number, require_count, require_seed, require_size, settle
 from ..core.paths import user_path
 from ..errors import BadTrace, UnsupportedOption
 from ..predictor.base import BadPredictor, BadState, IdArray, require_inputs, used_mask, used_mask_torch
@@ -73,17 +74,21 @@ class TrainConfig:
     slots: float = 0.25
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.patience, 1 if self.batch_tokens is None else self.batch_tokens) < 1:
-            raise UnsupportedOption("epochs, patience and batch_tokens are at least 1")
-        if not 0.0 < self.hold_out < 1.0:
-            raise UnsupportedOption(f"hold_out is {self.hold_out}; it is a share of the prompts, in (0, 1)")
-        if self.objective not in ("used", "misses") or not 0.0 < self.slots <= 1.0:
+        for name in ("epochs", "patience", "batch_tokens"):
+            if name != "batch_tokens" or self.batch_tokens is not None:
+                require_count(name, getattr(self, name))
+        require_seed(self.seed)
+        require_size("learning_rate", self.learning_rate, above=True)
+        require_size("weight_decay", self.weight_decay)
+        if not is_number(self.hold_out) or not 0.0 < self.hold_out < 1.0:
+            raise UnsupportedOption(f"hold_out is {self.hold_out!r}; it is a share of the prompts, in (0, 1)")
+        is_share = is_number(self.slots) and 0.0 < self.slots <= 1.0
+        if self.objective not in ("used", "misses") or not is_share:
             raise UnsupportedOption(
-                f'objective is {self.objective!r} with slots {self.slots}; choose "used" or "misses", and a share of '
-                f"all experts in (0, 1]"
+                f'objective is {self.objective!r} with slots {self.slots!r}; choose "used" or "misses", and a share '
+                f"of all experts in (0, 1]"
             )
-        if not self.learning_rate > 0:
-            raise UnsupportedOption(f"learning_rate is {self.learning_rate}; it is positive")
+        settle(self)
 
 
 class TrainingProgress(NamedTuple):

@@ -387,16 +387,41 @@ def test_bad_traces_are_refused_with_the_remedy(recorded, trained):
         trained.predict(0, torch.zeros(1, 32))
 
 
-def test_wrong_settings_are_refused():
-    for wrong in ({"lookahead": 0}, {"dropout": 1.0}, {"trust": -1.0}):
-        with pytest.raises(UnsupportedOption):
-            LlaporConfig(**wrong)
-    for wrong in (
-        {"epochs": 0}, {"hold_out": 1.0}, {"learning_rate": 0.0}, {"objective": "hits"}, {"slots": 0.0},
-        {"batch_tokens": 0},
-    ):  # fmt: skip
-        with pytest.raises(UnsupportedOption):
-            TrainConfig(**wrong)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lookahead": 0}, {"lookahead": True}, {"hidden": "64"}, {"block": 2.0}, {"dropout": 1.0}, {"dropout": "no"},
+        {"trust": -1.0}, {"trust": None}, {"distill": float("nan")}, {"residual": "no"}, {"relative": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_forms_are_refused_by_name(wrong):
+    with pytest.raises(UnsupportedOption, match=f"{next(iter(wrong))} (is|lies)"):
+        LlaporConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0}, {"epochs": 2.5}, {"epochs": "3"}, {"patience": None}, {"patience": 1.5}, {"batch_tokens": 0},
+        {"batch_tokens": 2.5}, {"hold_out": 1.0}, {"hold_out": "0.1"}, {"learning_rate": 0.0}, {"learning_rate": "1"},
+        {"learning_rate": float("inf")}, {"weight_decay": -1.0}, {"weight_decay": float("nan")}, {"seed": -1},
+        {"seed": 1.5}, {"seed": None}, {"seed": 2**70}, {"objective": "hits"}, {"slots": 0.0}, {"slots": "8GiB"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_training_is_refused_by_name(wrong):
+    with pytest.raises(UnsupportedOption, match=next(iter(wrong))):
+        TrainConfig(**wrong)
+
+
+def test_numpys_numbers_are_settings_that_files_can_hold(recorded, trained, tmp_path):
+    config = replace(SMALL, lookahead=np.int64(2), dropout=np.float32(0.1))
+    training = replace(QUICK, epochs=np.int32(1), learning_rate=np.float32(4e-3), seed=np.int64(1))
+    predictor = quick(
+        recorded, config=config, training=training, checkpoint=tmp_path / "on_the_way"
+    ).predictor
+    assert Llapor.load(predictor.save(tmp_path / "saved")).config == config
 
 
 def test_the_size_that_is_printed_is_the_size(trained):

@@ -85,6 +85,80 @@ def test_live_it_learns_as_in_a_replay(recorded):
     assert live.tuning_ms > 0
 
 
+def padded(trace, seed=0):
+    """The trace with a third of padding among its rows, of other states and experts."""
+    rng = np.random.default_rng(seed)
+    at = np.sort(rng.choice(len(trace), len(trace) // 2, replace=False))
+    rows = np.sort(np.concatenate([np.arange(len(trace)), at]))
+    is_padding = np.r_[False, rows[1:] == rows[:-1]]
+    other = rng.permutation(len(trace))[: len(rows)]
+    found = trace.take(rows)
+    ids, inputs = found.expert_ids.copy(), found.inputs.copy()
+    ids[is_padding], inputs[is_padding] = (
+        array[other[: is_padding.sum()]] for array in (trace.expert_ids, 3 * trace.inputs)
+    )
+    position = np.where(is_padding, -1, found.position)
+    return replace(found, expert_ids=ids, inputs=inputs, position=position), ~is_padding
+
+
+def test_padding_teaches_nothing(recorded):
+    """As tokens their experts would be learned; and where they count as none, every prediction would be an error."""
+    predictor, before, after = recorded
+    few = rows_of(after, np.arange(200))
+    with_padding, is_real = padded(few)
+    tuner, alone = OnlineTuner(predictor, EAGER), OnlineTuner(predictor, EAGER)
+    scores, expected = tuner.replay(with_padding, 1, chunk=1), alone.replay(few, 1, chunk=1)
+    np.testing.assert_allclose(scores[is_real], expected, atol=1e-5)
+    assert tuner.cycles == alone.cycles > 0 and tuner.error == pytest.approx(alone.error)
+    shifts = [
+        domain_shift(predictor, *pair) for pair in ((padded(before)[0], padded(after)[0]), (before, after))
+    ]
+    np.testing.assert_allclose(shifts[0].fixed, shifts[1].fixed)
+    assert shifts[0].shift_at == shifts[1].shift_at
+
+
+def test_live_padding_teaches_nothing(recorded):
+    """Rows of padding are observed as -1."""
+    predictor, _, after = recorded
+    tuner = OnlineTuner(predictor, replace(EAGER, window=8, ring=16, pause=8))
+    inputs = torch.from_numpy(after.inputs[:64].astype(np.float32))
+    ids = torch.from_numpy(after.expert_ids[:64].astype(np.int64))
+    weights = torch.from_numpy(after.weights[:64])
+    for first in range(0, 64, 4):
+        at = slice(first, first + 4)
+        for layer in range(after.num_layers):
+            tuner.predict(layer, inputs[at, layer], ids[at, layer], weights[at, layer])
+            seen = ids[at, layer].clone()
+            seen[1:3] = -1
+            tuner.observe(layer, seen)
+    real = np.arange(64).reshape(-1, 4)[:, [0, 3]].ravel()
+    alone = OnlineTuner(predictor, replace(EAGER, window=8, ring=16, pause=8))
+    alone.replay(after.take(real), 1, chunk=2)
+    assert tuner.error == pytest.approx(alone.error) and tuner.cycles == alone.cycles > 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"window": 1.5}, {"window": "64"}, {"ring": None}, {"steps": True}, {"pause": 0}, {"margin": float("nan")},
+        {"margin": "0.1"}, {"learning_rate": 0.0}, {"learning_rate": float("inf")}, {"pull": -1.0}, {"pull": "1"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_are_none_are_told_by_name(recorded, wrong):
+    with pytest.raises(UnsupportedOption, match=next(iter(wrong))):
+        OnlineConfig(**wrong)
+    predictor = recorded[0]
+    with pytest.raises(UnsupportedOption, match="is a OnlineTuner"):
+        OnlineTuner(OnlineTuner(predictor))
+    for call in (
+        lambda: OnlineTuner(predictor).replay(recorded[1], 1, chunk=0),
+        lambda: domain_shift(predictor, recorded[1], recorded[1], window=0),
+    ):
+        with pytest.raises(UnsupportedOption, match="whole number, at least 1"):
+            call()
+
+
 def test_each_lookahead_is_answered_by_the_heads_that_were_better_at_it(recorded):
     """One learns at a lookahead what it forgets at another; the answer need not follow the mean."""
     predictor, _, after = recorded
