@@ -20,6 +20,7 @@ __all__ = [
     "emulated_link_gb_per_s",
     "open_device",
     "resolve_device",
+    "torch_device_of",
     "visible_gpus",
 ]
 
@@ -43,6 +44,24 @@ def resolve_device(device: str, link_gb_per_s: float | None, model_device: torch
     if torch.cuda.is_available():
         return "cuda", f"torch sees {torch.cuda.get_device_name()}"
     return "cpu", "torch sees no CUDA GPU; the CPU stands in for it, the link is emulated"
+
+
+def torch_device_of(device: str | torch.device) -> torch.device:
+    """Where torch puts tensors for a device as a user names it; "auto" is the GPU if there is one, else the CPU.
+
+    Raises:
+        UnsupportedOption: there is no such device here.
+    """
+    name, _ = resolve_device(str(device), None, torch.device("cpu"))
+    try:
+        found = torch.device("cpu" if name == "null" else name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UnsupportedOption(
+            f"device is {device!r}, which torch has not here ({str(error).splitlines()[0]}); choose 'auto', 'cpu', or "
+            f"a GPU that is there, such as 'cuda:0'"
+        ) from error
+    return found
 
 
 def open_device(kind: str, link_gb_per_s: float | None, row_bytes: int, link_factor: int = 1) -> Device:

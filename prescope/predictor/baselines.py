@@ -90,6 +90,21 @@ class Routers:
         zeros = torch.zeros(weight_LED.shape[:2], dtype=torch.float32, device="cpu")
         return cls(weight_LED.detach().float().cpu(), zeros, zeros.clone(), scoring)
 
+    def check_shape(self, shape: MoEShape, width: int | None = None) -> None:
+        """Make sure that these are the routers of a model of this shape, and read inputs of this width if one is known.
+
+        Raises:
+            TraceMismatch: they are not.
+        """
+        found = tuple(self.weight_LED.shape)
+        if found[:2] != shape[:2] or width not in (None, found[2]):
+            inputs = "" if width is None else f", with inputs of width {width}"
+            raise TraceMismatch(
+                f"routers of {found[0]} layers x {found[1]} experts that read {found[2]} numbers; the trace has "
+                f"{shape[0]} x {shape[1]}{inputs}. Take them out of the model that was recorded: "
+                f"prescope.training.routers_of(engine, trace)"
+            )
+
     def to(self, device: torch.device | str) -> "Routers":
         return Routers(
             self.weight_LED.to(device),
@@ -182,10 +197,7 @@ class EarlyRouter(Baseline):
 
     def __init__(self, shape: MoEShape, routers: Routers, lookahead: int) -> None:
         super().__init__(shape, lookahead)
-        if routers.weight_LED.shape[:2] != shape[:2]:
-            raise TraceMismatch(
-                f"routers of {tuple(routers.weight_LED.shape[:2])} layers x experts, the trace has {tuple(shape[:2])}"
-            )
+        routers.check_shape(shape)
         self.routers = routers
         self.platt: dict[int, tuple[float, float]] = {}
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import TraceMismatch
 from ..traces.routing import RoutingTrace
 from .base import require_inputs, used_mask
 
@@ -62,6 +63,19 @@ class LayerGroups(NamedTuple):
     def name_of(self, moe_layer: int) -> str:
         """ "input", "middle" or "output"."""
         return "input" if moe_layer in self.input else "output" if moe_layer in self.output else "middle"
+
+    def check_layers(self, num_layers: int) -> None:
+        """Make sure that these are groups of a model with so many MoE layers.
+
+        Raises:
+            TraceMismatch: they are not.
+        """
+        named = [*self.input, *self.middle, *self.output]
+        if named != list(range(num_layers)):
+            raise TraceMismatch(
+                f"groups name {len(named)} layers ({self.input}, {self.middle}, {self.output}), the trace has "
+                f"{num_layers}; find_groups(trace) finds its own"
+            )
 
     @classmethod
     def one(cls, num_layers: int, reason: str) -> "LayerGroups":

@@ -26,6 +26,7 @@ import torch
 from torch.nn.functional import dropout, gelu
 
 from ..core.types import MoEShape
+from ..device import torch_device_of
 from ..errors import TraceMismatch, UnsupportedOption
 from ..traces.routing import RoutingTrace
 from .base import (
@@ -433,8 +434,10 @@ class Llapor:
         Raises:
             BadPredictor: the file is truncated, damaged or no predictor, or a tensor is NaN or of a wrong shape.
             TraceMismatch: it was trained for another model.
+            UnsupportedOption: there is no such device.
             FileNotFoundError: there is none.
         """
+        where = torch_device_of(device)
         tensors, metadata = read_tensors(path, FORMAT)
         try:
             # Files of before do not say it: their scalings are of plain logits.
@@ -460,7 +463,7 @@ class Llapor:
         predictor = cls(config, shape, groups, tensors, tag, validation_error=error)
         if fingerprint is not None:
             predictor.check_model(fingerprint, "this model")
-        return predictor.to(device)
+        return predictor.to(where)
 
     def check_trace(self, trace: RoutingTrace, lookahead: int) -> None:
         """Make sure that this predictor can score a trace at a lookahead: the shape fits, and the model is its own.

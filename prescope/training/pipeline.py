@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..device import torch_device_of
 from ..predictor.base import IdArray, TooFewPrompts, measure_us, require_inputs
 from ..predictor.baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
 from ..predictor.controls import Chance, Oracle
@@ -130,7 +131,7 @@ def train_predictor(
             the prompts. 16384 when not given; 0 for none.
         path: where to save the predictor; an existing file is replaced when training has ended well, never before.
         checkpoint, on_progress: see `trainer.train`.
-        device: to train on; the engine's when not given.
+        device: to train on, "auto" the GPU if there is one; the engine's when not given.
 
     Raises:
         TooFewPrompts: fewer than 4. BadState, BadTrace: the states are NaN or missing. Nothing is overwritten.
@@ -140,6 +141,7 @@ def train_predictor(
     training = training or TrainConfig()
     test = None
     with opened(model) as engine:
+        where = str(torch_device_of(device_of(engine) if device is None else device))
         trace = record_trace(
             engine, prompts, max_tokens=max_tokens, new_tokens=new_tokens, seed=training.seed
         )
@@ -158,7 +160,7 @@ def train_predictor(
             training=training,
             routers=routers,
             groups=group_layers(cues),
-            device=device or str(device_of(engine)),
+            device=where,
             checkpoint=checkpoint,
             on_progress=on_progress,
         )

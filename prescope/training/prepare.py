@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..errors import BadTrace
 from ..predictor.base import IdArray, TooFewPrompts
 from ..traces.routing import RoutingTrace
 
@@ -20,6 +21,12 @@ MIN_PROMPTS = 4
 PCA_ROWS = 16384
 #: Least variance of a direction, as a share of the mean one, when distances are measured.
 MIN_VARIANCE = 1e-3
+
+
+def require_coming_layer(trace: RoutingTrace) -> None:
+    """Raises BadTrace where there is one MoE layer, before which nothing is predicted."""
+    if trace.num_layers < 2:
+        raise BadTrace(f"{trace.model} has {trace.num_layers} MoE layer; there is no coming layer to predict")
 
 
 class Split(NamedTuple):

@@ -24,6 +24,7 @@ from ..predictor.checked import replay, require_predictor
 from ..predictor.layer_groups import LayerGroups
 from ..traces.routing import RoutingTrace
 from .intervals import Interval, interval_of, prompts_of, resamples
+from .prepare import require_coming_layer
 from .score_sums import BATCH_TOKENS, NUM_BINS, FloatArray, Sums, best_mask, ratio
 
 #: Of layers, as `LayerGroups.name_of` names them.
@@ -258,6 +259,7 @@ def score(
 
     Raises:
         BadTrace: there is no token, or no coming layer. And, with TraceMismatch, as `predictor.replay`.
+        TraceMismatch: `groups` are of another number of layers.
         BadPrediction: its scores are of another shape, or no probabilities.
         UnsupportedOption: it is no predictor, a lookahead is beyond its own, or a batch has no tokens.
     """
@@ -276,6 +278,8 @@ def score(
             )
     for ahead in ahead_A:
         require_lookahead(ahead, most, predictor.name)
+    if groups is not None:
+        groups.check_layers(shape.num_layers)
     sums = Sums(trace, ahead_A, batch_tokens)
     for a, ahead in enumerate(ahead_A):
         sums.add(a, ahead, replay(predictor, trace, ahead))
@@ -297,8 +301,7 @@ def require_scorable(trace: RoutingTrace) -> None:
     """
     if not (trace.position >= 0).any():
         raise BadTrace(f"the trace of {trace.model} has no token to score; record some text")
-    if trace.num_layers < 2:
-        raise BadTrace(f"{trace.model} has {trace.num_layers} MoE layer; there is no coming layer to predict")
+    require_coming_layer(trace)
 
 
 def difference(

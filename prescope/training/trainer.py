@@ -20,7 +20,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..core.numbers import is_number, require_count, require_seed, require_size, settle
 from ..core.paths import user_path
-from ..errors import BadTrace, UnsupportedOption
+from ..device import torch_device_of
+from ..errors import UnsupportedOption
 from ..predictor.base import BadPredictor, BadState, IdArray, require_inputs, used_mask, used_mask_torch
 from ..predictor.baselines import Routers
 from ..predictor.files import check_tensors, read_tensors, write_tensors
@@ -30,7 +31,7 @@ from ..predictor.llapor_config import LlaporConfig, ModelTag
 from ..traces.routing import RoutingTrace
 from .held_out import calibrate, fit_trust, layer_recalls, mean_recall
 from .misses import absent_pairs
-from .prepare import PCA_ROWS, Split, fit_pca, rows_of, split_by_prompt, spread
+from .prepare import PCA_ROWS, Split, fit_pca, require_coming_layer, rows_of, split_by_prompt, spread
 
 CHECKPOINT_FORMAT = "prescope-predictor-checkpoint-1"
 #: Frequency weights of the balanced loss stay within this factor, or an expert that is never used would dominate it.
@@ -130,6 +131,7 @@ def train(
             Without it a predictor trained on one kind of text falls behind the early router on another.
         routers: of the model, for the residual variant; `prescope.training.routers_of` extracts them.
         groups: of the layers; measured on the training prompts when not given.
+        device: to train on; "auto" is the GPU if there is one.
         checkpoint: written after each epoch; when it is there already, training goes on from it.
         on_progress: called after each epoch; what it raises ends training, the checkpoint stays.
 
@@ -140,11 +142,19 @@ def train(
         BadTrace: the trace has no router inputs. TooFewPrompts: see `split_by_prompt`.
         BadState: training met NaN; nothing was overwritten.
         BadPredictor: the checkpoint is damaged, or of another trace or other settings.
+        TraceMismatch: own text, routers or groups are another model's. UnsupportedOption: there is no such device.
     """
     config, training = config or LlaporConfig(), training or TrainConfig()
-    require_inputs(trace, "training LLaPor")
-    if trace.num_layers < 2:
-        raise BadTrace(f"{trace.model} has {trace.num_layers} MoE layer; there is no coming layer to predict")
+    inputs = require_inputs(trace, "training LLaPor")
+    require_coming_layer(trace)
+    device = str(torch_device_of(device))
+    if routers is not None:
+        routers.check_shape(trace.shape, inputs.shape[2])
+    if groups is not None:
+        groups.check_layers(trace.num_layers)
+    if own_text is not None:
+        trace.check_same_model(own_text)
+        require_inputs(own_text, "training LLaPor on own text")
     split = split_by_prompt(trace, training.hold_out, training.seed)
     groups = groups or find_groups(trace, split.train)
     rows = split

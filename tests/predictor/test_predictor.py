@@ -20,6 +20,8 @@ from prescope.predictor import (
     Llapor,
     LlaporConfig,
     ModelTag,
+    Oracle,
+    Routers,
     TooFewPrompts,
     files,
     llapor,
@@ -33,6 +35,7 @@ from prescope.training import (
     record_trace,
     routers_of,
     rows_of,
+    score,
     split_by_prompt,
     train,
     train_on_trace,
@@ -297,6 +300,38 @@ def test_scores_compare_across_tokens(recorded, trained):
     for ahead in (1, 2):
         sums = trained.replay(recorded[0], ahead).sum(-1)
         assert abs(sums.mean() - TOP_K) < 0.2 and sums.std() < 0.4
+
+
+@pytest.mark.parametrize("layers, experts, width", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0)])
+def test_routers_of_another_model_are_told(recorded, layers, experts, width):
+    """Of a model with more layers the first ones were taken, and the file that was saved could not be read."""
+    routers = recorded[1]
+    sizes = np.add(routers.weight_LED.shape, (layers, experts, width)).tolist()
+    with pytest.raises(TraceMismatch, match=r"routers of .* that read"):
+        quick(recorded, routers=Routers.of_weights(torch.zeros(sizes)))
+
+
+def test_groups_and_own_text_of_another_model_are_told(recorded):
+    trace = recorded[0]
+    for groups in (LayerGroups.at(1, 4, 5, "of five layers"), LayerGroups.one(2, "of two")):
+        with pytest.raises(TraceMismatch, match="groups name"):
+            quick(recorded, groups=groups)
+        with pytest.raises(TraceMismatch, match="groups name"):
+            score(Oracle(SHAPE, 1), trace, groups=groups)
+    for changes, error in (
+        ({"inputs": trace.inputs[..., :-1]}, TraceMismatch), ({"inputs": None}, BadTrace),
+        ({"fingerprint": "f" * 16}, TraceMismatch),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            quick(recorded, own_text=replace(trace, **changes))
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "gpu0", "cpu:x", ""])
+def test_a_device_that_is_not_here_is_told(recorded, trained, tmp_path, device):
+    with pytest.raises(UnsupportedOption, match="choose 'auto', 'cpu'"):
+        quick(recorded, device=device)
+    with pytest.raises(UnsupportedOption, match="choose 'auto', 'cpu'"):
+        Llapor.load(trained.save(tmp_path / "saved"), device=device)
 
 
 @pytest.mark.parametrize("wrong", ["model", "sizes", "width", "no inputs", "no tokens", "padding"])
