@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from ..training import TrainingProgress
 
 
+#: Of the model and its recording: with a trace there is neither.
+NOT_WITH_TRACE = ("model", "prompts", "max_tokens", "own_tokens")
+
+
 def train(
+    context: typer.Context,
     model: Model = DEFAULT_MODEL,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The predictor.")] = Path(
         "llapor.safetensors"
@@ -41,9 +46,9 @@ def train(
     max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", min=2, help="Of a prompt.")] = 128,
     own_tokens: Annotated[
         int | None,
-        typer.Option("--own-tokens", metavar="N", help="Of the model's own text.", show_default=False),
+        typer.Option("--own-tokens", metavar="N", min=0, help="Of the model's own text.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0)] = 0,
     device: Device = "auto",
 ) -> None:
     """Train a predictor of coming experts, print its and others' recall.
@@ -54,7 +59,9 @@ def train(
     from ..engine import load
     from ..traces.importers import read_trace
 
-    checkpoint = user_path(output).with_suffix(".checkpoint.safetensors")
+    _check_options(context, trace, shape)
+    _check_output(output, trace, prompts)
+    checkpoint = checkpoint_of(output)
     settings = training.TrainConfig(epochs=epochs, seed=seed)
     with StatusLine() as status:
 
@@ -70,6 +77,7 @@ def train(
                     training=settings,
                     checkpoint=checkpoint,
                     on_progress=on_progress,
+                    device=device,
                 ).table()
             else:
                 status.show(f"loading {model}, recording")
@@ -86,3 +94,36 @@ def train(
     checkpoint.unlink(missing_ok=True)
     typer.echo(table.to_string(index=False, float_format="{:.3f}".format))
     tell(f"saved: {output}")
+
+
+def _check_options(context: typer.Context, trace: Path | None, shape: str | None) -> None:
+    """Raises BadParameter for what was given and would not be heeded."""
+    if trace is None:
+        if shape is not None:
+            raise typer.BadParameter("it is of a trace; give --trace", param_hint="--shape")
+        return
+    for name in NOT_WITH_TRACE:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            hint = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(
+                "with --trace neither a model nor its text is read; leave one out", param_hint=hint
+            )
+
+
+def _check_output(output: Path, *sources: Path | None) -> None:
+    """Raises BadParameter where no predictor can be written, or what is read would be written over."""
+    if not output.name or user_path(output).is_dir():
+        raise typer.BadParameter(f"{output} is a folder; give the name of a file", param_hint="--output")
+    written = [path.resolve() for path in (user_path(output), checkpoint_of(output))]
+    for source in sources:
+        if source is not None and user_path(source).resolve() in written:
+            raise typer.BadParameter(
+                f"{source} would be written over by the predictor or on the way to it; give another name",
+                param_hint="--output",
+            )
+
+
+def checkpoint_of(output: Path) -> Path:
+    """Where training is kept on the way to a predictor's file."""
+    return user_path(output).with_suffix(".checkpoint.safetensors")

@@ -33,7 +33,7 @@ from prescope.scheduler.costs import LayerCosts
 from prescope.traces.events import read_events
 from prescope.tuning import load_sweep
 from prescope.tuning.proof import Candidate, Proof
-from tests.support.small_run import small_run
+from tests.support.small_run import small_run, small_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["run", "bench", "calibrate", "advise", "train", "sweep", "report", "compile"]
@@ -79,6 +79,10 @@ def test_the_version_is_the_packages(capsys):
         ["sweep", "s", "--vary", "slots=0.1:0.3", "--vary", "slots=0.5:0.9"],
         ["sweep", "s", "--vary", "slots=1,2", "--fix", "width=1", "--fix", "width=2"],
         ["report", "n.ipynb", "-o", "x.html", "--param", "a=1", "--param", "a=2"],
+        ["train", "--trace", "t.npy", "--prompts", "p.txt"], ["train", "some/model", "--trace", "t.npy"],
+        ["train", "--trace", "t.npy", "--own-tokens", "0"], ["train", "--trace", "t.npy", "--max-tokens", "128"],
+        ["train", "--shape", "4,8,2"], ["train", "--seed", "-1"], ["train", "--own-tokens", "-1"],
+        ["train", "--trace", "t.npy", "-o", "."], ["train", "--trace", "t.npy", "-o", "/"],
     ],
 )  # fmt: skip
 def test_a_wrong_call_is_2_and_says_what_is_wrong(arguments, capsys):
@@ -203,6 +207,27 @@ def test_advise_takes_a_typed_machine_and_changes_a_named_one(capsys, monkeypatc
     captured = capsys.readouterr()
     assert "changed" in captured.out
     assert "assumed: " in captured.err
+
+
+@pytest.mark.parametrize("option", ["--trace", "--prompts"])
+@pytest.mark.parametrize("output", ["a.safetensors", "./b/../a.safetensors", "link", "a.x"])
+def test_train_never_writes_over_what_it_reads(option, output, capsys, tmp_path, monkeypatch):
+    """The predictor took the place of the trace that it was trained on, and its checkpoint that of another's."""
+    monkeypatch.chdir(tmp_path)
+    source = Path("a.checkpoint.safetensors" if output == "a.x" else "a.safetensors")
+    small_trace(width=6).save(source)
+    Path("link").symlink_to(source)
+    content = source.read_bytes()
+    assert main(["train", option, str(source), "-o", output]) == 2
+    assert "written over" in " ".join(capsys.readouterr().err.split())
+    assert source.read_bytes() == content
+
+
+@pytest.mark.parametrize("shape", ["4,9,2", "3,8,2", "4,8,1"])
+def test_a_shape_that_is_not_the_traces_is_told(shape, capsys, tmp_path):
+    path = small_trace(width=6).save(tmp_path / "a.safetensors")
+    assert main(["train", "--trace", str(path), "--shape", shape, "-o", str(tmp_path / "x")]) == 1
+    assert "leave shape out" in capsys.readouterr().err
 
 
 @pytest.mark.slow

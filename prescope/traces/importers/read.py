@@ -71,7 +71,8 @@ def read_trace(
         kind: one of `KINDS`: "prescope", "vllm", "sglang", "llama.cpp", "megatron", "tensors" (safetensors by layer) or
             "array"; None: told by names and contents.
         shape: layers, experts and top-k of the model, or `engine.shape`; of all kinds but prescope's own: how many
-            experts a layer has does not stand in any. Layers are those of the source.
+            experts a layer has does not stand in any. Of prescope's own it has to be the trace's. Layers are those of
+            the source.
         layers: numbers of the MoE layers, where the source has others too: vLLM's and SGLang's arrays have rows for
             dense layers.
         prompt_tokens: of each request, or of all, of arrays and safetensors; they were read in one pass, all other
@@ -91,7 +92,13 @@ def read_trace(
     if kind not in KINDS:
         raise UnsupportedOption(f"kind is {kind!r}; choose one of {', '.join(map(repr, KINDS))}")
     if kind == "prescope":
-        return _read_own(source)
+        trace = _read_own(source)
+        if shape is not None and (told := _shape_of(shape, kind).routing[:3]) != trace.shape[:3]:
+            raise BadTrace(
+                f"{source} is of (layers, experts, top-k) = {trace.shape[:3]}, shape says {told}; leave shape out, or "
+                f"give the trace that is meant"
+            )
+        return trace
     name = model or (source.stem if isinstance(source, Path) else kind)
     kept = None if layers is None else _counts_of(layers, "layers")
     if isinstance(kept, int) or (kept is not None and sorted(set(kept)) != kept):
@@ -122,7 +129,7 @@ def _counts_of(value: Any, what: str) -> int | list[int]:
 def _shape_of(shape: Shape | None, kind: str) -> MoEShape:
     if shape is None:
         raise UnsupportedOption(
-            f"a {kind} trace does not say how many experts a layer has; give shape=(layers, experts, top_k)"
+            f"a trace of kind {kind!r} does not say how many experts a layer has; give shape=(layers, experts, top_k)"
         )
     sizes = _counts_of(shape, "shape")
     if (
