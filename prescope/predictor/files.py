@@ -37,7 +37,7 @@ def require_finite_tensors(tensors: Mapping[str, torch.Tensor], what: str, remed
 def check_tensors(
     tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], what: str
 ) -> None:
-    """Raises BadPredictor unless the tensors are exactly the expected ones, finite and of their shapes."""
+    """Raises BadPredictor unless the tensors are exactly the expected ones, float32, finite and of their shapes."""
     if tensors.keys() != expected.keys():
         missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         raise BadPredictor(f"{what}: tensors missing: {missing or 'none'}, unknown: {extra or 'none'}")
@@ -46,10 +46,8 @@ def check_tensors(
             raise BadPredictor(
                 f"{what}: tensor {name!r} has shape {tuple(tensors[name].shape)}, expected {size}"
             )
-        if not tensors[name].is_floating_point():
-            raise BadPredictor(
-                f"{what}: tensor {name!r} is {tensors[name].dtype}, expected floating-point numbers"
-            )
+        if tensors[name].dtype != torch.float32:
+            raise BadPredictor(f"{what}: tensor {name!r} is {tensors[name].dtype}, expected torch.float32")
     require_finite_tensors(tensors, what, "the file is damaged or training failed; train the predictor again")
 
 

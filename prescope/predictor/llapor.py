@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.nn.functional import dropout, gelu
 
+from ..core.numbers import is_count, is_number
 from ..core.types import MoEShape
 from ..device import torch_device_of
 from ..errors import TraceMismatch, UnsupportedOption
@@ -452,8 +453,10 @@ class Llapor:
             tag = ModelTag(**metadata["tag"])
             if not all(isinstance(text, str) for text in (tag.model, tag.fingerprint, tag.created)):
                 raise TypeError(f"tag {tag}")
-            expected = tensor_shapes(config, shape, int(metadata["width"]), len(groups.middle))
-            error = metadata["validation_error"]
+            width, error = metadata["width"], metadata["validation_error"]
+            if not is_count(width) or not (error is None or (is_number(error) and 0.0 <= error <= 1.0)):
+                raise ValueError(f"width {width!r}, validation_error {error!r}")
+            expected = tensor_shapes(config, shape, width, len(groups.middle))
             error = float("nan") if error is None else float(error)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as problem:
             raise BadPredictor(

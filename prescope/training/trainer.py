@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from ..core.numbers import is_number, require_count, require_seed, require_size, settle
+from ..core.numbers import is_count, is_number, require_count, require_seed, require_size, settle
 from ..core.paths import user_path
 from ..device import torch_device_of
 from ..errors import UnsupportedOption
@@ -395,13 +395,15 @@ class _TrainingRun:
             BadPredictor: it is damaged, or of another training.
         """
         tensors, metadata = read_tensors(path, CHECKPOINT_FORMAT)
-        identity, mine = metadata.get("identity", {}), json.loads(json.dumps(self._identity()))
+        identity, mine = metadata.get("identity"), json.loads(json.dumps(self._identity()))
         if identity != mine:
-            differs = [name for name in mine if identity.get(name) != mine[name]]
+            known = identity if isinstance(identity, dict) else {}
+            differs = [name for name in mine if known.get(name) != mine[name]]
             raise BadPredictor(
                 f"the checkpoint {path} is of another training: {', '.join(differs)} differ; give another path to "
                 f"start anew, or the same trace and settings to go on"
             )
+        reached = _reached(metadata, path)
         expected: dict[str, tuple[int, ...]] = {}
         for name, tensor in self.predictor.trained().items():
             expected |= {
@@ -418,6 +420,26 @@ class _TrainingRun:
                     "exp_avg": tensors[f"exp_avg.{name}"].to(self.device),
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(self.device),
                 }
-        self.epoch, self.epochs_since_best = int(metadata["epoch"]), int(metadata["epochs_since_best"])
-        self.best_recall = float(metadata["best_recall"])
-        self.history = [TrainingProgress(*entry) for entry in metadata["history"]]
+        self.epoch, self.epochs_since_best, self.best_recall, self.history = reached
+
+
+def _reached(metadata: dict[str, Any], path: Path) -> tuple[int, int, float, list[TrainingProgress]]:
+    """How far a checkpoint's training had come: epochs, those since the best, its recall, history.
+
+    Raises:
+        BadPredictor: it does not say so, or what it says cannot be.
+    """
+    try:
+        epoch, since, best = metadata["epoch"], metadata["epochs_since_best"], metadata["best_recall"]
+        history = [TrainingProgress(*entry) for entry in metadata["history"]]
+        if not (
+            is_count(epoch) and is_count(since) and is_number(best) and 0 <= since <= epoch == len(history)
+        ):
+            raise ValueError(
+                f"epoch {epoch!r}, {since!r} since the best of {best!r}, history of {len(history)}"
+            )
+        return epoch, since, float(best), history
+    except (KeyError, TypeError, ValueError) as problem:
+        raise BadPredictor(
+            f"{path}: its metadata is damaged: {problem!r}; delete it to start anew"
+        ) from problem

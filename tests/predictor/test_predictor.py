@@ -384,6 +384,57 @@ def test_a_damaged_file_is_refused(trained, tmp_path, kind):
         Llapor.load(path)
 
 
+def rewritten(path, change):
+    """The file with other metadata and tensors, and without the checksum that would tell."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        header = {name: text for name, text in file.metadata().items() if name != "checksum"}
+    metadata = json.loads(header["prescope"])
+    change(metadata, tensors)
+    save_file(tensors, path, header | {"prescope": json.dumps(metadata)})
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
+def test_tensors_of_another_kind_are_told_when_they_are_read(trained, tmp_path, dtype):
+    """They were multiplied with float32, in the first prediction."""
+    path = rewritten(
+        trained.save(tmp_path / "p"), lambda _, tensors: tensors.update(head=tensors["head"].to(dtype))
+    )
+    with pytest.raises(BadPredictor, match=r"expected torch\.float32"):
+        Llapor.load(path)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"width": "8"}, {"validation_error": 7}, {"validation_error": float("inf")}], ids=str
+)
+def test_metadata_that_cannot_be_is_told(trained, tmp_path, changed):
+    path = rewritten(trained.save(tmp_path / "p"), lambda metadata, _: metadata.update(changed))
+    with pytest.raises(BadPredictor, match="metadata is damaged"):
+        Llapor.load(path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"epoch": "x"}, {"epoch": -3}, {"epoch": 99}, {"epoch": None}, {"history": None}, {"history": [[1, 2]]},
+        {"history": []}, {"best_recall": None}, {"epochs_since_best": -5}, {"identity": [1]}, {"identity": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_told_and_kept(recorded, tmp_path, changed):
+    path = tmp_path / "checkpoint"
+    quick(recorded, checkpoint=path, training=replace(QUICK, epochs=1))
+    rewritten(path, lambda metadata, _: metadata.update(changed))
+    before = path.read_bytes()
+    with pytest.raises(BadPredictor, match="checkpoint"):
+        quick(recorded, checkpoint=path, training=replace(QUICK, epochs=1))
+    assert path.read_bytes() == before
+    rewritten(path, lambda metadata, _: metadata.pop(next(iter(changed))))
+    with pytest.raises(BadPredictor, match="checkpoint"):
+        quick(recorded, checkpoint=path, training=replace(QUICK, epochs=1))
+
+
 def test_nan_weights_are_not_saved_over_a_good_file(trained, tmp_path):
     path = trained.save(tmp_path / "p.safetensors")
     before = path.read_bytes()
