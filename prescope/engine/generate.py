@@ -68,7 +68,7 @@ def generate(
     _require_generate(engine.model)
     prompts, keywords = _only_once(prompts, keywords)
     settings = settle(engine, keywords)
-    encoder = encoder_of(engine, settings)
+    encoder = encoder_of(engine, settings.in_force.pad_token_id)
     encoded = encoder.encode(
         prompts, attention_mask, inputs_embeds, goes_on=keywords.get("past_key_values") is not None
     )
@@ -281,10 +281,10 @@ def _with_pad(engine: Served, settings: Settings, is_masked: bool) -> dict[str, 
     return settings.given
 
 
-def encoder_of(engine: Served, settings: Settings) -> Encoder:
-    """Encodes prompts for an engine's model."""
+def encoder_of(engine: Served, pad: int | None = None) -> Encoder:
+    """Encodes prompts for an engine's model; `pad` where its tokenizer has no such token."""
     tokenizer, model = engine.tokenizer, engine.model
-    pads = (None if tokenizer is None else tokenizer.pad_token_id, settings.in_force.pad_token_id, 0)
+    pads = (None if tokenizer is None else tokenizer.pad_token_id, pad, 0)
     vocabulary, width = model.get_input_embeddings().weight.shape
     return Encoder(
         tokenizer,

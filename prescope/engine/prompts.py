@@ -105,6 +105,18 @@ class Encoder:
         batch, length = (embeds if ids is None else ids).shape[:2]
         return Encoded(inputs, batch, length, 0 if ids is None else length)
 
+    def row(self, prompt: Any, position: int, most: int) -> list[int]:
+        """At most so many token ids of one prompt of several, which may have none; `position` names it.
+
+        Raises:
+            UnsupportedOption: as `encode`.
+        """
+        if not _is_text(prompt):
+            return self._item(prompt, position)[:most]
+        _require_whole_characters(prompt, f"prompt {position}")
+        ids: list[int] = self._need_tokenizer("text")(prompt, truncation=True, max_length=most)["input_ids"]
+        return ids[:most]
+
     # -- forms -------------------------------------------------------------------------------------------------
 
     def _ids(self, prompts: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

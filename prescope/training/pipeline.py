@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..core.numbers import require_count
 from ..device import torch_device_of
 from ..predictor.base import IdArray, TooFewPrompts, measure_us, require_inputs
 from ..predictor.baselines import EarlyRouter, Frequency, PreviousToken, Routers, Transition
@@ -23,7 +24,7 @@ from ..predictor.llapor_config import LlaporConfig
 from ..scheduler.costs import LayerCosts
 from ..traces.routing import RoutingTrace
 from .prepare import MIN_PROMPTS, rows_of, split_by_prompt, spread
-from .record import PromptSet, device_of, opened, own_prompts, own_text, record_trace
+from .record import Prompt, PromptSet, by_domain, device_of, opened, own_prompts, own_text, record_trace
 from .routers import router_agreement, routers_of, routers_or_reason
 from .savings import savings
 from .score_card import ScoreCard, difference, require_scorable, score
@@ -134,10 +135,14 @@ def train_predictor(
         device: to train on, "auto" the GPU if there is one; the engine's when not given.
 
     Raises:
-        TooFewPrompts: fewer than 4. BadState, BadTrace: the states are NaN or missing. Nothing is overwritten.
+        TooFewPrompts: fewer than 4. UnsupportedOption: one is neither a text nor token ids, or a number is none.
+        BadState, BadTrace: the states are NaN or missing. Nothing is overwritten.
     """
     started = time.perf_counter()
-    _require_prompts(prompts)
+    prompts = _require_prompts(prompts)
+    test_prompts = None if test_prompts is None else by_domain(test_prompts)
+    own = OWN_TOKENS if own_tokens is None else own_tokens
+    require_count("own_tokens", own, 0)
     training = training or TrainConfig()
     test = None
     with opened(model) as engine:
@@ -151,7 +156,6 @@ def train_predictor(
             test = record_trace(engine, test_prompts, max_tokens=max_tokens, new_tokens=new_tokens, seed=1)
         # The split that `train` makes too.
         cues = measure_cues(trace, split_by_prompt(trace, training.hold_out, training.seed).train)
-        own = OWN_TOKENS if own_tokens is None else own_tokens
         routers, reason = routers_or_reason(engine, trace, config)
         result = train(
             trace,
@@ -276,12 +280,13 @@ def comparison(cards: Mapping[str, ScoreCard], *, against: str, domain: str | No
     return pd.DataFrame(rows)
 
 
-def _require_prompts(prompts: PromptSet) -> None:
-    """Fail before minutes are spent on recording."""
-    groups = prompts.values() if isinstance(prompts, Mapping) else [prompts]
-    count = sum(len(texts) for texts in groups)
-    if isinstance(prompts, str) or count < MIN_PROMPTS:
+def _require_prompts(prompts: PromptSet) -> dict[str, list[Prompt]]:
+    """Prompts by domain. Fails before minutes are spent on recording."""
+    found = {} if isinstance(prompts, str) else by_domain(prompts)
+    count = sum(map(len, found.values()))
+    if count < MIN_PROMPTS:
         given = "one text" if isinstance(prompts, str) else f"{count} prompts"
         raise TooFewPrompts(
             f"training got {given}; give a list of {MIN_PROMPTS} or more, some dozens of different texts are better"
         )
+    return found

@@ -3,7 +3,7 @@
 Shapes: as `RoutingTrace`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,13 @@ import numpy as np
 import torch
 
 from ..core.files import parse_object, read_lines, require_file
+from ..core.numbers import require_count, require_seed
 from ..core.paths import embedded_prompts, user_path
 from ..engine.engine import Engine
+from ..engine.generate import encoder_of
 from ..engine.load import attach, load
 from ..engine.recorder import NOT_FINITE
+from ..engine.tokenized import is_tokenized
 from ..errors import BadTrace, UnsupportedOption
 from ..predictor.base import TooFewPrompts
 from ..traces.routing import RoutingTrace
@@ -93,9 +96,15 @@ def record_trace(
     Sampled at temperature 1, since greedy text of a small model repeats itself; the same seed gives the same text.
 
     Raises:
-        UnsupportedOption: a text without a tokenizer.
+        UnsupportedOption: a prompt is neither a text, with a tokenizer for it, nor token ids of the model; or a number
+            is none.
         TooFewPrompts: there is none with a token in it.
     """
+    for name, value, least in (
+        ("max_tokens", max_tokens, 1), ("new_tokens", new_tokens, 0), ("batch_tokens", batch_tokens, 1)
+    ):  # fmt: skip
+        require_count(name, value, least)
+    require_seed(seed)
     items = sorted(_tokenized(engine, prompts, max_tokens), key=lambda item: len(item["tokens"]))
     if not items:
         raise TooFewPrompts("no prompt has a token in it; give texts or lists of token ids")
@@ -119,8 +128,14 @@ def own_text(engine: Engine, num_tokens: int, *, length: int = OWN_TOKENS, seed:
     beside it, it won 0.02 to 0.07 (tiny-moe; docs/log/predictor.md).
 
     Args:
-        num_tokens: in all, about; at least one text.
+        num_tokens: in all, about; at least one text. `length`: tokens of each.
+
+    Raises:
+        UnsupportedOption: a number is none.
     """
+    require_count("num_tokens", num_tokens, 0)
+    require_count("length", length)
+    require_seed(seed)
     settings = engine.model.config.get_text_config()
     special = set(engine.tokenizer.all_special_ids) if engine.tokenizer is not None else set()
     starts = np.array([token for token in range(settings.vocab_size) if token not in special])
@@ -138,18 +153,34 @@ def own_text(engine: Engine, num_tokens: int, *, length: int = OWN_TOKENS, seed:
     return RoutingTrace.concat(parts)
 
 
+def by_domain(prompts: PromptSet) -> dict[str, list[Prompt]]:
+    """Prompts as lists, by domain; those that name none are of "all".
+
+    Raises:
+        UnsupportedOption: there is one text where a list of texts should be, or something else that is no list.
+    """
+    if is_tokenized(prompts):
+        raise UnsupportedOption(
+            'prompts are what a tokenizer returns; give a list with the "input_ids" of each text'
+        )
+    found: dict[str, list[Prompt]] = {}
+    for domain, texts in prompts.items() if isinstance(prompts, Mapping) else [("all", prompts)]:
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            raise UnsupportedOption(
+                f"prompts of domain {domain!r} are a {type(texts).__name__}: {texts!r:.60}; give a list of texts, or "
+                f"of lists of token ids"
+            )
+        found[str(domain)] = list(texts)
+    return found
+
+
 def _tokenized(engine: Engine, prompts: PromptSet, max_tokens: int) -> list[dict[str, Any]]:
-    by_domain = prompts if isinstance(prompts, Mapping) else {"all": prompts}
+    encoder, position = encoder_of(engine), 0
     items: list[dict[str, Any]] = []
-    for domain, texts in by_domain.items():
+    for domain, texts in by_domain(prompts).items():
         for text in texts:
-            if isinstance(text, str):
-                if engine.tokenizer is None:
-                    raise UnsupportedOption(
-                        f"{engine.name} has no tokenizer; pass lists of token ids instead of text"
-                    )
-                text = engine.tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]
-            tokens = [int(token) for token in text][:max_tokens]
+            tokens = encoder.row(text, position, max_tokens)
+            position += 1
             if tokens:
                 items.append({"domain": domain, "id": len(items), "tokens": tokens})
     return items

@@ -131,6 +131,64 @@ def test_too_few_prompts_are_refused_before_anything_runs(prompts):
         prescope.train_predictor("no model is loaded for this", prompts)
 
 
+FEW = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [10], [11, 12]]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        lambda: iter(FEW), lambda: {"a": iter(FEW[:2]), "b": tuple(FEW[2:]), "none": []}, lambda: [*FEW, []],
+        lambda: [np.array(row) for row in FEW], lambda: [torch.tensor(row) for row in FEW],
+        lambda: [{"input_ids": row, "attention_mask": [1] * len(row)} for row in FEW],
+    ],
+)  # fmt: skip
+def test_token_ids_in_every_form_are_the_same_prompts(prompts):
+    with prescope.attach(tiny_moe(), slots=1.0, device="null") as engine:
+        found, expected = record_trace(engine, prompts()), record_trace(engine, FEW)
+        np.testing.assert_array_equal(found.expert_ids, expected.expert_ids)
+        assert [known["tokens"] for known in found.prompts] == [known["tokens"] for known in expected.prompts]
+        config = LlaporConfig.paper(lookahead=1, hidden=8, block=4)
+        few = {"config": config, "own_tokens": 0, "training": TrainConfig(epochs=1)}
+        assert prescope.train_predictor(engine, prompts(), **few).history
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([*FEW, [1, VOCABULARY]], "token id"), ([*FEW, [-1]], "token id"), ([*FEW, [1.5, 2.0]], "prompt 5"),
+        ([*FEW, [True]], "prompt 5"), ([*FEW, None], "prompt 5"), ([*FEW, [[1, 2]]], "prompt 5"),
+        (range(9), "prompt 0"), ({"a": "a text whose letters are no prompts"}, "domain 'a' are a str"),
+        (7, "are a int"), ({"input_ids": FEW, "attention_mask": FEW}, "tokenizer"), ([*FEW, "text"], "no tokenizer"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_prompts_that_are_none_are_told_by_their_place(prompts, said):
+    with prescope.attach(tiny_moe(), slots=1.0, device="null") as engine:
+        for call in (
+            lambda: record_trace(engine, prompts),
+            lambda: prescope.train_predictor(engine, prompts, own_tokens=0),
+            lambda: prescope.train_predictor(engine, FEW, test_prompts=prompts, own_tokens=0),
+        ):
+            with pytest.raises(UnsupportedOption, match=said):
+                call()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": None}, {"new_tokens": -1},
+        {"new_tokens": "4"}, {"own_tokens": -5}, {"own_tokens": 0.5}, {"own_tokens": "many"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_of_tokens_that_are_none_are_told(wrong):
+    with (
+        prescope.attach(tiny_moe(), slots=1.0, device="null") as engine,
+        pytest.raises(UnsupportedOption, match=f"{next(iter(wrong))} is .* whole number"),
+    ):
+        prescope.train_predictor(engine, FEW, **{"own_tokens": 0, **wrong})
+
+
 @pytest.mark.parametrize("test_prompts", [[], [[]], ["a text"], {"new": []}])
 def test_test_prompts_that_cannot_be_recorded_are_told_before_training(test_prompts):
     prompts = np.random.default_rng(0).integers(0, 128, (6, 8)).tolist()
