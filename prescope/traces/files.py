@@ -35,6 +35,20 @@ class Stored(NamedTuple):
     checksum: object  # None in files written before there was one
 
 
+def metadata_text(metadata: Any) -> str:
+    """Plain values as they stand in a file; arrays, tensors and numbers of numpy's as lists and numbers.
+
+    Raises:
+        BadTrace: there is something else, which no file can hold.
+    """
+    try:
+        return json.dumps(metadata, default=lambda value: value.tolist())
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadTrace(
+            f"what is known of a trace cannot be written: {error}; use texts, numbers and lists"
+        ) from error
+
+
 def checksum_of(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     """The checksum of metadata and arrays."""
     return checksum(
@@ -52,9 +66,10 @@ def write_arrays(
     """Write arrays as safetensors with their metadata and a checksum of both.
 
     Raises:
+        BadTrace: as `metadata_text`.
         CannotWrite: the disk is full, or the place cannot be written.
     """
-    text = json.dumps(metadata)
+    text = metadata_text(metadata)
     header = {"format": format_name, "prescope": text, "checksum": checksum_of(text, arrays)}
     return write_file(path, lambda unfinished: save_file(dict(arrays), unfinished, header))
 
@@ -93,7 +108,7 @@ def write_table(
     Raises:
         CannotWrite: the disk is full, or the place cannot be written.
     """
-    text = json.dumps(metadata)
+    text = metadata_text(metadata)
     frame = frame.copy(deep=False)
     frame.attrs = {"format": format_name, "prescope": text, "checksum": checksum_of(text, arrays)}
     return write_file(path, lambda unfinished: frame.to_parquet(unfinished, index=False))

@@ -17,7 +17,6 @@ moved and computed like any other's, and a replay that left them out would not e
 Knows nothing of torch, models or clocks.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -38,6 +37,7 @@ from .files import (
     REMEDY,
     Stored,
     checksum_of,
+    metadata_text,
     read_arrays,
     read_table,
     require_columns,
@@ -326,7 +326,7 @@ class RoutingTrace:
 
     def digest(self) -> str:
         """A checksum of arrays and metadata."""
-        return checksum_of(json.dumps(self._metadata()), self._arrays())
+        return checksum_of(metadata_text(self._metadata()), self._arrays())
 
     def save(self, path: str | Path) -> Path:
         """Write arrays and metadata as safetensors; a reader sees the old file or the whole new one.

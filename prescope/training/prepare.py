@@ -3,16 +3,17 @@
 Shapes: R rows, D width, P compressed width, L MoE layers.
 """
 
-import json
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import BadTrace
+from ..core.numbers import is_number, require_seed
+from ..errors import BadTrace, UnsupportedOption
 from ..predictor.base import IdArray, TooFewPrompts
+from ..traces.files import metadata_text
 from ..traces.routing import RoutingTrace
 
 #: Two to train on, one for early stopping, one to calibrate on.
@@ -21,6 +22,12 @@ MIN_PROMPTS = 4
 PCA_ROWS = 16384
 #: Least variance of a direction, as a share of the mean one, when distances are measured.
 MIN_VARIANCE = 1e-3
+
+
+def require_hold_out(value: Any) -> None:
+    """Raises UnsupportedOption unless it is a share of prompts."""
+    if not is_number(value) or not 0.0 < value < 1.0:
+        raise UnsupportedOption(f"hold_out is {value!r}; it is a share of the prompts, in (0, 1)")
 
 
 def require_coming_layer(trace: RoutingTrace) -> None:
@@ -45,7 +52,7 @@ def prompt_keys(trace: RoutingTrace) -> IdArray:
     for sequence in sequences.tolist():
         known = known_by_sequence[sequence]
         text = known.get("tokens", known.get("text"))
-        name = f"sequence {sequence}" if text is None else json.dumps(text)
+        name = f"sequence {sequence}" if text is None else metadata_text(text)
         keys.append(numbers.setdefault(name, len(numbers)))
     return np.array(keys, dtype=np.int64)[row_sequence]
 
@@ -55,7 +62,10 @@ def split_by_prompt(trace: RoutingTrace, hold_out: float, seed: int) -> Split:
 
     Raises:
         TooFewPrompts: fewer than 4 different prompts.
+        UnsupportedOption: `hold_out` is no share, or `seed` none.
     """
+    require_seed(seed)
+    require_hold_out(hold_out)
     keys = prompt_keys(trace)
     real = trace.position >= 0
     prompts = np.unique(keys[real])

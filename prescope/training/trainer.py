@@ -31,7 +31,16 @@ from ..predictor.llapor_config import LlaporConfig, ModelTag
 from ..traces.routing import RoutingTrace
 from .held_out import calibrate, fit_trust, layer_recalls, mean_recall
 from .misses import absent_pairs
-from .prepare import PCA_ROWS, Split, fit_pca, require_coming_layer, rows_of, split_by_prompt, spread
+from .prepare import (
+    PCA_ROWS,
+    Split,
+    fit_pca,
+    require_coming_layer,
+    require_hold_out,
+    rows_of,
+    split_by_prompt,
+    spread,
+)
 
 CHECKPOINT_FORMAT = "prescope-predictor-checkpoint-1"
 #: Frequency weights of the balanced loss stay within this factor, or an expert that is never used would dominate it.
@@ -81,8 +90,7 @@ class TrainConfig:
         require_seed(self.seed)
         require_size("learning_rate", self.learning_rate, above=True)
         require_size("weight_decay", self.weight_decay)
-        if not is_number(self.hold_out) or not 0.0 < self.hold_out < 1.0:
-            raise UnsupportedOption(f"hold_out is {self.hold_out!r}; it is a share of the prompts, in (0, 1)")
+        require_hold_out(self.hold_out)
         is_share = is_number(self.slots) and 0.0 < self.slots <= 1.0
         if self.objective not in ("used", "misses") or not is_share:
             raise UnsupportedOption(

@@ -7,11 +7,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from prescope.errors import BadTrace, TraceMismatch
 from prescope.traces.events import read_events, write_events
 from prescope.traces.routing import _FRAME_DTYPES, RoutingTrace, saturating_float16
+from prescope.training.prepare import prompt_keys
 from tests.support.small_run import NUM_EXPERTS, NUM_LAYERS, TOP_K, small_run, small_trace
 
 ARRAYS = ["expert_ids", "weights", "inputs", "step", "sequence", "position", "phase"]
@@ -38,6 +40,23 @@ def test_a_trace_without_inputs_comes_back_without_inputs(tmp_path):
     loaded = RoutingTrace.load(trace.save(tmp_path / "t.safetensors"))
     assert loaded.inputs is None
     assert_same(loaded, trace, without=("inputs",))
+
+
+def test_what_is_known_of_prompts_may_be_arrays(trace, tmp_path):
+    """Token ids are arrays or tensors to most people; saving ended in json's TypeError."""
+    known = [{"tokens": np.arange(3000), "id": np.int64(7)}, {"tokens": torch.arange(4), "domain": "b"}]
+    told = replace(trace, prompts=known)
+    expected = [{"tokens": list(range(3000)), "id": 7}, {"tokens": [0, 1, 2, 3], "domain": "b"}]
+    assert RoutingTrace.load(told.save(tmp_path / "a.safetensors")).prompts == expected
+    assert RoutingTrace.load_parquet(told.save_parquet(tmp_path / "a.parquet")).prompts == expected
+    assert told.digest() == replace(trace, prompts=expected).digest()
+    other = np.arange(3000)
+    other[1500] = 0  # in the part that numpy does not print
+    texts = [{"tokens": np.arange(3000)}, {"tokens": list(range(3000))}, {"tokens": other}]
+    keys = prompt_keys(replace(trace, prompts=texts, sequence=np.arange(len(trace)) % 3))
+    assert keys[0] == keys[1] != keys[2]
+    with pytest.raises(BadTrace, match="cannot be written"):
+        replace(trace, prompts=[{"made": object()}]).save(tmp_path / "b.safetensors")
 
 
 def test_parquet_keeps_everything_but_the_inputs(trace, tmp_path):
