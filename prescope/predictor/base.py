@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.numbers import is_count
 from ..core.types import MoEShape
 from ..errors import BadTrace, PrescopeError, TraceMismatch, UnsupportedOption
 from ..traces.routing import RoutingTrace
@@ -198,8 +199,8 @@ def require_shape(trace: RoutingTrace, shape: MoEShape, lookahead: int, most: in
 
 def require_lookahead(lookahead: int, most: int, name: str) -> None:
     """Raises UnsupportedOption unless 1 <= lookahead <= most."""
-    if not 1 <= lookahead <= most:
-        raise UnsupportedOption(f"lookahead {lookahead} of {name}: choose 1 to {most}")
+    if not (is_count(lookahead) and 1 <= lookahead <= most):
+        raise UnsupportedOption(f"lookahead {lookahead!r} of {name}: choose 1 to {most}")
 
 
 def measure_us(

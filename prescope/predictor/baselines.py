@@ -22,8 +22,9 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 import torch
 
+from ..core.numbers import is_number, require_count
 from ..core.types import MoEShape
-from ..errors import BadTrace, TraceMismatch
+from ..errors import BadTrace, TraceMismatch, UnsupportedOption
 from ..traces.routing import RoutingTrace
 from .base import (
     TINY,
@@ -148,6 +149,7 @@ class Baseline(ABC):
     is_calibrated = False
 
     def __init__(self, shape: MoEShape, lookahead: int) -> None:
+        require_count("lookahead", lookahead, 0)
         self.shape = shape.routing
         self.lookahead = lookahead
 
@@ -293,12 +295,17 @@ class PreviousToken(Baseline):
 
     Args:
         decay: weight of the past. At most 1/2, so that the previous position outweighs all older ones.
+
+    Raises:
+        UnsupportedOption: `decay` lies outside [0, 1/2].
     """
 
     name = "previous token"
 
     def __init__(self, shape: MoEShape, lookahead: int, decay: float = 0.25) -> None:
         super().__init__(shape, lookahead)
+        if not is_number(decay) or not 0.0 <= decay <= 0.5:
+            raise UnsupportedOption(f"decay is {decay!r}; the past weighs 0 to 0.5")
         self.decay = decay
         self.begin(1)
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.numbers import require_seed
 from ..core.types import MoEShape
 from ..errors import BadTrace
 from ..traces.routing import RoutingTrace
@@ -46,6 +47,7 @@ class Chance(Baseline):
 
     def __init__(self, shape: MoEShape, lookahead: int, seed: int = 0) -> None:
         super().__init__(shape, lookahead)
+        require_seed(seed)
         self.seed = seed
         self._generator = torch.Generator().manual_seed(seed)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..core.numbers import is_count, is_number, require_seed
 from ..core.types import MoEShape
 from ..errors import BadTrace, TraceMismatch, UnsupportedOption
 from ..traces.routing import RoutingTrace, used_mask
@@ -52,9 +53,10 @@ class NoisyOracle(Baseline):
     is_calibrated = True
 
     def __init__(self, trace: RoutingTrace, recall: Mapping[int, float], *, seed: int = 0) -> None:
-        super().__init__(trace.shape, max(recall, default=0))
+        _check_recall(recall, trace.shape)
+        require_seed(seed)
+        super().__init__(trace.shape, max(recall))
         self.recall = dict(sorted(recall.items()))
-        _check_recall(self.recall, self.shape)
         self.name = _name_of(self.recall)
         self.seed = seed
         self._trace = trace
@@ -167,8 +169,10 @@ def _wrong_guesses(ids_RLK: IdArray, odds_LE: NDArray[np.float32], rng: np.rando
 
 
 def _check_recall(recall: Mapping[int, float], shape: MoEShape) -> None:
-    if not recall:
-        raise UnsupportedOption("no recall given; name one for a lookahead at least, such as {1: 0.9}")
+    if not isinstance(recall, Mapping) or not all(map(is_count, recall)) or not recall:
+        raise UnsupportedOption(
+            f"recall is {recall!r}; name one for a lookahead at least, such as {{1: 0.9}}"
+        )
     low, high = min(recall), max(recall)
     if low < 1 or high > max(1, shape.num_layers - 1):
         raise UnsupportedOption(
@@ -177,9 +181,9 @@ def _check_recall(recall: Mapping[int, float], shape: MoEShape) -> None:
         )
     chance = shape.top_k / shape.num_experts
     for lookahead, value in recall.items():
-        if not chance <= value <= 1.0:
+        if not is_number(value) or not chance <= value <= 1.0:
             raise UnsupportedOption(
-                f"recall {value} at lookahead {lookahead}: choose chance, {chance:.3f}, to 1; for predictions worse "
+                f"recall {value!r} at lookahead {lookahead}: choose chance, {chance:.3f}, to 1; for predictions worse "
                 f"than chance there is Inverted"
             )
 

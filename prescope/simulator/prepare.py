@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.numbers import is_count, require_count
 from ..errors import BadTrace, UnsupportedOption
 from ..predictor.base import Predictor, ReplaysRows, ScoreArray
 from ..predictor.checked import replay, replay_rows, require_predictor
@@ -232,9 +233,9 @@ def in_batches(trace: RoutingTrace, batch: int) -> tuple[RoutingTrace, NDArray[n
     """
     real = np.flatnonzero(trace.position >= 0)
     found, rank = np.unique(trace.sequence[real], return_inverse=True)
-    if not 1 <= batch <= len(found):
+    if not (is_count(batch) and 1 <= batch <= len(found)):
         raise UnsupportedOption(
-            f"batch is {batch}; the trace has {len(found)} sequences, so it is 1 to {len(found)}"
+            f"batch is {batch!r}; the trace has {len(found)} sequences, so it is 1 to {len(found)}"
         )
     # The n-th decoded token of its sequence: prompts of a group are of different lengths. -1 for a prompt's.
     by_sequence = np.lexsort((trace.position[real], rank))
@@ -264,8 +265,7 @@ def as_decode(trace: RoutingTrace, batch: int = 1) -> RoutingTrace:
     Raises:
         UnsupportedOption: batch < 1.
     """
-    if batch < 1:
-        raise UnsupportedOption(f"batch is {batch}; a step has at least one token")
+    require_count("batch", batch)
     real = np.flatnonzero(trace.position >= 0)
     _, rank = np.unique(trace.sequence[real], return_inverse=True)
     order = np.lexsort((trace.sequence[real], trace.position[real], rank // batch))

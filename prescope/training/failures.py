@@ -17,7 +17,7 @@ from ..core.types import MoEShape
 from ..errors import TraceMismatch, UnsupportedOption
 from ..predictor.base import Cost, Learns, Predictor, ScoreArray, used_mask
 from ..predictor.baselines import Baseline, LayerInput, Scorer
-from ..predictor.checked import replay
+from ..predictor.checked import replay, require_predictor
 from ..predictor.controls import Chance
 from ..predictor.llapor import Llapor
 from ..predictor.online import OnlineConfig, OnlineTuner
@@ -36,6 +36,7 @@ class Inverted(Baseline):
     """
 
     def __init__(self, predictor: Predictor) -> None:
+        require_predictor(predictor)
         if isinstance(predictor, Learns):
             raise UnsupportedOption(
                 f"{predictor.name} learns from what layers used; invert a predictor that does not"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.numbers import is_number, require_count
 from ..errors import UnsupportedOption
 from ..predictor.base import Predictor
 from ..scheduler.costs import LayerCosts
@@ -68,8 +69,11 @@ def savings(
     Raises:
         UnsupportedOption: a setting out of its range. BadTrace: no tokens, or none of the inputs the predictor reads.
     """
-    if not 0.0 <= resident_frac <= 1.0 or batch < 1:
-        raise UnsupportedOption("resident_frac lies in [0, 1] and batch is at least 1")
+    require_count("batch", batch)
+    if width is not None:
+        require_count("width", width, 0)
+    if not is_number(resident_frac) or not 0.0 <= resident_frac <= 1.0:
+        raise UnsupportedOption(f"resident_frac is {resident_frac!r}; it lies in [0, 1]")
     E, L = trace.num_experts, trace.num_layers
     width = min(E, trace.top_k * batch if width is None else width)
     real = trace.position >= 0

@@ -8,14 +8,14 @@ costs are a profile's (`HardwareProfile.costs`), or any that are stated; their s
 Shapes: S steps, L MoE layers, E experts, U units: prompts at batch 1, groups of `batch` prompts otherwise.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TraceMismatch, UnsupportedOption
-from ..predictor.base import Predictor
+from ..predictor.base import Predictor, require_lookahead
 from ..scheduler.costs import LayerCosts
 from ..simulator import SimResult, Simulator, as_decode
 from ..simulator.replay import DECIDED, FETCHED, ON_DEMAND, PREFETCHED, REASON, STEP
@@ -59,7 +59,7 @@ class ScheduleCard:
     schedule: str
     cache: str
     lookahead: int
-    slots: float
+    slots: float | str
     num_slots: int
     batch: int
     threshold: float
@@ -140,7 +140,7 @@ def schedule_cards(
     costs: LayerCosts,
     *,
     row_bytes: int,
-    slots: Sequence[float] = SLOTS,
+    slots: float | str | Iterable[float | str] = SLOTS,
     schedule: str = "presched",
     batch: int = 1,
     lookahead: int = 1,
@@ -150,7 +150,7 @@ def schedule_cards(
 
     Args:
         costs: of a layer, with what a prediction costs (`LayerCosts.with_predictor`).
-        row_bytes: of one expert. `batch`: prompts side by side.
+        slots: as of `Simulator.run`, one or several. `row_bytes`: of one expert. `batch`: prompts side by side.
         lookahead: of the predictions whose recall and coverage are counted; the schedule reads all it can.
         cpu: as of `Simulator.run`.
 
@@ -160,15 +160,13 @@ def schedule_cards(
     """
     steps = as_decode(trace, batch)
     simulator = Simulator(steps, costs, row_bytes=row_bytes, predictor=predictor)
-    if not 1 <= lookahead <= simulator.predictions.depth:
-        raise UnsupportedOption(
-            f"lookahead {lookahead} of {predictor.name}: choose 1 to {predictor.lookahead}"
-        )
+    require_lookahead(lookahead, simulator.predictions.depth, predictor.name)
+    shares = [slots] if isinstance(slots, str) or not isinstance(slots, Iterable) else list(slots)
     unit_S, domains = _units(steps, batch)
     all_there = np.ones((trace.num_layers, trace.num_experts), bool)
     least = simulator.run("on-demand", slots=1.0, resident=all_there)
     cards = []
-    for share in slots:
+    for share in shares:
         with_it = simulator.run(schedule, slots=share, cpu=cpu)
         without = simulator.run(schedule, slots=share, cpu=cpu, lookahead=0)
         config = with_it.config

@@ -7,10 +7,12 @@ import torch
 import prescope
 from prescope.engine.predicting import Predictings
 from prescope.errors import UnsupportedOption
-from prescope.predictor import BadPrediction, Frequency, Oracle
+from prescope.predictor import BadPrediction, Chance, Frequency, NoisyOracle, Oracle, PreviousToken
 from prescope.predictor.baselines import Baseline
 from prescope.scheduler.costs import LayerCosts
-from prescope.simulator import Machine, Scenarios, Simulator
+from prescope.simulator import Machine, Scenarios, Simulator, as_decode
+from prescope.simulator.prepare import in_batches
+from prescope.training import Inverted, savings, schedule_cards, split_by_prompt
 from prescope.training.score_card import score
 from prescope.tuning import SimulatorRunner
 from tests.support.models import EXPERTS, LAYERS, TOP_K, prompt, tiny_moe
@@ -257,3 +259,48 @@ def test_a_card_names_the_lookaheads_that_it_has(trace, figure):
     card = score(Frequency(trace, LOOKAHEAD), trace, lookaheads=np.array([1, 2]))
     with pytest.raises(UnsupportedOption, match="no lookahead 3; it has 1, 2"):
         getattr(card, figure)(3)
+
+
+@pytest.mark.parametrize("value", ["2", 1.5, None, True, 0, -1], ids=repr)
+def test_counts_that_are_none_are_told_wherever_they_are_given(trace, value):
+    """1.5 prompts side by side were regrouped somehow; texts and None ended in Python's TypeError."""
+    oracle = Oracle(trace.shape, 2)
+    calls = [
+        lambda: as_decode(trace, value),
+        lambda: in_batches(trace, value),
+        lambda: score(oracle, trace, lookaheads=[value]),
+        lambda: schedule_cards(oracle, trace, COSTS, row_bytes=1, lookahead=value),
+        lambda: schedule_cards(oracle, trace, COSTS, row_bytes=1, batch=value),
+        lambda: savings(oracle, trace, COSTS, batch=value),
+        lambda: oracle.replay(trace, value),
+    ]
+    if value not in (None, 0):
+        calls.append(lambda: savings(oracle, trace, COSTS, width=value))
+    if value != 0:
+        calls += [lambda: Chance(trace.shape, value), lambda: NoisyOracle(trace, {value: 0.9})]
+        calls += [
+            lambda: Chance(trace.shape, 1, seed=value),
+            lambda: NoisyOracle(trace, {1: 0.9}, seed=value),
+        ]
+        calls += [lambda: split_by_prompt(trace, 0.2, value)]
+    for call in calls:
+        with pytest.raises(UnsupportedOption):
+            call()
+
+
+@pytest.mark.parametrize("decay", [-0.1, 0.75, float("nan"), "0.2", None])
+def test_a_decay_that_makes_no_probabilities_is_told(trace, decay):
+    with pytest.raises(UnsupportedOption, match="decay"):
+        PreviousToken(trace.shape, 1, decay=decay)
+
+
+def test_what_is_no_predictor_cannot_be_inverted(trace):
+    with pytest.raises(UnsupportedOption, match="make one of it"):
+        Inverted(Oracle)
+
+
+@pytest.mark.parametrize("slots", [0.5, "8MiB", 8])
+def test_one_number_of_slots_makes_one_card(trace, slots):
+    (card,) = schedule_cards(Oracle(trace.shape, 2), trace, COSTS, row_bytes=1 << 20, slots=slots)
+    (listed,) = schedule_cards(Oracle(trace.shape, 2), trace, COSTS, row_bytes=1 << 20, slots=[slots])
+    assert card.row() == listed.row()

@@ -129,7 +129,7 @@ def test_it_knows_its_own_trace_only(noisy, trace):
 @pytest.mark.parametrize(
     ("recall", "says"),
     [
-        ({}, "no recall given"),
+        ({}, "recall is {}"),
         ({0: 0.9}, "there are 1 to 5"),
         ({6: 0.9}, "there are 1 to 5"),
         ({1: 1.1}, "recall 1.1 at lookahead 1"),
