@@ -27,6 +27,8 @@ KINDS: dict[str, str] = {
 
 #: Of bytes, sizes, counts and microseconds.
 MOST = 1e15
+#: Microseconds: no clock that measures tells less than a nanosecond, and fits square the inverse of a time.
+LEAST_US = 1e-3
 
 
 class Circumstances(NamedTuple):
@@ -79,6 +81,8 @@ def point_of(row: list[object], where: str) -> Point:
         raise BadProfile(f"{where}: {row!r} has a number that no measurement gives")
     values = [float(n) for n in numbers if isinstance(n, int | float)]
     *sizes, us, spread, runs = values
+    if 0 < us < LEAST_US:
+        raise BadProfile(f"{where}: {row!r}: no time is below {LEAST_US} us; times are microseconds")
     if not all(map(math.isfinite, values)) or min(*sizes, spread) < 0 or us <= 0 or runs < 1:
         raise BadProfile(f"{where}: {row!r} has a time or size that is not finite, negative or zero")
     if any(size != int(size) for size in (*sizes, runs)):

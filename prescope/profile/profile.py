@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core.html import facts_html
 from ..core.machine import Place, this_place
-from ..core.numbers import is_count
+from ..core.numbers import is_count, require_count, require_size
 from ..core.paths import user_path
 from ..core.types import ExpertSize, MoEShape
 from ..errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
@@ -81,7 +81,11 @@ class HardwareProfile(Measurements):
 
         Raises:
             BadProfile: nothing is known of the rest of a layer, or of experts on the device.
+            UnsupportedOption: `batch` is no count, or `rest_us` no time.
         """
+        require_count("batch", batch)
+        if rest_us is not None:
+            require_size("rest_us", rest_us)
         nbytes = shape if isinstance(shape, int) else shape.row_bytes
         expert, lanes = ExpertSize(nbytes, width, expert_width), self.lanes
         rest = rest_us if rest_us is not None else lanes.layer_us("rest", expert, batch)

@@ -232,6 +232,20 @@ def test_a_truncated_file_is_refused_with_the_remedy(tmp_path, share):
         HardwareProfile.load(path)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch": 0}, {"batch": -3}, {"batch": "x"}, {"batch": 2.5}, {"rest_us": -1.0}, {"rest_us": "x"},
+        {"rest_us": math.nan},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_costs_of_no_batch_or_no_time_are_refused(wrong):
+    """No tokens cost what one costs, and a rest below 0 was taken off the experts' launch."""
+    with pytest.raises(UnsupportedOption, match=next(iter(wrong))):
+        profile().costs(SHAPE, width=2048, expert_width=768, **wrong)
+
+
 def break_us(value):
     def change(contents):
         contents["points"][3][-3] = value
@@ -246,6 +260,8 @@ def break_us(value):
         (break_us(math.inf), "no measurement"),
         (break_us(-1.0), "negative"),
         (break_us("fast"), "numbers"),
+        (break_us(1e-9), "no time is below"),
+        (break_us(5e-300), "no time is below"),  # the fit's squares overflowed: numpy's LinAlgError
         (lambda c: c["points"][0].pop(), "values"),
         (lambda c: c["points"].append(c["points"][0]), "twice"),
         (lambda c: c.pop("label"), "label"),
