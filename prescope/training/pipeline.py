@@ -23,12 +23,12 @@ from ..predictor.llapor import Llapor
 from ..predictor.llapor_config import LlaporConfig
 from ..scheduler.costs import LayerCosts
 from ..traces.routing import RoutingTrace
-from .prepare import MIN_PROMPTS, rows_of, split_by_prompt, spread
+from .prepare import MIN_PROMPTS, require_trace, rows_of, split_by_prompt, spread
 from .record import Prompt, PromptSet, by_domain, device_of, opened, own_prompts, own_text, record_trace
 from .routers import router_agreement, routers_of, routers_or_reason
 from .savings import savings
 from .score_card import ScoreCard, difference, require_scorable, score
-from .trainer import TrainConfig, TrainingProgress, TrainResult, train
+from .trainer import TrainConfig, TrainingProgress, TrainResult, require_settings, train
 
 __all__ = [
     "TrainedPredictor",
@@ -139,6 +139,7 @@ def train_predictor(
         BadState, BadTrace: the states are NaN or missing. Nothing is overwritten.
     """
     started = time.perf_counter()
+    require_settings(config, training)
     prompts = _require_prompts(prompts)
     test_prompts = None if test_prompts is None else by_domain(test_prompts)
     own = OWN_TOKENS if own_tokens is None else own_tokens
@@ -196,9 +197,12 @@ def train_on_trace(
         TraceMismatch: `test` is of another model.
     """
     started = time.perf_counter()
+    require_settings(config, training)
     training = training or TrainConfig()
+    require_trace(trace)
     require_inputs(trace, "training LLaPor")
     if test is not None:
+        require_trace(test)
         trace.check_same_model(test)
         require_inputs(test, "judging LLaPor")
         require_scorable(test)

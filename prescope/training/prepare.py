@@ -24,6 +24,15 @@ PCA_ROWS = 16384
 MIN_VARIANCE = 1e-3
 
 
+def require_trace(given: Any) -> None:
+    """Raises UnsupportedOption unless it is a trace itself."""
+    if not isinstance(given, RoutingTrace):
+        raise UnsupportedOption(
+            f"a trace is a RoutingTrace, this is a {type(given).__name__}; prescope.read_trace reads one from a file, "
+            f"a run has it as result.trace"
+        )
+
+
 def require_hold_out(value: Any) -> None:
     """Raises UnsupportedOption unless it is a share of prompts."""
     if not is_number(value) or not 0.0 < value < 1.0:

@@ -24,7 +24,7 @@ from ..predictor.checked import replay, require_predictor
 from ..predictor.layer_groups import LayerGroups
 from ..traces.routing import RoutingTrace
 from .intervals import Interval, interval_of, prompts_of, resamples
-from .prepare import require_coming_layer
+from .prepare import require_coming_layer, require_trace
 from .score_sums import BATCH_TOKENS, NUM_BINS, FloatArray, Sums, best_mask, ratio
 
 #: Of layers, as `LayerGroups.name_of` names them.
@@ -298,7 +298,9 @@ def require_scorable(trace: RoutingTrace) -> None:
 
     Raises:
         BadTrace: it has no token that is no padding, or one layer, before which nothing is predicted.
+        UnsupportedOption: it is no trace.
     """
+    require_trace(trace)
     if not (trace.position >= 0).any():
         raise BadTrace(f"the trace of {trace.model} has no token to score; record some text")
     require_coming_layer(trace)

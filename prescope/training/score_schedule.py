@@ -22,6 +22,7 @@ from ..simulator.replay import DECIDED, FETCHED, ON_DEMAND, PREFETCHED, REASON, 
 from ..traces.routing import RoutingTrace
 from .intervals import Interval, interval_of, prompts_of, resamples
 from .misses import missed_by_cache
+from .prepare import require_trace
 from .score_sums import FloatArray, best_mask, domain_of_each
 
 #: Shares of all experts that there are slots for.
@@ -158,6 +159,7 @@ def schedule_cards(
         UnsupportedOption: a setting that does not exist or cannot be.
         BadTrace, TraceMismatch: as `predictor.replay`.
     """
+    require_trace(trace)
     steps = as_decode(trace, batch)
     simulator = Simulator(steps, costs, row_bytes=row_bytes, predictor=predictor)
     require_lookahead(lookahead, simulator.predictions.depth, predictor.name)

@@ -37,6 +37,7 @@ from .prepare import (
     fit_pca,
     require_coming_layer,
     require_hold_out,
+    require_trace,
     rows_of,
     split_by_prompt,
     spread,
@@ -100,6 +101,15 @@ class TrainConfig:
         settle(self)
 
 
+def require_settings(config: Any, training: Any) -> None:
+    """Raises UnsupportedOption unless they are settings of networks and of training; None stands for the default."""
+    if not isinstance(config, LlaporConfig | None) or not isinstance(training, TrainConfig | None):
+        raise UnsupportedOption(
+            f"config is a LlaporConfig and training a TrainConfig, not a {type(config).__name__} and a "
+            f"{type(training).__name__}"
+        )
+
+
 class TrainingProgress(NamedTuple):
     """What training reports after each epoch."""
 
@@ -153,6 +163,8 @@ def train(
         TraceMismatch: own text, routers or groups are another model's. UnsupportedOption: there is no such device.
     """
     config, training = config or LlaporConfig(), training or TrainConfig()
+    require_settings(config, training)
+    require_trace(trace)
     inputs = require_inputs(trace, "training LLaPor")
     require_coming_layer(trace)
     device = str(torch_device_of(device))

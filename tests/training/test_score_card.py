@@ -1,6 +1,7 @@
 """Laws of the score card, of the failure studies and of what a predictor is worth."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,11 @@ from prescope.training import (
     random_predictor,
     rows_of,
     savings,
+    schedule_cards,
     score,
+    train,
+    train_on_trace,
+    train_predictor,
 )
 from prescope.training.savings import some_prompts
 
@@ -133,6 +138,25 @@ def test_what_cannot_be_judged_is_told(trace):
     one_text = replace(trace, prompts=[{"text": "the same"}] * PROMPTS)
     with pytest.raises(TraceMismatch, match="different traces"):
         difference(card, score(Oracle(SHAPE, 2), one_text), 1)
+
+
+@pytest.mark.parametrize("given", ["trace.safetensors", None, {"expert_ids": []}], ids=repr)
+def test_what_is_no_trace_is_told(trace, given):
+    oracle = Oracle(SHAPE, 1)
+    for call in (
+        lambda: score(oracle, given),
+        lambda: schedule_cards(oracle, given, COSTS, row_bytes=1),
+        lambda: train(given),
+        lambda: train_on_trace(given),
+    ):
+        with pytest.raises(UnsupportedOption, match="a trace is a RoutingTrace, this is"):
+            call()
+    for wrong in ({"config": {"hidden": 8}}, {"training": {"epochs": 2}}):
+        for call in (train, train_on_trace, partial(train_predictor, "no model is loaded for this")):
+            with pytest.raises(
+                UnsupportedOption, match="config is a LlaporConfig and training a TrainConfig"
+            ):
+                call(trace, **wrong)
 
 
 def test_padding_is_not_scored(trace):
