@@ -3,6 +3,7 @@
 import base64
 import json
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from html import escape
 from typing import Any
@@ -12,7 +13,16 @@ import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
 from ..core.machine import machine_facts
+from ..errors import BadTrace, UnsupportedOption
 from ..views.theme import CONFIG, FONT, figures_css
+
+
+def drawn(what: str, draw: Callable[[], go.Figure]) -> go.Figure | str:
+    """A figure, or why it cannot be drawn: a run of one token has no decode step, one without events no timeline."""
+    try:
+        return draw()
+    except (BadTrace, UnsupportedOption) as error:
+        return f"No figure of the {what}: {error}."
 
 
 def figure_html(figure: go.Figure | str) -> str:

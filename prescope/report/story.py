@@ -1,6 +1,6 @@
 """What a page says of a run or of a setting: the answer, its numbers, its figures, and how to get them again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -10,12 +10,12 @@ from .. import views
 from ..core.machine import commit
 from ..core.types import Phase
 from ..engine.config import EngineConfig
-from ..errors import BadTrace
 from ..simulator import Scenario, Scenarios, code_of, verdict
 from ..traces.result import RunResult
 from ..traces.routing import RoutingTrace
 from ..views.numbers import Numbers, bound_numbers, numbers, numbers_there, run_in_words
 from ..views.theme import settings_of
+from .page import drawn
 
 
 class Story(NamedTuple):
@@ -45,11 +45,11 @@ def story_of_run(run: RunResult, scenarios: Scenarios | None = None) -> Story:
         rows = [numbers(simulated), *rows, bound_numbers(simulated)]
     phase: Phase = "decode" if run.metrics.decode.num_steps else "prefill"
     figures = [
-        _drawn("timeline", lambda: views.timeline(run)),
-        _drawn("layers", lambda: views.layers(run, phase)),
-        _drawn("hit rate", lambda: views.hit_rate(run, phase)),
-        _drawn("latency", lambda: views.latency(run)),
-        _drawn("load", lambda: views.load(run)),
+        drawn("timeline", lambda: views.timeline(run)),
+        drawn("layers", lambda: views.layers(run, phase)),
+        drawn("hit rate", lambda: views.hit_rate(run, phase)),
+        drawn("latency", lambda: views.latency(run)),
+        drawn("load", lambda: views.load(run)),
     ]
     about = {
         "machine": _machine(run.hardware),
@@ -103,14 +103,6 @@ def story_of_setting(
         f"{verdict(scenarios, scenario).words}.", [*rows, bound_numbers(result)], figures,
         code_of(scenarios, scenario), about, scenarios.commands, scenarios.trace, list(runs[-1:]),
     )  # fmt: skip
-
-
-def _drawn(name: str, draw: Callable[[], go.Figure]) -> go.Figure | str:
-    """A figure, or why it cannot be drawn: a run of one token has no decode step, one without events no timeline."""
-    try:
-        return draw()
-    except BadTrace as error:
-        return f"No figure of the {name}: {error}."
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from ..views.sweep_importances import sweep_importances
 from ..views.sweep_parallel import sweep_parallel
 from ..views.sweep_points import best_first, finished, moved_in, points_frame, told_of_points
 from ..views.theme import SOURCES
-from .page import download_html, figure_html, page_html, provenance
+from .page import download_html, drawn, figure_html, page_html, provenance
 
 if TYPE_CHECKING:
     from ..tuning import Proof, Sweep
@@ -91,7 +91,7 @@ def _figures(sweep: "Sweep", points: pd.DataFrame, objectives: Sequence[str]) ->
     ]
     if len(objectives) > 1:
         drawings.insert(0, ("front", lambda: sweep_front(points, objectives[1], first)))
-    return [_drawn(what, draw) for what, draw in drawings]
+    return [drawn(what, draw) for what, draw in drawings]
 
 
 def _pair(sweep: "Sweep", points: pd.DataFrame) -> tuple[str, str]:
@@ -102,13 +102,6 @@ def _pair(sweep: "Sweep", points: pd.DataFrame) -> tuple[str, str]:
     shares = sweep.importances()
     first, second, *_ = sorted(moved, key=lambda name: -shares.get(name, 0.0))
     return first, second
-
-
-def _drawn(what: str, draw: Callable[[], go.Figure]) -> go.Figure | str:
-    try:
-        return draw()
-    except UnsupportedOption as error:
-        return f"No figure of the {what}: {error}."
 
 
 def _study(sweep: "Sweep", points: pd.DataFrame) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 import ipywidgets as ipw
 import plotly.graph_objects as go
-from IPython.display import HTML, display
 
 from ..advice import KNOWN, Advice, MachineSpec, ModelSize, advise
 from ..engine import Engine
@@ -17,8 +16,8 @@ from ..simulator import HERE
 from ..traces.routing import RoutingTrace
 from ..views.capacity import capacity
 from .field import Field
-from .figures import SlimFigureWidget, is_headless
-from .showing import page_html, show_panel, take_off
+from .figures import SlimFigureWidget
+from .showing import show_panel, take_off
 from .style import boxed, panel
 from .tables import frame_html
 
@@ -173,12 +172,7 @@ class CapacityPanel:
     def _ipython_display_(self) -> None:
         if self.advice is None:
             self.redraw()
-        if not is_headless():
-            show_panel(self.view, self.words.value, self.plain())
-            return
-        display(HTML(page_html(self.words.value)))
-        for figure in self.plain():
-            display(figure)
+        show_panel(self.view, self.words.value, self.plain())
 
 
 def _known_machines(first: Engine | ModelSize | str) -> dict[str, MachineSpec]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as ipw
 import pandas as pd
 import plotly.graph_objects as go
-from IPython.display import HTML, display
 
 from ..core.paths import data_dir
 from ..core.units import format_bytes
@@ -21,12 +20,12 @@ from ..traces.routing import RoutingTrace
 from ..views.numbers import NAN
 from ..views.threshold import plot_threshold, threshold_info
 from .capacity_panel import CapacityPanel
-from .figures import SlimFigureWidget, is_headless
+from .figures import SlimFigureWidget
 from .pair_panel import PairPanel, other_than
 from .runner import Runner
 from .runs_panel import RunsPanel
 from .schedule_panel import SchedulePanel, vars_of
-from .showing import page_html, show_panel, take_off
+from .showing import show_panel, take_off
 from .style import boxed, panel, row
 from .tables import frame_html
 
@@ -302,12 +301,7 @@ class Dashboard:
         return self.live.plain()
 
     def _ipython_display_(self) -> None:
-        if not is_headless():
-            show_panel(self.view, self._page_head(), self.plain())
-            return
-        display(HTML(page_html(self._page_head())))
-        for figure in self.plain():
-            display(figure)
+        show_panel(self.view, self._page_head(), self.plain())
 
 
 def _costs_of(machine: str, source: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import ipywidgets as ipw
 import plotly.graph_objects as go
-from IPython.display import HTML, display
 
 from ..core.units import count_of
 from ..engine.job import Job, NamedPrompts
@@ -17,7 +16,6 @@ from ..errors import PrescopeError
 from ..simulator import Scenario, Scenarios, SimResult, verdict
 from ..traces.result import RunResult
 from ..views.numbers import NO_BOUND, Numbers, bound_numbers, numbers, numbers_there, spread_frac
-from .figures import is_headless
 from .measured_beside import MeasuredBeside
 from .numbers_table import NumbersTable
 from .presets import Presets
@@ -26,7 +24,7 @@ from .rest_timer import RestTimer, Throttle, is_alone
 from .runner import Runner
 from .schedule_figures import ScheduleFigures
 from .settings import Settings
-from .showing import page_html, show_panel, take_off
+from .showing import show_panel, take_off
 from .style import boxed, panel, row
 
 #: Between two redraws while a slider is dragged; the last position is always drawn.
@@ -365,12 +363,7 @@ class SchedulePanel:
         self.numbers.say(f"<span class='{mood}'>{escape(head)}</span>{colon}{escape(rest)}.{notes}")
 
     def _ipython_display_(self) -> None:
-        if not is_headless():
-            show_panel(self.view, self.numbers.text, self.plain())
-            return
-        display(HTML(page_html(self.numbers.text)))
-        for figure in self.plain():
-            display(figure)
+        show_panel(self.view, self.numbers.text, self.plain())
 
 
 def _ended_early(run: RunResult) -> str:

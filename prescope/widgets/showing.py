@@ -8,14 +8,22 @@ from collections.abc import Sequence
 
 import ipywidgets as ipw
 import plotly.graph_objects as go
-from IPython.display import display
+from IPython.display import HTML, display
 
 from ..views.forms import figures_html
+from .figures import is_headless
 from .style import CSS
 
 
 def show_panel(view: ipw.Widget, words: str, figures: Sequence[go.Figure]) -> None:
-    """Display a live panel, and beside it, for pages without a kernel, what it opened with."""
+    """Display a live panel, and beside it, for pages without a kernel, what it opened with; that alone where a page is
+    made and nobody could use the panel.
+    """
+    if is_headless():
+        display(HTML(page_html(words)))
+        for figure in figures:
+            display(figure)
+        return
     live = view._repr_mimebundle_() or {}
     told = "<p class='ps-soft'>As the panel opened; it is live in a notebook with a kernel.</p>"
     display({**live, "text/html": page_html(f"{words}{told}{figures_html(figures)}")}, raw=True)

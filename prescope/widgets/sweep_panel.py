@@ -13,14 +13,12 @@ from typing import Any
 import ipywidgets as ipw
 import pandas as pd
 import plotly.graph_objects as go
-from IPython.display import HTML, display
 
 from ..errors import PrescopeError, UnsupportedOption
 from ..tuning import Progress, Proof, Sweep, SweepJob, load_sweep
 from ..views.sweep_points import told_of_points
 from .copy_button import CopyButton
-from .figures import is_headless
-from .showing import page_html, show_panel, take_off
+from .showing import show_panel, take_off
 from .style import boxed, panel, row
 from .sweep_chosen import SweepChosen
 from .sweep_controls import SweepControls
@@ -311,9 +309,4 @@ class SweepPanel:
 
     def _ipython_display_(self) -> None:
         words = f"<p>{self.told.value}</p>{self.chosen.table.value}{self.proof.words.value}"
-        if not is_headless():
-            show_panel(self.view, words, self.plain())
-            return
-        display(HTML(page_html(words)))
-        for figure in self.plain():
-            display(figure)
+        show_panel(self.view, words, self.plain())

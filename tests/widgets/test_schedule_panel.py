@@ -450,7 +450,7 @@ def test_a_pair_says_why_for_both(session, recorded):
 
 def test_without_a_browser_the_panels_show_plain_figures(session, recorded, panel, monkeypatch):
     shown: list[object] = []
-    for module in (schedule_panel, pair_panel):
+    for module in (showing, pair_panel):
         monkeypatch.setattr(module, "display", shown.append)
     monkeypatch.setenv("PRESCOPE_HEADLESS", "1")
     panel._ipython_display_()
