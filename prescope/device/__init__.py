@@ -55,7 +55,7 @@ def torch_device_of(device: str | torch.device) -> torch.device:
     name, _ = resolve_device(str(device), None, torch.device("cpu"))
     try:
         found = torch.device("cpu" if name == "null" else name)
-        torch.empty(0, device=found)
+        torch.empty(0, dtype=torch.float32, device=found)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise UnsupportedOption(
             f"device is {device!r}, which torch has not here ({str(error).splitlines()[0]}); choose 'auto', 'cpu', or "
