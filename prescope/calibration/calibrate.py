@@ -4,6 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from contextlib import closing
 from datetime import UTC, datetime
 from statistics import median
@@ -63,7 +64,8 @@ def calibrate(
     A point that no memory can give is left out, and a machine that was busy meanwhile is said: both as a warning and in
     the profile's notes.
 
-    Ctrl-C ends it at once; a saved profile stays as it was, and a call within the hour goes on where this one stopped.
+    Ctrl-C ends it at once, and so does a `CancelledError` that `on_progress` raises; a saved profile stays as it was,
+    and a call within the hour goes on where this one stopped.
 
     Args:
         model_or_engine: an engine, which is also asked what the rest of a layer takes; a transformers MoE; one expert
@@ -95,7 +97,7 @@ def calibrate(
         run.take(unfinished.points())
         try:
             run.measure(on_progress)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, CancelledError):
             unfinished.keep(run.points)
             raise
     points = _believed(run, described.get("device_memory_gb_per_s"), load)

@@ -3,6 +3,7 @@
 import threading
 import time
 import weakref
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pandas as pd
@@ -198,12 +199,12 @@ def test_the_gpu_lane_launches_the_captured_steps_kernels(monkeypatch):
 # -- interrupts and files --------------------------------------------------------------------------------------------
 
 
-def interrupt_at(number: int):
+def interrupt_at(number: int, error: type[BaseException] = KeyboardInterrupt):
     calls = iter(range(number + 1))
 
     def on_progress(what: str, share: float) -> None:
         if next(calls) == number:
-            raise KeyboardInterrupt
+            raise error
 
     return on_progress
 
@@ -218,10 +219,11 @@ def test_a_profile_is_saved_and_found_again_with_what_an_older_one_knows():
     found.require_this_machine(DESCRIBED)
 
 
-def test_ctrl_c_leaves_the_saved_profile_alone_and_the_next_call_goes_on():
+@pytest.mark.parametrize("error", [KeyboardInterrupt, CancelledError])
+def test_ctrl_c_or_a_cancel_leaves_the_saved_profile_alone_and_the_next_call_goes_on(error):
     saved = prescope.calibrate(SMALL, **NULL, on_progress=ignore)
-    with pytest.raises(KeyboardInterrupt):
-        prescope.calibrate(SMALL, **NULL, on_progress=interrupt_at(20))
+    with pytest.raises(error):
+        prescope.calibrate(SMALL, **NULL, on_progress=interrupt_at(20, error))
     assert HardwareProfile.of_this_machine(DESCRIBED) == saved
     kept = own_file(this_place(DESCRIBED)).with_suffix(".unfinished")
     assert kept.exists()
