@@ -29,6 +29,7 @@ class Job(Generic[Returned]):
         run: makes the result; takes `on_step` and `settings`.
         turn: held while it runs.
         so_far: the new tokens of each sequence, asked from the run's thread; None: they come with the result.
+        what: it is, as others read it who wait for it.
 
     Attributes:
         token_times_s: when each token came, by `time.monotonic`.
@@ -41,13 +42,14 @@ class Job(Generic[Returned]):
         turn: Turn,
         settings: dict[str, Any],
         so_far: Callable[[], list[list[int]]] | None = None,
+        what: str = "a job",
     ) -> None:
         self._owner = process_id()
         self._future: Future[Returned] = Future()
         self._ended = Latch()
         self._cancel = threading.Event()
         self._run, self._turn, self._settings = run, turn, settings
-        self._so_far = so_far
+        self._so_far, self._what = so_far, what
         self.token_times_s: list[float] = []
         self.tokens: list[list[int]] = []
         self._watchers: list[Watcher] = []
@@ -155,7 +157,7 @@ class Job(Generic[Returned]):
             self._viewing.start()
         try:
             settings = {"on_step": self._step, **self._settings}
-            result = self._turn.run("a job", self._run, (), settings, was_told=self._cancel.is_set)
+            result = self._turn.run(self._what, self._run, (), settings, was_told=self._cancel.is_set)
         except BaseException as error:  # noqa: BLE001 - nothing is lost: result() raises it in the caller's thread
             self._end_view()
             self._future.set_exception(error)

@@ -1,13 +1,34 @@
 """Run, Cancel, a bar, what is left and how it ended: the same for every panel that runs something."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from html import escape
+from typing import NamedTuple
 
 import ipywidgets as ipw
 
 from ..engine.job import Job
 from .style import boxed, row
+
+
+def tokens_left(job: Job) -> str:
+    """Tokens so far, and the seconds until the last one."""
+    count = f"{job.num_tokens} token{'s' if job.num_tokens != 1 else ''}"
+    return count if job.left_s is None else f"{count}, {job.left_s:.1f} s left"
+
+
+class JobWords(NamedTuple):
+    """What is said of a job.
+
+    Attributes:
+        under_way: how far it is. notes: of a job that went well, what its result must be read with.
+        cancelled: of one without a result. failed: added to its error.
+    """
+
+    under_way: Callable[[Job], str] = tokens_left
+    notes: Callable[[Job], Sequence[str]] = lambda job: job.result().notes
+    cancelled: str = "cancelled before the first token; what is shown is the former run"
+    failed: str = "What is shown is the former run."
 
 
 class JobControls:
@@ -17,13 +38,20 @@ class JobControls:
         label: of the button. `start`: begins a job with what the panel says; called by the button.
         shown: told of the job's end when its result is there, before the status says so; runs in the job's thread.
             Returns what a person must know about it, or "".
+        words: what the status says; by default of a run.
 
     Attributes:
         view: the row. job: the latest, or None.
     """
 
-    def __init__(self, label: str, start: Callable[[], object], shown: Callable[[Job], str]) -> None:
-        self._shown = shown
+    def __init__(
+        self,
+        label: str,
+        start: Callable[[], object],
+        shown: Callable[[Job], str],
+        words: JobWords = JobWords(),  # noqa: B008 - immutable
+    ) -> None:
+        self._shown, self._words = shown, words
         self._on_token: Callable[[Job], None] | None = None
         self.job: Job | None = None
         self.run_button = ipw.Button(description=label, icon="play", button_style="primary")
@@ -84,9 +112,7 @@ class JobControls:
         if job is not self.job:
             return
         self.bar.value = job.progress
-        count = f"{job.num_tokens} token{'s' if job.num_tokens != 1 else ''}"
-        left_s = job.left_s
-        self.status.value = count if left_s is None else f"{count}, {left_s:.1f} s left"
+        self.status.value = escape(self._words.under_way(job))
         if self._on_token is not None:
             self._on_token(job)
 
@@ -100,7 +126,7 @@ class JobControls:
             except Exception as failure:  # noqa: BLE001 - lost in a callback, it would leave "running" for ever
                 error = failure
         if error is None:
-            notes = [escape(note) for note in (told, *job.result().notes) if note]
+            notes = [escape(note) for note in (told, *self._words.notes(job)) if note]
             word = "cancelled" if job.is_cancelled else "done"
             if any(note.startswith(word) for note in notes):  # and after how many steps
                 word = ""
@@ -108,12 +134,12 @@ class JobControls:
             self.status.value = "; ".join(filter(None, [word, *notes]))
         elif isinstance(error, CancelledError):
             look = "warning"
-            self.status.value = "cancelled before the first token; what is shown is the former run"
+            self.status.value = self._words.cancelled
         else:
             look = "danger"
             self.status.value = (
                 f"<span class='ps-error'><b>{escape(type(error).__name__)}</b>: {escape(str(error))} "
-                f"What is shown is the former run.</span>"
+                f"{self._words.failed}</span>"
             )
         self.bar.value, self.bar.bar_style = 1.0, look
         self.cancel_button.disabled = True
