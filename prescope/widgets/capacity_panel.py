@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from ..advice import KNOWN, Advice, MachineSpec, ModelSize, advise
 from ..engine import Engine
-from ..errors import NoProfile, PrescopeError, UnsupportedOption
+from ..errors import BadProfile, NoProfile, PrescopeError, UnsupportedOption
 from ..profile import HardwareProfile
 from ..profile.files import shipped_files
 from ..simulator import HERE
@@ -17,6 +17,7 @@ from ..traces.routing import RoutingTrace
 from ..views.capacity import capacity
 from .field import Field
 from .figures import SlimFigureWidget
+from .measure_machine import MeasureMachine
 from .showing import show_panel, take_off
 from .style import boxed, panel
 from .tables import frame_html
@@ -38,12 +39,13 @@ class CapacityPanel:
     """Model and machine, the curve of what GPU memory buys, and the advice.
 
     Args:
-        models: by name: engines, sizes, or what `advise` takes. machine: name of a profile to begin with.
+        models: by name: engines, sizes, or what `advise` takes; where the first is an engine, its machine can be
+            measured. machine: name of a profile to begin with.
         trace: a recorded one of the first model, instead of guessed routing.
 
     Attributes:
         model, machine, batch, context, budget: controls. advice: the latest. figure: the curve. view: all of it.
-        trace: as given; assign another one before a redraw.
+        trace: as given; assign another one before a redraw. measure: the button that measures, or None.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class CapacityPanel:
         self._lock = threading.Lock()
         self._asked = 0
         self.advice: Advice | None = None
-        self._specs = _known_machines(models[self._first])
+        first = models[self._first]
+        self._specs = _known_machines(first)
+        self.measure = MeasureMachine(first, self._use_measured) if isinstance(first, Engine) else None
         names = [*self._specs, TYPED]
         self.model = ipw.Dropdown(options=list(models))
         self.machine = ipw.Dropdown(options=names, value=machine if machine in names else names[0])
@@ -76,10 +80,14 @@ class CapacityPanel:
             Field("budget, GiB", self.budget, "GPU memory that may be used; 0 for all of it."),
             *(Field(NUMBERS[name][0], widget, NUMBERS[name][1]) for name, widget in self.numbers.items()),
         ]
+        self._machine_field = fields[1]
         fields[4].say("0: all of it")
         self.words, self.table = ipw.HTML(), ipw.HTML()
         self.figure = SlimFigureWidget()
-        controls = boxed(ipw.Box([field.view for field in fields]), "ps-controls")
+        rows = [field.view for field in fields]
+        if self.measure is not None:
+            rows.insert(2, self.measure.view)
+        controls = boxed(ipw.Box(rows), "ps-controls", "ps-holds-wide")
         self._shown = shown = boxed(ipw.VBox([self.words, self.table]), "ps-figures")
         self.part = boxed(ipw.Box([controls, shown]), "ps-side")
         self.view = panel(self.part)
@@ -137,11 +145,14 @@ class CapacityPanel:
         """Take the panel off the page; what is still being simulated is shown to nobody."""
         with self._lock:
             self._asked += 1
+        if self.measure is not None:
+            self.measure.close()
         take_off(self.view, self.figure)
 
     def _fill(self) -> None:
-        """The numbers of the chosen machine."""
+        """The numbers of the chosen machine, and whose they are."""
         known = self._specs.get(self.machine.value)
+        self._machine_field.say(machine_note(self.machine.value))
         if known is None:
             return
         former, self._is_quiet = self._is_quiet, True
@@ -162,7 +173,18 @@ class CapacityPanel:
             return
         self._is_quiet = True
         self.machine.value = TYPED
+        self._machine_field.say(machine_note(TYPED))
         self._is_quiet = False
+        self.soon()
+
+    def _use_measured(self) -> None:
+        """Offer and choose this machine as it was measured just now, and draw the advice anew."""
+        self._specs = _known_machines(self._models[self._first])
+        former, self._is_quiet = self._is_quiet, True
+        self.machine.options = [*self._specs, TYPED]
+        self.machine.value = HERE if HERE in self._specs else TYPED
+        self._fill()
+        self._is_quiet = former
         self.soon()
 
     def plain(self) -> list[go.Figure]:
@@ -180,13 +202,19 @@ def _known_machines(first: Engine | ModelSize | str) -> dict[str, MachineSpec]:
     described = first.hardware() if isinstance(first, Engine) else None
     try:
         known = {HERE: MachineSpec.of_profile(HardwareProfile.of_this_machine(described), HERE)}
-    except (NoProfile, UnsupportedOption):  # of an older calibration, which did not note the GPU's memory
+    # Not calibrated, or damaged, or of an older calibration, which did not note the GPU's memory.
+    except (NoProfile, BadProfile, UnsupportedOption):
         known = {}
     for file in shipped_files():
         profile = HardwareProfile.load(file)
         if profile.link_gb_per_s is None:  # an emulated link is nobody's machine
             known[file.stem] = MachineSpec.of_profile(profile, file.stem)
     return known | KNOWN
+
+
+def machine_note(name: str) -> str:
+    """Whose the numbers of a choice of machine are, in a few words."""
+    return {HERE: "", TYPED: "your numbers"}.get(name, "shipped with prescope")
 
 
 def advice_html(advice: Advice) -> str:

@@ -13,6 +13,7 @@ from ..scheduler import SCHEDULES
 from ..simulator import NOISY, Scenario, Scenarios
 from ..views.theme import written
 from .field import Field
+from .measure_machine import MEASURE
 from .style import boxed
 
 _OWN = "the schedule's own"
@@ -190,7 +191,7 @@ class Settings:
             self.fields[name].allow(nobody or streams)
         machine = scenarios.machine(full)
         has_lane = len(machine.costs.cpu_us) > 1
-        remedy = ": run prescope.calibrate(session.engine), then record a run here" if machine.is_here else ""
+        remedy = f": {MEASURE} (tab Machine and model), then Record a run here" if machine.is_here else ""
         self.fields["cpu"].allow(
             f"{way.title} never uses the CPU" if not way.uses_cpu
             else "" if has_lane else f"no CPU times of this machine{remedy}"

@@ -42,7 +42,16 @@ CSS = f"""
 .ps-side {{ display: grid !important; grid-template-columns: minmax(0, 1fr); gap: 8px 20px; overflow: visible; }}
 .ps-controls {{ display: grid !important; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr));
   gap: 6px 20px; align-content: start; align-items: start; overflow: visible; }}
-.ps-copy.widget-button {{ width: auto; }}
+.ps-copy.widget-button {{ width: auto; }} .ps-holds-wide {{ grid-auto-flow: row dense; }}
+.ps-field.ps-wide {{ grid-column: 1 / -1; align-items: start; padding: 4px 0 6px; }}
+.prescope .ps-wide > .ps-label .widget-html-content {{ line-height: 32px; }} .ps-wide .ps-run {{ flex: none; }}
+.ps-wide .ps-job {{ flex: 1 1 100%; order: 1; }} .ps-unused .ps-job {{ display: none !important; }}
+@container prescope (min-width: {WIDE_PX}px) {{
+  .ps-side .ps-field.ps-wide {{ grid-template-columns: minmax(0, 1fr); }}
+  .ps-side .ps-wide > .ps-label {{ display: none; }}
+  .ps-side .ps-wide .ps-run {{ column-gap: 4px; }} .ps-side .ps-wide .ps-run button {{ padding: 0 6px; }}
+  .ps-side .ps-wide .ps-job {{ flex-wrap: wrap; gap: 2px; }}
+  .ps-side .ps-wide .ps-job > .widget-html {{ flex: 1 1 100%; }} }}
 @container prescope (min-width: {WIDE_PX}px) {{
   .ps-side {{ grid-template-columns: 300px minmax(0, 1fr); }} .ps-side .ps-controls {{ grid-template-columns: 1fr; }}
   .ps-side .ps-figures .ps-controls {{ grid-template-columns: minmax(0, 1fr) minmax(0, 1fr) auto; }} }}

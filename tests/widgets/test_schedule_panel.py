@@ -633,7 +633,7 @@ def test_a_machine_calibrated_meanwhile_has_its_cpu_lane_at_the_next_recording(s
     try:
         board.record()
         lane = board.live.settings.fields["cpu"]
-        assert lane.control.disabled and "prescope.calibrate(session.engine)" in lane.note
+        assert lane.control.disabled and "Measure this machine" in lane.note
         profile = HardwareProfile.load("test_machine")
         found.append(replace(profile, place=this_place(session.engine.hardware())))
         board.record()
