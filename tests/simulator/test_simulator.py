@@ -610,7 +610,7 @@ def test_prompts_can_be_fed_token_by_token():
             assert len(set(decoded.sequence[rows].tolist())) == rows.sum() <= batch
             assert len(set(decoded.position[rows].tolist())) == 1
     assert Simulator(as_decode(prompts, 2), COSTS, row_bytes=ROW_BYTES).batch == 2
-    with pytest.raises(UnsupportedOption, match="batch is 0; .* at least 1"):
+    with pytest.raises(UnsupportedOption, match=r"batch is 0; .* at least 1"):
         as_decode(prompts, 0)
 
 
