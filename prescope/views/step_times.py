@@ -116,6 +116,8 @@ def _causes(
 def step_times_traces(info: StepTimesInfo) -> list[dict[str, Any]]:
     """Always as many: each cause as bars and as a stepped area, of which one is empty ("other" is all where causes are
     not known), then what is light below the bound, the measured line and the bound: both lie on colours of all kinds.
+    What is not visible has no place in the legend either. Only the light line says that it has none: the page forgets
+    that where an edit says it of other lines.
     """
     measured = info.measured or Times((), (), 0.0, "measured", {})
     line = {"color": COLORS["measured"], "width": 2}
@@ -139,13 +141,12 @@ def step_times_traces(info: StepTimesInfo) -> list[dict[str, Any]]:
         {
             "type": "scatter", "x": list(measured.steps), "y": list(measured.step_ms), "name": measured.source,
             "mode": "lines+markers", "line": line,
-            "marker": {"size": 5 if are_many else 8, "color": COLORS["measured"],
-                "line": {"width": 1 if are_many else 1.5, "color": RING}},
+            "marker": {"size": 6, "color": COLORS["measured"], "line": {"width": 1, "color": RING}},
             "hovertemplate": f"%{{y:.3f}} ms, {measured.source}<extra></extra>",
-            "showlegend": info.measured is not None, "visible": info.measured is not None,
+            "visible": info.measured is not None,
         },
         {
-            **bound, "name": "bound of the mean step", "showlegend": has_bound,
+            **bound, "name": "bound of the mean step",
             "line": {"color": COLORS["bound"], "width": 2.5, "dash": "dash"},
             "hovertemplate": "%{y:.3f} ms: no mean step is shorter<extra></extra>",
         },
@@ -166,7 +167,6 @@ def _cause(
     return {
         **looks, "x": [] if is_empty else list(x), "y": [] if is_empty else list(ms), "name": NAMES[cause],
         "hovertemplate": f"%{{y:.3f}} ms {NAMES[cause]}, {source}<extra></extra>",
-        "showlegend": not is_empty and any(ms),
         "visible": not is_empty and any(ms),  # what is empty costs a redraw as much as what is not
     }  # fmt: skip
 

@@ -296,7 +296,7 @@ def test_many_steps_are_areas_of_the_same_height_as_bars(count, form):
     causes_drawn = step_times_traces(info)[: 2 * len(CAUSES)]
     filled = [trace for trace in causes_drawn if trace["x"]]
     assert {trace["type"] for trace in filled} == {form}
-    assert [trace["name"] for trace in filled if trace["showlegend"]] == [NAMES["dense"], NAMES["stall"]]
+    assert [trace["name"] for trace in filled if trace["visible"]] == [NAMES["dense"], NAMES["stall"]]
     height = {x: sum(trace["y"][i] for trace in filled) for i, x in enumerate(filled[0]["x"])}
     assert {height[step] for step in steps} == {1.5}
     low, high = step_times_layout(info)["xaxis"]["range"]
@@ -304,6 +304,16 @@ def test_many_steps_are_areas_of_the_same_height_as_bars(count, form):
         assert (min(height), max(height)) == (low, high), (
             "the first and the last step are as broad as the others"
         )
+
+
+@pytest.mark.parametrize("has_bound", [True, False])
+def test_only_the_light_line_below_the_bound_speaks_of_the_legend(has_bound):
+    """An edit that says of one trace whether it is in the legend takes that from others: "trace 14" stood there."""
+    causes = dict.fromkeys(CAUSES, (0.0,) * 3) | {"dense": (1.0,) * 3}
+    times = Times((1, 2, 3), (1.0,) * 3, 9.0, "simulated", causes)
+    info = StepTimesInfo(times, "", "", None, 0.5 if has_bound else float("nan"))
+    said = [trace for trace in step_times_traces(info) if "showlegend" in trace]
+    assert [(trace["showlegend"], "name" in trace) for trace in said] == [(False, False)]
 
 
 @pytest.mark.parametrize("draw", [views.lanes, views.outcomes, views.step_times])
