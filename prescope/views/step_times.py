@@ -116,8 +116,7 @@ def _causes(
 def step_times_traces(info: StepTimesInfo) -> list[dict[str, Any]]:
     """Always as many: each cause as bars and as a stepped area, of which one is empty ("other" is all where causes are
     not known), then what is light below the bound, the measured line and the bound: both lie on colours of all kinds.
-    What is not visible has no place in the legend either. Only the light line says that it has none: the page forgets
-    that where an edit says it of other lines.
+    What is not visible has no place in the legend either.
     """
     measured = info.measured or Times((), (), 0.0, "measured", {})
     line = {"color": COLORS["measured"], "width": 2}

@@ -18,6 +18,7 @@ import anywidget
 import plotly
 import plotly.graph_objects as go
 import traitlets
+from plotly.basedatatypes import BaseFigure, Undefined
 
 from ..views.theme import CONFIG
 
@@ -84,6 +85,17 @@ export default () => {
 def is_headless() -> bool:
     """Whether nobody can turn a knob: `prescope.report` executes the notebook."""
     return os.environ.get("PRESCOPE_HEADLESS") == "1"
+
+
+def _at(properties: dict[str, Any], path: str) -> Any:
+    """What stands at "marker.color", say; None, which the page takes for nothing, if nothing does."""
+    found: Any = properties
+    for key in BaseFigure._str_to_dict_path(path):
+        try:
+            found = found[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return found
 
 
 class _Bundle(anywidget.AnyWidget):
@@ -178,6 +190,26 @@ class SlimFigureWidget(go.FigureWidget):
             self._trait_values["_widget_data"] = deepcopy(self._data)
             self._trait_values["_widget_layout"] = deepcopy(self._layout_obj._props)
         return super().get_state(key=key, drop_defaults=drop_defaults)
+
+    def _send_update_msg(
+        self, restyle_data: Any, relayout_data: Any, trace_indexes: Any = None, source_view_id: Any = None
+    ) -> None:
+        """Plotly's, where one edit names a property for each trace that it touches: who was given none keeps its own.
+
+        Plotly sends the word "_undefined_" for those, and the page, where anywidget revives nothing, took the word for
+        the value: a line that was to have no place in the legend stood there as "trace 14".
+        """
+        touched = [self._data[i] for i in self._normalize_trace_indexes(trace_indexes)]
+        filled = {
+            path: [
+                _at(trace, path) if value is Undefined else value
+                for trace, value in zip(touched, values, strict=True)
+            ]
+            if isinstance(values, list) and any(value is Undefined for value in values)
+            else values
+            for path, values in restyle_data.items()
+        }
+        super()._send_update_msg(filled, relayout_data, trace_indexes, source_view_id)
 
     def show_figure(self, figure: go.Figure) -> None:
         """Take over another figure's traces and layout in place: the widget, and with it the page, stays."""

@@ -306,16 +306,6 @@ def test_many_steps_are_areas_of_the_same_height_as_bars(count, form):
         )
 
 
-@pytest.mark.parametrize("has_bound", [True, False])
-def test_only_the_light_line_below_the_bound_speaks_of_the_legend(has_bound):
-    """An edit that says of one trace whether it is in the legend takes that from others: "trace 14" stood there."""
-    causes = dict.fromkeys(CAUSES, (0.0,) * 3) | {"dense": (1.0,) * 3}
-    times = Times((1, 2, 3), (1.0,) * 3, 9.0, "simulated", causes)
-    info = StepTimesInfo(times, "", "", None, 0.5 if has_bound else float("nan"))
-    said = [trace for trace in step_times_traces(info) if "showlegend" in trace]
-    assert [(trace["showlegend"], "name" in trace) for trace in said] == [(False, False)]
-
-
 @pytest.mark.parametrize("draw", [views.lanes, views.outcomes, views.step_times])
 def test_what_is_empty_is_not_drawn(results, draw):
     """A slider's move redraws every trace that is visible, and half of them hold nothing."""

@@ -19,6 +19,21 @@ LANES = """
   .find(p => p.layout?.title?.text.includes('Where does each'))?.data.filter(t => t.type === 'bar' && t.x.length)
   .map(t => [t.name ?? '', t.x.length, (t.y ?? []).length, [...new Set(t.y ?? [])].join()].join(':'))
 """
+#: All that each drawn figure of the visible tab was given, by its title; what is nothing counts as not said.
+FIGURES = """
+() => {
+  const plain = (v) => {
+    if (ArrayBuffer.isView(v)) return Array.from(v);
+    if (Array.isArray(v)) return v.map(plain);
+    if (v === null || typeof v !== 'object') return v;
+    const names = Object.keys(v).filter(name => name !== 'uid' && name[0] !== '_' && v[name] != null).sort();
+    return Object.fromEntries(names.map(name => [name, plain(v[name])]));
+  };
+  return Object.fromEntries([...document.querySelectorAll('.js-plotly-plot')]
+    .filter(p => p.data?.length && p.offsetParent && p.layout?.title?.text)
+    .map(p => [p.layout.title.text.split('<br>')[0], p.data.map(t => JSON.stringify(plain(t)))]));
+}
+"""
 #: Words of errors that are ours: of the panels, of plotly, of a widget that was closed under the page.
 OURS = ("prescope", "plotly", "comm channel")
 PLOTS = "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 9"
@@ -75,6 +90,7 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
         page.wait_for_function(f"({LANES})()?.length", timeout=30_000)
         before = page.evaluate(LANES)
         assert all(row.split(":")[1] == row.split(":")[2] for row in before), before
+        edited = page.evaluate(FIGURES)
         page.keyboard.press("Control+s")
         page.wait_for_timeout(1_500)
         page.reload()
@@ -82,15 +98,17 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
         page.wait_for_function(f"({LANES})()?.length", timeout=30_000)
         page.wait_for_timeout(1_500)
         assert page.evaluate(LANES) == before
+        anew = page.evaluate(FIGURES)
+        assert len(edited) >= 3 and edited.keys() == anew.keys()
+        for title, traces in edited.items():
+            assert traces == anew[title], f"what moves made of {title!r} is not what the kernel holds"
         page.locator(".lm-TabBar-tab", has_text="Run it for real").last.click()
         page.locator(".prescope input[type=number]:visible").first.fill("1000")
         page.keyboard.press("Enter")
         page.get_by_role("button", name="Run it for real").click()
         page.wait_for_function("document.querySelector('.ps-text')?.innerText.includes('▍')", timeout=60_000)
         page.get_by_role("button", name="Cancel").dispatch_event("click")  # it moves while text comes
-        page.wait_for_function(
-            "document.querySelector('.ps-job').innerText.includes('cancelled')", timeout=30_000
-        )
+        page.locator(".ps-job:visible", has_text="cancelled").first.wait_for(timeout=30_000)
         page.get_by_role("menuitem", name="Kernel", exact=True).click()
         page.locator(".lm-Menu-item[data-command='kernelmenu:restart']").click()
         page.locator(".jp-Dialog .jp-mod-accept").click()

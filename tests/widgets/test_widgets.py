@@ -76,6 +76,27 @@ def test_a_reload_gets_the_figure_as_it_is_now():
     assert state["_widget_layout"]["title"] == {"text": "now"}
 
 
+def test_an_edit_of_some_traces_leaves_the_others_as_they_are():
+    """The page took "_undefined_", which plotly sends for those, for their value: "trace 14" stood in a legend."""
+    marker, sent = {"color": ["red", "blue"]}, []
+    bars = [go.Bar(y=[1, 2], name="a", marker=marker, showlegend=False), go.Bar(y=[3], name="b")]
+    widget = SlimFigureWidget(go.Figure([*bars, go.Scatter(y=[4])]))
+    widget.observe(lambda change: sent.append(change["new"]), "_py2js_update")
+    with widget.batch_update():
+        widget.data[0].y = [5, 6]
+        widget.data[1].marker.color = "green"
+        widget.data[1].showlegend = True
+        widget.data[1].name = "c"
+    message = sent[0]
+    assert message["style_traces"] == [0, 1], "who is not touched is not sent"
+    assert {path: [*values] for path, values in message["style_data"].items()} == {
+        "y": [[5, 6], [3]],
+        "marker.color": [["red", "blue"], "green"],
+        "showlegend": [False, True],
+        "name": ["a", "c"],
+    }
+
+
 @pytest.mark.parametrize(
     "view", [views.timeline, views.hit_rate, views.latency], ids=lambda view: view.__name__
 )
