@@ -244,7 +244,7 @@ class Session:
             raise BadTrace("the run has no routing trace; run it with record_routing=True")
         here = machine_of_run(run, self.engine.shape, self.engine.expert_size, profile, self.runs)
         width = 0 if run.trace.inputs is None else run.trace.inputs.shape[2]
-        is_captured = not str(run.config["reasons"]["decode"]).startswith("layered")
+        is_captured = run.driver != "layered"
         device = self.engine.runner.device
         spent = {
             one.name: prediction_us(one, device, run.metrics.batch, width, is_captured)

@@ -45,6 +45,8 @@ class Reason(StrEnum):
 
 
 REASONS = tuple(Reason)
+#: Ways to decode in which the GPU decides, so that no layer waits for the host.
+DEVICE_DRIVERS = ("gpu-driven", "copy-engine")
 
 
 class Lane(StrEnum):

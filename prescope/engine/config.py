@@ -15,6 +15,7 @@ import torch
 from ..cache.num_slots import require_slots_setting
 from ..cache.policies import POLICIES
 from ..core.numbers import is_count, is_number
+from ..core.types import DEVICE_DRIVERS
 from ..device import DEVICES
 from ..errors import UnsupportedOption
 from ..scheduler import SCHEDULES
@@ -23,8 +24,6 @@ from ..weights.formats import PACKED
 #: One GPU of several, by its index.
 _ONE_GPU = re.compile(r"cuda:[0-9]{1,3}")
 KERNELS = ("auto", "torch", "triton")
-#: Ways to decode in which the GPU decides.
-DEVICE_DRIVERS = ("gpu-driven", "copy-engine")
 DECODES = ("auto", "layered", "gpu-driven", "copy-engine", "host-driven")
 
 

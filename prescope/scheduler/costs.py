@@ -26,6 +26,8 @@ class Spread(NamedTuple):
     rest: float = 0.0  # of layers and steps; decisions and predictions too
 
 
+#: Of a layer on a machine where none was seen to wait for its host: 45 to 65 us on H200 machines (docs/log/engine.md).
+DECIDE_US = 55.0
 #: Stated times, and such whose spread nobody knows.
 EXACT = Spread()
 
@@ -180,6 +182,21 @@ def costs_of_run(run: RunResult) -> LayerCosts:
         ),
         source=f"medians of {run.metrics.decode.num_steps} decode steps, {run.label}",
     )
+
+
+def decide_us_of(run: RunResult) -> float:
+    """Wait for the host of a layer that waits for it, microseconds: the median of the decode steps; 0.0 if none waits.
+
+    From a graph a layer whose experts are all in slots waits for nobody; layer by layer all do.
+    """
+    layers = run.layers[run.layers["phase"] == "decode"]
+    if run.driver != "layered":
+        layers = layers[layers["hits"] < layers["needed"]]
+    events = run.events[(run.events["phase"] == "decode") & (run.events["kind"] == "host_wait")]
+    waits = events[events["moe_layer"] >= 0].groupby("step")["dur_us"].sum()
+    num_waiting = layers.groupby("step").size()
+    each = waits.reindex(num_waiting.index).fillna(0.0) / num_waiting
+    return float(each.median()) if len(each) else 0.0
 
 
 def has_times(run: RunResult) -> bool:

@@ -104,6 +104,11 @@ class RunResult:
         """Where these figures come from, in one line for titles: "measured on <GPU>" or "emulated link ..."."""
         return str(self.hardware["label"])
 
+    @property
+    def driver(self) -> str:
+        """Who served the misses of its decode steps: "layered", "gpu-driven", "copy-engine" or "host-driven"."""
+        return str(self.config.get("reasons", {}).get("decode", "")).partition(":")[0]
+
     def __repr__(self) -> str:
         decode = self.metrics.decode
         speed = f"{self.metrics.tokens_per_s:.1f} tokens/s, hit rate {decode.hit_rate:.3f}"

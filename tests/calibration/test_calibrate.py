@@ -4,6 +4,8 @@ import threading
 import time
 import weakref
 from concurrent.futures import CancelledError
+from dataclasses import replace
+from math import inf
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ import torch
 
 import prescope
 from prescope.advice import MachineSpec
-from prescope.calibration import ExpertForm, graphs, silu_form
+from prescope.calibration import ExpertForm, graphs, layers, silu_form
 from prescope.calibration.bench import Bench
 from prescope.calibration.busy import repeating
 from prescope.calibration.calibrate import point_of_samples
@@ -23,6 +25,7 @@ from prescope.calibration.unfinished import Unfinished
 from prescope.core.machine import this_place
 from prescope.core.types import ExpertSize
 from prescope.device import EmulatedLinkDevice, NullDevice
+from prescope.engine import attach
 from prescope.errors import UnsupportedOption, WaitTimedOut
 from prescope.profile import Circumstances, HardwareProfile, own_file
 from prescope.profile.points import KINDS
@@ -170,6 +173,48 @@ def test_the_wait_before_the_first_copy_is_what_does_not_grow_with_the_misses():
     waits = pd.DataFrame({"misses": misses, "us": 40.0 + 200.0 * misses + rng.normal(0, 2, len(misses))})
     assert _before_first_copy(waits) == pytest.approx(40.0, abs=6.0)
     assert _before_first_copy(waits[waits["misses"] == 1]) == 0.0  # nothing to tell it from a copy
+
+
+class Driven:
+    """An engine whose decode steps the GPU decides, unless the host is told to."""
+
+    def __init__(self, engine, fails_at: int = 99) -> None:
+        self.engine, self.told, self.num, self.fails_at = engine, [], 0, fails_at
+        self.model, self.name, self.config = engine.model, "driven", engine.config
+
+    def configure(self, decode: str) -> None:
+        self.told.append(decode)
+        self.config = replace(self.config, decode=decode)
+
+    def generate(self, *arguments, **keywords):
+        self.num += 1
+        if self.num > self.fails_at:
+            raise KeyboardInterrupt
+        run = self.engine.generate(*arguments, **keywords)
+        driver = "host-driven" if self.config.decode == "host-driven" else "copy-engine"
+        reasons = run.config["reasons"] | {"decode": f"{driver}: it fits"}
+        return replace(run, config=run.config | {"reasons": reasons})
+
+
+def test_where_the_gpu_decides_the_host_is_timed_by_runs_that_it_decides(monkeypatch):
+    """What a layer waits for a schedule's decisions cannot be seen in steps that wait for none."""
+    monkeypatch.setattr(layers, "BATCHES", (1, 3))
+    with attach(tiny_moe(), slots=6, device="cpu", decode="auto") as engine:
+        expert, former = engine.expert_size, engine.config.decode
+        plain = layers.layer_points(engine, expert, deadline=inf, tell=lambda what: None)
+        driven, stopped = Driven(engine), Driven(engine, fails_at=5)
+        points = layers.layer_points(driven, expert, deadline=inf, tell=lambda what: None)
+        with pytest.raises(KeyboardInterrupt):
+            layers.layer_points(stopped, expert, deadline=inf, tell=lambda what: None)
+    assert driven.told == stopped.told == ["host-driven", former]
+    assert [(p.of.kind, p.of.tokens) for p in points] == [
+        ("rest", 1),
+        ("rest", 3),
+        ("decide", 1),
+        ("decide", 3),
+    ]
+    assert {(p.of.kind, p.of.tokens) for p in plain} <= {(p.of.kind, p.of.tokens) for p in points}
+    assert all(p.us > 0 and p.of.expert == expert for p in points)
 
 
 class Capturing(NullDevice):
