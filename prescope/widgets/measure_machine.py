@@ -182,7 +182,7 @@ class MeasureMachine:
         """What is known of the machine, and what the button would do."""
         described = self._engine.hardware()
         is_own = own_file(this_place(described)).is_file()
-        self.controls.run_button.description = f"{AGAIN if is_own else MEASURE} ({SECONDS:.0f} s)"
+        self.controls.run_button.description = f"{AGAIN if is_own else MEASURE} (up to {SECONDS:.0f} s)"
         try:
             profile = HardwareProfile.of_this_machine(described)
         except NoProfile:
