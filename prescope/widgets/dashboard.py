@@ -21,6 +21,7 @@ from ..views.numbers import NAN
 from ..views.threshold import plot_threshold, threshold_info
 from .capacity_panel import CapacityPanel
 from .figures import SlimFigureWidget
+from .measure_machine import MEASURE
 from .pair_panel import PairPanel, other_than
 from .runner import Runner
 from .runs_panel import RunsPanel
@@ -80,7 +81,14 @@ class Dashboard:
         self._sources = dict(sources)
         first = next(iter(self._sources))
         scenarios = self._sources[first]()
-        self.live = SchedulePanel(runner, scenarios, prompts, keywords, slots=scenarios.num_experts // 2)
+        self.live = SchedulePanel(
+            runner,
+            scenarios,
+            prompts,
+            keywords,
+            slots=scenarios.num_experts // 2,
+            how_to_measure=f"{MEASURE} (tab Machine and model), then Record a run here",
+        )
         self.capacity = CapacityPanel(
             {runner.engine.name or "the model": runner.engine, **{name: name for name in _shapes()}}
         )

@@ -61,6 +61,7 @@ class SchedulePanel:
     Args:
         runner: of real runs; None: what is shown was recorded elsewhere, and can only be simulated.
         slots: where the slider starts; the engine's slots by default.
+        how_to_measure: what a person who reads that this machine's CPU was not measured is told to do.
 
     Attributes:
         settings: the controls. scenario: what they say. result: simulated with them.
@@ -80,6 +81,7 @@ class SchedulePanel:
         keywords: dict[str, Any],
         *,
         slots: int | None = None,
+        how_to_measure: str = "run prescope.calibrate(session.engine), then session.scenarios(profile=...)",
     ) -> None:
         self._runner, self._scenarios = runner, scenarios
         self._lock = threading.RLock()  # a redraw without a loop advises at once
@@ -93,7 +95,7 @@ class SchedulePanel:
         self._running: Scenario | None = None
         self._watchers: list[Callable[[], None]] = []
         start = slots or (runner.engine.num_slots if runner is not None else scenarios.num_experts // 2)
-        self.settings = Settings(scenarios, start, self._throttle.call, self._regroup)
+        self.settings = Settings(scenarios, start, self._throttle.call, self._regroup, how_to_measure)
         self.result: SimResult = scenarios.run(self.scenario)
         self.drawn = Drawn(0.0, 0.0)
         self.numbers = NumbersTable()

@@ -13,7 +13,6 @@ from ..scheduler import SCHEDULES
 from ..simulator import NOISY, Scenario, Scenarios
 from ..views.theme import written
 from .field import Field
-from .measure_machine import MEASURE
 from .style import boxed
 
 _OWN = "the schedule's own"
@@ -41,6 +40,7 @@ class Settings:
     Args:
         scenarios: what there is to choose. `slots`: where the slider starts. `changed`: called after each move.
         regrouped: called with another batch instead; it gives the scenarios to `regroup`.
+        how_to_measure: what a person who reads that this machine's CPU was not measured is told to do.
 
     Attributes:
         schedule, predictor, recall, slots, cache, lookahead, width, threshold, cpu, batch, machine: widgets.
@@ -53,8 +53,10 @@ class Settings:
         slots: int,
         changed: Callable[[], None],
         regrouped: Callable[[int], None],
+        how_to_measure: str,
     ) -> None:
         self._changed, self._regrouped, self._is_quiet = changed, regrouped, True
+        self._how_to_measure = how_to_measure
         self._scenarios = scenarios
         titles = [(schedule.title, name) for name, schedule in SCHEDULES.items()]
         self.schedule = ipw.Dropdown(options=titles, value="presched")
@@ -191,7 +193,7 @@ class Settings:
             self.fields[name].allow(nobody or streams)
         machine = scenarios.machine(full)
         has_lane = len(machine.costs.cpu_us) > 1
-        remedy = f": {MEASURE} (tab Machine and model), then Record a run here" if machine.is_here else ""
+        remedy = f": {self._how_to_measure}" if machine.is_here else ""
         self.fields["cpu"].allow(
             f"{way.title} never uses the CPU" if not way.uses_cpu
             else "" if has_lane else f"no CPU times of this machine{remedy}"

@@ -633,7 +633,10 @@ def test_a_machine_calibrated_meanwhile_has_its_cpu_lane_at_the_next_recording(s
     try:
         board.record()
         lane = board.live.settings.fields["cpu"]
-        assert lane.control.disabled and "Measure this machine" in lane.note
+        assert lane.control.disabled and "Measure this machine (tab" in lane.note
+        alone = session.schedule_panel(session.scenarios(session.runs[-1]), PROMPTS)
+        told = alone.settings.fields["cpu"].note
+        assert "prescope.calibrate" in told and "tab" not in told, "a panel by itself has no tabs"
         profile = HardwareProfile.load("test_machine")
         found.append(replace(profile, place=this_place(session.engine.hardware())))
         board.record()
