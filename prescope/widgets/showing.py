@@ -33,11 +33,16 @@ def take_off(*roots: ipw.Widget) -> None:
     """Close widgets and all that stands in them, the outer ones first.
 
     A box that lives on and names a closed widget takes all others with it: after a reload Lab shows no widget of the
-    whole kernel, but "Loading widget..." for ever (ipywidgets 8.1.9, JupyterLab 4.6.6).
+    whole kernel, but "Loading widget..." for ever (ipywidgets 8.1.9, JupyterLab 4.6.6). Their layouts and styles, which
+    are models of their own, ipywidgets leaves: 324 of a dashboard.
     """
     for root in roots:
         inner = root.children if isinstance(root, ipw.Box) else ()
+        looks = [getattr(root, name, None) for name in ("layout", "style")]
         root.close()
+        for look in looks:
+            if isinstance(look, ipw.Widget):  # a figure's layout is plotly's
+                look.close()
         take_off(*inner)
 
 

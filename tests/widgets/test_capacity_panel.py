@@ -120,7 +120,8 @@ def run_under_way(session):
 def test_before_it_is_measured_the_machines_that_come_with_prescope_are_said_to_be_others(panel):
     controls = panel.measure.controls
     assert (
-        controls.run_button.description == "Measure this machine (up to 45 s)" and not controls.run_button.disabled
+        controls.run_button.description == "Measure this machine (up to 45 s)"
+        and not controls.run_button.disabled
     )
     assert "Not measured yet" in panel.measure.words.value
     assert HERE not in panel.machine.options
@@ -193,7 +194,8 @@ def test_cancelled_it_ends_and_nothing_is_changed(panel, calibration):
     assert "Not measured yet" in panel.measure.words.value and HERE not in panel.machine.options
     wait_until(lambda: not controls.run_button.disabled)
     assert (
-        controls.cancel_button.disabled and controls.run_button.description == "Measure this machine (up to 45 s)"
+        controls.cancel_button.disabled
+        and controls.run_button.description == "Measure this machine (up to 45 s)"
     )
 
 

@@ -1,5 +1,7 @@
 """A panel that is closed leaves nothing behind that would keep the others from coming back after a reload."""
 
+from collections import Counter
+
 import ipywidgets as ipw
 import pytest
 from ipywidgets.widgets.widget import _instances
@@ -7,6 +9,7 @@ from ipywidgets.widgets.widget import _instances
 from prescope.session import Session
 from prescope.simulator import Scenario
 from prescope.widgets.dashboard import TABS
+from prescope.widgets.figures import _bundle
 from prescope.widgets.showing import take_off
 
 PROMPTS = ["Once upon a time"]
@@ -18,6 +21,12 @@ def session():
         for _ in range(2):
             session.run(PROMPTS, max_new_tokens=6)
         yield session
+
+
+def alive() -> dict[str, int]:
+    """Models by kind, with plotly.js among them, which stays for the next figure."""
+    _bundle()
+    return Counter(type(widget).__name__ for widget in _instances.values())
 
 
 def broken() -> list[str]:
@@ -50,6 +59,7 @@ def opened(session, kind):
 
 @pytest.mark.parametrize("kind", ["dashboard", "slots", "capacity", "schedule", "pair", "sweep"])
 def test_a_panel_opened_again_leaves_no_box_with_a_closed_widget(session, kind):
+    before = alive()
     first = opened(session, kind)
     assert broken() == []
     second = opened(session, kind)  # the session closes the first
@@ -58,6 +68,7 @@ def test_a_panel_opened_again_leaves_no_box_with_a_closed_widget(session, kind):
     second.close()
     assert broken() == []
     second.close()  # as the session does once more, when it makes another one
+    assert alive() == before, "nor a model of anything in it"
 
 
 def test_what_stands_in_a_box_goes_with_it_the_outer_ones_first():
