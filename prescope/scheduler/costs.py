@@ -26,8 +26,9 @@ class Spread(NamedTuple):
     rest: float = 0.0  # of layers and steps; decisions and predictions too
 
 
-#: Of a layer on a machine where none was seen to wait for its host: 45 to 65 us on H200 machines (docs/log/engine.md).
-DECIDE_US = 55.0
+#: Of a layer on a machine where none was seen to wait for its host: 20 to 40 us at batch 1 on H200 machines, 108 at
+#: batch 8 (docs/log/simulator.md).
+DECIDE_US = 40.0
 #: Stated times, and such whose spread nobody knows.
 EXACT = Spread()
 
