@@ -4,6 +4,7 @@ Lab takes plotly's form; stock `nbconvert --to html` has no place for it and tak
 the web when the page is opened. `prescope.report` writes pages that need no web.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -36,8 +37,10 @@ class _BothForms(MimetypeRenderer):
 
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
         display(HTML(LOOKS))
+        # As plotly's own renderers do: NaN, where a heat map has no cell, is no JSON, and Jupyter warned of it in red.
+        plain = json.loads(pio.to_json(fig_dict, validate=False, remove_uids=False))
         return {
-            PLOTLY_MIME: {**fig_dict, "config": CONFIG},
+            PLOTLY_MIME: {**plain, "config": CONFIG},
             "text/html": figures_html([go.Figure(fig_dict, skip_invalid=True)]),
         }
 
