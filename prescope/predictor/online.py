@@ -156,6 +156,8 @@ class OnlineTuner:
             found = q if p is None else p
             assert found is not None
             return found
+        # A shallow model has fewer layers ahead than its predictor was made for.
+        p, q = (one[:, :, : self.lookahead] for one in (p, q))
         return torch.where(torch.from_numpy(tuned).to(p.device)[:, None], q, p)
 
     @property

@@ -65,6 +65,25 @@ def test_it_does_not_tune_while_predictions_are_as_good_as_held_out(recorded):
     np.testing.assert_allclose(scores, predictor.replay(before, 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("made_for", [2, 3, 4])
+@pytest.mark.parametrize("tuned", [(True, False), (False, True)])
+def test_each_lookahead_has_its_own_heads_in_a_model_of_few_layers_too(monkeypatch, made_for, tuned):
+    """A predictor made for four layers ahead, in a model with two ahead at most: only those two can answer."""
+    prompts = np.random.default_rng(0).integers(0, VOCABULARY, (4, 16)).tolist()
+    with prescope.attach(tiny_moe(), slots=1.0, device="null") as engine:
+        trace = record_trace(engine, prompts)
+        routers = routers_of(engine, trace)
+    config = LlaporConfig(lookahead=made_for, hidden=32, block=16)
+    predictor = train(trace, config=config, training=TrainConfig(epochs=1), routers=routers).predictor
+    monkeypatch.setattr(OnlineTuner, "is_tuned", np.array(tuned))
+    tuner = OnlineTuner(predictor, OnlineConfig(margin=9.0))
+    for ahead, scores in tuner.replay_all(trace, (1, 2)).items():
+        np.testing.assert_allclose(scores, predictor.replay(trace, ahead), atol=1e-6)
+    inputs, ids = torch.from_numpy(trace.inputs[:1, 0].astype(np.float32)), torch.zeros(1, 2, dtype=torch.long)
+    live = tuner.predict(0, inputs, ids, torch.full((1, 2), 0.5))
+    assert [one.lookahead for one in live] == [1, 2]
+
+
 def test_live_it_learns_as_in_a_replay(recorded):
     """One token a step, layer by layer: predict, then observe what was used."""
     predictor, _, after = recorded
