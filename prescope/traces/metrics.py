@@ -95,7 +95,8 @@ def overlap_us(a: Intervals, b: Intervals) -> float:
     times = np.stack((b.starts, b.ends), axis=1).ravel()
     lengths = b.ends - b.starts
     before = np.stack((np.cumsum(lengths) - lengths, np.cumsum(lengths)), axis=1).ravel()
-    return float((np.interp(a.ends, times, before) - np.interp(a.starts, times, before)).sum())
+    shared = np.interp(a.ends, times, before) - np.interp(a.starts, times, before)
+    return float(np.maximum(shared, 0.0).sum())  # where they only touch, rounding takes it below 0
 
 
 @dataclass(frozen=True, kw_only=True)
