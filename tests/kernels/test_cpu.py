@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from prescope.kernels.cpu import (
     expert_batch_of,
     physical_cores,
 )
+from prescope.kernels.cpu import lane as lane_module
 from prescope.kernels.cpu.build import CannotBuild, find_compiler, load
 from prescope.kernels.cpu.native import NativeLane
 from prescope.kernels.cpu.threads import may_stay_awake
@@ -300,7 +302,8 @@ def test_auto_compiles_where_it_can():
         (make_layer(torch.bfloat16, gate=lambda h: h @ torch.ones(3)), "cannot be called"),
     ],
 )
-def test_what_the_kernel_cannot_compute_goes_to_torch_aloud(layer, why):
+def test_what_the_kernel_cannot_compute_goes_to_torch_aloud(monkeypatch, layer, why):
+    monkeypatch.setattr(lane_module, "_given", set())
     with pytest.warns(UserWarning, match=why), CpuExperts([layer], threads=1) as lane:
         assert lane.implementation == "torch"
         assert why in lane.reason
@@ -308,7 +311,22 @@ def test_what_the_kernel_cannot_compute_goes_to_torch_aloud(layer, why):
         CpuExperts([layer], threads=1, implementation="native")
 
 
+@needs_compiler
+def test_a_lane_that_is_opened_again_and_again_says_its_problem_once(monkeypatch):
+    """A proof takes up 16 settings one after the other, and a notebook showed 16 red blocks: Python forgets which
+    warnings it has given as soon as anyone touches its filters."""
+    monkeypatch.setattr(lane_module, "_given", set())
+    layers = [make_layer(torch.float32), make_layer(torch.bfloat16, gate=fused)]
+    with warnings.catch_warnings(record=True) as given:
+        for layer in layers * 3:
+            warnings.simplefilter("default")
+            with CpuExperts([layer], threads=1) as lane:
+                assert lane.implementation == "torch"
+    assert len(given) == len(layers)
+
+
 def test_without_a_compiler_the_lane_runs_on_torch_and_says_so(monkeypatch):
+    monkeypatch.setattr(lane_module, "_given", set())
     monkeypatch.setenv("CC", "no-such-compiler")
     with (
         pytest.warns(UserWarning, match="no-such-compiler"),

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from prescope.kernels import ExpertsSpec
 from prescope.kernels.cpu import CpuExperts, CpuLayer, ExpertBatch
+from prescope.kernels.cpu import lane as lane_module
 from prescope.kernels.cpu.build import CannotBuild, find_compiler, load
 from prescope.kernels.cpu.native import NativeLane
 from prescope.weights.formats import Format, Fp8, Int4, Int8, Mxfp4, Nvfp4
@@ -180,7 +181,8 @@ def test_what_is_no_number_in_fp8_spoils_its_row_alone(lanes):
     assert got.isnan().sum() == 2
 
 
-def test_groups_that_the_kernel_cannot_take_go_to_torch_aloud():
+def test_groups_that_the_kernel_cannot_take_go_to_torch_aloud(monkeypatch):
+    monkeypatch.setattr(lane_module, "_given", set())
     layer = make_layer(Fp8(16, 48), 96, 96, torch.bfloat16)
     with pytest.warns(UserWarning, match="groups of 48"), CpuExperts([layer], threads=1) as lane:
         assert lane.implementation == "torch"

@@ -16,6 +16,9 @@ from .threads import default_threads, may_stay_awake
 from .with_torch import TorchLane
 
 IMPLEMENTATIONS = ("auto", "native", "torch")
+#: Warnings that were given: each setting that is tried opens a lane, and Python gives a warning anew whenever its
+#: filters were touched meanwhile, as torch and numba do.
+_given: set[str] = set()
 
 
 class CpuExperts:
@@ -120,6 +123,12 @@ def _open(layers: list[CpuLayer], threads: int, implementation: str) -> tuple[Cp
             raise UnsupportedOption(
                 f"implementation='native' cannot run here: {error}; use 'torch'"
             ) from error
-        warnings.warn(f"experts on the CPU run on torch, at about half the speed: {error}", stacklevel=4)
+        _warn_once(f"experts on the CPU run on torch, at about half the speed: {error}")
         return TorchLane(layers, threads), str(error)
     return lane, "as given" if implementation == "native" else "compiled for this machine"
+
+
+def _warn_once(text: str) -> None:
+    if text not in _given:
+        warnings.warn(text, stacklevel=5)
+        _given.add(text)
