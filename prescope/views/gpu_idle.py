@@ -6,11 +6,10 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 
 from prescope.errors import BadTrace
-from prescope.scheduler import SCHEDULES
 from prescope.simulator import SimResult
 from prescope.traces.result import RunResult
 
-from .theme import COLORS, NAMES, source_of, style, told_of
+from .theme import COLORS, NAMES, source_of, style, title_of, told_of
 
 BUSY = ("dense", "experts")
 IDLE = ("stall", "cpu_wait", "host_wait", "warm_up", "other")
@@ -50,7 +49,7 @@ def gpu_idle_info(results: Mapping[str, RunResult | SimResult]) -> GpuIdleInfo:
     first = next(iter(results.values()))
     others = {source_of(result) for result in results.values()} - {source_of(first)}
     return GpuIdleInfo(
-        tuple(SCHEDULES[name].title if name in SCHEDULES else name for name, _, _ in rows),
+        tuple(title_of(name) for name, _, _ in rows),
         {cause: tuple(ms[cause] for _, _, ms in rows) for cause in (*BUSY, *IDLE)},
         tuple(step for _, step, _ in rows),
         min(bounds, default=float("nan")),

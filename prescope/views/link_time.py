@@ -7,11 +7,10 @@ import plotly.graph_objects as go
 
 from prescope.core.types import Reason
 from prescope.errors import BadTrace
-from prescope.scheduler import SCHEDULES
 from prescope.simulator import SimResult
 from prescope.traces.result import RunResult
 
-from .theme import COLORS, NAMES, source_of, style, told_of
+from .theme import COLORS, NAMES, source_of, style, title_of, told_of
 
 By = Literal["purpose", "overlap"]
 #: Part -> its colour and what it means.
@@ -68,7 +67,7 @@ def link_time_info(results: Mapping[str, RunResult | SimResult], by: By = "purpo
     first = next(iter(results.values()))
     others = {source_of(result) for result in results.values()} - {source_of(first)}
     return LinkTimeInfo(
-        tuple(SCHEDULES[name].title if name in SCHEDULES else name for name in results),
+        tuple(title_of(name) for name in results),
         {part: tuple(row[part] for row in rows) for part in PARTS[by]},
         steps,
         by,

@@ -11,7 +11,7 @@ from prescope.simulator import SimResult
 from prescope.traces.metrics import union
 from prescope.traces.result import RunResult
 
-from .theme import source_of, style, told_of
+from .theme import source_of, style, title_of, told_of
 
 #: Points of a line at most; with fewer steps, one a step.
 BINS = 64
@@ -75,7 +75,7 @@ def _use(name: str, result: RunResult | SimResult, bins: int) -> Use:
     inside = stop > start
     num_bytes = int(copies["bytes"].to_numpy()[inside].sum())
     return Use(
-        name,
+        title_of(name),
         tuple(((edges[:-1] + edges[1:]) / 2 - begin) / 1e3),
         tuple(100 * used / np.diff(edges)),
         100 * float(used.sum()) / (end - begin),

@@ -140,11 +140,16 @@ def written(predictor: str) -> str:
     return _WRITTEN.get(predictor, predictor)
 
 
+def title_of(name: str) -> str:
+    """A schedule's title; any other name as it is."""
+    return SCHEDULES[name].title if name in SCHEDULES else name
+
+
 def settings_of(result: RunResult | SimResult) -> str:
     """Schedule, slots, cache and CPU lane in one line; the predictor where it is known."""
     config = result.config
     name = str(config.get("schedule", "on-demand"))
-    parts = [SCHEDULES[name].title if name in SCHEDULES else name]
+    parts = [title_of(name)]
     parts.append(f"{config['num_slots']} slots ({100 * config['slots_frac']:.0f} % of the experts)")
     parts.append(str(config["cache"]))
     if config.get("predictor", "none") != "none":

@@ -245,6 +245,7 @@ def test_outcomes_and_times_are_those_of_the_tables(results):
 
 def test_link_use_is_the_time_copies_took(results):
     info = link_use_info({"presched": results["presched"], "few bins": results["presched"]}, bins=64)
+    assert [use.name for use in info.uses] == ["PreSched", "few bins"], "as in the figures beside it"
     decode = results["presched"].metrics.decode
     assert info.uses[0].mean_pct == pytest.approx(100 * decode.link_use_frac, rel=0.02)
     assert max(info.uses[0].busy_pct) <= 100.0 + 1e-9
