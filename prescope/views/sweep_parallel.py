@@ -26,8 +26,8 @@ WORTH_SCALE = [[0.0, "#8b929b"], [0.5, "#a8804f"], [1.0, "#d55e00"]]
 #: Numbers of so few values have a tick for each, and a brush takes whole ones; where the ticks are so far apart, as a
 #: share of the axis, that they can be read.
 MOST_TICKS, LEAST_APART = 8, 0.07
-#: Names of so many axes fit side by side.
-MOST_UPRIGHT = 6
+#: Pixels of the narrowest cell, of half a letter of a head, and between two heads that are read as two.
+CELL_PX, HALF_LETTER_PX, APART_PX = 850, 3.7, 8
 
 
 class SweepParallelInfo(NamedTuple):
@@ -92,7 +92,12 @@ def plot_sweep_parallel(info: SweepParallelInfo, *, brief: bool = False) -> go.F
         "color": info.objective.values, "colorscale": WORTH_SCALE, "reversescale": not info.more_is_better,
         "showscale": False,
     }  # fmt: skip
-    is_upright = len(info.axes) <= MOST_UPRIGHT
+    # A head lies over the middle of its axis, names to the left of it: about 7 px a letter.
+    longest = max((len(name) for name in info.axes[0].names), default=0)
+    half = [HALF_LETTER_PX * len(axis.label) for axis in info.axes]
+    left, right = max(70, 24 + 7 * longest, 8 + half[0]), max(70, 8 + half[-1])
+    between = (CELL_PX - left - right) / max(1, len(half) - 1)
+    is_upright = all(a + b + APART_PX <= between for a, b in pairwise(half))
     no_shadow = {
         "shadow": "none"
     }  # plotly's is the paper's contrast, which is not known on a transparent one
@@ -112,10 +117,7 @@ def plot_sweep_parallel(info: SweepParallelInfo, *, brief: bool = False) -> go.F
         top=top + (34 if brief else 62),
         bottom=34,
     )
-    # A head lies over the middle of its axis, names to the left of it: about 7 px a letter.
-    left = max((len(name) for name in info.axes[0].names), default=0)
-    half = [3.7 * len(axis.label) for axis in (info.axes[0], info.axes[-1])]
-    fig.update_layout(margin={"l": max(70, 24 + 7 * left, 8 + half[0]), "r": max(70, 8 + half[1])})
+    fig.update_layout(margin={"l": left, "r": right})
     return fig
 
 

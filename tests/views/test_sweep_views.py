@@ -93,6 +93,18 @@ def test_the_strongest_colour_is_the_best_whichever_way_that_is(points):
     assert (more.reversescale, less.reversescale) == (False, True)
 
 
+def test_heads_of_axes_that_would_lie_over_each_other_are_turned(points):
+    """Six axes were held to fit, whatever they are called: "lookahead, layers" ran into "threshold, least ..."."""
+    threshold = [0.1 * (i % 4) for i in range(len(points))]
+    long = points.drop(columns="schedule").assign(threshold=threshold)
+    assert [one.label for one in sweep_parallel_info(long).axes[1:3]] == [
+        "lookahead, layers", "threshold, least probability",
+    ]  # fmt: skip
+    assert views.sweep_parallel(long).data[0].labelangle != 0
+    assert views.sweep_parallel(points).data[0].labelangle == 0
+    assert len(sweep_parallel_info(long).axes) == len(sweep_parallel_info(points).axes)
+
+
 def test_a_cell_holds_the_best_of_its_points_and_which_it_is(points):
     info = sweep_heat_info(points, "slots", "lookahead")
     cell = next(c for c in info.cells if info.x_names[c.x] == "96" and info.y_names[c.y] == "1")
