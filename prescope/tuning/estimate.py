@@ -10,6 +10,7 @@ from ..core.units import format_bytes
 from .evaluate import Runner, evaluate
 from .points import Asked
 from .search import Known, search_named
+from .space import Space
 
 #: Points that are tried, and after how many that the library refuses it is given up.
 TRIED, REFUSED = 3, 20
@@ -61,6 +62,12 @@ class Estimate(NamedTuple):
         )
 
 
+def num_new(points: int, there: int, method: str, space: Space) -> int:
+    """How many are still to be tried of so many in all; a grid has no more than its size."""
+    most = points if method != "grid" or space.size is None else min(points, space.size)
+    return max(0, most - there)
+
+
 def estimate(
     runner: Runner,
     known: Known,
@@ -69,14 +76,17 @@ def estimate(
     points: int,
     workers: int,
 ) -> Estimate:
-    """Of so many new points.
+    """Of so many new points; what was tried for it leaves the runner's settings as they were.
 
     Args:
         known: the sweep; its finished points are timed already.
     """
     took, reason = _recorded(known.trials), ""
     if len(took) < TRIED:
-        took, reason = _tried(runner, known, fixed)
+        try:
+            took, reason = _tried(runner, known, fixed)
+        finally:
+            runner.restore()
     each = sum(took) / len(took) if took else float("nan")
     start_s = START_S if workers > 1 else 0.0
     there = len(known.trials)

@@ -13,7 +13,7 @@ from ..core.numbers import is_count, is_number, plain
 from ..core.paths import user_path
 from ..engine.turn import Turn
 from ..errors import BadSweep, UnsupportedOption
-from .estimate import Estimate, estimate
+from .estimate import Estimate, estimate, num_new
 from .evaluate import Runner
 from .job import SweepJob
 from .lease import Lease, holder_of
@@ -75,14 +75,8 @@ class Sweep:
             _require_count("points", points, "points in all"),
             _require_count("workers", workers, "processes"),
         )
-        new = max(0, points - len(known.trials))
-        if self.method == "grid":
-            new = min(new, max(0, (self.space.size or 0) - len(known.trials)))
-        runner = self._require_runner()
-        try:
-            return estimate(runner, known, self.method, self.fixed, new, workers)
-        finally:
-            runner.restore()
+        new = num_new(points, len(known.trials), self.method, self.space)
+        return estimate(self._require_runner(), known, self.method, self.fixed, new, workers)
 
     def run(
         self,

@@ -27,6 +27,8 @@ HELP = {
     "seed": "The same seed tries the same points.",
     "name": "Of the study's file in runs/sweeps: one that is there goes on.",
 }  # fmt: skip
+#: Processes that simulate, until told otherwise.
+SIDE_BY_SIDE = min(2, os.cpu_count() or 1)
 
 
 class SweepControls:
@@ -54,7 +56,7 @@ class SweepControls:
         self.method = ipw.Dropdown(options=[(TITLES.get(name, name), name) for name in METHODS], value="tpe")
         self.points = ipw.BoundedIntText(value=100, min=1, max=10**6)
         self.minutes = ipw.BoundedFloatText(value=0.0, min=0.0, max=10**5, step=1.0)
-        self.workers = ipw.BoundedIntText(value=min(2, os.cpu_count() or 1), min=1, max=os.cpu_count() or 1)
+        self.workers = ipw.BoundedIntText(value=SIDE_BY_SIDE, min=1, max=os.cpu_count() or 1)
         self.seed = ipw.BoundedIntText(value=0, min=0, max=2**31 - 1)
         self.name = ipw.Text(value="", placeholder="a new one", continuous_update=False)
         widgets = {
@@ -157,6 +159,7 @@ class SweepControls:
         self.space.use(self.runner.settings)
         self._offer_objectives()
         self.points.value = 12 if self.runner.is_here else 100
+        self.workers.value = 1 if self.runner.is_here else SIDE_BY_SIDE
         self._is_quiet = False
         self._on_move()
 

@@ -14,6 +14,7 @@ import ipywidgets as ipw
 import pandas as pd
 import plotly.graph_objects as go
 
+from ..core.units import count_of
 from ..errors import PrescopeError, UnsupportedOption
 from ..tuning import Progress, Proof, Sweep, SweepJob, load_sweep
 from ..views.sweep_points import told_of_points
@@ -249,8 +250,9 @@ class SweepPanel:
         try:
             is_same = self.plan == self._asked
             wanted = self.controls.limits["points"]
-            is_all = is_same and len(self._points) >= wanted and not self.run.is_running
-            reason = f"its {wanted:,} points are there; ask for more" if is_all else ""
+            there = len(self._points)
+            is_all = is_same and there >= wanted and not self.run.is_running
+            reason = f"it has {count_of(there, 'point')}; ask for more" if is_all else ""
             self.run.allow(reason, "Running" if self.run.is_running else "Go on" if is_same else "Start")
             self.code.text = self._code(self.plan)
         except PrescopeError as error:
@@ -267,10 +269,11 @@ class SweepPanel:
 
     def _estimate(self) -> str:
         """What the controls ask for will take, in words."""
-        if self.run.is_running:
+        plan, limits = self.plan, self.controls.limits
+        there = len(self._points) if plan == self._asked else 0
+        if self.run.is_running or limits["points"] <= there:
             return ""
-        limits = self.controls.limits
-        return str(self.plan.estimate(self.controls.runner, limits["points"], limits["workers"]))
+        return str(plan.estimate(self.controls.runner, limits["points"], limits["workers"], there))
 
     def _code(self, plan: Plan) -> str:
         name = self.controls.name.value.strip() or free_name()

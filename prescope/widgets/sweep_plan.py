@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ..tuning import OBJECTIVES, Runner, Space, Sweep, open_sweep
 from ..tuning.code import code_of
-from ..tuning.estimate import Estimate, estimate
+from ..tuning.estimate import Estimate, estimate, num_new
 from ..tuning.search import Known
 
 
@@ -47,8 +47,9 @@ class Plan(NamedTuple):
             place.prepare()
         return open_sweep(name, self.space, place.runner, **self.settings)
 
-    def estimate(self, runner: Runner, points: int, workers: int) -> Estimate:
-        """What so many new points will take."""
+    def estimate(self, runner: Runner, points: int, workers: int, there: int = 0) -> Estimate:
+        """What so many points in all will take, of which some are there already."""
+        points = num_new(points, there, self.method, self.space)
         directions = [OBJECTIVES[name].direction for name in self.objectives]
         known = Known(self.space, self.seed, directions, self.objectives, ())
         return estimate(runner, known, self.method, self.fixed, points, workers)

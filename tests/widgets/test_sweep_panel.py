@@ -15,6 +15,7 @@ from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Machine, Scenarios
 from prescope.tuning import Choices, Range, SimulatorRunner, load_sweep
 from prescope.widgets import sweep_proof
+from prescope.widgets.sweep_controls import SIDE_BY_SIDE
 from prescope.widgets.sweep_panel import SweepPanel
 from prescope.widgets.sweep_plan import Place
 from prescope.widgets.sweep_studies import NEW
@@ -151,6 +152,77 @@ def test_time_and_memory_are_said_before_it_starts(make):
     assert "memory" in panel.estimate.text
     panel.controls.points.value = 13
     assert panel.estimate.text == "", "what was said was about other controls"
+
+
+class Alone:
+    """Holds the one engine there is, which takes settings as the simulator does; notes when it got its own back."""
+
+    is_here = True
+
+    def __init__(self, simulator):
+        self._simulator, self.has_own_settings = simulator, True
+
+    def __getattr__(self, name):
+        return getattr(self._simulator, name)
+
+    def run(self, settings, seed=0, is_cancelled=lambda: False):
+        self.has_own_settings = False
+        return self._simulator.run(settings, seed, is_cancelled)
+
+    def restore(self):
+        self.has_own_settings = True
+
+
+@pytest.fixture
+def on_device(make, runner):
+    """A panel that measures on an engine of this process, as a person comes to it."""
+    panel, engine = make(), Alone(runner)
+    panel.use({"simulator": panel._places["simulator"], "device": Place(engine, code="engine")}, REASON)
+    panel.controls.workers.value = SIDE_BY_SIDE
+    panel.controls.where.value = "device"
+    panel.controls.points.value = 6
+    return panel, engine
+
+
+def test_on_the_device_one_worker_is_asked_for_as_it_can_be_no_more(on_device):
+    """The field said 2, could not be changed, and Start refused 2."""
+    panel, _ = on_device
+    assert panel.controls.fields["workers"].note and panel.controls.workers.disabled
+    assert panel.controls.workers.value == panel.controls.limits["workers"] == 1
+    assert run(panel)["points"] == 6, panel.run.status.value
+    panel.controls.where.value = "simulator"
+    assert panel.controls.workers.value == SIDE_BY_SIDE
+
+
+def test_how_long_it_takes_is_asked_without_leaving_settings_behind(on_device):
+    """The engine went on with the settings of the last point that was tried for it: its slots, and its memory."""
+    panel, engine = on_device
+    panel.estimate.ask()
+    assert "6 points of" in panel.estimate.text and "in this process" in panel.estimate.text
+    assert engine.has_own_settings
+
+
+def test_what_is_said_of_a_study_that_is_gone_on_with_is_of_the_points_it_lacks(make):
+    panel = make()
+    run(panel)
+    panel.controls.points.value = 5
+    panel.estimate.ask()
+    assert "it has 12 points; ask for more" in panel.run.reason.value
+    assert "points of" not in panel.estimate.text
+    panel.controls.points.value = 20
+    panel.estimate.ask()
+    assert "8 points of" in panel.estimate.text
+    panel.controls.seed.value += 1
+    panel.estimate.ask()
+    assert "20 points of" in panel.estimate.text, "another study has them all before it"
+
+
+def test_a_grid_is_not_said_to_have_more_points_than_it_has(make):
+    panel = make()
+    panel.controls.method.value = "grid"
+    panel.controls.points.value = 100_000
+    panel.estimate.ask()
+    assert f"{panel.plan.space.size:,} points of" in panel.estimate.text
 
 
 def test_a_sweep_fills_figures_table_and_menu(make):
