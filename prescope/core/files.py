@@ -86,7 +86,8 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def _cannot_write(path: Path, error: Exception) -> CannotWrite:
-    return CannotWrite(f"{path} cannot be written: {error}; what was there before is unchanged")
+    why = str(error).removeprefix(f"{path} cannot be written: ")  # of `_mode_of`, which names the path itself
+    return CannotWrite(f"{path} cannot be written: {why}; what was there before is unchanged")
 
 
 def write_text(path: str | Path, text: str) -> Path:

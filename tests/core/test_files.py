@@ -233,8 +233,9 @@ def test_what_is_no_file_is_neither_written_nor_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name, kind in (("pipe", "a pipe"), ("folder", "a folder")):
-        with pytest.raises(CannotWrite, match=kind):
+        with pytest.raises(CannotWrite, match=kind) as refused:
             write_text(tmp_path / name, "x")
+        assert str(refused.value).count("cannot be written") == 1
         with pytest.raises(BadProfile, match=kind):
             require_file(tmp_path / name, BadProfile)
     with pytest.raises(BadProfile, match="a device"):
