@@ -1,7 +1,9 @@
 """The notebooks, executed as `make report` does, and opened offline."""
 
+import colorsys
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -9,6 +11,8 @@ import pytest
 
 from prescope import RoutingTrace
 from prescope.report import PAPER_PX, execute_notebook
+from prescope.simulator import ORACLE, Recording, Scenario, shipped_machines
+from prescope.views.theme import GAIN_SCALE
 from tests.support.browser import count_plots, offline_page
 from tests.support.damaged_files import write_tokenizer
 from tests.support.packed_checkpoints import write as write_packed
@@ -140,6 +144,7 @@ def test_the_tuning_notebook_runs_small_and_writes_its_report(tmp_path):
     }
     page = execute_notebook(TUNING, tmp_path / "tuning.html", parameters=small, log=lambda line: None)
     assert "tokens/s" in page.read_text() and "tokens/s" in (tmp_path / "t.html").read_text()
+    assert re.search(r">0\.250?<", page.read_text()), "a quarter of the experts, not 0.2 of them"
 
 
 @pytest.mark.slow
@@ -171,6 +176,50 @@ def test_the_paper_s_experiments_run_small_and_say_where_each_number_is_from(tmp
     told = [title for title in titles if "simulated" in title or "measured" in title]
     assert len(told) == len(titles) - 1, "all but the recall by layer, which has no times"
     assert text.count("Committed, H200") >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_paper_s_experiments_run_on_a_model_of_few_experts(tmp_path):
+    """Twelve in all: a sixteenth of them, for layers that want the same slots, was none."""
+    write_packed("gpt-oss mxfp4", tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    small = {"own_tokens": 0, "epochs": 1, "calibrate_s": 1, "max_new_tokens": 5, "device": "cpu"}
+    parameters = small | {"model": str(tmp_path / "model")}
+    page = execute_notebook(PAPER, tmp_path / "paper.html", parameters=parameters, log=lambda line: None)
+    figures = re.findall(r"const figure = (\{.*?\});\n", page.read_text())
+    assert len(figures) == len(PAPER_QUESTIONS)
+    assert "medium" not in json.loads(figures[0])["layout"]["title"]["text"], "it is not there"
+
+
+def test_the_text_of_the_paper_s_experiments_says_what_its_figure_of_machines_shows():
+    """On all machines that come with prescope, half of the experts in slots: as the notebook has it."""
+    medium = Recording.load("medium.b1")
+    there = medium.scenarios(shipped_machines(medium.trace.shape, 1))
+    base = Scenario(slots=round(0.5 * there.num_experts), machine=next(iter(there.machines)))
+
+    def gain(machine: str, first: Scenario, second: Scenario) -> float:
+        """How much faster the first is, %."""
+        steps = [there.run(replace(one, machine=machine)).step_ms for one in (first, second)]
+        return 100 * (steps[1] / steps[0] - 1)
+
+    fiddler, oracle = replace(base, schedule="fiddler"), replace(base, predictor=ORACLE)
+    ahead = {name: gain(name, base, fiddler) for name in there.machines}
+    behind = [name for name, percent in ahead.items() if percent < 0]
+    assert behind == [name for name in ahead if name.startswith(("paper_machine", "test_machine"))]
+    assert all(0 < ahead[name] < 3.5 for name in ahead if "emulated PCIe 3" in name)
+    assert (round(-max(ahead[name] for name in behind)), round(-min(ahead.values()))) == (3, 18)
+    assert all(gain(name, oracle, base) < 0 for name in behind), "perfect prediction does not help there"
+    for name in behind[:-1]:
+        costs = there.machines[name].costs
+        assert 3 < costs.link_us / costs.cpu_us[1] < 8.5
+
+
+def test_the_predictor_notebook_calls_the_colours_of_gains_by_their_names():
+    hues = [colorsys.rgb_to_hls(*(int(part) / 255 for part in re.findall(r"\d+", color)[:3]))[0] * 360
+            for color in (GAIN_SCALE[0][1], GAIN_SCALE[-1][1])]  # fmt: skip
+    assert 15 < hues[0] < 45 and 190 < hues[1] < 250, "orange, blue"
+    assert "Blue gains on the early router, orange loses" in " ".join(PREDICTOR.read_text().split())
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
