@@ -138,7 +138,9 @@ class SweepPanel:
         self.refresh()
 
     def start(self) -> SweepJob | None:
-        """Begin, or go on with the study that is open; what does not go is told in words."""
+        """Begin, or go on with the study that is open; what does not go is told in words. A run under way goes on."""
+        if self.run.is_running:  # a double click: the page sends both before the button is greyed
+            return self.run.job
         self.estimate.stop()
         try:
             job = self._opened().prepare(**self.controls.limits)

@@ -202,6 +202,22 @@ def test_how_long_it_takes_is_asked_without_leaving_settings_behind(on_device):
     assert engine.has_own_settings
 
 
+def test_a_double_click_starts_one_run_that_can_still_be_cancelled(make):
+    """The second one was refused in red, since the first held the study, and the first had no button any more."""
+    panel = make()
+    panel.controls.points.value = 5000
+    for _ in range(2):
+        panel.run.start_button.click()
+    job = panel.run.job
+    assert panel.start() is job and not job.is_done
+    assert "ps-error" not in panel.run.status.value
+    panel.run.cancel_button.click()
+    job.result(60)
+    assert job.is_cancelled and panel.run.status.value.startswith("cancelled")
+    panel.controls.points.value = len(panel.sweep.points()) + 3
+    assert run(panel)["status"].startswith("done"), "and afterwards it goes on"
+
+
 def test_what_is_said_of_a_study_that_is_gone_on_with_is_of_the_points_it_lacks(make):
     panel = make()
     run(panel)
