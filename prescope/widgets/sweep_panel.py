@@ -155,17 +155,22 @@ class SweepPanel:
         """The sweep that the controls ask for: the open one, another that is there, or a new one."""
         plan, typed = self.plan, self.controls.name.value.strip()
         open_name = "" if self.sweep is None else self.sweep.name
-        if plan == self._asked and typed in ("", open_name):
-            name = open_name
+        place = self._places[plan.where]
+        if self.sweep is not None and plan == self._asked and typed in ("", open_name):
+            name, sweep = open_name, self._own_plan(self.sweep).open(open_name, place, self.sweep.url)
         else:  # a study is about one thing: what was changed is another one
             name = typed if typed and typed != open_name else free_name()
-        sweep = plan.open(name, self._places[plan.where])
+            sweep = plan.open(name, place)
         self._take(sweep)
         self._asked = plan
         self._is_quiet = True
         self.controls.name.value = name
         self._is_quiet = False
         return sweep
+
+    def _own_plan(self, sweep: Sweep) -> Plan:
+        """Of the study that is open, whatever the controls say now."""
+        return Plan.of(sweep, self.controls.where.value if self._asked is None else self._asked.where)
 
     def _take(self, sweep: Sweep | None) -> None:
         if sweep is None or self.sweep is None or self.sweep.name != sweep.name:
@@ -256,7 +261,9 @@ class SweepPanel:
             is_all = is_same and there >= wanted and not self.run.is_running
             reason = f"it has {count_of(there, 'point')}; ask for more" if is_all else ""
             self.run.allow(reason, "Running" if self.run.is_running else "Go on" if is_same else "Start")
-            self.code.text = self._code(self.plan)
+            plan = self._own_plan(self.sweep) if is_same and self.sweep is not None else self.plan
+            name = self.controls.name.value.strip() or free_name()
+            self.code.text = plan.code(name, self._places[plan.where], self.controls.limits)
         except PrescopeError as error:
             self.run.allow(str(error))
             self.code.text = ""
@@ -277,16 +284,14 @@ class SweepPanel:
             return ""
         return str(plan.estimate(self.controls.runner, limits["points"], limits["workers"], there))
 
-    def _code(self, plan: Plan) -> str:
-        name = self.controls.name.value.strip() or free_name()
-        return plan.code(name, self._places[plan.where], self.controls.limits)
-
     # -- a page ------------------------------------------------------------------------------------------------
 
     def write_report(self) -> Path:
         """Write the open sweep as a page."""
         assert self.sweep is not None, "the button is disabled without one"
-        path = self._report(self.sweep, self.proof.proof, self._code(self.plan))
+        own, limits = self._own_plan(self.sweep), self.controls.limits
+        code = own.code(self.sweep.name, self._places[own.where], limits | {"points": len(self._points)})
+        path = self._report(self.sweep, self.proof.proof, code)
         self.chosen.words.value = f"<span class='ps-soft'>written: <code>{escape(str(path))}</code></span>"
         return path
 

@@ -33,6 +33,12 @@ class Plan(NamedTuple):
     seed: int
     fixed: dict[str, Any]
 
+    @classmethod
+    def of(cls, sweep: Sweep, where: str) -> "Plan":
+        """What a study was asked for, which controls cannot always show: code can write any range."""
+        names = tuple(one.name for one in sweep.objectives)
+        return cls(where, sweep.space, names, sweep.method, sweep.seed, dict(sweep.fixed))
+
     @property
     def settings(self) -> dict[str, Any]:
         """For `open_sweep`, besides name, space and runner."""
@@ -40,12 +46,12 @@ class Plan(NamedTuple):
             "objectives": self.objectives, "method": self.method, "seed": self.seed, "fixed": self.fixed
         }  # fmt: skip
 
-    def open(self, name: str, place: Place) -> Sweep:
-        """The sweep of this name, new or there already; raises as `open_sweep`."""
+    def open(self, name: str, place: Place, storage: str | None = None) -> Sweep:
+        """The sweep of this name, new or there already; storage and errors as of `open_sweep`."""
         assert place.runner is not None, "places that cannot be used are not offered"
         if place.prepare is not None:
             place.prepare()
-        return open_sweep(name, self.space, place.runner, **self.settings)
+        return open_sweep(name, self.space, place.runner, storage=storage, **self.settings)
 
     def estimate(self, runner: Runner, points: int, workers: int, there: int = 0) -> Estimate:
         """What so many points in all will take, of which some are there already."""

@@ -13,7 +13,7 @@ from prescope.errors import BadSweep, UnsupportedOption
 from prescope.predictor import Frequency
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Machine, Scenarios
-from prescope.tuning import Choices, Range, SimulatorRunner, load_sweep
+from prescope.tuning import Choices, Range, SimulatorRunner, Space, load_sweep, open_sweep
 from prescope.widgets import sweep_proof
 from prescope.widgets.sweep_controls import SIDE_BY_SIDE
 from prescope.widgets.sweep_panel import SweepPanel
@@ -310,6 +310,58 @@ def test_a_brush_filters_the_table_and_outlives_new_points(make):
     run(panel)
     brushed = panel.figures.figures["parallel"].data[0].dimensions[place].constraintrange
     assert list(brushed) == pytest.approx([values[-3], values[-1]])
+
+
+@pytest.mark.parametrize("by", ["the sweep", "its name"])
+@pytest.mark.parametrize(
+    ("space", "settings"),
+    [
+        ({"slots": Range(0.1, 0.9, step=0.05), "lookahead": Range(1, 2)}, {"method": "tpe", "seed": 3}),
+        ({"slots": Range(6, 12)}, {"method": "grid", "fixed": {"schedule": "on-demand"}}),
+        ({"threshold": Range(0.02, 0.5, log=True), "slots": Choices(6, 12)}, {"method": "random"}),
+        ({"schedule": Choices("on-demand", "klotski"), "most_in_flight": Range(1, 8)}, {"method": "nsga"}),
+        ({"batch": Choices(1, 3), "slots": Choices(9, 10, 12)}, {"objectives": ("p95_ms",)}),
+    ],
+)
+def test_a_study_that_code_made_goes_on_as_it_was_asked_for(make, runner, space, settings, by):
+    """The notebook of sweeps says so: Go on was refused, for the controls give a range of whole numbers a step."""
+    made = open_sweep("from code", Space(space), runner, **settings)
+    made.run(points=2)
+    panel = make()
+    panel.open(made if by == "the sweep" else "from code")
+    assert panel.run.start_button.description == "Go on"
+    panel.controls.points.value = 5
+    state = run(panel)
+    assert state["status"].startswith("done"), state["status"]
+    assert state["study"] == "from code"
+    assert state["points"] == len(made.points()) == min(5, made.space.size or 5)
+    names: dict = {}
+    exec(panel.code.text.split("sweep = ")[0], names)
+    assert names["space"] == made.space, "the code that is copied goes on with it too"
+
+
+def test_a_study_goes_on_where_it_lies(make, runner, tmp_path):
+    """A file of its own: a new study of the same name was begun in runs/sweeps."""
+    made = open_sweep("elsewhere", Space(slots=Range(6, 12)), runner, storage=tmp_path / "mine.db")
+    made.run(points=2)
+    panel = make()
+    panel.open(made)
+    panel.controls.points.value = 4
+    assert run(panel)["points"] == len(made.points()) == 4
+    assert not list(Path("runs").rglob("elsewhere*"))
+
+
+def test_the_commands_of_a_report_are_the_study_s_and_not_those_of_controls_moved_since(make):
+    given = []
+    panel = make(report=lambda *arguments: given.append(arguments) or Path("page.html"))
+    run(panel)
+    own = panel.plan.space
+    panel.controls.space.rows["lookahead"].tick.value = False
+    panel.controls.points.value = 5
+    panel.write_report()
+    sweep, _, code = given[-1]
+    assert "lookahead=Range(" in code and f"points={len(sweep.points())}" in code
+    assert sweep.space == own
 
 
 def test_a_click_on_a_point_opens_its_settings(ran, monkeypatch):
