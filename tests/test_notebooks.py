@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 from prescope import RoutingTrace
+from prescope.core.paths import embedded_model
 from prescope.report import PAPER_PX, execute_notebook
 from prescope.simulator import ORACLE, Recording, Scenario, shipped_machines
 from prescope.views.theme import GAIN_SCALE
@@ -23,6 +24,7 @@ PREDICTOR = NOTEBOOKS / "02_predictor.ipynb"
 TUNING = NOTEBOOKS / "04_tune_my_machine.ipynb"
 QUICKSTART = NOTEBOOKS / "00_quickstart.ipynb"
 SCHEDULING = NOTEBOOKS / "03_scheduling.ipynb"
+SWEEPS = NOTEBOOKS / "05_sweeps.ipynb"
 PAPER = NOTEBOOKS / "06_paper_experiments.ipynb"
 #: Its figures, in order.
 PAPER_QUESTIONS = [
@@ -145,6 +147,15 @@ def test_the_tuning_notebook_runs_small_and_writes_its_report(tmp_path):
     page = execute_notebook(TUNING, tmp_path / "tuning.html", parameters=small, log=lambda line: None)
     assert "tokens/s" in page.read_text() and "tokens/s" in (tmp_path / "t.html").read_text()
     assert re.search(r">0\.250?<", page.read_text()), "a quarter of the experts, not 0.2 of them"
+
+
+@pytest.mark.slow
+def test_the_sweeps_of_a_small_model_are_shown_in_units_of_its_size(tmp_path):
+    """In GiB its front read 0.01, 0.00, 0.00."""
+    small = {"model": str(embedded_model()), "points": 12, "max_new_tokens": 5, "device": "cpu"}
+    parameters = small | {"out": str(tmp_path / "sweep.html")}
+    page = execute_notebook(SWEEPS, tmp_path / "page.html", parameters=parameters, log=lambda line: None)
+    assert re.search(r"<td[^>]*>[\d.]+ MiB</td>", page.read_text())
 
 
 @pytest.mark.slow
