@@ -114,13 +114,16 @@ def test_a_proof_is_the_verdict(sweep, tmp_path):
         )
 
         def table(self):
-            return pd.DataFrame({"schedule": ["presched"], "gain %": [11.123456]})
+            wide = {"to %": [190_000.0], "from %": [float("nan")], "kept": [False], "other texts": [0]}
+            return pd.DataFrame({"schedule": ["presched"], "gain %": [11.123456], **wide})
 
     text = write_sweep_report(sweep, tmp_path / "page.html", commands="", proof=Proof()).read_text()
     assert "<p class='verdict'>+11 % (+9 to +13): keep it</p>" in text
     assert "<b>measured, link emulated</b> on here" in text
     assert "a note &lt;i&gt;" in text
     assert "11.1" in text and "11.123456" not in text
+    cells = re.findall(r"<td>(.*?)</td>", text.split("<h2>The proof</h2>")[1].split("</table>")[0])
+    assert cells == ["presched", "11.1", "190,000", "-", "no", "0"], "no 1.9e+05, and words for True and False"
     assert "Nothing was proved" not in text
 
 

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 from ..core.files import write_text
 from ..core.units import format_bytes
 from ..errors import UnsupportedOption
+from ..views.numbers import formatted
 from ..views.sweep_front import sweep_front
 from ..views.sweep_heat import sweep_heat
 from ..views.sweep_history import sweep_history
@@ -77,8 +78,13 @@ def _verdict(points: pd.DataFrame, objectives: Sequence[str], proof: "Proof | No
 
 
 def _table(frame: pd.DataFrame) -> str:
-    html = frame.to_html(border=0, na_rep="-", float_format=lambda value: f"{value:.3g}", index=False)
+    is_true = {name: _yes_or_no for name in frame.columns[frame.dtypes == bool]}
+    html = frame.to_html(border=0, na_rep="-", float_format=formatted, formatters=is_true, index=False)
     return f"<div class='table'>{html}</div>"
+
+
+def _yes_or_no(value: object) -> str:
+    return "yes" if value else "no"
 
 
 def _figures(sweep: "Sweep", points: pd.DataFrame, objectives: Sequence[str]) -> list[go.Figure | str]:
