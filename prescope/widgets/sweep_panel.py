@@ -136,6 +136,7 @@ class SweepPanel:
         self._is_quiet = False
         self._asked = self.plan
         self.refresh()
+        self.estimate.moved()
 
     def start(self) -> SweepJob | None:
         """Begin, or go on with the study that is open; what does not go is told in words. A run under way goes on."""

@@ -231,6 +231,8 @@ def test_what_is_said_of_a_study_that_is_gone_on_with_is_of_the_points_it_lacks(
     panel.controls.seed.value += 1
     panel.estimate.ask()
     assert "20 points of" in panel.estimate.text, "another study has them all before it"
+    panel.open(panel.sweep)
+    assert panel.estimate.text == "", "it was said of what the controls were before"
 
 
 def test_a_grid_is_not_said_to_have_more_points_than_it_has(make):
