@@ -39,8 +39,9 @@ def count_of(number: int, what: str) -> str:
 
 
 def format_bytes(nbytes: float) -> str:
-    """Human-readable binary size: "1.5 GiB", "384 KiB"."""
+    """Human-readable binary size in three digits: "1.5 GiB", "384 KiB"; in four from 1,000 to 1,023 of a unit."""
     for factor, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if nbytes >= factor:
-            return f"{nbytes / factor:.3g} {unit}"
+            size = nbytes / factor
+            return f"{size:,.0f} {unit}" if size >= 999.5 else f"{size:.3g} {unit}"
     return f"{int(nbytes)} B"
