@@ -123,7 +123,9 @@ def test_a_proof_is_the_verdict(sweep, tmp_path):
     assert "a note &lt;i&gt;" in text
     assert "11.1" in text and "11.123456" not in text
     cells = re.findall(r"<td>(.*?)</td>", text.split("<h2>The proof</h2>")[1].split("</table>")[0])
-    assert cells == ["presched", "11.1", "190,000", "-", "no", "0"], "no 1.9e+05, and words for True and False"
+    assert cells == ["presched", "11.1", "190,000", "-", "no", "0"], (
+        "no 1.9e+05, and words for True and False"
+    )
     assert "Nothing was proved" not in text
 
 

@@ -78,8 +78,8 @@ def _verdict(points: pd.DataFrame, objectives: Sequence[str], proof: "Proof | No
 
 
 def _table(frame: pd.DataFrame) -> str:
-    is_true = {name: _yes_or_no for name in frame.columns[frame.dtypes == bool]}
-    html = frame.to_html(border=0, na_rep="-", float_format=formatted, formatters=is_true, index=False)
+    words = dict.fromkeys(frame.select_dtypes(bool).columns, _yes_or_no)
+    html = frame.to_html(border=0, na_rep="-", float_format=formatted, formatters=words, index=False)
     return f"<div class='table'>{html}</div>"
 
 

@@ -79,7 +79,10 @@ def test_each_lookahead_has_its_own_heads_in_a_model_of_few_layers_too(monkeypat
     tuner = OnlineTuner(predictor, OnlineConfig(margin=9.0))
     for ahead, scores in tuner.replay_all(trace, (1, 2)).items():
         np.testing.assert_allclose(scores, predictor.replay(trace, ahead), atol=1e-6)
-    inputs, ids = torch.from_numpy(trace.inputs[:1, 0].astype(np.float32)), torch.zeros(1, 2, dtype=torch.long)
+    inputs, ids = (
+        torch.from_numpy(trace.inputs[:1, 0].astype(np.float32)),
+        torch.zeros(1, 2, dtype=torch.long),
+    )
     live = tuner.predict(0, inputs, ids, torch.full((1, 2), 0.5))
     assert [one.lookahead for one in live] == [1, 2]
 
