@@ -1,8 +1,10 @@
 """Loading packed checkpoints, and packing plain ones: what is said, what is kept, what is refused before it is read."""
 
 import json
+import re
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,8 +20,10 @@ from tests.support.models import plain_tokens, prompt, tiny_moe
 from tests.support.packed_checkpoints import (
     EXPERTS,
     LAYOUTS,
+    compressed,
     compressed_int4,
     edit_config,
+    fp8_block,
     int8_words,
     is_packed,
     mixed,
@@ -29,6 +33,9 @@ from tests.support.packed_checkpoints import (
 pytestmark = pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
 TOLERANCE = 1e-5
 load = partial(prescope.load, dtype="float32", device="cpu", link_gb_per_s=50.0)
+INT4_OF_8 = compressed(
+    "pack-quantized", num_bits=4, type="int", strategy="group", group_size=8, symmetric=True
+)
 
 
 def grouped(group: int) -> dict:
@@ -173,6 +180,71 @@ def test_fp8_experts_in_one_tensor_of_a_layer_find_their_place_in_every_kind_of_
         found = families.logits(engine.model, name, inputs)
         assert engine.form == "fp8" and all(layer.layout.packing for layer in engine.layers)
     assert distance(found, families.logits(plain, name, inputs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("experts", ["auto", "plain"])
+@pytest.mark.parametrize("pack", ["fp8", "int4"])
+@pytest.mark.parametrize("name", ["gemma4", "gpt_oss", "openai_privacy_filter", "qwen3_vl_moe"])
+def test_linears_of_single_experts_find_their_place_in_families_that_publish_them_in_one_tensor(
+    tmp_path, name, pack, experts
+):
+    """Tools that pack linears take such tensors apart. Gate and up may be in turns there, inputs first, with biases;
+    the first layer's are left plain.
+    """
+    if name not in families.FAMILIES:
+        pytest.skip(f"the installed transformers has no {name}")
+    plain, rng = families.build(name), np.random.default_rng(0)
+    plain.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    published = {int(layer): stem for stem, layer in experts_of(tensors)}
+    one = fp8_block if pack == "fp8" else compressed_int4(False, 8)
+    for layer, (module_name, module) in enumerate(families.experts_modules(plain).items()):
+        stem = published[int(re.search(r"\.(\d+)\.", module_name)[1])]
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{stem}.")}
+        for expert, linear, weight, bias in linears(module, in_turns=name == "gpt_oss"):
+            key = f"{stem}.{expert}.{linear}"
+            packed, values = (
+                one(weight.clone().float(), rng) if layer else ({".weight": weight.clone()}, weight)
+            )
+            weight.copy_(values)
+            tensors |= {key + suffix: tensor for suffix, tensor in packed.items()}
+            if bias is not None:
+                tensors[f"{key}.bias"] = bias.clone()
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    config = LAYOUTS["qwen3 fp8"][2] if pack == "fp8" else INT4_OF_8
+    edit_config(tmp_path, quantization_config=config)
+    inputs = families.prompts(2)
+    with load(tmp_path, slots=8, experts=experts) as engine:
+        found = families.logits(engine.model, name, inputs)
+        assert engine.reasons["experts"].startswith("2 of 3" if experts == "auto" else "all 48 packed")
+    assert distance(found, families.logits(plain, name, inputs)) < TOLERANCE
+
+
+def experts_of(names) -> set[tuple[str, str]]:
+    """What the names of a layer's experts begin with, and the layer."""
+    found = (re.fullmatch(r"(.*\.(\d+)\..*experts)\.(?:gate_up|down)_proj", name) for name in names)
+    return {match.groups() for match in found if match}
+
+
+@torch.no_grad()
+def linears(module, in_turns: bool):
+    """Expert, name, weight (out, in) and bias of all linears of an experts module, as views of its parameters."""
+    for expert in range(module.num_experts):
+        for name in ("gate_up_proj", "down_proj"):
+            weight, bias = module.get_parameter(name).data[expert], getattr(module, f"{name}_bias", None)
+            weight = weight.mT if module.is_transposed else weight
+            bias = None if bias is None else bias.data[expert]
+            if name == "down_proj":
+                yield expert, name, weight, bias
+                continue
+            half = len(weight) // 2
+            for at, part in enumerate(("gate_proj", "up_proj")):
+                rows = slice(at, None, 2) if in_turns else slice(at * half, (at + 1) * half)
+                yield expert, part, weight[rows], None if bias is None else bias[rows]
 
 
 @pytest.mark.parametrize("layout", ["deepseek fp8", "mixtral awq", "gpt-oss mxfp4"])

@@ -47,6 +47,7 @@ class LayerRows:
         self._matrices, self._sources = matrices, sources
         self._num_experts, self._dtype = layer.num_experts, dtype
         self._turned: set[str] = set()  # matrices whose inputs come first in the files
+        self._in_halves = {name for name, source in sources.items() if source.is_ours}
         self._is_halved = False
         packed = [self._packed(layer, name) for name in (layer.spec.up, layer.spec.down)]
         if len(names := dict.fromkeys(matrix.format.name for matrix in packed)) > 1:
@@ -65,7 +66,7 @@ class LayerRows:
         up = self._up
         self._is_halved = (
             bool(layer.module.has_gate)
-            and up.format.is_by_row(up.shape)
+            and (up.name in self._in_halves or up.format.is_by_row(up.shape))
             and is_interleaved(layer.spec.gate, up.shape[0])
         )
         gate = in_two_halves(layer.spec.gate) if self._is_halved else layer.spec.gate
@@ -169,8 +170,8 @@ class LayerRows:
         return torch.cat(parts, dim=1)
 
     def _halved(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Rows (E, N, ...) of gate and up one behind the other, where the family has them in turns."""
-        if not self._is_halved or name not in (self._up.name, self._up_bias):
+        """Rows (E, N, ...) of gate and up one behind the other, where the family and the files have them in turns."""
+        if not self._is_halved or name in self._in_halves or name not in (self._up.name, self._up_bias):
             return tensor
         return torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)
 

@@ -11,6 +11,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 #: Steps by which an experts' parameter is made of weights of single experts: stacked; and first gate, then up.
 STACKED = (("MergeModulelist", 0),)
 STACKED_PAIRS = (*STACKED, ("Concatenate", 1))
+#: What tools call a linear of one expert -> which of the experts' parameters it is a part of, and which part.
+LINEARS = {
+    "gate_proj": (("gate_up_proj", 0),), "w1": (("gate_up_proj", 0),),
+    "up_proj": (("gate_up_proj", 1), ("up_proj", 0)), "w3": (("gate_up_proj", 1),),
+    "down_proj": (("down_proj", 0),), "w2": (("down_proj", 0),),
+}  # fmt: skip
+_LINEAR = re.compile(rf"(.+)\.\d+\.({'|'.join(LINEARS)})\.(weight|bias)")
 
 
 class Place(NamedTuple):
@@ -20,11 +27,14 @@ class Place(NamedTuple):
         target: name of the model's parameter.
         part: which of several that are put one behind the other in it: 0 gate, 1 up.
         steps: how the parameter is made of such weights; none where it is the weight itself.
+        is_ours: by no rule of transformers, see `Places.of`: gate and up then lie one behind the other whatever the
+            family does, and its plain weights have to be put together here.
     """
 
     target: str
     part: int
     steps: tuple[tuple[str, int | None], ...]  # kind and dimension
+    is_ours: bool = False
 
 
 class Places:
@@ -42,17 +52,37 @@ class Places:
         self._prefix, self._known = model.base_model_prefix, model.state_dict()
 
     def of(self, weight: str) -> Place:
-        """The place of a weight by its name in the checkpoint; its own name where no rule holds."""
+        """The place of a weight by its name in the checkpoint; its own name where no rule holds.
+
+        Families that publish all experts of a layer in one tensor (Qwen3-VL, Gemma 4, gpt-oss, ...) have no rule for
+        single ones. Tools that pack linears take such a tensor apart, and call its parts as other families do.
+        """
         if weight in self._known:
             return Place(weight, 0, ())
-        target, pattern = rename_source_key(
-            weight, self._renamings, self._converters, self._prefix, self._known
-        )
+        target, pattern = self._renamed(weight)
         if pattern is None:
-            return Place(target, 0, ())
+            is_known = target in self._known
+            return (None if is_known else self._of_one_expert(weight)) or Place(target, 0, ())
         rule = self._by_pattern[pattern]
         steps = tuple((type(step).__name__, getattr(step, "dim", None)) for step in rule.operations)
         return Place(target, rule.source_patterns.index(pattern), steps)
+
+    def _of_one_expert(self, weight: str) -> Place | None:
+        """The place of a linear of one expert in the tensor of all of them, if the model has that; else None."""
+        if (found := _LINEAR.fullmatch(weight)) is None:
+            return None
+        experts, linear, kind = found.groups()
+        for parameter, part in LINEARS[linear]:
+            whole = f"{experts}.{parameter}{'' if kind == 'weight' else '_bias'}"
+            target, _ = self._renamed(whole)
+            if target in self._known:
+                steps = STACKED_PAIRS if parameter == "gate_up_proj" else STACKED
+                return Place(target, part, steps, is_ours=True)
+        return None
+
+    def _renamed(self, weight: str) -> tuple[str, str | None]:
+        """A name in the model, and the pattern of the rule that makes something else of the weight."""
+        return rename_source_key(weight, self._renamings, self._converters, self._prefix, self._known)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

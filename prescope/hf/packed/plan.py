@@ -11,6 +11,7 @@ from ...core.units import format_bytes
 from ...errors import BadModelFolder, UnsupportedExperts
 from ..moe_layers import MoELayer
 from .checkpoint import Checkpoint
+from .gate_order import is_interleaved
 from .layer_rows import LayerRows
 from .places import Place, Places
 from .published import Group, Matrix, matrices_in
@@ -34,6 +35,24 @@ class Unpacked:
         return (weight.mT if self._is_turned else weight)[index]
 
 
+class Gathered:
+    """A parameter of all experts as the plain weights of single ones, for which transformers has no rule.
+
+    Args:
+        parts: what is put one behind the other, each of all experts.
+        in_turns: the two parts are gate and up, and the family has them in turns.
+        is_turned: it has the inputs first.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[Any]], in_turns: bool, is_turned: bool) -> None:
+        self._parts, self._in_turns, self._is_turned = parts, in_turns, is_turned
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        parts = [torch.stack([weight[...] for weight in part]) for part in self._parts]
+        whole = torch.stack(parts, dim=2).flatten(1, 2) if self._in_turns else torch.cat(parts, dim=1)
+        return (whole.mT if self._is_turned else whole)[index]
+
+
 class LeftOut:
     """An experts' parameter of which the model gets the shape only: one number, seen everywhere."""
 
@@ -55,6 +74,7 @@ class PackedPlan:
         spare: matrices for which the model has no place, such as those of layers that predict further tokens.
         turned: plain weights that have their inputs first, where the packed ones have not.
         left_out: parameters of the layers that stay packed.
+        gathered: by the names of parameters, what they are put together of, and how: `in_turns` and `is_turned`.
         dtype: of what computes.
     """
 
@@ -66,6 +86,7 @@ class PackedPlan:
     plain: Sequence[str]
     turned: Collection[str]
     left_out: Mapping[str, torch.Tensor]
+    gathered: Mapping[str, tuple[Source, tuple[bool, bool]]]
     dtype: torch.dtype
 
     @classmethod
@@ -142,6 +163,7 @@ class PackedPlan:
                 if weight in matrices and matrices[weight].published.is_out_in
             },
             left_out={name: parameters[name] for name, target in owned.items() if target in targets},
+            gathered=_gathered([layer for layer in layers if layer.name not in rows], found),
             dtype=dtype,
         )
 
@@ -151,7 +173,7 @@ class PackedPlan:
 
     def state_dict(self) -> dict[str, Any]:
         """What transformers loads: everything but packed experts, in plain form, and nothing of it read yet."""
-        return {
+        weights = {
             **{name: self.checkpoint.lazy(name) for name in self.plain},
             **{
                 matrix.weight: Unpacked(self.checkpoint, matrix, matrix.weight in self.turned)
@@ -160,8 +182,13 @@ class PackedPlan:
                     *self.spare,
                 ]  # of which transformers says that they have no place
             },
-            **{target: LeftOut(parameter) for target, parameter in self.left_out.items()},
         }
+        whole = {
+            target: Gathered([[weights.pop(name) for name in part] for part in source.parts], *order)
+            for target, (source, order) in self.gathered.items()
+        }
+        left_out = {target: LeftOut(parameter) for target, parameter in self.left_out.items()}
+        return weights | whole | left_out
 
     def describe(self, layers: Sequence[MoELayer]) -> str:
         """What is served packed and what is not, in one line, for the layers as `layers` gives them."""
@@ -212,6 +239,24 @@ def _is_packed(
             f"{layer.name} has {sum(weights)} packed weights of {len(weights)}; all of a layer are packed, or none"
         )
     return any(weights)
+
+
+def _gathered(
+    layers: Sequence[MoELayer], found: Mapping[str, Mapping[str, Place]]
+) -> dict[str, tuple[Source, tuple[bool, bool]]]:
+    """The parameters of layers which are not packed that have to be put together here; see `PackedPlan.gathered`."""
+    gathered = {}
+    for layer in layers:
+        spec, up = layer.spec, layer.matrix_shapes[layer.spec.up]
+        for name in layer.weight_names:
+            target = f"{layer.name}.{name}"
+            if not any(place.is_ours for place in found[target].values()):
+                continue
+            is_pair = bool(layer.module.has_gate) and name in (spec.up, spec.up_bias)
+            in_turns = is_pair and is_interleaved(spec.gate, up[0])
+            is_turned = spec.is_transposed and name in (spec.up, spec.down)
+            gathered[target] = Source.of(target, found[target], layer.num_experts), (in_turns, is_turned)
+    return gathered
 
 
 def _rows_of(

@@ -13,10 +13,12 @@ class Source(NamedTuple):
     Attributes:
         parts: what is put one behind the other, each the names of E weights, or of one that has all experts.
         is_stacked: whether they are weights of single experts.
+        is_ours: see `Place`.
     """
 
     parts: tuple[tuple[str, ...], ...]
     is_stacked: bool
+    is_ours: bool = False
 
     @classmethod
     def of(cls, target: str, weights: Mapping[str, Place], num_experts: int) -> "Source":
@@ -44,7 +46,7 @@ class Source(NamedTuple):
             raise BadModelFolder(
                 f"{target} needs the weights of {num_experts} experts, the files have {found}; fetch them again"
             )
-        return cls(parts, True)
+        return cls(parts, True, any(place.is_ours for place in weights.values()))
 
     @staticmethod
     def require_stacked(target: str, places: Iterable[Place]) -> None:
