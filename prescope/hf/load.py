@@ -12,7 +12,7 @@ from .arguments import Source, dtype_of
 from .configuration import packing_of, read_config
 from .loaded import Check, LoadedModel
 from .moe_layers import MoELayer, find_moe_layers, top_k_of
-from .packed import load_packed, packed_on_load
+from .packed import load_packed, packed_on_load, require_plain
 from .place import check_place
 from .reading import SAID, read_model, reading
 from .skeleton import check_size, model_class, skeleton
@@ -52,6 +52,8 @@ def load_model(
     check(layers, top_k_of(bare), text)
     if contents is not None and not is_unpacked:
         check_size(name, bare, contents)
+    if source.use_safetensors and not is_unpacked:
+        require_plain(name, source)
     del bare, layers
     found = model_class(name, config, source)
     # The others take no revision of code: theirs is in transformers.

@@ -491,6 +491,30 @@ def test_what_is_not_served_is_refused_by_name_before_weights_are_read(
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_weights_of_which_the_config_says_nothing_are_refused_before_they_are_read(
+    tmp_path, monkeypatch, layout
+):
+    """As older files of modelopt are, and those whose config.json was made anew: numbers of 8 bits without their scales
+    would be a model that talks nonsense.
+    """
+    write(layout, tmp_path)
+    edit_config(tmp_path, quantization_config=None)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("read"))
+    with pytest.raises(BadModelFolder, match=r"packed matrices \(model\..* no quantization_config"):
+        load(tmp_path, slots=8)
+
+
+def test_numbers_of_8_bits_without_scales_are_numbers(tmp_path):
+    """A model that was cast, and not packed."""
+    build = LAYOUTS["qwen3 fp8"][0]
+    build().save_pretrained(tmp_path)
+    change(tmp_path, lambda name, tensor: tensor.to(torch.float8_e4m3fn) if is_packed(name) else tensor)
+    plain = type(build()).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with load(tmp_path, slots=8) as engine, torch.no_grad():
+        assert distance(engine.model(prompt()).logits, plain(prompt()).logits) < TOLERANCE
+
+
 @pytest.mark.parametrize("key", ["checkpoint_format", "format"])
 def test_zeros_of_gptqs_second_format_are_stored_as_they_are(tmp_path, key):
     plain = write("mixtral gptq", tmp_path)

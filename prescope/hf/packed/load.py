@@ -17,8 +17,9 @@ from ..reading import naming, read_model, reading
 from ..skeleton import skeleton
 from ..tokenizer import read_tokenizer
 from .checkpoint import Checkpoint
-from .methods import groups_of
+from .methods import ANY_GROUPS, groups_of
 from .plan import PackedPlan
+from .published import FLOATS, matrices_in
 
 
 def load_packed(
@@ -39,14 +40,15 @@ def load_packed(
             f"{name} is quantised ({method}) already, so its experts are not packed to {experts}; leave experts= out, "
             f"or load the same model in bfloat16"
         )
+    files = _weight_files(name, source)
+    if not files:
+        raise BadModelFolder(f"{name} has no model.safetensors, and packed weights are read from those only")
     config = without_packing(config)
     wanted = _dtype_of_packed(config, dtype)
     bare = skeleton(name, config, wanted, source)
     plain = find_moe_layers(bare)
     with naming(f"{name} is quantised ({method})"):
-        plan = PackedPlan.of(
-            Checkpoint(_weight_files(name, source)), groups, bare, plain, wanted, keep=experts == "auto"
-        )
+        plan = PackedPlan.of(Checkpoint(files), groups, bare, plain, wanted, keep=experts == "auto")
     layers = plan.layers(plain)
     text = plan.describe(layers)
     check(layers, top_k_of(bare), text)
@@ -65,12 +67,31 @@ def _dtype_of_packed(config: PreTrainedConfig, dtype: torch.dtype | str) -> torc
     return said if isinstance(said, torch.dtype) and said.itemsize >= 2 else torch.bfloat16
 
 
-def _weight_files(name: str | Path, source: Source) -> list[Path]:
-    """The safetensors files of a folder, or of a hub id, which are fetched.
+def require_plain(name: str | Path, source: Source) -> None:
+    """Look for packed weights in a checkpoint whose configuration does not say that there are any.
+
+    Transformers would take the numbers of 8 bits as they are, without their scales, and say that those are unexpected.
 
     Raises:
-        BadModelFolder: there are none.
+        BadModelFolder: there are some.
     """
+    checkpoint = Checkpoint(_weight_files(name, source))
+    packed = [
+        matrix
+        for matrix in matrices_in(ANY_GROUPS, checkpoint.entries)
+        if checkpoint.entries[matrix.names["weight"]].dtype not in FLOATS
+    ]
+    if packed:
+        tensor = packed[0].names["weight"]
+        raise BadModelFolder(
+            f"{name} has {len(packed)} packed matrices ({tensor} is {checkpoint.entries[tensor].dtype} with scales, "
+            f"...), and its config.json has no quantization_config that says how they are packed; take the config.json "
+            f"that was published with them, or load the same model in bfloat16"
+        )
+
+
+def _weight_files(name: str | Path, source: Source) -> list[Path]:
+    """The safetensors files of a folder, or of a hub id, which are fetched; none where there are others only."""
     variant = source.weights.get("variant")
     middle = f".{variant}" if variant else ""
     with reading(f"the weights of {name} cannot be fetched"):
@@ -86,9 +107,7 @@ def _weight_files(name: str | Path, source: Source) -> list[Path]:
         whole = cached_file(
             name, f"model{middle}.safetensors", _raise_exceptions_for_missing_entries=False, **source.hub
         )
-    if whole is None:
-        raise BadModelFolder(f"{name} has no model.safetensors, and packed weights are read from those only")
-    return [Path(whole)]
+    return [] if whole is None else [Path(whole)]
 
 
 def _read_generation_config(name: str | Path, model: PreTrainedModel, source: Source) -> None:

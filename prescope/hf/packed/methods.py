@@ -22,6 +22,19 @@ IN_LAYER = (
 #: Where tools list modules that they leave as they are: compressed-tensors, transformers and AutoAWQ, AutoFP8.
 LEFT_PLAIN = ("ignore", "modules_to_not_convert", "ignored_layers")
 
+#: One of each way to name a packed matrix's tensors.
+ANY_GROUPS = tuple(
+    map(
+        Group,
+        (
+            BlockFp8("FP8", None, "weight_scale_inv", "weight_scale"),
+            GptOssMxfp4(),
+            PackQuantized(),
+            Awq(),
+        ),
+    )
+)
+
 
 def groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
     """The ways in which a checkpoint with this `quantization_config` is written: one, or one for each config group.
