@@ -24,9 +24,14 @@ from tests.support.packed_checkpoints import (
     compressed_int4,
     edit_config,
     fp8_block,
+    fp8_blocks,
+    int4_groups,
     int8_words,
+    int_bytes,
     is_packed,
     mixed,
+    some_zeros,
+    words_of,
     write,
 )
 
@@ -502,6 +507,73 @@ def test_packed_weights_of_which_the_config_says_nothing_are_refused_before_they
     edit_config(tmp_path, quantization_config=None)
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("read"))
     with pytest.raises(BadModelFolder, match=r"packed matrices \(model\..* no quantization_config"):
+        load(tmp_path, slots=8)
+
+
+def one_zero(weight: torch.Tensor, rng: np.random.Generator):
+    """compressed-tensors: one scale and one zero of a matrix."""
+    scale, zero = weight.abs().amax() / 7, 3
+    q = ((weight / scale).round() + 8 + zero).clamp(0, 15)
+    packed = {
+        ".weight_packed": words_of(q.numpy()),
+        ".weight_scale": scale.reshape(1),
+        ".weight_zero_point": torch.tensor([zero], dtype=torch.int8),
+    }
+    return packed, (q - 8 - zero) * scale
+
+
+def one_group(weight: torch.Tensor, rng: np.random.Generator):
+    """AWQ with one scale a row."""
+    zeros = some_zeros(weight, weight.shape[1], rng)
+    q, scale, values = int4_groups(weight, weight.shape[1], torch.float16, zeros)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    tensors = {
+        ".qweight": words_of(q.T, order),
+        ".qzeros": words_of(zeros.T, order),
+        ".scales": scale.T.contiguous(),
+    }
+    return tensors, values
+
+
+FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
+INT = {"type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+#: How a matrix is packed, what the config says, the form of the rows.
+SETTINGS = {
+    "int8 of groups": (int_bytes(8, 32), compressed("int-quantized", num_bits=8, **INT), "int8"),
+    "6 bits in bytes": (int_bytes(6, 32), compressed("int-quantized", num_bits=6, **INT), "int8"),
+    "3 bits in bytes": (int_bytes(3, 32), compressed("naive-quantized", num_bits=3, **INT), "int4"),
+    "FP8 of groups": (
+        fp8_blocks(1, 32), compressed("float-quantized", strategy="group", group_size=32, **FLOAT), "fp8",
+    ),
+    "a block as words": (
+        fp8_blocks(32, 48), compressed("float-quantized", strategy="block", block_structure="32x48", **FLOAT), "fp8",
+    ),
+    "a zero of the matrix": (
+        one_zero,
+        compressed("pack-quantized", num_bits=4, type="int", strategy="tensor", symmetric=False),
+        "int4",
+    ),
+    "rows shorter than a group": (one_group, LAYOUTS["mixtral awq"][2] | {"group_size": 128}, "int4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_that_the_tools_have_besides_their_usual_ones(tmp_path, monkeypatch, setting):
+    pack, config, form = SETTINGS[setting]
+    monkeypatch.setitem(LAYOUTS, setting, (LAYOUTS["qwen3 fp8"][0], pack, config))
+    plain = write(setting, tmp_path)
+    with load(tmp_path, slots=8) as engine, torch.no_grad():
+        assert engine.form == form
+        assert distance(engine.model(prompt(2)).logits, plain(prompt(2)).logits) < TOLERANCE
+
+
+def test_numbers_that_need_more_bits_than_the_config_says_are_refused(tmp_path, monkeypatch):
+    said = compressed("int-quantized", num_bits=4, **INT)
+    monkeypatch.setitem(LAYOUTS, "wide", (LAYOUTS["qwen3 fp8"][0], int_bytes(8, 32), said))
+    write("wide", tmp_path)
+    with pytest.raises(
+        UnsupportedExperts, match=r"gate_proj holds numbers from -\d+ to \d+: more than 4 bits"
+    ):
         load(tmp_path, slots=8)
 
 

@@ -231,6 +231,36 @@ def int8_words(weight: torch.Tensor, rng: np.random.Generator) -> Packed:
     return packed, (q * scale.float().unsqueeze(-1)).flatten(1)
 
 
+def int_bytes(bits: int, group: int, zeros: bool = False) -> Pack:
+    """compressed-tensors: a byte for each number of `bits`; bfloat16 scales of groups, zeros less the middle."""
+
+    def pack(weight: torch.Tensor, rng: np.random.Generator) -> Packed:
+        most = 2 ** (bits - 1) - 1
+        groups = weight.unflatten(1, (-1, group))
+        scale = (groups.abs().amax(-1) / most).bfloat16()
+        zero = torch.from_numpy(rng.integers(-most - 1, most + 1, scale.shape) * zeros)
+        q = ((groups / scale.float().unsqueeze(-1)).round() + zero.unsqueeze(-1)).clamp(-most - 1, most)
+        values = ((q - zero.unsqueeze(-1)) * scale.float().unsqueeze(-1)).flatten(1)
+        packed = {".weight": q.flatten(1).to(torch.int8), ".weight_scale": scale}
+        return packed | ({".weight_zero_point": zero.to(torch.int8)} if zeros else {}), values.float()
+
+    return pack
+
+
+def fp8_blocks(rows: int, columns: int, scale_name: str = ".weight_scale") -> Pack:
+    """e4m3 weights and float32 scales of blocks, of any size."""
+
+    def pack(weight: torch.Tensor, rng: np.random.Generator) -> Packed:
+        (n, k), spread = weight.shape, torch.empty_like(weight)
+        scale = torch.from_numpy(rng.uniform(0.002, 0.004, (-(-n // rows), -(-k // columns)))).float()
+        for i, j in np.ndindex(*scale.shape):
+            spread[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns] = scale[i, j]
+        q = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return {".weight": q, scale_name: scale}, q.float() * spread
+
+    return pack
+
+
 def mxfp4(
     rows: int, columns: int, rng: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -283,6 +313,11 @@ LAYOUTS: dict[str, tuple[Callable[[], PreTrainedModel], Pack | Packs | None, dic
         compressed("pack-quantized", symmetric=True, **GROUPS | {"num_bits": 8}),
     ),
     "gpt-oss mxfp4": (gpt_oss, None, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
+    "glm int4 bytes": (
+        glm,
+        int_bytes(4, 32, zeros=True),
+        compressed("int-quantized", symmetric=False, **GROUPS),
+    ),
     "qwen3 nvfp4 beside fp8": (
         qwen3,
         {"self_attn": fp8_channel, "experts": nvfp4},
@@ -311,7 +346,7 @@ FORMS = {
     "glm fp8 channel": "fp8", "glm int8": "int8", "qwen3 int4": "int4",
     "glm int4 zeros": "int4", "mixtral awq": "int4", "mixtral gptq": "int4", "qwen3 nvfp4": "nvfp4",
     "mixtral mxfp4": "mxfp4", "glm mxfp8": "fp8", "qwen3 int8 words": "int8", "gpt-oss mxfp4": "mxfp4",
-    "qwen3 nvfp4 beside fp8": "nvfp4", "glm int4 beside int8": "int4 and int8",
+    "glm int4 bytes": "int4", "qwen3 nvfp4 beside fp8": "nvfp4", "glm int4 beside int8": "int4 and int8",
 }  # fmt: skip
 
 

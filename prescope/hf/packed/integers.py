@@ -1,4 +1,4 @@
-"""Published integers of 4 bits in words of 32: compressed-tensors, AWQ, GPTQ; and of 8 bits by channel.
+"""Published integers of 4 bits in words of 32: compressed-tensors, AWQ, GPTQ; and of up to 8 bits, a byte each.
 
 Each is brought to `Int4` or `Int8`, which hold the same numbers: no value changes.
 """
@@ -51,7 +51,10 @@ class Grouped(Published):
             UnsupportedExperts: the last one would be shorter.
         """
         num = num_scales if self.group is None else 1 if self.group <= 0 else -(-columns // self.group)
-        group = self.group if self.group is not None and self.group > 0 else columns // max(num, 1)
+        # A row that is shorter than a group has one scale.
+        group = (
+            min(self.group, columns) if self.group is not None and self.group > 0 else columns // max(num, 1)
+        )
         if num == 0 or group == 0 or num * group != columns:
             raise UnsupportedExperts(f"{num} groups of {group} are no row of {columns} weights")
         return num
@@ -98,7 +101,9 @@ class PackQuantized(Grouped):
         return {
             "weight": Wanted(("I32",), None),
             "scale": Wanted(FLOATS, ((rows, groups), *whole)),
-            "zero": Wanted(("I32", "I8", "U8"), ((-(-rows // 8) if in_words else rows, groups),)),
+            "zero": Wanted(
+                ("I32", "I8", "U8"), ((-(-rows // 8), groups),) if in_words else ((rows, groups), *whole)
+            ),
             "shape": Wanted(("I64", "I32"), ((2,),)),
         }
 
@@ -122,8 +127,8 @@ class PackQuantized(Grouped):
             zero = tensors["zero"]
             if zero.dtype == torch.int32:
                 zero = nibbles_of(zero.mT).flatten(-2).mT[..., :rows, :]
-            else:  # as early versions have it: a number each, from -8 to 7
-                zero = zero + MIDDLE
+            else:  # as early versions have it, and for one of a matrix: a number each, from -8 to 7
+                zero = torch.atleast_1d(zero).expand(rows, -1) + MIDDLE
             parts["_zero"] = zero.to(torch.uint8)
         return parts
 
@@ -150,8 +155,15 @@ class PackQuantized8(PackQuantized):
         return {"": (stored ^ 0x80).view(torch.int8), "_scale": scale.squeeze(-1)}
 
 
-class ChannelInt8(Published):
-    """compressed-tensors: int8 weights (N, K) with a scale for each channel (N, 1), symmetric."""
+class IntQuantized(Grouped):
+    """compressed-tensors: int8 weights (N, K), scales of channels or groups (N, groups), zeros likewise.
+
+    Numbers of up to 4 bits become `Int4`, of which two lie in a byte; others `Int8`, without zeros.
+
+    Args:
+        group, is_symmetric: see `Grouped`.
+        bits: of a number.
+    """
 
     label = "int8 of compressed-tensors"
     namings = (
@@ -162,12 +174,22 @@ class ChannelInt8(Published):
         ),
     )
 
+    def __init__(self, group: int | None = None, is_symmetric: bool = False, bits: int = 8) -> None:
+        super().__init__(group, is_symmetric)
+        self.bits = bits
+        self.is_int4 = bits <= 4
+        if self.is_int4:
+            self.label = "int4 of compressed-tensors, in bytes"
+
     def shape(self, entries: Entries) -> tuple[int, ...]:
         return entries["weight"].shape
 
     def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
-        rows, _ = entries["weight"].shape
-        shapes = ((rows,), (rows, 1), (), (1,), (1, 1))
+        rows, columns = entries["weight"].shape
+        groups = self._groups(entries)
+        shapes = ((rows, groups),) if groups > 1 else ((rows,), (rows, 1), (), (1,), (1, 1))
+        if self.is_int4 and columns % 2:
+            raise UnsupportedExperts(f"rows of {columns} weights are no pairs")
         return {
             "weight": Wanted(("I8",), None),
             "scale": Wanted(FLOATS, shapes),
@@ -175,15 +197,38 @@ class ChannelInt8(Published):
         }
 
     def format(self, entries: Entries) -> Format:
-        return Int8()
+        groups, (_, columns) = self._groups(entries), entries["weight"].shape
+        if self.is_int4:
+            return int4(columns, groups, entries["scale"].dtype, "zero" in entries)
+        return Int8(None if groups == 1 else columns // groups)
 
     def check(self, tensors: Tensors, where: str) -> None:
-        if "zero" in tensors and tensors["zero"].any():
+        if self.is_int4:
+            least, most = tensors["weight"].aminmax()
+            if least < -MIDDLE or most >= MIDDLE:
+                raise UnsupportedExperts(
+                    f"{where} holds numbers from {least} to {most}: more than {self.bits} bits"
+                )
+        elif "zero" in tensors and tensors["zero"].any():
             raise UnsupportedExperts(f"{where}: 8 bits with zeros are not served, symmetric ones are")
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         weight = tensors["weight"]
-        return {"": weight, "_scale": tensors["scale"].float().reshape(-1).expand(weight.shape[:-1])}
+        scales = {
+            role: self._by_row(tensors[role], len(weight)) for role in ("scale", "zero") if role in tensors
+        }
+        if not self.is_int4:
+            return {"": weight, "_scale": scales["scale"].float().squeeze(-1)}
+        parts = {"": join((weight + MIDDLE).to(torch.uint8)), "_scale": scales["scale"]}
+        return parts | ({"_zero": (scales["zero"] + MIDDLE).to(torch.uint8)} if "zero" in scales else {})
+
+    def _groups(self, entries: Entries) -> int:
+        shape = entries["scale"].shape
+        return self.num_groups(entries["weight"].shape[-1], shape[1] if len(shape) == 2 else 1)
+
+    def _by_row(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
+        """Scales (N, groups) of channels, groups or the whole matrix."""
+        return (scale if scale.dim() == 2 else scale.reshape(-1, 1)).expand(rows, -1)
 
 
 class Turned(Grouped):

@@ -10,7 +10,7 @@ import torch
 from ...errors import UnsupportedExperts
 from ...weights.formats import Format, Fp8, Int4, Int8, Mxfp4, Nvfp4
 from .floats import BlockFp8, GptOssMxfp4, PackedMxfp4, PackedNvfp4
-from .integers import Awq, ChannelInt8, Gptq, Grouped, PackQuantized, PackQuantized8
+from .integers import Awq, Gptq, Grouped, IntQuantized, PackQuantized, PackQuantized8
 from .published import Group, Published
 
 SERVED = "fp8 (block, channel or tensor scales), mxfp4 (gpt-oss), compressed-tensors, awq and gptq"
@@ -92,11 +92,12 @@ def _format_of(published: Published, columns: int) -> Format:
             return Mxfp4()
         case PackedNvfp4():
             return Nvfp4()
-        case ChannelInt8():
-            return Int8()
     assert isinstance(published, Grouped)
     group = published.group if published.group is not None and published.group > 0 else columns
-    if isinstance(published, PackQuantized8):
+    group = min(group, columns)
+    if isinstance(published, PackQuantized8) or (
+        isinstance(published, IntQuantized) and not published.is_int4
+    ):
         return Int8(group if group < columns else None)
     return Int4(group, torch.bfloat16, has_zeros=not published.is_symmetric)
 
@@ -198,19 +199,24 @@ def _compressed_as(format: str, args: Mapping[str, Any]) -> Published:
     Raises:
         UnsupportedExperts: in a way that is not read here.
     """
-    if args.get("actorder") in (True, "group"):
+    if args.get("actorder") in (True, "group", "dynamic"):  # two words for one thing
         raise UnsupportedExperts("compressed-tensors with actorder='group'")
+    is_symmetric = args.get("symmetric") is not False
     match format:
         case "pack-quantized":
             _require(args, num_bits=(4, 8), type=("int", None))
-            is_symmetric = args.get("symmetric") is not False
             return (PackQuantized if args["num_bits"] == 4 else PackQuantized8)(_group_of(args), is_symmetric)
         case "float-quantized" | "naive-quantized" if args.get("type") == "float":
             block = _block_of(args.get("block_structure"))
+            if args.get("strategy") == "group":
+                block = 1, int(args["group_size"])
             return BlockFp8("FP8 of compressed-tensors", block, "weight_scale")
         case "int-quantized" | "naive-quantized":
-            _require(args, num_bits=(8,), symmetric=(True, None))
-            return ChannelInt8()
+            _require(args, num_bits=(8, *range(1, 8)), type=("int", None))
+            bits = int(args["num_bits"])
+            if bits > 4:
+                _require(args, symmetric=(True, None))
+            return IntQuantized(_group_of(args), is_symmetric, bits)
         case "nvfp4-pack-quantized":
             return PackedNvfp4()
         case "mxfp4-pack-quantized":
@@ -224,6 +230,8 @@ def _block_of(said: Any) -> tuple[int, int] | None:
     """Rows and columns that share a scale; None if a configuration says nothing."""
     if said in (None, []):
         return None
+    if isinstance(said, str):  # "128x128" of early versions
+        said = said.split("x")
     rows, columns = (int(size) for size in said)
     if min(rows, columns) < 1:
         raise ValueError(f"blocks of {rows} x {columns}")
