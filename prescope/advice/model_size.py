@@ -20,7 +20,7 @@ from ..core.types import ExpertSize, MoEShape
 from ..engine import Engine
 from ..errors import BadModelFolder, NotAMoE, PrescopeError, UnsupportedExperts
 from ..hf import Outline, formats_said, outline_of, outline_of_config
-from ..weights.formats import Format, format_for
+from ..weights.formats import PACKED, Format, format_for, lossy_name
 from ..weights.layout import PackedMatrix, packed_layout
 
 #: Names of one number in different families, the first one there counts.
@@ -34,6 +34,7 @@ ATTENTION = (
 )  # fmt: skip
 #: Kinds of layers that keep no keys and values of each token.
 KEEP_NOTHING = {"linear_attention", "mamba", "mamba2", "conv", "moe", "mlp", "recurrent"}
+AT_BYTES = "packed experts are counted as computed in the time of their bytes"
 BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "float8_e4m3fn": 8.0}
 
 
@@ -95,7 +96,7 @@ class ModelSize:
         bits = _bits(facts, notes)
         outline = outline_of_config(name, facts, torch.float32 if bits == 32.0 else torch.bfloat16)
         if outline is not None:
-            return _counted(outline, facts, name, bits, experts, notes)
+            return _marked(_counted(outline, facts, name, bits, experts, notes), experts)
         if facts.get("model_type"):
             notes.append(
                 f"the installed transformers knows no {facts['model_type']!r}: sizes are arithmetic on the config's "
@@ -103,7 +104,7 @@ class ModelSize:
             )
         facts = {**facts, **(facts.get("text_config") or {})}
         try:
-            return _reckoned(facts, name, bits, experts, notes)
+            return _marked(_reckoned(facts, name, bits, experts, notes), experts)
         except PrescopeError:  # some are ValueErrors too
             raise
         except KeyError as error:
@@ -119,8 +120,16 @@ class ModelSize:
         notes: list[str] = []
         outline = outline_of(engine.model, engine.layers)
         bits = BITS.get(str(engine.hardware()["dtype"]), 16.0)
-        size = _counted(outline, {}, engine.name, bits, "plain", notes)
-        return replace(size, shape=engine.shape, expert=engine.expert_size)
+        name = lossy_name(engine.name, engine.form) if engine.is_lossy else engine.name
+        size = _counted(outline, {}, name, bits, "plain", notes)
+        if engine.form:
+            notes += [engine.reasons["experts"], AT_BYTES]
+        return replace(size, shape=engine.shape, expert=engine.expert_size, notes=tuple(notes))
+
+
+def _marked(size: ModelSize, experts: str) -> ModelSize:
+    """The size, named by what packing would do to the model."""
+    return replace(size, name=lossy_name(size.name, experts)) if experts in PACKED else size
 
 
 def _counted(
@@ -297,7 +306,7 @@ def _packed_bytes(
             return None
     else:
         return None
-    notes.append("packed experts are counted as computed in the time of their bytes")
+    notes.append(AT_BYTES)
     return max(_row_bytes(parts, formats) for formats in found)
 
 

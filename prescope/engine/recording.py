@@ -13,6 +13,7 @@ from ..core.units import format_bytes
 from ..errors import NotEnoughMemory, UnsupportedOption
 from ..traces.metrics import compute_metrics
 from ..traces.result import RunResult
+from ..weights.formats import lossy_name
 from .recorder import Recorder
 from .served import Served
 
@@ -133,15 +134,17 @@ def result_of(
         batch, output_tokens, longest: as `compute_metrics` takes them.
     """
     tables = recorder.tables([layer.layout.row_bytes for layer in engine.layers])
-    hardware = engine.hardware()
+    hardware, config = engine.hardware(), engine.describe()
+    # A trace goes its own way, into simulations, predictors and figures, and says there what it was recorded with.
+    model = lossy_name(engine.name, str(config["expert_form"])) if config["lossy"] else engine.name
     trace = recorder.trace(
         num_experts=engine.shape.num_experts,
         decoder_layers=[layer.decoder_layer for layer in engine.layers],
-        model=engine.name,
+        model=model,
         fingerprint=engine.fingerprint,
         versions={name: str(hardware[name]) for name in ("prescope", "torch", "transformers")},
     )
-    notes, config = recorder.notes(), engine.describe()
+    notes = recorder.notes()
     schedule_runner = engine.runner.schedule_runner
     if schedule_runner is not None and schedule_runner.predicting is not None:
         config["reasons"]["predictor"] = schedule_runner.predicting.how

@@ -43,6 +43,20 @@ def test_biases_of_experts_that_will_be_packed_are_counted(form, tmp_path):
         assert ModelSize.of(tmp_path, form).shape.row_bytes == engine.shape.row_bytes
 
 
+def test_advice_on_an_engine_says_how_its_experts_are_packed(tmp_path):
+    """As advice on a config does: that the numbers are lossy above all."""
+    tiny_moe(hidden_size=64, moe_intermediate_size=32).save_pretrained(tmp_path)
+    with prescope.load(tmp_path, slots=8, device="null", experts="int4") as engine:
+        size, advice = ModelSize.of_engine(engine), prescope.advise(engine)
+        notes = size.notes
+        assert "int4 experts (lossy)" in repr(advice) and "int4 experts (lossy)" in size.name
+        assert "int4 experts (lossy)" in repr(prescope.advise(tmp_path, experts="int4"))
+        assert any("packed to int4 while they are loaded, which is lossy" in note for note in notes)
+        assert set(ModelSize.of(tmp_path, "int4").notes) <= set(notes)
+    with prescope.load(tmp_path, slots=8, device="null") as engine:
+        assert not ModelSize.of_engine(engine).notes
+
+
 @pytest.mark.parametrize(
     ("kept", "left_plain", "words"),
     [

@@ -100,6 +100,7 @@ def test_packing_at_load_is_marked_lossy_and_computes_with_what_it_packed(tmp_pa
     assert run.tokens == plain_tokens(model, ids, 4)
     assert run.config["lossy"] is True and run.config["experts"] == form
     assert f"{form} experts (lossy)" in run.label and f"{form} experts (lossy)" in repr(run)
+    assert f"{form} experts (lossy)" in run.trace.model
 
 
 @pytest.mark.parametrize(

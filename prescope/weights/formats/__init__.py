@@ -18,6 +18,7 @@ __all__ = [
     "PackedMatrices",
     "Part",
     "format_for",
+    "lossy_name",
 ]
 
 #: What weights can be packed to while they are loaded.
@@ -49,3 +50,8 @@ def format_for(name: str, *in_dims: int) -> Format:
         f"experts={name!r} packs rows of a multiple of {GROUPS[-1] if name == 'int4' else 2} weights, the experts' "
         f"have {' and '.join(map(str, in_dims))}; use 'int8' or 'fp8'"
     )
+
+
+def lossy_name(model: str, form: str) -> str:
+    """What a model is called wherever packing at load has changed its experts."""
+    return f"{model}, {form} experts (lossy)"
