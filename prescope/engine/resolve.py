@@ -13,7 +13,7 @@ from ..errors import UnsupportedOption
 from ..hf import PROGRESS_BYTES, MoELayer
 from ..scheduler import schedule_named
 from ..scheduler.costs import LayerCosts
-from ..weights.host_pool import require_host_memory
+from ..weights.host_pool import host_bytes, require_host_memory
 from .config import EngineConfig
 
 
@@ -36,11 +36,15 @@ def _check_early(config: EngineConfig, layers: list[MoELayer], top_k: int, packi
     num_slots, _ = _count_slots(config, shape, layers)
     if not packing:
         return
-    rows_bytes = sum(layer.nbytes for layer in layers)
-    require_host_memory(rows_bytes, taken_bytes=0, ahead_bytes=max(layer.nbytes for layer in layers))
-    if rows_bytes >= PROGRESS_BYTES:  # it will take a while: what it is that takes it
+    rows_bytes, ahead_bytes = sum(layer.nbytes for layer in layers), max(layer.nbytes for layer in layers)
+    # What is packed while it is loaded is read whole first, and given up layer by layer.
+    read_bytes = sum(
+        tensor.nbytes for layer in layers if layer.is_lossy for tensor in layer.tensors().values()
+    )
+    require_host_memory(rows_bytes, taken_bytes=0, ahead_bytes=ahead_bytes, read_bytes=read_bytes)
+    if max(rows_bytes, read_bytes) >= PROGRESS_BYTES:  # it will take a while: what it is that takes it
         tqdm.write(
-            f"{packing}. Experts take {format_bytes(rows_bytes)} of host memory, {num_slots} slots "
+            f"{packing}. Experts take {host_bytes(rows_bytes, read_bytes)} of host memory, {num_slots} slots "
             f"{format_bytes(num_slots * shape.row_bytes)} of the device"
         )
 

@@ -17,18 +17,26 @@ from .pages import HostPages, copy_rows
 FINGERPRINT_BYTES_PER_EXPERT = 4096
 
 
-def require_host_memory(rows_bytes: int, taken_bytes: int, ahead_bytes: int) -> None:
+def host_bytes(rows_bytes: int, read_bytes: int) -> str:
+    """What experts take of host memory, in words; arguments as of `require_host_memory`."""
+    return format_bytes(rows_bytes) + (
+        f" ({format_bytes(read_bytes)} as they are read)" if read_bytes else ""
+    )
+
+
+def require_host_memory(rows_bytes: int, taken_bytes: int, ahead_bytes: int, read_bytes: int = 0) -> None:
     """Raise NotEnoughMemory if the rows of all experts do not fit, before anything is moved.
 
     Args:
         rows_bytes: of all layers. `taken_bytes`: of experts in host memory, given up layer by layer as the rows fill.
         ahead_bytes: of the rows that are there before what they replace is gone.
+        read_bytes: of experts that will be read whole, and then packed and given up layer by layer.
     """
-    wanted, free = max(ahead_bytes, rows_bytes - taken_bytes + ahead_bytes), available_memory_bytes()
+    wanted, free = max(0, rows_bytes - taken_bytes, read_bytes) + ahead_bytes, available_memory_bytes()
     if wanted > free:
         raise NotEnoughMemory(
-            f"the experts take {format_bytes(rows_bytes)} of host memory, {format_bytes(wanted)} of it still to be "
-            f"had, and {format_bytes(free)} are free; close other programs, or take a smaller model or dtype"
+            f"the experts take {host_bytes(rows_bytes, read_bytes)} of host memory, {format_bytes(wanted)} of it still "
+            f"to be had, and {format_bytes(free)} are free; close other programs, or take a smaller model or dtype"
         )
 
 

@@ -459,6 +459,23 @@ def test_host_memory_that_does_not_suffice_is_said_before_weights_are_read(fp8, 
         load(fp8[0], slots=8)
 
 
+def test_experts_that_are_packed_while_loading_are_counted_as_they_are_read(tmp_path, monkeypatch):
+    """Whole and in float32, before there are rows of 4 bits: 8 x 3 x 64 x 64 numbers in each of 3 layers."""
+    tiny_moe(hidden_size=64, moe_intermediate_size=64).save_pretrained(tmp_path)
+    said: list[str] = []
+    monkeypatch.setattr("prescope.engine.resolve.PROGRESS_BYTES", 1)
+    monkeypatch.setattr("prescope.engine.resolve.tqdm.write", said.append)
+    with load(tmp_path, slots=8, experts="int4") as engine:
+        read = sum(tensor.nbytes for layer in engine.layers for tensor in layer.tensors().values())
+        packed = sum(layer.nbytes for layer in engine.layers)
+    assert read == 4 * 8 * 3 * 64 * 64 * len(engine.layers) > 6 * packed
+    assert f"{read / 2**20:.3g} MiB as they are read" in said[0]
+    monkeypatch.setattr("prescope.weights.host_pool.available_memory_bytes", lambda: read)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("read"))
+    with pytest.raises(NotEnoughMemory, match="as they are read"):
+        load(tmp_path, slots=8, experts="int4")
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------
 
 
