@@ -20,7 +20,7 @@ from ..core.types import ExpertSize, MoEShape
 from ..engine import Engine
 from ..errors import BadModelFolder, NotAMoE, PrescopeError, UnsupportedExperts
 from ..hf import Outline, formats_said, outline_of, outline_of_config
-from ..weights.formats import PACKED, Format, format_for, lossy_name
+from ..weights.formats import PACKED, Format, Fp8, format_for, lossy_name
 from ..weights.layout import PackedMatrix, packed_layout
 
 #: Names of one number in different families, the first one there counts.
@@ -181,7 +181,7 @@ def _reckoned(facts: Mapping[str, Any], name: str, bits: float, experts: str, no
     moe = _moe_layers(facts, layers)
     native = (facts.get("derived") or {}).get("native_bits_per_weight")
     expert_bits = bits if native is None else float(native)
-    parts = _Parts({"up": (2 * inner, width), "down": (width, inner)}, {}, torch.bfloat16)
+    parts = _Parts({"gate_up": (2 * inner, width), "down": (width, inner)}, {}, torch.bfloat16)
     rows = _packed_bytes(_packing(facts), parts, [layers - 1], experts, notes)
     nbytes = rows or int(3 * width * inner * expert_bits / 8)
     attention, kv = _attention(facts, width)
@@ -297,7 +297,7 @@ def _packed_bytes(
         except UnsupportedExperts as error:
             notes.append(f"{error}: experts are counted as if they were not packed")
             return None
-        found = [formats for formats in of_layers if formats is not None]
+        found = [_aligned(formats, parts) for formats in of_layers if formats is not None]
         if num_plain := len(of_layers) - len(found):
             notes.append(
                 f"the checkpoint leaves the experts of {num_plain} of {len(of_layers)} layers as they are, and a slot "
@@ -308,6 +308,15 @@ def _packed_bytes(
         return None
     notes.append(AT_BYTES)
     return max(_row_bytes(parts, formats) for formats in found)
+
+
+def _aligned(formats: Mapping[str, Format], parts: _Parts) -> dict[str, Format]:
+    """The formats of a row in which gate and up, which files mostly have apart, lie one behind the other."""
+    halves = {name: rows // 2 for name, (rows, _) in parts.matrices.items() if name.startswith("gate_up")}
+    return {
+        name: format.aligned(halves[name]) if isinstance(format, Fp8) and name in halves else format
+        for name, format in formats.items()
+    }
 
 
 def _row_bytes(parts: _Parts, formats: Mapping[str, Format]) -> int:
