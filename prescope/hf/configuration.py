@@ -45,10 +45,19 @@ def config_of(name: str | Path, facts: Mapping[str, Any]) -> PreTrainedConfig | 
     if not isinstance(family, str) or family not in CONFIG_MAPPING:
         return None
     with reading(f"the configuration of {name} cannot be used"):
-        config = CONFIG_MAPPING[family].from_dict(deepcopy(dict(facts)))
+        config = CONFIG_MAPPING[family].from_dict(_with_floats(dict(facts)))
         check_counts(config.to_dict(), f"the config.json of {name}")
     _drop_foreign_kernels(name, config)
     return without_packing(config)
+
+
+def _with_floats(value: Any) -> Any:
+    """A copy with the floats for which JSON has no words: `save_pretrained` writes {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _with_floats(inner) for key, inner in value.items()}
+    return [_with_floats(inner) for inner in value] if isinstance(value, list) else deepcopy(value)
 
 
 def _drop_foreign_kernels(name: str | Path, config: PreTrainedConfig) -> None:

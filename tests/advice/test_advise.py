@@ -85,6 +85,18 @@ def test_sizes_by_a_config_are_those_of_the_model_that_it_makes(name):
     assert size.kv_token_bytes == pytest.approx(4 * numbers / 7)
 
 
+def test_a_config_as_save_pretrained_writes_it_is_read(tmp_path):
+    """With floats for which JSON has no word: Nemotron-H's time steps have no upper limit."""
+    name = "nemotron_h"
+    if name not in families.FAMILIES:
+        pytest.skip(f"the installed transformers has no {name}")
+    model = families.build(name)
+    model.config.save_pretrained(tmp_path)
+    assert '"__float__": "Infinity"' in (tmp_path / "config.json").read_text()
+    layers = families.experts_modules(model)
+    assert ModelSize.of(tmp_path).shape[:2] == (len(layers), next(iter(layers.values())).num_experts)
+
+
 def test_a_family_that_load_refuses_is_refused_with_its_reason():
     config = {**SMALL, "model_type": "llama4_text"}
     with pytest.raises(NotAMoE, match="transformers' experts interface"):
