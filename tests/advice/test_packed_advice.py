@@ -118,6 +118,20 @@ def test_what_else_is_left_plain_leaves_experts_packed(said, form):
     assert {type(one) for one in formats.values()} == {form}
 
 
+@pytest.mark.parametrize(
+    ("rules", "group"),
+    [
+        ({r"+:.*self_attn.*": {"group_size": 64}}, 32),
+        ({r"+:.*experts.*": {"group_size": 16}, r"-:.*mlp\.gate$": {}}, 16),
+        ({r".*down_proj": {"group_size": 16}, r".*layers\.2\..*experts.*": {"group_size": 8}}, 8),
+        ({r"+:.*experts.*": {"bits": 4}, r"+:.*o_proj": {"group_size": -1}}, 32),
+    ],
+)  # fmt: skip
+def test_a_rule_of_gptq_on_some_modules_is_not_taken_for_one_on_experts(rules, group):
+    (formats,) = formats_said(GPTQ | {"dynamic": rules}, COLUMNS, [2])
+    assert {one.group for one in formats.values()} == {group}
+
+
 def test_a_list_of_thousands_of_experts_is_read_at_once(tmp_path):
     """Each expert of 94 layers stands there by its name: tried one by one they were millions of patterns."""
     names = each("model.layers.{}.mlp.experts.{}.gate_proj", 94, 384)

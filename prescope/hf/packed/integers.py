@@ -39,10 +39,11 @@ class Grouped(Published):
         group: weights of a row that share a scale, -1 for all of them, None where the configuration does not say: then
             it follows from the number of scales.
         is_symmetric: the configuration says that there are no zeros; the files decide.
+        said: like `group`, what the configuration says where the number of scales decides.
     """
 
-    def __init__(self, group: int | None = None, is_symmetric: bool = False) -> None:
-        self.group, self.is_symmetric = group, is_symmetric
+    def __init__(self, group: int | None = None, is_symmetric: bool = False, said: int | None = None) -> None:
+        self.group, self.is_symmetric, self.said = group, is_symmetric, said
 
     def num_groups(self, columns: int, num_scales: int) -> int:
         """Groups of a row of so many weights.
@@ -276,7 +277,7 @@ class Gptq(Turned):
     """Words of 8 inputs (K / 8, N), zeros (K / g, N / 8) less one, scales (K / g, N), groups in order (`g_idx`).
 
     Args:
-        group: see `Grouped`.
+        group, said: see `Grouped`.
         zero_offset: what zeros are stored less: 1, or 0 of checkpoint_format "gptq_v2".
     """
 
@@ -285,8 +286,8 @@ class Gptq(Turned):
         Naming({"zero": ".qzeros", "scale": ".scales", "weight": ".qweight"}, {"order": ".g_idx"}, ".weight"),
     )
 
-    def __init__(self, group: int | None = None, zero_offset: int = 1) -> None:
-        super().__init__(group)
+    def __init__(self, group: int | None = None, zero_offset: int = 1, said: int | None = None) -> None:
+        super().__init__(group, said=said)
         self._zero_offset = zero_offset
 
     def shape(self, entries: Entries) -> tuple[int, ...]:

@@ -93,8 +93,8 @@ def _format_of(published: Published, columns: int) -> Format:
         case PackedNvfp4():
             return Nvfp4()
     assert isinstance(published, Grouped)
-    group = published.group if published.group is not None and published.group > 0 else columns
-    group = min(group, columns)
+    said = published.said if published.group is None else published.group
+    group = min(said, columns) if said is not None and said > 0 else columns
     if isinstance(published, PackQuantized8) or (
         isinstance(published, IntQuantized) and not published.is_int4
     ):
@@ -143,7 +143,7 @@ def _groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
             _require(config, checkpoint_format=("gemm", None), format=("gemm", None))
             return (Group(Awq(_group_of(config))),)
         case "gptq":
-            return (Group(_gptq(config)),)
+            return _gptq(config)
     raise UnsupportedExperts(f"quant_method {method!r} is not one of {SERVED}")
 
 
@@ -155,17 +155,27 @@ def _fp8(config: Mapping[str, Any]) -> Published:
     return BlockFp8("FP8", _block_of(config.get("weight_block_size")), *names)
 
 
-def _gptq(config: Mapping[str, Any]) -> Published:
+def _gptq(config: Mapping[str, Any]) -> tuple[Group, ...]:
     _require(config, bits=(4,), desc_act=(False, None), is_marlin_format=(False, None))
     # By the second name in the tool's own quantize_config.json.
     formats = ("gptq", "gptq_v2", None)
     _require(config, checkpoint_format=formats, format=formats, pack_dtype=("int32", None))
-    rules = (config.get("dynamic") or {}).values()  # of single modules, by patterns of names
-    for rule in rules:
+    rules: Mapping[str, Any] = config.get("dynamic") or {}  # of single modules, by patterns of names
+    for rule in rules.values():
         _require(rule, bits=(4, None), desc_act=(False, None))
-    group = None if any("group_size" in rule for rule in rules) else _group_of(config)
     is_second = "gptq_v2" in (config.get("checkpoint_format"), config.get("format"))
-    return Gptq(group, 0 if is_second else 1)
+    offset, said = 0 if is_second else 1, _group_of(config)
+    own = {pattern.removeprefix("+:"): rule for pattern, rule in rules.items() if "group_size" in rule}
+    if not own:
+        return (Group(Gptq(said, offset)),)
+    # Names may have changed since the rules were written: the number of scales decides which one holds.
+    return (
+        Group(Gptq(None, offset, said)),
+        *(
+            Group(Gptq(None, offset, _group_of(rule)), (_target(f"re:{pattern}"),))
+            for pattern, rule in own.items()
+        ),
+    )
 
 
 def _compressed(config: Mapping[str, Any]) -> tuple[Group, ...]:
