@@ -268,7 +268,10 @@ def _kv_bytes(bits: float) -> float:
 
 
 def _packing(facts: Mapping[str, Any]) -> Any:
-    return facts.get("quantization_config") or (facts.get("text_config") or {}).get("quantization_config")
+    said = facts.get("quantization_config") or (facts.get("text_config") or {}).get("quantization_config")
+    if isinstance(said, Mapping) and "expert_dtype" in facts:  # beside it in DeepSeek-V4's
+        return {"expert_dtype": facts["expert_dtype"], **said}
+    return said
 
 
 class _Parts(NamedTuple):

@@ -20,6 +20,7 @@ from tests.support import families
 from tests.support.models import plain_tokens, prompt, tiny_moe
 from tests.support.packed_checkpoints import (
     EXPERTS,
+    FP8,
     LAYOUTS,
     compressed,
     compressed_int4,
@@ -31,6 +32,7 @@ from tests.support.packed_checkpoints import (
     int_bytes,
     is_packed,
     mixed,
+    mxfp4_words,
     some_zeros,
     words_of,
     write,
@@ -554,6 +556,13 @@ def one_group(weight: torch.Tensor, rng: np.random.Generator):
     return tensors, values
 
 
+def fp4_in_int8(weight: torch.Tensor, rng: np.random.Generator):
+    """DeepSeek-V4's experts: MXFP4 in other dtypes, by another name."""
+    packed, values = mxfp4_words(weight, rng)
+    scale = packed[".weight_scale"].view(torch.float8_e8m0fnu)
+    return {".weight": packed[".weight_packed"].view(torch.int8), ".scale": scale}, values
+
+
 FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
 INT = {"type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 #: How a matrix is packed, what the config says, the form of the rows.
@@ -572,6 +581,11 @@ SETTINGS = {
         compressed("pack-quantized", num_bits=4, type="int", strategy="tensor", symmetric=False),
         "int4",
     ),
+    "scale": (fp8_blocks(128, 128, ".scale"), FP8, "fp8"),
+    "qscale_weight": (fp8_blocks(128, 128, ".qscale_weight"), FP8, "fp8"),
+    "FP4 beside FP8": (
+        {"experts": fp4_in_int8, "proj": fp8_blocks(128, 128, ".scale")}, FP8 | {"expert_dtype": "fp4"}, "mxfp4",
+    ),
     "rows shorter than a group": (one_group, LAYOUTS["mixtral awq"][2] | {"group_size": 128}, "int4"),
 }  # fmt: skip
 
@@ -585,6 +599,18 @@ def test_settings_that_the_tools_have_besides_their_usual_ones(tmp_path, monkeyp
         assert engine.form == form
         assert ModelSize.of(tmp_path).shape.row_bytes == engine.shape.row_bytes
         assert distance(engine.model(prompt(2)).logits, plain(prompt(2)).logits) < TOLERANCE
+
+
+def test_a_scale_beside_plain_numbers_is_the_models_own(tmp_path):
+    """A router's or a norm's, as families have them."""
+    tensors = {
+        "norm.weight": torch.ones(4, 4),
+        "norm.scale": torch.ones(4),
+        "up.weight": torch.ones(4, 4).char(),
+    }
+    save_file(tensors | {"up.scale": torch.ones(4, 1)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint([tmp_path / "model.safetensors"])
+    assert [matrix.stem for matrix in matrices_in(groups_of(FP8), checkpoint.entries)] == ["up"]
 
 
 def test_numbers_that_need_more_bits_than_the_config_says_are_refused(tmp_path, monkeypatch):

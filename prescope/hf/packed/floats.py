@@ -12,6 +12,7 @@ from .published import FLOATS, Entries, Naming, Published, Tensors, Wanted
 
 #: Exponents, which torch and tools write as bytes of one kind or the other.
 _E8M0 = ("U8", "F8_E8M0")
+_FP8 = ("F8_E4M3", "F8_E5M2")
 
 
 class BlockFp8(Published):
@@ -32,16 +33,7 @@ class BlockFp8(Published):
         self, label: str, block: tuple[int, int] | None, *scales: str, is_microscaled: bool = False
     ) -> None:
         self.label, self.block, self.is_microscaled = label, block, is_microscaled
-        spare = {"activation": ".activation_scale", "input": ".input_scale", "zero": ".weight_zero_point"}
-        self.namings = tuple(
-            naming
-            for scale in scales
-            for naming in (
-                Naming({"weight": ".weight", "scale": f".{scale}"}, spare, ".weight"),
-                # All experts in one tensor, which is then no layer's `weight`.
-                Naming({"weight": "", "scale": scale.removeprefix("weight")}, {}, ""),
-            )
-        )
+        self.namings = tuple(naming for scale in scales for naming in _namings(scale))
 
     def shape(self, entries: Entries) -> tuple[int, ...]:
         return entries["weight"].shape
@@ -77,6 +69,61 @@ class BlockFp8(Published):
     def _blocks(self, rows: int, columns: int) -> tuple[int, int]:
         assert self.block is not None
         return -(-rows // self.block[0]), -(-columns // self.block[1])
+
+
+def _namings(scale: str) -> tuple[Naming, ...]:
+    """Of weights with scales of that name: those of one matrix, and those of all experts."""
+    spare = {
+        "activation": ".activation_scale",
+        "input": ".input_scale",
+        "act": ".qscale_act",
+        "zero": ".weight_zero_point",
+    }
+    of_matrix = {"weight": ".weight", "scale": f".{scale}"}
+    if not scale.startswith("weight"):  # a word that families use for scales of other things too
+        return (Naming(of_matrix, spare, ".weight", (*_FP8, "I8")),)
+    # All experts in one tensor, which is then no layer's `weight`.
+    of_layer = {"weight": "", "scale": scale.removeprefix("weight")}
+    return Naming(of_matrix, spare, ".weight"), Naming(of_layer, {}, "")
+
+
+class FinegrainedFp8(BlockFp8):
+    """FP8 as transformers reads it; and beside it two e2m1 in an int8 each, with e8m0 scales of 32 (DeepSeek-V4).
+
+    Args:
+        block: see `BlockFp8`.
+        has_fp4_experts: the configuration says so; the files decide.
+    """
+
+    #: AutoFP8 has `weight_scale`, DeepSeek-V4 `scale`, Mistral Large 4 `qscale_weight`; weights are multiplied by all.
+    scales = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
+
+    def __init__(self, block: tuple[int, int] | None = None, has_fp4_experts: bool = False) -> None:
+        super().__init__("FP8", block, *self.scales)
+        self.has_fp4_experts = has_fp4_experts
+
+    def shape(self, entries: Entries) -> tuple[int, ...]:
+        *rows, columns = entries["weight"].shape
+        return (*rows, 2 * columns if _is_fp4(entries) else columns)
+
+    def wanted(self, entries: Entries) -> Mapping[str, Wanted]:
+        if not _is_fp4(entries):
+            return super().wanted(entries)
+        *rows, columns = self.shape(entries)
+        return {"weight": Wanted(("I8",), None), "scale": Wanted(_E8M0, ((*rows, -(-columns // 32)),))}
+
+    def format(self, entries: Entries) -> Format:
+        return Mxfp4() if _is_fp4(entries) else super().format(entries)
+
+    def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+        weight = tensors["weight"]
+        if weight.dtype != torch.int8:
+            return super().convert(tensors)
+        return {"": weight.view(torch.uint8), "_scale": tensors["scale"].view(torch.uint8)}
+
+
+def _is_fp4(entries: Entries) -> bool:
+    return entries["weight"].dtype == "I8"
 
 
 class GptOssMxfp4(Published):

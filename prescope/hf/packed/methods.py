@@ -9,7 +9,7 @@ import torch
 
 from ...errors import UnsupportedExperts
 from ...weights.formats import Format, Fp8, Int4, Int8, Mxfp4, Nvfp4
-from .floats import BlockFp8, GptOssMxfp4, PackedMxfp4, PackedNvfp4
+from .floats import BlockFp8, FinegrainedFp8, GptOssMxfp4, PackedMxfp4, PackedNvfp4
 from .integers import Awq, Gptq, Grouped, IntQuantized, PackQuantized, PackQuantized8
 from .published import Group, Published
 
@@ -27,7 +27,7 @@ ANY_GROUPS = tuple(
     map(
         Group,
         (
-            BlockFp8("FP8", None, "weight_scale_inv", "weight_scale"),
+            FinegrainedFp8(),
             GptOssMxfp4(),
             PackQuantized(),
             Awq(),
@@ -85,6 +85,8 @@ def formats_said(
 
 def _format_of(published: Published, columns: int) -> Format:
     """Of a matrix with rows of `columns` weights."""
+    if isinstance(published, FinegrainedFp8) and published.has_fp4_experts:
+        return Mxfp4()
     if isinstance(published, BlockFp8):
         return Fp8(*published.block) if published.block is not None else Fp8(1, columns)
     match published:
@@ -148,11 +150,8 @@ def _groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
 
 
 def _fp8(config: Mapping[str, Any]) -> Published:
-    if config.get("expert_dtype") not in (None, "fp8"):
-        raise UnsupportedExperts(f"expert_dtype {config['expert_dtype']!r} beside fp8 is not read")
-    # AutoFP8 has `weight_scale`; weights are multiplied by both.
-    names = ("weight_scale_inv", "weight_scale")
-    return BlockFp8("FP8", _block_of(config.get("weight_block_size")), *names)
+    _require(config, expert_dtype=("fp8", "fp4", None))
+    return FinegrainedFp8(_block_of(config.get("weight_block_size")), config.get("expert_dtype") == "fp4")
 
 
 def _gptq(config: Mapping[str, Any]) -> tuple[Group, ...]:

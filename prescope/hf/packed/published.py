@@ -28,11 +28,13 @@ class Naming(NamedTuple):
         roles: role -> what follows the stem; "weight" is one. The last one is there for packed matrices only.
         optional: roles that may be missing.
         weight: what the plain weight would have behind the stem.
+        weight_dtypes: without one of them in the role "weight", tensors of these names are something else; empty: any.
     """
 
     roles: dict[str, str]
     optional: dict[str, str]
     weight: str
+    weight_dtypes: tuple[str, ...] = ()
 
 
 class Wanted(NamedTuple):
@@ -225,6 +227,8 @@ def _written_as(published: Published, entries: Mapping[str, Entry]) -> list[Matr
                 continue
             names = {role: stem + suffix for role, suffix in naming.roles.items()}
             if all(other in entries for other in names.values()):
+                if naming.weight_dtypes and entries[names["weight"]].dtype not in naming.weight_dtypes:
+                    continue
                 more = {role: stem + suffix for role, suffix in naming.optional.items()}
                 names |= {role: other for role, other in more.items() if other in entries}
                 weight = stem + naming.weight
