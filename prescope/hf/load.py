@@ -53,7 +53,7 @@ def load_model(
     if contents is not None and not is_unpacked:
         check_size(name, bare, contents)
     if source.use_safetensors and not is_unpacked:
-        require_plain(name, source)
+        require_plain(name, config, source)
     del bare, layers
     found = model_class(name, config, source)
     # The others take no revision of code: theirs is in transformers.

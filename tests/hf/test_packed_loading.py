@@ -455,6 +455,32 @@ def wide_rows(tensors: dict[str, torch.Tensor], stem: str) -> torch.Tensor:
     return tensors[f"{stem}.weight"].float() * 2.0**-9
 
 
+@pytest.mark.parametrize("named", [None, "own.safetensors", "own.safetensors.index.json"])
+def test_of_several_files_those_are_read_that_transformers_would_read(tmp_path, named):
+    """What the config names, else one file before an index: here the others are of another model."""
+    plain = write("qwen3 int4", tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    other = {name: torch.ones_like(tensor) for name, tensor in whole.items()}
+    save_file(other, tmp_path / "part.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(whole, "part.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    if named is not None:
+        (tmp_path / "model.safetensors").rename(tmp_path / "own.safetensors")
+        save_file(other, tmp_path / "model.safetensors", {"format": "pt"})
+        index["weight_map"] = dict.fromkeys(whole, "own.safetensors")
+        (tmp_path / "own.safetensors.index.json").write_text(json.dumps(index))
+        edit_config(tmp_path, transformers_weights=named)
+    with load(tmp_path, slots=8) as engine, torch.no_grad():
+        assert distance(engine.model(prompt()).logits, plain(prompt()).logits) < TOLERANCE
+
+
+def test_weights_outside_of_the_folder_are_not_read(tmp_path):
+    write("qwen3 int4", tmp_path)
+    edit_config(tmp_path, transformers_weights="../model.safetensors")
+    with pytest.raises(BadModelFolder, match="outside"):
+        load(tmp_path, slots=8)
+
+
 def test_host_memory_that_does_not_suffice_is_said_before_weights_are_read(fp8, monkeypatch):
     monkeypatch.setattr("prescope.weights.host_pool.available_memory_bytes", lambda: 100_000)
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("read"))

@@ -40,7 +40,7 @@ def load_packed(
             f"{name} is quantised ({method}) already, so its experts are not packed to {experts}; leave experts= out, "
             f"or load the same model in bfloat16"
         )
-    files = _weight_files(name, source)
+    files = _weight_files(name, config, source)
     if not files:
         raise BadModelFolder(f"{name} has no model.safetensors, and packed weights are read from those only")
     config = without_packing(config)
@@ -67,7 +67,7 @@ def _dtype_of_packed(config: PreTrainedConfig, dtype: torch.dtype | str) -> torc
     return said if isinstance(said, torch.dtype) and said.itemsize >= 2 else torch.bfloat16
 
 
-def require_plain(name: str | Path, source: Source) -> None:
+def require_plain(name: str | Path, config: PreTrainedConfig, source: Source) -> None:
     """Look for packed weights in a checkpoint whose configuration does not say that there are any.
 
     Transformers would take the numbers of 8 bits as they are, without their scales, and say that those are unexpected.
@@ -75,7 +75,7 @@ def require_plain(name: str | Path, source: Source) -> None:
     Raises:
         BadModelFolder: there are some.
     """
-    checkpoint = Checkpoint(_weight_files(name, source))
+    checkpoint = Checkpoint(_weight_files(name, config, source))
     packed = [
         matrix
         for matrix in matrices_in(ANY_GROUPS, checkpoint.entries)
@@ -90,24 +90,30 @@ def require_plain(name: str | Path, source: Source) -> None:
         )
 
 
-def _weight_files(name: str | Path, source: Source) -> list[Path]:
-    """The safetensors files of a folder, or of a hub id, which are fetched; none where there are others only."""
+def _weight_files(name: str | Path, config: PreTrainedConfig, source: Source) -> list[Path]:
+    """The safetensors files of a folder, or of a hub id, which are fetched; none where there are others only.
+
+    Of several those that transformers would read: the file that the configuration names, else one that has all, else
+    those of the index.
+
+    Raises:
+        BadModelFolder: they cannot be fetched, or the configuration names a file outside.
+    """
     variant = source.weights.get("variant")
     middle = f".{variant}" if variant else ""
+    named = getattr(config, "transformers_weights", None)
+    if named is not None and (Path(str(named)).is_absolute() or ".." in Path(str(named)).parts):
+        raise BadModelFolder(f"the config.json of {name} names weights outside of it: {named}")
+    usual = (f"model{middle}.safetensors", f"model.safetensors.index{middle}.json")
     with reading(f"the weights of {name} cannot be fetched"):
-        index = cached_file(
-            name,
-            f"model.safetensors.index{middle}.json",
-            _raise_exceptions_for_missing_entries=False,
-            **source.hub,
-        )
-        if index is not None:
-            files, _ = get_checkpoint_shard_files(str(name), index, **source.hub)
-            return [Path(file) for file in files]
-        whole = cached_file(
-            name, f"model{middle}.safetensors", _raise_exceptions_for_missing_entries=False, **source.hub
-        )
-    return [] if whole is None else [Path(whole)]
+        for file in usual if named is None else (str(named),):
+            found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **source.hub)
+            if found is not None and file.endswith(".safetensors"):
+                return [Path(found)]
+            if found is not None and ".safetensors.index." in file:
+                files, _ = get_checkpoint_shard_files(str(name), found, **source.hub)
+                return [Path(file) for file in files]
+    return []
 
 
 def _read_generation_config(name: str | Path, model: PreTrainedModel, source: Source) -> None:
