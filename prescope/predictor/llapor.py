@@ -54,7 +54,7 @@ NEVER_TRUST, ALWAYS_TRUST = 1e-6, 1e6
 #: Rows scored at once in a replay, at most; fewer where their inputs and logits of all layers, as one array each, would
 #: take more than so many bytes. There are some five such arrays at a time: of 94 layers, 512 experts and four layers
 #: ahead, 2048 rows took 4.6 GB.
-ROWS, PART_BYTES = 2048, 32 << 20
+ROWS, PART_BYTES = 2048, 16 << 20
 ALL = slice(None)
 
 

@@ -24,7 +24,7 @@ LOOKAHEAD = 4
 
 #: Predictions are kept if they take no more, else made again for each replay, in parts of `PART_BYTES`. A model of 94
 #: layers of 512 experts, 4,096 steps and four layers ahead would keep 6.3 GB.
-KEPT_BYTES, PART_BYTES = 256 << 20, 32 << 20
+KEPT_BYTES, PART_BYTES = 256 << 20, 8 << 20
 
 
 class Needs(NamedTuple):

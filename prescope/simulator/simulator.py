@@ -481,16 +481,12 @@ def _segments(trace: RoutingTrace, needs: Needs) -> list[tuple[list[int], slice]
 
 
 def _joined(logs: list[Log]) -> Log:
-    """Logs of consecutive segments as one; steps are counted on."""
+    """Logs of consecutive segments as one; steps are counted on, and the list is emptied."""
     if len(logs) == 1:
         return logs[0]
     firsts = np.cumsum([0, *(len(log.step_end_us) for log in logs[:-1])])
     for log, first in zip(logs, firsts.tolist(), strict=True):
         log.copies[:, STEP] += first
-    return Log(
-        np.concatenate([log.times_us for log in logs]),
-        np.concatenate([log.counts for log in logs]),
-        np.concatenate([log.step_end_us for log in logs]),
-        np.concatenate([log.copies for log in logs]),
-        np.concatenate([log.copy_us for log in logs]),
-    )
+    fields = [list(field) for field in zip(*logs, strict=True)]
+    logs.clear()  # each field is given up as it is joined: not all of a long trace's log is there twice
+    return Log(*(np.concatenate(fields.pop(0)) for _ in Log._fields))

@@ -66,6 +66,10 @@ CSS = f"""
 .ps-field .widget-slider .noUi-target {{ margin-left: 6px; }}
 .ps-off .ps-label, .ps-off .widget-readout {{ color: var(--ps-soft); }}
 .ps-off .noUi-target, .ps-off select {{ opacity: .5; }}
+/* A hidden handle is no stop of Tab, which ipywidgets leaves it; what is drawn in its place is none either. */
+.ps-off .noUi-handle {{ visibility: hidden; }}
+.ps-off .noUi-origin::after {{ content: ""; position: absolute; right: -8px; top: -6px; width: 14px; height: 14px;
+  border: 1px solid var(--ps-soft); border-radius: 50%; background: var(--jp-layout-color1, #fff); }}
 .ps-move {{ display: grid !important; grid-template-columns: 22px minmax(0, 1fr); align-items: start;
   overflow: visible; }} .ps-move > .jupyter-widgets {{ margin: 0; width: 100%; min-width: 0; }}
 .ps-move > .ps-tick.jupyter-widgets {{ width: 20px; min-width: 20px; }}

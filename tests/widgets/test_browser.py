@@ -64,6 +64,22 @@ def drag_over_the_overview(page) -> None:
     assert high - low > 10
 
 
+def what_does_nothing_is_no_stop_of_tab(page) -> None:
+    """On demand predicts nothing: the sliders of predictions are passed over, and still show where they stand."""
+    schedule = page.locator(".ps-field:visible", has_text="schedule").locator("select").first
+    former = schedule.input_value()
+    schedule.select_option(label="On demand")
+    page.wait_for_function("document.querySelectorAll('.ps-off .noUi-handle').length >= 2", timeout=20_000)
+    schedule.focus()
+    for _ in range(12):
+        page.keyboard.press("Tab")
+        assert page.evaluate("!document.activeElement.closest('.ps-off')")
+    drawn = "getComputedStyle(document.querySelector('.ps-off .noUi-origin'), '::after').content"
+    assert page.evaluate(drawn) == '""'
+    schedule.select_option(former)
+    page.wait_for_timeout(1_500)
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -81,6 +97,7 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
             page.keyboard.press("ArrowRight")
             page.wait_for_timeout(1_500)
         drag_over_the_overview(page)
+        what_does_nothing_is_no_stop_of_tab(page)
         for tab in ("Schedules", "Live tuning", "Schedules", "Live tuning"):
             page.locator(".lm-TabBar-tab", has_text=tab).last.click()
             page.wait_for_timeout(2_000)
