@@ -414,8 +414,12 @@ class Simulator:
         needed = len(self.needs.experts)
         link_ms = misses * costs.link_us / S / 1e3
         has_lane = cpu and len(costs.cpu_us) > 1
-        both_us = _together(costs.link_us, costs.cpu_us[1]) if has_lane else float("nan")
-        expert_us = _together(costs.gpu_us, costs.cpu_us[1]) if has_lane else costs.gpu_us
+        both_us, expert_us = float("nan"), costs.gpu_us
+        if has_lane:
+            # Behind a slow link the CPU may do more by itself than beside it: both read the same memory.
+            alone_us = (costs.cpu_alone_us or costs.cpu_us)[1]
+            both_us = min(_together(costs.link_us, costs.cpu_us[1]), alone_us)
+            expert_us = _together(costs.gpu_us, alone_us)
         both_ms = fewest * both_us / S / 1e3
         in_the_way = costs.decide_us if costs.is_layered else 0.0
         layers_us = self.shape.num_layers * (costs.rest_us + in_the_way)

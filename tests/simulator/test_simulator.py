@@ -279,6 +279,20 @@ def test_experts_that_were_there_before_the_prompt_are_in_the_bound(simulators):
     assert run.counts.misses == 0 < empty.bypass_misses and run.tokens_per_s > empty.tokens_per_s
 
 
+@pytest.mark.parametrize("link_us", [100.0, 700.0, 5000.0])
+def test_a_cpu_that_is_faster_beside_an_idle_link_is_in_the_bound(link_us):
+    """Behind a slow link it does all by itself, sooner than "link and CPU together" with the CPU as slow as beside it."""
+    costs = replace(
+        COSTS, link_us=link_us, link_busy_us=1.2 * link_us, gpu_us=0.1, rest_us=0.0, decide_us=0.0, cpu_base_us=0.0,
+        cpu_us=(0.0, 200.0, 240.0), cpu_alone_us=(0.0, 100.0, 120.0),
+    )  # fmt: skip
+    sim = Simulator(trace_of(1), costs, row_bytes=ROW_BYTES)
+    for schedule in ("static-split", "fiddler", "presched"):
+        for slots in (4, 16, 40):
+            run = sim.run(schedule, slots=slots)
+            assert run.step_ms >= run.bounds.step_ms * (1 - 1e-9)
+
+
 # -- as the engine ---------------------------------------------------------------------------------------------
 
 
