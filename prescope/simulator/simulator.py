@@ -17,6 +17,7 @@ from ..cache.num_slots import resolve_slots
 from ..cache.policies import CHANGES_ALL, by_frequency, make_policy
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE, Waiting, most_on_wire, prefetch_slots
 from ..cache.residency import ResidencyTable
+from ..cache.rounds import STREAM_SHARE
 from ..cache.slots import bounds_of
 from ..core.jit import said_if_compiled_first
 from ..core.numbers import is_count, is_number
@@ -27,7 +28,7 @@ from ..scheduler.costs import LayerCosts, compiled_costs
 from ..scheduler.schedules import Schedule
 from ..scheduler.settings import Resolved, resolve
 from ..scheduler.types import Costs, Memory, ScheduleSettings
-from ..traces.bounds import belady_misses, static_misses
+from ..traces.bounds import decode_misses, static_misses
 from ..traces.routing import RoutingTrace
 from .prefill import prefill, prefill_steps
 from .prepare import LOOKAHEAD, PART_BYTES, Needs, Predicted, Predictions, needs_of
@@ -177,7 +178,7 @@ class Simulator:
             find_bounds=lambda: self.bounds(
                 settings.num_slots,
                 cpu=settings.schedule.cpu,
-                placed=known is not None and settings.schedule.schedule.places,
+                placed=resident is not None or (known is not None and settings.schedule.schedule.places),
             ),
             find_interval=partial(self._find_interval, settings, known, believed, resident),
         )
@@ -186,12 +187,12 @@ class Simulator:
         """What no schedule can beat with so many slots, with or without the CPU lane.
 
         Args:
-            placed: slots may hold any experts before the trace begins: each of them saves one miss at most.
+            placed: slots may hold any experts before the trace begins, and behind each prompt.
         """
         num_slots, _ = self._num_slots(slots)
         key = num_slots, cpu, placed
         if key not in self._bounds:
-            self._bounds[key] = self._find_bounds(num_slots, cpu, num_slots if placed else 0)
+            self._bounds[key] = self._find_bounds(num_slots, cpu, placed)
         return self._bounds[key]
 
     # -- settings ----------------------------------------------------------------------------------------------
@@ -407,10 +408,12 @@ class Simulator:
             if len(self._warm) > MOST_WARM:
                 del self._warm[next(iter(self._warm))]
 
-    def _find_bounds(self, num_slots: int, cpu: bool, num_placed: int) -> Bounds:
+    def _find_bounds(self, num_slots: int, cpu: bool, placed: bool) -> Bounds:
         costs, S = self.costs, len(self.needs.steps)
-        misses = max(0, belady_misses(self.trace, num_slots).misses_decode - num_placed)
-        fewest = max(0, belady_misses(self.trace, num_slots, bypass=True).misses_decode - num_placed)
+        misses, fewest = (
+            decode_misses(self.trace, num_slots, bypass=bypass, placed=placed, sure_share=STREAM_SHARE)
+            for bypass in (False, True)
+        )
         needed = len(self.needs.experts)
         link_ms = misses * costs.link_us / S / 1e3
         has_lane = cpu and len(costs.cpu_us) > 1
