@@ -394,10 +394,11 @@ class Scenarios:
     def bounds(self, scenario: Scenario) -> pd.DataFrame:
         """What no schedule can beat with these slots on this machine."""
         schedule = schedule_named(scenario.schedule)
+        knows_hot = self.frequencies is not None or schedule.lives_on_frequencies(scenario.cache)
         found = self.simulator(scenario).bounds(
             scenario.slots,
             cpu=scenario.cpu and self.has_cpu(scenario),
-            placed=schedule.places and schedule.lives_on_frequencies(scenario.cache),
+            placed=schedule.places and knows_hot,
         )
         needed = max(1, len(self.simulator(scenario).needs.experts))
         rows = [

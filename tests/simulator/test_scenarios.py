@@ -72,6 +72,17 @@ def test_so_it_was_where_hot_experts_are_known(scenarios_with_hot_experts, name)
     check_explained(scenarios_with_hot_experts, name, None)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_table_of_bounds_is_that_of_the_result(scenarios, scenarios_with_hot_experts, name):
+    """PreSched places hot experts only where they are known: its table did not know it."""
+    for one in (scenarios, scenarios_with_hot_experts):
+        scenario = Scenario(schedule=name, slots=10)
+        bounds, needed = one.run(scenario).bounds, one.run(scenario).counts.needed
+        values = one.bounds(scenario)["value"].tolist()
+        assert values[0] == pytest.approx(100 * bounds.belady_misses / needed)
+        assert values[-1] == pytest.approx(bounds.tokens_per_s)
+
+
 def check_explained(scenarios, name, predictor):
     scenario = Scenario(schedule=name, slots=14, predictor=predictor, recall=0.6)
     result = scenarios.run(scenario)
