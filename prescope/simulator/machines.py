@@ -5,13 +5,16 @@ from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
+from ..cache.policies import POLICIES
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE
 from ..core.types import DEVICE_DRIVERS, ExpertSize, MoEShape
 from ..core.units import count_of
 from ..errors import BadProfile
 from ..profile import SLOWER_LINKS, HardwareProfile
 from ..profile.files import shipped_files
+from ..scheduler import schedule_named
 from ..scheduler.costs import DECIDE_US, LayerCosts, costs_of_run, decide_us_of, has_times
+from ..scheduler.plan import ON_DEMAND
 from ..traces.result import RunResult
 from .beside import beside_as_in
 
@@ -28,8 +31,8 @@ class Machine(NamedTuple):
         step_us: of a step besides its MoE layers.
         least_bytes: on the link, for its full rate (`prefetch.most_on_wire`).
         is_here: the engine at hand runs on it, so that what was simulated can be run.
-        on_demand: costs where nothing is decided ahead, if they differ: on CUDA the device then decides by itself, and
-            no layer waits for the host. None: as `costs`.
+        on_demand: costs where nothing is decided ahead, if they differ: on CUDA the device then decides by itself, if
+            it can run the cache policy, and no layer waits for the host. None: as `costs`.
     """
 
     name: str
@@ -40,9 +43,11 @@ class Machine(NamedTuple):
     is_here: bool = False
     on_demand: LayerCosts | None = None
 
-    def costs_of(self, schedule: str) -> LayerCosts:
-        """What a layer costs under a schedule."""
-        return self.on_demand if schedule == "on-demand" and self.on_demand is not None else self.costs
+    def costs_of(self, schedule: str, cache: str | None = None) -> LayerCosts:
+        """What a layer costs under a schedule and a cache policy; None: the schedule's own."""
+        named = schedule_named(schedule)
+        is_alone = named.number == ON_DEMAND and POLICIES[cache or named.cache].runs_on_gpu
+        return self.on_demand if is_alone and self.on_demand is not None else self.costs
 
     def costs_with(self, cpu: bool) -> LayerCosts:
         """Costs for an engine's decisions, with the CPU lane or without."""
@@ -64,11 +69,12 @@ def machine_of_run(
 
     Args:
         run: with events, on demand or under a schedule: the wait for the host is its own, unless the GPU decided. Then
-            it is what others waited, or as calibrated, where a schedule decides. `shape`, `expert`: of the engine that
-            made it.
+            it is what others waited, or as calibrated, where a schedule decides; and where the GPU decided in others,
+            on demand waits as little as they did. `shape`, `expert`: of the engine that made it.
         profile: of this machine, for experts on the CPU; without one there is no CPU lane.
-        others: runs of this machine too. Those like this one say how far it drifts from run to run, those of this batch
-            what the host's decisions took, and, with as many CPU threads as the newest of them, experts on the CPU.
+        others: runs of this machine too; those of other models are left out. Those like this one say how far it drifts
+            from run to run, those of this batch what the host's decisions took, and, with as many CPU threads as the
+            newest of them, experts on the CPU.
 
     Raises:
         BadTrace: the run holds no such times.
@@ -103,8 +109,12 @@ def machine_of_run(
         merge_us = known.cpu_base_us - profile.base_us("cpu", expert)
         costs = beside_as_in(_with_lane(run, others), costs, merge_us)
     on_demand = None
+    alone = [decide_us_of(one) for one in others if _is_here(one, run) and one.driver in DEVICE_DRIVERS]
     if run.driver in DEVICE_DRIVERS:
         on_demand, costs = costs, _decided_by_host(costs, run, others, profile, expert)
+    elif run.driver == "host-driven" and alone:
+        source = f"{costs.source}; on demand the GPU decides, as in {count_of(len(alone), 'run')}"
+        on_demand = replace(costs, decide_us=median(alone), source=source)
     return Machine(
         HERE,
         costs,
@@ -128,6 +138,9 @@ def _decided_by_host(
     On an H200 notebook 03 said 2,666 tokens/s of a schedule that then made 1,520: simulated with no wait but the GPU's.
     """
     asked = [decide_us_of(one) for one in others if _is_here(one, run) and one.driver == "host-driven"]
+    asked = [
+        us for us in asked if us > 0.0
+    ]  # a run without events, or that missed nothing, tells nothing of it
     if asked:
         us, origin = median(asked), f"of {count_of(len(asked), 'run')} that the host decided"
     elif profile is not None and (known := profile.lanes.layer_us("decide", expert, run.metrics.batch)):
@@ -172,8 +185,12 @@ def _with_lane(run: RunResult, others: tuple[RunResult, ...]) -> list[RunResult]
 
 
 def _is_here(one: RunResult, run: RunResult) -> bool:
-    """Whether two runs are of one machine and batch."""
-    return one.label == run.label and one.metrics.batch == run.metrics.batch
+    """Whether two runs are of one machine, model and batch."""
+    return (
+        one.label == run.label
+        and one.metrics.batch == run.metrics.batch
+        and one.config.get("fingerprint") == run.config.get("fingerprint")
+    )
 
 
 def machine_of_profile(

@@ -276,9 +276,8 @@ class Scenarios:
 
     def simulator(self, scenario: Scenario) -> Simulator:
         """The trace prepared for a scenario's machine and predictor."""
-        name = self.resolved(scenario).predictor or NONE
-        machine = self.machine(scenario)
-        costs = machine.costs_of(scenario.schedule)
+        full, machine = self.resolved(scenario), self.machine(scenario)
+        name, costs = full.predictor or NONE, machine.costs_of(full.schedule, full.cache)
         key = (
             scenario.machine,
             f"{NOISY} {scenario.recall:.3f}" if name == NOISY else name,

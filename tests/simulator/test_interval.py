@@ -4,11 +4,12 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from prescope.cache.policies import POLICIES
 from prescope.calibration import calibrate
 from prescope.engine import attach
 from prescope.errors import UnsupportedOption
 from prescope.scheduler.costs import DECIDE_US, LayerCosts, Spread, decide_us_of
-from prescope.simulator import Simulator, machine_of_run
+from prescope.simulator import Machine, Scenario, Scenarios, Simulator, machine_of_run
 from prescope.simulator.simulator import LEAST_OFF
 from prescope.traces.synthetic import SyntheticSpec
 from tests.support.models import prompt, tiny_moe
@@ -175,3 +176,37 @@ def test_where_the_gpu_decided_a_schedule_waits_for_the_host_all_the_same():
     for name in asdict(known.costs).keys() - {"decide_us", "source"}:
         assert getattr(known.costs, name) == getattr(known.on_demand, name), "the layers are the same"
     assert machine_of_run(asked[0], *here).on_demand is None, "its own waits are those of a schedule"
+    # The other way round: recorded under a schedule, on demand is not charged with a wait that it does not have.
+    planned = machine_of_run(asked[0], *here, others=[*strangers, alone, asked[1]])
+    assert planned.costs_of("presched").decide_us == pytest.approx(decide_us_of(asked[0]))
+    assert planned.costs_of("on-demand").decide_us == 0.0 and "GPU decides" in planned.on_demand.source
+    assert machine_of_run(strangers[1], *here, others=[alone]).on_demand is None, "layer by layer all wait"
+
+
+def test_runs_that_tell_nothing_of_the_host_are_not_asked_what_it_took():
+    """Without events, or where nothing was missed, nothing waited: that is no host that decides in no time."""
+    with attach(tiny_moe(), slots=6, device="cpu", decode="layered") as engine:
+        run = engine.generate(prompt(), max_new_tokens=8)
+        here = engine.shape, engine.expert_size
+    with attach(tiny_moe(), slots=6, device="cpu", decode="layered", events=False) as engine:
+        blind = driven_by(engine.generate(prompt(), max_new_tokens=8), "host-driven")
+    alone = driven_by(run, "copy-engine", events=run.events[run.events["kind"] != "host_wait"])
+    sated = driven_by(run, "host-driven", layers=run.layers.assign(hits=run.layers["needed"]))
+    other_model = driven_by(run, "host-driven")
+    other_model = replace(other_model, config=other_model.config | {"fingerprint": "another model's"})
+    unknown = machine_of_run(alone, *here, others=[blind, sated, other_model])
+    assert unknown.costs.decide_us == DECIDE_US and "assumed" in unknown.costs.source
+    known = machine_of_run(alone, *here, others=[blind, driven_by(run, "host-driven"), sated])
+    assert known.costs.decide_us == pytest.approx(decide_us_of(driven_by(run, "host-driven"))) != DECIDE_US
+    assert "of 1 run " in known.costs.source
+
+
+@pytest.mark.parametrize("cache", POLICIES)
+def test_on_demand_waits_for_the_host_under_a_cache_that_only_the_host_can_run(cache):
+    """As the engine: with such a policy its steps are host-driven on demand too."""
+    machine = Machine("a GPU", COSTS, 1_500_000, 0.0, 0, on_demand=replace(COSTS, decide_us=0.0))
+    scenarios = Scenarios(TRACE, [machine], frequencies=TRACE.expert_counts())
+    run = scenarios.run(Scenario(schedule="on-demand", slots=9, cache=cache, machine="a GPU"))
+    assert (run.metrics.decode.host_wait_ms == 0.0) == POLICIES[cache].runs_on_gpu
+    other = scenarios.run(Scenario(schedule="fiddler", slots=9, cache=cache, machine="a GPU"))
+    assert other.metrics.decode.host_wait_ms > 0.0
