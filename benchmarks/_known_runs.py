@@ -38,5 +38,5 @@ def known_machine(
     if has_lane:
         with_lane = planned | {"cpu_threads": None, "costs": by_alone.costs_with(True)}
         others += [run(**with_lane | {"schedule": schedule}) for schedule in ("hybrimoe", "static-split")]
-    costs = machine_of_run(alone, *here, others).costs
+    costs = machine_of_run(alone, *here, others).costs_of("on-demand")
     return machine_of_run(decided, *here, others)._replace(on_demand=costs)

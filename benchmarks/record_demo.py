@@ -274,13 +274,14 @@ def machine_of(
 ) -> Machine:  # fmt: skip
     """Costs of a layer on demand from one run, and under a schedule from another: there the host decides."""
     here = engine.shape, engine.expert_size, profile
-    on_demand, machine = (machine_of_run(run, *here, others) for run in (alone, ahead))
+    on_demand = machine_of_run(alone, *here, others).costs_of("on-demand")
+    machine = machine_of_run(ahead, *here, others)
     device = engine.hardware()["device"]
     source = f"runs of {name} on {device}, {datetime.now(UTC).date()}"
     return machine._replace(
         name=f"{device}, {name}",
         costs=replace(machine.costs, source=source),
-        on_demand=replace(on_demand.costs, source=source),
+        on_demand=replace(on_demand, source=source),
         is_here=False,
     )
 
