@@ -201,8 +201,9 @@ def replay(
                 slots.protected[:] = False
                 _prefetch(computed, computed, s, most_in_flight, E, costs, state, wire)
             if beside > 0.0:
-                # Prefetches follow on the link, while the CPU computes.
-                link_us = max(decided, wire.free_us[0]) + len(ahead.keys) * costs.link_busy_us
+                # Prefetches follow on the link, while the CPU computes, where any may be under way.
+                num_ahead = len(ahead.keys) if most_in_flight > 0 else 0
+                link_us = max(decided, wire.free_us[0]) + num_ahead * costs.link_busy_us
                 wire.cpu_us[0] = decided + cpu_done(beside, share_alone(beside, by_itself), link_us - decided)
                 times[s, layer, CPU_DONE] = wire.cpu_us[0]
             done = max(computed, wire.cpu_us[0])
