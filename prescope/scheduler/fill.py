@@ -49,7 +49,11 @@ def price_us(costs: Costs, cpu_us: float, layer_us: float) -> float:
     if len(costs.cpu_us) < 2:
         return 0.0
     slower = 1.0 - costs.cpu_alone_us[1] / max(costs.cpu_us[1], 1e-9)
-    return cpu_us / max(cpu_us, layer_us, 1e-9) * costs.link_us * slower
+    share = cpu_us / max(cpu_us, layer_us, 1e-9)
+    # Beside the CPU a copy takes longer too, so that it is there for longer.
+    beside = share / max(costs.link_busy_us, 1e-9)
+    copy_us = 1.0 / max(beside + (1.0 - share) / max(costs.link_us, 1e-9), 1e-9)
+    return share * copy_us * slower
 
 
 @jit

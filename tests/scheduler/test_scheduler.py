@@ -390,9 +390,12 @@ def test_experts_are_worth_a_slot_while_the_cache_would_rather_have_them(seed):
 
 
 def test_a_copy_costs_the_cpu_what_it_is_slower_beside_it():
-    """A copy of 100 us makes the CPU slower by a fifth of it, as far as the CPU is busy meanwhile."""
+    """A copy of 100 us makes the CPU slower by a fifth of it, as far as the CPU is busy meanwhile; beside the CPU it
+    may take longer itself.
+    """
     costs = costs_of()._replace(
         link_us=100.0,
+        link_busy_us=100.0,
         cpu_base_us=20.0,
         cpu_us=np.array([0.0, 50.0, 60.0]),
         cpu_alone_us=np.array([0.0, 40.0, 48.0]),
@@ -401,6 +404,14 @@ def test_a_copy_costs_the_cpu_what_it_is_slower_beside_it():
     assert cpu_us == 120.0 and cpu_of(costs, np.ones(0, np.int64)) == 0.0
     for layer_us, lost_us in ((60.0, 20.0), (120.0, 20.0), (240.0, 10.0), (1_200.0, 2.0)):
         assert price_us(costs, cpu_us, layer_us) == pytest.approx(lost_us)
+    slower = costs._replace(link_busy_us=150.0)
+    for layer_us in (60.0, 120.0):
+        assert price_us(slower, cpu_us, layer_us) == pytest.approx(30.0)
+    # Half of its time beside the CPU, in which it gets a third less done.
+    assert price_us(slower, cpu_us, 240.0) == pytest.approx(0.2 * 0.5 * 120.0)
+    assert price_us(slower._replace(link_us=0.0, link_busy_us=0.0), cpu_us, 60.0) == pytest.approx(
+        0.0, abs=1e-6
+    )
     assert price_us(costs._replace(cpu_alone_us=costs.cpu_us), cpu_us, 60.0) == 0.0, (
         "such a copy costs nothing"
     )
