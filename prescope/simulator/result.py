@@ -40,8 +40,8 @@ class Counts(NamedTuple):
 class Bounds(NamedTuple):
     """What no schedule can beat on this trace with these costs; misses of the decode steps, ms per step.
 
-    Caches start empty before the trace's first prompt, or with experts that a schedule had placed there. Prompts are not
-    on the clock: what they load, and what is placed again behind them, costs nothing.
+    Caches start empty before the trace's first prompt, or with experts that a schedule had placed there. Prompts are
+    not on the clock: what they load, and what is placed again behind them, costs nothing.
     """
 
     belady_misses: int  # of any cache that loads on demand and keeps what it loads

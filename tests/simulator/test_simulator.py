@@ -287,10 +287,10 @@ def test_no_schedule_is_faster_than_the_bound_of_several_short_texts(schedule):
     costs = replace(
         COSTS, gpu_us=1.0, rest_us=1.0, decide_us=0.0, cpu_us=(0.0, 170.0, 171.0), cpu_base_us=0.0
     )
-    for seed, (batch, prompt) in enumerate([(1, 1), (2, 1), (2, 2), (3, 20)]):
+    for seed, (batch, prompt_tokens) in enumerate([(1, 1), (2, 1), (2, 2), (3, 20)]):
         kind = replace(LIVELY, num_layers=1 + seed % 2, num_experts=3, top_k=1)
         parts = [
-            kind.generate(prompt_tokens=prompt, new_tokens=3, batch=batch, seed=9 * seed + i)
+            kind.generate(prompt_tokens=prompt_tokens, new_tokens=3, batch=batch, seed=9 * seed + i)
             for i in range(9)
         ]
         sim = Simulator(RoutingTrace.concat(parts), costs, row_bytes=ROW_BYTES)
@@ -305,7 +305,7 @@ def test_no_schedule_is_faster_than_the_bound_of_several_short_texts(schedule):
 
 @pytest.mark.parametrize("link_us", [100.0, 700.0, 5000.0])
 def test_a_cpu_that_is_faster_beside_an_idle_link_is_in_the_bound(link_us):
-    """Behind a slow link it does all by itself, sooner than "link and CPU together" with the CPU as slow as beside it."""
+    """Behind a slow link it does all by itself, sooner than "link and CPU together" with it as slow as beside one."""
     costs = replace(
         COSTS, link_us=link_us, link_busy_us=1.2 * link_us, gpu_us=0.1, rest_us=0.0, decide_us=0.0, cpu_base_us=0.0,
         cpu_us=(0.0, 200.0, 240.0), cpu_alone_us=(0.0, 100.0, 120.0),
