@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
-from ..core.units import GIB, format_bytes
+from ..core.units import GIB, digits, format_bytes
 from .machine_spec import MachineSpec
 from .model_size import ModelSize
 
@@ -82,7 +82,7 @@ class Advice:
         return [
             (
                 "experts",
-                f"{shape.num_layers} layers x {shape.num_experts} of {model.expert.nbytes / 1e6:.3g} MB = "
+                f"{shape.num_layers} layers x {shape.num_experts} of {digits(model.expert.nbytes / 1e6)} MB = "
                 f"{format_bytes(model.experts_bytes)}, top-{shape.top_k}",
             ),
             ("everything else", format_bytes(model.dense_bytes)),
@@ -93,11 +93,11 @@ class Advice:
             ),
             (
                 "machine",
-                f"{machine.name}: link {machine.link_gb_per_s:.3g} GB/s, host {machine.host_gib:.0f} GiB at "
-                f"{machine.host_gb_per_s:.0f} GB/s, GPU {machine.gpu_gib:.0f} GiB at {machine.gpu_gb_per_s:,.0f} GB/s "
-                f"({machine.origin})",
+                f"{machine.name}: link {digits(machine.link_gb_per_s)} GB/s, host {machine.host_gib:,.0f} GiB at "
+                f"{machine.host_gb_per_s:,.0f} GB/s, GPU {machine.gpu_gib:,.0f} GiB at "
+                f"{machine.gpu_gb_per_s:,.0f} GB/s ({machine.origin})",
             ),
-            ("GPU memory budget", f"{self.budget_gib:.3g} GiB"),
+            ("GPU memory budget", f"{digits(self.budget_gib)} GiB"),
         ]
 
     def __repr__(self) -> str:

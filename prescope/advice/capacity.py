@@ -9,7 +9,7 @@ import numpy as np
 
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE
 from ..core.paths import user_path
-from ..core.units import GIB, count_of
+from ..core.units import GIB, count_of, digits
 from ..engine import Engine
 from ..errors import BadProfile, NoProfile, TraceMismatch, UnsupportedOption
 from ..predictor import NoisyOracle
@@ -300,23 +300,24 @@ def _choice(
     if slots == total and ways is not None:
         need = (fixed + size.experts_bytes) / GIB
         return "all on the GPU", (
-            f"All {total:,} experts fit: {need:.3g} of {budget:.3g} GiB, {ways.best.speed}. There is "
+            f"All {total:,} experts fit: {digits(need)} of {digits(budget)} GiB, {ways.best.speed}. There is "
             f"nothing to offload."
         )
     if ways is None or slots is None:
         return "not with this machine", (
-            f"Before the first expert {fixed / GIB:.3g} GiB of {budget:.3g} GiB GPU memory are taken; what is left "
-            f"does not hold the experts of one layer of a step. A smaller context, batch or format would help."
+            f"Before the first expert {digits(fixed / GIB)} GiB of {digits(budget)} GiB GPU memory are taken; what is "
+            f"left does not hold the experts of one layer of a step. A smaller context, batch or format would help."
         )
     if size.experts_bytes > HOST_SHARE * spec.host_gib * GIB:
         return "not with this machine", (
-            f"The experts take {size.experts_bytes / GIB:,.3g} GiB and host memory is {spec.host_gib:,.0f} GiB: they "
-            f"have to lie there. {size.experts_bytes / HOST_SHARE / GIB:,.0f} GiB, or experts of fewer bits, would do."
+            f"The experts take {digits(size.experts_bytes / GIB)} GiB and host memory is {spec.host_gib:,.0f} GiB: "
+            f"they have to lie there. {size.experts_bytes / HOST_SHARE / GIB:,.0f} GiB, or experts of fewer bits, "
+            f"would do."
         )
     limit, share = _ruler(ways.best, spec)
     at = (
         f"{slots:,} of {total:,} experts in slots ({100 * slots / total:.0f} %, "
-        f"{slots * size.shape.row_bytes / GIB:.3g} GiB)"
+        f"{digits(slots * size.shape.row_bytes / GIB)} GiB)"
     )
     rules = {"waiting": "layers mostly wait", "launches": "kernel launches rule"}.get(
         limit, f"the {limit} rules"
@@ -334,7 +335,7 @@ def _choice(
     return "offload", (
         f"With {at} and {who} about {chosen.speed}, {100 * gain:+.0f} % by prediction and {100 * most:.0f} % at "
         f"most by a perfect one; {rules}, {100 * share:.0f} % of the time. On demand it is "
-        f"{ways.on_demand.tokens_per_s:,.3g}."
+        f"{digits(ways.on_demand.tokens_per_s)}."
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..core.machine import available_memory_bytes, machine_facts, this_place
+from ..core.units import digits
 from ..device import Device, emulated_link_gb_per_s, open_device, resolve_device
 from ..engine.config import EngineConfig
 from ..engine.engine import Engine
@@ -273,5 +274,5 @@ def point_of_samples(of: Circumstances, samples: Sequence[float]) -> Point:
 def _in_words(of: Circumstances) -> str:
     beside = " beside the other lane" if of.busy else ""
     if of.experts:
-        return f"{of.kind}: {of.experts} experts of {of.nbytes / 1e6:.3g} MB, {of.tokens} tokens{beside}"
-    return f"{of.kind}{f' {of.nbytes / 1e6:.3g} MB' if of.nbytes else ''}{beside}"
+        return f"{of.kind}: {of.experts} experts of {digits(of.nbytes / 1e6)} MB, {of.tokens} tokens{beside}"
+    return f"{of.kind}{f' {digits(of.nbytes / 1e6)} MB' if of.nbytes else ''}{beside}"

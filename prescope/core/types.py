@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .units import digits
+
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
@@ -90,4 +92,4 @@ class ExpertSize(NamedTuple):
     expert_width: int  # F
 
     def __str__(self) -> str:
-        return f"{self.nbytes / 1e6:.3g} MB ({self.width} x {self.expert_width})"
+        return f"{digits(self.nbytes / 1e6)} MB ({self.width} x {self.expert_width})"

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from .. import views
 from ..core.machine import commit
 from ..core.types import Phase
+from ..core.units import digits
 from ..engine.config import EngineConfig
 from ..simulator import Scenario, Scenarios, code_of, verdict
 from ..traces.result import RunResult
@@ -94,7 +95,7 @@ def story_of_setting(
         "machine": f"{machine.name}: {machine.costs.source}"
         + ("" if measured is None else f"; {_machine(measured.hardware)}"),
         "model": f"{scenarios.label}: {scenarios.trace.num_layers} MoE layers, top-{scenarios.trace.top_k} of "
-        f"{scenarios.trace.num_experts} experts of {machine.row_bytes / 1e6:.3g} MB",
+        f"{scenarios.trace.num_experts} experts of {digits(machine.row_bytes / 1e6)} MB",
         "settings": settings_of(result) + f" · batch {result.batch}",
         "trace": f"{scenarios.trace.model}, recorded {scenarios.trace.created}",
         "commit": commit(),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..cache.policies import POLICIES
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE
 from ..core.types import DEVICE_DRIVERS, ExpertSize, MoEShape
-from ..core.units import count_of
+from ..core.units import count_of, digits
 from ..errors import BadProfile
 from ..profile import SLOWER_LINKS, HardwareProfile
 from ..profile.files import shipped_files
@@ -208,7 +208,7 @@ def machine_of_profile(
         batch=batch,
     )
     return Machine(
-        f"{name}, experts of {expert.nbytes / 1e6:.3g} MB",
+        f"{name}, experts of {digits(expert.nbytes / 1e6)} MB",
         costs,
         expert.nbytes,
         0.0,

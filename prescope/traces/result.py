@@ -136,7 +136,7 @@ class RunResult:
 def _decode_facts(decode: PhaseMetrics) -> list[tuple[str, str]]:
     """What there is to say of decode steps; of copies nothing where no events were recorded."""
     steps = count_of(decode.num_steps, "decode step")
-    moved = f"{decode.h2d_bytes / 1e6:,.3g} MB in {steps}"
+    moved = f"{digits(decode.h2d_bytes / 1e6)} MB in {steps}"
     stalled = f"layers stalled {100 * decode.stall_frac:.0f} % of the time"
     link = [
         text for text, value in ((moved, decode.h2d_bytes), (stalled, decode.stall_frac)) if value == value

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from prescope.advice import INTERVAL, Advice
+from prescope.core.units import digits
 
 from .theme import COLORS, TEXT, style
 
@@ -106,7 +107,7 @@ def plot_capacity(info: CapacityInfo) -> go.Figure:
         fig.add_vline(x=info.budget_gib, line={"color": TEXT, "width": 2, "dash": "dot"})
         fig.add_annotation(
             x=info.budget_gib, y=1, xref="x", yref="paper", xanchor="left", yanchor="bottom", showarrow=False,
-            text=f"budget {info.budget_gib:.3g} GiB", font={"size": 12},
+            text=f"budget {digits(info.budget_gib)} GiB", font={"size": 12},
         )  # fmt: skip
     fig.update_layout(hovermode="x unified")
     fig.update_xaxes(range=[left, right])

@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from prescope.core.types import Lane, Reason
-from prescope.core.units import gb_per_s
+from prescope.core.units import digits, gb_per_s
 from prescope.errors import BadTrace
 from prescope.simulator import SimResult
 from prescope.traces.events import KINDS, LANES, REASONS
@@ -278,7 +278,7 @@ def _text(
         where, who, expert = f"from {where}: {many} events, each shorter than a pixel", "", -1
     text = f"<b>{NAMES[meaning]}</b><br>{where}{who}<br>{us:,.1f} us"
     if nbytes and us:
-        text += f", {nbytes / 1e6:.3g} MB, {gb_per_s(nbytes, us):.3g} GB/s"
+        text += f", {digits(nbytes / 1e6)} MB, {gb_per_s(nbytes, us):.3g} GB/s"
     if many > 1:
         return text
     if meaning in _REASONS:

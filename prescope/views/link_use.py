@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
+from prescope.core.units import digits
 from prescope.errors import BadTrace
 from prescope.simulator import SimResult
 from prescope.traces.metrics import union
@@ -91,7 +92,7 @@ def plot_link_use(info: LinkUseInfo) -> go.Figure:
         color, dash = LINES[i % len(LINES)]
         fig.add_scatter(
             x=use.at_ms, y=use.busy_pct, mode="lines", line={"color": color, "dash": dash, "width": 2, "shape": "hvh"},
-            name=f"{use.name}: {use.mean_pct:.0f} % of its time, {use.num_bytes / 1e6:.3g} MB",
+            name=f"{use.name}: {use.mean_pct:.0f} % of its time, {digits(use.num_bytes / 1e6)} MB",
             hovertemplate=f"{use.name}: %{{y:.0f}} %<extra></extra>",
         )  # fmt: skip
     style(

@@ -11,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ..core.paths import data_dir
-from ..core.units import format_bytes
+from ..core.units import digits, format_bytes
 from ..engine.job import NamedPrompts
 from ..errors import PrescopeError
 from ..scheduler import SCHEDULES
@@ -275,7 +275,7 @@ class Dashboard:
         scenarios = self.live.scenarios
         trace, machine = scenarios.trace, next(iter(scenarios.machines.values()))
         experts = (
-            f"{trace.num_layers} MoE layers x {trace.num_experts} experts of {machine.row_bytes / 1e6:.3g} MB = "
+            f"{trace.num_layers} MoE layers x {trace.num_experts} experts of {digits(machine.row_bytes / 1e6)} MB = "
             f"{format_bytes(scenarios.num_experts * machine.row_bytes)}, top-{trace.top_k}"
         )
         where = "this machine" if machine.is_here else machine.name

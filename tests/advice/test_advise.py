@@ -163,6 +163,18 @@ def test_each_kind_of_advice_has_its_machine():
     assert slow_link.settings["schedule"] == "fiddler"
 
 
+@pytest.mark.parametrize("machine", [{}, {"gpu_gib": 4000.0, "gpu_gb_per_s": 90_000.0}, {"host_gib": 4000.0}])
+@pytest.mark.parametrize("context", [64, 99_999_999])
+@pytest.mark.parametrize("width", [1024, 300_000])
+def test_large_numbers_are_said_without_an_exponent(machine, context, width):
+    """A context of a hundred million tokens took "9.16e+03 GiB of 140 GiB"."""
+    found = advise(
+        BIG_EXPERTS | {"moe_intermediate_size": width}, desktop(**machine), context=context, shares=(0.5,)
+    )
+    said = [found.words, *(value for _, value in found.facts()), str(found.model.expert)]
+    assert not [text for text in said if "e+" in text]
+
+
 def test_a_faster_link_is_never_slower_and_prediction_is_worth_less_without_one():
     slow, fast = (
         advise(BIG_EXPERTS, desktop(gpu_gib=2.0, link_gb_per_s=r, cores=0), context=64) for r in (6, 48)

@@ -139,6 +139,8 @@ def test_what_stands_for_a_run_says_only_what_is_known():
     assert "nothing was decoded" in repr(first)
     assert "hits" in whole._repr_html_()
     assert "1 decode step," in small_run(steps=2)._repr_html_()
+    many = replace(whole.metrics.decode, h2d_bytes=48_640_000_000)
+    assert "48,640 MB" in replace(whole, metrics=replace(whole.metrics, decode=many))._repr_html_()
 
 
 def with_metrics(run: RunResult) -> RunResult:
