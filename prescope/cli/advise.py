@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import AsJson
+from ..core.paths import user_path
+from .options import TRAINED, AsJson
 from .terminal import tell
 
 if TYPE_CHECKING:
-    from ..advice import MachineSpec
+    from ..advice import Advice, MachineSpec
 
 #: What a machine consists of, as `MachineSpec` names it, and its option.
 NEEDED = ("link_gb_per_s", "host_gib", "host_gb_per_s", "gpu_gib", "gpu_gb_per_s")
@@ -81,11 +82,32 @@ def advise(
         typer.echo(found.table().to_string(float_format="{:.4g}".format))
     for assumption in found.assumptions:
         tell(f"assumed: {assumption}")
-    if {"slots", "schedule"} & found.settings.keys():
-        options = [
-            f"--{name} {found.settings[name]}" for name in ("slots", "schedule") if name in found.settings
-        ]
-        tell(f"prescope run {shlex.quote(model)} {' '.join(options)}")
+    for command in _commands(found, _to_load(model, found.model.name)):
+        tell(command)
+
+
+def _to_load(model: str, name: str) -> str:
+    """What `run` takes for the model of a config: its folder, or the hub id that the config names."""
+    given = user_path(model)
+    if given.is_dir() or ("/" in model and not given.is_file()):
+        return model
+    if given.name == "config.json":
+        return str(given.parent)
+    return "MODEL" if name == model else name
+
+
+def _commands(found: "Advice", model: str) -> list[str]:
+    """The calls that do what is advised; a gain by prediction needs a predictor, and that its training."""
+    options = [f"--{name} {found.settings[name]}" for name in ("slots", "schedule") if name in found.settings]
+    if not options:
+        return []
+    quoted = shlex.quote(model)
+    if found.settings.get("schedule") != "presched":
+        return [f"prescope run {quoted} {' '.join(options)}"]
+    return [
+        f"prescope train {quoted} -o {TRAINED}",
+        f"prescope run {quoted} {' '.join(options)} --predictor {TRAINED}",
+    ]
 
 
 def _machine(named: str | None, changes: dict[str, float]) -> "MachineSpec | str | None":

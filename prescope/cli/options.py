@@ -27,6 +27,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What MODEL is when it is not given.
 DEFAULT_MODEL = EMBEDDED_MODEL
+#: Where `train` puts a predictor that was given no name.
+TRAINED = "llapor.safetensors"
 #: The predictor that no file holds: the routers of the model that is loaded.
 EARLY_ROUTER = "early-router"
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.paths import user_path
-from .options import DEFAULT_MODEL, Device, Model, shape_of
+from .options import DEFAULT_MODEL, TRAINED, Device, Model, shape_of
 from .terminal import StatusLine, tell
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def train(
     context: typer.Context,
     model: Model = DEFAULT_MODEL,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The predictor.")] = Path(
-        "llapor.safetensors"
+        TRAINED
     ),
     prompts: Annotated[
         Path | None,

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from prescope.advice import advise
 from prescope.cli import main
 from prescope.cli.options import Schedule, slots_of
 from prescope.cli.terminal import StatusLine
-from prescope.core.paths import embedded_model
+from prescope.core.paths import data_dir, embedded_model
 from prescope.engine import Engine
 from prescope.profile import HardwareProfile
 from prescope.scheduler import SCHEDULES
@@ -207,6 +208,41 @@ def test_advise_takes_a_typed_machine_and_changes_a_named_one(capsys, monkeypatc
     captured = capsys.readouterr()
     assert "changed" in captured.out
     assert "assumed: " in captured.err
+
+
+@pytest.mark.parametrize(
+    ("given", "to_load"),
+    [
+        ("olmoe-1b-7b", "allenai/OLMoE-1B-7B-0125"),
+        ("my model", "'my model'"),
+        ("my model/config.json", "'my model'"),
+        ("sizes.json", "MODEL"),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["fiddler", "presched"])
+def test_what_is_advised_is_told_as_calls_that_can_be_made(
+    given, to_load, schedule, capsys, tmp_path, monkeypatch
+):
+    """`run` knows neither names of data/configs nor files; and PreSched's gain is of a predictor that is trained."""
+    monkeypatch.chdir(tmp_path)
+    sizes = (data_dir() / "configs" / "olmoe-1b-7b.json").read_text()
+    nameless = json.dumps({name: value for name, value in json.loads(sizes).items() if name != "model"})
+    Path("my model").mkdir()
+    for path in (Path("my model/config.json"), Path("sizes.json")):
+        path.write_text(nameless)
+    monkeypatch.setattr("prescope.advice.capacity.LAYER_STEPS", 32)
+    settings = {"slots": 64, "schedule": schedule}
+    monkeypatch.setattr(
+        "prescope.advice.advise", lambda *a, **k: replace(advise(*a, **k, shares=(0.5,)), settings=settings)
+    )
+    assert main(["advise", given, "--machine", "h200"]) == 0
+    calls = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prescope ")]
+    trained = ["--predictor", "llapor.safetensors"] if schedule == "presched" else []
+    assert calls[-1].split(" run ")[1].startswith(f"{to_load} --slots 64")
+    assert calls[-1].split()[-2 - len(trained) :] == ["--schedule", schedule, *trained]
+    assert [call.split(" -o ")[0] for call in calls[:-1]] == (
+        [f"prescope train {to_load}"] if trained else []
+    )
 
 
 @pytest.mark.parametrize("option", ["--trace", "--prompts"])
