@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
 
-from ..core.units import format_bytes
+from ..core.units import count_of, format_bytes
 from .evaluate import Runner, evaluate
 from .points import Asked
+from .progress import said_time
 from .search import Known, search_named
 from .space import Space
 
@@ -48,16 +49,19 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         who = "this process" if self.workers == 1 else f"{self.workers} processes"
+        points = count_of(self.points, "point")
+        if not self.points:
+            return "no point is left to try"
         if not self.is_measured:
-            return f"{self.points:,} points; what one takes is not known: {self.reason}"
+            return f"{points}; what one takes is not known: {self.reason}"
         each = (
             f"{1e3 * self.seconds_per_point:.3g} ms"
             if self.seconds_per_point < 1
             else f"{self.seconds_per_point:.3g} s"
         )
-        whole = f"{self.seconds:.0f} s" if self.seconds < 100 else f"{self.seconds / 60:.0f} min"
+        memory = f"{format_bytes(self.bytes)} of memory, " if self.bytes else ""  # an engine is there already
         return (
-            f"{self.points:,} points of {each} in {who}: about {whole}, {format_bytes(self.bytes)} of memory, "
+            f"{points} of {each} in {who}: about {said_time(self.seconds)}, {memory}"
             f"{format_bytes(self.disk_bytes)} in the study"
         )
 

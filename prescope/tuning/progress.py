@@ -36,7 +36,7 @@ class Progress(NamedTuple):
             for count, what in ((self.infeasible, "infeasible"), (self.failed, "failed"))
             if count
         )
-        left = "" if self.remaining_s != self.remaining_s else f", {_time(self.remaining_s)} left"
+        left = "" if self.remaining_s != self.remaining_s else f", {said_time(self.remaining_s)} left"
         pace = (
             ""
             if self.points_per_minute != self.points_per_minute
@@ -45,7 +45,8 @@ class Progress(NamedTuple):
         return f"{self.done:,}{of} points{bad}{pace}{left}{', paused' if self.is_paused else ''}"
 
 
-def _time(seconds: float) -> str:
+def said_time(seconds: float) -> str:
+    """How long something takes, in seconds, minutes or hours: "99 s", "2 min", "20.1 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -11,6 +11,7 @@ from optuna.trial import TrialState, create_trial
 
 from ..core.numbers import is_count, is_number, plain
 from ..core.paths import user_path
+from ..core.units import count_of
 from ..engine.turn import Turn
 from ..errors import BadSweep, UnsupportedOption
 from .estimate import Estimate, estimate, num_new
@@ -272,8 +273,8 @@ class Sweep:
         num_values = len({trial.values[at] for trial in done})
         if num_values < 2:
             raise UnsupportedOption(
-                f"{len(done)} finished points with {num_values} different values do not tell settings apart; run more "
-                f"points"
+                f"{count_of(len(done), 'finished point')} with {count_of(num_values, 'different value')}: that does "
+                f"not tell settings apart; run more points"
             )
         # A study of this objective alone: Optuna warns of any choice among several, and a panel asks from the sweep's
         # thread, which must not touch the filters of warnings.

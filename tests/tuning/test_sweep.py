@@ -13,6 +13,7 @@ import pytest
 
 from prescope.errors import BadSweep, UnsupportedOption
 from prescope.tuning import Choices, Range, Space, load_sweep, open_sweep
+from prescope.tuning.estimate import Estimate
 from prescope.tuning.points import COLUMNS
 from prescope.tuning.record import shown
 from tests.support.sweep_runners import Hill
@@ -294,8 +295,10 @@ def test_the_front_is_what_no_other_point_beats():
 
 def test_importances_are_shares_and_say_what_matters():
     sweep = open_sweep("a", Space(slots=Range(4, 400), width=Range(20, 40)), Hill(), method="random")
-    with pytest.raises(UnsupportedOption, match="run more points"):
-        sweep.importances()
+    for done in ("0 finished points with 0 different values", "1 finished point with 1 different value"):
+        with pytest.raises(UnsupportedOption, match=f"{done}: that does not tell settings apart; run more"):
+            sweep.importances()
+        sweep.run(points=1)
     sweep.run(points=120)
     shares = sweep.importances()
     assert list(shares) == ["slots", "width"]
@@ -381,6 +384,25 @@ def test_an_estimate_comes_before_the_first_point_and_records_none():
     assert sweep.estimate(10, workers=4).bytes > 4 * 1000
     sweep.run(points=70)
     assert sweep.estimate(1000).points == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "1,200 points of 20 ms in this process: about 99 s, 8 KiB of memory, 4 KiB in the study"),
+        ({"points": 1, "bytes": 0}, "1 point of 20 ms in this process: about 99 s, 4 KiB in the study"),
+        ({"seconds": 72_360.0}, "about 20.1 h, "),
+        ({"points": 0, "seconds": 0.0}, "no point is left to try"),
+        (
+            {"points": 1, "is_measured": False, "reason": "no slots"},
+            "1 point; what one takes is not known: no slots",
+        ),
+    ],
+)
+def test_an_estimate_says_what_there_is_to_say(changes, words):
+    """An engine's said "0 B of memory", a finished study's "0 points of 16 ms", a long one's "1206 min"."""
+    known = Estimate(1200, 99.0, 8 << 10, 0.02, 0.0, 4 << 10, 1, True)
+    assert words in str(known._replace(**changes))
 
 
 def test_an_estimate_of_nothing_but_refusals_says_why():
