@@ -14,6 +14,8 @@ from ..tuning import Proof, Sweep
 from .sweep_words import error_html, proof_html
 
 LABEL = "Prove the best three"
+#: A click so soon after the one that began a proof is the second half of a double click, seconds.
+DOUBLE_CLICK_S = 0.6
 #: Runs a proof: gets the sweep, and `on_progress` and `cancel` of `prescope.tuning.prove`.
 Prover = Callable[..., Proof]
 
@@ -32,6 +34,7 @@ class SweepProof:
         self._prover = prover
         self._cancel = threading.Event()
         self._is_running = False
+        self._begun_s = 0.0
         self.sweep: Sweep | None = None
         self.proof: Proof | None = None
         self.button = ipw.Button(
@@ -91,8 +94,13 @@ class SweepProof:
 
     def _on_click(self) -> None:
         if self._is_running:
-            self._cancel.set()
+            if time.monotonic() - self._begun_s > DOUBLE_CLICK_S:
+                self._cancel.set()
             return
+        self._is_running, self._begun_s = (
+            True,
+            time.monotonic(),
+        )  # here: the thread may be late for a second click
         threading.Thread(target=self._try, name="prescope-proof", daemon=True).start()
 
     def _try(self, **_: Any) -> None:
@@ -104,3 +112,5 @@ class SweepProof:
             self.words.value = (
                 f"<span class='ps-soft'>{escape('the proof was ended; nothing was changed')}</span>"
             )
+        finally:
+            self._is_running = False

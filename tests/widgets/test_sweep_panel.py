@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -480,6 +481,28 @@ def test_a_proof_says_how_far_it_is_can_be_ended_and_leaves_its_verdict(make):
     assert panel.proof.button.description == sweep_proof.LABEL
     panel.study.value = NEW
     assert panel.proof.words.value == "", "another study's verdict"
+
+
+def test_a_double_click_starts_one_proof_and_a_later_click_ends_it(make, monkeypatch):
+    """The second click of a double click ended the proof that the first had begun, or began another one."""
+    begun, ended = [], threading.Event()
+
+    def prover(sweep, *, on_progress, cancel):
+        begun.append(sweep.name)
+        if not cancel.wait(20):
+            return None
+        ended.set()
+        raise CancelledError
+
+    panel = make(prover=prover)
+    run(panel)
+    for _ in range(3):
+        panel.proof.button.click()
+    assert not ended.wait(0.3)
+    assert begun == ["sweep 1"]
+    monkeypatch.setattr(sweep_proof, "DOUBLE_CLICK_S", 0.0)
+    panel.proof.button.click()
+    assert ended.wait(20)
 
 
 def test_without_a_device_a_proof_says_why(ran):
