@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.files import write_text
+from ..core.files import require_writable, write_text
 from ..errors import SlotPoolTooLarge, SlotPoolTooSmall
 from .options import (
     DEFAULT_MODEL,
@@ -71,6 +71,8 @@ def bench(
         raise typer.BadParameter("choose one of --json and --csv")
     if output is not None and output.suffix not in (".json", ".csv"):
         raise typer.BadParameter(f"{output} ends in neither .json nor .csv", param_hint="--output")
+    if output is not None:
+        require_writable(output)
     prompts, news, batches = numbers(prompt, "--prompt"), numbers(new, "--new"), numbers(batch, "--batch")
     from ..engine.benchmark import benchmark, grid
     from ..training import own_prompts

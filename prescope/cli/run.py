@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.files import require_writable
 from .options import (
     DEFAULT_MODEL,
     Device,
@@ -55,6 +56,9 @@ def run(
     ] = None,
 ) -> None:
     """Stream generated text to stdout, figures to stderr; Ctrl-C ends the text."""
+    for path in (trace, timeline):
+        if path is not None:
+            require_writable(path)
     if prompt == "-":
         if sys.stdin.isatty():
             tell("type the prompt, then Ctrl-D")

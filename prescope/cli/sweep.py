@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core.files import require_writable
 from ..core.paths import user_path
 from .options import AsJson, Device, by_name, listed, shape_of
 from .terminal import StatusLine, on_interrupt, tell
@@ -78,6 +79,8 @@ def sweep(
 
     if page is not None:
         from .. import report  # noqa: F401 - a package that it lacks is said before the search
+
+        require_writable(page)
 
     cancel = threading.Event()
     with ExitStack() as stack:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..core.files import require_writable
 from ..core.paths import user_path
 from .options import DEFAULT_MODEL, TRAINED, Device, Model, shape_of
 from .terminal import StatusLine, tell
@@ -112,7 +113,7 @@ def _check_options(context: typer.Context, trace: Path | None, shape: str | None
 
 
 def _check_output(output: Path, *sources: Path | None) -> None:
-    """Raises BadParameter where no predictor can be written, or what is read would be written over."""
+    """Raises BadParameter or CannotWrite where no predictor can be written, or what is read would be written over."""
     if not output.name or user_path(output).is_dir():
         raise typer.BadParameter(f"{output} is a folder; give the name of a file", param_hint="--output")
     written = [path.resolve() for path in (user_path(output), checkpoint_of(output))]
@@ -122,6 +123,8 @@ def _check_output(output: Path, *sources: Path | None) -> None:
                 f"{source} would be written over by the predictor or on the way to it; give another name",
                 param_hint="--output",
             )
+    for path in (output, checkpoint_of(output)):
+        require_writable(path)
 
 
 def checkpoint_of(output: Path) -> Path:

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -54,6 +55,32 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> Path:
         CannotWrite: no space, no permission, or something at `path` that is no file. The old file is as it was.
     """
     given = user_path(path)
+    with _beside(given) as (target, unfinished, mode):
+        write(unfinished)
+        os.chmod(unfinished, mode)
+        _to_disk(unfinished)
+        os.replace(unfinished, target)
+        _to_disk(target.parent)
+    return given
+
+
+def require_writable(path: str | Path) -> None:
+    """Say before a long work, not behind it, that its result cannot be written there. The folder is made.
+
+    Raises:
+        CannotWrite: as `write_file`, as far as it can be known now.
+    """
+    with _beside(user_path(path)):
+        pass
+
+
+@contextmanager
+def _beside(given: Path) -> Iterator[tuple[Path, Path, int]]:
+    """What a name stands for, an empty file in a folder beside that, which goes at the end, and the file's mode then.
+
+    Raises:
+        CannotWrite: as `write_file`; for what is done meanwhile, too.
+    """
     try:
         # The link's own text, not `resolve`: that fails late on a loop of links.
         target = Path(os.path.realpath(given))
@@ -69,20 +96,14 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> Path:
         try:
             unfinished = folder / target.name
             unfinished.touch(0o666)
-            mode = stat.S_IMODE(unfinished.stat().st_mode) if mode is None else mode
-            write(unfinished)
-            os.chmod(unfinished, mode)
-            _to_disk(unfinished)
-            os.replace(unfinished, target)
+            yield target, unfinished, stat.S_IMODE(unfinished.stat().st_mode) if mode is None else mode
         finally:
             os.close(lock)
             shutil.rmtree(folder, ignore_errors=True)
-        _to_disk(target.parent)
     except CannotWrite:
         raise
     except (OSError, SafetensorError) as error:
         raise _cannot_write(given, error) from error
-    return given
 
 
 def _cannot_write(path: Path, error: Exception) -> CannotWrite:

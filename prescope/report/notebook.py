@@ -28,7 +28,7 @@ from nbconvert.exporters import HTMLExporter
 from plotly.offline import get_plotlyjs
 from traitlets.config import Config
 
-from ..core.files import require_file, write_text
+from ..core.files import require_file, require_writable, write_text
 from ..core.paths import user_path
 from ..errors import PrescopeError
 from ..views.theme import CONFIG, FONT
@@ -121,10 +121,12 @@ def execute_notebook(
         NotebookFailed: a cell raised (the message holds its number and, behind the first line, its traceback), took
             too long, the kernel did not start or died, or the file is no notebook. Nothing is written.
         ValueError: a parameter that the notebook does not have.
+        CannotWrite: the page; said before the first cell runs.
     """
     path = user_path(path)
     notebook = _read(path)
     _inject(notebook, parameters or {})
+    require_writable(out)
     begin = time.monotonic()
     asyncio.run(_execute(notebook, path.resolve().parent, timeout_s, log))
     facts = provenance(notebook=path.name, parameters=dict(parameters or {}))

@@ -26,6 +26,7 @@ from prescope.advice import advise
 from prescope.cli import main
 from prescope.cli.options import Schedule, slots_of
 from prescope.cli.terminal import StatusLine
+from prescope.core.files import require_writable
 from prescope.core.paths import data_dir, embedded_model
 from prescope.engine import Engine
 from prescope.profile import HardwareProfile
@@ -243,6 +244,45 @@ def test_what_is_advised_is_told_as_calls_that_can_be_made(
     assert [call.split(" -o ")[0] for call in calls[:-1]] == (
         [f"prescope train {to_load}"] if trained else []
     )
+
+
+@pytest.mark.parametrize(
+    ("call", "work"),
+    [
+        (["run", "-p", "a", "--trace"], "prescope.cli.run.loaded"),
+        (["run", "-p", "a", "--timeline"], "prescope.cli.run.loaded"),
+        (["bench", "-o"], "prescope.cli.bench.loaded"),
+        (["train", "-o"], "prescope.engine.load"),
+        (["sweep", "a", "--vary", "slots=1:4", "--report"], "prescope.tuning.open_sweep"),
+        (
+            ["report", str(ROOT / "notebooks" / "00_quickstart.ipynb"), "-o"],
+            "prescope.report.notebook._execute",
+        ),
+    ],
+)
+@pytest.mark.parametrize("output", ["file/a.json", "folder.json", "x" * 300 + ".json"])
+def test_what_cannot_be_written_is_said_before_the_work(call, work, output, capsys, tmp_path, monkeypatch):
+    """A page was refused when its notebook had run, a timeline behind the text, a predictor behind its first epoch."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder.json").mkdir()
+
+    def worked(*_, **__):
+        pytest.fail("it worked before it said so")
+
+    monkeypatch.setattr(work, worked)
+    assert main([*call, output]) in (1, 2)
+    assert output in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.json"]
+
+
+def test_what_can_be_written_is_left_as_it_is(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    require_writable(path)
+    assert path.parent.is_dir() and not list(path.parent.iterdir())
+    path.write_text("{}")
+    require_writable(path)
+    assert path.read_text() == "{}" and len(list(path.parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize("option", ["--trace", "--prompts"])
