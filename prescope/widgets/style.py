@@ -20,8 +20,8 @@ ARROW = (
 CSS = f"""
 .prescope {{ --ps-text: var(--jp-ui-font-color1, #222); --ps-soft: var(--jp-ui-font-color2, #555);
   --ps-ground: var(--jp-layout-color1, #fff); --ps-line: var(--jp-border-color2, #ddd); --ps-good: #00694c;
-  --ps-bad: #a33e00; font: 13px/1.45 {FONT}; color: var(--ps-text); container: prescope / inline-size;
-  overflow: visible; }}
+  --ps-bad: #a33e00; --ps-focus: var(--jp-brand-color1, #1976d2); font: 13px/1.45 {FONT}; color: var(--ps-text);
+  container: prescope / inline-size; overflow: visible; }}
 [data-jp-theme-light="false"] .prescope {{ --ps-good: #3ecf9f; --ps-bad: #ff9a57; }}
 [data-jp-theme-light="false"] .prescope {{ --jp-widgets-dropdown-arrow: url("{ARROW}"); }}
 .prescope .widget-html, .prescope .widget-html-content, .prescope .jupyter-widgets {{ color: var(--ps-text);
@@ -29,6 +29,8 @@ CSS = f"""
 .prescope .widget-html-content {{ overflow: visible; }}
 .prescope :is(select, input, button, .lm-TabBar-tab) {{ font-family: {FONT}; }}
 {figures_css(".prescope", "var(--ps-text)")}
+.prescope :is(a, button, select, input, textarea, .noUi-handle, .widget-readout, .lm-TabBar-tab):focus-visible {{
+  outline: 2px solid var(--ps-focus) !important; outline-offset: 1px; }}
 .prescope.jupyter-widgets-disconnected::before {{ content: "The session is gone: run the notebook's first cells again.";
   display: block; padding: 8px 12px; border: 1px solid var(--ps-bad); border-radius: 4px; color: var(--ps-bad);
   font: 600 14px {FONT}; }}

@@ -34,6 +34,12 @@ FIGURES = """
     .map(p => [p.layout.title.text.split('<br>')[0], p.data.map(t => JSON.stringify(plain(t)))]));
 }
 """
+#: What has the focus, and how its ring is drawn.
+FOCUS = """
+() => { const now = document.activeElement, looks = getComputedStyle(now);
+  return [now.closest('.modebar') ? 'modebar' : now.getAttribute('role') ?? now.tagName,
+    `${looks.outlineWidth} ${looks.outlineStyle}`]; }
+"""
 #: Words of errors that are ours: of the panels, of plotly, of a widget that was closed under the page.
 OURS = ("prescope", "plotly", "comm channel")
 PLOTS = "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 9"
@@ -80,6 +86,21 @@ def what_does_nothing_is_no_stop_of_tab(page) -> None:
     page.wait_for_timeout(1_500)
 
 
+def focus_is_seen_at_every_stop(page) -> None:
+    """By keyboard alone: Lab's sheet took the ring from sliders and menus."""
+    page.locator(".prescope select:visible").first.focus()
+    kinds = set()
+    for _ in range(40):
+        kind, ring = page.evaluate(FOCUS)
+        assert ring == "2px solid", kind
+        kinds.add(kind)
+        page.keyboard.press("Tab")
+        page.wait_for_timeout(50)
+        if "modebar" in kind:
+            break
+    assert {"SELECT", "BUTTON", "slider", "tab"} <= kinds and any("modebar" in kind for kind in kinds), kinds
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -96,6 +117,7 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
             page.locator(".ps-field", has_text=label).locator(".noUi-handle").first.focus()
             page.keyboard.press("ArrowRight")
             page.wait_for_timeout(1_500)
+        focus_is_seen_at_every_stop(page)
         drag_over_the_overview(page)
         what_does_nothing_is_no_stop_of_tab(page)
         for tab in ("Schedules", "Live tuning", "Schedules", "Live tuning"):
