@@ -214,7 +214,7 @@ def settle(engine: Served, keywords: Mapping[str, Any]) -> Settings:
     """The settings of a run: greedy, unless the call or its `generation_config` says otherwise.
 
     Raises:
-        UnsupportedOption: one needs a tokenizer and there is none.
+        UnsupportedOption: one needs a tokenizer and there is none, or transformers refuses one.
     """
     model, given = engine.model, {name: _plain(name, value) for name, value in keywords.items()}
     config = given.pop("generation_config", None)
@@ -228,7 +228,12 @@ def settle(engine: Served, keywords: Mapping[str, Any]) -> Settings:
         config = _of_plain_values(deepcopy(config))
         if config.do_sample is None:
             config.do_sample = False
-    in_force, others = model._prepare_generation_config(config, **given)
+    try:
+        in_force, others = model._prepare_generation_config(config, **given)
+    except (ValueError, TypeError) as error:  # max_new_tokens=0, say, or "5"
+        told = {name: value for name, value in given.items() if name in SETTINGS}
+        said = ", ".join(f"{name}={value!r:.60}" for name, value in told.items())
+        raise UnsupportedOption(f"transformers refuses these settings ({said}): {error}") from error
     in_force = _of_plain_values(in_force)
     standard = GenerationConfig()
     standard.update(**standard._get_default_generation_params(), defaults_only=True)

@@ -266,3 +266,22 @@ def test_the_models_own_generate_is_left_as_it_was(model):
             engine.generate(IDS, max_new_tokens=4, on_step=lambda _: 1 / 0)
         assert "_get_stopping_criteria" not in model.__dict__
     assert dataclasses.asdict(run.metrics)["output_tokens"] == 12
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": -1},
+        {"max_new_tokens": "5"},
+        {"max_new_tokens": 3, "num_return_sequences": 2},
+        {"max_new_tokens": 3, "pad_token_id": -7, "cache_implementation": "none such"},
+    ],
+)
+def test_settings_that_the_library_refuses_are_refused_by_name_and_the_engine_works_on(settings):
+    """A panel, a sweep and the shell take an error of ours for the user's; the library's own was a crash to them."""
+    with prescope.attach(tiny_moe(pad_token_id=0), slots=0.5, **FAST_LINK) as engine:
+        with pytest.raises(UnsupportedOption, match=next(reversed(settings))) as refused:
+            engine.generate(IDS, **settings)
+        assert "transformers refuses these settings" in str(refused.value)
+        assert len(engine.generate(IDS, max_new_tokens=2).tokens) == len(IDS)
