@@ -425,16 +425,18 @@ class Session:
         self,
         path: str | Path,
         *,
-        of: SchedulePanel | Dashboard | RunResult | None = None,
+        of: SchedulePanel | SlotsPanel | Dashboard | RunResult | None = None,
         title: str = "Where does each token's time go?",
     ) -> Path:
         """Write one HTML page that opens offline: the answer in one line, numbers and bound, figures, how to get them.
 
         Args:
-            of: a run, or a panel as it stands: its setting, its simulation, and what was measured of it. None: the last
-                run.
+            of: a run, or a panel as it stands: its setting, its simulation, and what was measured of it; of `panel` the
+                run that it shows. None: the last run.
 
         Raises:
+            UnsupportedOption: `of` is something else.
+            BadTrace: there is no run yet.
             CannotWrite: no space, or no permission.
         """
         panel = of.live if isinstance(of, Dashboard) else of
@@ -443,7 +445,13 @@ class Session:
                 panel.scenarios, panel.scenario, panel.measured_runs, panel.pinned, panel.shown_steps
             )
         else:
-            run = panel or self.last
+            run = panel.result if isinstance(panel, SlotsPanel) else panel
+            run = self.last if run is None else run
+            if not isinstance(run, RunResult):
+                raise UnsupportedOption(
+                    f"of is a {type(of).__name__}; a report is of one run, of `dashboard`, `schedule_panel` or "
+                    f"`panel`, or of None for the last run; `prescope.report.write_sweep_report` is of a sweep"
+                )
             is_ours = run.config["fingerprint"] == self.engine.fingerprint and _is_recorded(run)
             story = story_of_run(run, self._own_scenarios(run) if is_ours else None)
         return write_story(story, path, title=title)

@@ -244,6 +244,26 @@ def test_a_report_of_a_panel_is_of_its_setting(session, tmp_path):
     board.close()
 
 
+def test_a_report_of_the_panel_of_slots_is_of_the_run_that_it_shows(session, tmp_path):
+    run = session.run(PROMPTS, slots=40, max_new_tokens=3)
+    panel = session.panel(PROMPTS, max_new_tokens=3)
+    session.run(PROMPTS, slots=50, max_new_tokens=3)
+    assert panel.result is run
+    page = session.report(tmp_path / "r.html", of=panel).read_text()
+    assert "On demand · 40 slots" in page and "On demand · 50 slots" not in page
+    panel.result = None
+    assert "On demand · 50 slots" in session.report(tmp_path / "r.html", of=panel).read_text(), "the last run"
+
+
+def test_what_no_report_can_be_of_is_told(session, tmp_path):
+    run = session.run(PROMPTS, max_new_tokens=3)
+    pair = session.pair_panel(session.scenarios(run), Scenario(slots=50))
+    for of in (pair, [run, run], "a run", run.metrics):
+        with pytest.raises(UnsupportedOption, match="a report is of one run"):
+            session.report(tmp_path / "r.html", of=of)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("last", [{"max_new_tokens": 1}, {"max_new_tokens": 4, "use_cache": False}])
 def test_a_report_of_a_run_without_decode_steps_says_what_cannot_be_drawn(session, tmp_path, last):
     session.run("The old man", max_new_tokens=3)
