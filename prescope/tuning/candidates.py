@@ -50,7 +50,7 @@ def best_of(sweep: Sweep, device: Device, notes: list[str]) -> list[Chosen]:
     moving = [name for name in sweep.space if name in OF_THE_REPLAY]
     if moving:
         notes.append(f"{', '.join(moving)} moved in the search; the proof runs on this machine as it is")
-    is_known = "tokens_per_s" in [one.name for one in sweep.objectives]
+    is_known = "tokens_per_s" in [one.name for one in sweep.objectives] and _is_of_the_model(sweep, device)
     found, left_out = list[Chosen](), 0
     for row in sweep.best(LOOKED_AT).to_dict("records"):
         settings = _for_engine(sweep.settings_of(row["number"]), device)
@@ -63,9 +63,23 @@ def best_of(sweep: Sweep, device: Device, notes: list[str]) -> list[Chosen]:
             )
         if len(found) == TOP:
             break
+    if not _is_of_the_model(sweep, device):
+        notes.append(
+            "the search replayed a run of another model: its tokens/s are not held against those measured here"
+        )
     if left_out:
         notes.append(f"{left_out} of the best points can only be simulated, not run here: left out")
     return found
+
+
+def _is_of_the_model(sweep: Sweep, device: Device) -> bool:
+    """Whether the search, where it was a replay, was of a run of a model of this one's shape."""
+    runner = sweep.runner
+    if not isinstance(runner, SimulatorRunner):
+        return True
+    there, here = runner.shape, device.engine.shape
+    sizes = 3 if there.top_k and here.top_k else 2  # an engine may not know its top-k before the first token
+    return there[:sizes] == here[:sizes]
 
 
 def _for_engine(point: Mapping[str, Any], device: Device) -> dict[str, Any] | None:
@@ -91,7 +105,7 @@ def simulated_default(
 ) -> float:
     """Tokens/s that the search's simulator gives the default; NaN where it cannot."""
     runner = None if sweep is None else sweep.runner
-    if sweep is None or not isinstance(runner, SimulatorRunner):
+    if sweep is None or not isinstance(runner, SimulatorRunner) or not _is_of_the_model(sweep, device):
         return float("nan")
     if not _are_same(runner.frequencies, device.engine.frequencies):
         notes.append(

@@ -88,14 +88,16 @@ class SimulatorRunner:
                 raise TraceMismatch(
                     f"the trace {name!r} is of {_shape_of(trace)}, the first of {_shape_of(first)}"
                 )
-        shape = MoEShape(first.num_layers, first.num_experts, first.top_k, self._machines[0].row_bytes)
+        self.shape = MoEShape(first.num_layers, first.num_experts, first.top_k, self._machines[0].row_bytes)
         names = [
             NONE,
             *(one.name for one in self._predictors if one.name not in (NONE, ORACLE)),
             NOISY,
             ORACLE,
         ]
-        self._settings = simulator_settings(shape, [one.name for one in self._machines], self._traces, names)
+        self._settings = simulator_settings(
+            self.shape, [one.name for one in self._machines], self._traces, names
+        )
         self._ready: dict[tuple[str, int | None], Scenarios] = {}
         self._scenarios(next(iter(self._traces)), None)  # what is wrong with a trace is said here
 

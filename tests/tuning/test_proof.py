@@ -13,13 +13,26 @@ import torch
 from prescope.engine import attach
 from prescope.engine.turn import Turn
 from prescope.errors import UnsupportedOption
-from prescope.tuning import Choices, EngineRunner, Measured, Range, Space, open_sweep, prove, verdict
+from prescope.scheduler.costs import LayerCosts
+from prescope.traces.synthetic import SyntheticSpec
+from prescope.tuning import (
+    Choices,
+    EngineRunner,
+    Measured,
+    Range,
+    SimulatorRunner,
+    Space,
+    open_sweep,
+    prove,
+    verdict,
+)
 from prescope.tuning.engine_runner import Timed
 from prescope.tuning.prompts import checksum_of_prompt, texts_of
 from prescope.tuning.timings import CONFIDENCE, LEAST_GAIN
 from tests.support.models import tiny_moe
 
 PROMPTS = [[5, 9, 2, 7], [1, 1, 2, 3, 5, 8]]
+COSTS = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=50.0, cpu_us=(0.0, 300.0, 400.0), source="made up")
 
 
 def blocks(default_ms, candidate_ms, count=4, noise=0.01, drift=0.0, seed=0):
@@ -260,6 +273,24 @@ def test_a_search_on_the_device_and_its_proof_on_other_prompts(engine, tmp_path,
     engine.configure(**proof.keywords)  # the default as well as a setting that is kept
     assert proof.is_lossless, "float32: the tokens are the plain model's under every setting"
     assert proof.origin == "emulated" and "emulated" in proof.label
+
+
+@pytest.mark.parametrize("is_another", [True, False])
+def test_the_simulator_is_not_blamed_for_another_models_speed(engine, is_another, tmp_path, monkeypatch):
+    """A search on the recording of a large model, proved on a small one, said the simulator was 788 % off."""
+    monkeypatch.chdir(tmp_path)
+    shape = engine.shape
+    L, E, K = (shape.num_layers + is_another, shape.num_experts, shape.top_k)
+    trace = SyntheticSpec(num_layers=L, num_experts=E, top_k=K).generate(new_tokens=6, prompt_tokens=4)
+    runner = SimulatorRunner(trace, COSTS, row_bytes=1000)
+    sweep = open_sweep("one", Space(slots=Choices(4, 6)), runner, method="grid")
+    sweep.run()
+    proof = prove(sweep, engine, PROMPTS, repeats=2, new_tokens=3)
+    said = " ".join(proof.notes)
+    assert ("run of another model" in said) is is_another
+    assert ("the simulator said" in said) is not is_another
+    assert proof.table()["simulator off %"].isna().all() == is_another
+    assert all(math.isnan(one.simulated_gain) == is_another for one in proof.candidates)
 
 
 @pytest.mark.parametrize(

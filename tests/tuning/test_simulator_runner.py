@@ -151,7 +151,9 @@ def test_points_know_the_hot_experts_that_the_engine_knows():
             "predictor": "none",
             "slots": 12,
         }
-        device = SimpleNamespace(engine=SimpleNamespace(frequencies=known), default=default)
+        device = SimpleNamespace(
+            engine=SimpleNamespace(frequencies=known, shape=untold.shape), default=default
+        )
         notes = []
         simulated = simulated_default(SimpleNamespace(runner=simulator, fixed={}), device, {}, notes)
         assert simulated == simulator.run(settings).values["tokens_per_s"]
