@@ -140,7 +140,8 @@ def create_or_open(name: str, plan: Plan, where: str | None) -> Record:
         )
     url = url_of(name) if where is None else where
     if where is None:
-        FOLDER.mkdir(parents=True, exist_ok=True)
+        with in_words(url):
+            FOLDER.mkdir(parents=True, exist_ok=True)
     storage = _storage(url)
     directions = [one.direction for one in plan.objectives]
     with in_words(url), quiet():
@@ -271,7 +272,13 @@ def in_words(url: str) -> Iterator[None]:
     """Troubles with a storage as a BadSweep that says which it is."""
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError, ImportError) as error:
+    except (
+        sqlalchemy.exc.SQLAlchemyError,
+        StorageInternalError,
+        RuntimeError,
+        ImportError,
+        OSError,
+    ) as error:
         cause = error.__cause__ or error
         raise BadSweep(
             f"the storage {shown(url)} cannot be used: {cause}. Give the URL of a database that Optuna can use, or "

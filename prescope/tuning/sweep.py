@@ -337,8 +337,9 @@ def open_sweep(
     where = None if storage is None else str(storage)
     if where is not None and "://" not in where:
         file = user_path(where)
-        file.parent.mkdir(parents=True, exist_ok=True)
         where = url_of_file(file)
+        with in_words(where):
+            file.parent.mkdir(parents=True, exist_ok=True)
     return Sweep(create_or_open(name, plan, where), runner)
 
 

@@ -460,6 +460,18 @@ def test_a_storage_that_is_lost_in_the_middle_is_said(tmp_path):
             use()
 
 
+@pytest.mark.parametrize("storage", [None, "runs/a.db", "runs/deep/a.db"])
+def test_a_folder_that_cannot_be_made_for_a_sweep_is_said(storage, tmp_path, monkeypatch):
+    """A folder that is read-only said "Permission denied: 'runs'", which a panel did not take for the user's error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").touch()
+    with pytest.raises(BadSweep, match=r"storage sqlite:///runs/.*\.db cannot be used: .*Give the URL"):
+        open_sweep("a", SPACE, Hill(), storage=storage)
+    (tmp_path / "runs").unlink()
+    open_sweep("a", SPACE, Hill(), storage=storage).run(points=1)
+    assert list((tmp_path / "runs").rglob("*.db"))
+
+
 def test_two_sweeps_may_share_a_storage(tmp_path):
     url = f"sqlite:///{tmp_path / 'both.db'}"
     for name in ("one", "two"):
