@@ -175,7 +175,8 @@ def _replays(given: str, shape: str | None) -> "SimulatorRunner":
     from ..tuning import SimulatorRunner
 
     path = user_path(given)
-    if given in shipped_recordings() or path.with_suffix(".trace.safetensors").exists():
+    is_recording = bool(path.name) and path.with_suffix(".trace.safetensors").exists()
+    if given in shipped_recordings() or is_recording:
         return SimulatorRunner.of_recording(given)
     trace = read_trace(path, shape=None if shape is None else shape_of(shape))
     return SimulatorRunner({path.name: trace}, shipped_machines(trace.shape, 1))

@@ -112,6 +112,7 @@ def test_a_wrong_call_is_2_and_says_what_is_wrong(arguments, capsys):
         (["report", str(ROOT / "pyproject.toml"), "--out", "x.html"], "is no notebook"),
         (["report", str(embedded_model() / "config.json"), "--out", "x.html"], "is no notebook"),
         (["train", "--prompts", "."], "folder"),
+        *((["sweep", "a", "--vary", "slots=1:4", "--trace", at], "shape") for at in (".", "/", "")),
     ],
 )
 def test_an_error_is_1_and_one_line_with_the_remedy(arguments, words, capsys, tmp_path, monkeypatch):
