@@ -27,19 +27,18 @@ def belady_misses(
     It starts empty, or, to compare with a run on warm slots, with what the needs of the trace `before` left.
 
     Evicts the expert whose next need is farthest away (L. A. Belady, IBM Systems Journal 5(2), 1966), which is
-    optimal for experts of equal size. The experts of one layer are needed one after the other, as in rounds, in the
-    order that misses least: what is there first, and last of the others what is needed again soonest.
+    optimal for experts of equal size. The experts of one layer are needed one after the other, by their numbers.
 
     Args:
         bypass: what is missed need not be kept, as where the CPU computes it: a cache then misses less.
     """
-    keys, phases, groups = _needs(trace)
+    keys, phases, _ = _needs(trace)
     first = 0
     if before is not None:
-        earlier, _, earlier_groups = _needs(before)
+        earlier, _, _ = _needs(before)
         first, keys = len(earlier), np.concatenate([earlier, keys])
-        groups = np.concatenate([earlier_groups, groups + trace.num_layers * len(before.steps)])
-    misses = _belady(keys, _ends(groups), np.zeros(len(keys), np.bool_), _size(trace), num_slots, bypass)
+    each = np.arange(1, len(keys) + 1)
+    misses = _belady(keys, each, np.zeros(len(keys), np.bool_), _size(trace), num_slots, bypass)
     decode, misses = phases == 1, misses[first:]
     return BoundCounts(
         int((~decode).sum()), int(misses[~decode].sum()), int(decode.sum()), int(misses[decode].sum())
@@ -56,8 +55,9 @@ def decode_misses(
 ) -> int:
     """Fewest misses of the decode steps alone, on a clock that prompts are not on: what they load costs nothing.
 
-    With one prompt as `belady_misses`. With several, a cache does not keep for a prompt what that can load again, nor
-    need it keep what a prompt loads.
+    With one prompt as `belady_misses`, but for layers that need more experts than there are slots: those are served in
+    rounds, in the order that misses least. With several prompts, a cache does not keep for one what that can load
+    again, nor need it keep what a prompt loads.
 
     Args:
         bypass: as of `belady_misses`.
@@ -68,7 +68,7 @@ def decode_misses(
     is_free = phases == 0
     if sure_share <= 1.0 or placed:
         keys, is_free, groups = _with_brought(trace, keys, is_free, groups, placed, sure_share)
-    misses = _belady(keys, _ends(groups), is_free, _size(trace), num_slots, bypass)
+    misses = _belady(keys, _ends(groups, num_slots), is_free, _size(trace), num_slots, bypass)
     return int(misses[~is_free].sum())
 
 
@@ -127,7 +127,7 @@ def _belady(
     """Which of the needs (n,) miss; those of a group in another order, `_in_order`.
 
     Args:
-        ends: of the groups: needs that come together, a layer's of one step.
+        ends: of the groups: needs that come in any order.
         is_free: groups whose misses cost nothing, and need not be kept whatever `bypass` says.
     """
     keys, following = _in_order(keys, ends, is_free, num_keys)
@@ -208,6 +208,11 @@ def _needs(trace: RoutingTrace) -> tuple[NDArray[np.int64], NDArray[np.int8], ND
     return np.concatenate(keys), np.concatenate(phases), np.concatenate(groups)
 
 
-def _ends(groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each group of needs that come together ends."""
-    return np.append(np.flatnonzero(np.diff(groups)) + 1, len(groups))
+def _ends(groups: NDArray[np.int64], num_slots: int) -> NDArray[np.int64]:
+    """Where each group of needs that come in any order ends: those of a layer that all slots do not hold.
+
+    Of a layer that they hold none is evicted before all are served, so that no cache misses less than in a fixed order.
+    """
+    _, of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    is_end = np.append(np.diff(groups) != 0, True) | (sizes[of] <= num_slots)
+    return np.flatnonzero(is_end) + 1
