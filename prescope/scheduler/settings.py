@@ -59,7 +59,7 @@ def resolve(
         by = f"{predictor} answers" if predictor else "there is no predictor, so choose one or None:"
         raise UnsupportedOption(f"lookahead is {lookahead!r}; {by} for 0 to {depth} layers ahead here")
     if width is None:
-        width = num_experts if schedule.width is None else schedule.width
+        width = num_experts if schedule.width is None else min(schedule.width, num_experts)
     if not (is_count(width) and 0 <= width <= num_experts):
         raise UnsupportedOption(
             f"width is {width!r}; a layer has {num_experts} experts: choose 0 to {num_experts}"

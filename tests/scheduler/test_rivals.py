@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prescope.cache.slots import Slots, sort_need
+from prescope.errors import UnsupportedOption
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.baselines import artefact, fiddler, hybrimoe, static_split
 from prescope.scheduler.costs import LayerCosts, compiled_costs
 from prescope.scheduler.fill import Habits
 from prescope.scheduler.impact import delay_us, split_us
 from prescope.scheduler.plan import ARTEFACT_BATCH, Situation
+from prescope.scheduler.settings import resolve
 from prescope.scheduler.types import Costs, ScheduleSettings, cpu_time
 from tests.support.whole_plan import whole_plan
 
@@ -198,3 +200,13 @@ def test_a_cpu_whose_time_is_known_for_one_token_alone_is_a_cpu(decide, cpu_us, 
 def test_where_no_token_has_a_time_on_the_cpu_all_are_copied(decide, cpu_us):
     costs = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=50.0, cpu_us=cpu_us, source="by hand")
     assert decide(compiled_costs(costs, cpu=True, predicts=False), np.array([4, 1, 1])) == 3
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("num_experts", [1, 2, 3])
+def test_a_schedules_own_settings_fit_a_layer_of_few_experts(name, num_experts):
+    """The artefact prefetches two experts: with one in a layer its own setting was refused, and a comparison too."""
+    found = resolve(name, num_experts=num_experts, depth=2)
+    assert 1 <= found.settings.width <= num_experts
+    with pytest.raises(UnsupportedOption, match="choose 0 to"):
+        resolve(name, num_experts=num_experts, depth=2, width=num_experts + 1)
