@@ -138,9 +138,7 @@ def _decided_by_host(
     On an H200 notebook 03 said 2,666 tokens/s of a schedule that then made 1,520: simulated with no wait but the GPU's.
     """
     asked = [decide_us_of(one) for one in others if _is_here(one, run) and one.driver == "host-driven"]
-    asked = [
-        us for us in asked if us > 0.0
-    ]  # a run without events, or that missed nothing, tells nothing of it
+    asked = [us for us in asked if us > 0.0]  # without events, or misses, a run tells nothing of it
     if asked:
         us, origin = median(asked), f"of {count_of(len(asked), 'run')} that the host decided"
     elif profile is not None and (known := profile.lanes.layer_us("decide", expert, run.metrics.batch)):

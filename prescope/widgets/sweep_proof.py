@@ -97,10 +97,8 @@ class SweepProof:
             if time.monotonic() - self._begun_s > DOUBLE_CLICK_S:
                 self._cancel.set()
             return
-        self._is_running, self._begun_s = (
-            True,
-            time.monotonic(),
-        )  # here: the thread may be late for a second click
+        # Here: the thread may be late for a second click.
+        self._is_running, self._begun_s = True, time.monotonic()
         threading.Thread(target=self._try, name="prescope-proof", daemon=True).start()
 
     def _try(self, **_: Any) -> None:
