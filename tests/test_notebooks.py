@@ -218,7 +218,7 @@ def test_the_text_of_the_paper_s_experiments_says_what_its_figure_of_machines_sh
     ahead = {name: gain(name, base, fiddler) for name in there.machines}
     behind = [name for name, percent in ahead.items() if percent < 0]
     assert behind == [name for name in ahead if name.startswith(("paper_machine", "test_machine"))]
-    assert all(0 < ahead[name] < 3.5 for name in ahead if "emulated PCIe 3" in name)
+    assert all(0 < ahead[name] < 4.5 for name in ahead if "emulated PCIe 3" in name)
     assert (round(-max(ahead[name] for name in behind)), round(-min(ahead.values()))) == (3, 18)
     assert all(gain(name, oracle, base) < 0 for name in behind), "perfect prediction does not help there"
     for name in behind[:-1]:
