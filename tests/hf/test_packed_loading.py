@@ -86,8 +86,9 @@ def test_slots_in_bytes_are_counted_in_packed_rows(fp8):
 def test_packing_at_load_is_marked_lossy_and_computes_with_what_it_packed(tmp_path, form):
     model = tiny_moe(hidden_size=64, moe_intermediate_size=32)
     model.save_pretrained(tmp_path)
-    ids = prompt(3)
+    ids, threads = prompt(3), torch.get_num_threads()
     with load(tmp_path, slots=8, experts=form) as engine, torch.no_grad():
+        assert torch.get_num_threads() == threads, "packing takes one thread of torch's for each expert"
         run = engine.generate(ids, max_new_tokens=4)
         for layer, held, own in zip(
             engine.layers, engine.runner.host.layers, model.model.layers, strict=True

@@ -53,6 +53,33 @@ def test_errors_are_those_of_rounding(format):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("piece", [1, 3 * 192 * 50])
+def test_pieces_of_a_matrix_are_packed_as_the_whole(format, piece, monkeypatch):
+    """Blocks of scales are not cut, whatever fits into a piece."""
+    whole = format.pack(weights())
+    monkeypatch.setattr("prescope.weights.formats.base.PIECE", piece)
+    pieces = format.pack(weights())
+    for suffix, part in whole.items():
+        assert torch.equal(pieces[suffix].view(torch.uint8), part.view(torch.uint8))
+
+
+def test_weights_of_mxfp4_are_the_nearest_that_either_scale_has():
+    """By looking at every pattern, in float64; halves and quarters of powers of two are often between two of them."""
+    rng = torch.Generator().manual_seed(0)
+    between = torch.randint(-28, 29, (2000, 32), generator=rng) / 4.0
+    original = torch.cat([between, torch.randn((2000, 32), generator=rng)])
+    original *= 2.0 ** torch.randint(-40, 40, (len(original), 1), generator=rng)
+    scale = torch.exp2(torch.floor(torch.log2(original.abs().amax(-1, keepdim=True))) - 2).double()
+    table = torch.tensor(E2M1, dtype=torch.float64)
+    lost = torch.stack([
+        (original.double().unsqueeze(-1) / wide / scale.unsqueeze(-1) - table).abs().amin(-1).square().sum(-1) * wide**2
+        for wide in (1.0, 2.0)
+    ])  # fmt: skip
+    found = Mxfp4().unpack(Mxfp4().pack(original), (4000, 32)).double()
+    torch.testing.assert_close(((found - original) / scale).square().sum(-1), lost.amin(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_zeros_stay_zeros(format):
     parts = format.pack(torch.zeros((1, *SHAPE)))
     assert not format.unpack(parts, SHAPE).any()

@@ -10,6 +10,11 @@ from typing import NamedTuple
 import torch
 
 
+#: Weights that are packed at a time on a CPU, in float32 a few times as many bytes: of a whole matrix they leave its
+#: caches, and 1536 x 2048 weights take 40 ms instead of 10 for int4, one thread.
+PIECE = 1 << 18
+
+
 class Part(NamedTuple):
     """One of the tensors that hold a packed matrix.
 
@@ -39,9 +44,25 @@ class Format(ABC):
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         """The exact values (..., N, K) in float32 of tensors (..., *part.shape), by suffix."""
 
-    @abstractmethod
     def pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         """The nearest that the format has to weights (..., N, K), by suffix."""
+        together = self.rows_together
+        row_size = max(1, together * weights[..., 0, :].numel())
+        rows = together * max(1, PIECE // row_size)
+        if weights.device.type != "cpu" or rows >= weights.shape[-2]:
+            return self._pack(weights)
+        pieces = [self._pack(piece) for piece in weights.split(rows, dim=-2)]
+        axis = weights.ndim - 2
+        return {suffix: torch.cat([one[suffix] for one in pieces], dim=axis) for suffix in pieces[0]}
+
+    @property
+    def rows_together(self) -> int:
+        """Rows that share scales, so that they are packed together."""
+        return 1
+
+    @abstractmethod
+    def _pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`pack`, of some rows of a matrix that share scales with no others."""
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a matrix, scales included."""

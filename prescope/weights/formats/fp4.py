@@ -12,8 +12,6 @@ from .nibbles import join, split
 
 #: Values of the 16 patterns: a sign, two bits of exponent, one of mantissa.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-#: Half-way between neighbours, from which on the larger one is nearer.
-BETWEEN = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 #: Exponent of an e8m0 scale of 2 ** 0.
 BIAS = 127
 
@@ -35,22 +33,21 @@ class Mxfp4(Format):
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         return _scaled(parts[""], e8m0(parts["_scale"]), 32)
 
-    def pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         columns = weights.shape[-1]
         groups = functional.pad(weights.float(), (0, -columns % 32)).unflatten(-1, (-1, 32))
         # The power of two that brings the largest weight to between 4 and 8, of which 6 and more become 6; or the next,
         # with which none is cut off and all are coarser: whichever comes nearer to the group as a whole.
-        _, exponent = torch.frexp(groups.abs().amax(-1))
+        sizes = groups.abs()
+        _, exponent = torch.frexp(sizes.amax(-1))
         near, wide = ((exponent - 3 + BIAS + more).clamp(0, 254) for more in (0, 1))
-        is_wide = self._error(groups, wide) < self._error(groups, near)
-        scale = torch.where(is_wide, wide, near)
-        packed = _nearest(groups / e8m0(scale).unsqueeze(-1))[..., : columns // 2]
-        return {"": packed.contiguous(), "_scale": scale.to(torch.uint8)}
-
-    def _error(self, groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Sum of squares (..., N, groups) of what a scale loses."""
-        found = _scaled(_nearest(groups / e8m0(scale).unsqueeze(-1)), e8m0(scale), 32)
-        return (found.unflatten(-1, (-1, 32)) - groups).square().sum(-1)
+        sizes /= e8m0(near).unsqueeze(-1)
+        index, error = _nearest(sizes)
+        sizes *= 0.5
+        index_wide, error_wide = _nearest(sizes)
+        is_wide = (4.0 * error_wide < error) & (wide > near)
+        packed = _signed(torch.where(is_wide.unsqueeze(-1), index_wide, index), groups)[..., : columns // 2]
+        return {"": packed.contiguous(), "_scale": torch.where(is_wide, wide, near).to(torch.uint8)}
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Nvfp4(Format):
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         return _scaled(parts[""], parts["_scale"].float() * parts["_global"].unsqueeze(-1), 16)
 
-    def pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         groups = weights.float().unflatten(-1, (-1, 16))
         largest = groups.abs().amax(-1) / 6
         of_row = largest.amax(-1) / torch.finfo(torch.float8_e4m3fn).max
@@ -80,7 +77,7 @@ class Nvfp4(Format):
         scale = (largest / of_row.unsqueeze(-1)).to(torch.float8_e4m3fn)
         whole = (scale.float() * of_row.unsqueeze(-1)).unsqueeze(-1)
         return {
-            "": _nearest(groups / torch.where(whole > 0, whole, 1.0)),
+            "": _signed(_nearest(groups.abs() / torch.where(whole > 0, whole, 1.0))[0], groups),
             "_scale": scale,
             "_global": of_row,
         }
@@ -107,9 +104,18 @@ def _values(device: torch.device) -> torch.Tensor:
     return torch.tensor(E2M1, dtype=torch.float32, device=device)
 
 
-def _nearest(groups: torch.Tensor) -> torch.Tensor:
-    """The nearest patterns to (..., groups, n) numbers, two in a byte."""
-    size = torch.bucketize(
-        groups.abs().contiguous(), torch.tensor(BETWEEN, dtype=torch.float32, device=groups.device)
-    )
-    return join((size + 8 * (groups < 0)).flatten(-2))
+def _nearest(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of (..., n) numbers, not below 0, the nearest of the first 8 patterns (of two, the less) and the sum of squares of
+    what is lost (...).
+    """
+    # Steps of 0.5 up to 2, of 1 up to 4, of 2 up to 6: exact, and some 20 times as fast as to look for the place.
+    halves = (sizes * 2.0).sub_(0.5).ceil_().clamp_(0.0, 4.0)
+    ones = (sizes - 2.5).ceil_().clamp_(0.0, 2.0)
+    twos = (sizes * 0.5).sub_(2.5).ceil_().clamp_(0.0, 1.0)
+    lost = sizes - (halves * 0.5).add_(ones).add_(twos, alpha=2.0)
+    return halves.add_(ones).add_(twos), lost.square_().sum(-1)
+
+
+def _signed(index: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Bytes of patterns (..., groups, n) with the signs of the numbers, two in each."""
+    return join((index + 8.0 * (groups < 0)).flatten(-2))

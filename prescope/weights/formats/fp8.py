@@ -26,6 +26,10 @@ class Fp8(Format):
     def name(self) -> str:
         return "fp8"
 
+    @property
+    def rows_together(self) -> int:
+        return self.block_rows
+
     def parts(self, shape: tuple[int, int]) -> tuple[Part, ...]:
         rows, columns = -(-shape[0] // self.block_rows), -(-shape[1] // self.block_columns)
         return Part("", shape, torch.float8_e4m3fn), Part("_scale", (rows, columns), torch.float32)
@@ -33,7 +37,7 @@ class Fp8(Format):
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         return parts[""].float() * self._spread(parts["_scale"], shape)
 
-    def pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         shape = weights.shape[-2], weights.shape[-1]
         blocks = self.parts(shape)[1].shape
         padding = blocks[1] * self.block_columns - shape[1], blocks[0] * self.block_rows - shape[0]

@@ -44,7 +44,7 @@ class Int4(Format):
         zero = parts["_zero"].float().unsqueeze(-1) if self.has_zeros else MIDDLE
         return ((q - zero) * parts["_scale"].float().unsqueeze(-1)).flatten(-2)
 
-    def pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         groups = weights.float().unflatten(-1, (-1, self.group))
         if self.has_zeros:
             low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)

@@ -29,7 +29,7 @@ class Int8(Format):
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
         return (self._grouped(parts[""].float()) * parts["_scale"].unsqueeze(-1)).reshape(parts[""].shape)
 
-    def pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _pack(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         groups = self._grouped(weights.float())
         scale = groups.abs().amax(-1) / 127
         steps = groups / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)

@@ -10,5 +10,5 @@ def split(packed: torch.Tensor) -> torch.Tensor:
 
 def join(numbers: torch.Tensor) -> torch.Tensor:
     """Bytes (..., n) of numbers (..., 2n) below 16."""
-    pairs = numbers.to(torch.uint8).unflatten(-1, (-1, 2))
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    pairs = numbers.to(torch.uint8).contiguous().view(torch.int16)  # the first is the lower byte
+    return (pairs | (pairs >> 4)).to(torch.uint8)
