@@ -112,6 +112,16 @@ def test_an_expert_whose_layer_has_looked_keeps_its_slot(decided):
     )
 
 
+def test_prefetches_are_handed_over_one_at_a_time():
+    """Handing one over takes microseconds, in which the next layer may have asked."""
+    host = Host(2, has_looked=[0, 1])
+    want(host.state.waiting, np.array([WANTED, WANTED - 1]), numbers(0))
+    for on_wire in (1, 2, 2):
+        host.pump()
+        assert host.state.counts[at.WIRE_COUNT] == on_wire
+    assert host.state.waiting.counts[NUM_WAITING] == 0
+
+
 def test_another_steps_look_keeps_nothing():
     host = Host(0, has_looked=[1])
     host.addresses.looked[1] = NUMBER - 1

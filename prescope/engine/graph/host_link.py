@@ -154,34 +154,36 @@ def land(functions: Functions, addresses: Addresses, state: HostState, slots: Sl
 def pump(
     functions: Functions, addresses: Addresses, state: HostState, planner: PlannerState, slots: Slots
 ) -> bool:
-    """Hand to the link what is wanted, while it has room. Cheap when there is none."""
+    """Hand to the link the next of what is wanted, if it has room. Cheap when there is none.
+
+    One at a time: handing one over takes several microseconds, and the next layer may have asked meanwhile.
+    """
     counts, waiting = state.counts, state.waiting
     if waiting.counts[NUM_WAITING] == 0:  # most often: it is called at every look for a message
         return True
     E = len(slots.slot_of) // len(addresses.num_experts_L)
+    if counts[WIRE_COUNT] >= addresses.most_on_wire and not land(functions, addresses, state, slots):
+        return False
+    if addresses.timed and not has_room(state, len(addresses.num_experts_L), len(slots.slot_of)):
+        return True
+    key, slot, evicted = next_prefetch(waiting, slots, counts[WIRE_COUNT], addresses.most_on_wire)
+    if key < 0:
+        if counts[WIRE_COUNT] < addresses.most_on_wire:
+            waiting.counts[NUM_WAITING] = 0  # no slot can be had: not asked again at every look
+        return True
+    shown = hide(addresses, state, slot)
+    if shown >= 0 and may_be_in_use(addresses, state, shown, E):
+        give_back(slots, key, slot, evicted)
+        show(addresses, state, shown, slot)
+        # Until that layer is decided the next one would have to take the same slot.
+        waiting.counts[NUM_WAITING] = 0
+        return True
+    on_the_way(slots, slot)
     one, where = np.empty(1, np.int64), np.empty(1, np.int64)
-    while waiting.counts[NUM_WAITING] > 0:
-        if counts[WIRE_COUNT] >= addresses.most_on_wire and not land(functions, addresses, state, slots):
-            return False
-        if addresses.timed and not has_room(state, len(addresses.num_experts_L), len(slots.slot_of)):
-            break
-        key, slot, evicted = next_prefetch(waiting, slots, counts[WIRE_COUNT], addresses.most_on_wire)
-        if key < 0:
-            if counts[WIRE_COUNT] < addresses.most_on_wire:
-                waiting.counts[NUM_WAITING] = 0  # no slot can be had: not asked again at every look
-            break
-        shown = hide(addresses, state, slot)
-        if shown >= 0 and may_be_in_use(addresses, state, shown, E):
-            give_back(slots, key, slot, evicted)
-            show(addresses, state, shown, slot)
-            # Until that layer is decided the next one would have to take the same slot.
-            waiting.counts[NUM_WAITING] = 0
-            break
-        on_the_way(slots, slot)
-        one[0], where[0] = key % E, slot
-        if not send(functions, addresses, state, key // E, one, where, addresses.prefetch, True):
-            return False
-        issued(functions, state, planner.costs.link_busy_us if counts[JOB] else planner.costs.link_us)
+    one[0], where[0] = key % E, slot
+    if not send(functions, addresses, state, key // E, one, where, addresses.prefetch, True):
+        return False
+    issued(functions, state, planner.costs.link_busy_us if counts[JOB] else planner.costs.link_us)
     return True
 
 
