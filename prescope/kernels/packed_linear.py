@@ -34,14 +34,23 @@ PAIR_CANDIDATES = [
 
 
 def default_pairs(in_dim: int) -> PackedConfig:
-    """Of few rows the tile that wastes least; of two the wider."""
+    """The widest tile of which at most an eighth is beyond the rows' ends, else the one that wastes least."""
+
+    def waste(width: int) -> float:
+        return 1.0 - in_dim / (-(-in_dim // width) * width)
+
     widths = [width for width in (1024, 512, 256, 128) if width < 2 * in_dim] or [64]
-    return PackedConfig(16, min(widths, key=lambda width: (-(-in_dim // width) * width, -width)), 4, 1)
+    few = [width for width in widths if waste(width) <= MOST_WASTE]
+    return PackedConfig(16, few[0] if few else min(widths, key=waste), 4, 1)
 
 
 def default_tiles(block_m: int) -> PackedConfig:
     """As for plain weights: wide tiles for many pairs."""
     return PackedConfig(128, 64, 8, 3) if block_m >= 64 else PackedConfig(64, 128, 4, 3)
+
+
+#: Rows of 2880 (gpt-oss): tiles of 1024 take 30 us where those of 128, which waste less, take 68 (H200).
+MOST_WASTE = 1 / 8
 
 
 class _Slots(NamedTuple):

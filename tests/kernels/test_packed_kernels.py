@@ -169,3 +169,10 @@ def test_rows_that_are_no_whole_number_of_words_go_to_torch_and_it_is_said():
     layout = packed_layout([PackedMatrix("up", Mxfp4(), (8, 36))], torch.float32, {})
     kernel, reason = make_kernel("auto", "cuda", torch.float32, [layout])
     assert kernel.name == "torch" and "words of 8" in reason
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"), [(2048, 1024), (2880, 1024), (1408, 512), (768, 256), (80, 128), (64, 64)]
+)
+def test_a_tile_is_wide_where_little_of_it_is_beyond_the_row(columns, width):
+    assert packed_linear.default_pairs(columns).block_in == width
