@@ -61,8 +61,8 @@ def _on_all_cores(
 ) -> list[dict[str, torch.Tensor]]:
     """What a function makes of 0 to `count` - 1, each on one core.
 
-    Of operations as short as those on a piece of a matrix torch's own threads make longer ones: beside other work on two
-    cores 180 ms for an expert that one thread packs to mxfp4 in 46.
+    Torch's own threads make operations as short as those on a piece of a matrix longer: beside other work on two cores
+    180 ms for a matrix that one thread packs to mxfp4 in 46.
     """
     before = torch.get_num_threads()
 

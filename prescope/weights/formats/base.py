@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-
 #: Weights that are packed at a time on a CPU, in float32 a few times as many bytes: of a whole matrix they leave its
 #: caches, and 1536 x 2048 weights take 40 ms instead of 10 for int4, one thread.
 PIECE = 1 << 18

@@ -105,10 +105,8 @@ def _values(device: torch.device) -> torch.Tensor:
 
 
 def _nearest(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of (..., n) numbers, not below 0, the nearest of the first 8 patterns (of two, the less) and the sum of squares of
-    what is lost (...).
-    """
-    # Steps of 0.5 up to 2, of 1 up to 4, of 2 up to 6: exact, and some 20 times as fast as to look for the place.
+    """Of numbers (..., n) from 0 on the nearest of the first 8 patterns, and the squares lost (...)."""
+    # Steps of 0.5 up to 2, of 1 up to 4, of 2 up to 6: exact, and ten times as fast as to look for the place.
     halves = (sizes * 2.0).sub_(0.5).ceil_().clamp_(0.0, 4.0)
     ones = (sizes - 2.5).ceil_().clamp_(0.0, 2.0)
     twos = (sizes * 0.5).sub_(2.5).ceil_().clamp_(0.0, 1.0)
