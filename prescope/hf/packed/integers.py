@@ -261,16 +261,15 @@ class Awq(Turned):
         return 8 * words, inputs
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        q, zero = (_awq_columns(tensors[role]).mT for role in ("weight", "zero"))
+        q, zero = (_awq_rows(tensors[role]) for role in ("weight", "zero"))
         return {"": join(q), "_scale": tensors["scale"].mT, "_zero": zero}
 
 
-def _awq_columns(words: torch.Tensor) -> torch.Tensor:
-    """Numbers (rows, N) of words (rows, N / 8)."""
-    numbers = nibbles_of(words)
-    ordered = torch.empty_like(numbers)
-    ordered[..., list(AWQ_ORDER)] = numbers
-    return ordered.flatten(-2)
+def _awq_rows(words: torch.Tensor) -> torch.Tensor:
+    """Numbers (N, columns) of words (columns, N / 8)."""
+    turned = words.mT.contiguous()  # words rather than numbers: an eighth of the time
+    of_places = [((turned >> 4 * AWQ_ORDER.index(place)) & 0xF).to(torch.uint8) for place in range(8)]
+    return torch.stack(of_places, dim=1).flatten(0, 1)
 
 
 class Gptq(Turned):
