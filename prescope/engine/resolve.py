@@ -37,9 +37,9 @@ def _check_early(config: EngineConfig, layers: list[MoELayer], top_k: int, packi
     if not packing:
         return
     rows_bytes, ahead_bytes = sum(layer.nbytes for layer in layers), max(layer.nbytes for layer in layers)
-    # What is packed while it is loaded is read whole first, and given up layer by layer.
+    # Given up layer by layer while they are packed.
     read_bytes = sum(
-        tensor.nbytes for layer in layers if layer.is_lossy for tensor in layer.tensors().values()
+        tensor.nbytes for layer in layers if layer.is_read_whole for tensor in layer.tensors().values()
     )
     require_host_memory(rows_bytes, taken_bytes=0, ahead_bytes=ahead_bytes, read_bytes=read_bytes)
     if max(rows_bytes, read_bytes) >= PROGRESS_BYTES:  # it will take a while: what it is that takes it

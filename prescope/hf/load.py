@@ -8,11 +8,19 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from ..errors import UnsupportedExperts
+from ..weights.formats import PACKED
 from .arguments import Source, dtype_of
 from .configuration import packing_of, read_config
 from .loaded import Check, LoadedModel
 from .moe_layers import MoELayer, find_moe_layers, top_k_of
-from .packed import load_packed, packed_on_load, require_plain
+from .packed import (
+    ExpertsInFiles,
+    experts_in_files,
+    load_packed,
+    packed_on_load,
+    read_around,
+    require_plain,
+)
 from .place import check_place
 from .reading import SAID, read_model, reading
 from .skeleton import check_size, model_class, skeleton
@@ -48,29 +56,40 @@ def load_model(
         return load_packed(name, config, packing, dtype, check, source, experts)
     is_unpacked = _check_packing(name, config, source)
     bare = skeleton(name, config, dtype, source)
-    layers, text = _as_asked(find_moe_layers(bare), experts)
+    layers = find_moe_layers(bare)
+    files = None
+    if experts in PACKED and not is_unpacked and source.use_safetensors:
+        files = experts_in_files(name, config, bare, layers, dtype, source)
+    layers, text = _as_asked(layers, experts, files)
     check(layers, top_k_of(bare), text)
     if contents is not None and not is_unpacked:
         check_size(name, bare, contents)
     if source.use_safetensors and not is_unpacked:
         require_plain(name, config, source)
-    del bare, layers
-    found = model_class(name, config, source)
-    # The others take no revision of code: theirs is in transformers.
-    code = source.code if found is AutoModelForCausalLM else {"trust_remote_code": source.trust_remote_code}
-    model = read_model(
-        name, found, config, dtype,
-        use_safetensors=source.use_safetensors, **source.hub, **source.weights, **code,
-    )  # fmt: skip
-    layers, text = _as_asked(find_moe_layers(model), experts)
+    if files is not None:
+        model = read_around(name, bare, config, dtype, files.state_dict(), source)
+    else:
+        del bare, layers
+        found = model_class(name, config, source)
+        # The others take no revision of code: theirs is in transformers.
+        code = (
+            source.code if found is AutoModelForCausalLM else {"trust_remote_code": source.trust_remote_code}
+        )
+        model = read_model(
+            name, found, config, dtype,
+            use_safetensors=source.use_safetensors, **source.hub, **source.weights, **code,
+        )  # fmt: skip
+    layers, text = _as_asked(find_moe_layers(model), experts, files)
     return LoadedModel(model, read_tokenizer(name, source), layers, text)
 
 
-def _as_asked(layers: list[MoELayer], experts: str) -> tuple[list[MoELayer], str]:
+def _as_asked(
+    layers: list[MoELayer], experts: str, files: ExpertsInFiles | None
+) -> tuple[list[MoELayer], str]:
     """Layers of plain weights with the rows that are asked for, and that in one line."""
     if experts in ("auto", "plain"):
         return layers, ""
-    return packed_on_load(layers, experts), (
+    return packed_on_load(layers, experts, files), (
         f"experts are packed to {experts} while they are loaded, which is lossy"
     )
 

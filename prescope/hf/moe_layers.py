@@ -40,6 +40,7 @@ class MoELayer:
     #: Fields (E, ...) of all experts, read or made anew, where they are not the module's weights as they are.
     read_fields: Callable[[], dict[str, torch.Tensor]] | None = None
     is_lossy: bool = False  # whether those differ from the checkpoint's
+    is_read_whole: bool = False  # whether the module's weights are in memory before those are made of them
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The stacked expert weights (E, ...) by name."""

@@ -13,7 +13,11 @@ import prescope
 from prescope.advice import ModelSize
 from prescope.errors import BadModelFolder, NotEnoughMemory, UnsupportedExperts, UnsupportedOption
 from prescope.hf import HostParameter
+from prescope.hf.load import load_model
+from prescope.hf.moe_layers import find_moe_layers
+from prescope.hf.packed import packed_on_load
 from prescope.hf.packed.checkpoint import Checkpoint
+from prescope.hf.packed.in_files import FromFiles
 from prescope.hf.packed.methods import groups_of
 from prescope.hf.packed.published import matrices_in
 from tests.support import families
@@ -489,13 +493,16 @@ def test_host_memory_that_does_not_suffice_is_said_before_weights_are_read(fp8, 
         load(fp8[0], slots=8)
 
 
-def test_experts_that_are_packed_while_loading_are_counted_as_they_are_read(tmp_path, monkeypatch):
-    """Whole and in float32, before there are rows of 4 bits: 8 x 3 x 64 x 64 numbers in each of 3 layers."""
-    tiny_moe(hidden_size=64, moe_intermediate_size=64).save_pretrained(tmp_path)
+def test_experts_that_are_read_whole_to_be_packed_are_counted_so(tmp_path, monkeypatch):
+    """A pickle is: in float32, before there are rows of 4 bits; 8 x 3 x 64 x 64 numbers in each of 3 layers."""
+    model = tiny_moe(hidden_size=64, moe_intermediate_size=64)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     said: list[str] = []
     monkeypatch.setattr("prescope.engine.resolve.PROGRESS_BYTES", 1)
     monkeypatch.setattr("prescope.engine.resolve.tqdm.write", said.append)
-    with load(tmp_path, slots=8, experts="int4") as engine:
+    pickled = partial(load, tmp_path, slots=8, experts="int4", use_safetensors=False)
+    with pickled() as engine:
         read = sum(tensor.nbytes for layer in engine.layers for tensor in layer.tensors().values())
         packed = sum(layer.nbytes for layer in engine.layers)
     assert read == 4 * 8 * 3 * 64 * 64 * len(engine.layers) > 6 * packed
@@ -503,7 +510,67 @@ def test_experts_that_are_packed_while_loading_are_counted_as_they_are_read(tmp_
     monkeypatch.setattr("prescope.weights.host_pool.available_memory_bytes", lambda: read)
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", lambda *a, **k: pytest.fail("read"))
     with pytest.raises(NotEnoughMemory, match="as they are read"):
-        load(tmp_path, slots=8, experts="int4")
+        pickled()
+
+
+def test_experts_of_safetensors_are_packed_without_room_for_all_of_them(tmp_path, monkeypatch):
+    tiny_moe(hidden_size=64, moe_intermediate_size=64).save_pretrained(tmp_path)
+    said: list[str] = []
+    monkeypatch.setattr("prescope.engine.resolve.PROGRESS_BYTES", 1)
+    monkeypatch.setattr("prescope.engine.resolve.tqdm.write", said.append)
+    read: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "prescope.hf.packed.in_files.FromFiles.of",
+        lambda self, experts, of=FromFiles.of: (
+            read.append((experts.start, experts.stop)) or of(self, experts)
+        ),
+    )
+    with load(tmp_path, slots=8, experts="int4") as engine:
+        packed, layer = sum(layer.nbytes for layer in engine.layers), engine.layers[0]
+        monkeypatch.setattr(
+            "prescope.weights.host_pool.available_memory_bytes", lambda: packed + layer.nbytes
+        )
+    assert "as they are read" not in said[0]
+    assert sorted(read) == sorted(
+        2 * len(engine.layers) * [(expert, expert + 1) for expert in range(EXPERTS)]
+    )
+    with load(tmp_path, slots=8, experts="int4"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_vl_moe", "ernie4_5_vl_moe"]
+)
+def test_experts_packed_from_their_files_are_those_packed_in_memory(family, tmp_path):
+    """Of single experts, of all in one tensor, with inputs first, with biases; of the last all have to be read."""
+    plain = families.build(family)
+    plain.save_pretrained(tmp_path)
+    layers = load_model(tmp_path, torch.float32, lambda *_: None, None, "fp8").layers
+    assert all(layer.is_read_whole == (family == "ernie4_5_vl_moe") for layer in layers)
+    for layer, held in zip(layers, packed_on_load(find_moe_layers(plain), "fp8"), strict=True):
+        assert layer.read_fields is not None and held.read_fields is not None
+        found, expected = layer.read_fields(), held.read_fields()
+        assert found.keys() == expected.keys()
+        for name, field in expected.items():
+            assert torch.equal(
+                found[name].contiguous().view(torch.uint8), field.contiguous().view(torch.uint8)
+            )
+
+
+@pytest.mark.parametrize("fault", ["missing", "another shape", "another kind"])
+def test_plain_experts_that_are_damaged_are_not_packed(fault, tmp_path):
+    tiny_moe().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    if fault == "missing":
+        del tensors[name]
+    else:
+        weight = tensors[name]
+        tensors[name] = weight[:-1].contiguous() if fault == "another shape" else weight.to(torch.int32)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(BadModelFolder, match=r"experts"):
+        load(tmp_path, slots=8, experts="int8")
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ Shapes: E experts, N outputs and K inputs of a matrix.
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 
 import torch
 
@@ -18,7 +17,7 @@ from ...weights.pages import run_jobs
 from ..moe_layers import MoELayer
 from .checkpoint import Checkpoint
 from .gate_order import in_two_halves, is_interleaved
-from .published import FLOATS, Matrix
+from .published import Matrix
 from .source import Source
 
 
@@ -57,7 +56,7 @@ class LayerRows:
         biases = [name for name in (layer.spec.up_bias, layer.spec.down_bias) if name is not None]
         shapes = {name: tuple(getattr(layer.module, name).shape[1:]) for name in biases}
         for name, shape in shapes.items():
-            _require_bias(checkpoint, sources[name], (layer.num_experts, *shape), f"{layer.name}.{name}")
+            sources[name].require_shapes(checkpoint, (layer.num_experts, *shape), f"{layer.name}.{name}")
         self.layout = packed_layout(packed, dtype, shapes)
         self._up, self._up_bias = packed[0], layer.spec.up_bias
 
@@ -174,15 +173,3 @@ class LayerRows:
         if not self._is_halved or name in self._in_halves or name not in (self._up.name, self._up_bias):
             return tensor
         return torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)
-
-
-def _require_bias(checkpoint: Checkpoint, source: Source, wanted: tuple[int, ...], where: str) -> None:
-    """Raise BadModelFolder if a bias of all experts is not as wide as the configuration says, or is no float."""
-    each = (wanted[1] // len(source.parts),) if source.is_stacked else wanted
-    for name in chain(*source.parts):
-        found = checkpoint.entries[name]
-        if found.shape != each or found.dtype not in FLOATS:
-            raise BadModelFolder(
-                f"{where} is made of {name}, which is {found.dtype} of shape {found.shape} in the files and by the "
-                f"config {each}; fetch it again"
-            )

@@ -1,6 +1,6 @@
 """Load a packed checkpoint: the model by transformers, its experts left in their files until rows are filled."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +8,16 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from ...errors import BadModelFolder, UnsupportedOption
+from ...errors import BadModelFolder, UnsupportedExperts, UnsupportedOption
 from ..arguments import Source
 from ..configuration import without_packing
 from ..loaded import Check, LoadedModel
-from ..moe_layers import find_moe_layers, top_k_of
+from ..moe_layers import MoELayer, find_moe_layers, top_k_of
 from ..reading import naming, read_model, reading
 from ..skeleton import skeleton
 from ..tokenizer import read_tokenizer
 from .checkpoint import Checkpoint
+from .in_files import ExpertsInFiles
 from .methods import ANY_GROUPS, groups_of
 from .plan import PackedPlan
 from .published import FLOATS, matrices_in
@@ -52,11 +53,50 @@ def load_packed(
     layers = plan.layers(plain)
     text = plan.describe(layers)
     check(layers, top_k_of(bare), text)
+    model = read_around(name, bare, config, wanted, plan.state_dict(), source)
+    return LoadedModel(model, read_tokenizer(name, source), plan.layers(find_moe_layers(model)), text)
+
+
+def read_around(
+    name: str | Path,
+    bare: PreTrainedModel,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    state: Mapping[str, Any],
+    source: Source,
+) -> PreTrainedModel:
+    """The model, of the class of `bare`, of a state without the experts, as of a checkpoint."""
     attention = {key: value for key, value in source.weights.items() if key == "attn_implementation"}
-    model = read_model(name, type(bare), config, wanted, state_dict=plan.state_dict(), **attention)
+    model = read_model(name, type(bare), config, dtype, state_dict=state, **attention)
     model.config.name_or_path = str(name)
     _read_generation_config(name, model, source)
-    return LoadedModel(model, read_tokenizer(name, source), plan.layers(find_moe_layers(model)), text)
+    return model
+
+
+def experts_in_files(
+    name: str | Path,
+    config: PreTrainedConfig,
+    bare: PreTrainedModel,
+    layers: Sequence[MoELayer],
+    dtype: torch.dtype | str,
+    source: Source,
+) -> ExpertsInFiles | None:
+    """The experts of a plain checkpoint where they lie, to be packed layer by layer.
+
+    None where the model has to be read whole: by foreign code, from other files than safetensors, where only the files
+    say its dtype, or where transformers makes the experts of all weights at once.
+
+    Raises:
+        BadModelFolder: they are not there, or not as the configuration says.
+    """
+    is_said = dtype != "auto" or getattr(config, "dtype", None) is not None
+    files = _weight_files(name, config, source) if is_said and not source.trust_remote_code else []
+    if not files:
+        return None
+    try:
+        return ExpertsInFiles(Checkpoint(files), bare, layers)
+    except UnsupportedExperts:
+        return None
 
 
 def _dtype_of_packed(config: PreTrainedConfig, dtype: torch.dtype | str) -> torch.dtype:

@@ -13,18 +13,24 @@ from ...weights.formats import format_for
 from ...weights.layout import PackedMatrix, Packing, pack, packed_layout
 from ..moe_layers import MoELayer
 from .gate_order import in_two_halves, is_interleaved
+from .in_files import ExpertsInFiles
 
 
-def packed_on_load(layers: Sequence[MoELayer], name: str) -> list[MoELayer]:
-    """The layers with rows in the format of that name (`formats.PACKED`); their modules' weights stay until then.
+def packed_on_load(
+    layers: Sequence[MoELayer], name: str, files: ExpertsInFiles | None = None
+) -> list[MoELayer]:
+    """The layers with rows in the format of that name (`formats.PACKED`).
+
+    Args:
+        files: where their weights are; None: in their modules, where they stay until their rows are filled.
 
     Raises:
         UnsupportedOption: rows of their lengths cannot be packed so.
     """
-    return [_packed(layer, name) for layer in layers]
+    return [_packed(layer, name, files) for layer in layers]
 
 
-def _packed(layer: MoELayer, name: str) -> MoELayer:
+def _packed(layer: MoELayer, name: str, files: ExpertsInFiles | None) -> MoELayer:
     spec = layer.spec
     shapes = layer.matrix_shapes
     format = format_for(name, *(columns for _, columns in shapes.values()))
@@ -37,20 +43,25 @@ def _packed(layer: MoELayer, name: str) -> MoELayer:
         layer,
         layout=layout,
         spec=replace(spec, is_transposed=False, gate=gate),
-        read_fields=partial(_packed_fields, layer, layout.packing, spec, is_halved),
+        read_fields=partial(_packed_fields, layer, files, layout.packing, spec, is_halved),
         is_lossy=True,
+        is_read_whole=files is None,
     )
 
 
 @torch.no_grad()
 def _packed_fields(
-    layer: MoELayer, packing: Packing, spec: ExpertsSpec, is_halved: bool
+    layer: MoELayer, files: ExpertsInFiles | None, packing: Packing, spec: ExpertsSpec, is_halved: bool
 ) -> dict[str, torch.Tensor]:
     """A layer's fields (E, ...), expert by expert: packing takes a few times the memory of what is packed."""
-    tensors = layer.tensors()
+    held = layer.tensors() if files is None else {}
+    read = {} if files is None else files.take(layer)
 
     def packed(expert: int) -> dict[str, torch.Tensor]:
-        return pack(packing, _one(tensors, expert, spec, is_halved))
+        one = slice(expert, expert + 1)
+        tensors = {name: tensor[one].detach() for name, tensor in held.items()}
+        tensors |= {name: source.of(one) for name, source in read.items()}
+        return pack(packing, _in_order(tensors, spec, is_halved))
 
     experts = _on_all_cores(packed, layer.num_experts)
     return {name: torch.cat([one[name] for one in experts]) for name in experts[0]}
@@ -77,15 +88,13 @@ def _on_all_cores(
         torch.set_num_threads(before)  # for threads to come
 
 
-def _one(
-    tensors: dict[str, torch.Tensor], expert: int, spec: ExpertsSpec, is_halved: bool
+def _in_order(
+    tensors: dict[str, torch.Tensor], spec: ExpertsSpec, is_halved: bool
 ) -> dict[str, torch.Tensor]:
-    """An expert's tensors (1, ...), matrices as (1, N, K), gate before up."""
+    """An expert's tensors (1, ...) with matrices as (1, N, K), gate before up."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        one = tensor[expert : expert + 1].detach()
-        if spec.is_transposed and name in (spec.up, spec.down):
-            one = one.mT
+        one = tensor.mT if spec.is_transposed and name in (spec.up, spec.down) else tensor
         if is_halved and name in (spec.up, spec.up_bias):
             one = torch.cat([one[:, 0::2], one[:, 1::2]], dim=1)
         found[name] = one

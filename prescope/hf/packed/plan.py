@@ -11,9 +11,10 @@ from ...core.units import format_bytes
 from ...errors import BadModelFolder, UnsupportedExperts
 from ..moe_layers import MoELayer
 from .checkpoint import Checkpoint
-from .gate_order import is_interleaved
+from .expert_weights import ExpertWeights
+from .gathered import Gathered, LeftOut, order_of
 from .layer_rows import LayerRows
-from .places import Place, Places
+from .places import Place
 from .published import Group, Matrix, matrices_in
 from .source import Source
 
@@ -33,34 +34,6 @@ class Unpacked:
         format, parts = matrix.format(checkpoint), matrix.read(checkpoint)
         weight = format.unpack(parts, matrix.shape(checkpoint))
         return (weight.mT if self._is_turned else weight)[index]
-
-
-class Gathered:
-    """A parameter of all experts as the plain weights of single ones, for which transformers has no rule.
-
-    Args:
-        parts: what is put one behind the other, each of all experts.
-        in_turns: the two parts are gate and up, and the family has them in turns.
-        is_turned: it has the inputs first.
-    """
-
-    def __init__(self, parts: Sequence[Sequence[Any]], in_turns: bool, is_turned: bool) -> None:
-        self._parts, self._in_turns, self._is_turned = parts, in_turns, is_turned
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        parts = [torch.stack([weight[...] for weight in part]) for part in self._parts]
-        whole = torch.stack(parts, dim=2).flatten(1, 2) if self._in_turns else torch.cat(parts, dim=1)
-        return (whole.mT if self._is_turned else whole)[index]
-
-
-class LeftOut:
-    """An experts' parameter of which the model gets the shape only: one number, seen everywhere."""
-
-    def __init__(self, parameter: torch.Tensor) -> None:
-        self._shape, self._dtype = parameter.shape, parameter.dtype
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return torch.zeros((), dtype=self._dtype, device="cpu").expand(self._shape)[index]
 
 
 @dataclass(frozen=True)
@@ -117,25 +90,8 @@ class PackedPlan:
         packed_names = {name for matrix in matrices.values() for name in matrix.names.values()}
         plain = [name for name in checkpoint.entries if name not in packed_names]
         _require_scales(checkpoint, plain)
-        places = Places(model)
-        owners = {
-            id(tensor): f"{layer.name}.{name}" for layer in layers for name, tensor in layer.tensors().items()
-        }
-        # An encoder tied to a decoder: the files have one of the names.
-        owned = {
-            name: owners[id(tensor)]
-            for name, tensor in model.named_parameters(remove_duplicate=False)
-            if id(tensor) in owners
-        }
-        found: dict[str, dict[str, Place]] = {target: {} for target in owned.values()}
+        found, owned, spare = ExpertWeights.of(model, layers, [*matrices, *plain])
         parameters = model.state_dict()
-        spare: set[str] = set()
-        for weight in [*matrices, *plain]:
-            place = places.of(weight)
-            if place.target in owned:
-                found[owned[place.target]][weight] = place
-            elif place.target not in parameters:
-                spare.add(weight)
         packed = [layer for layer in layers if keep and _is_packed(layer, found, matrices)]
         rows = {layer.name: _rows_of(layer, checkpoint, matrices, found, dtype) for layer in packed}
         targets = [f"{layer.name}.{name}" for layer in packed for name in layer.weight_names]
@@ -247,15 +203,11 @@ def _gathered(
     """The parameters of layers which are not packed that have to be put together here; see `PackedPlan.gathered`."""
     gathered = {}
     for layer in layers:
-        spec, up = layer.spec, layer.matrix_shapes[layer.spec.up]
         for name in layer.weight_names:
             target = f"{layer.name}.{name}"
-            if not any(place.is_ours for place in found[target].values()):
-                continue
-            is_pair = bool(layer.module.has_gate) and name in (spec.up, spec.up_bias)
-            in_turns = is_pair and is_interleaved(spec.gate, up[0])
-            is_turned = spec.is_transposed and name in (spec.up, spec.down)
-            gathered[target] = Source.of(target, found[target], layer.num_experts), (in_turns, is_turned)
+            if any(place.is_ours for place in found[target].values()):
+                source = Source.of(target, found[target], layer.num_experts)
+                gathered[target] = source, order_of(layer, name)
     return gathered
 
 

@@ -1,10 +1,13 @@
 """Which weights of a checkpoint an experts' parameter is made of."""
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import NamedTuple
 
 from ...errors import BadModelFolder, UnsupportedExperts
+from .checkpoint import Checkpoint
 from .places import STACKED, STACKED_PAIRS, Place, in_order
+from .published import FLOATS
 
 
 class Source(NamedTuple):
@@ -56,4 +59,25 @@ class Source(NamedTuple):
                 names = ", ".join(name for name, _ in place.steps)
                 raise UnsupportedExperts(
                     f"{target} is made by {names}, which packed weights cannot go through"
+                )
+
+    def require_shapes(
+        self, checkpoint: Checkpoint, wanted: tuple[int, ...], where: str, is_turned: bool = False
+    ) -> None:
+        """Raise BadModelFolder if a weight is no float, or not as wide as the configuration says.
+
+        Args:
+            wanted: of the parameter, (E, N, K) or (E, N).
+            is_turned: it has the inputs first, where weights of single experts have them last.
+        """
+        each = wanted
+        if self.is_stacked:
+            rows = wanted[1:][::-1] if is_turned else wanted[1:]
+            each = (rows[0] // len(self.parts), *rows[1:])
+        for name in chain(*self.parts):
+            found = checkpoint.entries[name]
+            if found.shape != each or found.dtype not in FLOATS:
+                raise BadModelFolder(
+                    f"{where} is made of {name}, which is {found.dtype} of shape {found.shape} in the files and by the "
+                    f"config {each}; fetch it again"
                 )
