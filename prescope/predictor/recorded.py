@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 
 from ..core.types import MoEShape
 from ..errors import TraceMismatch, UnsupportedOption
-from ..traces.events import PHASES
+from ..traces.events import DECODE
 from ..traces.routing import RoutingTrace
 from .base import BadPredictor, ScoreArray
 from .baselines import Baseline, LayerInput, Scorer
 from .files import read_tensors, write_tensors
 
 FORMAT = "prescope-predictions-1"
-DECODE = PHASES.index("decode")
 
 
 class RecordedPredictor(Baseline):

@@ -7,10 +7,8 @@ from ..cache.residency import ResidencyTable
 from ..cache.rounds import next_is_sure, walk
 from ..scheduler.prompt import copies_of_prompt
 from ..scheduler.types import Costs, ScheduleSettings
-from ..traces.events import PHASES
+from ..traces.events import PREFILL
 from ..traces.routing import RoutingTrace
-
-PREFILL = PHASES.index("prefill")
 
 
 def prefill_steps(trace: RoutingTrace) -> NDArray[np.int64]:

@@ -14,14 +14,11 @@ from ..core.numbers import is_count, require_count
 from ..errors import BadTrace, UnsupportedOption
 from ..predictor.base import Predictor, ReplaysRows, ScoreArray
 from ..predictor.checked import replay, replay_rows, require_predictor
-from ..traces.events import PHASES
+from ..traces.events import DECODE
 from ..traces.routing import RoutingTrace
 
-DECODE = PHASES.index("decode")
 #: Layers ahead that predictions are prepared for, unless told.
 LOOKAHEAD = 4
-
-
 #: Predictions are kept if they take no more, else made again for each replay, in parts of `PART_BYTES`. A model of 94
 #: layers of 512 experts, 4,096 steps and four layers ahead would keep 6.3 GB.
 KEPT_BYTES, PART_BYTES = 256 << 20, 8 << 20

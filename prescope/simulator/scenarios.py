@@ -13,10 +13,11 @@ from ..predictor import NoisyOracle, Oracle, Predictor, RecordedPredictor
 from ..predictor.checked import require_predictor
 from ..scheduler import SCHEDULES, schedule_named
 from ..scheduler.settings import resolve
+from ..traces.events import DECODE
 from ..traces.routing import RoutingTrace
 from .explain import LayerExplanation, explain_layer
 from .machines import Machine
-from .prepare import DECODE, LOOKAHEAD, in_batches
+from .prepare import LOOKAHEAD, in_batches
 from .result import SimResult
 from .scenario import NOISY, NONE, ORACLE, Scenario
 from .simulator import Simulator

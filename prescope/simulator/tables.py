@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..core.types import Lane, Reason
-from ..traces.events import COLUMNS, DTYPES, KINDS, LANES, LAYER_DTYPES, PHASES, REASONS, STEP_DTYPES
+from ..traces.events import COLUMNS, DECODE, DTYPES, KINDS, LANES, LAYER_DTYPES, REASONS, STEP_DTYPES
 from .prepare import Needs
 from .replay import (
     AT_LAYER,
@@ -33,8 +33,6 @@ from .replay import (
     STEP,
     Log,
 )
-
-DECODE = PHASES.index("decode")
 
 
 class _Rows(NamedTuple):

@@ -37,6 +37,8 @@ FORMAT = "prescope-events-1"
 LANES = [str(lane) for lane in Lane]
 KINDS = ["dense", "experts", "transfer", "stall", "cpu_wait", "host_wait", "warm_up"]
 PHASES = ["prefill", "decode"]
+#: Their numbers in traces.
+PREFILL, DECODE = range(len(PHASES))
 REASONS = ["", *(str(reason) for reason in Reason)]
 
 DTYPES: dict[str, object] = {

@@ -32,7 +32,7 @@ from ..core.html import facts_html
 from ..core.types import MoEShape, Phase
 from ..core.units import count_of
 from ..errors import BadTrace, TraceMismatch
-from .events import PHASES
+from .events import DECODE, PHASES
 from .files import (
     REMEDY,
     Stored,
@@ -208,7 +208,7 @@ class RoutingTrace:
         )
 
     def _repr_html_(self) -> str:
-        decode = int((self.phase == PHASES.index("decode")).sum())
+        decode = int((self.phase == DECODE).sum())
         facts = [
             ("tokens", f"{len(self):,} in {count_of(len(self.steps), 'step')}, {decode:,} of them decoded"),
             ("model", f"{self.num_layers} MoE layers, top-{self.top_k} of {self.num_experts} experts"),

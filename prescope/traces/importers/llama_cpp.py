@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from ...core.files import require_file, require_memory
 from ...errors import BadTrace
+from ..events import DECODE, PREFILL
 from ..routing import RoutingTrace
-from .requests import DECODE, PREFILL, Foreign, make_trace, require_ids
+from .requests import Foreign, make_trace, require_ids
 
 SHORT, LONG = ["layer", "expert"], ["phase", "token", "layer", "rank", "expert"]
 PHASE_NAMES = {"prefill": PREFILL, "prompt": PREFILL, "decode": DECODE, "generate": DECODE}

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from ...core.files import parse_object, read_lines, require_file, require_memory
 from ...errors import BadTrace
+from ..events import DECODE, PREFILL
 from ..routing import RoutingTrace, saturating_float16
-from .requests import DECODE, PREFILL, Foreign, make_trace, require_ids
+from .requests import Foreign, make_trace, require_ids
 from .responses import array_of_lists
 
 FILES = "router_trace_rank*.jsonl"

@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from ...core.types import MoEShape
 from ...errors import BadTrace
-from ..events import PHASES
+from ..events import DECODE, PREFILL
 from ..routing import RoutingTrace
-
-PREFILL, DECODE = PHASES.index("prefill"), PHASES.index("decode")
 
 
 class Foreign(NamedTuple):
