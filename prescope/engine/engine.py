@@ -55,7 +55,7 @@ from .predicting import Predictings
 from .prompts import Prompts
 from .recorder import Recorder
 from .recording import recording, result_of
-from .resolve import _cache_of, _count_slots, _form_of, _shape_of, _unpacked_by, require_kinds
+from .resolve import cache_of, count_slots, form_of, require_kinds, shape_of, unpacked_by
 from .schedule import open_schedule_runner
 from .turn import in_turn
 
@@ -115,16 +115,16 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
-        self.shape = _shape_of(layers, top_k_of(model))
+        self.shape = shape_of(layers, top_k_of(model))
         if frequencies is not None:
             frequencies = require_frequencies(self.shape, frequencies)
-        self.num_slots, slots_reason = _count_slots(config, self.shape, layers)
+        self.num_slots, slots_reason = count_slots(config, self.shape, layers)
         kind, device_reason = resolve_device(config.device, config.link_gb_per_s, model.device)
         self.chosen_cache = config.cache
-        cache, cache_reason = _cache_of(config, frequencies)
+        cache, cache_reason = cache_of(config, frequencies)
         policy = make_policy(cache, self.shape, frequencies)
         self._dtype = layers[0].tensors()[layers[0].weight_names[0]].dtype
-        self.form, self.is_lossy = _form_of(layers)
+        self.form, self.is_lossy = form_of(layers)
         kernel, kernel_reason = make_kernel(
             config.kernels, kind.partition(":")[0], self._dtype, [layer.layout for layer in layers]
         )
@@ -134,7 +134,7 @@ class Engine:
         }  # fmt: skip
         if packing:
             on_gpu = kind.startswith("cuda") and bool(self.form)
-            self.reasons["experts"] = packing + (_unpacked_by(kernel.name, kernel_reason) if on_gpu else "")
+            self.reasons["experts"] = packing + (unpacked_by(kernel.name, kernel_reason) if on_gpu else "")
         self.frequencies = frequencies
         self._is_entered = False
         self._owner = process_id()
@@ -254,9 +254,9 @@ class Engine:
         require_kinds(predictor=None if predictor == "none" else predictor, costs=costs)
         hot = self.frequencies if frequencies is None else require_frequencies(self.shape, frequencies)
         chosen = config.cache
-        cache, cache_reason = _cache_of(config, hot)
+        cache, cache_reason = cache_of(config, hot)
         config = replace(config, cache=cache)
-        count, reason = _count_slots(config, self.shape, self.layers)
+        count, reason = count_slots(config, self.shape, self.layers)
         policy = make_policy(config.cache, self.shape, hot)
         placed = self._placed(config, hot, count)
         if slots is not None:
@@ -525,12 +525,9 @@ class Engine:
             UnsupportedOption: what is given is no trace, or no array.
         """
         self._require_attached()
-        if trace is None:
-            self.runner.forced = None
-            if self.runner.schedule_runner is not None:
-                self.runner.schedule_runner.force(None)
-            return
-        forced = ForcedRouting.of_trace(trace, self.shape, self._device.torch_device, scores)
+        forced = None
+        if trace is not None:
+            forced = ForcedRouting.of_trace(trace, self.shape, self._device.torch_device, scores)
         self.runner.forced = forced
         if self.runner.schedule_runner is not None:
             self.runner.schedule_runner.force(forced)

@@ -19,7 +19,7 @@ from ..predictor import Predictor
 from ..scheduler.costs import LayerCosts
 from .config import EngineConfig
 from .engine import Engine
-from .resolve import _check_early
+from .resolve import check_early
 
 
 @torch.inference_mode(False)  # weights that are loaded inside such a block can be used and trained outside it
@@ -59,7 +59,7 @@ def load(
     place = _place_of(model)
     # transformers reads weights to the default device, which has no room for all experts: the engine moves the others.
     with torch.device("cpu"):
-        loaded = load_model(place, dtype, partial(_check_early, config), source, config.experts)
+        loaded = load_model(place, dtype, partial(check_early, config), source, config.experts)
     return Engine(
         loaded.model,
         config,

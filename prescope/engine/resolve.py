@@ -17,7 +17,8 @@ from ..weights.host_pool import host_bytes, require_host_memory
 from .config import EngineConfig
 
 
-def _shape_of(layers: list[MoELayer], top_k: int) -> MoEShape:
+def shape_of(layers: list[MoELayer], top_k: int) -> MoEShape:
+    """Sizes of a model with these MoE layers: the largest where they differ, and a top-k that all have experts for."""
     return MoEShape(
         num_layers=len(layers),
         num_experts=max(layer.num_experts for layer in layers),
@@ -26,14 +27,14 @@ def _shape_of(layers: list[MoELayer], top_k: int) -> MoEShape:
     )
 
 
-def _check_early(config: EngineConfig, layers: list[MoELayer], top_k: int, packing: str) -> None:
+def check_early(config: EngineConfig, layers: list[MoELayer], top_k: int, packing: str) -> None:
     """Fail on settings that the model's shape already rules out, before gigabytes are read; say what packed ones take.
 
     Args:
         packing: what is packed, in one line; "" for nothing.
     """
-    shape = _shape_of(layers, top_k)
-    num_slots, _ = _count_slots(config, shape, layers)
+    shape = shape_of(layers, top_k)
+    num_slots, _ = count_slots(config, shape, layers)
     if not packing:
         return
     rows_bytes, ahead_bytes = sum(layer.nbytes for layer in layers), max(layer.nbytes for layer in layers)
@@ -69,20 +70,20 @@ def require_kinds(*, predictor: Any = None, costs: Any = None, tokenizer: Any = 
         )
 
 
-def _form_of(layers: list[MoELayer]) -> tuple[str, bool]:
+def form_of(layers: list[MoELayer]) -> tuple[str, bool]:
     """The form of the experts in slots, "" where they are as they are computed with; and whether it lost anything."""
     names = {layer.layout.packing.name for layer in layers if layer.layout.packing is not None}
     return " and ".join(sorted(names)), any(layer.is_lossy for layer in layers)
 
 
-def _unpacked_by(kernels: str, reason: str) -> str:
+def unpacked_by(kernels: str, reason: str) -> str:
     """What unpacks experts on a GPU, to go behind what is packed."""
     if kernels == "triton":
         return "; unpacked in registers where they are used"
     return f"; unpacked by torch on the GPU, one expert at a time, before each product: {reason}"
 
 
-def _cache_of(config: EngineConfig, frequencies: np.ndarray | None) -> tuple[str, str]:
+def cache_of(config: EngineConfig, frequencies: np.ndarray | None) -> tuple[str, str]:
     """The cache policy, and why."""
     if config.cache != "auto":
         return config.cache, "as given"
@@ -95,7 +96,8 @@ def _cache_of(config: EngineConfig, frequencies: np.ndarray | None) -> tuple[str
     return own, f"as schedule={config.schedule!r} has it"
 
 
-def _count_slots(config: EngineConfig, shape: MoEShape, layers: list[MoELayer]) -> tuple[int, str]:
+def count_slots(config: EngineConfig, shape: MoEShape, layers: list[MoELayer]) -> tuple[int, str]:
+    """The number of slots, and why."""
     return resolve_slots(
         config.slots,
         total_experts=sum(layer.num_experts for layer in layers),
