@@ -84,6 +84,11 @@ class Source:
         return str(self.hub.get("subfolder") or "")
 
     @property
+    def attention(self) -> dict[str, Any]:
+        """Of `weights` what a model that is made without reading any takes too."""
+        return {name: value for name, value in self.weights.items() if name == "attn_implementation"}
+
+    @property
     def code(self) -> dict[str, Any]:
         """Keywords that say whether foreign code may run."""
         revision = {} if self.code_revision is None else {"code_revision": self.code_revision}
@@ -98,9 +103,7 @@ def take_source(keywords: dict[str, Any]) -> Source:
     """
     for name in keywords.keys() & REFUSED.keys():
         raise UnsupportedOption(f"{name} is not taken by prescope.load; {REFUSED[name]}")
-    given = {
-        name: keywords.pop(name) for name in PASSED_ON if keywords.get(name) is not None or name in keywords
-    }
+    given = {name: keywords.pop(name) for name in PASSED_ON if name in keywords}
     for name in ("trust_remote_code", "use_safetensors"):
         if not isinstance(given.get(name), bool | None):
             raise UnsupportedOption(f"{name} is {given[name]!r}; it is True or False")

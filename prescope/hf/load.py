@@ -31,8 +31,8 @@ def load_model(
     name: str | Path,
     dtype: torch.dtype | str,
     check: Check,
-    source: Source | None = None,
-    experts: str = "auto",
+    source: Source,
+    experts: str,
 ) -> LoadedModel:
     """Load an MoE model onto the CPU, as the class that its configuration names; packed experts stay in their files.
 
@@ -40,7 +40,7 @@ def load_model(
         name: folder or hub id.
         dtype: of the weights, or its name; "auto" keeps the checkpoint's.
         check: see `Check`.
-        source: what is passed on to `from_pretrained`; by default no foreign code and no pickle.
+        source: what is passed on to `from_pretrained`.
         experts: "auto" as the checkpoint has them, "plain" unpacked, or a format of `formats.PACKED` for plain ones.
 
     Raises:
@@ -48,7 +48,7 @@ def load_model(
         NotAMoE, UnsupportedExperts: it has no experts, or some that cannot be served.
         UnsupportedOption: of the dtype, or of `experts` for this model.
     """
-    source, dtype = source or Source(), dtype_of(dtype)
+    dtype = dtype_of(dtype)
     contents, source = check_place(name, source)
     config = read_config(name, source)
     packing = packing_of(config)

@@ -25,9 +25,7 @@ class Outline(NamedTuple):
     config: PreTrainedConfig
 
 
-def outline_of_config(
-    name: str | Path, facts: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
-) -> Outline | None:
+def outline_of_config(name: str | Path, facts: Mapping[str, Any], dtype: torch.dtype) -> Outline | None:
     """Of the model that a config describes; None of a family that transformers does not know.
 
     Args:

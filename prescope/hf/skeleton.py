@@ -46,7 +46,6 @@ def skeleton(
 ) -> PreTrainedModel:
     """The model on meta: shapes without weights."""
     wanted = getattr(config, "dtype", None) if dtype == "auto" else dtype
-    attention = {key: value for key, value in source.weights.items() if key == "attn_implementation"}
     with reading(f"no model can be made of the config.json of {name}"):
         found = model_class(name, config, source)
         is_known = source.trust_remote_code or type(config) in AutoModelForCausalLM._model_mapping
@@ -58,9 +57,9 @@ def skeleton(
         with torch.device("meta"):
             if found is AutoModelForCausalLM:
                 return found.from_config(
-                    deepcopy(config), dtype=wanted or torch.float32, **attention, **source.code
+                    deepcopy(config), dtype=wanted or torch.float32, **source.attention, **source.code
                 )
-            return found._from_config(deepcopy(config), dtype=wanted or torch.float32, **attention)
+            return found._from_config(deepcopy(config), dtype=wanted or torch.float32, **source.attention)
 
 
 def check_size(name: str | Path, skeleton: PreTrainedModel, contents: Contents) -> None:

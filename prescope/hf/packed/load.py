@@ -66,8 +66,7 @@ def read_around(
     source: Source,
 ) -> PreTrainedModel:
     """The model, of the class of `bare`, of a state without the experts, as of a checkpoint."""
-    attention = {key: value for key, value in source.weights.items() if key == "attn_implementation"}
-    model = read_model(name, type(bare), config, dtype, state_dict=state, **attention)
+    model = read_model(name, type(bare), config, dtype, state_dict=state, **source.attention)
     model.config.name_or_path = str(name)
     _read_generation_config(name, model, source)
     return model

@@ -23,27 +23,7 @@ IN_LAYER = (
 LEFT_PLAIN = ("ignore", "modules_to_not_convert", "ignored_layers")
 
 #: One of each way to name a packed matrix's tensors.
-ANY_GROUPS = tuple(
-    map(
-        Group,
-        (
-            FinegrainedFp8(),
-            GptOssMxfp4(),
-            PackQuantized(),
-            Awq(),
-        ),
-    )
-)
-
-
-def groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
-    """The ways in which a checkpoint with this `quantization_config` is written: one, or one for each config group.
-
-    Raises:
-        UnsupportedExperts: one of them is not read here, with the reason.
-    """
-    with _well_formed():
-        return _groups_of(config)
+ANY_GROUPS = tuple(map(Group, (FinegrainedFp8(), GptOssMxfp4(), PackQuantized(), Awq())))
 
 
 @contextmanager
@@ -131,7 +111,13 @@ def _paths(module: str) -> set[str]:
     return {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
 
 
-def _groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
+@_well_formed()
+def groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
+    """The ways in which a checkpoint with this `quantization_config` is written: one, or one for each config group.
+
+    Raises:
+        UnsupportedExperts: one of them is not read here, with the reason.
+    """
     method = str(config.get("quant_method", "unknown"))
     match method:
         case "fp8":

@@ -43,7 +43,7 @@ def _packed(layer: MoELayer, name: str, files: ExpertsInFiles | None) -> MoELaye
         layer,
         layout=layout,
         spec=replace(spec, is_transposed=False, gate=gate),
-        read_fields=partial(_packed_fields, layer, files, layout.packing, spec, is_halved),
+        read_fields=partial(_packed_fields, layer, files, layout.packing, is_halved),
         is_lossy=True,
         is_read_whole=files is None,
     )
@@ -51,7 +51,7 @@ def _packed(layer: MoELayer, name: str, files: ExpertsInFiles | None) -> MoELaye
 
 @torch.no_grad()
 def _packed_fields(
-    layer: MoELayer, files: ExpertsInFiles | None, packing: Packing, spec: ExpertsSpec, is_halved: bool
+    layer: MoELayer, files: ExpertsInFiles | None, packing: Packing, is_halved: bool
 ) -> dict[str, torch.Tensor]:
     """A layer's fields (E, ...), expert by expert: packing takes a few times the memory of what is packed."""
     held = layer.tensors() if files is None else {}
@@ -61,7 +61,7 @@ def _packed_fields(
         one = slice(expert, expert + 1)
         tensors = {name: tensor[one].detach() for name, tensor in held.items()}
         tensors |= {name: source.of(one) for name, source in read.items()}
-        return pack(packing, _in_order(tensors, spec, is_halved))
+        return pack(packing, _in_order(tensors, layer.spec, is_halved))
 
     experts = _on_all_cores(packed, layer.num_experts)
     return {name: torch.cat([one[name] for one in experts]) for name in experts[0]}
