@@ -93,9 +93,8 @@ class Session:
         else:
             self.engine = load(model, **settings)
         self.runs: list[RunResult] = []
-        self._remembered: np.ndarray | None = (
-            None  # the newest run's frequencies, unless the engine was told others
-        )
+        #: The newest run's frequencies, unless the engine was told others.
+        self._remembered: np.ndarray | None = None
         self._panels: dict[str, Panel] = {}
 
     def run(
@@ -294,8 +293,12 @@ class Session:
         models: dict[str, Any] = {self.engine.name or "this model": self.engine, **_shapes()}
         return self._keep(CapacityPanel(models, machine, self._newest_trace()))
 
+    def _newest_recorded(self) -> RunResult | None:
+        return next((run for run in reversed(self.runs) if _is_recorded(run)), None)
+
     def _newest_trace(self) -> RoutingTrace | None:
-        return next((run.trace for run in reversed(self.runs) if _is_recorded(run)), None)
+        run = self._newest_recorded()
+        return None if run is None else run.trace
 
     def dashboard(
         self,
@@ -323,14 +326,14 @@ class Session:
         prompts = PROMPTS if prompts is None else prompts
         keywords = {"max_new_tokens": 24, **keywords}
 
-        def own() -> Scenarios:
-            recorded = [run for run in self.runs if _is_recorded(run)]
-            run = recorded[-1] if recorded else self._record(prompts, keywords)
+        def of(run: RunResult) -> Scenarios:
             return self.scenarios(run, predictors=predictors, profile=profile or self._known_profile())
 
+        def own() -> Scenarios:
+            return of(self._newest_recorded() or self._record(prompts, keywords))
+
         def fresh() -> Scenarios:
-            run = self._record(prompts, keywords)
-            return self.scenarios(run, predictors=predictors, profile=profile or self._known_profile())
+            return of(self._record(prompts, keywords))
 
         sources: dict[str, Callable[[], Scenarios]] = {}
         if scenarios is not None:
@@ -377,8 +380,7 @@ class Session:
         prompts = PROMPTS if prompts is None else prompts
         keywords = {"max_new_tokens": 24, **keywords}
         if scenarios is None:
-            recorded = [run for run in self.runs if _is_recorded(run)]
-            run = recorded[-1] if recorded else self._record(prompts, keywords)
+            run = self._newest_recorded() or self._record(prompts, keywords)
             profile = profile or self._known_profile()
             scenarios = self.scenarios(run, predictors=predictors, profile=profile)
         source = self._sweep_source(scenarios, prompts, keywords)

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
-from ..core.units import GIB, digits, format_bytes
+from ..core.units import digits, format_bytes
 from .machine_spec import MachineSpec
 from .model_size import ModelSize
 
@@ -114,8 +114,3 @@ class Advice:
             f"<table>{rows}</table><details><summary>{len(self.assumptions)} assumptions</summary><ul>{notes}</ul>"
             f"</details></div>"
         )
-
-
-def gib(nbytes: float) -> float:
-    """In GiB."""
-    return nbytes / GIB

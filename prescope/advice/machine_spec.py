@@ -6,7 +6,6 @@ import numpy as np
 
 from ..core.machine import CPU_DEVICE
 from ..core.types import ExpertSize, MoEShape
-from ..core.units import GIB
 from ..errors import BadProfile, UnsupportedOption
 from ..profile import HardwareProfile
 from ..scheduler.costs import LayerCosts
@@ -154,11 +153,6 @@ class MachineSpec:
             shape, width=expert.width, expert_width=expert.expert_width, batch=batch, cpu_lane=self.cores > 0,
             rest_us=rest_us,
         )  # fmt: skip
-
-    @property
-    def gpu_bytes(self) -> float:
-        """GPU memory."""
-        return self.gpu_gib * GIB
 
 
 #: Machines of which rates were measured but no whole profile: link, host memory alone and cores of
