@@ -50,7 +50,7 @@ class ForcedRouting:
             raise UnsupportedOption(
                 f"trace is a {type(trace).__name__}; it is a RoutingTrace, such as engine.generate(...).trace"
             )
-        found, here = (trace.num_layers, trace.num_experts, trace.top_k), shape[:3]
+        found, here = trace.shape[:3], shape[:3]
         if found != here:
             raise TraceMismatch(f"the trace has (layers, experts, top-k) = {found}, the model has {here}")
         decode = trace.select(phase="decode")

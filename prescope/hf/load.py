@@ -70,7 +70,7 @@ def load_model(
         model = read_around(name, bare, config, dtype, files.state_dict(), source)
     else:
         del bare, layers
-        found = model_class(name, config, source)
+        found = model_class(config, source)
         # The others take no revision of code: theirs is in transformers.
         code = (
             source.code if found is AutoModelForCausalLM else {"trust_remote_code": source.trust_remote_code}

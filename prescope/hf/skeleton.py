@@ -18,7 +18,7 @@ from .reading import reading
 SPARE_ELEMENTS = 1 << 26
 
 
-def model_class(name: str | Path, config: PreTrainedConfig, source: Source) -> Any:
+def model_class(config: PreTrainedConfig, source: Source) -> Any:
     """The class that a configuration names in `architectures`; else the family's causal language model."""
     if source.trust_remote_code and hasattr(config, "auto_map"):
         return AutoModelForCausalLM
@@ -47,7 +47,7 @@ def skeleton(
     """The model on meta: shapes without weights."""
     wanted = getattr(config, "dtype", None) if dtype == "auto" else dtype
     with reading(f"no model can be made of the config.json of {name}"):
-        found = model_class(name, config, source)
+        found = model_class(config, source)
         is_known = source.trust_remote_code or type(config) in AutoModelForCausalLM._model_mapping
         if found is AutoModelForCausalLM and not is_known:
             raise NotAMoE(

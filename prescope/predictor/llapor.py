@@ -445,7 +445,7 @@ class Llapor:
             config = LlaporConfig(**{"relative": False, **metadata["config"]})
             shape = MoEShape(**metadata["shape"])
             start, stop, reason = metadata["groups"]
-            if not all(type(n) is int and n > 0 for n in shape.routing[:3]):
+            if not all(type(n) is int and n > 0 for n in shape[:3]):
                 raise ValueError(f"shape {shape[:3]}")
             if not 0 <= int(start) <= int(stop) <= shape.num_layers:
                 raise ValueError(f"groups {start} to {stop} of {shape.num_layers} layers")

@@ -106,7 +106,7 @@ class RecordedPredictor(Baseline):
         """Write scores and name as safetensors, by a rename."""
         tensors = {f"ahead_{i}": torch.from_numpy(one) for i, one in enumerate(self._scores, 1)}
         known = {
-            "shape": tuple(self.shape)[:3],
+            "shape": self.shape[:3],
             "name": self.name,
             "routed": self.routed,
             "is_calibrated": self.is_calibrated,

@@ -21,7 +21,6 @@ from ..cache.rounds import STREAM_SHARE
 from ..cache.slots import bounds_of
 from ..core.jit import said_if_compiled_first
 from ..core.numbers import is_count, is_number
-from ..core.types import MoEShape
 from ..errors import UnsupportedOption
 from ..predictor.base import Predictor
 from ..scheduler.costs import LayerCosts, compiled_costs
@@ -42,6 +41,8 @@ MOST_STEPS = 256
 LEAST_OFF = 0.04
 #: States after the first prompt that are kept, one for each number of slots and cache.
 MOST_WARM = 256
+NO_WEIGHTS = np.zeros(0, np.float32)
+NOTHING_PREDICTED = np.zeros((0, 0, 0, 0), np.float32)
 
 
 class Settings(NamedTuple):
@@ -97,7 +98,7 @@ class Simulator:
         self.trace, self.costs, self.predictor, self.row_bytes = trace, costs, predictor, row_bytes
         self.step_us = step_us
         self.label = label or trace.model
-        self.shape = MoEShape(trace.num_layers, trace.num_experts, trace.top_k, row_bytes)
+        self.shape = trace.shape._replace(row_bytes=row_bytes)
         self.needs = needs_of(trace)
         self.predictions = Predictions(predictor, trace, lookahead)
         self._segments = _segments(trace, self.needs)
@@ -443,10 +444,6 @@ class Simulator:
 def _together(first_us: float, second_us: float) -> float:
     """Time of one piece of work when two work side by side."""
     return 0.0 if min(first_us, second_us) == 0 else 1.0 / (1.0 / first_us + 1.0 / second_us)
-
-
-NO_WEIGHTS = np.zeros(0, np.float32)
-NOTHING_PREDICTED = np.zeros((0, 0, 0, 0), np.float32)
 
 
 def _put_back(table: ResidencyTable) -> None:

@@ -283,7 +283,7 @@ class RoutingTrace:
         """
         other.check_model(self.fingerprint, self.model)
         widths = [None if one.inputs is None else one.inputs.shape[2] for one in (self, other)]
-        sizes = [(tuple(one.shape.routing[:3]), one.decoder_layers) for one in (self, other)]
+        sizes = [(one.shape[:3], one.decoder_layers) for one in (self, other)]
         if sizes[0] == sizes[1] and (None in widths or widths[0] == widths[1]):
             return
         mine, others = (

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
@@ -282,7 +282,7 @@ def pool_of(
         yield Here(job, is_cancelled)
         return
     gpus = visible_gpus() if job.runner.takes_gpu and client is None else []
-    with _local(workers, gpus) if client is None else _as_it_is(client) as found:
+    with _local(workers, gpus) if client is None else nullcontext(client) as found:
         cluster = Cluster(found, job)
         try:
             yield cluster
@@ -291,27 +291,14 @@ def pool_of(
 
 
 @contextmanager
-def _as_it_is(client: Client) -> Iterator[Client]:
-    yield client
-
-
-@contextmanager
 def _local(workers: int, gpus: Sequence[str]) -> Iterator[Client]:
     # A worker's memory is not watched: dask would restart one that holds a large trace in the middle of a point.
-    kept = {
-        "memory_limit": 0,
-        "dashboard_address": "127.0.0.1:0",
-        "worker_dashboard_address": None,
-        "silence_logs": "ERROR",
-    }
+    common: dict[str, Any] = {
+        "n_workers": workers, "threads_per_worker": 1, "processes": True, "memory_limit": 0,
+        "dashboard_address": "127.0.0.1:0", "worker_dashboard_address": None, "silence_logs": "ERROR",
+    }  # fmt: skip
     with configured({"distributed.comm.timeouts.connect": PATIENCE_S}):
         try:
-            common: dict[str, Any] = {
-                "n_workers": workers,
-                "threads_per_worker": 1,
-                "processes": True,
-                **kept,
-            }
             cluster = OneGpuEach(gpus, **common) if gpus else LocalCluster(**common)
         except RuntimeError as error:
             raise BadSweep(

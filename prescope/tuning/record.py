@@ -14,11 +14,12 @@ from optuna.exceptions import DuplicatedStudyError, StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from .. import __version__
+from ..core.machine import commit
 from ..core.paths import user_path
 from ..errors import BadSweep
 from .objectives import OBJECTIVES, Objective
 from .points import Asked, Asking, Outcome
-from .provenance import commit_here
 from .quiet import quiet
 from .rows import BUSY_S, DatabaseRows, Rows, StudyRows, is_known
 from .space import Space
@@ -98,8 +99,9 @@ class Record:
 
     def add(self, points: Sequence[Asked]) -> None:
         """Write down that points are tried now, before they are."""
+        code = commit() or __version__  # of an installed package there is no checkout
         with in_words(self.url):
-            self._rows.add(points, Asking(commit_here(), datetime.now()))
+            self._rows.add(points, Asking(code, datetime.now()))
 
     def finish(self, outcomes: Sequence[Outcome]) -> None:
         """Write down what became of points; one that was told already stays as it is."""

@@ -1,9 +1,9 @@
 """Writes points into an Optuna storage: many at once where it is a database, one by one where it is something else.
 
 Optuna's own `add_trial` asks the database before each value that it writes: 20 ms of one core for a point with six
-settings and five attributes (optuna 5.0, SQLite). A batch here is one
-transaction in the same tables, some tenths of a millisecond a point, and is there whole or not at all. The tables are
-those of `SCHEMA`; a database of another version is written through Optuna.
+settings and five attributes (optuna 5.0, SQLite). A batch here is one transaction in the same tables, some tenths of a
+millisecond a point, and is there whole or not at all. The tables are those of `SCHEMA`; a database of another version
+is written through Optuna.
 """
 
 import json
@@ -38,12 +38,9 @@ class Rows(Protocol):
 
 
 def _attributes(outcome: Outcome) -> dict[str, Any]:
-    told = {"seconds": round(outcome.seconds, 6), "origin": outcome.origin, "machine": outcome.machine}
-    return {**{name: value for name, value in told.items() if value != ""}, **_reason(outcome)}
-
-
-def _reason(outcome: Outcome) -> dict[str, Any]:
-    return {"reason": outcome.reason} if outcome.reason else {}
+    told = {"seconds": round(outcome.seconds, 6), "origin": outcome.origin, "machine": outcome.machine,
+            "reason": outcome.reason}  # fmt: skip
+    return {name: value for name, value in told.items() if value != ""}
 
 
 class StudyRows:

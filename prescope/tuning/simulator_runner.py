@@ -2,14 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.types import MoEShape
 from ..errors import TraceMismatch, UnsupportedOption
 from ..predictor import Predictor, RecordedPredictor
 from ..scheduler.costs import LayerCosts
@@ -22,18 +21,7 @@ from .settings import Setting, simulator_settings
 #: Traces, each at one batch, that are kept ready in a process.
 MOST_READY = 8
 #: Of a scenario; all others are of the replay alone, or say which trace.
-_OF_SCENARIO = {
-    "schedule",
-    "slots",
-    "cache",
-    "predictor",
-    "recall",
-    "lookahead",
-    "width",
-    "threshold",
-    "cpu",
-    "machine",
-}
+_OF_SCENARIO = {field.name for field in fields(Scenario)}
 
 
 class SimulatorRunner:
@@ -84,11 +72,11 @@ class SimulatorRunner:
         self._prompts = sorted({checksum_of_prompt(text) for text in texts})
         first = next(iter(self._traces.values()))
         for name, trace in self._traces.items():
-            if _shape_of(trace) != _shape_of(first):
+            if trace.shape != first.shape:
                 raise TraceMismatch(
-                    f"the trace {name!r} is of {_shape_of(trace)}, the first of {_shape_of(first)}"
+                    f"the trace {name!r} is of {trace.shape[:3]}, the first of {first.shape[:3]}"
                 )
-        self.shape = MoEShape(first.num_layers, first.num_experts, first.top_k, self._machines[0].row_bytes)
+        self.shape = first.shape._replace(row_bytes=self._machines[0].row_bytes)
         names = [
             NONE,
             *(one.name for one in self._predictors if one.name not in (NONE, ORACLE)),
@@ -246,10 +234,6 @@ def _checksum_of_trace(trace: RoutingTrace) -> str:
     for array in (trace.expert_ids, trace.weights, trace.step, trace.phase):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
-
-
-def _shape_of(trace: RoutingTrace) -> tuple[int, int, int]:
-    return trace.num_layers, trace.num_experts, trace.top_k
 
 
 def _machines_of(given: Machine | LayerCosts | Sequence[Machine], row_bytes: int | None) -> list[Machine]:

@@ -93,7 +93,7 @@ def read_trace(
         raise UnsupportedOption(f"kind is {kind!r}; choose one of {', '.join(map(repr, KINDS))}")
     if kind == "prescope":
         trace = _read_own(source)
-        if shape is not None and (told := _shape_of(shape, kind).routing[:3]) != trace.shape[:3]:
+        if shape is not None and (told := _shape_of(shape, kind)[:3]) != trace.shape[:3]:
             raise BadTrace(
                 f"{source} is of (layers, experts, top-k) = {trace.shape[:3]}, shape says {told}; leave shape out, or "
                 f"give the trace that is meant"

@@ -63,7 +63,7 @@ def checked(request: Request, foreign: Foreign) -> Request:
     Raises:
         BadTrace: no integers of the shape, an id outside the experts, or one twice for a token; with the place.
     """
-    ids, (L, E, K) = np.asarray(request.ids), foreign.shape.routing[:3]
+    ids, (L, E, K) = np.asarray(request.ids), foreign.shape[:3]
     if ids.ndim != 3 or ids.shape[1:] != (L, K):
         raise BadTrace(
             f"{request.where}: expert ids of shape {ids.shape}, expected (tokens, {L} layers, top-{K}), by "

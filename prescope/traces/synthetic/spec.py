@@ -112,7 +112,7 @@ class SyntheticSpec:
         Raises:
             TraceMismatch: the trace is of another shape.
         """
-        found = (trace.num_layers, trace.num_experts, trace.top_k)
+        found = trace.shape[:3]
         wanted = (self.num_layers, self.num_experts, self.top_k)
         if found != wanted:
             raise TraceMismatch(
