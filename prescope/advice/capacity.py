@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE
+from ..core.numbers import is_count, is_number
 from ..core.paths import user_path
 from ..core.units import GIB, count_of, digits
 from ..engine import Engine
@@ -22,7 +23,7 @@ from ..simulator.verdict import limit_of, name_of
 from ..traces.routing import RoutingTrace
 from ..traces.synthetic import SyntheticSpec
 from .advice import Advice, CapacityPoint, Kind
-from .machine_spec import KNOWN, MachineSpec, is_number
+from .machine_spec import KNOWN, MachineSpec
 from .model_size import ModelSize
 
 #: Fitted to tiny-moe's routing, where tests hold them: the habits of a trained model.
@@ -104,10 +105,10 @@ def advise(
     _check_numbers(batch, context, gpu_gib, shares)
     size = _size_of(model, experts)
     spec, instead = _machine_of(machine)
-    if trace is not None and tuple(trace.shape[:3]) != tuple(size.shape[:3]):
+    if trace is not None and trace.shape[:3] != size.shape[:3]:
         raise TraceMismatch(
-            f"the trace is of {trace.model} with (layers, experts, top-k) = {tuple(trace.shape[:3])}, {size.name} has "
-            f"{tuple(size.shape[:3])}; record one of this model, or leave trace out"
+            f"the trace is of {trace.model} with (layers, experts, top-k) = {trace.shape[:3]}, {size.name} has "
+            f"{size.shape[:3]}; record one of this model, or leave trace out"
         )
     budget = spec.gpu_gib if gpu_gib is None else min(gpu_gib, spec.gpu_gib)
     fixed = size.dense_bytes + batch * context * size.kv_token_bytes + RESERVE_GIB * GIB
@@ -147,9 +148,8 @@ def _at_batch(trace: RoutingTrace | None, batch: int) -> tuple[RoutingTrace | No
 
 
 def _check_numbers(batch: int, context: int, gpu_gib: float | None, shares: Sequence[float]) -> None:
-    counts: dict[str, Any] = {"batch": batch, "context": context}
-    for name, value in counts.items():
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+    for name, value in (("batch", batch), ("context", context)):
+        if not is_count(value) or value < 1:
             raise UnsupportedOption(f"{name} is {value!r}; it is a whole number of 1 or more")
     if gpu_gib is not None and not (is_number(gpu_gib) and gpu_gib > 0):
         raise UnsupportedOption(f"gpu_gib is {gpu_gib!r}; it is a number of GiB, or None for all there is")

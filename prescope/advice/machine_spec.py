@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from ..core.machine import CPU_DEVICE
+from ..core.numbers import is_number
 from ..core.types import ExpertSize, MoEShape
 from ..errors import BadProfile, UnsupportedOption
 from ..profile import HardwareProfile
@@ -27,11 +26,6 @@ CPU_SHARE, CPU_BASE_US = 0.8, 60.0
 DECIDE_US, BATCH_US = 21.0, 12.0
 #: Most tokens of the CPU table.
 CPU_TOKENS = 16
-
-
-def is_number(value: object) -> bool:
-    """Whether it counts or measures something: no text, no bool, not NaN."""
-    return isinstance(value, int | float | np.number) and type(value) is not bool and value == value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,8 @@ from .compile import compile_now
 from .report import report
 from .run import run
 from .sweep import sweep
-from .terminal import quiet_libraries, tell
+from .terminal import INTERRUPTED, quiet_libraries, tell
 from .train import train
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="prescope",

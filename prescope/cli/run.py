@@ -21,7 +21,7 @@ from .options import (
     loaded,
     slots_of,
 )
-from .terminal import StatusLine, on_interrupt, tell
+from .terminal import INTERRUPTED, StatusLine, on_interrupt, tell
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -85,7 +85,7 @@ def run(
         try:
             result = job.start().result()
         except CancelledError:  # before the first token
-            raise typer.Exit(130) from None
+            raise typer.Exit(INTERRUPTED) from None
         try:
             shown.end(result.text[0])
             typer.echo()
@@ -95,7 +95,7 @@ def run(
                 tell(f"note: {note}")
             _save(result, trace, timeline)
     if was_interrupted():
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
 
 
 def _save(result: "RunResult", trace: Path | None, timeline: Path | None) -> None:

@@ -13,7 +13,7 @@ import typer
 from ..core.files import require_writable
 from ..core.paths import user_path
 from .options import AsJson, Device, by_name, listed, shape_of
-from .terminal import StatusLine, on_interrupt, tell
+from .terminal import INTERRUPTED, StatusLine, on_interrupt, tell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,7 +121,7 @@ def sweep(
             _print_proof(proof, as_json)
         if was_interrupted():
             tell(f"kept: the same call goes on with {name}")
-            raise typer.Exit(130)
+            raise typer.Exit(INTERRUPTED)
     if not len(best):
         reasons = searched.points()["reason"]
         tell(f"prescope: no point finished: {next(filter(None, reasons), 'none was tried')}")

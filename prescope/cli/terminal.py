@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+#: Exit status after Ctrl-C.
+INTERRUPTED = 130
+
 
 def tell(line: str) -> None:
     """One line on stderr."""

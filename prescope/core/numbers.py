@@ -48,6 +48,6 @@ def require_size(name: str, value: Any, *, above: bool = False) -> None:
 
 
 def settle(settings: Any) -> None:
-    """Numbers of numpy's in a dataclass as Python's own, which files can hold; called once its fields are checked."""
+    """Numbers of numpy's in a dataclass as Python's own, which files can hold."""
     for field in fields(settings):
         object.__setattr__(settings, field.name, plain(getattr(settings, field.name)))

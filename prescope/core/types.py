@@ -71,7 +71,7 @@ class MoEShape(NamedTuple):
 
     @classmethod
     def of(cls, trace: Any) -> "MoEShape":
-        """Of a routing trace, or whatever else has these three sizes."""
+        """Of whatever has these three sizes; for who knows it by the class's former name, `Shape`."""
         return cls(trace.num_layers, trace.num_experts, trace.top_k)
 
     @property

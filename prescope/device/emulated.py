@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..core.machine import available_memory_bytes
+from ..core.machine import CPU_DEVICE, available_memory_bytes
 from ..core.units import format_bytes
 from ..core.worker import Latch, Worker
 from ..errors import NotAttached, SlotPoolTooLarge, TransferFailed
@@ -80,7 +80,7 @@ class EmulatedLinkDevice(OnCpu):
 
     def describe(self) -> dict[str, Any]:
         return {
-            "device": "CPU (standing in for the GPU)",
+            "device": CPU_DEVICE,
             "link": "emulated",
             "link_gb_per_s": self._gb_per_s,
             "label": f"emulated link of {self._gb_per_s:g} GB/s, CPU standing in for the GPU",

@@ -6,15 +6,14 @@ The names to choose from are those of the registries: of devices, cache policies
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..cache.num_slots import require_slots_setting
 from ..cache.policies import POLICIES
-from ..core.numbers import is_count, is_number
+from ..core.numbers import is_count, is_number, settle
 from ..core.types import DEVICE_DRIVERS
 from ..device import DEVICES
 from ..errors import UnsupportedOption
@@ -85,9 +84,7 @@ class EngineConfig:
     record_inputs: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # numpy's numbers are Python's here
-            if isinstance(value := getattr(self, field.name), np.generic):
-                object.__setattr__(self, field.name, value.item())
+        settle(self)
         device: Any = self.device
         if isinstance(device, torch.device):
             object.__setattr__(self, "device", str(device))
