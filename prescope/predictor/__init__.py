@@ -1,9 +1,8 @@
 """Predictors: which experts the coming MoE layers will use, under one protocol (`base.Predictor`).
 
 `llapor` is the trained one (`llapor_config` its settings and tensors), `online` tunes it while it runs; `baselines`
-need no training, `controls` must score everything and chance; `noisy_oracle` is an oracle that errs;
-`recorded` repeats what was said of one trace; `layer_groups`
-finds the layer groups. Trained and judged in `prescope.training`.
+need no training, `controls` must score everything and chance; `noisy_oracle` is an oracle that errs; `recorded` repeats
+what was said of one trace; `layer_groups` finds the layer groups. Trained and judged in `prescope.training`.
 
 Imports no model code: routers come in as tensors, states as a `RoutingTrace`.
 """

@@ -317,14 +317,15 @@ class Llapor:
         Raises:
             BadState: the inputs' width is another, or the chosen experts are missing.
         """
-        if x_TD.shape[-1] != self.width:
-            raise BadState(
-                f"router inputs are {x_TD.shape[-1]} wide, {self.name} was trained on {self.width}"
-            )
+        self._require_width(x_TD.shape[-1])
         if self.config.use_choice and ids_TK is None:
             raise BadState(
                 f"{self.name} was trained with the chosen experts as input; pass ids_TK to predict()"
             )
+
+    def _require_width(self, width: int) -> None:
+        if width != self.width:
+            raise BadState(f"router inputs are {width} wide, {self.name} was trained on {self.width}")
 
     def batch_of(
         self, trace: RoutingTrace, rows: slice | np.ndarray
@@ -336,10 +337,7 @@ class Llapor:
             BadState: their width is another.
         """
         inputs = require_inputs(trace, self.name)
-        if inputs.shape[2] != self.width:
-            raise BadState(
-                f"router inputs are {inputs.shape[2]} wide, {self.name} was trained on {self.width}"
-            )
+        self._require_width(inputs.shape[2])
         x_LTD = torch.from_numpy(inputs[rows]).to(self.device).transpose(0, 1).float().contiguous()
         if not self.config.use_choice:
             return x_LTD, None

@@ -1,7 +1,7 @@
 """Record, train, judge: `train_predictor(model, prompts)` in one call.
 
-The glue between an engine and the predictors: it runs prompts through the model, takes the router inputs and the
-routers out of it, and hands plain tensors to `prescope.predictor`.
+The glue between an engine and `trainer`: it runs prompts through the model, takes the router inputs and the routers out
+of it, and judges what was trained.
 """
 
 import time
@@ -24,24 +24,11 @@ from ..predictor.llapor_config import LlaporConfig
 from ..scheduler.costs import LayerCosts
 from ..traces.routing import RoutingTrace
 from .prepare import MIN_PROMPTS, require_trace, rows_of, split_by_prompt, spread
-from .record import Prompt, PromptSet, by_domain, device_of, opened, own_prompts, own_text, record_trace
-from .routers import router_agreement, routers_of, routers_or_reason
+from .record import Prompt, PromptSet, by_domain, device_of, opened, own_text, record_trace
+from .routers import routers_or_reason
 from .savings import savings
 from .score_card import ScoreCard, difference, require_scorable, score
 from .trainer import TrainConfig, TrainingProgress, TrainResult, require_settings, train
-
-__all__ = [
-    "TrainedPredictor",
-    "baselines",
-    "comparison",
-    "own_prompts",
-    "own_text",
-    "record_trace",
-    "router_agreement",
-    "routers_of",
-    "train_on_trace",
-    "train_predictor",
-]
 
 #: Own text when the caller names no amount. Written side by side, so that it takes no more steps than a few texts do;
 #: on text of kinds that were not trained on it gains more than anything else (docs/log/predictor.md).

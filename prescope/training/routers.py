@@ -16,6 +16,7 @@ from ..predictor.base import BadState, require_inputs, used_mask
 from ..predictor.baselines import EarlyRouter, Routers
 from ..predictor.llapor_config import LlaporConfig
 from ..traces.routing import RoutingTrace
+from .prepare import spread
 from .record import own_text
 
 #: Share of the recorded choices that routers taken from a model must reproduce on the recorded inputs.
@@ -68,8 +69,7 @@ def routers_of(engine: Engine, trace: RoutingTrace) -> Routers:
 def router_agreement(routers: Routers, trace: RoutingTrace) -> float:
     """Share of the recorded choices that the routers make on the recorded inputs of the same layer."""
     inputs = require_inputs(trace, "the routers' agreement")
-    real = np.flatnonzero(trace.position >= 0)
-    rows = real[np.linspace(0, len(real) - 1, min(len(real), AGREEMENT_ROWS)).astype(int)]
+    rows = spread(np.flatnonzero(trace.position >= 0), AGREEMENT_ROWS)
     used = torch.from_numpy(used_mask(trace.expert_ids[rows], trace.num_experts))
     hits = 0
     for layer in range(trace.num_layers):

@@ -20,6 +20,7 @@ from ..predictor.base import Predictor
 from ..scheduler.costs import LayerCosts
 from ..simulator import SimResult, Simulator, as_decode
 from ..traces.routing import RoutingTrace, used_mask
+from .prepare import spread
 
 #: Tokens that are replayed at least, of whole prompts spread over the trace: the mean moves by less than a percent
 #: beyond.
@@ -116,8 +117,7 @@ def some_prompts(trace: RoutingTrace, least: int, batch: int) -> RoutingTrace:
     count = int(np.ceil(least / rows.mean() / batch)) * batch if len(rows) else 0
     if count >= len(sequences):
         return trace
-    chosen = sequences[np.linspace(0, len(sequences) - 1, count).astype(int)]
-    return trace.take(np.isin(trace.sequence, chosen))
+    return trace.take(np.isin(trace.sequence, spread(sequences, count)))
 
 
 def residents(used_LE: NDArray[np.integer], frac: float) -> NDArray[np.bool_]:

@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..core.numbers import is_count
-from ..core.types import MoEShape
+from ..core.types import FloatArray, MoEShape
 from ..errors import BadTrace, TraceMismatch, UnsupportedOption
 from ..predictor.base import Predictor, ScoreArray, require_lookahead
 from ..predictor.checked import replay, require_predictor
@@ -25,7 +25,7 @@ from ..predictor.layer_groups import LayerGroups
 from ..traces.routing import RoutingTrace
 from .intervals import Interval, interval_of, prompts_of, resamples
 from .prepare import require_coming_layer, require_trace
-from .score_sums import BATCH_TOKENS, NUM_BINS, FloatArray, Sums, best_mask, ratio
+from .score_sums import BATCH_TOKENS, NUM_BINS, Sums, best_mask, ratio
 
 #: Of layers, as `LayerGroups.name_of` names them.
 GROUPS = ("input", "middle", "output")
@@ -110,20 +110,14 @@ class ScoreCard:
         Loose: on 8 experts of which 2 are used, chance scores 0.75. Mean over layers and batches. A batch holds one
         token of each prompt (`batch_size`), so few prompts make small batches, which are harder.
         """
-        a, layers, batches = self._at(lookahead, domain)
-        return ratio(
-            self.hot_right[a, :layers][:, batches].sum(), self.hot_total[a, :layers][:, batches].sum()
-        )
+        return self._of_batches(self.hot_right, self.hot_total, lookahead, domain)
 
     def count_error_frac(self, lookahead: int, *, domain: str | None = None) -> float:
         """Sum over experts of |expected - true tokens| in a batch over the true tokens; 0 is perfect.
 
         Expected tokens are the sums of the scores: of predictors that are not calibrated it is large.
         """
-        a, layers, batches = self._at(lookahead, domain)
-        return ratio(
-            self.count_error[a, :layers][:, batches].sum(), self.count_total[a, :layers][:, batches].sum()
-        )
+        return self._of_batches(self.count_error, self.count_total, lookahead, domain)
 
     def reliability(self, lookahead: int, *, domain: str | None = None) -> pd.DataFrame:
         """Calibration table: bin, from, to, pairs (token, expert), mean probability, share used; all layers."""
@@ -218,10 +212,12 @@ class ScoreCard:
     def _in_domain(self, domain: str | None) -> NDArray[np.bool_]:
         return prompts_of(domain, self.domains)
 
-    def _at(self, lookahead: int, domain: str | None) -> tuple[int, int, NDArray[np.bool_]]:
+    def _of_batches(self, part: FloatArray, whole: FloatArray, lookahead: int, domain: str | None) -> float:
+        """The sum of one array (A, L, G) over that of another: all layers, batches of one domain or of all."""
         self._in_domain(domain)
         batches = np.ones(len(self.batch_domains), bool) if domain is None else self.batch_domains == domain
-        return self._index_of(lookahead), self.shape.num_layers - lookahead, batches
+        a, layers = self._index_of(lookahead), self.shape.num_layers - lookahead
+        return ratio(part[a, :layers][:, batches].sum(), whole[a, :layers][:, batches].sum())
 
     def _recall_of(
         self, weights: FloatArray, lookahead: int, double: bool, domain: str | None, group: str | None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.types import FloatArray
 from ..errors import TraceMismatch, UnsupportedOption
 from ..predictor.base import Predictor, require_lookahead
 from ..scheduler.costs import LayerCosts
@@ -23,7 +24,7 @@ from ..traces.routing import RoutingTrace
 from .intervals import Interval, interval_of, prompts_of, resamples
 from .misses import missed_by_cache
 from .prepare import require_trace
-from .score_sums import FloatArray, best_mask, domain_of_each
+from .score_sums import best_mask, domain_of_each
 
 #: Shares of all experts that there are slots for.
 SLOTS = (0.125, 0.25, 0.5)

@@ -13,8 +13,6 @@ from ..predictor.base import ScoreArray, used_mask
 from ..traces.routing import RoutingTrace
 from .prepare import prompt_keys
 
-FloatArray = NDArray[np.float64]
-
 #: Tokens scored together in the metrics of batches, at most; the paper's batches are 4 to 64 sequences.
 BATCH_TOKENS = 64
 #: The paper's "hot Top-4": right if among the true Top-6.
