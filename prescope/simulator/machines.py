@@ -15,6 +15,7 @@ from ..profile.files import shipped_files
 from ..scheduler import schedule_named
 from ..scheduler.costs import DECIDE_US, LayerCosts, costs_of_run, decide_us_of, has_times
 from ..scheduler.plan import ON_DEMAND
+from ..traces.events import COMPUTE_LANES
 from ..traces.result import RunResult
 from .beside import beside_as_in
 
@@ -154,7 +155,7 @@ def _of_steps(run: RunResult, num_layers: int) -> tuple[float, float]:
     Medians of the decode steps: an H200's host once stopped for 90 ms in 23 steps, which made 249 us a layer of 30.
     """
     decode = run.events["phase"] == "decode"
-    compute = run.events[decode & run.events["lane"].isin(["gpu", "stall", "host"])]
+    compute = run.events[decode & run.events["lane"].isin(COMPUTE_LANES)]
     inside = compute[compute["moe_layer"] >= 0]
     rest = inside[inside["kind"] == "dense"].groupby("step")["dur_us"].sum()
     steps = run.steps[run.steps["phase"] == "decode"].set_index("step")

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.jit import jit
+from .events import DECODE, PREFILL
 from .routing import RoutingTrace
 
 
@@ -39,7 +40,7 @@ def belady_misses(
         first, keys = len(earlier), np.concatenate([earlier, keys])
     each = np.arange(1, len(keys) + 1)
     misses = _belady(keys, each, np.zeros(len(keys), np.bool_), _size(trace), num_slots, bypass)
-    decode, misses = phases == 1, misses[first:]
+    decode, misses = phases == DECODE, misses[first:]
     return BoundCounts(
         int((~decode).sum()), int(misses[~decode].sum()), int(decode.sum()), int(misses[decode].sum())
     )
@@ -65,7 +66,7 @@ def decode_misses(
         sure_share: share of a layer's experts from which on a prompt that needs them may bring any of the next layer.
     """
     keys, phases, groups = _needs(trace)
-    is_free = phases == 0
+    is_free = phases == PREFILL
     if sure_share <= 1.0 or placed:
         keys, is_free, groups = _with_brought(trace, keys, is_free, groups, placed, sure_share)
     misses = _belady(keys, _ends(groups, num_slots), is_free, _size(trace), num_slots, bypass)
@@ -108,7 +109,7 @@ def static_misses(trace: RoutingTrace, num_slots: int) -> BoundCounts:
     """Misses of the best fixed set of `num_slots` experts, chosen in hindsight for each phase; filling it is free."""
     keys, phases, _ = _needs(trace)
     counts = []
-    for phase in (0, 1):
+    for phase in (PREFILL, DECODE):
         uses = np.bincount(keys[phases == phase], minlength=_size(trace))
         kept = np.sort(uses)[::-1][:num_slots]
         counts += [int(uses.sum()), int(uses.sum() - kept.sum())]

@@ -39,6 +39,8 @@ KINDS = ["dense", "experts", "transfer", "stall", "cpu_wait", "host_wait", "warm
 PHASES = ["prefill", "decode"]
 #: Their numbers in traces.
 PREFILL, DECODE = range(len(PHASES))
+#: Whose rows of one step do not overlap, see above.
+COMPUTE_LANES = [str(lane) for lane in (Lane.GPU, Lane.STALL, Lane.HOST)]
 REASONS = ["", *(str(reason) for reason in Reason)]
 
 DTYPES: dict[str, object] = {

@@ -75,6 +75,15 @@ class Intervals(NamedTuple):
     def total_us(self) -> float:
         return float((self.ends - self.starts).sum())
 
+    def before_us(self, times: np.ndarray) -> np.ndarray:
+        """How much of them lies before each of some times: linear between their boundaries."""
+        if len(self.starts) == 0:
+            return np.zeros(len(times))
+        boundaries = np.stack((self.starts, self.ends), axis=1).ravel()
+        lengths = self.ends - self.starts
+        before = np.stack((np.cumsum(lengths) - lengths, np.cumsum(lengths)), axis=1).ravel()
+        return np.interp(times, boundaries, before)
+
 
 def union(starts: np.ndarray, ends: np.ndarray) -> Intervals:
     """Union of any intervals, microseconds; touching ones become one."""
@@ -89,13 +98,7 @@ def union(starts: np.ndarray, ends: np.ndarray) -> Intervals:
 
 def overlap_us(a: Intervals, b: Intervals) -> float:
     """Exact length of the intersection of two unions, microseconds."""
-    if len(a.starts) == 0 or len(b.starts) == 0:
-        return 0.0
-    # How much of b lies before t is linear between b's boundaries.
-    times = np.stack((b.starts, b.ends), axis=1).ravel()
-    lengths = b.ends - b.starts
-    before = np.stack((np.cumsum(lengths) - lengths, np.cumsum(lengths)), axis=1).ravel()
-    shared = np.interp(a.ends, times, before) - np.interp(a.starts, times, before)
+    shared = b.before_us(a.ends) - b.before_us(a.starts)
     return float(np.maximum(shared, 0.0).sum())  # where they only touch, rounding takes it below 0
 
 

@@ -19,6 +19,7 @@ import pandas as pd
 from ..core.files import write_bytes
 from ..core.units import gb_per_s
 from ..errors import BadTrace
+from .events import COMPUTE_LANES
 
 #: Of the first run.
 PID = 1
@@ -38,7 +39,6 @@ _CATEGORY = {
     "stall": "user_annotation",
     "host": "cpu_op",
 }
-_COMPUTE_LANES = ["gpu", "stall", "host"]
 
 
 class Timeline(Protocol):
@@ -79,11 +79,9 @@ def write_perfetto(runs: Timeline | Mapping[str, Timeline], path: str | Path) ->
         if run.events.empty:
             which = f"run {name!r}" if name else "run"
             raise BadTrace(f"the {which} has no events to write; run it with events=True")
-    origins: list[dict[str, Any]] = [
-        {"name": name, "hardware": run.hardware, "config": run.config} for name, run in named.items()
-    ]
-    alone: dict[str, Any] = (
-        {} if isinstance(runs, Mapping) else {"hardware": runs.hardware, "config": runs.config}
+    origins = [{"name": name, "hardware": run.hardware, "config": run.config} for name, run in named.items()]
+    origin = (
+        {"runs": origins} if isinstance(runs, Mapping) else {"hardware": runs.hardware, "config": runs.config}
     )
     events = [
         event
@@ -96,7 +94,7 @@ def write_perfetto(runs: Timeline | Mapping[str, Timeline], path: str | Path) ->
         "displayTimeUnit": "ms",
         "distributedInfo": {"rank": 0},  # HTA wants it
         "deviceProperties": [],
-        "otherData": {"writer": "prescope"} | (alone or {"runs": origins}),
+        "otherData": {"writer": "prescope"} | origin,
         "traceEvents": events,
     }
     # In ASCII: half a surrogate pair in a prompt is escaped like any other letter, and both readers take it.
@@ -110,7 +108,7 @@ def _title(name: str, run: Timeline) -> str:
 
 
 def trace_events(
-    events: pd.DataFrame, layers: pd.DataFrame, process_name: str, pid: int = PID
+    events: pd.DataFrame, layers: pd.DataFrame, process_name: str, pid: int
 ) -> list[dict[str, Any]]:
     """The `traceEvents` of one run: names first, then slices and counter samples by time, parents first."""
     slices = [*_range_slices(events)]
@@ -132,7 +130,7 @@ def trace_events(
 
 
 def _metadata(kind: str, tid: int, **args: Any) -> dict[str, Any]:
-    return {"ph": "M", "name": kind, "pid": PID, "tid": tid, "ts": 0, "args": args}
+    return {"ph": "M", "name": kind, "tid": tid, "ts": 0, "args": args}
 
 
 def _slice(
@@ -142,7 +140,6 @@ def _slice(
         "ph": "X",
         "cat": category,
         "name": name,
-        "pid": PID,
         "tid": tid,
         "ts": start_ns / 1e3,
         "dur": (end_ns - start_ns) / 1e3,
@@ -159,7 +156,7 @@ def _nanoseconds(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 def _range_slices(events: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Steps, and within each the span of every MoE layer on the compute lanes."""
-    compute = events[events["lane"].isin(_COMPUTE_LANES)]
+    compute = events[events["lane"].isin(COMPUTE_LANES)]
     starts, ends = _nanoseconds(compute)
     compute = compute.assign(start_ns=starts, end_ns=ends)
     for (step, phase), first, last in _spans(compute, ["step", "phase"]):
@@ -213,7 +210,7 @@ def _args(row: Any, tid: int) -> dict[str, Any]:
 
 
 def _counter(name: str, ts_ns: float, unit: str, value: float) -> dict[str, Any]:
-    return {"ph": "C", "name": name, "pid": PID, "tid": 0, "ts": ts_ns / 1e3, "args": {unit: value}}
+    return {"ph": "C", "name": name, "tid": 0, "ts": ts_ns / 1e3, "args": {unit: value}}
 
 
 def _of_steps(events: pd.DataFrame, layers: pd.DataFrame) -> Iterator[dict[str, Any]]:

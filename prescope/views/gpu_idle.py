@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from prescope.errors import BadTrace
 from prescope.simulator import SimResult
 from prescope.traces.result import RunResult
 
-from .theme import COLORS, NAMES, source_of, style, title_of, told_of
+from .theme import COLORS, NAMES, require_decode_events, style, title_of, told_of_several
 
 BUSY = ("dense", "experts")
 IDLE = ("stall", "cpu_wait", "host_wait", "warm_up", "other")
@@ -42,25 +41,20 @@ def gpu_idle(results: Mapping[str, RunResult | SimResult]) -> go.Figure:
 
 def gpu_idle_info(results: Mapping[str, RunResult | SimResult]) -> GpuIdleInfo:
     """As numbers."""
-    if not results:
-        raise BadTrace("gpu_idle compares results; give one at least")
+    require_decode_events("gpu_idle", results)
     rows = sorted((_row(name, result) for name, result in results.items()), key=lambda row: row[1])
     bounds = [result.bounds.step_ms for result in results.values() if isinstance(result, SimResult)]
-    first = next(iter(results.values()))
-    others = {source_of(result) for result in results.values()} - {source_of(first)}
     return GpuIdleInfo(
         tuple(title_of(name) for name, _, _ in rows),
         {cause: tuple(ms[cause] for _, _, ms in rows) for cause in (*BUSY, *IDLE)},
         tuple(step for _, step, _ in rows),
         min(bounds, default=float("nan")),
-        " · others ".join([told_of(first), *sorted(others)]),
+        told_of_several(results),
     )
 
 
 def _row(name: str, result: RunResult | SimResult) -> tuple[str, float, dict[str, float]]:
     decode = result.metrics.decode
-    if result.events.empty or not decode.num_steps:
-        raise BadTrace(f"{name} has no decode events; run it with events=True and more than one new token")
     step = decode.wall_ms / decode.num_steps
     ms = {
         "dense": decode.dense_gpu_ms,

@@ -12,10 +12,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from prescope.core.types import Lane, Reason
-from prescope.core.units import digits, gb_per_s
+from prescope.core.units import count_of, digits, gb_per_s
 from prescope.errors import BadTrace
 from prescope.simulator import SimResult
-from prescope.traces.events import KINDS, LANES, REASONS
+from prescope.traces.events import COMPUTE_LANES, KINDS, LANES, REASONS
 from prescope.traces.result import RunResult
 from prescope.traces.routing import RoutingTrace
 
@@ -36,7 +36,6 @@ _ROW_OF = {
     "dense": "GPU", "experts": "GPU", "experts_cpu": "CPU", "on_demand": "PCIe", "prefetch": "PCIe", "stream": "PCIe",
     "stall": "waits", "cpu_wait": "waits", "host_wait": "waits", "warm_up": "waits",
 }  # fmt: skip
-_COMPUTE = [LANES.index(lane) for lane in (Lane.GPU, Lane.STALL, Lane.HOST)]
 
 
 class Bars(NamedTuple):
@@ -288,7 +287,7 @@ def _text(
         text += f"; {done} of {misses} misses, those with the fewest tokens"
     elif expert >= 0 and uses.tokens:
         count = uses.tokens.get((step, layer, expert), 0)
-        text += f"; {count} token{'s' if count > 1 else ''} needed it" if count else "; no token needed it"
+        text += f"; {count_of(count, 'token')} needed it" if count else "; no token needed it"
     return text
 
 
@@ -304,7 +303,7 @@ def _layer_spans(events: pd.DataFrame, steps: set[int], first_us: float) -> tupl
     """From a layer's first dense work to the end of its experts."""
     layer = events["moe_layer"].to_numpy()
     step = events["step"].to_numpy()
-    mine = np.isin(events["lane"].cat.codes.to_numpy(), _COMPUTE) & (layer >= 0) & np.isin(step, list(steps))
+    mine = events["lane"].isin(COMPUTE_LANES).to_numpy() & (layer >= 0) & np.isin(step, list(steps))
     start = events["start_us"].to_numpy()[mine]
     end = start + events["dur_us"].to_numpy()[mine]
     keys, which = np.unique(np.stack([step[mine], layer[mine]]), axis=1, return_inverse=True)
@@ -363,10 +362,9 @@ def lanes_layout(info: LanesInfo, end_ms: float | None = None, *, brief: bool = 
     """
     merged = info.num_events - info.num_bars
     note = f", {merged:,} shorter than a pixel merged into neighbours" if merged else ""
-    many = "s" if len(info.steps) > 1 else ""
-    what = f"{len(info.steps)} {info.phase} step{many}{', ' * bool(info.only)}{info.only}{note}"
+    what = f"{count_of(len(info.steps), f'{info.phase} step')}{', ' * bool(info.only)}{info.only}{note}"
     subtitle = f"<b>{info.source}</b> · {what}" if brief else f"{what} · {info.settings}<br>{info.told}"
-    shapes = [_upright(span.start_ms, 0, 1, "paper", TEXT, "dot") for span in info.steps]
+    shapes = [upright(span.start_ms, 0, 1, "paper", TEXT, "dot") for span in info.steps]
     annotations = [
         {
             "x": span.start_ms, "y": 1, "xref": "x", "yref": "paper", "yanchor": "bottom", "xanchor": "left",
@@ -376,7 +374,7 @@ def lanes_layout(info: LanesInfo, end_ms: float | None = None, *, brief: bool = 
     ]  # fmt: skip
     if info.link_ms and not info.only:  # of all copies, or it is no bound
         row = _y("PCIe")
-        shapes.append(_upright(info.link_ms, row - 0.46, row + 0.46, "y", COLORS["bound"], "solid", 3))
+        shapes.append(upright(info.link_ms, row - 0.46, row + 0.46, "y", COLORS["bound"], "solid", 3))
         annotations.append(
             {
                 "x": info.link_ms, "y": row + 0.5, "xref": "x", "yref": "y", "yanchor": "middle",
@@ -397,7 +395,7 @@ def _name_of(span: Span, info: LanesInfo) -> str:
     return "prefill" if info.phase == "prefill" and span is info.steps[0] else f"step {span.step}"
 
 
-def _upright(
+def upright(
     x: float, low: float, high: float, yref: str, color: str, dash: str, width: float = 1
 ) -> dict[str, Any]:
     line = {"color": color, "width": width, "dash": dash}

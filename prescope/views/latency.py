@@ -2,16 +2,13 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import plotly.graph_objects as go
 
 from prescope.core.units import count_of
-from prescope.errors import BadTrace
 from prescope.traces.result import RunResult
 
-from .theme import COLORS, NAMES, TEXT, origin, style
-
-_CAUSES = ["dense", "experts", "stall", "cpu_wait", "host_wait", "warm_up", "other"]
+from .step_times import causes_ms
+from .theme import COLORS, NAMES, TEXT, decode_steps, origin, style
 
 
 class LatencyInfo(NamedTuple):
@@ -41,34 +38,17 @@ def latency_info(run: RunResult) -> LatencyInfo:
     Raises:
         BadTrace: the run has no decode step.
     """
-    decode = run.steps[run.steps["phase"] == "decode"]
-    if decode.empty:
-        raise BadTrace(
-            "the run has no decode steps; ask for more than one new token (max_new_tokens=2 or more)"
-        )
+    decode = decode_steps(run.steps)
     step_ms = decode["dur_us"].to_numpy() / 1e3
     return LatencyInfo(
         steps=tuple(decode["step"].tolist()),
         step_ms=tuple(step_ms.tolist()),
-        cause_ms=_causes(run, decode["step"].to_numpy(), step_ms),
+        cause_ms=causes_ms(run, decode["step"].to_numpy(), step_ms),
         ttft_ms=run.metrics.ttft_ms,
         p50_ms=run.metrics.decode.step_p50_ms,
         p95_ms=run.metrics.decode.step_p95_ms,
         origin=origin(run),
     )
-
-
-def _causes(run: RunResult, steps: np.ndarray, step_ms: np.ndarray) -> dict[str, tuple[float, ...]]:
-    """Compute-lane time of each step by cause; "other" is what no event explains."""
-    if run.events.empty:
-        return {}
-    compute = run.events[run.events["lane"].isin(["gpu", "stall", "host"])]
-    table = compute.pivot_table(
-        index="step", columns="kind", values="dur_us", aggfunc="sum", observed=True, fill_value=0.0
-    )
-    table = table.reindex(index=steps, columns=_CAUSES[:-1], fill_value=0.0) / 1e3
-    table["other"] = np.maximum(step_ms - table.sum(axis=1).to_numpy(), 0.0)
-    return {cause: tuple(table[cause].tolist()) for cause in _CAUSES}
 
 
 def plot_latency(info: LatencyInfo) -> go.Figure:

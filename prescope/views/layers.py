@@ -7,13 +7,14 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from prescope.core.types import Phase
+from prescope.core.units import count_of
 from prescope.errors import BadTrace
+from prescope.traces.events import COMPUTE_LANES
 from prescope.traces.result import RunResult
 
 from .theme import COLORS, NAMES, add_line, origin, style
 
 _KINDS = ["dense", "experts", "stall", "cpu_wait", "host_wait", "warm_up"]
-_COMPUTE_LANES = ["gpu", "stall", "host"]
 
 
 class LayersInfo(NamedTuple):
@@ -53,7 +54,7 @@ def layers_info(run: RunResult, phase: Phase = "decode") -> LayersInfo:
     if events.empty or steps.empty:
         raise BadTrace(f"the run has no {phase} events; run it with events=True and more than one new token")
     num_layers = int(run.layers["moe_layer"].max()) + 1
-    compute = events[events["lane"].isin(_COMPUTE_LANES)]
+    compute = events[events["lane"].isin(COMPUTE_LANES)]
     kind_us = {kind: _by_layer(compute[compute["kind"] == kind], num_layers, len(steps)) for kind in _KINDS}
     return LayersInfo(
         phase=phase,
@@ -100,7 +101,7 @@ def plot_layers(info: LayersInfo) -> go.Figure:
         for k, v in info.kind_us.items()
         if k != "warm_up" or any(v)
     ]
-    mean = f"mean of {info.num_steps} {info.phase} step{'s' if info.num_steps > 1 else ''}: "
+    mean = f"mean of {count_of(info.num_steps, f'{info.phase} step')}: "
     shares.append(f"other {100 * max(0.0, info.other_us) / info.step_us:.0f} %")
     mean += f"{info.step_us / 1e3:.3g} ms = {', '.join(shares)}"
     style(

@@ -6,11 +6,10 @@ from typing import Literal, NamedTuple
 import plotly.graph_objects as go
 
 from prescope.core.types import Reason
-from prescope.errors import BadTrace
 from prescope.simulator import SimResult
 from prescope.traces.result import RunResult
 
-from .theme import COLORS, NAMES, source_of, style, title_of, told_of
+from .theme import COLORS, NAMES, require_decode_events, style, title_of, told_of_several
 
 By = Literal["purpose", "overlap"]
 #: Part -> its colour and what it means.
@@ -60,25 +59,20 @@ def link_time(results: Mapping[str, RunResult | SimResult], by: By = "purpose") 
 
 def link_time_info(results: Mapping[str, RunResult | SimResult], by: By = "purpose") -> LinkTimeInfo:
     """As numbers."""
-    if not results:
-        raise BadTrace("link_time compares results; give one at least")
-    rows = [_row(name, result, by) for name, result in results.items()]
+    require_decode_events("link_time", results)
+    rows = [_row(result, by) for result in results.values()]
     steps = tuple(sum(row.values()) for row in rows)
-    first = next(iter(results.values()))
-    others = {source_of(result) for result in results.values()} - {source_of(first)}
     return LinkTimeInfo(
         tuple(title_of(name) for name in results),
         {part: tuple(row[part] for row in rows) for part in PARTS[by]},
         steps,
         by,
-        " · others ".join([told_of(first), *sorted(others)]),
+        told_of_several(results),
     )
 
 
-def _row(name: str, result: RunResult | SimResult, by: By) -> dict[str, float]:
+def _row(result: RunResult | SimResult, by: By) -> dict[str, float]:
     decode = result.metrics.decode
-    if result.events.empty or not decode.num_steps:
-        raise BadTrace(f"{name} has no decode events; run it with events=True and more than one new token")
     busy, step = decode.h2d_busy_ms / decode.num_steps, decode.wall_ms / decode.num_steps
     if by == "overlap":
         hidden = busy * decode.overlap_frac if busy else 0.0

@@ -7,12 +7,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from prescope.core.units import digits
-from prescope.errors import BadTrace
 from prescope.simulator import SimResult
 from prescope.traces.metrics import union
 from prescope.traces.result import RunResult
 
-from .theme import source_of, style, title_of, told_of
+from .theme import require_decode_events, style, title_of, told_of_several
 
 #: Points of a line at most; with fewer steps, one a step.
 BINS = 64
@@ -49,30 +48,20 @@ def link_use(results: Mapping[str, RunResult | SimResult], bins: int = BINS) -> 
 
 def link_use_info(results: Mapping[str, RunResult | SimResult], bins: int = BINS) -> LinkUseInfo:
     """As numbers."""
-    if not results:
-        raise BadTrace("link_use compares results; give one at least")
+    require_decode_events("link_use", results)
     uses = tuple(_use(name, result, bins) for name, result in results.items())
-    first = next(iter(results.values()))
-    others = {source_of(result) for result in results.values()} - {source_of(first)}
-    return LinkUseInfo(uses, " · others ".join([told_of(first), *sorted(others)]))
+    return LinkUseInfo(uses, told_of_several(results))
 
 
 def _use(name: str, result: RunResult | SimResult, bins: int) -> Use:
     decode = result.steps[result.steps["phase"] == "decode"]
-    if decode.empty or result.events.empty:
-        raise BadTrace(f"{name} has no decode events; run it with events=True and more than one new token")
-    begin = float(decode["start_us"].iloc[0])
-    end = float((decode["start_us"] + decode["dur_us"]).iloc[-1])
+    ends = (decode["start_us"] + decode["dur_us"]).to_numpy()
+    begin, end = float(decode["start_us"].iloc[0]), float(ends[-1])
     copies = result.events[result.events["lane"] == "h2d"]
     start = np.clip(copies["start_us"].to_numpy(), begin, end)
     stop = np.clip((copies["start_us"] + copies["dur_us"]).to_numpy(), begin, end)
-    ends = (decode["start_us"] + decode["dur_us"]).to_numpy()
     edges = np.array([begin, *ends]) if len(ends) <= bins else np.linspace(begin, end, bins + 1)
-    busy = union(start, stop)
-    lengths = busy.ends - busy.starts
-    times = np.stack((busy.starts, busy.ends), axis=1).ravel()
-    before = np.stack((np.cumsum(lengths) - lengths, np.cumsum(lengths)), axis=1).ravel()
-    used = np.diff(np.interp(edges, times, before)) if len(times) else np.zeros(len(edges) - 1)
+    used = np.diff(union(start, stop).before_us(edges))
     inside = stop > start
     num_bytes = int(copies["bytes"].to_numpy()[inside].sum())
     return Use(

@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from prescope.errors import BadTrace
 from prescope.simulator import SimResult
 from prescope.traces.result import RunResult
 
-from .theme import COLORS, NAMES, settings_of, source_of, style, titled, told_of
+from .theme import COLORS, NAMES, decode_steps, settings_of, source_of, style, titled, told_of
 
 OUTCOMES = ("hit", "late", "miss", "on_cpu")
 #: Names of the two that a bar is drawn of where "miss" is split.
@@ -68,11 +67,7 @@ def outcomes_info(result: RunResult | SimResult, measured: RunResult | None = No
 
 
 def _counts(layers: pd.DataFrame) -> OutcomeCounts:
-    rows = layers[layers["phase"] == "decode"]
-    if rows.empty:
-        raise BadTrace(
-            "there are no decode steps; ask for more than one new token (max_new_tokens=2 or more)"
-        )
+    rows = decode_steps(layers)
     layer, steps = rows["moe_layer"].to_numpy(), rows["step"].nunique()
 
     def mean(values: np.ndarray) -> tuple[float, ...]:

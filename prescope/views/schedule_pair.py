@@ -4,14 +4,15 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
+from prescope.core.units import count_of
 from prescope.simulator import SimResult
 from prescope.traces.result import RunResult
 
-from .lanes import MEANINGS, ROWS, LanesInfo, lanes_info, lanes_traces
+from .lanes import MEANINGS, ROWS, LanesInfo, lanes_info, lanes_traces, upright
 from .theme import TEXT, style, titled
 
-#: Empty rows between the two.
-_GAP = 1.4
+#: How far the upper one is raised: an empty space lies between the two.
+_UP = len(ROWS) + 1.4
 
 
 class SchedulePairInfo(NamedTuple):
@@ -49,8 +50,7 @@ def _raise(trace: dict[str, Any], by: float) -> dict[str, Any]:
 
 def schedule_pair_traces(info: SchedulePairInfo) -> list[dict[str, Any]]:
     """The lanes of the upper one, then those of the lower one; a meaning stands once in the legend."""
-    up = len(ROWS) + _GAP
-    upper = [_raise(trace, up) for trace in lanes_traces(info.upper)]
+    upper = [_raise(trace, _UP) for trace in lanes_traces(info.upper)]
     lower = lanes_traces(info.lower)
     for meaning, above, below in zip(("", *MEANINGS), upper, lower, strict=True):
         for trace in (above, below):
@@ -61,9 +61,8 @@ def schedule_pair_traces(info: SchedulePairInfo) -> list[dict[str, Any]]:
 
 def schedule_pair_layout(info: SchedulePairInfo) -> dict[str, Any]:
     """What of the layout depends on the numbers."""
-    up = len(ROWS) + _GAP
     shapes, annotations = [], []
-    for one, base in ((info.upper, up), (info.lower, 0.0)):
+    for one, base in ((info.upper, _UP), (info.lower, 0.0)):
         top = base + len(ROWS) - 0.4
         annotations.append(
             {
@@ -73,19 +72,7 @@ def schedule_pair_layout(info: SchedulePairInfo) -> dict[str, Any]:
         )  # fmt: skip
         for span in (*one.steps, None):
             at = one.end_ms if span is None else span.start_ms
-            line = {"color": TEXT, "width": 1, "dash": "dot"}
-            shapes.append(
-                {
-                    "type": "line",
-                    "xref": "x",
-                    "yref": "y",
-                    "x0": at,
-                    "x1": at,
-                    "y0": base - 0.5,
-                    "y1": top,
-                    "line": line,
-                }
-            )
+            shapes.append(upright(at, base - 0.5, top, "y", TEXT, "dot"))
             if span is not None:
                 annotations.append(
                     {
@@ -93,10 +80,9 @@ def schedule_pair_layout(info: SchedulePairInfo) -> dict[str, Any]:
                         "showarrow": False, "text": f"step {span.step}", "font": {"size": 11.5},
                     }
                 )  # fmt: skip
-    count = len(info.lower.steps)
-    faster = info.upper.end_ms / info.lower.end_ms
     subtitle = (
-        f"{count} decode step{'s' if count > 1 else ''}; the lower one takes {1 / faster:.2f} times as long<br>"
+        f"{count_of(len(info.lower.steps), 'decode step')}; the lower one takes "
+        f"{info.lower.end_ms / info.upper.end_ms:.2f} times as long<br>"
         f"{info.upper.told}"
     )
     if info.lower.source != info.upper.source:
@@ -127,13 +113,12 @@ def plot_schedule_pair(info: SchedulePairInfo) -> go.Figure:
     style(fig, title="", subtitle="", height=640, top=106)
     fig.update_layout(schedule_pair_layout(info))
     fig.update_layout(barmode="overlay", hovermode="closest", barcornerradius=0, uirevision=None)
-    up = len(ROWS) + _GAP
-    places = [len(ROWS) - 1 - i + base for base in (up, 0.0) for i in range(len(ROWS))]
+    places = [len(ROWS) - 1 - i + base for base in (_UP, 0.0) for i in range(len(ROWS))]
     fig.update_xaxes(title_text="ms since the first step shown began")
     fig.update_yaxes(
         tickvals=places,
         ticktext=[*ROWS, *ROWS],
-        range=[-0.6, up + len(ROWS) + 0.8],
+        range=[-0.6, _UP + len(ROWS) + 0.8],
         fixedrange=True,
         showgrid=False,
     )

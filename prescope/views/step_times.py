@@ -6,15 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from prescope.core.types import Lane
-from prescope.errors import BadTrace
+from prescope.core.units import digits
 from prescope.simulator import SimResult
-from prescope.traces.events import KINDS, LANES
+from prescope.traces.events import COMPUTE_LANES, KINDS
 from prescope.traces.result import RunResult
 
-from ..core.units import digits
 from .lanes import OUTLINES
-from .theme import COLORS, NAMES, settings_of, source_of, style, titled, told_of
+from .theme import COLORS, NAMES, decode_steps, settings_of, source_of, style, titled, told_of
 
 #: More steps than this are stepped areas instead of bars: seven shapes, which a browser draws at once, instead of
 #: over a thousand, which took most of the time of a slider's move.
@@ -79,30 +77,25 @@ def step_times_info(
 
 
 def _times(result: RunResult | SimResult) -> Times:
-    decode = result.steps[result.steps["phase"] == "decode"]
-    if decode.empty:
-        raise BadTrace(
-            "there are no decode steps; ask for more than one new token (max_new_tokens=2 or more)"
-        )
+    decode = decode_steps(result.steps)
     us = decode["dur_us"].to_numpy()
     # As the table of numbers has it: rows of sequences that have ended go on in the steps, and write nothing.
     rate = result.tokens_per_s if isinstance(result, SimResult) else result.metrics.tokens_per_s
     steps = decode["step"].to_numpy()
-    causes = _causes(result, steps, us / 1e3)
+    causes = causes_ms(result, steps, us / 1e3)
     return Times(tuple(steps.tolist()), tuple((us / 1e3).tolist()), rate, source_of(result), causes)
 
 
-def _causes(
+def causes_ms(
     result: RunResult | SimResult, steps: np.ndarray, step_ms: np.ndarray
 ) -> dict[str, tuple[float, ...]]:
     """Compute-lane time of each step by cause; "other" is what no event explains."""
     events = result.events
     if events.empty:
         return {}
-    lane, kind = events["lane"].cat.codes.to_numpy(), events["kind"].cat.codes.to_numpy()
-    compute = np.isin(lane, [LANES.index(name) for name in (Lane.GPU, Lane.STALL, Lane.HOST)])
-    place, us = events["step"].to_numpy() - steps[0], events["dur_us"].to_numpy()
-    compute &= (place >= 0) & (place <= steps[-1] - steps[0])
+    kind, us = events["kind"].cat.codes.to_numpy(), events["dur_us"].to_numpy()
+    place = events["step"].to_numpy() - steps[0]
+    compute = events["lane"].isin(COMPUTE_LANES).to_numpy() & (place >= 0) & (place <= steps[-1] - steps[0])
     found, rest = {}, step_ms
     for cause in CAUSES[:-1]:
         mine = compute & (kind == KINDS.index(cause))

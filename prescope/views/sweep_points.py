@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from prescope.core.units import GIB, MIB
+from prescope.core.units import GIB, MIB, count_of
 from prescope.errors import UnsupportedOption
 
 from .numbers import formatted
@@ -184,7 +184,7 @@ def told_of_points(points: pd.DataFrame) -> str:
     rows = points[points["state"] == "finished"]
     parts = []
     for (origin, machine), group in rows.groupby(["origin", "machine"], sort=False):
-        count = f"{len(group):,} point{'s' if len(group) > 1 else ''}"
+        count = count_of(len(group), "point")
         parts.append(f"<b>{escape(SOURCES.get(origin, origin))}</b>: {count}, {escape(str(machine))}")
     for state in ("infeasible", "failed", "running"):
         if number := int((points["state"] == state).sum()):

@@ -7,11 +7,14 @@ Backgrounds are transparent and text is a grey that reads on white; panels and p
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 
 from prescope.core.units import count_of
+from prescope.errors import BadTrace
 from prescope.scheduler import SCHEDULES
 from prescope.simulator import SimResult
 from prescope.traces.result import RunResult
@@ -133,6 +136,42 @@ def told_of(result: RunResult | SimResult) -> str:
     """Source and machine in one line, for subtitles."""
     source, label = source_of(result), result.label.removeprefix("simulated, ")
     return f"<b>{source}</b>: {label}"
+
+
+def told_of_several(results: Mapping[str, RunResult | SimResult]) -> str:
+    """Source and machine of the first, and the sources of those that have another."""
+    first = next(iter(results.values()))
+    others = {source_of(result) for result in results.values()} - {source_of(first)}
+    return " · others ".join([told_of(first), *sorted(others)])
+
+
+def decode_steps(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of decode steps.
+
+    Raises:
+        BadTrace: there are none.
+    """
+    rows = table[table["phase"] == "decode"]
+    if rows.empty:
+        raise BadTrace(
+            "there are no decode steps; ask for more than one new token (max_new_tokens=2 or more)"
+        )
+    return rows
+
+
+def require_decode_events(figure: str, results: Mapping[str, RunResult | SimResult]) -> None:
+    """Make sure that a figure has results to compare.
+
+    Raises:
+        BadTrace: no results, or one without decode events.
+    """
+    if not results:
+        raise BadTrace(f"{figure} compares results; give one at least")
+    for name, result in results.items():
+        if result.events.empty or not (result.steps["phase"] == "decode").any():
+            raise BadTrace(
+                f"{name} has no decode events; run it with events=True and more than one new token"
+            )
 
 
 def written(predictor: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from prescope.core.units import count_of
 from prescope.errors import UnsupportedOption
 from prescope.simulator import Scenario, Scenarios, SimResult, predicts
 
@@ -115,12 +116,11 @@ def plot_threshold(info: ThresholdInfo) -> go.Figure:
         line={"color": COLORS["dense"], "width": 2.2}, hovertemplate="%{y:.3f} ms per token<extra></extra>", row=3,
         col=1,
     )  # fmt: skip
-    ahead = f"{info.lookahead} layer{'s' if info.lookahead > 1 else ''} ahead"
     best = info.thresholds[int(np.argmin(info.ms_per_token))]
     style(
         fig,
         title="How sure must a prediction be?",
-        subtitle=f"{written(info.predictor)}, {ahead} · fastest at threshold {best:g}, chosen {info.chosen:g}"
+        subtitle=f"{written(info.predictor)}, {count_of(info.lookahead, 'layer')} ahead · fastest at threshold {best:g}, chosen {info.chosen:g}"
         f"<br>{info.settings}<br>{info.told}",
         height=590,
         top=124,

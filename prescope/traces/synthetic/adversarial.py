@@ -15,7 +15,7 @@ from .drawing import draw_ranks, expert_of_rank, popularity_of_ranks
 from .rows import Rows, fingerprint_of, synthetic_trace
 from .spec import SyntheticSpec
 
-IdArray = NDArray[np.int16]
+Int16Array = NDArray[np.int16]
 
 #: Popularity of the trace that flips: a quarter of the experts gets 65 % (16 top-2) to 77 % (128 top-8) of the uses.
 FLIP_ZIPF = 1.2
@@ -80,13 +80,13 @@ def adversarial(
     )
 
 
-def _cyclic(case: _Case) -> IdArray:
+def _cyclic(case: _Case) -> Int16Array:
     first_R = case.rows.step * case.top_k
     ids_RK = (first_R[:, None] + np.arange(case.top_k)) % case.num_experts
     return _in_all_layers(ids_RK, case.num_layers)
 
 
-def _flip(case: _Case) -> IdArray:
+def _flip(case: _Case) -> Int16Array:
     rows, E = case.rows, case.num_experts
     popularity_SE = popularity_of_ranks(E, FLIP_ZIPF, 0.0, rows.batch, case.rng)
     ranks = draw_ranks(popularity_SE, case.num_layers, rows.length, case.top_k, 0.0, 0.0, case.rng)
@@ -97,18 +97,18 @@ def _flip(case: _Case) -> IdArray:
     return expert_LE[np.arange(case.num_layers)[:, None], ranks_RLK]
 
 
-def _uniform(case: _Case) -> IdArray:
+def _uniform(case: _Case) -> Int16Array:
     alike_SE = np.ones((case.rows.batch, case.num_experts), dtype=np.float32)
     ids = draw_ranks(alike_SE, case.num_layers, case.rows.length, case.top_k, 0.0, 0.0, case.rng)
     return ids[:, case.rows.position, case.rows.sequence].transpose(1, 0, 2)
 
 
-def _hot(case: _Case) -> IdArray:
+def _hot(case: _Case) -> Int16Array:
     one = _permutations(case, 1)[..., : case.top_k]
     return np.repeat(one, len(case.rows.step), axis=0)
 
 
-def _disjoint(case: _Case) -> IdArray:
+def _disjoint(case: _Case) -> Int16Array:
     """Token i of a step takes places i * K to i * K + K - 1 of one order of all experts, round and round."""
     step = case.rows.step
     order = _permutations(case, int(step.max()) + 1)
@@ -118,7 +118,7 @@ def _disjoint(case: _Case) -> IdArray:
     return order[step[:, None, None], layer, place_RK[:, None]]
 
 
-def _permutations(case: _Case, count: int) -> IdArray:
+def _permutations(case: _Case, count: int) -> Int16Array:
     """(count, L, E): `count` random orders of each layer's experts."""
     experts = np.broadcast_to(
         np.arange(case.num_experts, dtype=np.int16), (count, case.num_layers, case.num_experts)
@@ -126,11 +126,11 @@ def _permutations(case: _Case, count: int) -> IdArray:
     return case.rng.permuted(experts, axis=-1)
 
 
-def _in_all_layers(ids_RK: NDArray[np.integer], num_layers: int) -> IdArray:
+def _in_all_layers(ids_RK: NDArray[np.integer], num_layers: int) -> Int16Array:
     return np.repeat(ids_RK[:, None].astype(np.int16), num_layers, axis=1)
 
 
-_KINDS: dict[str, Callable[[_Case], IdArray]] = {
+_KINDS: dict[str, Callable[[_Case], Int16Array]] = {
     "cyclic": _cyclic,
     "flip": _flip,
     "uniform": _uniform,

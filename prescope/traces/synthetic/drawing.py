@@ -11,7 +11,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float32]
+Float32Array = NDArray[np.float32]
 RankArray = NDArray[np.int16]
 
 
@@ -24,7 +24,7 @@ def expert_of_rank(num_layers: int, num_experts: int, seed: int) -> RankArray:
 
 def popularity_of_ranks(
     num_experts: int, zipf: float, diversity: float, num_sequences: int, rng: np.random.Generator
-) -> FloatArray:
+) -> Float32Array:
     """(S, E): how much each sequence likes each rank, not normalised: (i + 1) ** -zipf for its i-th favourite.
 
     The order is that of sqrt(1 - diversity) * common + sqrt(diversity) * own, both standard normal, so diversity is
@@ -43,7 +43,7 @@ def popularity_of_ranks(
 
 
 def draw_ranks(
-    popularity_SE: FloatArray,
+    popularity_SE: Float32Array,
     num_layers: int,
     num_tokens: int,
     top_k: int,
@@ -85,10 +85,10 @@ def draw_ranks(
     return ranks
 
 
-def draw_weights(num_rows: int, num_layers: int, top_k: int, rng: np.random.Generator) -> FloatArray:
+def draw_weights(num_rows: int, num_layers: int, top_k: int, rng: np.random.Generator) -> Float32Array:
     """(R, L, K) router weights, largest first, 1 in sum: exponential numbers, sorted, normalised; fitted to nothing."""
     drawn = -np.sort(-rng.standard_exponential((num_rows, num_layers, top_k), dtype=np.float32), axis=-1)
     drawn += np.float32(1e-6)  # an exponential number may be 0, and a router's softmax is not
     total = drawn.sum(axis=-1, keepdims=True)
-    weights: FloatArray = drawn / total
+    weights: Float32Array = drawn / total
     return weights

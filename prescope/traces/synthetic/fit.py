@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadTrace, UnsupportedOption
+from ..events import DECODE
 from ..routing import RoutingTrace
 from .habits import Habits, Overlaps, habits_of, overlaps, transition_recall, used_rows
 from .spec import SyntheticSpec
@@ -185,5 +186,5 @@ def _notes(trace: RoutingTrace, wanted: dict[str, float]) -> Iterator[str]:
         yield "one sequence only: what sequences have in common is not known, diversity stays as given"
     if np.isnan(wanted["transition"]):
         yield "one layer, or sequences of a few tokens: transitions are not known, correlation stays as given"
-    if not (trace.phase == 1).any():
+    if not (trace.phase == DECODE).any():
         yield "no decode steps: hit rates are not known"

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.types import FloatArray
 from ...errors import BadTrace, UnsupportedOption
+from ..events import DECODE
 from ..routing import RoutingTrace, used_mask
 
-FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 #: Transitions are counted on every other block of so many positions and judged on the blocks between, so that one
@@ -145,7 +146,7 @@ def lru_hit_rate(trace: RoutingTrace, slots_frac: float) -> float:
     resident: dict[int, None] = {}  # the least recently used first
     hits = needed = 0
     for step in trace.steps:
-        is_decode = trace.phase[np.searchsorted(trace.step, step)] == 1
+        is_decode = trace.phase[np.searchsorted(trace.step, step)] == DECODE
         for need in trace.needed(step):
             keys = (need.moe_layer * trace.num_experts + need.experts).tolist()
             if is_decode:
