@@ -330,8 +330,6 @@ def _event_metrics(
     events: pd.DataFrame, all_events: pd.DataFrame, wall_ms: float, prefetched: int
 ) -> dict[str, float]:
     """Figures that need events. A copy may end in the next phase, so its overlap is taken with the compute of both."""
-    if all_events.empty:
-        return dict.fromkeys(_EVENT_FIELDS, NAN)
     time_ms = (events.groupby(["lane", "kind"], observed=False)["dur_us"].sum() / 1e3).to_dict()
     copies = events[events["lane"] == "h2d"]
     busy = _lane_union(copies)
@@ -339,7 +337,7 @@ def _event_metrics(
     reasons = copies["reason"].value_counts()
     stall_ms = time_ms["stall", "stall"]
     prefetches = sum(int(reasons.get(str(why), 0)) for why in (Reason.PREFETCH, Reason.STREAM))
-    return {
+    found = {
         "stall_ms": stall_ms,
         "stall_frac": _ratio(stall_ms, wall_ms),
         "cpu_wait_ms": time_ms["stall", "cpu_wait"],
@@ -359,26 +357,7 @@ def _event_metrics(
         "prefetch_transfers": prefetches,
         "prefetch_accuracy": _ratio(prefetched, prefetches),
     }
-
-
-_EVENT_FIELDS = [
-    "stall_ms",
-    "stall_frac",
-    "cpu_wait_ms",
-    "host_wait_ms",
-    "warm_up_ms",
-    "dense_gpu_ms",
-    "experts_gpu_ms",
-    "experts_cpu_ms",
-    "h2d_bytes",
-    "h2d_busy_ms",
-    "link_gb_per_s",
-    "link_use_frac",
-    "overlap_frac",
-    "on_demand_transfers",
-    "prefetch_transfers",
-    "prefetch_accuracy",
-]
+    return dict.fromkeys(found, NAN) if all_events.empty else found
 
 
 def _lane_union(rows: pd.DataFrame) -> Intervals:
