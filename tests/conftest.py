@@ -24,6 +24,15 @@ def compiled_before_gpu(request):
         request.getfixturevalue("host_parts")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Matrices this small run faster on one thread, and those of a shared machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def gpu(host_parts, monkeypatch):
     """`attach(device="cpu")` gives the interpreted GPU."""

@@ -4,7 +4,7 @@ One list of ways to change weights; one law: refused by an error that says what 
 the old weights; or effective. Which of the two, by what the same call does to the plain model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 
 import pytest
@@ -20,6 +20,8 @@ from prescope.hf import HostParameter
 from tests.support import families
 from tests.support.families import FAMILIES
 from tests.support.models import plain_tokens, prompt, tiny_moe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = {"slots": 6, "device": "cpu", "link_gb_per_s": 50.0, "events": False}
 OTHER = tiny_moe(seed=5)
@@ -264,14 +266,6 @@ def test_a_wrapper_saves_its_own_weights_and_nothing_of_the_experts(tmp_path):
 @lru_cache
 def model_of(name: str) -> PreTrainedModel:
     return families.build(name)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

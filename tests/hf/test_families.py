@@ -16,7 +16,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import prescope
 from tests.support import families
+from tests.support.distances import distance
 from tests.support.families import FAMILIES, UNSUPPORTED
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 
@@ -89,15 +92,6 @@ def num_slots(model: PreTrainedModel, name: str, share: str) -> int:
     return {"top_k": FAMILIES[name].top_k, "half": num_experts // 2, "all": num_experts}[share]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small run faster on one thread, and the tests share the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @lru_cache
 def model_of(name: str) -> PreTrainedModel:
     return families.build(name)
@@ -111,11 +105,6 @@ def plain_logits(name: str, batch: int) -> torch.Tensor:
 @lru_cache
 def plain_ids(name: str, batch: int) -> torch.Tensor:
     return families.greedy_ids(model_of(name), name, families.prompts(batch))
-
-
-def distance(logits: torch.Tensor, plain: torch.Tensor) -> float:
-    """Largest difference, as a share of the largest logit: some families scale their logits by 1/16."""
-    return float((logits - plain).abs().max() / plain.abs().max())
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -12,10 +12,14 @@ import prescope
 from prescope.core.types import MoEShape
 from prescope.predictor import EarlyRouter, Routers
 from prescope.scheduler.costs import LayerCosts
+from tests.support.distances import distance
 from tests.support.models import plain_tokens, prompt
 from tests.support.packed_checkpoints import EXPERTS, FORMS, LAYOUTS, TOP_K, write
 
-pytestmark = pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:experts on the CPU run on torch"),
+    pytest.mark.usefixtures("one_thread"),
+]
 #: Of the largest logit, as in test_families; dequantising with a wrong scale or order moves one by 0.1 and more.
 TOLERANCE = 1e-5
 COSTS = LayerCosts(
@@ -25,23 +29,11 @@ COSTS = LayerCosts(
 load = partial(prescope.load, dtype="float32", device="cpu", link_gb_per_s=50.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=LAYOUTS)
 def written(request, tmp_path_factory):
     """A layout's name, its folder and the plain model."""
     folder = tmp_path_factory.mktemp("packed")
     return request.param, folder, write(request.param, folder)
-
-
-def distance(logits: torch.Tensor, plain: torch.Tensor) -> float:
-    return float((logits - plain).abs().max() / plain.abs().max())
 
 
 @pytest.mark.parametrize("slots", [TOP_K, 1.0])

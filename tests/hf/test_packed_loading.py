@@ -21,6 +21,7 @@ from prescope.hf.packed.in_files import FromFiles
 from prescope.hf.packed.methods import groups_of
 from prescope.hf.packed.published import matrices_in
 from tests.support import families
+from tests.support.distances import distance
 from tests.support.models import plain_tokens, prompt, tiny_moe
 from tests.support.packed_checkpoints import (
     EXPERTS,
@@ -60,10 +61,6 @@ def grouped(group: int) -> dict:
 def fp8(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp8")
     return folder, write("qwen3 fp8", folder)
-
-
-def distance(logits: torch.Tensor, plain: torch.Tensor) -> float:
-    return float((logits - plain).abs().max() / plain.abs().max())
 
 
 def test_what_is_packed_and_what_is_unpacked_is_said_everywhere(fp8):

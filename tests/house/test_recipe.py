@@ -6,7 +6,6 @@ import json
 import math
 import random
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,8 @@ from recipes._data import WindowSampler, cut_document, evaluation_windows, load_
 from recipes._loss_svg import spread
 from recipes._ngram import KneserNeyTrigram, perplexity, unigram_probabilities
 from recipes._training import Trainer, learning_rate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_EXPERTS, TOP_K, CONTEXT = 8, 2, 32
 MICRO = (
@@ -52,15 +53,6 @@ def byte_level(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a shared runner made these tiny steps 50 times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,8 @@ from prescope.kernels.cpu.threads import may_stay_awake
 from prescope.kernels.cpu.with_torch import TorchLane
 from prescope.kernels.gates import activation_tables, gate_tables
 from prescope.weights.layout import row_layout
+from tests.support.distances import norm_distance
+from tests.support.gates import alternating, silu_gate
 
 
 def has_compiler() -> bool:
@@ -66,11 +68,6 @@ LANES = [
 HALVES = [torch.bfloat16, torch.float16]
 
 
-def silu(h):
-    g, u = h.chunk(2, dim=-1)
-    return functional.silu(g) * u
-
-
 def gelu(h):
     g, u = h.chunk(2, dim=-1)
     return functional.gelu(g, approximate="tanh") * u
@@ -80,12 +77,6 @@ def clamped(h):
     """As of step3p7: clamps after the activation."""
     g, u = h.chunk(2, dim=-1)
     return functional.silu(g).clamp(max=2.0) * u.clamp(min=-2.0, max=2.0)
-
-
-def alternating(h):
-    """As of gpt-oss: gates and values alternate, clamped, and the value is shifted by one."""
-    g, u = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(min=-7.0, max=7.0)
-    return (u + 1) * (g * torch.sigmoid(g * 1.702))
 
 
 def fused(h):
@@ -104,10 +95,12 @@ def relu2(h):
     return functional.relu(h).square()
 
 
-GATES = [silu, gelu, clamped, alternating]
+GATES = [silu_gate, gelu, clamped, alternating]
 
 
-def make_layer(dtype, *, experts=5, d=64, f=64, gate=silu, bias=False, transposed=False, seed=0) -> CpuLayer:
+def make_layer(
+    dtype, *, experts=5, d=64, f=64, gate=silu_gate, bias=False, transposed=False, seed=0
+) -> CpuLayer:
     """A layer with rows of noise where no field is, so that a read past a field shows."""
     rng = torch.Generator().manual_seed(seed)
     up_dim = f if gate is relu2 else 2 * f
@@ -167,10 +160,6 @@ def run(make, layer, expert_batch, x, threads=2, rows=None) -> torch.Tensor:
     return out
 
 
-def distance(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float(torch.linalg.norm(got.double() - want.double()) / torch.linalg.norm(want.double()))
-
-
 #: Relative error allowed: roundings that fall to the other side by another order of sums; a wrong weight gives 1e-1.
 ALLOWED = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}
 
@@ -190,19 +179,19 @@ def test_a_lane_equals_float64(make, dtype, transposed, bias, gate, shape, token
     x = torch.randn(tokens, shape[0], generator=torch.Generator().manual_seed(tokens)).to(dtype)
     got = run(make, layer, expert_batch, x, rows=ids.size)
     want = expected(layer, expert_batch, x, torch.full_like(got, 7.0))
-    assert distance(got, want) < ALLOWED[dtype]
+    assert norm_distance(got, want) < ALLOWED[dtype]
     others = np.setdiff1d(np.arange(ids.size), expert_batch.places)
     assert (got[others] == 7.0).all(), "rows of other experts and of nobody must stay as they are"
 
 
 def test_torch_computes_float32_and_any_gate():
-    for gate in (silu, mixing):
+    for gate in (silu_gate, mixing):
         layer = make_layer(torch.float32, gate=gate, bias=True)
         expert_batch = expert_batch_of(make_routing(0, 9, 5, 2), range(5))
         x = torch.randn(9, 64)
         got = run(TorchLane, layer, expert_batch, x, rows=18)
         assert (
-            distance(got, expected(layer, expert_batch, x, torch.full_like(got, 7.0)))
+            norm_distance(got, expected(layer, expert_batch, x, torch.full_like(got, 7.0)))
             < ALLOWED[torch.float32]
         )
 
@@ -398,7 +387,7 @@ def test_many_jobs_at_once_are_all_right(make):
             start, end = job.span_ns()
             assert 0 < start <= end <= time.perf_counter_ns()
             want = expected(layers[layer], expert_batch, x, torch.zeros_like(out))
-            assert torch.equal(out, want) or distance(out, want) < ALLOWED[torch.bfloat16]
+            assert torch.equal(out, want) or norm_distance(out, want) < ALLOWED[torch.bfloat16]
     finally:
         lane.close()
 
@@ -415,7 +404,8 @@ def test_a_job_may_be_forgotten(make):
         job = lane.submit(0, expert_batch, x, out, None)
         job.wait(60)
         assert (
-            distance(out, expected(layer, expert_batch, x, torch.zeros_like(out))) < ALLOWED[torch.bfloat16]
+            norm_distance(out, expected(layer, expert_batch, x, torch.zeros_like(out)))
+            < ALLOWED[torch.bfloat16]
         )
     finally:
         lane.close()
@@ -450,7 +440,7 @@ def test_the_flag_comes_after_the_outputs(make):
             lane.submit(0, expert_batch, x, out, Flag(word, value))
             while seen[0] != value:
                 pass
-            assert distance(out, want) < ALLOWED[torch.bfloat16]
+            assert norm_distance(out, want) < ALLOWED[torch.bfloat16]
     finally:
         lane.close()
 
@@ -505,7 +495,7 @@ def test_a_cancelled_job_ends_soon_and_says_so(make):
         )
         small = expert_batch_of(np.array([[0]]), [0])
         lane.submit(0, small, x[:1], out[:1], None).wait(10)
-        assert distance(out[:1], expected(layer, small, x[:1], out[:1])) < ALLOWED[torch.bfloat16]
+        assert norm_distance(out[:1], expected(layer, small, x[:1], out[:1])) < ALLOWED[torch.bfloat16]
     finally:
         lane.close()
 
@@ -651,7 +641,7 @@ def test_torchs_own_threads_stay_as_they_were():
 
     def counting(h):
         counted.append(torch.get_num_threads())
-        return silu(h)
+        return silu_gate(h)
 
     layer, expert_batch, x, out = small_case()
     layer = layer._replace(spec=replace(layer.spec, gate=counting))

@@ -14,6 +14,8 @@ from prescope.kernels.cpu.build import CannotBuild, find_compiler, load
 from prescope.kernels.cpu.native import NativeLane
 from prescope.weights.formats import Format, Fp8, Int4, Int8, Mxfp4, Nvfp4
 from prescope.weights.layout import PackedMatrix, pack, packed_layout
+from tests.support.distances import norm_distance
+from tests.support.gates import alternating, silu_gate
 
 EXPERTS = 3
 #: Relative error allowed in float16: sums in another order that are rounded to the other side. Activations of 8 bits
@@ -41,22 +43,11 @@ FORMATS = [
 SHAPES = [(256, 384), (640, 64), (96, 160), (32, 48)]
 
 
-def silu(h):
-    g, u = h.chunk(2, dim=-1)
-    return functional.silu(g) * u
-
-
-def alternating(h):
-    """As of gpt-oss: gates and values alternate, clamped, and the value is shifted by one."""
-    g, u = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(min=-7.0, max=7.0)
-    return (u + 1) * (g * torch.sigmoid(g * 1.702))
-
-
 def relu2(h):
     return functional.relu(h).square()
 
 
-def make_layer(format: Format, d, f, dtype=torch.float16, gate=silu, bias=False) -> CpuLayer:
+def make_layer(format: Format, d, f, dtype=torch.float16, gate=silu_gate, bias=False) -> CpuLayer:
     """A layer with rows of noise where no field is, so that a read past a field shows."""
     rng = torch.Generator().manual_seed(d)
     up_dim = f if gate is relu2 else 2 * f
@@ -116,10 +107,6 @@ def expected(layer: CpuLayer, x):
     return torch.cat([linear(act, "down", spec.down_bias, expert) for expert, act in enumerate(acts)])
 
 
-def distance(got, want) -> float:
-    return float(torch.linalg.norm(got.double() - want.double()) / torch.linalg.norm(want.double()))
-
-
 @pytest.mark.parametrize("lanes", [16, 8, 4])
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
 def test_packed_experts_equal_their_unpacked_weights(format, lanes):
@@ -131,7 +118,7 @@ def test_packed_experts_equal_their_unpacked_weights(format, lanes):
         layer = make_layer(format, d, f)
         for tokens in (1, 2, 3, 9):
             x = make_x(layer, tokens)
-            assert distance(run(layer, x, lanes=lanes), expected(layer, x)) < ALLOWED, (d, f, tokens)
+            assert norm_distance(run(layer, x, lanes=lanes), expected(layer, x)) < ALLOWED, (d, f, tokens)
 
 
 @pytest.mark.parametrize("format", [Int8(), Fp8(1, 1024)], ids=repr)
@@ -139,7 +126,7 @@ def test_packed_experts_equal_their_unpacked_weights(format, lanes):
 def test_weights_of_a_byte_may_have_odd_shapes(format, lanes):
     layer = make_layer(format, 53, 37)
     x = make_x(layer, 5)
-    assert distance(run(layer, x, lanes=lanes), expected(layer, x)) < ALLOWED
+    assert norm_distance(run(layer, x, lanes=lanes), expected(layer, x)) < ALLOWED
 
 
 @pytest.mark.parametrize("lanes", [16, 8, 4])
@@ -149,7 +136,7 @@ def test_rows_of_one_group_may_have_zeros_and_scales_of_any_width(scale, has_zer
     """Channels of AWQ, GPTQ and compressed-tensors (group_size -1): a row's one scale stands beside its one zero."""
     layer = make_layer(Int4(96, scale, has_zeros), 96, 96)
     x = make_x(layer, 3)
-    assert distance(run(layer, x, lanes=lanes), expected(layer, x)) < ALLOWED
+    assert norm_distance(run(layer, x, lanes=lanes), expected(layer, x)) < ALLOWED
 
 
 @pytest.mark.parametrize("format", [Int8(), Fp8(32, 128), Mxfp4(), Int4(32)], ids=repr)
@@ -158,7 +145,7 @@ def test_rows_of_one_group_may_have_zeros_and_scales_of_any_width(scale, has_zer
 def test_gates_and_biases_are_those_of_plain_experts(format, gate, dtype):
     layer = make_layer(format, 64, 96, dtype, gate, bias=True)
     x = make_x(layer, 5)
-    assert distance(run(layer, x), expected(layer, x)) < (ALLOWED if dtype == torch.float16 else 4e-3)
+    assert norm_distance(run(layer, x), expected(layer, x)) < (ALLOWED if dtype == torch.float16 else 4e-3)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=repr)
@@ -188,4 +175,4 @@ def test_groups_that_the_kernel_cannot_take_go_to_torch_aloud(monkeypatch):
         assert lane.implementation == "torch"
         x, out = make_x(layer, 2), torch.zeros(2 * EXPERTS, 96).bfloat16()
         lane.submit(0, all_to_all(2), x, out).wait(60)
-    assert distance(out, expected(layer, x)) < 8e-3
+    assert norm_distance(out, expected(layer, x)) < 8e-3

@@ -5,20 +5,10 @@ import torch
 from torch.nn import functional
 
 from prescope.kernels import ExpertsSpec
+from tests.support.gates import alternating, silu_gate
 
 gate_kernel = pytest.importorskip("prescope.kernels.gate_kernel", reason="Triton exists for Linux only")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def silu_gate(h: torch.Tensor) -> torch.Tensor:
-    gate, up = h.chunk(2, dim=-1)
-    return functional.silu(gate) * up
-
-
-def clamped_in_turns(h: torch.Tensor) -> torch.Tensor:
-    """As of gpt-oss."""
-    gate, up = h[..., ::2].clamp(max=7.0), h[..., 1::2].clamp(min=-7.0, max=7.0)
-    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
 
 
 def no_product(h: torch.Tensor) -> torch.Tensor:
@@ -41,7 +31,7 @@ DTYPES = [torch.float16, torch.float32, *([torch.bfloat16] if DEVICE == "cuda" e
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gate", [silu_gate, clamped_in_turns, no_product, of_one_width, functional.gelu])
+@pytest.mark.parametrize("gate", [silu_gate, alternating, no_product, of_one_width, functional.gelu])
 def test_a_gate_gives_what_the_familys_own_code_gives(gate, dtype):
     h = (torch.randn(3, 80, generator=torch.Generator().manual_seed(0)) * 4).to(DEVICE, dtype)
     width = 80 if gate is functional.gelu else 40
@@ -51,7 +41,7 @@ def test_a_gate_gives_what_the_familys_own_code_gives(gate, dtype):
 
 def test_layers_with_gates_alike_share_their_tables():
     gates, h = gate_kernel.Gates(), torch.randn(1, 80).to(DEVICE, torch.float16)
-    for gate in (silu_gate, lambda x: silu_gate(x), clamped_in_turns):
+    for gate in (silu_gate, lambda x: silu_gate(x), alternating):
         for _ in range(2):
             gates.apply(spec_of(gate), h, 40)
     assert len(gates._known) == 2

@@ -10,16 +10,12 @@ from prescope.cache.residency import ResidencyTable, distinct
 from prescope.core.types import MoEShape
 from prescope.kernels import ExpertsSpec, LayerWeights
 from prescope.weights.layout import row_layout
+from tests.support.gates import silu_gate
 
 captured = pytest.importorskip("prescope.kernels.graph_buffers", reason="Triton exists for Linux only")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L, E, D, F = 3, 12, 32, 24
-
-
-def silu_gate(h: torch.Tensor) -> torch.Tensor:
-    gate, up = h.chunk(2, dim=-1)
-    return functional.silu(gate) * up
 
 
 class World:

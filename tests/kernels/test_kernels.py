@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from prescope.cache.residency import LayerNeed, distinct
 from prescope.kernels import ExpertsSpec, LayerWeights, TorchKernel, Work, combine
+from tests.support.gates import silu_gate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,11 +25,6 @@ KERNELS = [
         TritonKernel, marks=pytest.mark.skipif(TritonKernel is None, reason="Triton exists for Linux only")
     ),
 ]
-
-
-def silu_gate(h: torch.Tensor) -> torch.Tensor:
-    gate, up = h.chunk(2, dim=-1)
-    return functional.silu(gate) * up
 
 
 def norm(y: torch.Tensor) -> torch.Tensor:

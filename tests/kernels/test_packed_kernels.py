@@ -5,12 +5,12 @@ is no GPU.
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from prescope.cache.residency import LayerNeed, distinct
 from prescope.kernels import ExpertsSpec, Work, combine, layer_weights, make_kernel
 from prescope.weights.formats import Fp8, Int4, Int8, Mxfp4, Nvfp4, PackedMatrices
 from prescope.weights.layout import PackedMatrix, packed_layout
+from tests.support.gates import silu_gate
 
 triton_experts = pytest.importorskip("prescope.kernels.triton_experts", reason="Triton exists for Linux only")
 packed_linear = pytest.importorskip("prescope.kernels.packed_linear")
@@ -98,11 +98,6 @@ def test_every_pattern_is_read_as_the_format_reads_it(format):
     blocks = torch.tensor([[0, 0, 40]], dtype=torch.int32, device=DEVICE)
     linear.tiles(order, blocks, 1, 64, packed_linear.PackedConfig(64, 256, 4, 1))
     torch.testing.assert_close(out.double(), exact(w)[0].T[:40], rtol=1e-6, atol=0)
-
-
-def silu_gate(h: torch.Tensor) -> torch.Tensor:
-    gate, up = h.chunk(2, dim=-1)
-    return functional.silu(gate) * up
 
 
 ALL = [Int8(), Fp8(16, 16), Int4(16), Int4(16, has_zeros=True), Mxfp4(), Nvfp4()]
