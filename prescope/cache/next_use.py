@@ -20,7 +20,6 @@ import numpy as np
 
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray, MoEShape
-from ..errors import UnsupportedOption
 
 #: Number in compiled code, after those of `policies`.
 NEXT_USE_KIND = 6
@@ -110,11 +109,6 @@ class NextUse:
 
 def _prior(shape: MoEShape, frequencies: FloatArray) -> FloatArray:
     """Share of the steps of one token that use each expert (L * E,), by what a recorded run used."""
-    if frequencies.shape != (shape.num_layers, shape.num_experts):
-        raise UnsupportedOption(
-            f"frequencies have shape {frequencies.shape}, the model has "
-            f"{shape.num_layers} MoE layers x {shape.num_experts} experts; record a trace with this model"
-        )
     sums = np.maximum(frequencies.sum(axis=1, keepdims=True), 1e-9)
     prior: FloatArray = np.minimum(1.0, shape.top_k * frequencies / sums).ravel()
     return prior

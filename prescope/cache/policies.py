@@ -16,6 +16,7 @@ from ..core.jit import jit
 from ..core.types import FloatArray, IntArray, MoEShape
 from ..errors import UnsupportedOption
 from .arc import ARC, ARC_KIND, SHALLOW_ARC_KIND, ShallowARC, learn_arc
+from .frequencies import require_frequencies
 from .next_use import NEXT_USE_KIND, NextUse, learn_next_use
 
 #: Weight of the past in the `score` policy, per use of the layer. 0.9 remembers about ten tokens.
@@ -203,7 +204,7 @@ class StaticFrequency:
 
     def __init__(self, shape: MoEShape, frequencies: FloatArray) -> None:
         # Ranks, so that no two are equal.
-        order = by_frequency(shape, frequencies)
+        order = by_frequency(frequencies)
         self.scores = np.empty(order.size)
         self.scores[order] = np.arange(order.size)
         self.tick = 0
@@ -218,20 +219,12 @@ class StaticFrequency:
         pass
 
 
-def by_frequency(shape: MoEShape, frequencies: FloatArray) -> IntArray:
+def by_frequency(frequencies: FloatArray) -> IntArray:
     """Keys (L * E,) by how often they are used, the most frequent last.
 
     Args:
         frequencies: (L, E) uses per expert.
-
-    Raises:
-        UnsupportedOption: they are another model's.
     """
-    if frequencies.shape != (shape.num_layers, shape.num_experts):
-        raise UnsupportedOption(
-            f"frequencies have shape {frequencies.shape}, the model has "
-            f"{shape.num_layers} MoE layers x {shape.num_experts} experts; record a trace with this model"
-        )
     return np.argsort(frequencies.ravel(), kind="stable")
 
 
@@ -249,8 +242,9 @@ def make_policy(name: str, shape: MoEShape, frequencies: FloatArray | None = Non
         frequencies: (L, E) uses per expert, for those that go by them.
 
     Raises:
-        UnsupportedOption: there is no such policy; or it goes by frequencies, and there are none, or of another shape.
+        UnsupportedOption: there is no such policy; it goes by frequencies, and there are none; or they are wrong.
     """
     if name not in POLICIES:
         raise UnsupportedOption(f"cache is {name!r}; choose one of {', '.join(map(repr, POLICIES))}")
-    return POLICIES[name].make(shape, frequencies)
+    known = None if frequencies is None else require_frequencies(shape, frequencies)
+    return POLICIES[name].make(shape, known)

@@ -117,7 +117,7 @@ class ResidencyTable:
     def take(
         self, moe_layer: int, experts: IntArray, keep: IntArray = NOTHING, ahead: bool = False
     ) -> IntArray:
-        """Give a slot to each of `experts` (n,), evicting where none is free; they become IN_FLIGHT.
+        """Give a slot to each of `experts` (n,), evicting where none is free; they are in flight then.
 
         Slots protected or in flight are never given up, those of the keys `keep` only when there are no others.
         `ahead`: for a prefetch.
@@ -153,13 +153,13 @@ class ResidencyTable:
         self._prompt_LE[:] = 0.0
 
     def _choose_placed(self, known_LE: FloatArray) -> None:
-        keys = by_frequency(self.shape, behind_prompt(known_LE, self._prompt_LE))
+        keys = by_frequency(behind_prompt(known_LE, self._prompt_LE))
         self.placed = keys[self.exists[keys]][-self.num_slots :]
 
     def put_back(self) -> Iterator[tuple[int, IntArray, IntArray]]:
         """Give a slot to each of the experts that are `placed` and have none: layer, experts (n,), slots (n,).
 
-        They become IN_FLIGHT, and make room among the others. All that was in flight must have landed.
+        They are in flight then, and make room among the others. All that was in flight must have landed.
         """
         if self.known_LE is not None:
             self._choose_placed(self.known_LE)
@@ -198,7 +198,7 @@ class ResidencyTable:
         self.in_flight[:] = self.prefetched[:] = self.protected[:] = False
 
     def clear(self) -> None:
-        """Every expert back to PINNED, every slot free."""
+        """No expert has a slot any more; every slot is free."""
         self.slot_of[:] = -1
         self.versions += 1
         self.key_of[:] = -1

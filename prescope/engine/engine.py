@@ -304,7 +304,7 @@ class Engine:
         elif frequencies is None or not schedule_named(config.schedule).places:
             return NOTHING
         else:
-            keys = by_frequency(self.shape, frequencies)
+            keys = by_frequency(frequencies)
         layer, expert = np.divmod(keys, self.shape.num_experts)
         num_experts = np.array([one.num_experts for one in self.layers])
         return keys[expert < num_experts[layer]][-num_slots:]

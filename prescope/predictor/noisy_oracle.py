@@ -19,7 +19,7 @@ from ..traces.routing import RoutingTrace, used_mask
 from .base import ScoreArray
 from .baselines import PRIOR_TOKENS, Baseline, LayerInput, Scorer
 
-IdArray = NDArray[np.int16]
+Int16Array = NDArray[np.int16]
 
 #: Numbers drawn at once for wrong guesses, one for each row, layer and expert: bounds the memory at 16 times as many
 #: bytes.
@@ -155,7 +155,7 @@ class NoisyOracle(Baseline):
         return scores
 
 
-def _wrong_guesses(ids_RLK: IdArray, odds_LE: NDArray[np.float32], rng: np.random.Generator) -> IdArray:
+def _wrong_guesses(ids_RLK: Int16Array, odds_LE: NDArray[np.float32], rng: np.random.Generator) -> Int16Array:
     """(R, L, K) experts that were not used, distinct, each drawn by its odds among the rest; -1 where there is none."""
     R, L, K = ids_RLK.shape
     E = odds_LE.shape[1]

@@ -300,7 +300,7 @@ class Simulator:
         policy = make_policy(settings.cache, self.shape, known)
         table = ResidencyTable(self.shape, settings.num_slots, policy)
         if known is not None and settings.schedule.schedule.places:
-            table.placed = by_frequency(self.shape, known)[-settings.num_slots :]
+            table.placed = by_frequency(known)[-settings.num_slots :]
             table.known_LE = known if settings.schedule.schedule.heeds_prompt else None
         if resident is not None:
             _fill(table, resident)

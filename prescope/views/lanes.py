@@ -398,6 +398,7 @@ def _name_of(span: Span, info: LanesInfo) -> str:
 def upright(
     x: float, low: float, high: float, yref: str, color: str, dash: str, width: float = 1
 ) -> dict[str, Any]:
+    """A line at one time, from one height of `yref` to another."""
     line = {"color": color, "width": width, "dash": dash}
     return {"type": "line", "xref": "x", "yref": yref, "x0": x, "x1": x, "y0": low, "y1": high, "line": line}
 

@@ -120,8 +120,8 @@ def plot_threshold(info: ThresholdInfo) -> go.Figure:
     style(
         fig,
         title="How sure must a prediction be?",
-        subtitle=f"{written(info.predictor)}, {count_of(info.lookahead, 'layer')} ahead · fastest at threshold {best:g}, chosen {info.chosen:g}"
-        f"<br>{info.settings}<br>{info.told}",
+        subtitle=f"{written(info.predictor)}, {count_of(info.lookahead, 'layer')} ahead · "
+        f"fastest at threshold {best:g}, chosen {info.chosen:g}<br>{info.settings}<br>{info.told}",
         height=590,
         top=124,
     )

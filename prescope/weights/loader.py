@@ -80,20 +80,15 @@ class Loader:
         self.most_on_wire = most_on_wire(row_bytes, residency.num_slots)
         self._on_wire: list[OnWire] = []
 
-    # -- on demand ---------------------------------------------------------------------------------------------
+    # -- copies ------------------------------------------------------------------------------------------------
 
     def load(
         self, moe_layer: int, experts: IntArray, slots: IntArray, reason: Reason, timed: bool
     ) -> list[Transfer]:
-        """Issue the copies of `experts` (n,) into `slots` (n,), which `ResidencyTable.take` gave them, at once.
+        """Issue the copies of `experts` (n,) into `slots` (n,), which the residency table gave them, at once.
 
         Prefetches of them that still wait come to nothing: each expert is copied once.
         """
-        return self._issue(moe_layer, experts, slots, reason, timed)
-
-    def _issue(
-        self, moe_layer: int, experts: IntArray, slots: IntArray, reason: Reason, timed: bool
-    ) -> list[Transfer]:
         nbytes = self._host.layers[moe_layer].layout.row_bytes
         # Many slots share one mark: a layer releases all of its own at once.
         after = {id(mark): mark for mark in self._released[slots] if mark is not None}
@@ -104,10 +99,9 @@ class Loader:
         most = -(-MIN_COPY_BYTES // nbytes) if joinable else 1
         runs = adjacent_runs(experts.tolist(), slots.tolist(), most)
         pairs = [self._pair(moe_layer, run, nbytes) for run in runs]
-        if timed or reason is not Reason.ON_DEMAND:
-            start, ready = self._device.copy(pairs, list(after.values()), timed)
-        else:  # a layer waits for all of one `load`, so copies have no marks of their own: two calls less for each
-            start, ready = self._device.copy(pairs, list(after.values()), timed, each=False)
+        # A layer waits for all that it loads on demand: such copies need no marks of their own, two calls less.
+        each = timed or reason is not Reason.ON_DEMAND
+        start, ready = self._device.copy(pairs, list(after.values()), timed, each)
         transfers = []
         for run, mark in zip(runs, ready, strict=True):
             self._ready[run.slot : run.slot + run.num] = mark
@@ -164,7 +158,7 @@ class Loader:
         # Experts of one layer that follow each other are handed over together: small ones are joined.
         for moe_layer, pairs in groupby(self._taken(), key=lambda pair: pair[0] // num_experts):
             keys, slots = np.array(list(pairs), dtype=np.int64).T
-            transfers += self._issue(moe_layer, keys - moe_layer * num_experts, slots, self._why, timed)
+            transfers += self.load(moe_layer, keys - moe_layer * num_experts, slots, self._why, timed)
         return transfers
 
     def _taken(self) -> list[tuple[int, int]]:

@@ -108,7 +108,7 @@ def test_every_copy_waits_for_the_last_use_of_its_slot(model, monkeypatch):
     checked = 0
     issue = device.copy
 
-    def copy(pairs, after, timed):
+    def copy(pairs, after, timed, each):
         nonlocal checked
         latest = max((mark.time_us for mark in after), default=-1.0)
         for slot, _ in pairs:
@@ -116,7 +116,7 @@ def test_every_copy_waits_for_the_last_use_of_its_slot(model, monkeypatch):
             assert last_use.get(slot.data_ptr(), -1.0) <= latest, (
                 "a copy may start before the slot's last use is over"
             )
-        return issue(pairs, after, timed)
+        return issue(pairs, after, timed, each)
 
     monkeypatch.setattr(device, "copy", copy)
     monkeypatch.setattr("prescope.engine.engine.open_device", lambda *args: device)

@@ -30,7 +30,7 @@ def frequencies():
 
 
 def hot(engine) -> set[int]:
-    return set(by_frequency(engine.shape, engine.frequencies)[-engine.num_slots :].tolist())
+    return set(by_frequency(engine.frequencies)[-engine.num_slots :].tolist())
 
 
 def held(engine) -> set[int]:
@@ -113,7 +113,7 @@ def test_behind_a_prompt_presched_has_in_slots_what_the_prompt_says_too(model, f
             run = engine.generate(ids, max_new_tokens=8)
             prompt_LE = run.trace.select(phase="prefill").expert_counts().astype(float)
             mixed = behind_prompt(engine.frequencies, prompt_LE)
-            belong = set(by_frequency(engine.shape, mixed)[-SLOTS:].tolist())
+            belong = set(by_frequency(mixed)[-SLOTS:].tolist())
             assert set(engine.runner.residency.placed.tolist()) == belong != hot(engine)
             seen.append(belong)
             simulator = Simulator(run.trace, COSTS, row_bytes=engine.shape.row_bytes)
