@@ -254,12 +254,12 @@ def _head_us(size: ModelSize, spec: MachineSpec) -> float:
 
 def _needs_of_a_step(scenarios: Scenarios) -> float:
     """Mean of distinct experts that a decode step needs, all layers."""
-    needs = scenarios.simulator(Scenario(slots=1, machine=next(iter(scenarios.machines)))).needs
+    needs = scenarios.simulator(Scenario(slots=1, machine=scenarios.first_machine)).needs
     return len(needs.experts) / len(needs.steps)
 
 
 def _replays(scenarios: Scenarios, slots: int) -> _Ways:
-    machine = next(iter(scenarios.machines))
+    machine = scenarios.first_machine
     plain = Scenario(schedule="on-demand", slots=slots, machine=machine)
     on_demand = scenarios.run(plain)
     has_cpu = len(scenarios.machine(plain).costs.cpu_us) > 1

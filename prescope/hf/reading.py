@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from ..errors import BadModelFolder, PrescopeError, UnsupportedExperts
+from .arguments import Source
 
 SAID = 400  # characters of somebody else's error that are quoted
 BAR_AFTER_S = 2.0  # what is read sooner needs no progress bar
@@ -28,6 +30,12 @@ def reading(what: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         said = text if len(text) <= SAID else f"{text[:SAID]} ..."
         raise BadModelFolder(f"{what}: {type(error).__name__}: {said}") from error
+
+
+def file_of(model: str | Path, name: str, source: Source) -> str | None:
+    """Where a file of a model lies, fetched if need be; None if the model has none of this name."""
+    found: str | None = cached_file(model, name, _raise_exceptions_for_missing_entries=False, **source.hub)
+    return found
 
 
 @contextmanager

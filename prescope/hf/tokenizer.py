@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
 from ..errors import BadModelFolder
 from .arguments import Source
-from .reading import reading
+from .reading import file_of, reading
 
 #: A folder or repository with one of these has a tokenizer.
 TOKENIZER_FILES = (
@@ -38,7 +37,4 @@ def _has_tokenizer(name: str | Path, source: Source) -> bool:
     if Path(name).is_dir():
         return any((Path(name) / source.subfolder / file).exists() for file in TOKENIZER_FILES)
     with reading(f"the tokenizer of {name} cannot be fetched"):
-        return any(
-            cached_file(name, file, _raise_exceptions_for_missing_entries=False, **source.hub) is not None
-            for file in TOKENIZER_FILES
-        )
+        return any(file_of(name, file, source) is not None for file in TOKENIZER_FILES)

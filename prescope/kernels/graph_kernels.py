@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from ..cache.policies import LFU_KIND, LRU_KIND, STATIC_KIND
+from ..cache.policies import LFU_KIND, LRU_KIND
 
 #: How `_plan` serves misses: not at all (the host does), or by the policy of this number (`CachePolicy.kind`).
-HOST, LRU, LFU, STATIC = 0, LRU_KIND, LFU_KIND, STATIC_KIND
+HOST, LRU, LFU = 0, LRU_KIND, LFU_KIND
 #: Columns of `stamps`: when the routing was there, when it was decided, when the bytes were there, when it was done,
 #: and when the GPU had done its part (0 without a CPU lane).
 ROUTED, DECIDED, FETCHED, DONE, COMPUTED = range(5)

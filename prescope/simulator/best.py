@@ -28,5 +28,5 @@ def best_found(scenarios: Scenarios, scenario: Scenario) -> Scenario:
 
 
 def _has_its_predictor(scenarios: Scenarios, schedule: str) -> bool:
-    full = scenarios.resolved(Scenario(schedule=schedule, slots=1, machine=next(iter(scenarios.machines))))
+    full = scenarios.resolved(Scenario(schedule=schedule, slots=1, machine=scenarios.first_machine))
     return not SCHEDULES[schedule].needs_predictor or full.predictor != NONE

@@ -40,7 +40,7 @@ class Scenarios:
 
     Args:
         trace: with decode steps, and with router inputs if any predictor reads them.
-        machines: to replay on; the first is the default.
+        machines: to replay on.
         predictors: by their names. "none", "oracle" and "noisy oracle" are there anyway.
         predict_us: what one prediction costs on the first machine, by name; elsewhere it is not known and left out.
         label: of the trace, for titles.
@@ -54,7 +54,7 @@ class Scenarios:
         UnsupportedOption: no machine, something that is no predictor, or two of one name.
 
     Attributes:
-        frequencies: as given.
+        frequencies: as given. `first_machine`: name of the machine that was given first.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Scenarios:
         self._measured, self.commands, self._note = measured, tuple(commands), note
         self.trace, self.label, self.frequencies = trace, label or trace.model, frequencies
         self.machines = {machine.name: machine for machine in machines}
+        self.first_machine = next(iter(self.machines))
         lookahead = min(LOOKAHEAD, max(1, trace.num_layers - 1))
         self.predictors: dict[str, Predictor] = {}
         for predictor in predictors:
@@ -94,7 +95,7 @@ class Scenarios:
         self._results: dict[Scenario, SimResult] = {}
         self._as_recorded = self  # of those that were regrouped: what they were made of
         for name in (NONE, *self.predictors):
-            self.simulator(Scenario(slots=1, predictor=name, machine=next(iter(self.machines))))
+            self.simulator(Scenario(slots=1, predictor=name, machine=self.first_machine))
 
     # -- names -------------------------------------------------------------------------------------------------
 
@@ -112,7 +113,7 @@ class Scenarios:
     @property
     def batch(self) -> int:
         """Tokens of a decode step, the most of any."""
-        return self.simulator(Scenario(slots=1, predictor=NONE, machine=next(iter(self.machines)))).batch
+        return self.simulator(Scenario(slots=1, predictor=NONE, machine=self.first_machine)).batch
 
     @property
     def most_batch(self) -> int:
@@ -258,7 +259,7 @@ class Scenarios:
 
     def measured_there(self, scenario: Scenario) -> Mapping[str, Any] | None:
         """What was measured under this very setting where the trace was recorded; None if nothing was."""
-        first, full = next(iter(self.machines)), self.resolved(scenario)
+        full = self.resolved(scenario)
         for row in self._measured:
             if not row.keys() >= MEASURED:
                 continue
@@ -267,7 +268,7 @@ class Scenarios:
                 slots=row["num_slots"],
                 cache=row["cache"],
                 cpu=row["cpu"],
-                machine=first,
+                machine=self.first_machine,
             )
             if replace(self.resolved(known), recall=full.recall) == full:
                 return row
@@ -285,7 +286,7 @@ class Scenarios:
             costs is machine.costs,
         )
         if key not in self._simulators:
-            if scenario.machine == next(iter(self.machines)):
+            if scenario.machine == self.first_machine:
                 costs = costs.with_predictor(self.predict_us.get(name, 0.0))
             self._simulators[key] = Simulator(
                 self.trace,

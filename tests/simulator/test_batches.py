@@ -71,7 +71,7 @@ def test_recorded_predictions_go_with_their_tokens():
         for scores, trace in ((mine, scenarios.trace), (its, three.trace))
     ]
     assert used[0] == pytest.approx(used[1])
-    scenario = Scenario(slots=128, machine=next(iter(three.machines)))
+    scenario = Scenario(slots=128, machine=three.first_machine)
     assert three.run(scenario).batch == 3
     perfect = three.run(Scenario(slots=128, machine=scenario.machine, predictor=ORACLE))
     known = three.predictors[ORACLE].replay(three.trace, 1)

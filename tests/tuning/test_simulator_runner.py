@@ -121,7 +121,7 @@ def test_what_a_dashboard_simulates_can_be_swept(recording):
     scenarios = recording.scenarios()
     runner = SimulatorRunner.of_scenarios(scenarios)
     settings = {"schedule": "presched", "slots": 90}
-    machine = next(iter(scenarios.machines))
+    machine = scenarios.first_machine
     assert (
         runner.run(settings).values["tokens_per_s"]
         == scenarios.run(Scenario(machine=machine, **settings)).tokens_per_s

@@ -323,9 +323,7 @@ def test_what_is_empty_is_not_drawn(results, draw):
 def test_no_line_of_advice_gives_more_than_its_bound(slots, schedule, batch):
     """Perfect prediction would give 272, it said, and the bound is 157: with the CPU lane, and without."""
     scenarios = Recording.load("medium.b1").scenarios().at_batch(batch)
-    found = verdict(
-        scenarios, Scenario(schedule=schedule, slots=slots, machine=next(iter(scenarios.machines)))
-    )
+    found = verdict(scenarios, Scenario(schedule=schedule, slots=slots, machine=scenarios.first_machine))
     said = re.search(r"would give ([\d,.]+), the bound[a-zA-Z ]* is ([\d,.]+)", found.words)
     if said is not None:
         most, bound = (float(number.replace(",", "").rstrip(".")) for number in said.groups())

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from ...errors import BadModelFolder, UnsupportedExperts, UnsupportedOption
 from ..arguments import Source
 from ..configuration import without_packing
 from ..loaded import Check, LoadedModel
 from ..moe_layers import MoELayer, find_moe_layers, top_k_of
-from ..reading import naming, read_model, reading
+from ..reading import file_of, naming, read_model, reading
 from ..skeleton import skeleton
 from ..tokenizer import read_tokenizer
 from .checkpoint import Checkpoint
@@ -146,7 +146,7 @@ def _weight_files(name: str | Path, config: PreTrainedConfig, source: Source) ->
     usual = (f"model{middle}.safetensors", f"model.safetensors.index{middle}.json")
     with reading(f"the weights of {name} cannot be fetched"):
         for file in usual if named is None else (str(named),):
-            found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **source.hub)
+            found = file_of(name, file, source)
             if found is not None and file.endswith(".safetensors"):
                 return [Path(found)]
             if found is not None and ".safetensors.index." in file:
@@ -157,8 +157,5 @@ def _weight_files(name: str | Path, config: PreTrainedConfig, source: Source) ->
 
 def _read_generation_config(name: str | Path, model: PreTrainedModel, source: Source) -> None:
     with reading(f"the generation_config.json of {name} cannot be used"):
-        found = cached_file(
-            name, "generation_config.json", _raise_exceptions_for_missing_entries=False, **source.hub
-        )
-        if found is not None and model.can_generate():
+        if file_of(name, "generation_config.json", source) is not None and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(name, **source.hub)
