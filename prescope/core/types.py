@@ -20,7 +20,7 @@ Returned = TypeVar("Returned")
 
 
 class ExpertKey(NamedTuple):
-    """One expert of the model: always (moe_layer, expert), in this order.
+    """One expert of the model: always (moe_layer, expert), in this order. Arrays hold moe_layer * E + expert instead.
 
     `moe_layer` is the rank among the MoE layers, not the decoder index: they differ when some layers are dense.
     """
