@@ -8,15 +8,14 @@ markdown tables last and writes JSON after every cell, so that an interrupted ru
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _written import write_cells
 
 from prescope.cache.policies import LRU
 from prescope.cache.prefetch import most_on_wire
@@ -56,18 +55,12 @@ class Report:
         }  # fmt: skip
         self.cells.append(cell)
         print(f"# {table} {keys}: {median:.4g} {unit} +- {cell['spread']:.0%}", flush=True)
-        self.write()
+        write_cells(self.args, self.facts, self.cells)
 
     def note(self, table: str, why: str, **keys: Any) -> None:
         self.cells.append({"table": table, **keys, "note": why})
         print(f"# {table} {keys}: {why}", flush=True)
-        self.write()
-
-    def write(self) -> None:
-        if self.args.out:
-            arguments = {name: value for name, value in vars(self.args).items() if name != "out"}
-            everything = {"machine": self.facts, "arguments": arguments, "cells": self.cells}
-            Path(self.args.out).write_text(json.dumps(everything, indent=1, default=str) + "\n")
+        write_cells(self.args, self.facts, self.cells)
 
     def tables(self) -> str:
         lines = []

@@ -11,7 +11,6 @@ of cell is compared with a product in float32 first. Random weights; speed does 
 
 import argparse
 import ctypes
-import json
 import statistics
 import threading
 import time
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import cpu_candidates as candidates
 import numpy as np
 import torch
+from _written import write_cells
 
 from prescope.core.machine import machine_facts
 from prescope.kernels import ExpertsSpec
@@ -78,9 +78,7 @@ def main() -> None:
             continue
         getattr(bench, part)()
         print(f"# {part} done after {time.perf_counter() - started:.0f} s", flush=True)
-        if args.out:
-            everything = {"machine": facts, "arguments": vars(args), "cells": bench.cells}
-            Path(args.out).write_text(json.dumps(everything, indent=0, default=str) + "\n")
+        write_cells(args, facts, bench.cells)
     if memory.link:
         memory.link.close()
 

@@ -6,16 +6,13 @@
 Experts lie in a GiB each of packed and of bf16 rows and every call takes the next eight: no cache holds them. Plain
 reads of as many bytes as eight packed experts, bf16 calls and packed calls alternate, so that all meet the same
 neighbours; the best is what the machine gives, the median what it gave beside its load. The share is of the best plain
-read by the same threads. Torch's packed
-products (`_weight_int8pack_mm`, `_weight_int4pack_mm_for_cpu`) run with as many threads of OpenMP. Each format is
-compared with its unpacked weights in float32 first.
+read by the same threads. Torch's packed products (`_weight_int8pack_mm`, `_weight_int4pack_mm_for_cpu`) run with as
+many threads of OpenMP. Each format is compared with its unpacked weights in float32 first.
 """
 
 import argparse
 import ctypes
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +22,7 @@ from threading import Barrier
 from typing import Any, NamedTuple
 
 import torch
+from _written import write_cells
 from cpu_candidates import silu_gate
 from cpu_experts import make_batch, make_x
 
@@ -75,7 +73,8 @@ def main() -> None:
     plain = plain_layer(plain_rows, *shape)
     reads = Reads(plain_rows, threads)
     cells: list[dict[str, Any]] = []
-    print(f"{cpu_name()}, {threads} threads, {args.shape}, load {os.getloadavg()[0]:.1f}")
+    facts = {**machine_facts(), "threads": threads}
+    print(f"{facts['cpu']}, {threads} threads, {args.shape}, load {os.getloadavg()[0]:.1f}")
     print(
         f"{'format':16} tokens  MB/expert  us best  median   GB/s  of read  bf16 us best  median   read GB/s"
     )
@@ -92,11 +91,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         for name, way in torch_ways(*shape, nbytes).items():
             cells += cell({name: way}, reads, 1, args.rounds, args.calls)
-    if args.out:
-        facts = {**machine_facts(), "cpu": cpu_name(), "threads": threads, "load": os.getloadavg()}
-        Path(args.out).write_text(
-            json.dumps({"machine": facts, "arguments": vars(args), "cells": cells}, indent=1)
-        )
+    write_cells(args, facts | {"load": os.getloadavg()}, cells)
 
 
 def cell(ways: dict[str, Way], reads: "Reads", tokens: int, rounds: int, calls: int) -> list[dict[str, Any]]:
@@ -258,13 +253,6 @@ def torch_ways(d: int, f: int, nbytes: int) -> dict[str, Way]:
             sum(g.nbytes for g in groups),
         ),
     }
-
-
-def cpu_name() -> str:
-    """As the system has it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _arguments() -> argparse.Namespace:

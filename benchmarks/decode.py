@@ -10,7 +10,6 @@ Prints a table and writes JSON with everything, one record per cell.
 """
 
 import argparse
-import json
 import statistics
 import time
 from itertools import product
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from _models import BenchModel, open_model
+from _written import write_cells
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, StoppingCriteria
 
@@ -62,15 +62,7 @@ def main() -> None:
     finally:
         table = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", *map(table_row, records)]
         print("\n" + "\n".join(table))
-        write_json(args, facts, records)
-
-
-def write_json(args: argparse.Namespace, facts: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Write everything there is so far: an interrupted run keeps its cells."""
-    if args.out:
-        arguments = {name: value for name, value in vars(args).items() if name not in ("deadline", "out")}
-        everything = {"machine": facts, "arguments": arguments, "cells": records}
-        Path(args.out).write_text(json.dumps(everything, indent=1, default=str) + "\n")
+        write_cells(args, facts, records)
 
 
 def run_model(
@@ -93,7 +85,7 @@ def run_model(
         records.append({**base, **cell})
         outputs.append(tokens)
         print(table_row(records[-1]), flush=True)
-        write_json(args, facts, records)
+        write_cells(args, facts, records)
 
     for batch in args.batch:
         for mode in args.plain:

@@ -10,14 +10,13 @@ or the link alone, and at least what a prompt takes when all experts have slots.
 """
 
 import argparse
-import json
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from _models import open_model
+from _written import write_cells
 from decode import link_rate
 
 from prescope import HardwareProfile, attach
@@ -52,9 +51,7 @@ def main() -> None:
                     for cell in offloaded(engine, batch, length, slots, resident["ms"], link, args):
                         cells.append(cell | {"batch": batch, "prompt": length, "slots": slots})
                         print(row(cells[-1]), flush=True)
-                    if args.out:
-                        everything = {"machine": facts, "arguments": vars(args), "cells": cells}
-                        Path(args.out).write_text(json.dumps(everything, indent=1, default=str) + "\n")
+                    write_cells(args, facts, cells)
 
 
 def offloaded(

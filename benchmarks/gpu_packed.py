@@ -13,17 +13,16 @@ reference (weights unpacked by torch).
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from _models import random_fields
+from _written import write_cells
 from torch.nn import functional
 
 from prescope.cache.policies import LRU
@@ -384,11 +383,8 @@ def main() -> None:
     for name in args.shapes:
         run_shape(name, args, rate, records)
     print(f"# {time.perf_counter() - started:.0f} s")
-    if args.out:
-        facts = {**machine_facts(), "device": torch.cuda.get_device_name(), "read_gb_per_s": rate}
-        Path(args.out).write_text(
-            json.dumps({"machine": facts, "arguments": vars(args), "cells": records}, indent=1)
-        )
+    facts = {**machine_facts(), "device": torch.cuda.get_device_name(), "read_gb_per_s": rate}
+    write_cells(args, facts, records)
 
 
 def _arguments() -> argparse.Namespace:

@@ -15,14 +15,13 @@ that any cache of these slots would miss, on the run's own routing.
 """
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from _models import open_model
+from _written import write_cells
 from decode import DecodeClock, link_rate
 
 from prescope import HardwareProfile, attach
@@ -67,9 +66,7 @@ def main() -> None:
     def keep(cell: dict[str, Any]) -> None:
         cells.append(cell)
         print(row(cell), flush=True)
-        if args.out:
-            everything = {"machine": facts, "arguments": vars(args), "cells": cells}
-            Path(args.out).write_text(json.dumps(everything, indent=1, default=str) + "\n")
+        write_cells(args, facts, cells)
 
     if args.transformers:
         for batch in args.batch:

@@ -11,14 +11,13 @@ others. The bound is the larger of the resident step and the missing experts' by
 
 import argparse
 import gc
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from _models import open_in_rows
+from _written import write_cells
 from decode import link_rate
 
 from prescope.core.machine import machine_facts
@@ -55,12 +54,7 @@ def main() -> None:
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
-        if args.out:
-            arguments = {name: value for name, value in vars(args).items() if name not in ("deadline", "out")}
-            text = json.dumps(
-                {"machine": facts, "arguments": arguments, "cells": records}, indent=1, default=str
-            )
-            Path(args.out).write_text(text + "\n")
+        write_cells(args, facts, records)
 
 
 def run_form(form: str, args: argparse.Namespace, link: float, records: list[dict[str, Any]]) -> None:

@@ -7,14 +7,13 @@ the engine with cold slots and with the slots that the prompt before left; media
 """
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from _models import open_model
+from _written import write_cells
 from decode import Prompts, link_rate
 
 from prescope import attach
@@ -39,9 +38,7 @@ def main() -> None:
                 for cold in (True, False):
                     records.append(cell(engine, prompts, cold, statistics.median(plain), link))
                     records[-1] |= {"model": name, "batch": args.batch, "prompt": args.prompt, "slots": share}
-                    if args.out:
-                        everything = {"machine": facts, "arguments": vars(args), "cells": records}
-                        Path(args.out).write_text(json.dumps(everything, indent=1, default=str) + "\n")
+                    write_cells(args, facts, records)
         del bench
         torch.cuda.empty_cache()
     print(

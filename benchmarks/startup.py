@@ -16,7 +16,6 @@ Prints markdown tables last; writes JSON after every cell.
 
 import argparse
 import gc
-import json
 import mmap
 import os
 import statistics
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 from _models import open_model
 from _startup_runs import COLD_COLUMNS, RUN_COLUMNS, runs
+from _written import write_cells
 
 import prescope
 from prescope.core.machine import machine_facts
@@ -80,9 +80,7 @@ def main() -> None:
     def keep(cell: dict[str, Any]) -> None:
         cells.append(cell)
         print(f"# {time.perf_counter() - started:.0f} s: {cell}", flush=True)
-        if args.out:
-            everything = {"machine": facts, "arguments": vars(args), "cells": cells}
-            Path(args.out).write_text(json.dumps(everything, indent=1, default=str) + "\n")
+        write_cells(args, facts, cells)
 
     try:
         if args.runs:
