@@ -13,6 +13,7 @@ import prescope
 from prescope.advice import ModelSize
 from prescope.errors import BadModelFolder, NotEnoughMemory, UnsupportedExperts, UnsupportedOption
 from prescope.hf import HostParameter
+from prescope.hf.arguments import Source
 from prescope.hf.load import load_model
 from prescope.hf.moe_layers import find_moe_layers
 from prescope.hf.packed import packed_on_load
@@ -542,7 +543,7 @@ def test_experts_packed_from_their_files_are_those_packed_in_memory(family, tmp_
     """Of single experts, of all in one tensor, with inputs first, with biases; of the last all have to be read."""
     plain = families.build(family)
     plain.save_pretrained(tmp_path)
-    layers = load_model(tmp_path, torch.float32, lambda *_: None, None, "fp8").layers
+    layers = load_model(tmp_path, torch.float32, lambda *_: None, Source(), "fp8").layers
     assert all(layer.is_read_whole == (family == "ernie4_5_vl_moe") for layer in layers)
     for layer, held in zip(layers, packed_on_load(find_moe_layers(plain), "fp8"), strict=True):
         assert layer.read_fields is not None and held.read_fields is not None
