@@ -4,7 +4,7 @@ from html import escape
 
 import ipywidgets as ipw
 
-from .style import boxed
+from .style import boxed, label
 
 
 def rebound(slider: ipw.IntSlider, low: int, high: int) -> None:
@@ -29,12 +29,10 @@ class Field:
     def __init__(self, name: str, control: ipw.Widget, help_text: str) -> None:
         self.name, self.control, self.help_text = name, control, help_text
         control.tooltip = help_text
-        label = ipw.HTML(f"<span title='{escape(help_text, quote=True)}'>{escape(name)}</span>")
-        label.add_class("ps-label")
         self._note = ipw.HTML()
         self._note.add_class("ps-note")
         self._note.add_class("ps-empty")
-        self.view = boxed(ipw.Box([label, control, self._note]), "ps-field")
+        self.view = boxed(ipw.Box([label(name, help_text), control, self._note]), "ps-field")
 
     @property
     def note(self) -> str:

@@ -20,7 +20,7 @@ from ..errors import NoProfile, PrescopeError
 from ..profile import HardwareProfile, own_file
 from .figures import is_headless
 from .job_controls import JobControls, JobWords
-from .style import boxed
+from .style import boxed, label
 
 SECONDS = 45.0
 MEASURE, AGAIN = "Measure this machine", "Measure again"
@@ -134,9 +134,8 @@ class MeasureMachine:
         self.words = ipw.HTML()
         # No `Field`: Lab cannot draw a box that has a tooltip.
         self.controls.view.add_class("ps-unused")
-        label = ipw.HTML(f"<span title='{escape(HELP, quote=True)}'>this machine</span>")
-        label.add_class("ps-label")
-        self.view = boxed(ipw.Box([label, ipw.VBox([self.controls.view, self.words])]), "ps-field", "ps-wide")
+        shown = ipw.VBox([self.controls.view, self.words])
+        self.view = boxed(ipw.Box([label("this machine", HELP), shown]), "ps-field", "ps-wide")
         self._say()
         self.offer()
         if not is_headless():

@@ -20,7 +20,7 @@ from .figures import SlimFigureWidget
 from .job_controls import JobControls
 from .runner import Runner
 from .showing import take_off
-from .style import boxed, row
+from .style import boxed, label, row
 
 #: Characters of text that are shown of each sequence.
 MOST_TEXT = 4000
@@ -65,20 +65,17 @@ class RealRun:
         self.tokens = ipw.BoundedIntText(
             value=int(keywords.get("max_new_tokens", 32)), min=2, max=10**6, layout={"width": "90px"}
         )
-        self.tokens.tooltip = "Two or more: the first comes with the prompt, what is simulated are the others"
         self.controls = JobControls("Run it for real", self.start, self._shown)
         self.live = ipw.HTML()
         self.text = ipw.HTML()
         self.figure = SlimFigureWidget(_live_figure())
         self.figure.add_class("ps-hidden")  # axes without a token say nothing
-        words = ipw.HTML(
-            "<span title='One prompt, or several with a line of --- between them'>prompts</span>"
-        )
-        length = row(ipw.HTML("new tokens"), self.tokens)
+        words = label("prompts", "One prompt, or several with a line of --- between them")
+        why = "Two or more: the first comes with the prompt, what is simulated are the others"
+        length = row(label("new tokens", why), self.tokens)
         self.view = ipw.VBox(
             [
-                words,
-                self.prompts,
+                ipw.VBox([words, self.prompts]),
                 row(length, self.controls.view),
                 self.live,
                 self.text,

@@ -4,9 +4,12 @@ Lab, VS Code and Voila name their colours by the same variables; where there are
 A panel's root carries the class `prescope`; ipywidgets marks it as disconnected when the kernel has gone.
 """
 
+from html import escape
+
 import ipywidgets as ipw
 
 from ..views.theme import FONT, figures_css
+from .names import LABEL, Names
 
 #: Below this width of a cell controls stand above the figures, from it on beside them; px.
 WIDE_PX = 1100
@@ -79,7 +82,8 @@ CSS = f"""
 .ps-sweep .ps-field {{ align-items: start; }} .ps-sweep .ps-field > .ps-label {{ line-height: 28px; }}
 .ps-sweep .ps-move .widget-html-content {{ line-height: 28px; }} .ps-sweep .ps-move > .ps-tick {{ margin-top: 0; }}
 .ps-rule {{ border: 0; border-top: 1px solid var(--ps-line); margin: 8px 0; }}
-.ps-hidden {{ display: none !important; }} .ps-copy {{ width: auto !important; }}
+.ps-hidden {{ display: none !important; }} .prescope > .ps-unseen {{ height: 0; margin: 0; }}
+.ps-copy {{ width: auto !important; }}
 .ps-pairs {{ display: grid !important; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 8px 20px;
   overflow: visible; }} .ps-pairs > * {{ min-width: 0; overflow: visible; justify-content: flex-end; }}
 .ps-figures {{ min-width: 0; overflow: visible; }}
@@ -128,10 +132,20 @@ def looks() -> ipw.HTML:
 
 
 def panel(*children: ipw.Widget) -> ipw.VBox:
-    """A panel's root with its looks."""
-    root = ipw.VBox([looks(), *children])
+    """A panel's root with its looks, and with a name for each control that stands beside a `label`."""
+    names = Names()
+    names.add_class("ps-unseen")
+    root = ipw.VBox([looks(), names, *children])
     root.add_class("prescope")
     return root
+
+
+def label(name: str, help_text: str = "") -> ipw.HTML:
+    """What the control in the same box is called, and what that means: on hover, and for who hears the page."""
+    title = f" title='{escape(help_text, quote=True)}'" if help_text else ""
+    found = ipw.HTML(f"<span{title}>{escape(name)}</span>")
+    found.add_class(LABEL)
+    return found
 
 
 def boxed(box: ipw.Box, *classes: str) -> ipw.Box:

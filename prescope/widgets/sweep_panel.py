@@ -20,7 +20,7 @@ from ..tuning import Progress, Proof, Sweep, SweepJob, load_sweep
 from ..views.sweep_points import told_of_points
 from .copy_button import CopyButton
 from .showing import show_panel, take_off
-from .style import boxed, panel, row
+from .style import boxed, label, panel, row
 from .sweep_chosen import SweepChosen
 from .sweep_controls import SweepControls
 from .sweep_estimate import SweepEstimate
@@ -85,8 +85,14 @@ class SweepPanel:
 
     def _laid_out(self) -> ipw.Box:
         asked = ipw.VBox([self.controls.view, self.estimate.view])
-        head = row(ipw.HTML("study"), self.study, *self.run.view.children)
-        tools = row(self.chosen.menu, self.chosen.button, self.proof.button, self.code, self.report_button)
+        head = row(row(label("study"), self.study), *self.run.view.children)
+        tools = row(
+            row(label("point"), self.chosen.menu),
+            self.chosen.button,
+            self.proof.button,
+            self.code,
+            self.report_button,
+        )
         shown = [
             head,
             self.told,

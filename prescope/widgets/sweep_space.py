@@ -8,7 +8,7 @@ import ipywidgets as ipw
 
 from ..scheduler import SCHEDULES
 from ..tuning import Choices, Range, Setting, Space
-from .style import boxed
+from .style import boxed, label
 
 #: Ticked when the panel opens, those of them that there are.
 FIRST = ("slots", "schedule", "lookahead")
@@ -39,10 +39,7 @@ class Movable:
 
     def __init__(self, name: str, setting: Setting, changed: Callable[[], None]) -> None:
         self.name, self._setting, self._kept = name, setting, OWN
-        label = ipw.HTML(
-            f"<span title='{escape(setting.what, quote=True)}'>{escape(name.replace('_', ' '))}</span>"
-        )
-        label.add_class("ps-label")
+        words = label(name.replace("_", " "), setting.what)
         self.tick = ipw.Checkbox(value=name in FIRST, indent=False, tooltip=f"Let it move: {setting.what}")
         self.tick.add_class("ps-tick")
         self.span = _span(name, setting)
@@ -50,7 +47,7 @@ class Movable:
         self._note, self._still = ipw.HTML(), ipw.HTML()
         self._note.add_class("ps-note")
         moving = boxed(ipw.Box([self.tick, self.span, self._still]), "ps-move")
-        self.view = boxed(ipw.Box([label, moving, self._note]), "ps-field")
+        self.view = boxed(ipw.Box([words, moving, self._note]), "ps-field")
         for widget in (self.tick, self.span):
             widget.observe(lambda _: changed(), "value")
         self.explain("")

@@ -20,6 +20,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+#: What assistive technology calls the controls that hold a value.
+CONTROLS = {"slider", "combobox", "listbox", "checkbox", "spinbutton", "textbox"}
 
 
 class Page(NamedTuple):
@@ -82,6 +84,18 @@ def count_plots(page: Any, expected: int) -> int:
     return page.evaluate(
         "[...document.querySelectorAll('.js-plotly-plot')].filter(p => p.querySelector('.main-svg')).length"
     )
+
+
+def heard(page: Any, selector: str, what: str = "name") -> list[tuple[str, str]]:
+    """What Chromium tells a screen reader of the first that a selector finds and of all in it that is not hidden: role
+    and name, or description.
+    """
+    chromium = page.context.new_cdp_session(page)
+    root = chromium.send("DOM.getDocument")["root"]["nodeId"]
+    node = chromium.send("DOM.querySelector", {"nodeId": root, "selector": selector})
+    nodes = chromium.send("Accessibility.queryAXTree", node)["nodes"]
+    shown = [node for node in nodes if not node.get("ignored")]
+    return [(node["role"]["value"], node.get(what, {}).get("value", "")) for node in shown]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.browser import chromium, jupyterlab, run_all
+from tests.support.browser import CONTROLS, chromium, heard, jupyterlab, run_all
 
 CELLS = [
     "from prescope.session import Session\n"
@@ -101,6 +101,16 @@ def focus_is_seen_at_every_stop(page) -> None:
     assert {"SELECT", "BUTTON", "slider", "tab"} <= kinds and any("modebar" in kind for kind in kinds), kinds
 
 
+def every_control_has_a_name(page) -> None:
+    """In each tab; the last one that is opened is the one to go on with."""
+    for tab in ("Machine and model", "Run it for real", "Schedules", "Sweep", "Runs", "Live tuning"):
+        page.locator(".lm-TabBar-tab", has_text=tab).last.click()
+        page.locator(".prescope .ps-label:visible").nth(1).wait_for(timeout=20_000)
+        page.wait_for_timeout(1_000)
+        controls = [one for one in heard(page, ".prescope") if one[0] in CONTROLS]
+        assert len(controls) >= 3 and all(name for _, name in controls), (tab, controls)
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -117,6 +127,7 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
             page.locator(".ps-field", has_text=label).locator(".noUi-handle").first.focus()
             page.keyboard.press("ArrowRight")
             page.wait_for_timeout(1_500)
+        every_control_has_a_name(page)
         focus_is_seen_at_every_stop(page)
         drag_over_the_overview(page)
         what_does_nothing_is_no_stop_of_tab(page)

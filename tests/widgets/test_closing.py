@@ -7,12 +7,9 @@ import pytest
 from ipywidgets.widgets.widget import _instances
 
 from prescope.session import Session
-from prescope.simulator import Scenario
-from prescope.widgets.dashboard import TABS
 from prescope.widgets.figures import _bundle
 from prescope.widgets.showing import take_off
-
-PROMPTS = ["Once upon a time"]
+from tests.support.panels import KINDS, PROMPTS, opened
 
 
 @pytest.fixture(scope="module")
@@ -35,29 +32,7 @@ def broken() -> list[str]:
     return [repr(box) for box in boxes if any(child.comm is None for child in box.children)]
 
 
-def opened(session, kind):
-    """A panel of this kind, everything in it shown once."""
-    if kind == "dashboard":
-        board = session.dashboard(PROMPTS, scenarios=session.scenarios(session.runs[1]), max_new_tokens=6)
-        for index in (*range(len(TABS)), TABS.index("Schedules")):
-            board.tabs.selected_index = index
-            board.live.settings.slots.value += 1
-        board.live.start().result(60)
-        return board
-    if kind == "slots":
-        return session.panel(PROMPTS, max_new_tokens=6)
-    if kind == "capacity":
-        return session.capacity_panel()
-    scenarios = session.scenarios(session.runs[1])
-    makers = {
-        "schedule": lambda: session.schedule_panel(scenarios, PROMPTS, max_new_tokens=6),
-        "pair": lambda: session.pair_panel(scenarios, Scenario(slots=32)),
-        "sweep": lambda: session.sweep_panel(scenarios, PROMPTS, max_new_tokens=6),
-    }
-    return makers[kind]()
-
-
-@pytest.mark.parametrize("kind", ["dashboard", "slots", "capacity", "schedule", "pair", "sweep"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_panel_opened_again_leaves_no_box_with_a_closed_widget(session, kind):
     before = alive()
     first = opened(session, kind)
