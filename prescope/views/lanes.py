@@ -326,7 +326,7 @@ def lanes_traces(info: LanesInfo) -> list[dict[str, Any]]:
         "y": [_y("MoE layer")] * len(info.layers),
         "marker": {"color": [("rgba(128,128,128,.28)", GRID)[span.moe_layer % 2] for span in info.layers]},
         "text": [str(span.moe_layer) if show else "" for span, show in zip(info.layers, wide, strict=True)],
-        "textposition": "inside", "insidetextanchor": "middle", "textangle": 0, "textfont": {"size": 11, "color": TEXT},
+        "textposition": "inside", "insidetextanchor": "middle", "textangle": 0, "textfont": {"size": 11},
         "hovertext": [f"step {s.step}, MoE layer {s.moe_layer}: {1e3 * s.dur_ms:,.0f} us" for s in info.layers],
     }  # fmt: skip
     return [strip, *(_bar_trace(meaning, info.bars[meaning]) for meaning in MEANINGS)]

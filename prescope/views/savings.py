@@ -63,7 +63,8 @@ def plot_savings(info: SavingsInfo) -> go.Figure:
             orientation="h",
             marker={"color": colors, "line": {"width": 0}, "opacity": 0.85},
             text=[f"{saved:+.2f} ms" for saved in info.saved_ms],
-            textposition="auto",
+            textposition="outside",
+            cliponaxis=False,
             customdata=list(zip(info.stall_ms, info.predict_us, strict=True)),
             hovertemplate="%{x:+.3f} ms per token<br>still stalled %{customdata[0]:.3f} ms<br>"
             "one prediction %{customdata[1]:.0f} us per layer<extra></extra>",
@@ -79,7 +80,12 @@ def plot_savings(info: SavingsInfo) -> go.Figure:
         top=104,
     )
     fig.update_layout(bargap=0.3, showlegend=False)
-    fig.update_xaxes(title_text="saved per token, ms (its own cost counted)", zeroline=True, zerolinewidth=1)
+    low, high = min(0.0, *info.saved_ms), max(0.0, *info.saved_ms)
+    room = 0.14 * (high - low or 1.0)  # for the words at a bar's end, which plotly leaves none
+    fig.update_xaxes(
+        title_text="saved per token, ms (its own cost counted)", zeroline=True, zerolinewidth=1,
+        range=[low - room, high + room],
+    )  # fmt: skip
     fig.update_yaxes(title_text="predictor", showgrid=False, autorange="reversed")
     return fig
 

@@ -86,19 +86,16 @@ CONFIG: dict[str, Any] = {
 }
 
 
-#: Text on a colour of the figure's own, whose contrast plotly sees to.
-_ON_COLOUR = ".hoverlayer *, .bartext-inside"
-
-
 def figures_css(scope: str, text: str) -> str:
-    """Rules that give figures the page's own text colour, light or dark.
+    """Rules that give figures the page's own text colour, light or dark; in hover labels, whose ground is a mark's own
+    colour, plotly sees to it. Text in bars has the page's too: what has some is a grey through which the page shines.
 
     Args:
         scope: selector of what holds the figures; "" for the whole page. text: a CSS colour.
     """
     svg = f"{scope} .js-plotly-plot .main-svg".strip()
     return (
-        f"{svg} text:not({_ON_COLOUR}) {{ fill: {text} !important; }}\n"
+        f"{svg} text:not(.hoverlayer *) {{ fill: {text} !important; }}\n"
         f"{svg} .parcoords .domain, {svg} .parcoords .tick line {{ stroke: {text} !important; }}\n"
     )
 

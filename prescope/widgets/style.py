@@ -29,6 +29,7 @@ CSS = f"""
 [data-jp-theme-light="false"] .prescope {{ --jp-widgets-dropdown-arrow: url("{ARROW}"); }}
 .prescope .widget-html, .prescope .widget-html-content, .prescope .jupyter-widgets {{ color: var(--ps-text);
   font-size: 13px; line-height: 1.45; }}
+.prescope .jupyter-button.mod-primary {{ color: var(--jp-ui-inverse-font-color1, #fff); }}
 .prescope .widget-html-content {{ overflow: visible; }}
 .prescope :is(select, input, button, .lm-TabBar-tab) {{ font-family: {FONT}; }}
 {figures_css(".prescope", "var(--ps-text)")}
@@ -118,7 +119,8 @@ CSS = f"""
   border-radius: 4px; padding: 6px 10px; font-size: 13px; }}
 .ps-head {{ display: flex; flex-wrap: wrap; gap: 4px 14px; justify-content: space-between; }}
 .ps-scroll {{ overflow-x: auto; }} .prescope textarea {{ box-sizing: border-box; }}
-.prescope .lm-TabBar-tab {{ font-size: 13px; flex: 0 1 auto !important; min-width: 60px !important; }}
+.prescope .lm-TabBar-tab {{ font-size: 13px; color: var(--ps-text) !important; flex: 0 1 auto !important;
+  min-width: 60px !important; }}
 .prescope .widget-tab > .widget-tab-contents, .prescope .jupyter-widget-tab > .widget-tab-contents {{
   padding: 10px 0; border: 0; border-top: 1px solid var(--ps-line); overflow: visible; }}
 .ps-advice {{ max-width: 900px; }} .ps-advice h4 {{ margin: 4px 0; font-size: 15px; }}

@@ -86,6 +86,47 @@ def count_plots(page: Any, expected: int) -> int:
     )
 
 
+#: Texts that are seen in what a selector finds, whose contrast on what lies below them is less than WCAG's 4.5; what
+#: is disabled may be faint. Marks of a figure are no ground here: tests/views/test_theme.py looks at those.
+_FAINT = """
+(selector) => {
+  const parsed = (colour) => {
+    const parts = colour.match(/[\\d.]+/g).map(Number);
+    return [...parts.slice(0, 3), parts[3] ?? 1];
+  };
+  const over = ([r, g, b, alpha], below) => [r, g, b].map((one, i) => alpha * one + (1 - alpha) * below[i]);
+  const light = (rgb) => {
+    const [r, g, b] = rgb.map((one) => (one /= 255) <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const around = (element) => {
+    const all = [];
+    for (let one = element; one; one = one.parentElement) all.push(getComputedStyle(one));
+    return all;
+  };
+  const found = [];
+  for (const one of document.querySelectorAll(`${selector} *`)) {
+    const text = [...one.childNodes].filter((node) => node.nodeType === 3).map((node) => node.data.trim()).join("");
+    if (!text || !one.checkVisibility({ visibilityProperty: true }) || one.closest("[disabled], .ps-stale, style"))
+      continue;
+    const styles = around(one), ground = styles.reduceRight((below, s) => over(parsed(s.backgroundColor), below),
+      [255, 255, 255]);
+    const ink = parsed(one instanceof SVGElement ? styles[0].fill : styles[0].color);
+    ink[3] *= styles.reduce((product, s) => product * s.opacity, 1);
+    const [low, high] = [light(over(ink, ground)), light(ground)].sort((a, b) => a - b);
+    const contrast = (high + 0.05) / (low + 0.05);
+    if (contrast < 4.5) found.push(`${contrast.toFixed(2)}: ${text.slice(0, 40)}`);
+  }
+  return found;
+}
+"""
+
+
+def faint(page: Any, selector: str) -> list[str]:
+    """Texts below a selector that do not read on their ground."""
+    return page.evaluate(_FAINT, selector)
+
+
 def heard(page: Any, selector: str, what: str = "name") -> list[tuple[str, str]]:
     """What Chromium tells a screen reader of the first that a selector finds and of all in it that is not hidden: role
     and name, or description.
@@ -150,6 +191,16 @@ def jupyterlab(folder: Path, cells: list[str]) -> Iterator[str]:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
         log.close()
+
+
+def choose_theme(page: Any, name: str) -> None:
+    """Of JupyterLab, from the next time that the page is loaded."""
+    page.evaluate(
+        """async (theme) => fetch("/lab/api/settings/@jupyterlab/apputils-extension:themes", {
+          method: "PUT", body: JSON.stringify({ raw: JSON.stringify({ theme }) }),
+          headers: { "X-XSRFToken": document.cookie.match(/_xsrf=([^;]+)/)[1] } })""",
+        name,
+    )
 
 
 def run_all(page: Any, lab: str) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 import prescope.views
+from prescope.views.lanes import MEANINGS, Bars, LanesInfo, Span, lanes_traces
 from prescope.views.step_times import CAUSES, RING, StepTimesInfo, Times, step_times_traces
 from prescope.views.theme import AMOUNT_SCALE, COLORS, GAIN_SCALE, LINE, TEXT, figures_css, titled
 from tests.support.colors import closest, contrast, difference
@@ -94,6 +95,27 @@ def test_better_and_worse_are_told_apart_by_all_eyes(ground):
 
 def test_numbers_in_cells_have_the_pages_text_colour():
     assert "heatmap" not in figures_css(".page", "red"), "plotly's own goes by a white page"
+
+
+@pytest.mark.parametrize("ground", PAGES)
+def test_text_in_bars_reads_in_the_pages_colour(ground):
+    """A grey that reads on white was 2.2 on a dark page's strip of layers, and 3.5 on a white one's."""
+    layers = tuple(Span(1, layer, float(layer), 1.0) for layer in range(2))
+    bars = {meaning: Bars(*[()] * 6) for meaning in MEANINGS}
+    strip, *_ = lanes_traces(LanesInfo(bars, layers, layers[:1], 2.0, "decode", 0, "simulated", "", ""))
+    assert "bartext" not in figures_css(".page", "red") and "color" not in strip["textfont"]
+    grounds = {on(ground, colour) for colour in strip["marker"]["color"]}
+    assert len(grounds) == 2 and min(contrast(PAGES[ground], one) for one in grounds) >= 4.5
+
+
+def test_no_other_text_lies_on_a_colour_of_a_figures_own():
+    views = {path.name: path.read_text("utf-8") for path in Path(prescope.views.__file__).parent.glob("*.py")}
+    placed = {name: re.findall(r"""textposition["=: ]+"([a-z ]+)""", text) for name, text in views.items()}
+    assert placed["lanes.py"] == ["inside"] and placed["savings.py"] == ["outside"]
+    assert {one for name, all_of in placed.items() for one in all_of if name != "lanes.py"} <= {
+        "outside",
+        "bottom right",
+    }
 
 
 def test_every_heat_map_has_one_of_the_two_scales():

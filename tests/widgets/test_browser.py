@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.browser import CONTROLS, chromium, heard, jupyterlab, run_all
+from tests.support.browser import CONTROLS, choose_theme, chromium, faint, heard, jupyterlab, run_all
 
 CELLS = [
     "from prescope.session import Session\n"
@@ -101,14 +101,15 @@ def focus_is_seen_at_every_stop(page) -> None:
     assert {"SELECT", "BUTTON", "slider", "tab"} <= kinds and any("modebar" in kind for kind in kinds), kinds
 
 
-def every_control_has_a_name(page) -> None:
-    """In each tab; the last one that is opened is the one to go on with."""
+def every_control_has_a_name_and_every_text_reads(page) -> None:
+    """In each tab; the last one that is opened is the one to go on with. White on Lab's blue was 2.7 in the dark."""
     for tab in ("Machine and model", "Run it for real", "Schedules", "Sweep", "Runs", "Live tuning"):
         page.locator(".lm-TabBar-tab", has_text=tab).last.click()
         page.locator(".prescope .ps-label:visible").nth(1).wait_for(timeout=20_000)
         page.wait_for_timeout(1_000)
         controls = [one for one in heard(page, ".prescope") if one[0] in CONTROLS]
         assert len(controls) >= 3 and all(name for _, name in controls), (tab, controls)
+        assert faint(page, ".prescope") == [], tab
 
 
 @pytest.mark.browser
@@ -127,7 +128,7 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
             page.locator(".ps-field", has_text=label).locator(".noUi-handle").first.focus()
             page.keyboard.press("ArrowRight")
             page.wait_for_timeout(1_500)
-        every_control_has_a_name(page)
+        every_control_has_a_name_and_every_text_reads(page)
         focus_is_seen_at_every_stop(page)
         drag_over_the_overview(page)
         what_does_nothing_is_no_stop_of_tab(page)
@@ -141,6 +142,7 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
         before = page.evaluate(LANES)
         assert all(row.split(":")[1] == row.split(":")[2] for row in before), before
         edited = page.evaluate(FIGURES)
+        choose_theme(page, "JupyterLab Dark")
         page.keyboard.press("Control+s")
         page.wait_for_timeout(1_500)
         page.reload()
@@ -152,6 +154,7 @@ def test_run_all_move_save_reload_and_restart(tmp_path):
         assert len(edited) >= 3 and edited.keys() == anew.keys()
         for title, traces in edited.items():
             assert traces == anew[title], f"what moves made of {title!r} is not what the kernel holds"
+        every_control_has_a_name_and_every_text_reads(page)
         page.locator(".lm-TabBar-tab", has_text="Run it for real").last.click()
         page.locator(".prescope input[type=number]:visible").first.fill("1000")
         page.keyboard.press("Enter")
