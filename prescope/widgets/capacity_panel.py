@@ -15,6 +15,7 @@ from ..profile.files import shipped_files
 from ..simulator import HERE
 from ..traces.routing import RoutingTrace
 from ..views.capacity import capacity
+from .background import in_background
 from .field import Field
 from .figures import SlimFigureWidget
 from .measure_machine import MeasureMachine
@@ -117,7 +118,8 @@ class CapacityPanel:
                 gpu_gib=self.budget.value or None, trace=self.trace if name == self._first else None,
             )  # fmt: skip
         except PrescopeError as error:
-            self.words.value = f"<p class='ps-error'><b>{type(error).__name__}</b>: {escape(str(error))}</p>"
+            if asked == self._asked:
+                self._fail(error)
             return None
         with self._lock:
             if asked != self._asked:  # something was moved meanwhile
@@ -130,6 +132,9 @@ class CapacityPanel:
             self._mark(is_former=False)
         return advice
 
+    def _fail(self, error: Exception) -> None:
+        self.words.value = f"<p class='ps-error'><b>{type(error).__name__}</b>: {escape(str(error))}</p>"
+
     def _mark(self, *, is_former: bool) -> None:
         """Figure and table are of other settings than those shown, until the simulation is done."""
         for part in (self.figure, self.table):
@@ -139,7 +144,7 @@ class CapacityPanel:
         """Redraw in the background: thousands of layers are simulated, which takes a second or some."""
         self.words.value = SIMULATING + self.words.value.removeprefix(SIMULATING)
         self._mark(is_former=True)
-        threading.Thread(target=self.redraw, name="prescope-advice", daemon=True).start()
+        in_background("advice", self.redraw, self._fail)
 
     def close(self) -> None:
         """Take the panel off the page; what is still being simulated is shown to nobody."""

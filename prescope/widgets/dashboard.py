@@ -1,6 +1,5 @@
 """One place for all of it: numbers on top, always in sight, and below them what they come from, tab by tab."""
 
-import threading
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..simulator import Scenarios
 from ..traces.routing import RoutingTrace
 from ..views.numbers import NAN
 from ..views.threshold import plot_threshold, threshold_info
+from .background import in_background
 from .capacity_panel import CapacityPanel
 from .figures import SlimFigureWidget
 from .measure_machine import MEASURE
@@ -283,16 +283,10 @@ class Dashboard:
         self._head.value = f"<div class='ps-head'><b>{escape(experts)}</b>{costs}</div>"
 
     def _in_background(self, work: Callable[[], None]) -> None:
-        def run() -> None:
-            try:
-                work()
-            # A graphics card's memory, a model's own ValueError: lost in a thread, "recording" would stand for ever.
-            except Exception as error:  # noqa: BLE001
-                self.told.value = (
-                    f"<span class='ps-error'><b>{type(error).__name__}</b>: {escape(str(error))}</span>"
-                )
+        in_background("dashboard", work, self._fail)
 
-        threading.Thread(target=run, name="prescope-dashboard", daemon=True).start()
+    def _fail(self, error: Exception) -> None:
+        self.told.value = f"<span class='ps-error'><b>{type(error).__name__}</b>: {escape(str(error))}</span>"
 
     def _write_report(self) -> None:
         assert self._report is not None, "there is no button without it"

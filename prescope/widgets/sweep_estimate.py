@@ -6,7 +6,6 @@ from html import escape
 
 import ipywidgets as ipw
 
-from ..errors import PrescopeError
 from .figures import is_headless
 from .style import row
 
@@ -56,7 +55,7 @@ class SweepEstimate:
         self._line.value = "<span class='ps-soft'>trying three points …</span>"
         try:
             text = escape(self._estimate())
-        except PrescopeError as error:
+        except Exception as error:  # noqa: BLE001 - lost in a thread, "trying" would stand for ever
             text = escape(str(error))
         if asked == self._asked:  # nothing was moved meanwhile
             self._line.value = f"<span class='ps-soft'>{text}</span>"

@@ -18,6 +18,7 @@ from ..core.units import count_of
 from ..errors import PrescopeError, UnsupportedOption
 from ..tuning import Progress, Proof, Sweep, SweepJob, load_sweep
 from ..views.sweep_points import told_of_points
+from .background import in_background
 from .copy_button import CopyButton
 from .showing import show_panel, take_off
 from .style import boxed, label, panel, row
@@ -79,7 +80,7 @@ class SweepPanel:
         self.told = ipw.HTML()
         self.part = self._laid_out()
         self.view = panel(self.part)
-        self.report_button.on_click(lambda _: self._in_background(self.write_report))
+        self.report_button.on_click(lambda _: in_background("sweep-report", self.write_report, self.run.fail))
         self.refresh()
         self.estimate.moved()
 
@@ -301,15 +302,6 @@ class SweepPanel:
         path = self._report(self.sweep, self.proof.proof, code)
         self.chosen.words.value = f"<span class='ps-soft'>written: <code>{escape(str(path))}</code></span>"
         return path
-
-    def _in_background(self, work: Callable[[], object]) -> None:
-        def run() -> None:
-            try:
-                work()
-            except PrescopeError as error:
-                self.run.fail(error)
-
-        threading.Thread(target=run, name="prescope-sweep-panel", daemon=True).start()
 
     def close(self) -> None:
         """End the run and take the panel off the page; the study stays."""

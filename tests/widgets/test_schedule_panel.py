@@ -711,6 +711,23 @@ def test_a_number_typed_in_leaves_the_others_as_they_were_measured(session):
     capacity.close()
 
 
+def test_advice_that_fails_says_so_unless_something_was_moved_since(session, monkeypatch):
+    """ "simulating" stood there for ever after an error that was not ours."""
+    capacity = session.capacity_panel()
+    monkeypatch.setattr(capacity_panel, "advise", lambda *given, **keywords: [][1])
+    capacity.soon()
+    wait_for(lambda: "IndexError" in capacity.words.value)
+
+    def outrun(*given, **keywords):
+        capacity._asked += 1
+        raise UnsupportedOption("of settings that are no longer shown")
+
+    monkeypatch.setattr(capacity_panel, "advise", outrun)
+    capacity.redraw()
+    assert "no longer shown" not in capacity.words.value
+    capacity.close()
+
+
 def test_advice_that_comes_after_the_panel_was_closed_is_shown_to_nobody(session, monkeypatch):
     """It went on in its thread and put figures into widgets that were gone."""
     capacity = session.capacity_panel()
