@@ -443,26 +443,29 @@ def test_the_code_makes_the_same_sweep(ran, runner):
     pd.testing.assert_frame_equal(panel.sweep.points()[columns], names["sweep"].points()[columns])
 
 
+class Proved:
+    """What a prover returns: one point of the sweep and one setting of none."""
+
+    kept, words, notes, origin, machine = (
+        True,
+        "+11 % (+9 to +13): keep it",
+        ["a note <b>"],
+        "measured",
+        "H200",
+    )
+    candidates = best, _ = SimpleNamespace(number=4), SimpleNamespace(number=-1)
+
+    def table(self):
+        return pd.DataFrame({"gain %": [11.0, 2.0], "GPU memory": ["8.2 MiB", "12.8 MiB"]})
+
+
 def test_a_proof_says_how_far_it_is_can_be_ended_and_leaves_its_verdict(make):
     seen = []
-
-    class Proof:
-        kept, words, notes, origin, machine = (
-            True,
-            "+11 % (+9 to +13): keep it",
-            ["a note <b>"],
-            "measured",
-            "H200",
-        )
-        candidates = best, _ = SimpleNamespace(number=4), SimpleNamespace(number=-1)
-
-        def table(self):
-            return pd.DataFrame({"gain %": [11.0, 2.0], "GPU memory": ["8.2 MiB", "12.8 MiB"]})
 
     def prover(sweep, *, on_progress, cancel):
         on_progress(1, 4)
         seen.append((sweep.name, panel.proof.words.value, panel.proof.button.description, cancel.is_set()))
-        return Proof()
+        return Proved()
 
     panel = make(prover=prover)
     run(panel)
@@ -481,6 +484,75 @@ def test_a_proof_says_how_far_it_is_can_be_ended_and_leaves_its_verdict(make):
     assert panel.proof.button.description == sweep_proof.LABEL
     panel.study.value = NEW
     assert panel.proof.words.value == "", "another study's verdict"
+
+
+def test_a_proof_is_of_the_study_that_it_was_begun_with_whatever_is_open_when_it_ends(make, monkeypatch):
+    """The verdict of one study stood under another one, and went into its report."""
+    told, go_on, given = threading.Event(), threading.Event(), []
+
+    def prover(sweep, *, on_progress, cancel):
+        on_progress(1, 4)
+        told.set()
+        assert go_on.wait(20)
+        return Proved()
+
+    panel = make(prover=prover)
+    monkeypatch.setattr(panel, "_report", lambda *asked: given.append(asked[:2]) or Path("page.html"))
+    run(panel)
+    panel.proof.button.click()
+    assert told.wait(20)
+    panel.study.value = NEW
+    panel.controls.seed.value = 1
+    assert run(panel)["study"] == "sweep 2"
+    go_on.set()
+    wait_for(lambda: panel.proof.button.description == sweep_proof.LABEL)
+    wait_for(lambda: "proof of sweep 1: done" in panel.proof.words.value)
+    assert panel.proof.proof is None and not panel.proof.button.disabled
+    panel.write_report()
+    panel.study.value = "sweep 1"
+    assert "+11 % (+9 to +13): keep it" in panel.proof.words.value, "it comes back with its study"
+    panel.write_report()
+    assert [(sweep.name, type(proof)) for sweep, proof in given] == [
+        ("sweep 2", type(None)),
+        ("sweep 1", Proved),
+    ]
+
+
+@pytest.mark.parametrize("part", ["proof", "report", "estimate"])
+def test_an_error_of_any_kind_in_a_thread_is_told(make, monkeypatch, part):
+    """A proof that ran out of a graphics card's memory said "run 3 of 13, 5 s left" for ever."""
+
+    def fails(*_, **__):
+        raise RuntimeError("CUDA out of <memory>")
+
+    panel = make(prover=fails, report=fails)
+    run(panel)
+    said = {
+        "proof": lambda: panel.proof.words.value,
+        "report": lambda: panel.run.status.value,
+        "estimate": lambda: panel.estimate.text,
+    }[part]
+    monkeypatch.setattr(panel.estimate, "_estimate", fails)
+    {"proof": panel.proof, "report": SimpleNamespace(button=panel.report_button), "estimate": panel.estimate}[
+        part
+    ].button.click()
+    wait_for(lambda: "CUDA out of &lt;memory&gt;" in said())
+    wait_for(lambda: panel.proof.button.description == sweep_proof.LABEL)
+
+
+def test_a_panel_closed_as_soon_as_a_proof_is_begun_ends_it(make):
+    is_ended = threading.Event()
+
+    def prover(sweep, *, on_progress, cancel):
+        assert cancel.wait(20)
+        is_ended.set()
+        raise CancelledError
+
+    panel = make(prover=prover)
+    run(panel)
+    panel.proof.button.click()
+    panel.close()
+    assert is_ended.wait(20)
 
 
 def test_a_double_click_starts_one_proof_and_a_later_click_ends_it(make, monkeypatch):
