@@ -71,23 +71,35 @@ def json_script(facts: dict[str, Any]) -> str:
     return f'<script type="application/json" id="provenance">{text}</script>'
 
 
-#: On paper figures are drawn anew for its width: as wide as the screen's they lost their last layers and tokens.
+#: Room across on A4 or Letter, px. What is wider was cut: figures lost their last layers and tokens.
 PAPER_PX = 640
+#: Figures are drawn anew for paper as for the narrowest cell, for which subtitles are wrapped, and made smaller.
+DRAWN_PX = 850
+#: A table is made smaller where even its longest words, which are not cut, are too wide for the paper.
 PRINT_JS = f"""<script>
-const figures = () => [...document.querySelectorAll(".js-plotly-plot")];
-addEventListener("beforeprint", () => figures().forEach((f) => Plotly.relayout(f, {{ width: {PAPER_PX} }})));
-addEventListener("afterprint", () => figures().forEach((f) => Plotly.relayout(f, {{ width: null, autosize: true }})));
+const every = (selector, change) => document.querySelectorAll(selector).forEach(change);
+addEventListener("beforeprint", () => {{
+  every(".js-plotly-plot", (figure) => Plotly.relayout(figure, {{ width: {DRAWN_PX} }}));
+  every("table", (table) => {{
+    Object.assign(table.style, {{ width: "min-content", tableLayout: "auto" }});
+    const zoom = Math.min(1, {PAPER_PX} / table.offsetWidth);
+    Object.assign(table.style, {{ width: "", zoom }});
+  }});
+}});
+addEventListener("afterprint", () => {{
+  every(".js-plotly-plot", (figure) => Plotly.relayout(figure, {{ width: null, autosize: true }}));
+  every("table", (table) => Object.assign(table.style, {{ tableLayout: "", zoom: "" }}));
+}});
 </script>"""
-SHARED_CSS = (
-    figures_css("", "CanvasText")
-    + """
-@page { margin: 12mm; }
-@media print { figure, .plotly-figure, table { break-inside: avoid; } body { max-width: none; margin: 0; }
-  .table, .ps-scroll, .jp-OutputArea-output { overflow: visible !important; }
-  table { font-size: 8.5px !important; } th, td { white-space: normal !important; overflow-wrap: anywhere; }
-  .dataframe th, .dataframe td { padding: 2px 4px !important; } }
+SHARED_CSS = f"""{figures_css("", "CanvasText")}
+@page {{ margin: 12mm; }}
+@media print {{ figure, .plotly-figure, table {{ break-inside: avoid; }} body {{ max-width: none; margin: 0; }}
+  .table, .ps-scroll, .jp-OutputArea-output {{ overflow: visible !important; }}
+  .js-plotly-plot {{ zoom: calc({PAPER_PX} / {DRAWN_PX}); }} table {{ font-size: 11px !important; }}
+  tr {{ break-inside: avoid; }} .dataframe th, .dataframe td {{ padding: 2px 4px !important; }}
+  /* What announces a figure or a table stands on its page; code that is folded up is nothing to read. */
+  h1, h2, h3, .jp-MarkdownCell {{ break-after: avoid; }} details.code:not([open]) {{ display: none; }} }}
 """
-)
 _CSS = f"""{SHARED_CSS}
 :root {{ color-scheme: light dark; }}
 body {{ font: 15px/1.5 {FONT}; max-width: 1080px; margin: 2em auto; padding: 0 1em; }}

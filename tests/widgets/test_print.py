@@ -24,9 +24,37 @@ DRAWN = """
 """
 
 
+#: A4 between its margins, px.
+A4_PX = round((210 - 24) / 25.4 * 96)
+#: What of a page that is laid out for paper lies beyond its figure or the paper, and words that are cut in two.
+AMISS = """
+(width) => {
+  const right = (one) => one.getBoundingClientRect().right, said = (one) => one.textContent.slice(0, 50);
+  const lines = (one) => {
+    const range = document.createRange();
+    range.selectNodeContents(one);
+    return new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size;
+  };
+  const all = (selector) => [...document.querySelectorAll(selector)].filter((one) => one.checkVisibility());
+  return [
+    ...all(".js-plotly-plot, table").filter((one) => right(one) > width).map((one) => `beyond the paper: ${said(one)}`),
+    ...all(".main-svg text").filter((one) => right(one) > right(one.closest(".js-plotly-plot")) + 1)
+      .map((one) => `beyond its figure: ${said(one)}`),
+    ...all("td, th").filter((one) => !one.children.length && /^-?[^\\s-]+$/.test(one.textContent.trim()))
+      .filter((one) => lines(one) > 1).map((one) => `cut in two: ${said(one)}`),
+  ];
+}
+"""
+
+
 def print_page(path: Path, folder: Path) -> tuple[list[PrintedPage], list[dict]]:
     with offline_page(path) as (page, _, _):
         page.wait_for_timeout(1_500)
+        page.set_viewport_size({"width": A4_PX, "height": 1000})
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        page.wait_for_timeout(1_500)
+        assert page.evaluate(AMISS, A4_PX) == []
         figures = page.evaluate(DRAWN)
         page.pdf(path=folder / "page.pdf", format="A4", prefer_css_page_size=True)
     return printed(folder / "page.pdf"), figures
