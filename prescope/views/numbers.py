@@ -86,22 +86,20 @@ def _percentiles(ms: np.ndarray) -> tuple[float, float]:
     return (float(np.percentile(ms, 50)), float(np.percentile(ms, 95))) if len(ms) else (NAN, NAN)
 
 
-def bound_numbers(result: SimResult) -> Numbers:
-    """What no schedule can beat with the result's slots on its machine: each column for itself."""
-    bounds, steps = result.bounds, len(result.log.step_end_us)
-    needed = max(1, result.counts.needed)
-    fewest = bounds.bypass_misses if result.config["cpu"] else bounds.belady_misses
-    link_ms = bounds.link_cpu_ms if result.config["cpu"] else bounds.link_ms
-    per_token = result.num_tokens / steps
-    over_link = NAN if result.config["cpu"] else fewest * result.row_bytes / steps / per_token / 1e6
-    return Numbers(
-        "bound", bounds.tokens_per_s, bounds.step_ms, NAN, NAN, 100 * (1 - fewest / needed),
-        100 * link_ms / bounds.step_ms, over_link, NAN,
-    )  # fmt: skip
-
-
-#: Before the bounds are found.
+#: Before the bounds are found, and where there is none.
 NO_BOUND = Numbers("bound", *[NAN] * (len(Numbers._fields) - 1))
+
+
+def bound_numbers(result: SimResult) -> Numbers:
+    """What no schedule can beat with the result's slots on its machine: each column for itself.
+
+    Belady's misses are the fewest copies, not the fewest misses: what a prefetch brings in time is a hit. The mean step
+    has a bound, which is that of tokens/s, but its median has none.
+    """
+    bounds = result.bounds
+    copied = bounds.belady_misses * result.row_bytes
+    over_link = NAN if result.config["cpu"] else copied / result.num_tokens / 1e6
+    return NO_BOUND._replace(tokens_per_s=bounds.tokens_per_s, mb_per_token=over_link)
 
 
 def numbers_text(rows: Iterable[Numbers]) -> pd.DataFrame:
