@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import ipywidgets as ipw
 import plotly.graph_objects as go
@@ -36,8 +37,8 @@ class RealRun:
     """Starts runs of the settings that it is told, and shows them while they go on.
 
     Args:
-        settings: called at the start: keywords for `Engine.configure`.
-        finished: told of a run with decode steps, in the job's thread; returns what a person must know about it, or "".
+        begin: called at the start. Returns keywords for `Engine.configure`, and what is told of that very run once it
+            has decode steps, in the job's thread: it returns what a person must know about it, or "".
 
     Attributes:
         view: everything below one another. controls: button, bar, status. prompts, tokens: what is run.
@@ -48,10 +49,11 @@ class RealRun:
         runner: Runner,
         prompts: NamedPrompts,
         keywords: dict[str, Any],
-        settings: Callable[[], dict[str, Any]],
-        finished: Callable[[RunResult], str],
+        begin: Callable[[], tuple[dict[str, Any], Callable[[RunResult], str]]],
     ) -> None:
-        self._runner, self._settings, self._finished = runner, settings, finished
+        self._runner, self._begin = runner, begin
+        # By the job: one may end while the next one is begun.
+        self._finished = WeakKeyDictionary[Job, Callable[[RunResult], str]]()
         self._given, self._keywords = prompts, keywords
         self._needs: dict[NeedOutcome, int] = {}
         self._others = OthersWork()
@@ -94,11 +96,12 @@ class RealRun:
         Raises:
             UnsupportedOption: they can only be simulated.
         """
-        settings = self._settings()
+        settings, finished = self._begin()
         keywords = {**self._keywords, "max_new_tokens": int(self.tokens.value)}
         self.controls.cancel()
         self._others = OthersWork()
         job = self._runner.prepare(self._what(), configure=settings, **keywords)
+        self._finished[job] = finished
         job.on_step(self._note_begin)
         self.live.value = (
             "<span class='ps-soft'>some tokens to warm up, then the run from empty slots …</span>"
@@ -160,7 +163,7 @@ class RealRun:
             return "before the second token; the figures show the former run"
         steps = run.steps[run.steps["phase"] == "decode"]["dur_us"].to_numpy() / 1e3
         self._draw(steps.tolist())
-        return self._finished(run)
+        return self._finished[job](run)
 
     def _draw(self, ms: list[float], first: int = 0) -> None:
         self.figure.show_parts(_live_traces(ms, first), {})

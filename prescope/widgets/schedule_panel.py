@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from typing import Any, NamedTuple
 
@@ -92,7 +93,6 @@ class SchedulePanel:
         self._regrouped: dict[int, Scenarios] = {}
         self._pinned: _Pinned | None = None
         self.presets = Presets(lambda: self._scenarios, lambda: self.scenario, self.choose)
-        self._running: Scenario | None = None
         self._watchers: list[Callable[[], None]] = []
         start = slots or (runner.engine.num_slots if runner is not None else scenarios.num_experts // 2)
         self.settings = Settings(scenarios, start, self._throttle.call, self._regroup, how_to_measure)
@@ -102,9 +102,7 @@ class SchedulePanel:
         self.told = ipw.HTML()
         self.drawing = ScheduleFigures(self.result, self._throttle.call)
         self.steps, self.layers, self.figures = self.drawing.steps, self.drawing.layers, self.drawing.figures
-        self.real = (
-            None if runner is None else RealRun(runner, prompts, keywords, self._for_engine, self._finished)
-        )
+        self.real = None if runner is None else RealRun(runner, prompts, keywords, self._for_engine)
         self.pin_button = ipw.Button(
             description="Pin as baseline", icon="thumb-tack", tooltip="Show changes against it"
         )
@@ -257,15 +255,13 @@ class SchedulePanel:
         self._resting.cancel()
         gc.unfreeze()
 
-    def _for_engine(self) -> dict[str, Any]:
+    def _for_engine(self) -> tuple[dict[str, Any], Callable[[RunResult], str]]:
         scenario = self._scenarios.resolved(self.scenario)
-        settings = self._scenarios.engine_settings(scenario)
-        self._running = scenario
-        return settings
+        # Those of this trace: another one may be simulated before the run ends.
+        return self._scenarios.engine_settings(scenario), partial(self._finished, self._runs, scenario)
 
-    def _finished(self, run: RunResult) -> str:
-        assert self._running is not None, "a run begins with `_for_engine`"
-        self._runs.setdefault(self._running, []).append(run)
+    def _finished(self, runs: dict[Scenario, list[RunResult]], scenario: Scenario, run: RunResult) -> str:
+        runs.setdefault(scenario, []).append(run)
         self.redraw()
         if run.metrics.batch != self._scenarios.batch:
             return (

@@ -292,6 +292,55 @@ def test_controls_moved_during_a_run_are_not_called_done(panel):
     assert panel.measured is None
 
 
+def test_a_run_that_ends_while_the_next_one_begins_is_of_its_own_settings(panel, session, monkeypatch):
+    """The former run, ended by the next one's start, was kept as measured with the next one's settings."""
+    jobs, prepare, is_amid, go_on = [], session.prepare, threading.Event(), threading.Event()
+
+    def hold(job):
+        if job.num_tokens >= 3:
+            is_amid.set()
+            assert go_on.wait(30)
+
+    def prepared(*given, **keywords):
+        job = prepare(*given, **keywords)
+        if jobs:
+            go_on.set()
+            jobs[0].result(60)
+        else:
+            job.on_step(hold)
+        jobs.append(job)
+        return job
+
+    monkeypatch.setattr(session, "prepare", prepared)
+    panel.choose(Scenario(schedule="on-demand", slots=26))
+    panel.start()
+    assert is_amid.wait(60)
+    panel.choose(Scenario(schedule="on-demand", slots=27))
+    panel.start().result(60)
+    assert [run.config["num_slots"] for run in panel.measured_runs] == [27]
+    panel.choose(Scenario(schedule="on-demand", slots=26))
+    assert [run.config["num_slots"] for run in panel.measured_runs] == [26]
+
+
+def test_a_run_of_one_trace_is_not_laid_beside_another(panel, session, monkeypatch):
+    panel.choose(Scenario(schedule="on-demand", slots=25))
+    again, prepare, go_on = session.scenarios(session.runs[1]), session.prepare, threading.Event()
+
+    def held(*given, **keywords):
+        job = prepare(*given, **keywords)
+        job.on_step(lambda _: go_on.wait(30))
+        return job
+
+    monkeypatch.setattr(session, "prepare", held)
+    job = panel.start()
+    panel.use(again, 25)
+    panel.choose(Scenario(schedule="on-demand", slots=25))
+    go_on.set()
+    job.result(60)
+    assert panel.measured is None
+    assert "moved meanwhile" in panel.state()["status"]
+
+
 def test_without_prefetches_the_replay_counts_what_the_engine_counted(panel):
     panel.choose(Scenario(schedule="on-demand", slots=64))
     run = panel.start().result(60)
@@ -423,7 +472,8 @@ def test_of_a_run_without_a_result_nothing_seems_to_go_on(panel, session):
 def test_a_result_that_cannot_be_shown_is_told_and_the_panel_goes_on(panel, monkeypatch):
     panel.choose(Scenario(schedule="on-demand", slots=28))
     with monkeypatch.context() as broken:
-        broken.setattr(panel.real, "_finished", lambda run: 1 / 0)
+        begin = panel.real._begin
+        broken.setattr(panel.real, "_begin", lambda: (begin()[0], lambda run: 1 / 0))
         panel.start().result(60)
         assert "ZeroDivisionError" in panel.state()["status"]
         assert panel.real.controls.cancel_button.disabled
