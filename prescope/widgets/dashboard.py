@@ -113,8 +113,8 @@ class Dashboard:
         self._say_head()
         self.source.observe(self._on_source, "value")
         self.tabs.observe(lambda _: self.refresh(), "selected_index")
-        self.record_button.on_click(lambda _: self._in_background(self.record))
-        self.report_button.on_click(lambda _: self._in_background(self._write_report))
+        self.record_button.on_click(lambda button: self._in_background(self.record, button))
+        self.report_button.on_click(lambda button: self._in_background(self._write_report, button))
         self.live.on_drawn(self.refresh)
 
     def _tab_children(self) -> list[ipw.Widget]:
@@ -282,8 +282,8 @@ class Dashboard:
         costs = f"<span class='ps-badge'>{escape(_costs_of(where, machine.costs.source))}</span>"
         self._head.value = f"<div class='ps-head'><b>{escape(experts)}</b>{costs}</div>"
 
-    def _in_background(self, work: Callable[[], None]) -> None:
-        in_background("dashboard", work, self._fail)
+    def _in_background(self, work: Callable[[], None], button: ipw.Button) -> None:
+        in_background("dashboard", work, self._fail, button)
 
     def _fail(self, error: Exception) -> None:
         self.told.value = f"<span class='ps-error'><b>{type(error).__name__}</b>: {escape(str(error))}</span>"

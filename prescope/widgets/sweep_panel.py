@@ -80,7 +80,9 @@ class SweepPanel:
         self.told = ipw.HTML()
         self.part = self._laid_out()
         self.view = panel(self.part)
-        self.report_button.on_click(lambda _: in_background("sweep-report", self.write_report, self.run.fail))
+        self.report_button.on_click(
+            lambda button: in_background("sweep-report", self.write_report, self.run.fail, button)
+        )
         self.refresh()
         self.estimate.moved()
 

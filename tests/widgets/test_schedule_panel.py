@@ -5,6 +5,7 @@ import time
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from html import escape, unescape
+from pathlib import Path
 from types import SimpleNamespace
 
 import plotly.graph_objects as go
@@ -649,6 +650,28 @@ def test_an_error_of_any_kind_in_the_background_is_told(board, monkeypatch, work
         monkeypatch.setattr(board, what, lambda *given: [][1])
     getattr(board, work).click()
     wait_for(lambda: "IndexError" in board.told.value)
+
+
+@pytest.mark.parametrize("button", ["record_button", "report_button"])
+def test_a_double_click_does_it_once_and_the_button_can_be_used_again(board, recorded, monkeypatch, button):
+    """Two clicks recorded two runs, one after the other, and wrote one file from two threads."""
+    begun, go_on = [], threading.Event()
+
+    def slow(*_):
+        begun.append(button)
+        assert go_on.wait(30)
+        return recorded if button == "record_button" else Path("page.html")
+
+    monkeypatch.setattr(board, {"record_button": "_record", "report_button": "_report"}[button], slow)
+    one = getattr(board, button)
+    for _ in range(3):
+        one.click()
+    assert one.disabled
+    go_on.set()
+    wait_for(lambda: not one.disabled)
+    assert begun == [button]
+    one.click()
+    wait_for(lambda: begun == [button] * 2 and not one.disabled)
 
 
 @pytest.mark.parametrize("folder", ["", "  ", "a" * 300, "/dev/null/run", "~"], ids=lambda text: text[:12])
