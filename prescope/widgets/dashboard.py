@@ -27,7 +27,7 @@ from .runner import Runner
 from .runs_panel import RunsPanel
 from .schedule_panel import SchedulePanel, vars_of
 from .showing import show_panel, take_off
-from .style import boxed, label, panel, row
+from .style import boxed, named, panel, row
 from .tables import frame_html
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Dashboard:
         self._drawn: dict[int, object] = {}  # tab -> the scenario it shows
         self.tabs = ipw.Tab(children=self._tab_children(), titles=TABS, selected_index=LIVE)
         tools = row(
-            row(label("what is simulated"), self.source), self.record_button, *self._report_tools(), self.told
+            named("what is simulated", self.source), self.record_button, *self._report_tools(), self.told
         )
         self.view = panel(self._head, tools, self.live.parts["numbers"], self.tabs)
         self._say_head()

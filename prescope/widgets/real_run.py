@@ -21,7 +21,7 @@ from .figures import SlimFigureWidget
 from .job_controls import JobControls
 from .runner import Runner
 from .showing import take_off
-from .style import boxed, label, row
+from .style import boxed, label, named, row
 
 #: Characters of text that are shown of each sequence.
 MOST_TEXT = 4000
@@ -74,7 +74,7 @@ class RealRun:
         self.figure.add_class("ps-hidden")  # axes without a token say nothing
         words = label("prompts", "One prompt, or several with a line of --- between them")
         why = "Two or more: the first comes with the prompt, what is simulated are the others"
-        length = row(label("new tokens", why), self.tokens)
+        length = named("new tokens", self.tokens, why)
         self.view = ipw.VBox(
             [
                 ipw.VBox([words, self.prompts]),

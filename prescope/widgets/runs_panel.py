@@ -19,7 +19,7 @@ from .field import Field, rebound
 from .figures import SlimFigureWidget
 from .runner import Runner
 from .showing import take_off
-from .style import boxed, label, panel, row
+from .style import boxed, named, panel, row
 from .tables import frame_html
 
 #: Layers that are named where two runs differ most.
@@ -60,7 +60,7 @@ class RunsPanel:
             Field("step", self.step, "Decode step whose lanes are drawn."),
         ]
         controls = boxed(ipw.Box([field.view for field in fields]), "ps-controls")
-        files = row(row(label("folder"), self.folder), self.save_button, self.open_button, self.told)
+        files = row(named("folder", self.folder), self.save_button, self.open_button, self.told)
         self._pair = ipw.VBox([self.differences, boxed(ipw.VBox([self.figure]), "ps-figures")])
         self.part = ipw.VBox([self.list, controls, files, self._pair])
         self.view = panel(self.part)

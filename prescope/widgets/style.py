@@ -43,6 +43,8 @@ CSS = f"""
 .prescope.jupyter-widgets-disconnected .ps-job {{ display: none; }}
 .ps-row {{ display: flex; flex-flow: row wrap; align-items: center; gap: 6px 12px; overflow: visible; }}
 .ps-top {{ align-items: flex-start; }}
+.ps-named {{ display: flex; align-items: center; gap: 12px; overflow: visible; max-width: 100%; }}
+.ps-named > .ps-label {{ flex: none; }}
 .ps-run {{ flex: 1 1 500px; }} .ps-job {{ display: flex !important; flex: 1 1 200px; align-items: center; gap: 12px;
   overflow: visible; }} .ps-job > .widget-html {{ flex: 1 1 0; min-width: 0; }}
 .ps-side {{ display: grid !important; grid-template-columns: minmax(0, 1fr); gap: 8px 20px; overflow: visible; }}
@@ -148,6 +150,11 @@ def label(name: str, help_text: str = "") -> ipw.HTML:
     found = ipw.HTML(f"<span{title}>{escape(name)}</span>")
     found.add_class(LABEL)
     return found
+
+
+def named(name: str, control: ipw.Widget, help_text: str = "") -> ipw.Box:
+    """A control behind its name, off the grid."""
+    return boxed(ipw.Box([label(name, help_text), control]), "ps-named")
 
 
 def boxed(box: ipw.Box, *classes: str) -> ipw.Box:

@@ -15,7 +15,7 @@ from ..views.sweep_importances import plot_sweep_importances, sweep_importances_
 from ..views.sweep_parallel import SweepParallelInfo, brushed, plot_sweep_parallel, sweep_parallel_info
 from ..views.sweep_points import moved_in
 from .figures import SlimFigureWidget
-from .style import boxed, label, row
+from .style import boxed, named, row
 
 NAMES = ("parallel", "heat", "front", "importances", "history")
 
@@ -46,7 +46,7 @@ class SweepFigures:
             menu.layout.width = "108px"
             menu.tooltip = f"The heat map's setting {what}"
             menu.observe(self._on_pair, "value")
-        self._pair = row(row(label("heat map of"), self.across), row(label("and"), self.up))
+        self._pair = row(named("heat map of", self.across), named("and", self.up))
         parts = {name: ipw.VBox([self._notes[name], self.figures[name]]) for name in NAMES}
         parts["heat"].children = (self._pair, *parts["heat"].children)
         for box in parts.values():
