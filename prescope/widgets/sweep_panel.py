@@ -21,7 +21,7 @@ from ..views.sweep_points import told_of_points
 from .background import in_background
 from .copy_button import CopyButton
 from .showing import show_panel, take_off
-from .style import boxed, label, panel, row
+from .style import boxed, named, panel, row
 from .sweep_chosen import SweepChosen
 from .sweep_controls import SweepControls
 from .sweep_estimate import SweepEstimate
@@ -66,7 +66,7 @@ class SweepPanel:
         self._lock = threading.RLock()
         self.controls = SweepControls(runners_of(places), kept, self._on_move)
         self.estimate = SweepEstimate(self._estimate, lambda: not self.controls.runner.is_here)
-        self.run = SweepRun(self.start, self._on_progress)
+        self.run = SweepRun(self.start, self._on_progress, self._is_open)
         self.chosen = SweepChosen(shows, self._settings_of)
         self.proof = SweepProof(prover)
         self.figures = SweepFigures(self.chosen.open, self._show_chosen)
@@ -88,9 +88,9 @@ class SweepPanel:
 
     def _laid_out(self) -> ipw.Box:
         asked = ipw.VBox([self.controls.view, self.estimate.view])
-        head = row(row(label("study"), self.study), *self.run.view.children)
+        head = row(named("study", self.study), *self.run.view.children)
         tools = row(
-            row(label("point"), self.chosen.menu),
+            named("point", self.chosen.menu),
             self.chosen.button,
             self.proof.button,
             self.code,
@@ -153,11 +153,12 @@ class SweepPanel:
             return self.run.job
         self.estimate.stop()
         try:
-            job = self._opened().prepare(**self.controls.limits)
+            sweep = self._opened()
+            job = sweep.prepare(**self.controls.limits)
         except PrescopeError as error:
             self.run.fail(error)
             return None
-        self.run.watch(job)
+        self.run.watch(job, sweep.name)
         self.refresh()
         return job
 
@@ -188,6 +189,10 @@ class SweepPanel:
             self.chosen.clear()
             self._points = pd.DataFrame()
         self.sweep = sweep
+        self.run.say_again()
+
+    def _is_open(self, name: str) -> bool:
+        return self.sweep is not None and self.sweep.name == name
 
     def use(self, places: Mapping[str, Place], prover: Prover | str) -> None:
         """Sweep another trace from now on; a run that is under way goes on."""

@@ -17,13 +17,20 @@ class SweepRun:
     Args:
         start: begins a run with what the panel says; called by the button.
         shown: told of a run's progress, in the run's thread; with `is_last` before the status says how it ended.
+        is_open: whether the study of this name is the one that is shown: of another one the status says which.
 
     Attributes:
         view: the row. job: the latest, or None. status: in words.
     """
 
-    def __init__(self, start: Callable[[], object], shown: Callable[[Progress | None, bool], None]) -> None:
-        self._start, self._shown = start, shown
+    def __init__(
+        self,
+        start: Callable[[], object],
+        shown: Callable[[Progress | None, bool], None],
+        is_open: Callable[[str], bool],
+    ) -> None:
+        self._start, self._shown, self._is_open = start, shown, is_open
+        self._name, self._said = "", ""
         self.job: SweepJob | None = None
         self.start_button = ipw.Button(description="Start", icon="play", button_style="primary")
         self.pause_button = ipw.Button(description="Pause", icon="pause", disabled=True)
@@ -51,9 +58,9 @@ class SweepRun:
         self.start_button.description = label
         self.reason.value = f"<span class='ps-soft'>{escape(reason_not)}</span>" if reason_not else ""
 
-    def watch(self, job: SweepJob) -> None:
-        """Show a run from its start on, and start it."""
-        self.job = job
+    def watch(self, job: SweepJob, name: str) -> None:
+        """Show a run of the study of this name from its start on, and start it."""
+        self.job, self._name = job, name
         self.bar.value, self.bar.bar_style = 0.0, "info"
         self.say("starting")
         self.start_button.disabled, self.start_button.description = True, "Running"
@@ -79,13 +86,22 @@ class SweepRun:
 
     def say(self, text: str) -> None:
         """Put words where the progress stands."""
-        self.status.value = f"<span class='ps-soft'>{escape(text)}</span>"
+        self._tell(f"<span class='ps-soft'>{escape(text)}</span>")
+
+    def say_again(self) -> None:
+        """Another study is shown."""
+        self._tell(self._said)
+
+    def _tell(self, html: str) -> None:
+        self._said = html
+        whose = "" if not html or self._is_open(self._name) else f"{escape(self._name)}: "
+        self.status.value = whose + html
 
     def fail(self, error: BaseException) -> None:
         """Put an error there."""
         self.bar.bar_style = "danger"
         words = f"<b>{escape(type(error).__name__)}</b>: {escape(str(error))}"
-        self.status.value = f"<span class='ps-error'>{words}</span>"
+        self._said, self.status.value = "", f"<span class='ps-error'>{words}</span>"
 
     def close(self) -> None:
         """End the run and show nothing of it any more."""
@@ -103,7 +119,7 @@ class SweepRun:
             return
         if progress.total:
             self.bar.value = min(1.0, progress.done / progress.total)
-        self.status.value = escape(str(progress))
+        self._tell(escape(str(progress)))
         self._shown(progress, False)
 
     def _status_of(self, job: Job[Progress]) -> Progress | None:
@@ -121,7 +137,7 @@ class SweepRun:
             return
         word, look = ("cancelled", "warning") if job.is_cancelled else ("done", "success")
         self.bar.value, self.bar.bar_style = 1.0, look
-        self.status.value = f"{word}: {_summary(job.result())}"
+        self._tell(f"{word}: {_summary(job.result())}")
 
 
 def _summary(progress: Progress) -> str:

@@ -427,6 +427,27 @@ def test_pause_begins_no_point_and_cancel_keeps_what_there_is(make, runner, monk
     assert panel.run.start_button.description == "Go on"
 
 
+def test_of_a_run_whose_study_is_not_shown_the_status_says_which_it_is(make, runner, monkeypatch):
+    """ "12 of 100 points" stood beside the name of another study, or of none."""
+    go_on, real = threading.Event(), type(runner).run
+
+    def held(self, *given):
+        assert go_on.wait(20)
+        return real(self, *given)
+
+    monkeypatch.setattr(type(runner), "run", held)
+    panel = make()
+    panel.run.start_button.click()
+    wait_for(lambda: panel.run.status.value == "0 of 12 points")
+    panel.study.value = NEW
+    assert panel.run.status.value == "sweep 1: 0 of 12 points"
+    go_on.set()
+    panel.run.job.result(60)
+    assert panel.run.status.value.startswith("sweep 1: done: 12 points")
+    panel.study.value = "sweep 1"
+    assert panel.run.status.value.startswith("done: 12 points")
+
+
 def wait_for(is_so, seconds=20.0):
     end = time.monotonic() + seconds
     while not is_so():
