@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.types import FloatArray, IntArray, MoEShape
-from .frequencies import behind_prompt
+from .frequencies import Repeats, behind_prompt, repeats_of, scatter_of
 from .policies import CachePolicy, by_frequency
 from .prefetch import Waiting, next_prefetch, on_the_way
 from .slots import Slots, SortedNeed, sort_need, take_slots, use_prefetched
@@ -77,6 +77,7 @@ class ResidencyTable:
         #: (L * E,) experts that the model has, of layers with fewer than E.
         self.exists = np.ones(shape.total_experts, dtype=bool)
         self._prompt_LE = np.zeros((shape.num_layers, shape.num_experts))
+        self._repeats: list[Repeats] = []  # of its layers
         #: The same arrays, for compiled code; they are changed in place only.
         self.arrays = Slots(
             self.slot_of, self.key_of, self.in_flight, self.prefetched, self.protected, policy.scores,
@@ -88,8 +89,6 @@ class ResidencyTable:
     ) -> LayerNeed:
         """Sort a layer's distinct experts (n,) into hits, late and misses; the policy learns the need."""
         self.policy.use(moe_layer, experts, weights)
-        if self.known_LE is not None:
-            self._prompt_LE[moe_layer, experts] += tokens
         slots = self.slots_for(moe_layer, experts)
         need = sort_need(experts, tokens, slots, self.in_flight)
         return LayerNeed.of(moe_layer, need, use_prefetched(self.prefetched, slots))
@@ -151,9 +150,17 @@ class ResidencyTable:
     def begin_prompt(self) -> None:
         """What is needed from now on is a prompt's, until it is put back."""
         self._prompt_LE[:] = 0.0
+        self._repeats.clear()
+
+    def saw_prompt(self, moe_layer: int, ids_TK: NDArray[np.integer]) -> None:
+        """Keep what a prompt's tokens (T,) chose in a layer, if that says which experts are `placed`."""
+        if self.known_LE is not None:
+            experts, counts = distinct(ids_TK, self.shape.num_experts)
+            self._prompt_LE[moe_layer, experts] += counts
+            self._repeats.append(repeats_of(ids_TK, self.shape.num_experts))
 
     def _choose_placed(self, known_LE: FloatArray) -> None:
-        keys = by_frequency(behind_prompt(known_LE, self._prompt_LE))
+        keys = by_frequency(behind_prompt(known_LE, self._prompt_LE, scatter_of(self._repeats)))
         self.placed = keys[self.exists[keys]][-self.num_slots :]
 
     def put_back(self) -> Iterator[tuple[int, IntArray, IntArray]]:

@@ -419,6 +419,7 @@ class LayeredRunner:
         weights = counts.astype(np.float64) if sums is None else sums[experts]
         decision = None
         if schedule_runner is None:
+            self.residency.saw_prompt(layer.moe_layer, host_ids)
             need = self.residency.need(layer.moe_layer, experts, counts, weights)
         else:
             decision, num_prefetched = schedule_runner.decide(

@@ -32,6 +32,7 @@ def prefill(
         learned = counts  # as the engine tells a policy: sums of weights if it asks for them, else tokens
         if table.policy.name == "score":
             learned = np.bincount(flat[is_used], weights[:, layer].ravel()[is_used], shape.num_experts)
+        table.saw_prompt(layer, ids[:, layer])
         need = table.need(layer, experts, counts[experts], learned[experts].astype(np.float64))
         is_sure = layer + 1 < shape.num_layers and next_is_sure(need, shape.num_experts)
         need = need.without(

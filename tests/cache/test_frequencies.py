@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from prescope.cache.frequencies import behind_prompt
+from prescope.cache.frequencies import behind_prompt, repeats_of, scatter_of
+from prescope.traces.synthetic import SyntheticSpec
 
 LAYERS, EXPERTS, USES = 16, 64, 400
 RNG = np.random.default_rng(0)
@@ -51,3 +52,45 @@ def test_layers_and_experts_that_were_never_used_are_no_trouble():
     prompt[:, -1] = 5.0
     mixed = behind_prompt(known, prompt)
     assert np.isfinite(mixed).all() and (mixed[:, -1] == 5.0).all()
+
+
+def prompt_that_persists(persistence, seed, tokens=200):
+    """Expert ids (T, L, K) of one sequence, and the shares that its experts are drawn by."""
+    spec = SyntheticSpec(
+        num_layers=8, num_experts=64, top_k=4, zipf=0.4, persistence=persistence, diversity=0.0
+    )
+    known = spec.generate(prompt_tokens=4000, new_tokens=1, seed=1).expert_counts()
+    trace = spec.generate(prompt_tokens=tokens, new_tokens=1, seed=seed).select(phase="prefill")
+    return trace.expert_ids.astype(np.int64), known.astype(float)
+
+
+@pytest.mark.parametrize(("persistence", "scatter"), [(0.0, 1.0), (0.3, 1.9), (0.6, 4.0)])
+def test_uses_scatter_more_where_tokens_choose_what_the_one_before_chose(persistence, scatter):
+    ids_TLK, _ = prompt_that_persists(persistence, seed=2)
+    repeats = [repeats_of(ids_TLK[:, layer], 64) for layer in range(8)]
+    assert scatter_of(repeats) == pytest.approx(scatter, rel=0.25)
+
+
+def test_experts_that_all_tokens_choose_alike_are_popular_and_repeat_nothing():
+    ids_TK = np.tile([3, 7], (50, 1))
+    assert scatter_of([repeats_of(ids_TK, 16)]) == 1.0
+    assert scatter_of([]) == scatter_of([repeats_of(ids_TK[:1], 16)]) == 1.0
+    halves = np.where(np.arange(50)[:, None] < 25, [3, 7], [1, 2])
+    assert scatter_of([repeats_of(halves, 16)]) <= 50.0 + 1e-9, "a prompt says as much as one token"
+    padded = np.concatenate((ids_TK, np.full((5, 2), -1)))
+    assert repeats_of(padded, 16) == repeats_of(ids_TK, 16), "padding is nobody's choice"
+
+
+def test_a_prompt_that_only_repeats_itself_does_not_outweigh_the_recorded_run():
+    """Its counts are three times as far off as chance makes them, and its habits are the recorded ones."""
+    without, found = [], []
+    for seed in range(2, 12):
+        ids_TLK, known = prompt_that_persists(0.6, seed, tokens=48)
+        prompt = np.stack([np.bincount(ids_TLK[:, layer].ravel(), minlength=64) for layer in range(8)]) * 1.0
+        scatter = scatter_of([repeats_of(ids_TLK[:, layer], 64) for layer in range(8)])
+        for shares, mixed in (
+            (without, behind_prompt(known, prompt)), (found, behind_prompt(known, prompt, scatter)),
+        ):  # fmt: skip
+            hot = np.argsort(-mixed, axis=1)[:, :16]
+            shares.append(np.take_along_axis(known, hot, axis=1).sum() / known.sum())
+    assert np.mean(found) > np.mean(without) + 0.02, "more of what comes is in slots"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import prescope
-from prescope.cache.frequencies import behind_prompt
+from prescope.cache.frequencies import behind_prompt, repeats_of, scatter_of
 from prescope.cache.policies import by_frequency
 from prescope.scheduler.costs import LayerCosts
 from prescope.simulator import Simulator
@@ -111,8 +111,10 @@ def test_behind_a_prompt_presched_has_in_slots_what_the_prompt_says_too(model, f
         for seed in (1, 2):
             ids = prompt(length=1, seed=seed).repeat(1, 30)
             run = engine.generate(ids, max_new_tokens=8)
-            prompt_LE = run.trace.select(phase="prefill").expert_counts().astype(float)
-            mixed = behind_prompt(engine.frequencies, prompt_LE)
+            trace = run.trace.select(phase="prefill")
+            layers = trace.expert_ids.transpose(1, 0, 2)
+            scatter = scatter_of([repeats_of(ids_TK, trace.num_experts) for ids_TK in layers])
+            mixed = behind_prompt(engine.frequencies, trace.expert_counts().astype(float), scatter)
             belong = set(by_frequency(mixed)[-SLOTS:].tolist())
             assert set(engine.runner.residency.placed.tolist()) == belong != hot(engine)
             seen.append(belong)
