@@ -11,27 +11,17 @@ import numpy as np
 from ..cache.slots import Slots, slots_to_give
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
-from .learn import USE_STEPS
 from .types import Costs, cpu_time
-
-#: An expert that the CPU computed saves its time so many times once it is in a slot, weighed by `misses_return`; below
-#: the second number that is not counted. 1.5 loses up to 14 % at batch 1 of tiny-moe's own text without a predictor,
-#: 2.5 another 1 % at batch 4; a fixed bound of 0.35, as it was, lost a third at batch 1 (simulated,
-#: docs/log/scheduler.md).
-REUSES_OF_A_COPY, LEAST_LASTING = 2.0, 0.05
-#: The price of a copy is known, its worth is guessed: it must be so many times the price, and so many uses at least.
-DOUBT, LEAST_USES = 1.5, 0.25
 
 
 class Habits(NamedTuple):
-    """What is known of experts besides predictions."""
+    """What is known of experts besides predictions. The arrays are those of `types.Memory`, by key."""
 
     lasting: float  # see `learn.reuse_lasts`
-    returning: float  # see `learn.misses_return`
-    uses: FloatArray  # (L * E,) decayed share of the steps that used it
-    share_lasts: float  # see `learn.share_lasts`
-    newest: float  # what the last step has added to the share of an expert that it used
-    num_experts: int  # E
+    gain: float  # uses, see `learn.gain_of_swap`
+    swaps: FloatArray
+    credit: FloatArray
+    copied: IntArray
 
 
 @jit
@@ -72,35 +62,29 @@ def worth_a_copy(
 ) -> IntArray:
     """Of experts (n,) without a slot that the CPU computes, at most `most` that are worth a copy, the best first.
 
-    The i-th best must be better than the i-th least of those in slots, by the cache's scores, and be used so much more
-    often that its copy pays: by what lasts from step to step, or by the shares of uses.
+    The i-th best must be better than the i-th least of those in slots, by the cache's scores, and such swaps must have
+    been worth more uses than a copy costs. Free slots are filled.
 
     Args:
         each_us: what the CPU takes for one of them. `price`: see `price_us`.
+        habits: swaps that were looked at are taken down, for `learn.learn_swaps`.
     """
     most = min(most, len(keys))
     if most <= 0:
         return keys[:0]
     victims = slots_to_give(most, slots.in_flight, keys[:0], slots)
-    again = REUSES_OF_A_COPY * habits.returning if habits.returning >= LEAST_LASTING else 0.0
     order = np.argsort(-slots.scores[keys], kind="mergesort")
-    count = 0
+    credit, copied, key_of, scores, count = habits.credit, habits.copied, slots.key_of, slots.scores, 0
     while count < len(victims):
-        key, victim = keys[order[count]], slots.key_of[victims[count]]
-        if victim >= 0 and slots.scores[key] <= slots.scores[victim]:
-            break
-        more = _more_uses(habits, key, victim)
-        if each_us * max(again, USE_STEPS * more) <= max(DOUBT * price, LEAST_USES * each_us):
-            break
+        key, victim = keys[order[count]], key_of[victims[count]]
+        if victim >= 0:
+            if scores[key] <= scores[victim]:
+                break
+            habits.swaps[0] += 1.0
+            credit[key] += 1.0
+            credit[victim] -= 1.0
+            if each_us * habits.gain <= price:
+                break
+            copied[key] = 1
         count += 1
     return keys[order[:count]]
-
-
-@jit
-def _more_uses(habits: Habits, key: int, victim: int) -> float:
-    """How much more often a step is expected to use an expert than the one whose slot it would get (-1: nobody's)."""
-    if victim >= 0:  # a use that has just been seen is no reason: others had theirs at other times
-        return habits.share_lasts * (habits.uses[key] - habits.newest - habits.uses[victim])
-    first = key - key % habits.num_experts
-    mean = habits.uses[first : first + habits.num_experts].mean()
-    return mean + habits.share_lasts * (habits.uses[key] - mean)

@@ -16,16 +16,7 @@ from ..cache.slots import Slots, SortedNeed, by_landing, renew_bound, sort_need,
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .fill import Habits
-from .learn import (
-    discount,
-    learn_returns,
-    learn_reuse,
-    learn_trust,
-    learn_uses,
-    misses_return,
-    reuse_lasts,
-    share_lasts,
-)
+from .learn import discount, gain_of_swap, learn_reuse, learn_swaps, learn_trust, reuse_lasts
 from .plan import PRESCHED, Situation, keys_to_keep, make_plan, make_prefetches
 from .types import Costs, Memory, Plan, Prefetches, ScheduleSettings
 
@@ -165,24 +156,21 @@ def _situation(
 @jit
 def _learn_habits(memory: Memory, moe_layer: int, need: SortedNeed, slot_of: IntArray) -> None:
     former_E, num_absent = memory.former_LE[moe_layer], 0
-    first = moe_layer * len(former_E)
-    for key in range(first, first + len(former_E)):
+    first, end = moe_layer * len(former_E), (moe_layer + 1) * len(former_E)
+    for key in range(first, end):
         num_absent += slot_of[key] < 0
     num_misses = len(need.experts) - need.num_hits - need.num_late
-    learn_uses(memory.shares, memory.uses_LE, former_E, slot_of, moe_layer, need.experts)
     learn_reuse(memory.reuse, former_E, need.experts, num_misses, num_absent)
-    learn_returns(memory.returns, memory.missed_LE[moe_layer], need)
+    learn_swaps(
+        memory.swaps, memory.credit[first:end], memory.copied[first:end], slot_of[first:end], len(memory.former_LE),
+        need.experts,
+    )  # fmt: skip
 
 
 @jit
 def _habits(memory: Memory) -> Habits:
     return Habits(
-        reuse_lasts(memory.reuse),
-        misses_return(memory.returns, memory.reuse),
-        memory.uses_LE.ravel(),
-        share_lasts(memory.shares),
-        1.0 / max(1.0, memory.shares[0]),
-        memory.uses_LE.shape[1],
+        reuse_lasts(memory.reuse), gain_of_swap(memory.swaps), memory.swaps, memory.credit, memory.copied
     )
 
 

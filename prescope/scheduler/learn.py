@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from ..cache.slots import SortedNeed
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .types import FORMER_STEPS
 
 #: Weight of the past in `learn_trust` and `learn_reuse`, per layer of a step: remembers about a hundred layers.
 TRUST_DECAY = 0.99
-#: Steps that the share of uses remembers, and for which it is believed.
-USE_STEPS = 20.0
+#: Steps in which a copy's uses are counted: what text uses changes. And steps in which what they were is remembered:
+#: some such lives; with 100 two more of 3240 cells are lost (docs/log/scheduler.md).
+USE_STEPS, SWAP_STEPS = 20.0, 400.0
 
 
 @jit
@@ -75,85 +75,42 @@ def learn_reuse(
 
 
 @jit
-def learn_uses(
-    shares: FloatArray,
-    uses_LE: FloatArray,
-    former_E: IntArray,
-    slot_of: IntArray,
-    moe_layer: int,
+def learn_swaps(
+    swaps: FloatArray,
+    credit_E: FloatArray,
+    copied_E: IntArray,
+    slot_E: IntArray,
+    num_layers: int,
     experts: IntArray,
 ) -> None:
-    """Keep the share of steps that use each expert, now that a layer needs experts (n,), and learn what it is worth:
-    of experts that have no slot, and that the last steps did not use, how much likelier those with a larger share are
-    used. (Among all experts the popular ones would decide, which have slots for good.)
+    """Learn from a layer's experts (n,) what swaps have been worth that `fill.worth_a_copy` has looked at: an expert
+    without a slot for one in a slot. Their later uses are counted, of the one for the swap and of the other against
+    it, be it made or not. Any estimate of how often experts are used is wrong in favour of the best of many; what came
+    behind is not.
 
     Args:
-        shares: (3,) steps that the shares remember, and the decayed sums of the regression of a use on the share before
-            it; changed. Its slope is 1 where experts differ for good, 0 where they differ by chance.
-        uses_LE: decayed; the layer's are changed. `former_E`: as `learn_reuse` left it a step ago. `slot_of`: by key.
+        swaps: (5,) decayed sums: swaps looked at, uses gained by them, the variance of these (as if uses came by
+            chance), and how often a copied expert was looked for and was gone.
+        credit_E: what a use of each of the layer's experts counts; it ends as copies lose their slots, and within
+            `USE_STEPS` in any case. `copied_E`: 1 of those copied, until they are gone. Both are changed.
+        slot_E: slots of the layer's experts, -1 for none.
     """
-    uses_E, first = uses_LE[moe_layer], moe_layer * uses_LE.shape[1]
-    absent, count, mean = np.empty(len(uses_E) + 1, np.int64), 0, 0.0
-    for expert in range(len(uses_E)):  # without branches, which nobody could foresee
-        absent[count] = expert
-        count += former_E[expert] == 0 and slot_of[first + expert] < 0
-    for i in range(count):
-        mean += uses_E[absent[i]]
-    mean /= max(1, count)
-    found, spread = TRUST_DECAY * shares[1], TRUST_DECAY * shares[2]
-    for i in range(count):
-        spread += (uses_E[absent[i]] - mean) ** 2
+    for expert in range(len(copied_E)):  # without branches, which nobody could foresee
+        is_gone = copied_E[expert] * (slot_E[expert] < 0)
+        swaps[3] += copied_E[expert]
+        swaps[4] += is_gone
+        copied_E[expert] -= is_gone
     for expert in experts:
-        if former_E[expert] == 0 and slot_of[first + expert] < 0:
-            found += uses_E[expert] - mean
-    # Rounded as if the sums were decayed together.
-    steps = TRUST_DECAY * shares[0] / TRUST_DECAY
-    steps += (USE_STEPS - steps) / (USE_STEPS * len(uses_LE))
-    shares[0], shares[1], shares[2] = steps, found, spread
-    # Each of the first steps counts as much as the others: a mean of what there is.
-    weight = 1.0 / max(1.0, steps)
-    for expert in range(len(uses_E)):
-        uses_E[expert] *= 1.0 - weight
-    for expert in experts:
-        uses_E[expert] += weight
+        swaps[1] += credit_E[expert]
+        swaps[2] += credit_E[expert] ** 2
+    credit_E *= (1.0 - 1.0 / USE_STEPS) * (1.0 - swaps[4] / (1.0 + swaps[3]))
+    swaps *= 1.0 - 1.0 / (SWAP_STEPS * num_layers)
 
 
 @jit
-def share_lasts(shares: FloatArray) -> float:
-    """What a larger share of uses says of the steps to come: 1 all of it, 0 nothing; see `learn_uses`."""
-    return min(1.0, max(0.0, shares[1] / max(shares[2], 1e-9)))
-
-
-@jit
-def learn_returns(returns: FloatArray, missed_E: IntArray, need: SortedNeed) -> None:
-    """Find out how many of the experts that a layer missed in the last steps it needs now.
-
-    Args:
-        returns: (FORMER_STEPS + 1,) decayed sums: of those it missed 1, 2, ... steps ago, how many are needed; and how
-            many it misses in a step.
-        missed_E: bit m: missed m + 1 steps ago; changed.
-    """
-    returns *= TRUST_DECAY
-    begin = need.num_hits + need.num_late
-    returns[FORMER_STEPS] += len(need.experts) - begin
-    for expert in need.experts:
-        for m in range(FORMER_STEPS):
-            returns[m] += missed_E[expert] >> m & 1
-    for expert in range(len(missed_E)):
-        missed_E[expert] = (missed_E[expert] << 1) & ((1 << FORMER_STEPS) - 1)
-    for expert in need.experts[begin:]:
-        missed_E[expert] |= 1
-
-
-@jit
-def misses_return(returns: FloatArray, reuse: FloatArray) -> float:
-    """How much likelier a missed expert is needed again m steps later, for the best m, than one without a slot.
-
-    A standard error less than found: the best of several shares is one that chance has favoured.
-    """
-    missed = max(1.0, returns[FORMER_STEPS])
-    share = min(1.0, returns[:FORMER_STEPS].max() / missed)
-    return share - np.sqrt(share * (1.0 - share) / missed) - reuse[1] / max(1.0, reuse[2])
+def gain_of_swap(swaps: FloatArray) -> float:
+    """Uses that a swap gains, a standard error less than found: 0 until something is known. See `learn_swaps`."""
+    return (swaps[1] - np.sqrt(swaps[2])) / max(1.0, swaps[0])
 
 
 @jit

@@ -63,11 +63,10 @@ class Memory(NamedTuple):
     trust: FloatArray  # (d, 2), see `learn.learn_trust`
     predicted_dLE: FloatArray  # the last probability of use
     reuse: FloatArray  # (FORMER_STEPS + 4,), see `learn.learn_reuse`
-    returns: FloatArray  # (FORMER_STEPS + 1,), see `learn.learn_returns`
     former_LE: IntArray  # bit m: each layer used it m + 1 steps ago
-    missed_LE: IntArray  # bit m: it missed it then
-    uses_LE: FloatArray  # decayed share of the steps that used it
-    shares: FloatArray  # (3,), see `learn.learn_uses`
+    swaps: FloatArray  # (5,), see `learn.learn_swaps`
+    credit: FloatArray  # (L * E,) by key
+    copied: IntArray  # (L * E,) 1: for reuse, and still there
 
     @classmethod
     def fresh(cls, lookahead: int, num_layers: int, num_experts: int) -> "Memory":
@@ -76,11 +75,10 @@ class Memory(NamedTuple):
             np.zeros((lookahead, 2)),
             np.zeros((lookahead, num_layers, num_experts)),
             np.zeros(FORMER_STEPS + 4),
-            np.zeros(FORMER_STEPS + 1),
             np.zeros((num_layers, num_experts), np.int64),
-            np.zeros((num_layers, num_experts), np.int64),
-            np.zeros((num_layers, num_experts)),
-            np.zeros(3),
+            np.zeros(5),
+            np.zeros(num_layers * num_experts),
+            np.zeros(num_layers * num_experts, np.int64),
         )
 
 

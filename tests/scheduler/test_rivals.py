@@ -33,7 +33,7 @@ def need_of(tokens, slots=None):
     return sort_need(np.arange(n), np.array(tokens, dtype=np.int64), where, np.zeros(L * E, dtype=bool))
 
 
-NO_HABITS = Habits(0.0, 0.0, np.zeros(L * E), 0.0, 0.0, E)
+NO_HABITS = Habits(0.0, 0.0, np.zeros(5), np.zeros(L * E), np.zeros(L * E, np.int64))
 
 
 def plan(name, need, used, *, costs=None, layer=0, slot_of=None, tokens=None, **settings):

@@ -7,31 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prescope.cache.slots import SortedNeed, by_landing, landing_us, sort_need, take_slots
+from prescope.cache.slots import by_landing, landing_us, sort_need, take_slots
 from prescope.errors import UnsupportedOption
 from prescope.scheduler import PREDICTORS, SCHEDULES, schedule_named
 from prescope.scheduler.baselines import fiddler, hybrimoe
 from prescope.scheduler.fill import (
-    DOUBT,
-    LEAST_LASTING,
-    LEAST_USES,
-    REUSES_OF_A_COPY,
     Habits,
     cpu_of,
     price_us,
     worth_a_copy,
 )
 from prescope.scheduler.learn import (
-    TRUST_DECAY,
     USE_STEPS,
     discount,
-    learn_returns,
+    gain_of_swap,
     learn_reuse,
+    learn_swaps,
     learn_trust,
-    learn_uses,
-    misses_return,
     reuse_lasts,
-    share_lasts,
 )
 from prescope.scheduler.plan import Situation
 from prescope.scheduler.presched import FORECAST, split
@@ -208,8 +201,8 @@ def test_a_copy_that_outlasts_layers_is_left_alone():
 # -- who gives up a slot ---------------------------------------------------------------------------------------
 
 
-def habits(lasting=0.0, returning=0.0, uses=None, share_lasts=0.0, newest=0.0, E=8) -> Habits:
-    return Habits(lasting, returning, np.zeros(1024) if uses is None else uses, share_lasts, newest, E)
+def habits(lasting=0.0, gain=0.0, num_keys=1024) -> Habits:
+    return Habits(lasting, gain, np.zeros(5), np.zeros(num_keys), np.zeros(num_keys, np.int64))
 
 
 def test_late_ones_stand_in_the_order_in_which_they_land():
@@ -350,7 +343,7 @@ def test_a_decision_takes_microseconds():
     tokens, in_flight = tokens[experts], np.zeros(S, dtype=bool)
     used = rng.random((d, E))
     settings, costs = ScheduleSettings(NUMBERS["presched"], 2, E, 0.1), costs_of()
-    known = habits(0.5, 0.5, rng.random(L * E), 0.5, 0.05, E)
+    known = habits(0.5, 0.5, L * E)
 
     def decided_ms():
         key_of, table = keys.copy(), slot_of.copy()
@@ -378,9 +371,7 @@ def test_experts_are_worth_a_slot_while_the_cache_would_rather_have_them(seed):
     slot_of[key_of[key_of >= 0]] = np.flatnonzero(key_of >= 0)
     absent = np.flatnonzero(slot_of < 0)[: rng.integers(0, 9)]
     for most in (0, 1, 3, 20):
-        found = worth_a_copy(
-            absent, 100.0, 10.0, most, habits(returning=1.0), arrays(slot_of, key_of, scores)
-        )
+        found = worth_a_copy(absent, 100.0, 10.0, most, habits(gain=1.0), arrays(slot_of, key_of, scores))
         least = np.sort(np.where(key_of < 0, -np.inf, scores[key_of]))
         best = np.sort(scores[absent])[::-1]
         n = min(most, len(absent), S)
@@ -418,81 +409,77 @@ def test_a_copy_costs_the_cpu_what_it_is_slower_beside_it():
     assert price_us(costs_of(cpu=False), 0.0, 60.0) == 0.0
 
 
-def test_what_the_cpu_computes_is_copied_where_it_saves_more_than_that():
-    """By what comes back within steps, by what is used more often for good, or into a slot that nobody has."""
-    E = 8
-    slot_of = np.full(E, -1)
+def test_what_the_cpu_computes_is_copied_where_such_swaps_have_saved_more_than_that():
+    """Expert 5 for expert 0, whose slot it would get; both are watched, whether it is copied or not."""
+    slot_of = np.full(8, -1)
     slot_of[0] = 0
-    slots = arrays(slot_of, np.array([0]), np.arange(E, dtype=np.float64))
+    slots = arrays(slot_of, np.array([0]), np.arange(8, dtype=np.float64))
 
-    def is_copied(known, price, slots=slots):
-        return len(worth_a_copy(np.array([5]), 100.0, price, 1, known, slots)) == 1
+    def copied(gain, price, key=5, slots=slots):
+        known = habits(gain=gain)
+        return len(worth_a_copy(np.array([key]), 100.0, price, 1, known, slots)) == 1, known
 
-    least = DOUBT * 150.0 / (REUSES_OF_A_COPY * 100.0)
-    assert is_copied(habits(returning=least + 1e-6), 150.0) and not is_copied(
-        habits(returning=least - 1e-6), 150.0
+    for gain, is_made in ((1.5 + 1e-6, True), (1.5 - 1e-6, False)):
+        found, known = copied(gain, 150.0)
+        assert found == is_made == known.copied[5]
+        assert known.swaps[0] == known.credit[5] == 1.0 and known.credit[0] == -1.0
+        assert np.abs(known.credit).sum() == 2.0 and known.copied.sum() == is_made
+    assert not copied(0.0, 0.0)[0], "nothing is known of it"
+    slots.scores[0] = 6.0
+    found, known = copied(9.0, 0.0)
+    assert not found and not known.swaps.any(), "the cache would rather keep what is there"
+    free = slots._replace(slot_of=np.full(8, -1), key_of=np.array([-1]))
+    found, known = copied(0.0, 1e9, slots=free)
+    assert found and not known.swaps.any() and not known.credit.any(), "a free slot is worth filling"
+
+
+def learned_swaps(steps, swap_of, slot_of=None, E=8, num_layers=1):
+    """What swaps are said to be worth after steps of one layer, of which each looks at one: an absent expert for one in
+    a slot, which is made if `slot_of` says what became of it."""
+    known, gains = habits(num_keys=E), []
+    slots = np.full(E, -1) if slot_of is None else slot_of
+    for step, experts in enumerate(steps):
+        learn_swaps(known.swaps, known.credit, known.copied, slots, num_layers, np.array(experts, np.int64))
+        gains.append(float(gain_of_swap(known.swaps)))
+        key, victim = swap_of(step)
+        known.swaps[0] += 1.0
+        known.credit[key] += 1.0
+        known.credit[victim] -= 1.0
+        known.copied[key] = slot_of is not None
+    return np.array(gains)
+
+
+def test_a_swap_is_worth_the_uses_that_followed():
+    """An expert that each step uses for one that none does: all of its life. The other way round as much is lost."""
+    often = learned_swaps([(3, 5)] * 400, lambda step: (3, 0))
+    assert (
+        often[0] == 0.0 and (np.diff(often) > -2e-3).all() and often[-1] == pytest.approx(USE_STEPS, rel=0.15)
     )
-    assert not is_copied(habits(returning=LEAST_LASTING - 0.01), 0.0), "nothing comes back"
-    assert is_copied(habits(returning=LEAST_USES), 0.0) and not is_copied(
-        habits(returning=LEAST_USES / 2.1), 0.0
-    )
-    uses = np.zeros(E)
-    uses[5], uses[0] = 0.4, 0.15
-    often = habits(uses=uses, share_lasts=0.5, newest=0.05)
-    more = USE_STEPS * 0.5 * (0.4 - 0.05 - 0.15) * 100.0 / DOUBT
-    assert is_copied(often, more - 1e-6) and not is_copied(often, more + 1e-6)
-    assert not is_copied(often._replace(share_lasts=0.0), 0.0), "by chance"
-    free = slots._replace(slot_of=np.full(E, -1), key_of=np.array([-1]))
-    mean = uses.mean()
-    alone = USE_STEPS * (mean + 0.5 * (0.4 - mean)) * 100.0 / DOUBT
-    assert is_copied(often, alone - 1e-6, free) and not is_copied(often, alone + 1e-6, free)
+    assert learned_swaps([(3, 5)] * 400, lambda step: (0, 3))[-1] < -0.8 * USE_STEPS
+    assert learned_swaps([(3, 5)] * 400, lambda step: (3, 5))[-1] < 0.0, "both alike: nothing, less the error"
+    once = learned_swaps([(step % 8,) for step in range(800)], lambda step: (step % 8, (step + 4) % 8))
+    assert abs(once[-1]) < 0.5, "it comes back, and so does the other"
 
 
-def learned_shares(draws, E=32):
-    """What shares of uses are said to be worth after steps of one layer that all its experts miss."""
-    uses, former, shares = np.zeros((1, E)), np.zeros(E, np.int64), np.zeros(3)
-    absent = np.full(E, -1)
-    for experts in draws:
-        learn_uses(shares, uses, former, absent, 0, experts)
-        learn_reuse(np.zeros(FORMER_STEPS + 4), former, experts, len(experts), E)
-    return share_lasts(shares), uses[0]
+def test_a_swap_is_worth_nothing_where_experts_differ_by_chance():
+    """The expert that chance has favoured lately, for the one that it has not: what the last steps show is no use."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        steps, uses, best = [rng.permutation(16)[:3] for _ in range(400)], np.zeros(16), []
+        for experts in steps:
+            uses *= 0.95
+            uses[experts] += 0.05
+            best.append((int(uses.argmax()), int(uses.argmin())))
+        assert uses.max() - uses.min() > 0.15
+        assert learned_swaps(steps, lambda step, best=best: best[step], E=16)[-1] < 0.25
 
 
-def test_shares_of_uses_go_by_the_layers_own_experts():
-    """The third of three layers, whose experts have no slots, learns what the first would; the others' have slots."""
-    uses, shares = np.zeros((3, 5)), [np.zeros(3), np.zeros(3)]
-    slot_of = np.concatenate([np.arange(10), np.full(5, -1)])
-    for step in range(40):
-        experts = np.array([step % 2, 2 + step % 3])
-        learn_uses(shares[0], uses, np.zeros(5, np.int64), slot_of, 2, experts)
-        if step == 0:  # all that there is of this layer, though the others have not been seen
-            assert uses[2].tolist() == [1.0, 0.0, 1.0, 0.0, 0.0]
-    alone = np.zeros((3, 5))
-    for step in range(40):
-        experts = np.array([step % 2, 2 + step % 3])
-        learn_uses(shares[1], alone, np.zeros(5, np.int64), slot_of[::-1].copy(), 0, experts)
-    assert np.array_equal(shares[0], shares[1]) and np.array_equal(uses[2], alone[0])
-    assert shares[0][2] > 0 and not uses[:2].any()
-
-
-def test_shares_of_uses_are_worth_something_where_experts_differ_for_good():
-    rng = np.random.default_rng(0)
-    alike = [np.sort(rng.permutation(32)[:3]) for _ in range(3000)]
-    odds = np.where(np.arange(32) < 8, 4.0, 0.25)
-    differ = [np.sort(rng.choice(32, 3, replace=False, p=odds / odds.sum())) for _ in range(3000)]
-    assert learned_shares(alike)[0] < 0.3
-    worth, uses = learned_shares(differ)
-    assert worth > 0.5 and uses[:8].mean() > 4 * uses[8:].mean()
-
-
-@pytest.mark.parametrize("period", range(1, FORMER_STEPS + 1))
-def test_what_was_missed_some_steps_ago_returns_if_it_is_needed_again(period):
-    missed, returns, reuse = np.zeros(8, np.int64), np.zeros(FORMER_STEPS + 1), np.zeros(FORMER_STEPS + 4)
-    for step in range(400):
-        experts = np.array([step % period, 4 + step % period])
-        learn_returns(returns, missed, SortedNeed(experts, np.ones(2, np.int64), 0, 0))
-        found = misses_return(returns, reuse)
-    assert found == pytest.approx(1.0, abs=0.05)
+def test_a_copy_that_loses_its_slot_at_once_is_worth_what_it_was_used_before():
+    """Between two looks a prefetch takes the slot: only the next step counts."""
+    steps, swap_of = [(3, 5)] * 400, lambda step: (3, 0)
+    stays = np.arange(8)
+    assert learned_swaps(steps, swap_of, stays)[-1] == pytest.approx(USE_STEPS, rel=0.15)
+    assert 0.5 < learned_swaps(steps, swap_of, np.full(8, -1))[-1] < 1.5
 
 
 @pytest.mark.parametrize("period", range(1, FORMER_STEPS + 1))
@@ -520,21 +507,6 @@ def test_what_does_not_come_back_in_time_does_not_last():
         learn_reuse(reuse, former, np.array([step % 8, 8 + step % 8]), 1, 4)
         lasting = reuse_lasts(reuse)
     assert lasting == pytest.approx(-1 / 12, abs=0.02), "against the 12 in slots, of which one is needed"
-
-
-def test_what_was_missed_two_steps_ago_is_not_what_was_missed_one_step_ago():
-    """Two experts are missed once; one comes back in the next step, the other in the one after."""
-    missed, returns = np.zeros(8, np.int64), np.zeros(FORMER_STEPS + 1)
-    found = []
-    for experts, misses in (((3, 5), 2), ((3,), 0), ((5,), 0), ((), 0)):
-        need = SortedNeed(
-            np.array(experts, np.int64), np.ones(len(experts), np.int64), len(experts) - misses, 0
-        )
-        before = TRUST_DECAY * returns[:FORMER_STEPS]
-        learn_returns(returns, missed, need)
-        found.append(np.round(returns[:FORMER_STEPS] - before, 9).tolist())
-    nothing = [0.0] * FORMER_STEPS
-    assert found == [nothing, [1.0, *nothing[1:]], [0.0, 1.0, *nothing[2:]], nothing]
 
 
 @pytest.mark.parametrize(
