@@ -623,7 +623,7 @@ def test_the_cpu_is_not_slowed_by_prefetches_that_may_not_be_made(simulators, sl
 
 
 def test_without_predictions_presched_copies_only_what_the_cpu_has_computed(simulators):
-    log = simulators[1].run("presched", slots=16, lookahead=0).log
+    log = simulators[1].run("presched", slots=24, lookahead=0).log  # with 16 no swap has been worth its copy
     ahead = log.copies[log.copies[:, REASON] == AHEAD]
     step, layer = ahead[:, STEP], ahead[:, AT_LAYER]
     last = step - (layer == simulators[1].shape.num_layers - 1)  # it is issued when the next step has begun
