@@ -15,7 +15,7 @@ from .source import Source
 
 
 class FromFiles(NamedTuple):
-    """A parameter of all experts, some of which are read when it is sliced.
+    """A parameter of all experts in its files, of which some are read at a time.
 
     Attributes:
         order: `in_turns` and `is_turned`, see `Gathered`.
