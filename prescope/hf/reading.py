@@ -79,13 +79,20 @@ def read_model(
             dtype=dtype,
             config=config,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, in words that help
             **({} if state_dict is None else {"state_dict": state_dict}),
             **keywords,
         )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        bad = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lost := sorted(info["missing_keys"]):
         raise BadModelFolder(
-            f"{name} lacks {len(bad)} weights or has them in another shape ({', '.join(bad[:3])}, ...); they would be "
-            f"random. Fetch the checkpoint again"
+            f"{name} lacks {len(lost)} weights ({', '.join(lost[:3])}, ...); they would be random. Fetch the checkpoint "
+            f"again"
+        )
+    if other := sorted(info["mismatched_keys"], key=str):
+        weight, found_shape, wanted = other[0]
+        raise BadModelFolder(
+            f"{name} has {len(other)} weights in another shape than its config.json says: {weight} is "
+            f"{tuple(found_shape)} in the files and {tuple(wanted)} by the config; they do not belong together, or one "
+            f"was edited. Fetch the checkpoint again"
         )
     return model.eval()

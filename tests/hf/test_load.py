@@ -204,6 +204,23 @@ def test_missing_weights_are_an_error_and_not_random(folder):
         prescope.load(folder, **SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("entry", "number", "said"),
+    [
+        ("num_local_experts", 16, r"mlp\..*\(8, .* in the files and \(16, .* by the config"),
+        ("vocab_size", 77, r"\(77, 32\) by the config"),
+        ("hidden_size", 48, r"in the files and .*48.* by the config"),
+    ],
+)
+def test_weights_of_other_shapes_than_the_config_says_are_told_with_both(folder, entry, number, said):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    assert entry in config
+    file.write_text(json.dumps(config | {entry: number}))
+    with pytest.raises(BadModelFolder, match=said):
+        prescope.load(folder, **SETTINGS)
+
+
 def test_an_unknown_family_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config["model_type"] = "moe_from_next_year"
