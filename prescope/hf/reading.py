@@ -85,8 +85,8 @@ def read_model(
         )
     if lost := sorted(info["missing_keys"]):
         raise BadModelFolder(
-            f"{name} lacks {len(lost)} weights ({', '.join(lost[:3])}, ...); they would be random. Fetch the checkpoint "
-            f"again"
+            f"{name} lacks {len(lost)} weights ({', '.join(lost[:3])}, ...); they would be random. Fetch the "
+            f"checkpoint again"
         )
     if other := sorted(info["mismatched_keys"], key=str):
         weight, found_shape, wanted = other[0]
