@@ -21,7 +21,7 @@ from .graph import DecodeLoop
 from .prompts import Encoder
 from .recorder import Recorder
 from .recording import put_right, recorded, result_of
-from .served import Served
+from .served import ServedModel
 from .stopping import Progress, watched_criteria
 from .tokenized import NOT_FOR_MODELS
 
@@ -31,7 +31,7 @@ SETTINGS = frozenset(vars(GenerationConfig()))
 NEED_TOKENIZER = ("stop_strings", "token_healing")
 
 
-class Settings(NamedTuple):
+class GenerateSettings(NamedTuple):
     """Settings of one `model.generate`."""
 
     given: dict[str, Any]  # its arguments, but for the prompts
@@ -57,7 +57,7 @@ class Settings(NamedTuple):
 
 
 def generate(
-    engine: Served,
+    engine: ServedModel,
     prompts: Any,
     attention_mask: Any,
     inputs_embeds: Any,
@@ -119,13 +119,13 @@ def generate(
     return replace(result, text=text, hardware=hardware)
 
 
-def _decides(engine: Served) -> Callable[..., Any]:
+def _decides(engine: ServedModel) -> Callable[..., Any]:
     """The compiled function that every layer of a prompt or a step calls."""
     return sort_need if engine.runner.schedule_runner is None else decide_layer
 
 
 def _sequences(
-    engine: Served,
+    engine: ServedModel,
     arguments: dict[str, Any],
     progress: Progress,
     loop: DecodeLoop | str,
@@ -153,14 +153,14 @@ def _sequences(
     return sequences
 
 
-def _why_slow(engine: Served, loop: DecodeLoop | str) -> str:
+def _why_slow(engine: ServedModel, loop: DecodeLoop | str) -> str:
     """Why steps did not run from a graph although nobody has chosen that; "" if they did."""
     if not engine.runner.device.captures_steps or engine.config.decode == "layered":
         return ""
     return loop.removeprefix("layered: ") if isinstance(loop, str) else loop.problem
 
 
-def _label(engine: Served, loop: DecodeLoop | str, label: str) -> str:
+def _label(engine: ServedModel, loop: DecodeLoop | str, label: str) -> str:
     """Where a run's figures come from: with what it fell back to, so that every figure says it."""
     schedule_runner = engine.runner.schedule_runner
     predicting = None if schedule_runner is None else schedule_runner.predicting
@@ -171,7 +171,7 @@ def _label(engine: Served, loop: DecodeLoop | str, label: str) -> str:
     return ", ".join([label, *(text for is_so, text in fallen if is_so)])
 
 
-def _notes(engine: Served, loop: DecodeLoop | str) -> list[str]:
+def _notes(engine: ServedModel, loop: DecodeLoop | str) -> list[str]:
     notes = []
     if problem := _why_slow(engine, loop):
         notes.append(f"decode steps ran layer by layer: {problem}")
@@ -210,7 +210,7 @@ def _only_once(prompts: Any, keywords: Mapping[str, Any]) -> tuple[Any, dict[str
     return (given[0] if given else None), others
 
 
-def settle(engine: Served, keywords: Mapping[str, Any]) -> Settings:
+def settle(engine: ServedModel, keywords: Mapping[str, Any]) -> GenerateSettings:
     """The settings of a run: greedy, unless the call or its `generation_config` says otherwise.
 
     Raises:
@@ -250,7 +250,9 @@ def settle(engine: Served, keywords: Mapping[str, Any]) -> Settings:
             if given.setdefault("tokenizer", engine.tokenizer) is None:
                 raise UnsupportedOption(f"{name} needs a tokenizer; give it as tokenizer=... with the call")
             names.add(name)
-    return Settings(given, in_force, names | {name for name, value in others.items() if value is not None})
+    return GenerateSettings(
+        given, in_force, names | {name for name, value in others.items() if value is not None}
+    )
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -271,7 +273,7 @@ def _of_plain_values(config: GenerationConfig) -> GenerationConfig:
     return config
 
 
-def _with_pad(engine: Served, settings: Settings, is_masked: bool) -> dict[str, Any]:
+def _with_pad(engine: ServedModel, settings: GenerateSettings, is_masked: bool) -> dict[str, Any]:
     """The arguments, with the tokenizer's pad token where neither call nor model has one.
 
     Without a mask `generate` infers one from its pad token, so it must find no other than the plain model's.
@@ -286,7 +288,7 @@ def _with_pad(engine: Served, settings: Settings, is_masked: bool) -> dict[str, 
     return settings.given
 
 
-def encoder_of(engine: Served, pad: int | None = None) -> Encoder:
+def encoder_of(engine: ServedModel, pad: int | None = None) -> Encoder:
     """Encodes prompts for an engine's model; `pad` where its tokenizer has no such token."""
     tokenizer, model = engine.tokenizer, engine.model
     pads = (None if tokenizer is None else tokenizer.pad_token_id, pad, 0)

@@ -15,7 +15,7 @@ from ..traces.metrics import compute_metrics
 from ..traces.result import RunResult
 from ..weights.formats import lossy_name
 from .recorder import Recorder
-from .served import Served
+from .served import ServedModel
 
 #: More frozen objects than this are somebody's own; Python 3.12 itself starts with 375, and so never with none.
 MOST_FROZEN_AT_START = 5_000
@@ -38,7 +38,7 @@ def frozen_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _open(engine: Served) -> Recorder:
+def _open(engine: ServedModel) -> Recorder:
     """A recorder for this thread, which has none.
 
     Raises:
@@ -60,7 +60,7 @@ def _open(engine: Served) -> Recorder:
 
 
 @contextmanager
-def recording(engine: Served) -> Iterator[Recorder]:
+def recording(engine: ServedModel) -> Iterator[Recorder]:
     """Record the forward passes of this thread inside; those of others are counted, and are in their own recordings.
 
     Raises:
@@ -76,7 +76,7 @@ def recording(engine: Served) -> Iterator[Recorder]:
         engine.turn.run("close", engine.finish_closing, is_patient=True)
 
 
-def recorded(engine: Served, use: Callable[[Recorder], RunResult]) -> RunResult:
+def recorded(engine: ServedModel, use: Callable[[Recorder], RunResult]) -> RunResult:
     """The same around a call, in a turn: without a generator, whose end an interrupt can keep from coming."""
     recorder = _open(engine)
     try:
@@ -94,7 +94,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def put_right(engine: Served, error: BaseException) -> None:
+def put_right(engine: ServedModel, error: BaseException) -> None:
     """Make the engine usable after a run that ended in an error; call it in a turn, or when nobody has one.
 
     Raises:
@@ -119,7 +119,7 @@ def put_right(engine: Served, error: BaseException) -> None:
 
 
 def result_of(
-    engine: Served,
+    engine: ServedModel,
     recorder: Recorder,
     settings: Mapping[str, Any],
     *,

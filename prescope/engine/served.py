@@ -13,7 +13,7 @@ from .layered import LayeredRunner
 from .turn import Turn
 
 
-class Served(Protocol):
+class ServedModel(Protocol):
     """A model attached to an engine, as runs see it; attributes as of `Engine`."""
 
     model: PreTrainedModel

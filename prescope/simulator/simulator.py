@@ -45,7 +45,7 @@ NO_WEIGHTS = np.zeros(0, np.float32)
 NOTHING_PREDICTED = np.zeros((0, 0, 0, 0), np.float32)
 
 
-class Settings(NamedTuple):
+class ResolvedSettings(NamedTuple):
     """A run's settings as resolved."""
 
     schedule: Resolved
@@ -215,7 +215,7 @@ class Simulator:
         frequencies: NDArray[np.floating] | None,
         least_bytes: int,
         most_in_flight: int | None,
-    ) -> Settings:
+    ) -> ResolvedSettings:
         resolved = resolve(
             name,
             num_experts=self.shape.num_experts,
@@ -235,7 +235,7 @@ class Simulator:
             if not is_count(most_in_flight) or most_in_flight < 0:
                 raise UnsupportedOption(f"most_in_flight is {most_in_flight!r}; a count is at least 0")
             most = min(int(most_in_flight), prefetch_slots(num_slots))
-        return Settings(
+        return ResolvedSettings(
             resolved,
             num_slots,
             cache,
@@ -252,7 +252,7 @@ class Simulator:
         goes_by_them = schedule.places or schedule.lives_on_frequencies(cache)
         return goes_by_them and np.array_equal(frequencies, self.trace.expert_counts())
 
-    def _config(self, settings: Settings) -> dict[str, Any]:
+    def _config(self, settings: ResolvedSettings) -> dict[str, Any]:
         resolved = settings.schedule
         told = resolved.settings
         predictor = self.predictor.name if self.predictor is not None and resolved.predicts else "none"
@@ -274,7 +274,7 @@ class Simulator:
             "costs": asdict(self.costs),
         }
 
-    def _notes(self, settings: Settings, believed: LayerCosts | None) -> list[str]:
+    def _notes(self, settings: ResolvedSettings, believed: LayerCosts | None) -> list[str]:
         notes = []
         if settings.hindsight:
             notes.append("what is hot is told by how often this very trace uses each expert (hindsight)")
@@ -290,7 +290,7 @@ class Simulator:
 
     def _replay(
         self,
-        settings: Settings,
+        settings: ResolvedSettings,
         known: NDArray[np.float64] | None,
         clock_costs: LayerCosts,
         believed: LayerCosts | None,
@@ -339,7 +339,7 @@ class Simulator:
 
     def _find_interval(
         self,
-        settings: Settings,
+        settings: ResolvedSettings,
         known: NDArray[np.float64] | None,
         believed: LayerCosts | None,
         resident: NDArray[np.bool_] | None,

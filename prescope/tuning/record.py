@@ -40,7 +40,7 @@ REMEDIES = {
 _NAME = re.compile(r"[\w][\w .,+=-]{0,119}")
 
 
-class Plan(NamedTuple):
+class StudyPlan(NamedTuple):
     """What a sweep is about: a study that is opened again must agree in all of it.
 
     Attributes:
@@ -64,7 +64,7 @@ class Plan(NamedTuple):
         return plain
 
     @classmethod
-    def of_plain(cls, plain: dict[str, Any]) -> "Plan":
+    def of_plain(cls, plain: dict[str, Any]) -> "StudyPlan":
         """What `to_plain` gave."""
         return cls(
             Space.of_plain(plain["space"]), plain["fixed"], tuple(OBJECTIVES[name] for name in plain["objectives"]),
@@ -80,7 +80,7 @@ class Record:
         file: the SQLite file that it is; None where it lies in memory or in another database.
     """
 
-    def __init__(self, study: optuna.Study, storage: BaseStorage, plan: Plan, url: str) -> None:
+    def __init__(self, study: optuna.Study, storage: BaseStorage, plan: StudyPlan, url: str) -> None:
         self.study, self.plan, self.url = study, plan, url
         file = _file_of(url)
         self.file = None if file == IN_MEMORY else file
@@ -130,7 +130,7 @@ def _rows_of(study: optuna.Study, storage: BaseStorage, space: Space, url: str) 
 # -- opening ---------------------------------------------------------------------------------------------------------
 
 
-def create_or_open(name: str, plan: Plan, where: str | None) -> Record:
+def create_or_open(name: str, plan: StudyPlan, where: str | None) -> Record:
     """A new study, or the one of this name if it is about the same.
 
     Raises:
@@ -242,17 +242,17 @@ def _require_studies(url: str) -> None:
             raise BadSweep(f"{shown(url)} holds no study of Optuna's")
 
 
-def _plan_in(study: optuna.Study, url: str) -> Plan:
+def _plan_in(study: optuna.Study, url: str) -> StudyPlan:
     plain = study.user_attrs.get(KEY)
     if plain is None or plain.get("version") != VERSION:
         raise BadSweep(
             f"the study {study.study_name!r} in {shown(url)} is no sweep of this version of prescope; choose "
             f"another name"
         )
-    return Plan.of_plain(plain)
+    return StudyPlan.of_plain(plain)
 
 
-def _require_same(name: str, found: Plan, wanted: Plan) -> None:
+def _require_same(name: str, found: StudyPlan, wanted: StudyPlan) -> None:
     there, asked = found.to_plain(), wanted.to_plain()
     for key, value in there.items():
         if value == asked[key]:

@@ -24,7 +24,7 @@ from .points import table
 from .pools import Job, pool_of
 from .progress import Progress
 from .quiet import unlogged
-from .record import Plan, Record, create_or_open, in_words, open_existing, shown, url_of_file
+from .record import Record, StudyPlan, create_or_open, in_words, open_existing, shown, url_of_file
 from .search import Known, require_method, search_named
 from .space import Space
 
@@ -330,7 +330,7 @@ def open_sweep(
     space = space.checked(runner.settings, held)
     if not is_count(seed) or seed < 0:
         raise UnsupportedOption(f"seed is {seed!r}; a whole number, 0 or more")
-    plan = Plan(space, held, chosen, method, int(seed), runner.about(), tuple(runner.prompts))
+    plan = StudyPlan(space, held, chosen, method, int(seed), runner.about(), tuple(runner.prompts))
     search_named(method, Known(space, plan.seed, [one.direction for one in chosen], [], ()))
     if not isinstance(storage, str | Path | None):
         raise UnsupportedOption(f"storage is {storage!r}; give any Optuna URL, or the path of an SQLite file")

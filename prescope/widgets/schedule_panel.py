@@ -24,7 +24,7 @@ from .real_run import RealRun
 from .rest_timer import RestTimer, Throttle, is_alone
 from .runner import Runner
 from .schedule_figures import ScheduleFigures
-from .settings import Settings
+from .settings import ScenarioControls
 from .showing import show_panel, take_off
 from .style import boxed, panel, row
 
@@ -95,7 +95,7 @@ class SchedulePanel:
         self.presets = Presets(lambda: self._scenarios, lambda: self.scenario, self.choose)
         self._watchers: list[Callable[[], None]] = []
         start = slots or (runner.engine.num_slots if runner is not None else scenarios.num_experts // 2)
-        self.settings = Settings(scenarios, start, self._throttle.call, self._regroup, how_to_measure)
+        self.settings = ScenarioControls(scenarios, start, self._throttle.call, self._regroup, how_to_measure)
         self.result: SimResult = scenarios.run(self.scenario)
         self.drawn = Drawn(0.0, 0.0)
         self.numbers = NumbersTable()

@@ -34,7 +34,7 @@ HELP = {
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
-class Settings:
+class ScenarioControls:
     """Controls of one `Scenario`.
 
     Args:

@@ -26,7 +26,7 @@ from .sweep_chosen import SweepChosen
 from .sweep_controls import SweepControls
 from .sweep_estimate import SweepEstimate
 from .sweep_figures import SweepFigures
-from .sweep_plan import Place, Plan, runners_of
+from .sweep_plan import AskedSweep, TrialPlace, runners_of
 from .sweep_proof import Prover, SweepProof
 from .sweep_run import SweepRun
 from .sweep_studies import SweepStudies, free_name
@@ -51,7 +51,7 @@ class SweepPanel:
 
     def __init__(
         self,
-        places: Mapping[str, Place],
+        places: Mapping[str, TrialPlace],
         kept: Callable[[], Mapping[str, Any]],
         shows: Callable[[Mapping[str, Any]], go.Figure | None],
         prover: Prover | str,
@@ -59,7 +59,7 @@ class SweepPanel:
     ) -> None:
         self._places, self._report = dict(places), report
         self.sweep: Sweep | None = None
-        self._asked: Plan | None = None
+        self._asked: AskedSweep | None = None
         self._points = pd.DataFrame()
         self._redrawn = self._took_s = 0.0
         self._is_quiet = self._is_closed = False
@@ -114,14 +114,14 @@ class SweepPanel:
     # -- what is asked for -------------------------------------------------------------------------------------
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> AskedSweep:
         """What the controls ask for.
 
         Raises:
             UnsupportedOption: no setting moves.
         """
         one = self.controls
-        return Plan(
+        return AskedSweep(
             one.where.value,
             one.space.space,
             one.objectives,
@@ -179,9 +179,9 @@ class SweepPanel:
         self._is_quiet = False
         return sweep
 
-    def _own_plan(self, sweep: Sweep) -> Plan:
+    def _own_plan(self, sweep: Sweep) -> AskedSweep:
         """Of the study that is open, whatever the controls say now."""
-        return Plan.of(sweep, self.controls.where.value if self._asked is None else self._asked.where)
+        return AskedSweep.of(sweep, self.controls.where.value if self._asked is None else self._asked.where)
 
     def _take(self, sweep: Sweep | None) -> None:
         if sweep is None or self.sweep is None or self.sweep.name != sweep.name:
@@ -194,7 +194,7 @@ class SweepPanel:
     def _is_open(self, name: str) -> bool:
         return self.sweep is not None and self.sweep.name == name
 
-    def use(self, places: Mapping[str, Place], prover: Prover | str) -> None:
+    def use(self, places: Mapping[str, TrialPlace], prover: Prover | str) -> None:
         """Sweep another trace from now on; a run that is under way goes on."""
         self._places = dict(places)
         self.proof.use(prover)

@@ -9,7 +9,7 @@ from ..tuning.estimate import Estimate, estimate, num_new
 from ..tuning.search import Known
 
 
-class Place(NamedTuple):
+class TrialPlace(NamedTuple):
     """Where points can be tried.
 
     Attributes:
@@ -23,7 +23,7 @@ class Place(NamedTuple):
     prepare: Callable[[], None] | None = None
 
 
-class Plan(NamedTuple):
+class AskedSweep(NamedTuple):
     """What the controls ask for; the study that is open cannot be changed, only gone on with."""
 
     where: str
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     fixed: dict[str, Any]
 
     @classmethod
-    def of(cls, sweep: Sweep, where: str) -> "Plan":
+    def of(cls, sweep: Sweep, where: str) -> "AskedSweep":
         """What a study was asked for, which controls cannot always show: code can write any range."""
         names = tuple(one.name for one in sweep.objectives)
         return cls(where, sweep.space, names, sweep.method, sweep.seed, dict(sweep.fixed))
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
             "objectives": self.objectives, "method": self.method, "seed": self.seed, "fixed": self.fixed
         }  # fmt: skip
 
-    def open(self, name: str, place: Place, storage: str | None = None) -> Sweep:
+    def open(self, name: str, place: TrialPlace, storage: str | None = None) -> Sweep:
         """The sweep of this name, new or there already; storage and errors as of `open_sweep`."""
         assert place.runner is not None, "places that cannot be used are not offered"
         if place.prepare is not None:
@@ -60,11 +60,11 @@ class Plan(NamedTuple):
         known = Known(self.space, self.seed, directions, self.objectives, ())
         return estimate(runner, known, self.method, self.fixed, points, workers)
 
-    def code(self, name: str, place: Place, limits: Mapping[str, Any]) -> str:
+    def code(self, name: str, place: TrialPlace, limits: Mapping[str, Any]) -> str:
         """Python that does the same."""
         return code_of(name, place.code, self.space, limits=limits, **self.settings)
 
 
-def runners_of(places: Mapping[str, Place]) -> dict[str, Runner | str]:
+def runners_of(places: Mapping[str, TrialPlace]) -> dict[str, Runner | str]:
     """By name, what tries points there, or why nothing does."""
     return {name: place.why_not if place.runner is None else place.runner for name, place in places.items()}

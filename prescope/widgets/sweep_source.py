@@ -16,7 +16,7 @@ from ..tuning.prompts import checksum_of_prompt
 from ..views.lanes import lanes
 from .runner import Runner
 from .sweep_panel import SweepPanel
-from .sweep_plan import Place
+from .sweep_plan import TrialPlace
 from .sweep_proof import Prover
 
 SIMULATOR, DEVICE = "simulator", "device"
@@ -63,16 +63,16 @@ class SweepSource:
         """A panel that sweeps it; arguments as of `SweepPanel`."""
         return SweepPanel(self.places(), kept, shows, self.prover(), self._report)
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, TrialPlace]:
         """Where points can be tried."""
-        simulator = Place(self.simulator, code="SimulatorRunner.of_scenarios(scenarios)")
+        simulator = TrialPlace(self.simulator, code="SimulatorRunner.of_scenarios(scenarios)")
         if self.why_not:
-            return {SIMULATOR: simulator, DEVICE: Place(None, self.why_not)}
+            return {SIMULATOR: simulator, DEVICE: TrialPlace(None, self.why_not)}
         engine = EngineRunner(
             self._runner.engine, self._prompts, new_tokens=self._new_tokens, predictors=self._predictors()
         )
         code = f"EngineRunner(session.engine, prompts, new_tokens={self._new_tokens})"
-        return {SIMULATOR: simulator, DEVICE: Place(engine, code=code, prepare=self._tell_costs)}
+        return {SIMULATOR: simulator, DEVICE: TrialPlace(engine, code=code, prepare=self._tell_costs)}
 
     def prover(self) -> Prover | str:
         """Runs the best of a sweep on the device, on prompts that it did not use; or why nothing can be run."""

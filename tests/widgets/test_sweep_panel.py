@@ -18,7 +18,7 @@ from prescope.tuning import Choices, Range, SimulatorRunner, Space, load_sweep, 
 from prescope.widgets import sweep_proof
 from prescope.widgets.sweep_controls import SIDE_BY_SIDE
 from prescope.widgets.sweep_panel import SweepPanel
-from prescope.widgets.sweep_plan import Place
+from prescope.widgets.sweep_plan import TrialPlace
 from prescope.widgets.sweep_studies import NEW
 from prescope.widgets.tables import frame_html
 from tests.support.small_run import small_trace
@@ -50,8 +50,8 @@ def runner():
 
 def panel_of(runner, prover=REASON, shows=None, report=lambda *_: Path("page.html")):
     places = {
-        "simulator": Place(runner, code="SimulatorRunner.of_scenarios(scenarios)"),
-        "device": Place(None, REASON),
+        "simulator": TrialPlace(runner, code="SimulatorRunner.of_scenarios(scenarios)"),
+        "device": TrialPlace(None, REASON),
     }
     panel = SweepPanel(places, lambda: {"slots": 12, "width": 2}, shows or Opened(None), prover, report)
     panel.controls.workers.value = 1
@@ -178,7 +178,7 @@ class Alone:
 def on_device(make, runner):
     """A panel that measures on an engine of this process, as a person comes to it."""
     panel, engine = make(), Alone(runner)
-    panel.use({"simulator": panel._places["simulator"], "device": Place(engine, code="engine")}, REASON)
+    panel.use({"simulator": panel._places["simulator"], "device": TrialPlace(engine, code="engine")}, REASON)
     panel.controls.workers.value = SIDE_BY_SIDE
     panel.controls.where.value = "device"
     panel.controls.points.value = 6

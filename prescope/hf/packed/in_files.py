@@ -11,7 +11,7 @@ from ..moe_layers import MoELayer
 from .checkpoint import Checkpoint
 from .expert_weights import ExpertWeights
 from .gathered import Gathered, LeftOut, order_of
-from .source import Source
+from .origin import Origin
 
 
 class FromFiles(NamedTuple):
@@ -23,7 +23,7 @@ class FromFiles(NamedTuple):
     """
 
     checkpoint: Checkpoint
-    source: Source
+    source: Origin
     order: tuple[bool, bool]
     dtype: torch.dtype
 
@@ -57,11 +57,11 @@ class ExpertsInFiles:
             for name, parameter in layer.tensors().items():
                 target = f"{layer.name}.{name}"
                 if not found[target]:
-                    Source.require_stacked(target, (p for places in found.values() for p in places.values()))
+                    Origin.require_stacked(target, (p for places in found.values() for p in places.values()))
                     raise BadModelFolder(
                         f"the files have no weights for {target}; fetch the checkpoint again"
                     )
-                source = Source.of(target, found[target], layer.num_experts)
+                source = Origin.of(target, found[target], layer.num_experts)
                 order = order_of(layer, name) if source.is_ours else (False, False)
                 source.require_shapes(checkpoint, tuple(parameter.shape), target, is_turned=order[1])
                 of_layer[name] = FromFiles(checkpoint, source, order, parameter.dtype)

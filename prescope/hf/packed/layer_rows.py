@@ -17,8 +17,8 @@ from ...weights.pages import run_jobs
 from ..moe_layers import MoELayer
 from .checkpoint import Checkpoint
 from .gate_order import in_two_halves, is_interleaved
+from .origin import Origin
 from .published import Matrix
-from .source import Source
 
 
 class LayerRows:
@@ -39,7 +39,7 @@ class LayerRows:
         layer: MoELayer,
         checkpoint: Checkpoint,
         matrices: Mapping[str, Matrix],
-        sources: Mapping[str, Source],
+        sources: Mapping[str, Origin],
         dtype: torch.dtype,
     ) -> None:
         self._checkpoint: Checkpoint | None = checkpoint
@@ -149,7 +149,7 @@ class LayerRows:
             field: self._halved(matrix.name, fields[suffix]) for suffix, field in matrix.field_names.items()
         }
 
-    def _fill(self, fields: Mapping[str, torch.Tensor], source: Source, expert: int) -> None:
+    def _fill(self, fields: Mapping[str, torch.Tensor], source: Origin, expert: int) -> None:
         """Write an expert's matrices into the fields, one behind the other."""
         assert self._checkpoint is not None
         ends = dict.fromkeys(fields, 0)
@@ -162,7 +162,7 @@ class LayerRows:
                 start, ends[suffix] = ends[suffix], ends[suffix] + part.shape[0]
                 fields[suffix][expert, start : ends[suffix]].copy_(part)
 
-    def _read_bias(self, checkpoint: Checkpoint, source: Source) -> torch.Tensor:
+    def _read_bias(self, checkpoint: Checkpoint, source: Origin) -> torch.Tensor:
         if not source.is_stacked:
             return checkpoint.read(source.parts[0][0])
         parts = [torch.stack([checkpoint.read(name) for name in part]) for part in source.parts]

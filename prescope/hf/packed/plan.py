@@ -14,9 +14,9 @@ from .checkpoint import Checkpoint
 from .expert_weights import ExpertWeights
 from .gathered import Gathered, LeftOut, order_of
 from .layer_rows import LayerRows
+from .origin import Origin
 from .places import Place
 from .published import Group, Matrix, matrices_in
-from .source import Source
 
 
 class Unpacked:
@@ -59,7 +59,7 @@ class PackedPlan:
     plain: Sequence[str]
     turned: Collection[str]
     left_out: Mapping[str, torch.Tensor]
-    gathered: Mapping[str, tuple[Source, tuple[bool, bool]]]
+    gathered: Mapping[str, tuple[Origin, tuple[bool, bool]]]
     dtype: torch.dtype
 
     @classmethod
@@ -188,7 +188,7 @@ def _is_packed(
     weights = [weight in matrices for target in targets for weight in found[target]]
     if lost := [target for target in targets if not found[target]]:
         for places in found.values():
-            Source.require_stacked(lost[0], places.values())
+            Origin.require_stacked(lost[0], places.values())
         raise BadModelFolder(f"the files have no weights for {lost[0]}; fetch the checkpoint again")
     if any(weights) and not all(weights):
         raise UnsupportedExperts(
@@ -199,14 +199,14 @@ def _is_packed(
 
 def _gathered(
     layers: Sequence[MoELayer], found: Mapping[str, Mapping[str, Place]]
-) -> dict[str, tuple[Source, tuple[bool, bool]]]:
+) -> dict[str, tuple[Origin, tuple[bool, bool]]]:
     """The parameters of layers which are not packed that have to be put together here; see `PackedPlan.gathered`."""
     gathered = {}
     for layer in layers:
         for name in layer.weight_names:
             target = f"{layer.name}.{name}"
             if any(place.is_ours for place in found[target].values()):
-                source = Source.of(target, found[target], layer.num_experts)
+                source = Origin.of(target, found[target], layer.num_experts)
                 gathered[target] = source, order_of(layer, name)
     return gathered
 
@@ -219,7 +219,7 @@ def _rows_of(
     dtype: torch.dtype,
 ) -> LayerRows:
     sources = {
-        name: Source.of(f"{layer.name}.{name}", found[f"{layer.name}.{name}"], layer.num_experts)
+        name: Origin.of(f"{layer.name}.{name}", found[f"{layer.name}.{name}"], layer.num_experts)
         for name in layer.weight_names
     }
     return LayerRows(layer, checkpoint, matrices, sources, dtype)

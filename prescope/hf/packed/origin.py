@@ -10,7 +10,7 @@ from .places import STACKED, STACKED_PAIRS, Place, in_order
 from .published import FLOATS
 
 
-class Source(NamedTuple):
+class Origin(NamedTuple):
     """Where one of a layer's parameters comes from.
 
     Attributes:
@@ -24,7 +24,7 @@ class Source(NamedTuple):
     is_ours: bool = False
 
     @classmethod
-    def of(cls, target: str, weights: Mapping[str, Place], num_experts: int) -> "Source":
+    def of(cls, target: str, weights: Mapping[str, Place], num_experts: int) -> "Origin":
         """Of the weights that belong to a parameter, with the place of each.
 
         Raises:
