@@ -12,7 +12,7 @@ from ..kernels import make_kernel
 from ..kernels.cpu import CpuExperts, CpuLayer
 from ..profile import Circumstances
 from .busy import copying, repeating
-from .experts import CpuLane, ExpertForm, TorchLane, host_us, random_rows
+from .experts import ExpertForm, LaneExperts, TorchExperts, host_us, random_rows
 from .graphs import GraphLane
 from .plan import Sizes
 
@@ -60,12 +60,12 @@ class Bench:
         except BaseException:
             self.host.close()
             raise
-        self._cpu_lane = CpuLane(form, self.host, self.cpu)
+        self._cpu_lane = LaneExperts(form, self.host, self.cpu)
         on_gpu = device.captures_steps
         kernel, _ = make_kernel("auto", device.kind, form.dtype, [form.layout])
         in_graphs = on_gpu and kernel.name == "triton"
         self._graphs = GraphLane(form, self.host, self.pool, device) if in_graphs else None
-        self._torch_lane = None if in_graphs else TorchLane(form, self.pool, device)
+        self._torch_lane = None if in_graphs else TorchExperts(form, self.pool, device)
         self._ping = self._make_ping() if on_gpu else None
         hold_dim = HOLD_DIM if on_gpu else 0
         self._hold = torch.zeros((hold_dim, hold_dim), dtype=torch.bfloat16, device=device.torch_device)

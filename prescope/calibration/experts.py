@@ -81,7 +81,7 @@ def _random_fields(form: ExpertForm, generator: torch.Generator) -> dict[str, to
     return tensors if form.layout.packing is None else pack(form.layout.packing, tensors)
 
 
-class CpuLane:
+class LaneExperts:
     """The engine's own CPU lane.
 
     As of every lane here, `run` computes `num` distinct experts with `tokens` tokens each and returns when it is done.
@@ -109,7 +109,7 @@ class CpuLane:
         return expert_batch, x, out
 
 
-class TorchLane:
+class TorchExperts:
     """The torch kernel: where there is no GPU, and for experts that only torch can compute on one."""
 
     def __init__(self, form: ExpertForm, pool: torch.Tensor, device: Device) -> None:

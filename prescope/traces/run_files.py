@@ -30,7 +30,7 @@ MOST_BYTES = 256 << 20
 _PART = re.compile(r"(events|layers|steps|trace)\.[0-9a-f]{12}\.(parquet|safetensors)")
 
 
-class Stored(NamedTuple):
+class StoredRun(NamedTuple):
     """What a folder holds."""
 
     tables: dict[str, pd.DataFrame]  # as `events.TABLES`
@@ -74,7 +74,7 @@ def write_run(
     return folder
 
 
-def read_run(folder: str | Path) -> Stored:
+def read_run(folder: str | Path) -> StoredRun:
     """What `write_run` wrote; `folder` may be its `run.json` too.
 
     Raises:
@@ -111,7 +111,7 @@ def read_run(folder: str | Path) -> Stored:
         require_checksum(
             parts["trace"].checksum, trace.digest(), folder / parts["trace"].file, BadTrace, REMEDY
         )
-    return Stored(tables, trace, contents)
+    return StoredRun(tables, trace, contents)
 
 
 def _plain(value: object) -> Any:

@@ -35,7 +35,7 @@ PATIENCE_S = 120.0
 ASK_S = 2.0
 
 
-class Job(NamedTuple):
+class SweepTask(NamedTuple):
     """What is the same for all points of a sweep."""
 
     runner: Runner
@@ -77,7 +77,7 @@ class Here:
         is_cancelled: asked in the middle of a point.
     """
 
-    def __init__(self, job: Job, is_cancelled: Callable[[], bool]) -> None:
+    def __init__(self, job: SweepTask, is_cancelled: Callable[[], bool]) -> None:
         self._job, self._is_cancelled = job, is_cancelled
         self._waiting: deque[Asked] = deque()
         self._took_s = MESSAGE_S
@@ -107,7 +107,7 @@ class Here:
         return []  # nothing is under way between two calls
 
 
-def _arguments(job: Job, asked: Asked) -> tuple[Runner, Asked, Mapping[str, Any], Sequence[str]]:
+def _arguments(job: SweepTask, asked: Asked) -> tuple[Runner, Asked, Mapping[str, Any], Sequence[str]]:
     return job.runner, asked, job.fixed, job.objectives
 
 
@@ -119,7 +119,7 @@ def _points_of(took_s: float) -> int:
 class _Carrier(WorkerPlugin):
     """Brings the runner, and with it the traces, to each worker once, to one that is started again too."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: SweepTask) -> None:
         self.job = job
 
     def setup(self, worker: Any) -> None:
@@ -146,7 +146,7 @@ class Cluster:
         UnsupportedOption: the runner can only run in this process, or two workers would measure on one GPU.
     """
 
-    def __init__(self, client: Client, job: Job) -> None:
+    def __init__(self, client: Client, job: SweepTask) -> None:
         if job.runner.is_here:
             raise UnsupportedOption(
                 "this runner holds an engine of this process; for workers give it a function that loads one there: "
@@ -272,7 +272,7 @@ class Cluster:
 
 @contextmanager
 def pool_of(
-    job: Job, workers: int, client: Client | None, is_cancelled: Callable[[], bool]
+    job: SweepTask, workers: int, client: Client | None, is_cancelled: Callable[[], bool]
 ) -> Iterator[Pool]:
     """The workers of a run: this thread, so many processes, or whatever a client has.
 

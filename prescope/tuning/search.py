@@ -91,7 +91,7 @@ class Grid:
         """It learns nothing."""
 
 
-class Chance:
+class EvenDraws:
     """Points drawn evenly, each by its own number."""
 
     size: int | None = None
@@ -165,7 +165,12 @@ def _nsga(known: Known) -> Search:
 
 
 #: Ways to search by name.
-METHODS: dict[str, Callable[[Known], Search]] = {"tpe": _tpe, "grid": Grid, "random": Chance, "nsga": _nsga}
+METHODS: dict[str, Callable[[Known], Search]] = {
+    "tpe": _tpe,
+    "grid": Grid,
+    "random": EvenDraws,
+    "nsga": _nsga,
+}
 
 
 def search_named(method: str, known: Known) -> Search:

@@ -21,7 +21,7 @@ from .lease import Lease, holder_of
 from .loop import Loop, Watcher
 from .objectives import Objective, objectives_named
 from .points import table
-from .pools import Job, pool_of
+from .pools import SweepTask, pool_of
 from .progress import Progress
 from .quiet import unlogged
 from .record import Record, StudyPlan, create_or_open, in_words, open_existing, shown, url_of_file
@@ -143,7 +143,7 @@ class Sweep:
         pause: threading.Event,
         runner: Runner,
     ) -> Progress:
-        job = Job(runner, self.fixed, [one.name for one in self.objectives])
+        job = SweepTask(runner, self.fixed, [one.name for one in self.objectives])
         try:
             with Lease(self.study, self.url) as lease, pool_of(job, workers, client, cancel.is_set) as pool:
                 loop = Loop(

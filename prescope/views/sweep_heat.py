@@ -25,7 +25,7 @@ from .theme import AMOUNT_SCALE, style
 MOST_NUMBERS = 16
 
 
-class Cell(NamedTuple):
+class HeatCell(NamedTuple):
     """What is known of one pair of values."""
 
     x: int
@@ -43,7 +43,7 @@ class SweepHeatInfo(NamedTuple):
     y_label: str
     x_names: tuple[str, ...]
     y_names: tuple[str, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[HeatCell, ...]
     objective: str  # head with unit
     more_is_better: bool
     told: str
@@ -82,7 +82,7 @@ def sweep_heat_info(points: pd.DataFrame, x: str, y: str, objective: str = "toke
         there = [k for k in members if rows["state"].iloc[k] == "finished"]
         best = max(there, key=lambda k: sign * values[k]) if there else members[0]
         cells.append(
-            Cell(
+            HeatCell(
                 i, j, values[best] if there else None, int(rows["number"].iloc[best]), len(there),
                 "" if there else f"{rows['state'].iloc[best]}: {rows['reason'].iloc[best]}",
             )
@@ -142,7 +142,7 @@ def plot_sweep_heat(info: SweepHeatInfo, *, brief: bool = False) -> go.Figure:
     return fig
 
 
-def _words_of(cell: Cell, info: SweepHeatInfo) -> str:
+def _words_of(cell: HeatCell, info: SweepHeatInfo) -> str:
     where = f"{info.x_label}: {info.x_names[cell.x]}<br>{info.y_label}: {info.y_names[cell.y]}"
     if cell.best is None:
         return f"{where}<br>{cell.reason}"

@@ -16,7 +16,7 @@ from ..simulator import HERE
 from ..traces.routing import RoutingTrace
 from ..views.capacity import capacity
 from .background import in_background
-from .field import Field
+from .control import Control
 from .figures import SlimFigureWidget
 from .measure_machine import MeasureMachine
 from .showing import show_panel, take_off
@@ -74,12 +74,12 @@ class CapacityPanel:
             for name, (_, _, step) in NUMBERS.items()
         }
         fields = [
-            Field("model", self.model, "A folder, a hub id or a published shape: only its config is read."),
-            Field("machine", self.machine, "A measured profile, or numbers of your own."),
-            Field("batch", self.batch, "Sequences side by side."),
-            Field("context", self.context, "Tokens of each sequence, for keys and values."),
-            Field("budget, GiB", self.budget, "GPU memory that may be used; 0 for all of it."),
-            *(Field(NUMBERS[name][0], widget, NUMBERS[name][1]) for name, widget in self.numbers.items()),
+            Control("model", self.model, "A folder, a hub id or a published shape: only its config is read."),
+            Control("machine", self.machine, "A measured profile, or numbers of your own."),
+            Control("batch", self.batch, "Sequences side by side."),
+            Control("context", self.context, "Tokens of each sequence, for keys and values."),
+            Control("budget, GiB", self.budget, "GPU memory that may be used; 0 for all of it."),
+            *(Control(NUMBERS[name][0], widget, NUMBERS[name][1]) for name, widget in self.numbers.items()),
         ]
         self._machine_field = fields[1]
         fields[4].say("0: all of it")

@@ -23,7 +23,7 @@ from .capacity_panel import CapacityPanel
 from .figures import SlimFigureWidget
 from .measure_machine import MEASURE
 from .pair_panel import PairPanel, other_than
-from .runner import Runner
+from .runner import RealRunner
 from .runs_panel import RunsPanel
 from .schedule_panel import SchedulePanel, vars_of
 from .showing import show_panel, take_off
@@ -62,7 +62,7 @@ class Dashboard:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: RealRunner,
         prompts: NamedPrompts,
         keywords: dict[str, Any],
         sources: Mapping[str, Callable[[], Scenarios]],

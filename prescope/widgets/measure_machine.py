@@ -41,7 +41,7 @@ NAMES = {
 
 
 @dataclass
-class Pace:
+class CalibrationProgress:
     """How far a calibration is, by what it tells: an engine's layers come first, which are not counted, so time is.
 
     Attributes:
@@ -75,7 +75,7 @@ class MeasureJob(Job[HardwareProfile]):
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(self._measure, engine.turn, {}, what="the measurement of this machine")
-        self._engine, self._pace, self.what = engine, Pace(), "beginning"
+        self._engine, self._pace, self.what = engine, CalibrationProgress(), "beginning"
 
     @property
     def progress(self) -> float:

@@ -16,7 +16,7 @@ from ..views.schedule_pair import (
     schedule_pair_layout,
     schedule_pair_traces,
 )
-from .field import Field, rebound
+from .control import Control, rebound
 from .figures import SlimFigureWidget, is_headless
 from .showing import page_html, show_panel, take_off
 from .style import boxed, panel
@@ -42,10 +42,10 @@ class PairPanel:
         self.figure = SlimFigureWidget(plot_schedule_pair(self._info()))
         self.tables = ipw.HTML()
         fields = [
-            Field("above", self.upper, "Schedule of the upper lanes."),
-            Field("below", self.lower, "Schedule of the lower lanes."),
-            Field("step", self.step, "Decode step that is drawn."),
-            Field("MoE layer", self.layer, "Layer whose experts are explained below the lanes."),
+            Control("above", self.upper, "Schedule of the upper lanes."),
+            Control("below", self.lower, "Schedule of the lower lanes."),
+            Control("step", self.step, "Decode step that is drawn."),
+            Control("MoE layer", self.layer, "Layer whose experts are explained below the lanes."),
         ]
         controls = boxed(ipw.Box([field.view for field in fields]), "ps-controls")
         self.view = panel(controls, boxed(ipw.VBox([self.figure]), "ps-figures"), self.tables)

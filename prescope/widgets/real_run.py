@@ -19,7 +19,7 @@ from ..views.theme import COLORS, style
 from .busy import IS_BUSY, OthersWork
 from .figures import SlimFigureWidget
 from .job_controls import JobControls
-from .runner import Runner
+from .runner import RealRunner
 from .showing import take_off
 from .style import boxed, label, named, row
 
@@ -46,7 +46,7 @@ class RealRun:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: RealRunner,
         prompts: NamedPrompts,
         keywords: dict[str, Any],
         begin: Callable[[], tuple[dict[str, Any], Callable[[RunResult], str]]],

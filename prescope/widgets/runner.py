@@ -7,7 +7,7 @@ from ..engine.job import Job, NamedPrompts
 from ..traces.result import RunResult
 
 
-class Runner(Protocol):
+class RealRunner(Protocol):
     """Runs prompts on an engine, one run at a time."""
 
     engine: Engine

@@ -15,9 +15,9 @@ from ..traces.result import RunResult
 from ..views.numbers import COLUMNS, NAN, change, formatted, numbers
 from ..views.schedule_pair import plot_schedule_pair, schedule_pair_info
 from ..views.theme import written
-from .field import Field, rebound
+from .control import Control, rebound
 from .figures import SlimFigureWidget
-from .runner import Runner
+from .runner import RealRunner
 from .showing import take_off
 from .style import boxed, named, panel, row
 from .tables import frame_html
@@ -37,7 +37,7 @@ class RunsPanel:
         opened: runs that were opened. view: all of it.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: RealRunner) -> None:
         self._runner = runner
         self._shown: list[RunResult] = []
         self.opened: list[RunResult] = []
@@ -55,9 +55,9 @@ class RunsPanel:
         self.differences = ipw.HTML()
         self.figure = SlimFigureWidget()
         fields = [
-            Field("run", self.first, "The upper lanes, and the numbers that the other's are held against."),
-            Field("beside", self.second, "The lower lanes."),
-            Field("step", self.step, "Decode step whose lanes are drawn."),
+            Control("run", self.first, "The upper lanes, and the numbers that the other's are held against."),
+            Control("beside", self.second, "The lower lanes."),
+            Control("step", self.step, "Decode step whose lanes are drawn."),
         ]
         controls = boxed(ipw.Box([field.view for field in fields]), "ps-controls")
         files = row(named("folder", self.folder), self.save_button, self.open_button, self.told)

@@ -11,7 +11,7 @@ from ..traces.result import RunResult
 from ..views.lanes import lanes_info, lanes_layout, lanes_traces, plot_lanes
 from ..views.outcomes import outcomes_info, outcomes_layout, outcomes_traces, plot_outcomes
 from ..views.step_times import plot_step_times, step_times_info, step_times_layout, step_times_traces
-from .field import Field
+from .control import Control
 from .figures import SlimFigureWidget
 from .style import boxed
 
@@ -36,8 +36,8 @@ class ScheduleFigures:
         self._axis_ms = 0.0
         self.bound(result)
         self.figures = {name: SlimFigureWidget(figure) for name, figure in self._plain(result, None).items()}
-        steps = Field("steps", self.steps, "Decode steps whose lanes are drawn; or drag over the overview.")
-        layers = Field("layers", self.layers, "MoE layers whose lanes are drawn.")
+        steps = Control("steps", self.steps, "Decode steps whose lanes are drawn; or drag over the overview.")
+        layers = Control("layers", self.layers, "MoE layers whose lanes are drawn.")
         self.ranges = boxed(ipw.Box([steps.view, layers.view]), "ps-controls")
         for one in (self.steps, self.layers):
             one.observe(self._on_range, "value")

@@ -22,7 +22,7 @@ from .numbers_table import NumbersTable
 from .presets import Presets
 from .real_run import RealRun
 from .rest_timer import RestTimer, Throttle, is_alone
-from .runner import Runner
+from .runner import RealRunner
 from .schedule_figures import ScheduleFigures
 from .settings import ScenarioControls
 from .showing import show_panel, take_off
@@ -76,7 +76,7 @@ class SchedulePanel:
 
     def __init__(
         self,
-        runner: Runner | None,
+        runner: RealRunner | None,
         scenarios: Scenarios,
         prompts: NamedPrompts,
         keywords: dict[str, Any],

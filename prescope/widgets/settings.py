@@ -12,7 +12,7 @@ from ..core.units import format_bytes
 from ..scheduler import SCHEDULES
 from ..simulator import NOISY, Scenario, Scenarios
 from ..views.theme import written
-from .field import Field
+from .control import Control
 from .style import boxed
 
 _OWN = "the schedule's own"
@@ -75,7 +75,7 @@ class ScenarioControls:
         }  # fmt: skip
         names = {"cpu": "CPU lane"}
         self.fields = {
-            name: Field(names.get(name, name), widget, HELP[name]) for name, widget in widgets.items()
+            name: Control(names.get(name, name), widget, HELP[name]) for name, widget in widgets.items()
         }
         self.view = boxed(ipw.Box([field.view for field in self.fields.values()]), "ps-controls")
         self.use(scenarios, slots)

@@ -11,10 +11,10 @@ from .. import views
 from ..core.units import GIB, format_bytes
 from ..engine.job import Job, NamedPrompts
 from ..traces.result import RunResult
-from .field import Field
+from .control import Control
 from .figures import SlimFigureWidget, is_headless
 from .job_controls import JobControls
-from .runner import Runner
+from .runner import RealRunner
 from .showing import show_panel, take_off
 from .style import boxed, panel, row
 
@@ -31,7 +31,7 @@ class SlotsPanel:
         result: the run that is shown, or None.
     """
 
-    def __init__(self, runner: Runner, prompts: NamedPrompts, keywords: dict[str, Any]) -> None:
+    def __init__(self, runner: RealRunner, prompts: NamedPrompts, keywords: dict[str, Any]) -> None:
         self._runner, self._prompts, self._keywords = runner, prompts, keywords
         engine = runner.engine
         total, self._row_bytes = engine.shape.total_experts, engine.shape.row_bytes
@@ -41,10 +41,10 @@ class SlotsPanel:
             value=engine.num_slots, min=max(1, engine.shape.top_k), max=total, continuous_update=False
         )
         self.step = ipw.IntSlider(min=0, max=0, continuous_update=False)
-        self._slots_field = Field(
+        self._slots_field = Control(
             "slots", self.slots, "Places for experts on the device; releasing the slider runs again."
         )
-        self._step_field = Field("first step", self.step, "First of the steps whose lanes are drawn.")
+        self._step_field = Control("first step", self.step, "First of the steps whose lanes are drawn.")
         self.controls = JobControls("Run", self.start, self._shown)
         # Made here and not when the first run ends: that is in another thread.
         self.figures = {name: SlimFigureWidget() for name in ("timeline", "hit_rate", "latency")}

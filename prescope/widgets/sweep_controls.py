@@ -9,7 +9,7 @@ import ipywidgets as ipw
 from ..errors import UnsupportedOption
 from ..tuning import METHODS, Runner
 from ..views.sweep_points import OBJECTIVES
-from .field import Field
+from .control import Control
 from .style import boxed
 from .sweep_space import SpaceControls
 
@@ -63,7 +63,7 @@ class SweepControls:
             "where": self.where, "best is": self.best, "and": self.second, "method": self.method, "points": self.points,
             "minutes": self.minutes, "workers": self.workers, "seed": self.seed, "name": self.name,
         }  # fmt: skip
-        self.fields = {name: Field(name, widget, HELP[name]) for name, widget in widgets.items()}
+        self.fields = {name: Control(name, widget, HELP[name]) for name, widget in widgets.items()}
         self.space = SpaceControls(self.runner.settings, kept, self._on_move)
         first, rest = (
             boxed(ipw.Box([self.fields[name].view for name in names]), "ps-controls")

@@ -14,7 +14,7 @@ from ..training import own_prompts
 from ..tuning import EngineRunner, Proof, SimulatorRunner, Sweep, prove
 from ..tuning.prompts import checksum_of_prompt
 from ..views.lanes import lanes
-from .runner import Runner
+from .runner import RealRunner
 from .sweep_panel import SweepPanel
 from .sweep_plan import TrialPlace
 from .sweep_proof import Prover
@@ -41,7 +41,7 @@ class SweepSource:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: RealRunner,
         scenarios: Scenarios,
         prompts: NamedPrompts,
         keywords: Mapping[str, Any],

@@ -16,7 +16,7 @@ from prescope.session import Session
 from prescope.simulator import HERE
 from prescope.widgets import measure_machine
 from prescope.widgets.capacity_panel import TYPED, CapacityPanel, _known_machines
-from prescope.widgets.measure_machine import Pace, measured_now, profile_words, reason_not
+from prescope.widgets.measure_machine import CalibrationProgress, measured_now, profile_words, reason_not
 
 
 @pytest.mark.parametrize("noted", [{}, {"device_memory_gib": 23.5, "device_memory_gb_per_s": 1008}])
@@ -235,7 +235,7 @@ def test_a_saved_profile_that_cannot_be_read_is_told_and_can_be_measured_anew(pa
 
 def test_the_bar_goes_by_time_while_layers_run_and_by_points_then():
     """Layers are 40 % of the time at most, and are not counted: the bar stood still, then jumped."""
-    pace = Pace(50.0)
+    pace = CalibrationProgress(50.0)
     pace.at(0.0, 10.0)
     assert (pace.share, pace.left_s) == (0.2, 40.0)
     pace.at(0.5, 20.0)

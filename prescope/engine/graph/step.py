@@ -46,7 +46,7 @@ class Captured(NamedTuple):
 MOST_FORMS = 2
 
 
-class Form(NamedTuple):
+class CapturedForm(NamedTuple):
     """Inputs at fixed addresses, and the step captured over them, by driver."""
 
     inputs: dict[str, Any]
@@ -66,7 +66,7 @@ class GraphStep:
         compiled: whether to compile the decoder layers around the experts.
 
     Attributes:
-        inputs, captured: of the run under way, see `Form`.
+        inputs, captured: of the run under way, see `CapturedForm`.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class GraphStep:
         self.cache = static_cache(model, length, batch)
         self.inputs: dict[str, Any] = {}
         self.captured: dict[str, Captured] = {}
-        self._forms: list[Form] = []
+        self._forms: list[CapturedForm] = []
         self.driver = ""  # whose graph runs; both are tried in turn while it is not decided
         self.why = ""
         self.problem = ""  # why it could not be captured
@@ -111,7 +111,7 @@ class GraphStep:
         """
         form = next((form for form in self._forms if _fits(form.inputs, inputs)), None)
         if form is None:
-            form = Form(_own(inputs), {})
+            form = CapturedForm(_own(inputs), {})
             self._forms = [*self._forms[1 - MOST_FORMS :], form]
         else:
             _refill(form.inputs, inputs)

@@ -15,7 +15,7 @@ def rebound(slider: ipw.IntSlider, low: int, high: int) -> None:
     slider.min, slider.max = low, high
 
 
-class Field:
+class Control:
     """A labelled control on the grid of a panel.
 
     Args:
