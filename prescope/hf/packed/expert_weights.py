@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
+from ...errors import BadModelFolder
 from ..moe_layers import MoELayer
+from .origin import Origin
 from .places import Place, Places
 
 
@@ -47,3 +49,11 @@ class ExpertWeights(NamedTuple):
             elif place.target not in known:
                 spare.add(weight)
         return cls(found, owned, frozenset(spare))
+
+    def require(self, target: str) -> None:
+        """Raise BadModelFolder if a parameter has no weights, UnsupportedExperts if for how it is made."""
+        if self.found[target]:
+            return
+        for places in self.found.values():
+            Origin.require_stacked(target, places.values())
+        raise BadModelFolder(f"the files have no weights for {target}; fetch the checkpoint again")

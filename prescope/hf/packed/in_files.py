@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ...errors import BadModelFolder
 from ..moe_layers import MoELayer
 from .checkpoint import Checkpoint
 from .expert_weights import ExpertWeights
@@ -48,7 +47,8 @@ class ExpertsInFiles:
     """
 
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, layers: Sequence[MoELayer]) -> None:
-        found, owned, _ = ExpertWeights.of(model, layers, checkpoint.entries)
+        weights = ExpertWeights.of(model, layers, checkpoint.entries)
+        found, owned = weights.found, weights.owned
         parameters = model.state_dict()
         self._checkpoint: Checkpoint | None = checkpoint
         self._layers: dict[str, dict[str, FromFiles]] = {}
@@ -56,16 +56,12 @@ class ExpertsInFiles:
             of_layer = self._layers[layer.name] = {}
             for name, parameter in layer.tensors().items():
                 target = f"{layer.name}.{name}"
-                if not found[target]:
-                    Origin.require_stacked(target, (p for places in found.values() for p in places.values()))
-                    raise BadModelFolder(
-                        f"the files have no weights for {target}; fetch the checkpoint again"
-                    )
+                weights.require(target)
                 source = Origin.of(target, found[target], layer.num_experts)
                 order = order_of(layer, name) if source.is_ours else (False, False)
                 source.require_shapes(checkpoint, tuple(parameter.shape), target, is_turned=order[1])
                 of_layer[name] = FromFiles(checkpoint, source, order, parameter.dtype)
-        taken = {weight for weights in found.values() for weight in weights}
+        taken = {name for of_one in found.values() for name in of_one}
         self._rest = [name for name in checkpoint.entries if name not in taken]
         self._left_out = {name: parameters[name] for name in owned}
 

@@ -90,9 +90,10 @@ class PackedPlan:
         packed_names = {name for matrix in matrices.values() for name in matrix.names.values()}
         plain = [name for name in checkpoint.entries if name not in packed_names]
         _require_scales(checkpoint, plain)
-        found, owned, spare = ExpertWeights.of(model, layers, [*matrices, *plain])
+        weights = ExpertWeights.of(model, layers, [*matrices, *plain])
+        found, owned, spare = weights
         parameters = model.state_dict()
-        packed = [layer for layer in layers if keep and _is_packed(layer, found, matrices)]
+        packed = [layer for layer in layers if keep and _is_packed(layer, weights, matrices)]
         rows = {layer.name: _rows_of(layer, checkpoint, matrices, found, dtype) for layer in packed}
         targets = [f"{layer.name}.{name}" for layer in packed for name in layer.weight_names]
         taken = {weight for target in targets for weight in found[target]}
@@ -175,9 +176,7 @@ def _require_scales(checkpoint: Checkpoint, plain: Sequence[str]) -> None:
         )
 
 
-def _is_packed(
-    layer: MoELayer, found: Mapping[str, Mapping[str, Place]], matrices: Mapping[str, Matrix]
-) -> bool:
+def _is_packed(layer: MoELayer, weights: ExpertWeights, matrices: Mapping[str, Matrix]) -> bool:
     """Whether a layer's matrices are packed in the files.
 
     Raises:
@@ -185,16 +184,15 @@ def _is_packed(
         BadModelFolder: they are not there at all.
     """
     targets = [f"{layer.name}.{name}" for name in (layer.spec.up, layer.spec.down)]
-    weights = [weight in matrices for target in targets for weight in found[target]]
-    if lost := [target for target in targets if not found[target]]:
-        for places in found.values():
-            Origin.require_stacked(lost[0], places.values())
-        raise BadModelFolder(f"the files have no weights for {lost[0]}; fetch the checkpoint again")
-    if any(weights) and not all(weights):
+    for target in targets:
+        weights.require(target)
+    are_packed = [name in matrices for target in targets for name in weights.found[target]]
+    if any(are_packed) and not all(are_packed):
         raise UnsupportedExperts(
-            f"{layer.name} has {sum(weights)} packed weights of {len(weights)}; all of a layer are packed, or none"
+            f"{layer.name} has {sum(are_packed)} packed weights of {len(are_packed)}; all of a layer are packed, or "
+            f"none"
         )
-    return any(weights)
+    return any(are_packed)
 
 
 def _gathered(
