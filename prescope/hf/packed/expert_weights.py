@@ -51,7 +51,7 @@ class ExpertWeights(NamedTuple):
         return cls(found, owned, frozenset(spare))
 
     def require(self, target: str) -> None:
-        """Raise BadModelFolder if a parameter has no weights, UnsupportedExperts if for how it is made."""
+        """Raise BadModelFolder if a parameter has no weights, UnsupportedExperts if that is due to how it is made."""
         if self.found[target]:
             return
         for places in self.found.values():
