@@ -217,12 +217,13 @@ def test_the_text_of_the_paper_s_experiments_says_what_its_figure_of_machines_sh
 
     fiddler, oracle = replace(base, schedule="fiddler"), replace(base, predictor=ORACLE)
     ahead = {name: gain(name, base, fiddler) for name in there.machines}
-    behind = [name for name, percent in ahead.items() if percent < 0]
-    assert behind == [name for name in ahead if name.startswith(("paper_machine", "test_machine"))]
-    assert all(0 < ahead[name] < 4.5 for name in ahead if "emulated PCIe 3" in name)
-    assert (round(-max(ahead[name] for name in behind)), round(-min(ahead.values()))) == (3, 18)
-    assert all(gain(name, oracle, base) < 0 for name in behind), "perfect prediction does not help there"
-    for name in behind[:-1]:
+    slow = [name for name in ahead if name.startswith(("paper_machine", "test_machine"))]
+    behind_pcie3 = {name: percent for name, percent in ahead.items() if "emulated PCIe 3" in name}
+    assert all(percent > 5 for name, percent in ahead.items() if name not in (*slow, *behind_pcie3))
+    assert (round(min(behind_pcie3.values())), round(max(behind_pcie3.values()))) == (-2, 3)
+    assert (round(-max(ahead[name] for name in slow)), round(-min(ahead.values()))) == (3, 19)
+    assert all(gain(name, oracle, base) < 0 for name in slow), "perfect prediction does not help there"
+    for name in slow[:-1]:
         costs = there.machines[name].costs
         assert 3 < costs.link_us / costs.cpu_us[1] < 8.5
 

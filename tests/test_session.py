@@ -271,7 +271,7 @@ def test_a_report_of_a_run_without_decode_steps_says_what_cannot_be_drawn(sessio
     page = session.report(tmp_path / "r.html").read_text(encoding="utf-8")
     assert page.count("plotly-graph-div") >= 3
     if not session.last.metrics.decode.num_steps:
-        assert "No figure of the latency: the run has no decode steps" in page
+        assert "No figure of the latency: there are no decode steps" in page
 
 
 def test_the_frequencies_remembered_are_the_newest_runs(session):

@@ -148,8 +148,14 @@ class Planner:
             # With a lag the layer was decided without its own predictions.
             tokens_dE, used_dE = (np.array(part, dtype=np.float64) for part in own)
             is_own = True
+        # Copies that the layer itself waits for are as good as there, as for captured steps and for the simulator.
+        need, in_flight = decision.need, table.in_flight.copy()
+        here = need.num_hits + need.num_late
+        copied = table.slots_for(moe_layer, need.experts[here : here + decision.num_load])
+        in_flight[copied[copied >= 0]] = False
+        slots = table.arrays._replace(in_flight=in_flight)
         return prefetch_layer(
-            self.settings, self.costs, moe_layer, decision, backlog_us, table.arrays, memory, tokens_dE, used_dE, is_own
+            self.settings, self.costs, moe_layer, decision, backlog_us, slots, memory, tokens_dE, used_dE, is_own
         )  # fmt: skip
 
     def calibrated_cpu(self) -> tuple[float, FloatArray]:
