@@ -56,7 +56,7 @@ def test_more_workers_than_gpus_are_refused_before_any_is_started(monkeypatch):
 
 def test_a_simulator_s_workers_need_none(monkeypatch):
     monkeypatch.setattr(pools, "visible_gpus", lambda: pytest.fail("nobody asks for GPUs"))
-    with pools.pool_of(pools.Job(Hill(), {}, ("tokens_per_s",)), 1, None, lambda: False) as pool:
+    with pools.pool_of(pools.SweepTask(Hill(), {}, ("tokens_per_s",)), 1, None, lambda: False) as pool:
         assert isinstance(pool, pools.Here)
 
 
