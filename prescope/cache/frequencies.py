@@ -52,17 +52,17 @@ def repeats_of(ids_TK: NDArray[np.integer[Any]], num_experts: int) -> Repeats:
     Where one sequence ends and the next begins is not looked for: that is one of many pairs.
     """
     is_expert = (ids_TK >= 0) & (ids_TK < num_experts)
-    ids_TK = np.where(is_expert, ids_TK, -1)[is_expert.any(axis=1)]
-    T = len(ids_TK)
+    is_token = is_expert.any(axis=1)
+    ids_TK, is_expert = ids_TK[is_token], is_expert[is_token]
+    T, K = ids_TK.shape
     if T < 2:
         return Repeats(0.0, 0.0, T)
-    uses_TE = np.zeros((T, num_experts + 1), dtype=bool)
-    uses_TE[np.arange(T)[:, None], ids_TK] = True
-    uses_TE = uses_TE[:, :-1]
-    uses_E = uses_TE.sum(axis=0).astype(np.float64)
-    total = max(1.0, float(uses_E.sum()))
-    of_next = float((uses_TE[1:] & uses_TE[:-1]).sum()) / total * T / (T - 1)
-    return Repeats(of_next, float((uses_E * (uses_E - 1.0)).sum()) / total / (T - 1), T)
+    uses_E = np.bincount(ids_TK[is_expert], minlength=num_experts).astype(np.float64)
+    total = float(uses_E.sum())
+    # Choice against choice: 1 ms for 8,192 tokens and 512 experts, where a table of tokens and experts takes 4.
+    same = sum(int(((ids_TK[1:] == ids_TK[:-1, k, None]) & is_expert[1:]).sum()) for k in range(K))
+    of_any = float((uses_E * (uses_E - 1.0)).sum()) / total / (T - 1)
+    return Repeats(same / total * T / (T - 1), of_any, T)
 
 
 def scatter_of(repeats: list[Repeats]) -> float:

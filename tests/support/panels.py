@@ -1,11 +1,21 @@
 """Every panel of a session, opened as a person would."""
 
+from collections.abc import Iterator
+
 from prescope.session import Session
 from prescope.simulator import Scenario
 from prescope.widgets.dashboard import TABS
 
 PROMPTS = ["Once upon a time"]
 KINDS = ["dashboard", "slots", "capacity", "schedule", "pair", "sweep"]
+
+
+def two_runs() -> Iterator[Session]:
+    """A session that has made two runs, for a fixture."""
+    with Session(slots=32, device="cpu", link_gb_per_s=50.0) as session:
+        for _ in range(2):
+            session.run(PROMPTS, max_new_tokens=6)
+        yield session
 
 
 def opened(session: Session, kind: str):

@@ -6,18 +6,11 @@ import ipywidgets as ipw
 import pytest
 from ipywidgets.widgets.widget import _instances
 
-from prescope.session import Session
 from prescope.widgets.figures import _bundle
 from prescope.widgets.showing import take_off
-from tests.support.panels import KINDS, PROMPTS, opened
+from tests.support.panels import KINDS, opened, two_runs
 
-
-@pytest.fixture(scope="module")
-def session():
-    with Session(slots=32, device="cpu", link_gb_per_s=50.0) as session:
-        for _ in range(2):
-            session.run(PROMPTS, max_new_tokens=6)
-        yield session
+session = pytest.fixture(two_runs, scope="module", name="session")
 
 
 def alive() -> dict[str, int]:

@@ -3,10 +3,9 @@
 import ipywidgets as ipw
 import pytest
 
-from prescope.session import Session
 from prescope.widgets.names import LABEL, Names
 from tests.support.browser import CONTROLS, chromium, heard
-from tests.support.panels import KINDS, PROMPTS, opened
+from tests.support.panels import KINDS, opened, two_runs
 
 #: Controls that hold a value.
 HOLDS = (
@@ -46,12 +45,7 @@ async (code) => {
 """
 
 
-@pytest.fixture(scope="module")
-def session():
-    with Session(slots=32, device="cpu", link_gb_per_s=50.0) as session:
-        for _ in range(2):
-            session.run(PROMPTS, max_new_tokens=6)
-        yield session
+session = pytest.fixture(two_runs, scope="module", name="session")
 
 
 def named(widget: ipw.Widget, name: str = "") -> list[tuple[ipw.Widget, str]]:
