@@ -1,7 +1,5 @@
 """`prescope compile`: what decides, before a first run or a first slider waits for it."""
 
-import warnings
-
 from .terminal import StatusLine
 
 
@@ -29,11 +27,15 @@ def compile_now() -> None:
 def _run() -> None:
     """A few tokens of the embedded model. On the CPU: what a GPU calls as well is the same."""
     from ..engine import load
+    from ..profile import HardwareProfile
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this machine was not calibrated
-        with load(slots=0.5, schedule="presched", device="cpu") as engine:
-            engine.generate("The", max_new_tokens=3)
+    # By the costs of any machine: before it was set up, this one cannot have been calibrated.
+    profile = HardwareProfile.load("test_machine")
+    with load(slots=0.5, device="cpu") as engine:
+        _, width, expert_width = engine.expert_size
+        costs = profile.costs(engine.shape, width=width, expert_width=expert_width)
+        engine.configure(schedule="presched", costs=costs)
+        engine.generate("The", max_new_tokens=3)
 
 
 def _simulate() -> None:

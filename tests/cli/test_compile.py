@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 import prescope
+from prescope.cli.compile import compile_now
 from prescope.core.jit import IS_COMPILED
+from prescope.errors import NoProfile
+from prescope.profile import HardwareProfile
 
 #: With settings of its own, as a person's first notebook has them.
 FIRST_RUN = """
@@ -22,6 +25,15 @@ scenarios = recording.scenarios()
 for schedule in ("presched", "static-split", "klotski"):
     scenarios.run(Scenario(machine=recording.machine.name, schedule=schedule, slots=0.25, lookahead=0))
 """
+
+
+def test_it_needs_no_calibrated_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`make setup` calls it on machines that no profile is known of, as most are."""
+    monkeypatch.setattr("prescope.core.machine._cpu_name", lambda: "A CPU that nobody measured")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(NoProfile):
+        HardwareProfile.of_this_machine()
+    compile_now()
 
 
 @pytest.mark.slow
