@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.paths import user_path
-from .options import TRAINED, AsJson
+from .options import TRAINED, AsJson, Experts
 from .terminal import tell
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def advise(
     context: Annotated[
         int, typer.Option("--context", "-c", metavar="N", min=1, help="Tokens of each.")
     ] = 4096,
+    experts: Experts = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Say whether and how a model runs on a machine, before it is loaded.
@@ -65,8 +66,11 @@ def advise(
             f"a machine also needs {', '.join(missing)}; or name one with --machine and change it"
         )
     from .. import advice
+    from ..weights.formats import lossy_name
 
-    found = advice.advise(model, _machine(machine, changes), batch=batch, context=context, gpu_gib=gpu_gib)
+    found = advice.advise(
+        model, _machine(machine, changes), batch=batch, context=context, gpu_gib=gpu_gib, experts=experts
+    )
     if as_json:
         told = {
             "model": found.model.name, "machine": found.machine.name, "kind": found.kind, "words": found.words,
@@ -82,7 +86,8 @@ def advise(
         typer.echo(found.table().to_string(float_format="{:.4g}".format))
     for assumption in found.assumptions:
         tell(f"assumed: {assumption}")
-    for command in _commands(found, _to_load(model, found.model.name)):
+    name = found.model.name.removesuffix(lossy_name("", experts))
+    for command in _commands(found, _to_load(model, name), experts):
         tell(command)
 
 
@@ -96,12 +101,12 @@ def _to_load(model: str, name: str) -> str:
     return "MODEL" if name == model else name
 
 
-def _commands(found: "Advice", model: str) -> list[str]:
+def _commands(found: "Advice", model: str, experts: str) -> list[str]:
     """The calls that do what is advised; a gain by prediction needs a predictor, and that its training."""
     options = [f"--{name} {found.settings[name]}" for name in ("slots", "schedule") if name in found.settings]
     if not options:
         return []
-    quoted = shlex.quote(model)
+    quoted = shlex.quote(model) + ("" if experts == "auto" else f" --experts {experts}")
     if found.settings.get("schedule") != "presched":
         return [f"prescope run {quoted} {' '.join(options)}"]
     return [

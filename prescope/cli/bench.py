@@ -17,8 +17,8 @@ from .options import (
     AsJson,
     Device,
     Dtype,
+    Experts,
     Link,
-    Model,
     Predictor,
     listed,
     loaded,
@@ -41,13 +41,13 @@ COLUMNS = [
 FIELDS = [
     "model", "prompt", "new", "batch", "slots", "schedule", "repeats", "prompts", "error", "tokens_per_s",
     "tokens_per_s_least", "tokens_per_s_most", "prompt_per_s", "ttft_ms", "tpot_ms", "hit_rate", "late_rate",
-    "miss_rate", "stall_frac", "link_use_frac", "h2d_bytes", "num_slots", "cache", "decode", "label", "device", "link",
-    "dtype", "cpu", "cores", "prescope", "commit", "torch", "transformers",
+    "miss_rate", "stall_frac", "link_use_frac", "h2d_bytes", "num_slots", "cache", "decode", "experts", "lossy",
+    "label", "device", "link", "dtype", "cpu", "cores", "prescope", "commit", "torch", "transformers",
 ]  # fmt: skip
 
 
 def bench(
-    model: Model = DEFAULT_MODEL,
+    model: Annotated[str, typer.Argument(metavar="MODEL", hidden=True)] = DEFAULT_MODEL,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="N,..", help="Prompt tokens.")] = "64",
     new: Annotated[str, typer.Option("--new", "-n", metavar="N,..", help="New tokens.")] = "32",
     batch: Annotated[str, typer.Option("--batch", "-b", metavar="N,..", help="Sequences.")] = "1",
@@ -57,6 +57,7 @@ def bench(
     warm_up: Annotated[int, typer.Option("--warm-up", metavar="N", min=0, help="Runs before them.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    experts: Experts = "auto",
     link: Link = None,
     predictor: Predictor = None,
     as_json: AsJson = False,
@@ -66,7 +67,7 @@ def bench(
         typer.Option("--output", "-o", metavar="FILE", help="Also to .json or .csv.", show_default=False),
     ] = None,
 ) -> None:
-    """Measure tokens/s over a grid of comma lists: median ± half the spread."""
+    """Measure tokens/s of MODEL, a folder or hub id, over a grid of comma lists: median ± half the spread."""
     if as_json and as_csv:
         raise typer.BadParameter("choose one of --json and --csv")
     if output is not None and output.suffix not in (".json", ".csv"):
@@ -85,7 +86,8 @@ def bench(
         engine = _opened(
             pools,
             lambda wanted: loaded(
-                model, predictor, schedule="on-demand", slots=wanted, device=device, dtype=dtype, link_gb_per_s=link
+                model, predictor, schedule="on-demand", slots=wanted, device=device, dtype=dtype, experts=experts,
+                link_gb_per_s=link,
             ),
         )  # fmt: skip
         texts = [text for group in own_prompts().values() for text in group]

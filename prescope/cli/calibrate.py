@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Link
+from .options import Device, Experts, Link
 from .terminal import StatusLine, tell
 
 
@@ -20,6 +20,7 @@ def calibrate(
     ] = 45.0,
     device: Device = "auto",
     link: Link = None,
+    experts: Experts = "auto",
     cpu: Annotated[
         str, typer.Option("--cpu", metavar="NAME", help="CPU experts by native, torch, auto.")
     ] = "auto",
@@ -29,6 +30,8 @@ def calibrate(
 
     After Ctrl-C, a call within the hour goes on where this one stopped.
     """
+    if model is None and experts != "auto":
+        raise typer.BadParameter("they are a model's; give MODEL", param_hint="--experts")
     from .. import calibration
     from ..engine import load
     from ..profile.files import own_file
@@ -45,7 +48,7 @@ def calibrate(
             )
         else:
             status.show(f"loading {model}")
-            with load(model, device=device, link_gb_per_s=link) as engine:
+            with load(model, device=device, link_gb_per_s=link, experts=experts) as engine:
                 profile = calibration.calibrate(
                     engine, seconds=seconds, on_progress=status.share, save=save, cpu=cpu
                 )

@@ -23,6 +23,7 @@ Predictor = Annotated[
     typer.Option("--predictor", metavar="FILE", help="Of train, or early-router.", show_default=False),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="bf16, fp16, fp32, auto.")]
+Experts = Annotated[str, typer.Option("--experts", metavar="FORM", help="int8, fp8, int4, mxfp4: lossy.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 #: What MODEL is when it is not given.

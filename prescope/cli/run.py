@@ -13,6 +13,7 @@ from .options import (
     DEFAULT_MODEL,
     Device,
     Dtype,
+    Experts,
     Link,
     Model,
     Predictor,
@@ -38,6 +39,7 @@ def run(
     schedule: Schedule = "on-demand",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    experts: Experts = "auto",
     link: Link = None,
     predictor: Predictor = None,
     chat: Annotated[bool, typer.Option("--chat", help="By the model's chat template.")] = False,
@@ -68,7 +70,8 @@ def run(
     with StatusLine() as status:
         status.show(f"loading {model}")
         engine = loaded(
-            model, predictor, slots=slots_of(slots), schedule=schedule, device=device, dtype=dtype, link_gb_per_s=link
+            model, predictor, slots=slots_of(slots), schedule=schedule, device=device, dtype=dtype, experts=experts,
+            link_gb_per_s=link,
         )  # fmt: skip
     prompts = [{"role": "user", "content": prompt}] if chat else prompt
     shown = _Shown(engine)

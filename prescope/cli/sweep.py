@@ -12,7 +12,7 @@ import typer
 
 from ..core.files import require_writable
 from ..core.paths import user_path
-from .options import AsJson, Device, by_name, listed, shape_of
+from .options import AsJson, Device, Experts, by_name, listed, shape_of
 from .terminal import INTERRUPTED, StatusLine, on_interrupt, tell
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def sweep(
         str | None, typer.Option("--prove", metavar="MODEL", help="Run the best on it.", show_default=False)
     ] = None,
     device: Device = "auto",
+    experts: Experts = "auto",
     storage: Annotated[
         str | None, typer.Option("--storage", metavar="URL", help="Or an SQLite file.", show_default=False)
     ] = None,
@@ -75,6 +76,8 @@ def sweep(
     """
     space, fixed = by_name(map(_varied, vary), "--vary"), by_name(map(_fixed, fix or []), "--fix")
     objectives = listed(objective, "--objective")
+    if experts != "auto" and measure is None and prove is None:
+        raise typer.BadParameter("they are a model's; give --measure or --prove", param_hint="--experts")
     from .. import tuning
 
     if page is not None:
@@ -84,7 +87,7 @@ def sweep(
 
     cancel = threading.Event()
     with ExitStack() as stack:
-        engines = _Engines(stack, device)
+        engines = _Engines(stack, device, experts)
         if prove is not None:
             _require_costs(engines.of(prove), space, fixed)
         if measure is not None:
@@ -131,15 +134,16 @@ def sweep(
 class _Engines:
     """The engine that points or the proof run on; both on one where they name the same model."""
 
-    def __init__(self, stack: ExitStack, device: str) -> None:
-        self._stack, self._device = stack, device
+    def __init__(self, stack: ExitStack, device: str, experts: str) -> None:
+        self._stack = stack
+        self._settings: dict[str, Any] = {"device": device, "experts": experts}
         self._loaded: dict[str, Engine] = {}
 
     def of(self, model: str) -> "Engine":
         from ..engine import load
 
         if model not in self._loaded:
-            self._loaded[model] = self._stack.enter_context(load(model, device=self._device))
+            self._loaded[model] = self._stack.enter_context(load(model, **self._settings))
         return self._loaded[model]
 
 

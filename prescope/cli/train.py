@@ -7,7 +7,7 @@ import typer
 
 from ..core.files import require_writable
 from ..core.paths import user_path
-from .options import DEFAULT_MODEL, TRAINED, Device, Model, shape_of
+from .options import DEFAULT_MODEL, TRAINED, Device, Experts, Model, shape_of
 from .terminal import StatusLine, tell
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 #: Of the model and its recording: with a trace there is neither.
-NOT_WITH_TRACE = ("model", "prompts", "max_tokens", "own_tokens")
+NOT_WITH_TRACE = ("model", "prompts", "max_tokens", "own_tokens", "experts")
 
 
 def train(
@@ -51,6 +51,7 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0)] = 0,
     device: Device = "auto",
+    experts: Experts = "auto",
 ) -> None:
     """Train a predictor of coming experts, print its and others' recall.
 
@@ -82,7 +83,7 @@ def train(
                 ).table()
             else:
                 status.show(f"loading {model}, recording")
-                with load(model, slots=1.0, device=device) as engine:
+                with load(model, slots=1.0, device=device, experts=experts) as engine:
                     table = training.train_predictor(
                         engine, training.own_prompts() if prompts is None else training.read_prompts(prompts),
                         training=settings, max_tokens=max_tokens, own_tokens=own_tokens, path=output,

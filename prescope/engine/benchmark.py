@@ -147,6 +147,8 @@ def _settings(engine: Engine, run: RunResult) -> dict[str, Any]:
         "num_slots": engine.num_slots,
         "cache": engine.config.cache,
         "decode": run.config["reasons"].get("decode", ""),
+        "experts": engine.form or "plain",
+        "lossy": engine.is_lossy,
     }
 
 
