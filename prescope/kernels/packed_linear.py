@@ -44,9 +44,12 @@ def default_pairs(in_dim: int) -> PackedConfig:
     return PackedConfig(16, few[0] if few else min(widths, key=waste), 4, 1)
 
 
-def default_tiles(block_m: int) -> PackedConfig:
+def default_tiles(block_m: int, dtype: torch.dtype) -> PackedConfig:
     """As for plain weights: wide tiles for many pairs."""
-    return PackedConfig(128, 64, 8, 3) if block_m >= 64 else PackedConfig(64, 128, 4, 3)
+    if block_m < 64:
+        return PackedConfig(64, 128, 4, 3)
+    # Three stages of float32 take 112 KiB of shared memory, GeForce cards have 99 for a program.
+    return PackedConfig(128, 64, 8, 2 if dtype == torch.float32 else 3)
 
 
 #: Rows of 2880 (gpt-oss): tiles of 1024 take 30 us where those of 128, which waste less, take 68 (H200).
@@ -131,7 +134,7 @@ class PackedLinear(NamedTuple):
         """Tiles of `block_m` pairs of one expert; `order` (P,), `blocks` (num_blocks, 3): slot, first, end place."""
         _, out_dim, in_dim = self.w.shape
         slots = _slots_of(self.w)
-        config = config or default_tiles(block_m)
+        config = config or default_tiles(block_m, self.x.dtype)
         launch(
             packed_kernels.packed_tiles, (triton.cdiv(out_dim, config.block_out), num_blocks),
             self.x, *slots.fields, self._some_bias(), self.out, order, blocks, out_dim, in_dim,
