@@ -126,6 +126,8 @@ def main() -> None:
                 found = compare(plain, packed, windows)
                 found["expert_bytes"], found["bf16_bytes"] = packed.shape.row_bytes, plain_bytes
             result["forms"][form] = found
+            if args.out:  # each as it comes: a call that is ended keeps those that are done
+                args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             every = found["all"]
             print(
                 f"| {form} | {found['expert_bytes']:,} | {found['expert_bytes'] / plain_bytes:.3f} "
@@ -134,8 +136,6 @@ def main() -> None:
                 flush=True,
             )
     print(f"\n{result['forms'][args.forms[0]]['all']['tokens']:,} tokens")
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
