@@ -21,7 +21,7 @@ from ..hf import MoELayer
 from .layered import LayeredRunner
 from .positions import forward_of
 from .recorder import Recorder
-from .stopping import Progress
+from .stopping import RunProgress
 
 
 class Forwards:
@@ -38,7 +38,7 @@ class Forwards:
     def __init__(self, runner: LayeredRunner) -> None:
         self._runner = runner
         self.recorders: dict[int, Recorder] = {}
-        self.progress: Progress | None = None
+        self.progress: RunProgress | None = None
         self._is_inside = False
         self._is_open = True
         self._wrapped: list[tuple[nn.Module, MethodType, Any]] = []

@@ -22,7 +22,7 @@ from .prompts import Encoder
 from .recorder import Recorder
 from .recording import put_right, recorded, result_of
 from .served import ServedModel
-from .stopping import Progress, watched_criteria
+from .stopping import RunProgress, watched_criteria
 from .tokenized import NOT_FOR_MODELS
 
 #: What `generate` takes as a setting.
@@ -74,7 +74,7 @@ def generate(
     )
     claim = engine.turn.holder
     assert claim is not None
-    progress = Progress(
+    progress = RunProgress(
         encoded.num_echoed,
         settings.eos,
         settings.in_force.pad_token_id,
@@ -127,7 +127,7 @@ def _decides(engine: ServedModel) -> Callable[..., Any]:
 def _sequences(
     engine: ServedModel,
     arguments: dict[str, Any],
-    progress: Progress,
+    progress: RunProgress,
     loop: DecodeLoop | str,
     recorder: Recorder,
 ) -> torch.Tensor:

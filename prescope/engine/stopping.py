@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 
-class Progress:
+class RunProgress:
     """How far a run is, and where each of its sequences ends.
 
     Args:
@@ -97,7 +97,7 @@ class Progress:
 class _Watched(StoppingCriteriaList):
     """The criteria of one `generate`, which tell of each token."""
 
-    progress: Progress
+    progress: RunProgress
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **keywords: Any) -> torch.Tensor:
         done = super().__call__(input_ids, scores, **keywords)
@@ -110,14 +110,14 @@ class _Watched(StoppingCriteriaList):
 class _OfDraft(StoppingCriteriaList):
     """The criteria of a draft that the model's own first layers make: what ran for it was not the run's step."""
 
-    progress: Progress
+    progress: RunProgress
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **keywords: Any) -> torch.Tensor:
         self.progress.has_run = False
         return super().__call__(input_ids, scores, **keywords)
 
 
-def watched_criteria(model: PreTrainedModel, progress: Progress) -> Callable[..., StoppingCriteriaList]:
+def watched_criteria(model: PreTrainedModel, progress: RunProgress) -> Callable[..., StoppingCriteriaList]:
     """To stand in for the model's `_get_stopping_criteria`: the next `generate` of this thread tells `progress`."""
     thread, own = threading.get_ident(), type(model)._get_stopping_criteria
     is_taken = False

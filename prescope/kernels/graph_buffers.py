@@ -429,7 +429,7 @@ class GraphBuffers:
         """Outputs of all pairs (P, D) whose experts have a slot; ids (P,) int64, slot_of (E,) int32."""
         if self._tiles:
             launch(
-                graph_kernels._align, (1,),
+                graph_kernels.align, (1,),
                 ids, slot_of, self._order, self._first, self._blocks, self.num_pairs, num_experts, self._most_blocks,
                 PAIRS=max(128, _power_of_2(self.num_pairs)), EXPERTS=len(self._first),
                 BLOCKS=_power_of_2(self._most_blocks), BLOCK_M=BLOCK_M, num_warps=4,

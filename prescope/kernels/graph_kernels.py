@@ -276,7 +276,7 @@ def _publish_scores(scores, target, step, num_scores, BLOCK: tl.constexpr):  # t
 
 
 @triton.jit
-def _align(  # type: ignore[no-untyped-def]
+def align(  # type: ignore[no-untyped-def]
     ids, slot_of, order, first, blocks, num_pairs, num_experts, most_blocks,
     PAIRS: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip

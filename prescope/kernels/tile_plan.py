@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .graph_kernels import _align
+from .graph_kernels import align
 from .launch import launch
 
 #: One program sorts so many pairs.
@@ -54,7 +54,7 @@ def tiles_of(ids_P: torch.Tensor, slot_row: torch.Tensor, num_experts: int) -> T
     # Histograms of fewer elements than threads are not supported everywhere.
     pairs = max(128, triton.next_power_of_2(num_pairs))
     launch(
-        _align, (1,),
+        align, (1,),
         ids_P, slot_row, order, first, blocks, num_pairs, num_experts, most,
         PAIRS=pairs, EXPERTS=experts, BLOCKS=triton.next_power_of_2(most), BLOCK_M=block_m, num_warps=4,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from ..core.types import FloatArray, IntArray
 from .types import Costs, cpu_time
 
 
-class Habits(NamedTuple):
+class KnownUses(NamedTuple):
     """What is known of experts besides predictions. The arrays are those of `types.Memory`, by key."""
 
     lasting: float  # see `learn.reuse_lasts`
@@ -58,7 +58,7 @@ def pays(costs: Costs, tokens: float, used: float, price: float) -> bool:
 
 @jit
 def worth_a_copy(
-    keys: IntArray, each_us: float, price: float, most: int, habits: Habits, slots: Slots
+    keys: IntArray, each_us: float, price: float, most: int, habits: KnownUses, slots: Slots
 ) -> IntArray:
     """Of experts (n,) without a slot that the CPU computes, at most `most` that are worth a copy, the best first.
 

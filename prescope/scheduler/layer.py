@@ -15,7 +15,7 @@ from ..cache.policies import learn
 from ..cache.slots import Slots, SortedNeed, by_landing, renew_bound, sort_need, use_prefetched
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
-from .fill import Habits
+from .fill import KnownUses
 from .learn import discount, gain_of_swap, learn_reuse, learn_swaps, learn_trust, reuse_lasts
 from .plan import PRESCHED, Situation, keys_to_keep, make_plan, make_prefetches
 from .types import Costs, Memory, Plan, Prefetches, ScheduleSettings
@@ -168,8 +168,8 @@ def _learn_habits(memory: Memory, moe_layer: int, need: SortedNeed, slot_of: Int
 
 
 @jit
-def _habits(memory: Memory) -> Habits:
-    return Habits(
+def _habits(memory: Memory) -> KnownUses:
+    return KnownUses(
         reuse_lasts(memory.reuse), gain_of_swap(memory.swaps), memory.swaps, memory.credit, memory.copied
     )
 

@@ -12,7 +12,7 @@ from ..cache.slots import Slots, SortedNeed, landing_us
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .baselines import artefact, fiddler, hybrimoe, static_split
-from .fill import Habits, cpu_of, pays, price_us, worth_a_copy
+from .fill import KnownUses, cpu_of, pays, price_us, worth_a_copy
 from .impact import by_impact
 from .presched import split
 from .types import Costs, Plan, Prefetches, ScheduleSettings
@@ -49,7 +49,7 @@ class Situation(NamedTuple):
     slots: Slots
     tokens_dE: FloatArray  # for the d layers after this one: expected number of tokens that use an expert
     used_dE: FloatArray  # probability that any does; rows beyond the last layer hold zeros in both
-    habits: Habits  # for PreSched
+    habits: KnownUses  # for PreSched
     num_load: int = -1  # how many misses are copied, once that is decided: for `make_prefetches`
 
 

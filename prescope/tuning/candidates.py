@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PrescopeError, UnsupportedOption
-from .engine_runner import Device
+from .engine_runner import TunedEngine
 from .prompts import checksum_of_prompt
 from .settings import engine_settings
 from .simulator_runner import SimulatorRunner
@@ -45,7 +45,7 @@ def require_unseen(sweep: Sweep, texts: Sequence[Any], notes: list[str]) -> None
         notes.append("the search did not say which prompts it used, so nobody checked that these are others")
 
 
-def best_of(sweep: Sweep, device: Device, notes: list[str]) -> list[Chosen]:
+def best_of(sweep: Sweep, device: TunedEngine, notes: list[str]) -> list[Chosen]:
     """The best points that an engine can run, each setting once; what was left out goes into the notes."""
     moving = [name for name in sweep.space if name in OF_THE_REPLAY]
     if moving:
@@ -72,7 +72,7 @@ def best_of(sweep: Sweep, device: Device, notes: list[str]) -> list[Chosen]:
     return found
 
 
-def _is_of_the_model(sweep: Sweep, device: Device) -> bool:
+def _is_of_the_model(sweep: Sweep, device: TunedEngine) -> bool:
     """Whether the search, where it was a replay, was of a run of a model of this one's shape."""
     runner = sweep.runner
     if not isinstance(runner, SimulatorRunner):
@@ -82,7 +82,7 @@ def _is_of_the_model(sweep: Sweep, device: Device) -> bool:
     return there[:sizes] == here[:sizes]
 
 
-def _for_engine(point: Mapping[str, Any], device: Device) -> dict[str, Any] | None:
+def _for_engine(point: Mapping[str, Any], device: TunedEngine) -> dict[str, Any] | None:
     """A point without what is of the replay alone; None if the engine cannot be told the rest."""
     names = engine_settings(device.engine.shape, (), ())
     settings = {name: value for name, value in point.items() if name not in OF_THE_REPLAY}
@@ -101,7 +101,7 @@ def _are_same(one: NDArray[np.floating] | None, other: NDArray[np.floating] | No
 
 
 def simulated_default(
-    sweep: Sweep | None, device: Device, default: Mapping[str, Any], notes: list[str]
+    sweep: Sweep | None, device: TunedEngine, default: Mapping[str, Any], notes: list[str]
 ) -> float:
     """Tokens/s that the search's simulator gives the default; NaN where it cannot."""
     runner = None if sweep is None else sweep.runner

@@ -58,11 +58,11 @@ class EngineRunner:
         self._new_tokens = new_tokens
         self._predictors = {one.name: one for one in predictors}
         self._load = None if isinstance(engine, Engine) else engine
-        self._device: Device | None = None
+        self._device: TunedEngine | None = None
         if isinstance(engine, Engine):
-            self._device = Device(engine, self._predictors)
+            self._device = TunedEngine(engine, self._predictors)
         elif shape is None:
-            self._device = Device(engine(), self._predictors)
+            self._device = TunedEngine(engine(), self._predictors)
         known = shape if self._device is None else self._device.engine.shape
         assert known is not None
         self._settings = engine_settings(known, ["none", *self._predictors], DECODES)
@@ -101,11 +101,11 @@ class EngineRunner:
         return {**self.__dict__, "_device": None}
 
     @property
-    def device(self) -> "Device":
+    def device(self) -> "TunedEngine":
         """The engine of this process, loaded if it is not there yet."""
         if self._device is None:
             assert self._load is not None
-            self._device = Device(self._load(), self._predictors)
+            self._device = TunedEngine(self._load(), self._predictors)
         return self._device
 
     def run(
@@ -138,7 +138,7 @@ class Timed(NamedTuple):
     label: str
 
 
-class Device:
+class TunedEngine:
     """An engine that takes settings by the names of a sweep.
 
     Attributes:

@@ -14,7 +14,7 @@ from ..engine.engine import Engine
 from ..errors import UnsupportedOption
 from ..predictor import Predictor
 from .candidates import Chosen, best_of, require_unseen, simulated_default
-from .engine_runner import Device, Timed
+from .engine_runner import Timed, TunedEngine
 from .prompts import require_new_tokens, texts_of
 from .sweep import Sweep
 from .timings import Verdict, verdict
@@ -141,7 +141,7 @@ def prove(
     require_new_tokens(new_tokens)
     if not is_count(repeats) or repeats < 2:
         raise UnsupportedOption(f"repeats is {repeats!r}; two blocks or more show the spread")
-    device = Device(engine, {one.name: one for one in predictors})
+    device = TunedEngine(engine, {one.name: one for one in predictors})
     trial = _Trial(sweep, device, texts, dict(default or {}), repeats, new_tokens, on_progress, cancel)
     told = {"was_told": trial.is_cancelled, "is_patient": True}
     proof: Proof = engine.turn.run("a proof", trial.run, (), **told)
@@ -154,7 +154,7 @@ class _Trial:
     def __init__(
         self,
         sweep: Sweep | Mapping[str, Any] | Sequence[Mapping[str, Any]],
-        device: Device,
+        device: TunedEngine,
         texts: Sequence[Any],
         default: dict[str, Any],
         repeats: int,

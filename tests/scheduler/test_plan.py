@@ -7,7 +7,7 @@ from prescope.cache.slots import SortedNeed, sort_need
 from prescope.errors import UnsupportedOption
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.baselines import hybrimoe
-from prescope.scheduler.fill import Habits
+from prescope.scheduler.fill import KnownUses
 from prescope.scheduler.layer import as_served
 from prescope.scheduler.learn import learn_trust
 from prescope.scheduler.plan import LONG_LASTING, Situation, wanted
@@ -46,7 +46,7 @@ def plan_of(
     slot_of[key_of[key_of >= 0]] = np.flatnonzero(key_of >= 0)
     slots = arrays(slot_of, key_of, np.zeros(L * E) if scores is None else scores)
     settings = ScheduleSettings(NUMBERS[name], lookahead, E, 0.1)
-    habits = Habits(lasting, 2.0 * lasting, np.zeros(5), np.zeros(L * E), np.zeros(L * E, np.int64))
+    habits = KnownUses(lasting, 2.0 * lasting, np.zeros(5), np.zeros(L * E), np.zeros(L * E, np.int64))
     return whole_plan(
         Situation(settings, costs or costs_of(), layer, L, need, backlog, slots, tokens, used, habits)
     )

@@ -10,7 +10,7 @@ from prescope.errors import UnsupportedOption
 from prescope.scheduler import SCHEDULES
 from prescope.scheduler.baselines import artefact, fiddler, hybrimoe, static_split
 from prescope.scheduler.costs import LayerCosts, compiled_costs
-from prescope.scheduler.fill import Habits
+from prescope.scheduler.fill import KnownUses
 from prescope.scheduler.impact import delay_us, split_us
 from prescope.scheduler.plan import ARTEFACT_BATCH, Situation
 from prescope.scheduler.settings import resolve
@@ -33,7 +33,7 @@ def need_of(tokens, slots=None):
     return sort_need(np.arange(n), np.array(tokens, dtype=np.int64), where, np.zeros(L * E, dtype=bool))
 
 
-NO_HABITS = Habits(0.0, 0.0, np.zeros(5), np.zeros(L * E), np.zeros(L * E, np.int64))
+NO_HABITS = KnownUses(0.0, 0.0, np.zeros(5), np.zeros(L * E), np.zeros(L * E, np.int64))
 
 
 def plan(name, need, used, *, costs=None, layer=0, slot_of=None, tokens=None, **settings):

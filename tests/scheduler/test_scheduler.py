@@ -12,7 +12,7 @@ from prescope.errors import UnsupportedOption
 from prescope.scheduler import PREDICTORS, SCHEDULES, schedule_named
 from prescope.scheduler.baselines import fiddler, hybrimoe
 from prescope.scheduler.fill import (
-    Habits,
+    KnownUses,
     cpu_of,
     price_us,
     worth_a_copy,
@@ -201,8 +201,8 @@ def test_a_copy_that_outlasts_layers_is_left_alone():
 # -- who gives up a slot ---------------------------------------------------------------------------------------
 
 
-def habits(lasting=0.0, gain=0.0, num_keys=1024) -> Habits:
-    return Habits(lasting, gain, np.zeros(5), np.zeros(num_keys), np.zeros(num_keys, np.int64))
+def habits(lasting=0.0, gain=0.0, num_keys=1024) -> KnownUses:
+    return KnownUses(lasting, gain, np.zeros(5), np.zeros(num_keys), np.zeros(num_keys, np.int64))
 
 
 def test_late_ones_stand_in_the_order_in_which_they_land():

@@ -10,7 +10,7 @@ from ...hf import addresses_of, bucket_of, has_hooks
 from ...kernels import MOST_PAIRS, make_device_table
 from ..config import EngineConfig
 from ..layered import LayeredRunner
-from ..stopping import Progress
+from ..stopping import RunProgress
 from .loop import DecodeLoop
 from .step import COPY, GPU, HOST, GraphStep
 
@@ -81,7 +81,7 @@ class Decoder:
         batch: int,
         length: int | None,
         names: Collection[str],
-        progress: Progress,
+        progress: RunProgress,
     ) -> DecodeLoop | str:
         """A loop that runs captured steps, or the reason why transformers' own loop runs, layer by layer.
 

@@ -23,7 +23,7 @@ from ...core.worker import PATIENCE_S, despite_interrupts
 from ...errors import TransferFailed, UnsupportedOption, WaitTimedOut
 from ...kernels import StepLog
 from ..layered import LayeredRunner
-from ..stopping import Progress
+from ..stopping import RunProgress
 from .copy_driver import CopyDriver, SideTasks
 from .host_driver import HostDriver
 from .sampler import Sampler
@@ -66,7 +66,7 @@ class DecodeLoop:
         runner: LayeredRunner,
         table: "DeviceTable",
         only: str,
-        progress: Progress,
+        progress: RunProgress,
     ) -> None:
         self._step, self._runner, self._table, self._only = step, runner, table, only
         self._progress = progress

@@ -44,7 +44,9 @@ def _captured_us(predictor: Predictor, device: Device, num_tokens: int, width: i
     layers = range(max(1, shape.num_layers - 1))  # the last one has none to predict for
 
     def predict_all() -> torch.Tensor:
-        x_TD.add_(0.0)  # a predictor that looks its answer up launches nothing, and torch warns of an empty graph
+        x_TD.add_(
+            0.0
+        )  # a predictor that looks its answer up launches nothing, and torch warns of an empty graph
         made = torch.empty(0, dtype=torch.float32, device="cpu")
         for layer in layers:
             made = asked.scores(layer, x_TD, ids_TK, weights_TK)

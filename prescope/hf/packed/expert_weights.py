@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ...errors import BadModelFolder
 from ..moe_layers import MoELayer
 from .origin import Origin
-from .places import Place, Places
+from .places import Places, WeightPlace
 
 
 class ExpertWeights(NamedTuple):
@@ -20,7 +20,7 @@ class ExpertWeights(NamedTuple):
         spare: weights for which the model has no place, such as those of layers that predict further tokens.
     """
 
-    found: Mapping[str, Mapping[str, Place]]
+    found: Mapping[str, Mapping[str, WeightPlace]]
     owned: Mapping[str, str]
     spare: frozenset[str]
 
@@ -39,7 +39,7 @@ class ExpertWeights(NamedTuple):
             for name, tensor in model.named_parameters(remove_duplicate=False)
             if id(tensor) in owners
         }
-        found: dict[str, dict[str, Place]] = {target: {} for target in owned.values()}
+        found: dict[str, dict[str, WeightPlace]] = {target: {} for target in owned.values()}
         known = model.state_dict().keys()
         spare: set[str] = set()
         for weight in weights:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ...errors import BadModelFolder, UnsupportedExperts
 from .checkpoint import Checkpoint
-from .places import STACKED, STACKED_PAIRS, Place, in_order
+from .places import STACKED, STACKED_PAIRS, WeightPlace, in_order
 from .published import FLOATS
 
 
@@ -16,7 +16,7 @@ class Origin(NamedTuple):
     Attributes:
         parts: what is put one behind the other, each the names of E weights, or of one that has all experts.
         is_stacked: whether they are weights of single experts.
-        is_ours: see `Place`.
+        is_ours: see `WeightPlace`.
     """
 
     parts: tuple[tuple[str, ...], ...]
@@ -24,7 +24,7 @@ class Origin(NamedTuple):
     is_ours: bool = False
 
     @classmethod
-    def of(cls, target: str, weights: Mapping[str, Place], num_experts: int) -> "Origin":
+    def of(cls, target: str, weights: Mapping[str, WeightPlace], num_experts: int) -> "Origin":
         """Of the weights that belong to a parameter, with the place of each.
 
         Raises:
@@ -52,7 +52,7 @@ class Origin(NamedTuple):
         return cls(parts, True, any(place.is_ours for place in weights.values()))
 
     @staticmethod
-    def require_stacked(target: str, places: Iterable[Place]) -> None:
+    def require_stacked(target: str, places: Iterable[WeightPlace]) -> None:
         """Raise UnsupportedExperts if weights are put together by another way than one behind the other."""
         for place in places:
             if place.steps not in ((), STACKED, STACKED_PAIRS):

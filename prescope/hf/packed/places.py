@@ -20,7 +20,7 @@ LINEARS = {
 _LINEAR = re.compile(rf"(.+)\.\d+\.({'|'.join(LINEARS)})\.(weight|bias)")
 
 
-class Place(NamedTuple):
+class WeightPlace(NamedTuple):
     """What becomes of a weight of a checkpoint.
 
     Attributes:
@@ -51,23 +51,23 @@ class Places:
         self._by_pattern = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
         self._prefix, self._known = model.base_model_prefix, model.state_dict()
 
-    def of(self, weight: str) -> Place:
+    def of(self, weight: str) -> WeightPlace:
         """The place of a weight by its name in the checkpoint; its own name where no rule holds.
 
         Families that publish all experts of a layer in one tensor (Qwen3-VL, Gemma 4, gpt-oss, ...) have no rule for
         single ones. Tools that pack linears take such a tensor apart, and call its parts as other families do.
         """
         if weight in self._known:
-            return Place(weight, 0, ())
+            return WeightPlace(weight, 0, ())
         target, pattern = self._renamed(weight)
         if pattern is None:
             is_known = target in self._known
-            return (None if is_known else self._of_one_expert(weight)) or Place(target, 0, ())
+            return (None if is_known else self._of_one_expert(weight)) or WeightPlace(target, 0, ())
         rule = self._by_pattern[pattern]
         steps = tuple((type(step).__name__, getattr(step, "dim", None)) for step in rule.operations)
-        return Place(target, rule.source_patterns.index(pattern), steps)
+        return WeightPlace(target, rule.source_patterns.index(pattern), steps)
 
-    def _of_one_expert(self, weight: str) -> Place | None:
+    def _of_one_expert(self, weight: str) -> WeightPlace | None:
         """The place of a linear of one expert in the tensor of all of them, if the model has that; else None."""
         if (found := _LINEAR.fullmatch(weight)) is None:
             return None
@@ -77,7 +77,7 @@ class Places:
             target, _ = self._renamed(whole)
             if target in self._known:
                 steps = STACKED_PAIRS if parameter == "gate_up_proj" else STACKED
-                return Place(target, part, steps, is_ours=True)
+                return WeightPlace(target, part, steps, is_ours=True)
         return None
 
     def _renamed(self, weight: str) -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ from .expert_weights import ExpertWeights
 from .gathered import Gathered, LeftOut, order_of
 from .layer_rows import LayerRows
 from .origin import Origin
-from .places import Place
+from .places import WeightPlace
 from .published import Group, Matrix, matrices_in
 
 
@@ -196,7 +196,7 @@ def _is_packed(layer: MoELayer, weights: ExpertWeights, matrices: Mapping[str, M
 
 
 def _gathered(
-    layers: Sequence[MoELayer], found: Mapping[str, Mapping[str, Place]]
+    layers: Sequence[MoELayer], found: Mapping[str, Mapping[str, WeightPlace]]
 ) -> dict[str, tuple[Origin, tuple[bool, bool]]]:
     """The parameters of layers which are not packed that have to be put together here; see `PackedPlan.gathered`."""
     gathered = {}
@@ -213,7 +213,7 @@ def _rows_of(
     layer: MoELayer,
     checkpoint: Checkpoint,
     matrices: Mapping[str, Matrix],
-    found: Mapping[str, Mapping[str, Place]],
+    found: Mapping[str, Mapping[str, WeightPlace]],
     dtype: torch.dtype,
 ) -> LayerRows:
     sources = {

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ...errors import UnsupportedOption
 from ..routing import RoutingTrace
 from .drawing import draw_ranks, expert_of_rank, popularity_of_ranks
-from .rows import Rows, fingerprint_of, synthetic_trace
+from .rows import TokenRows, fingerprint_of, synthetic_trace
 from .spec import SyntheticSpec
 
 Int16Array = NDArray[np.int16]
@@ -40,7 +40,7 @@ ADVERSARIAL: dict[str, str] = {
 
 
 class _Case(NamedTuple):
-    rows: Rows
+    rows: TokenRows
     num_layers: int
     num_experts: int
     top_k: int
@@ -68,7 +68,7 @@ def adversarial(
     shape = {"num_layers": num_layers, "num_experts": num_experts, "top_k": top_k}
     SyntheticSpec(**shape)  # checks the shape
     rng = np.random.default_rng(seed)
-    case = _Case(Rows(prompt_tokens, new_tokens, batch), num_layers, num_experts, top_k, rng)
+    case = _Case(TokenRows(prompt_tokens, new_tokens, batch), num_layers, num_experts, top_k, rng)
     return synthetic_trace(
         _KINDS[name](case),
         num_experts,

@@ -17,7 +17,7 @@ from ..routing import RoutingTrace
 from .drawing import draw_weights
 
 
-class Rows:
+class TokenRows:
     """Which token each row of a run is: step 0 reads the prompts, every later step adds a token to each sequence.
 
     As an engine records it: `new_tokens` tokens take one prefill step and `new_tokens - 1` decode steps.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ...errors import TraceMismatch, UnsupportedOption
 from ..routing import RoutingTrace
 from .drawing import draw_ranks, expert_of_rank, popularity_of_ranks
-from .rows import Rows, fingerprint_of, synthetic_trace
+from .rows import TokenRows, fingerprint_of, synthetic_trace
 
 #: Beyond this exponent the K most popular experts are all there is.
 MOST_ZIPF = 8.0
@@ -101,7 +101,7 @@ class SyntheticSpec:
         Step 0 is the prefill of batch * prompt_tokens rows, then one row for each sequence in each of new_tokens - 1
         decode steps. Router weights are fitted to nothing, see `draw_weights`. The same seed gives the same trace.
         """
-        rows = Rows(prompt_tokens, new_tokens, batch)
+        rows = TokenRows(prompt_tokens, new_tokens, batch)
         rng = np.random.default_rng([self.seed, seed])
         ids_RLK = self._draw(rows.batch, rows.length, rows.sequence, rows.position, rng)
         return self._trace(ids_RLK, rows.columns, rows.prompts, rng)
