@@ -61,8 +61,8 @@ def test_so_it_does_where_the_host_has_not_seen_the_routing(gpu, fails):
     with prescope.attach(model, slots=ALL, decode="layered", record_routing=True, **gpu) as engine:
         while (engine.runner.residency.slot_of < 0).any():
             engine.generate(prompt(3, 30, seed=engine.runner.residency.policy.tick), max_new_tokens=2)
-        fails("tile_plan._align", NO_ROOM)
-        with pytest.warns(UserWarning, match="_align cannot run here"):
+        fails("tile_plan.align", NO_ROOM)
+        with pytest.warns(UserWarning, match="align cannot run here"):
             run = engine.generate(ids, max_new_tokens=2)
         assert run.tokens == expected
         assert (run.layers["step"].value_counts() == LAYERS).all(), "no layer is counted twice"
