@@ -356,8 +356,9 @@ class Engine:
             return self._costs_by(HardwareProfile.of_this_machine(self._device.describe()))
         except (NoProfile, BadProfile) as error:
             raise UnsupportedOption(
-                f"schedule={schedule!r} weighs what copying and computing cost here: {error}. Run "
-                f"prescope.calibrate(engine) once, give costs=..., or use schedule='on-demand'"
+                f"schedule={schedule!r} weighs what copying and computing cost here: {error}. With an engine of "
+                f"schedule='on-demand' run prescope.calibrate(engine) once (from a shell: prescope calibrate MODEL), "
+                f"or give costs=..."
             ) from error
 
     def _costs_by(self, profile: HardwareProfile | str | Path) -> LayerCosts:
