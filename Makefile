@@ -20,6 +20,9 @@ PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/
 # Jupyter refuses to run as root unless told.
 LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 
+# Clusters' modules and ROS put packages of another Python there, and those come before the ones in .venv.
+unexport PYTHONPATH PYTHONHOME
+
 .DEFAULT_GOAL := help
 .PHONY: help lab report docs test test-all check format clean setup
 
@@ -60,7 +63,7 @@ clean:  ## Remove .venv, caches and reports
 
 # The stamp's age says when pip last ran to its end, its text for which folder: a .venv that was copied
 # or moved along still imports prescope from the old place. Lab's news and update checks are turned off
-# inside .venv, so that no setting of the user is touched.
+# inside .venv, so that no setting of the user is touched. --no-user: pip refuses a user's `user = true` in a .venv.
 $(STAMP): pyproject.toml constraints.txt $(if $(filter-out $(CURDIR),$(shell cat $(STAMP) 2>/dev/null)),moved)
 	@set -e; fits='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
 	if ! $(BIN)/python -c "$$fits" 2>/dev/null; then \
@@ -76,11 +79,11 @@ $(STAMP): pyproject.toml constraints.txt $(if $(filter-out $(CURDIR),$(shell cat
 		echo "Setting up $(VENV) with $$($$python --version); the first time this downloads PyTorch and takes minutes."; \
 		$$python -m venv --clear $(VENV); \
 	fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lab,sweep,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-user -c constraints.txt -e ".[lab,sweep,dev]"
 	@mkdir -p $(VENV)/share/jupyter/lab/settings
 	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' \
 		> $(VENV)/share/jupyter/lab/settings/overrides.json
 	$(BIN)/python -m prescope compile
-	@echo '$(CURDIR)' > $@
+	@pwd -P > $@
 
 .PHONY: moved

@@ -1,0 +1,57 @@
+"""`make` sets up in .venv whatever the user's shell, pip and folder are called; the installation itself is made up."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [
+    pytest.mark.skipif(shutil.which("make") is None, reason="there is no make"),
+    pytest.mark.skipif(not (ROOT / "Makefile").is_file(), reason="not in a checkout"),
+]
+#: Stands in for .venv's interpreter and writes down how it was called.
+PYTHON = """#!/bin/sh
+echo "PYTHONPATH=${PYTHONPATH-none} $*" >> calls
+"""
+
+
+@pytest.fixture(params=["plain", "two words", "Grüße", "it's mine"])
+def checkout(request, tmp_path) -> Path:
+    """A folder that is set up but for the installation."""
+    folder = tmp_path / request.param
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return folder
+
+
+def calls_of_setup(folder: Path) -> list[str]:
+    """What `make setup` calls the interpreter with."""
+    (folder / "calls").write_text("")
+    env = {**os.environ, "PYTHONPATH": "/of/another/python"}
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of the make that runs the tests
+        env.pop(name, None)
+    done = subprocess.run(["make", "setup"], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return (folder / "calls").read_text().splitlines()
+
+
+def test_setup_runs_once_in_a_folder_of_any_name_and_again_where_the_folder_has_moved(checkout):
+    assert len(calls_of_setup(checkout)) == 3  # is it new enough, pip, compile
+    assert calls_of_setup(checkout) == []
+    moved = checkout.rename(checkout.with_name(f"{checkout.name}, moved"))
+    assert len(calls_of_setup(moved)) == 3
+    assert calls_of_setup(moved) == []
+
+
+def test_what_a_user_has_set_for_other_pythons_does_not_reach_the_installation(checkout):
+    """PYTHONPATH shadows what lies in .venv; `user = true` among pip's settings is an error there."""
+    calls = calls_of_setup(checkout)
+    assert all(call.startswith("PYTHONPATH=none ") for call in calls), calls
+    assert any("-m pip install " in call and " --no-user " in call for call in calls), calls
