@@ -11,6 +11,7 @@ from ..cache.prefetch import LEAST_BYTES_ON_WIRE
 from ..core.numbers import is_count, is_number
 from ..core.paths import user_path
 from ..core.units import GIB, count_of, digits
+from ..device import describe_auto
 from ..engine import Engine
 from ..errors import BadProfile, NoProfile, TraceMismatch, UnsupportedOption
 from ..predictor import NoisyOracle
@@ -176,7 +177,7 @@ def _machine_of(given: MachineSpec | HardwareProfile | str | Path | None) -> tup
     if given is not None:
         return _machine_named(given), ""
     try:
-        return MachineSpec.of_profile(HardwareProfile.of_this_machine(), HERE), ""
+        return MachineSpec.of_profile(HardwareProfile.of_this_machine(describe_auto()), HERE), ""
     except NoProfile:
         spec = MachineSpec.of_profile(HardwareProfile.load(INSTEAD))
         return spec, (

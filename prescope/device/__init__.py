@@ -1,7 +1,10 @@
 """Devices: CUDA, the CPU with an emulated link, and a null device with a virtual clock."""
 
+from typing import Any
+
 import torch
 
+from ..core.machine import CPU_DEVICE
 from ..errors import UnsupportedOption
 from .base import Device, Events, LinkFunctions, Mark
 from .cuda import CudaDevice, visible_gpus
@@ -17,6 +20,7 @@ __all__ = [
     "LinkFunctions",
     "Mark",
     "NullDevice",
+    "describe_auto",
     "emulated_link_gb_per_s",
     "open_device",
     "resolve_device",
@@ -44,6 +48,16 @@ def resolve_device(device: str, link_gb_per_s: float | None, model_device: torch
     if torch.cuda.is_available():
         return "cuda", f"torch sees {torch.cuda.get_device_name()}"
     return "cpu", "torch sees no CUDA GPU; the CPU stands in for it, the link is emulated"
+
+
+def describe_auto() -> dict[str, Any]:
+    """What says of the device that "auto" opens here whose times are its own, as in its `describe()`; opens none.
+
+    nvidia-smi also knows GPUs that torch cannot use: it is built without CUDA, or CUDA_VISIBLE_DEVICES leaves them out.
+    """
+    if resolve_device("auto", None, torch.device("cpu"))[0] == "cuda":
+        return {"device": torch.cuda.get_device_name(), "link": "measured"}
+    return {"device": CPU_DEVICE, "link": "emulated"}
 
 
 def torch_device_of(device: str | torch.device) -> torch.device:

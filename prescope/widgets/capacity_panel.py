@@ -8,6 +8,7 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 
 from ..advice import KNOWN, Advice, MachineSpec, ModelSize, advise
+from ..device import describe_auto
 from ..engine import Engine
 from ..errors import BadProfile, NoProfile, PrescopeError, UnsupportedOption
 from ..profile import HardwareProfile
@@ -204,7 +205,7 @@ class CapacityPanel:
 
 def _known_machines(first: Engine | ModelSize | str) -> dict[str, MachineSpec]:
     """This machine if it has been calibrated, and those that come with prescope."""
-    described = first.hardware() if isinstance(first, Engine) else None
+    described = first.hardware() if isinstance(first, Engine) else describe_auto()
     try:
         known = {HERE: MachineSpec.of_profile(HardwareProfile.of_this_machine(described), HERE)}
     # Not calibrated, or damaged, or of an older calibration, which did not note the GPU's memory.

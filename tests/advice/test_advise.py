@@ -12,6 +12,7 @@ from prescope import views
 from prescope.advice import INTERVAL, MachineSpec, ModelSize, advise, paces
 from prescope.core.machine import this_place
 from prescope.core.paths import data_dir, embedded_model
+from prescope.device import describe_auto
 from prescope.engine.config import EngineConfig
 from prescope.errors import BadModelFolder, BadProfile, NotAMoE, TraceMismatch, UnsupportedOption
 from prescope.profile import HardwareProfile, own_file
@@ -319,14 +320,18 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_this_machines_own_profile_is_taken_before_a_shipped_one(cache):
-    """As `calibrate` saves it; without one the advice begins with whose numbers these are."""
+def test_this_machines_own_profile_is_taken_before_a_shipped_one(cache, monkeypatch):
+    """As `calibrate` saves it; without one the advice begins with whose numbers these are. A laptop's driver may list a
+    GPU that torch, built without CUDA, cannot use: what was calibrated there is the CPU.
+    """
+    monkeypatch.setattr("prescope.core.machine.gpu_links", lambda: {"A GPU of the driver alone": "PCIe 4 x8"})
+    here = this_place(describe_auto())
     advice = advise(BIG_EXPERTS, context=64, shares=(0.5,))
-    if HardwareProfile.load("test_machine").place != this_place():
+    if HardwareProfile.load("test_machine").place != here:
         assert advice.words.startswith("Not of this machine, which has not been calibrated")
         assert "H200" in advice.words
     shipped = HardwareProfile.load("test_machine")
-    replace(shipped, place=this_place(), label="calibrated here").save()
+    replace(shipped, place=here, label="calibrated here").save()
     own = advise(BIG_EXPERTS, context=64, shares=(0.5,))
     assert own.machine.name == "this machine"
     assert own.machine.origin.startswith("calibrated here")
@@ -335,7 +340,7 @@ def test_this_machines_own_profile_is_taken_before_a_shipped_one(cache):
 
 
 def test_a_saved_profile_that_cannot_be_read_is_told_and_not_passed_over(cache):
-    own_file(this_place()).write_text("{")
+    own_file(this_place(describe_auto())).write_text("{")
     with pytest.raises(BadProfile):
         advise(BIG_EXPERTS, context=64)
 
