@@ -19,6 +19,8 @@ PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/
 	-n logical --maxprocesses $(WORKERS) --dist loadfile
 # Jupyter refuses to run as root unless told.
 LAB_AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+# Nor does it open a notebook outside the folder that a user's own settings may name.
+LAB_FOLDER = --ServerApp.root_dir=$(dir $(NOTEBOOK))
 
 # Clusters' modules and ROS put packages of another Python there, and those come before the ones in .venv.
 unexport PYTHONPATH PYTHONHOME
@@ -30,7 +32,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 lab: $(STAMP)  ## Open JupyterLab on the quickstart notebook
-	$(BIN)/python -m jupyter lab $(LAB_AS_ROOT) --LabApp.extension_manager=readonly $(NOTEBOOK)
+	$(BIN)/python -m jupyter lab $(LAB_AS_ROOT) $(LAB_FOLDER) --LabApp.extension_manager=readonly $(NOTEBOOK)
 
 report: $(STAMP)  ## Run the quickstart (or NOTEBOOK=...) and write it as one HTML file that opens offline
 	$(BIN)/python -m prescope.report $(NOTEBOOK) --out $(REPORT)

@@ -31,27 +31,34 @@ def checkout(request, tmp_path) -> Path:
     return folder
 
 
-def calls_of_setup(folder: Path) -> list[str]:
-    """What `make setup` calls the interpreter with."""
+def calls_of(folder: Path, target: str = "setup") -> list[str]:
+    """What `make` calls the interpreter with."""
     (folder / "calls").write_text("")
     env = {**os.environ, "PYTHONPATH": "/of/another/python"}
     for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of the make that runs the tests
         env.pop(name, None)
-    done = subprocess.run(["make", "setup"], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["make", target], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return (folder / "calls").read_text().splitlines()
 
 
 def test_setup_runs_once_in_a_folder_of_any_name_and_again_where_the_folder_has_moved(checkout):
-    assert len(calls_of_setup(checkout)) == 3  # is it new enough, pip, compile
-    assert calls_of_setup(checkout) == []
+    assert len(calls_of(checkout)) == 3  # is it new enough, pip, compile
+    assert calls_of(checkout) == []
     moved = checkout.rename(checkout.with_name(f"{checkout.name}, moved"))
-    assert len(calls_of_setup(moved)) == 3
-    assert calls_of_setup(moved) == []
+    assert len(calls_of(moved)) == 3
+    assert calls_of(moved) == []
 
 
 def test_what_a_user_has_set_for_other_pythons_does_not_reach_the_installation(checkout):
     """PYTHONPATH shadows what lies in .venv; `user = true` among pip's settings is an error there."""
-    calls = calls_of_setup(checkout)
+    calls = calls_of(checkout)
     assert all(call.startswith("PYTHONPATH=none ") for call in calls), calls
     assert any("-m pip install " in call and " --no-user " in call for call in calls), calls
+
+
+def test_lab_opens_its_notebook_whatever_folder_a_users_settings_name(checkout):
+    """With a `c.ServerApp.root_dir` of the user's, Jupyter ends: it and the notebook "are incompatible"."""
+    *_, lab = calls_of(checkout, "lab")
+    assert " -m jupyter lab " in lab and lab.endswith(" notebooks/00_quickstart.ipynb")
+    assert " --ServerApp.root_dir=notebooks/ " in lab
