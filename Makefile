@@ -64,7 +64,8 @@ clean:  ## Remove .venv, caches and reports
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp's age says when pip last ran to its end, its text for which folder: a .venv that was copied
-# or moved along still imports prescope from the old place. Lab's news and update checks are turned off
+# or moved along still imports prescope from the old place. A .venv without pip was interrupted while it
+# was made, or made by another tool (uv): it gets one. Lab's news and update checks are turned off
 # inside .venv, so that no setting of the user is touched. --no-user: pip refuses a user's `user = true` in a .venv.
 $(STAMP): pyproject.toml constraints.txt $(if $(filter-out $(CURDIR),$(shell cat $(STAMP) 2>/dev/null)),moved)
 	@set -e; fits='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
@@ -80,6 +81,8 @@ $(STAMP): pyproject.toml constraints.txt $(if $(filter-out $(CURDIR),$(shell cat
 		fi; \
 		echo "Setting up $(VENV) with $$($$python --version); the first time this downloads PyTorch and takes minutes."; \
 		$$python -m venv --clear $(VENV); \
+	elif ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		$(BIN)/python -m venv $(VENV); \
 	fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-user -c constraints.txt -e ".[lab,sweep,dev]"
 	@mkdir -p $(VENV)/share/jupyter/lab/settings

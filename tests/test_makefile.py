@@ -12,9 +12,13 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("make") is None, reason="there is no make"),
     pytest.mark.skipif(not (ROOT / "Makefile").is_file(), reason="not in a checkout"),
 ]
-#: Stands in for .venv's interpreter and writes down how it was called.
+#: Stands in for .venv's interpreter and writes down how it was called. It has a pip unless `no-pip` is there.
 PYTHON = """#!/bin/sh
 echo "PYTHONPATH=${PYTHONPATH-none} $*" >> calls
+case "$*" in
+"-m pip "*) test ! -e no-pip ;;
+"-m venv .venv") rm no-pip ;;
+esac
 """
 
 
@@ -43,11 +47,18 @@ def calls_of(folder: Path, target: str = "setup") -> list[str]:
 
 
 def test_setup_runs_once_in_a_folder_of_any_name_and_again_where_the_folder_has_moved(checkout):
-    assert len(calls_of(checkout)) == 3  # is it new enough, pip, compile
+    assert len(calls_of(checkout)) == 4  # is it new enough, has it pip; pip, compile
     assert calls_of(checkout) == []
     moved = checkout.rename(checkout.with_name(f"{checkout.name}, moved"))
-    assert len(calls_of(moved)) == 3
+    assert len(calls_of(moved)) == 4
     assert calls_of(moved) == []
+
+
+def test_a_venv_without_pip_gets_one(checkout):
+    """Ctrl-C while it was made leaves such a one, and so does uv; "No module named pip" stood there for ever."""
+    (checkout / "no-pip").touch()
+    assert any(call.endswith(" -m venv .venv") for call in calls_of(checkout))
+    assert calls_of(checkout) == []
 
 
 def test_what_a_user_has_set_for_other_pythons_does_not_reach_the_installation(checkout):
