@@ -181,6 +181,14 @@ def test_a_failing_cell_is_named_with_its_traceback_and_nothing_is_written(tmp_p
     assert not (tmp_path / "n.html").exists()
 
 
+def test_a_page_that_cannot_be_written_is_said_in_a_line_before_anything_runs(tmp_path, capsys):
+    notebook, blocked = write_notebook(tmp_path / "n.ipynb", "1 + 1"), tmp_path / "a file"
+    blocked.write_text("")
+    assert main([str(notebook), "--out", str(blocked / "n.html")]) == 1
+    said = capsys.readouterr()
+    assert "cannot be written" in said.err and len(said.err.splitlines()) == 1 and not said.out
+
+
 def test_from_the_shell_a_failing_cell_is_one_last_line_behind_its_traceback(tmp_path, capsys):
     """It was one line with the whole traceback and its colours in it."""
     notebook = write_notebook(tmp_path / "n.ipynb", "pass", "1 / 0")

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .notebook import NotebookFailed, execute_notebook, for_stderr, parse_parameter
+from ..errors import PrescopeError
+from .notebook import execute_notebook, for_stderr, parse_parameter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line. Exit status: 0, 1 when a cell failed, 2 for a wrong call, 130 when cancelled."""
+    """Exit status: 0, 1 when a cell failed or nothing can be written, 2 for a wrong call, 130 cancelled."""
     parser = argparse.ArgumentParser(
         prog="python -m prescope.report", description="Run a notebook, write one HTML."
     )
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         execute_notebook(given.notebook, given.out, parameters=dict(given.param), timeout_s=given.timeout)
-    except NotebookFailed as error:
+    except PrescopeError as error:
         print(for_stderr(str(error)), file=sys.stderr)
         return 1
     except (ValueError, FileNotFoundError) as error:
