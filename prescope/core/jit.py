@@ -6,6 +6,7 @@ as ordinary Python, with the same results, some hundred times slower; a warning 
 
 import hashlib
 import os
+import pickle
 import shutil
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tqdm.auto import tqdm
 
@@ -192,7 +193,28 @@ def jit(function: F) -> F:
     former = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = cache_dir()
     try:
-        compiled: F = numba.njit(cache=True, nogil=True)(function)
+        compiled: Any = numba.njit(cache=True, nogil=True)(function)
     finally:
         numba.config.CACHE_DIR = former
-    return compiled
+    if IS_COMPILED:
+        compiled._cache.load_overload = _or_compile(compiled._cache)
+    return cast(F, compiled)
+
+
+def _or_compile(kept: Any) -> Callable[[Any, Any], Any]:
+    """Read a function from numba's cache on disk; one that is damaged there is forgotten, and so compiled anew.
+
+    A machine that loses power leaves empty files behind a rename; numba raises pickle's error for them, at every run.
+    """
+    load = kept.load_overload
+
+    def load_or_forget(signature: Any, context: Any) -> Any:
+        try:
+            return load(signature, context)
+        except (EOFError, pickle.UnpicklingError, ValueError, TypeError, LookupError) as error:
+            words = f"compiled code in {cache_dir()} is damaged ({type(error).__name__}); it is compiled anew"
+            warnings.warn(words, stacklevel=2)
+            kept.flush()
+            return None
+
+    return load_or_forget

@@ -1,5 +1,6 @@
 """Compiled functions under signals, for Ctrl-C may come at any moment; and what is said while they are compiled."""
 
+import runpy
 import signal
 import subprocess
 import sys
@@ -98,3 +99,23 @@ def test_whoever_waits_for_the_first_compilation_is_told_and_nobody_else(capsys,
 
 def len_of(_things):
     """Stands for a function whose file names what is kept of it."""
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="nothing is compiled here")
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("kept_bytes", [0, 40])
+def test_compiled_code_that_is_damaged_on_disk_is_said_and_compiled_anew(
+    kind, kept_bytes, tmp_path, monkeypatch
+):
+    """A machine that lost power leaves files without their end; numba raised pickle's error at every run after."""
+    source, compiled = tmp_path / "doubling.py", tmp_path / "compiled"
+    source.write_text("from prescope.core.jit import jit\n\n\n@jit\ndef double(x):\n    return 2 * x\n")
+    monkeypatch.setattr("prescope.core.jit.cache_dir", lambda: str(compiled))
+    double = runpy.run_path(str(source))["double"]
+    assert double(3) == 6
+    (damaged,) = compiled.rglob(f"*.{kind}")
+    damaged.write_bytes(damaged.read_bytes()[:kept_bytes])
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert runpy.run_path(str(source))["double"](3) == 6
+    again = runpy.run_path(str(source))["double"]
+    assert again(3) == 6 and sum(again.stats.cache_hits.values()) == 1
