@@ -8,7 +8,7 @@ is written through Optuna.
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import optuna
@@ -107,7 +107,7 @@ class DatabaseRows:
                         "study_id": self._study_id,
                         "number": one.number,
                         "state": TrialState.RUNNING.name,
-                        "datetime_start": asking.started,
+                        "datetime_start": _in_utc(asking.started),
                     }
                     for one in points
                 ],
@@ -145,7 +145,11 @@ class DatabaseRows:
                 .where(trials.c.trial_id == sqlalchemy.bindparam("of_trial"))
                 .values(state=sqlalchemy.bindparam("now"), datetime_complete=sqlalchemy.bindparam("at")),
                 [
-                    {"of_trial": id_of[one.number], "now": STATES[one.state].name, "at": datetime.now()}
+                    {
+                        "of_trial": id_of[one.number],
+                        "now": STATES[one.state].name,
+                        "at": _in_utc(datetime.now()),
+                    }
                     for one in told
                 ],
             )
@@ -187,6 +191,11 @@ class DatabaseRows:
         ]
         if rows:
             connection.execute(self._tables[table].insert(), rows)
+
+
+def _in_utc(local: datetime) -> datetime:
+    """A time of this machine's clock as Optuna's tables keep it, which gives it back as local time."""
+    return local.astimezone(UTC).replace(tzinfo=None)
 
 
 def is_known(engine: sqlalchemy.Engine) -> bool:

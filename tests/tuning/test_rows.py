@@ -1,11 +1,13 @@
 """What is written past Optuna is what Optuna would have written."""
 
-from datetime import datetime
+import time
+from datetime import datetime, timedelta
 
 import optuna
 import pytest
 import sqlalchemy
 from optuna.storages import InMemoryStorage, RDBStorage
+from optuna.trial import TrialState
 
 from prescope.tuning import Choices, Range, Space
 from prescope.tuning.points import Asked, Asking, Outcome
@@ -55,6 +57,19 @@ def written(way, tmp_path):
     return study.get_trials(), told
 
 
+@pytest.fixture(params=["UTC", "Pacific/Kiritimati"])
+def zone(request, monkeypatch):
+    """Where this machine stands: a database keeps times in UTC, a trial has those of its own clock."""
+    if not hasattr(time, "tzset"):
+        pytest.skip("the time zone cannot be set here")
+    with monkeypatch.context() as here:
+        here.setenv("TZ", request.param)
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("zone")
 @pytest.mark.parametrize("way", ["database", "memory"])
 def test_both_ways_write_the_same_trials(way, tmp_path):
     expected, told = written("optuna", tmp_path)
@@ -63,7 +78,10 @@ def test_both_ways_write_the_same_trials(way, tmp_path):
     for one, other in zip(expected, found, strict=True):
         for field in FIELDS:
             assert getattr(one, field) == getattr(other, field), field
-        assert (one.datetime_complete is None) == (other.datetime_complete is None)
+        for trial in (one, other):
+            done = trial.datetime_complete
+            assert (done is None) == (trial.state == TrialState.RUNNING)
+            assert done is None or abs(datetime.now() - done) < timedelta(minutes=5)
 
 
 def test_the_tables_are_those_of_this_optuna(tmp_path):
