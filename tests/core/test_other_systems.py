@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
-import ctypes, mmap, os, pathlib, signal, sys, warnings
+import ctypes, mmap, os, pathlib, shutil, signal, sys, types, warnings
 import psutil, torch, transformers, numba  # they may use what they find
 from tests.support.models import plain_tokens, prompt, tiny_moe
 from transformers import Qwen3MoeForCausalLM
@@ -39,6 +39,7 @@ ctypes.CDLL = CDLL
 exists = pathlib.Path.exists
 pathlib.Path.exists = lambda path, **keywords: not str(path).startswith(("/proc", "/sys")) and exists(path, **keywords)
 sys.platform = PLATFORM
+shutil._winapi = types.SimpleNamespace(NeedCurrentDirectoryForExePath=lambda name: False)  # asked from Python 3.12 on
 
 import prescope
 from prescope.core.machine import MEMINFO, available_memory_bytes, machine_facts, this_place

@@ -70,6 +70,10 @@ class Layer(nn.Module):
         return x * weights.sum(-1).view(*x.shape[:2], 1), experts
 
 
+@pytest.mark.skipif(
+    " " in torch.__file__,
+    reason="torch's C++ compiler does not find torch in a folder with a blank in its name",
+)
 @pytest.mark.parametrize(("batch", "is_ours"), [(1, True), (4, True), (MOST_TOKENS + 1, False)])
 def test_a_compiled_layer_gives_the_same_with_fewer_launches(monkeypatch, batch, is_ours):
     torch.manual_seed(0)
