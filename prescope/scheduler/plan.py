@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..cache.slots import Slots, SortedNeed, landing_us
+from ..cache.slots import Slots, SortedNeed, landing_us, slots_to_give
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
 from .baselines import artefact, fiddler, hybrimoe, static_split
-from .fill import KnownUses, cpu_of, pays, price_us, worth_a_copy
+from .fill import KnownUses, cpu_of, pays, price_us, watch_demand, worth_a_copy
 from .impact import by_impact
 from .presched import split
 from .types import Costs, Plan, Prefetches, ScheduleSettings
@@ -136,7 +136,7 @@ def make_prefetches(now: Situation) -> Prefetches:
     nothing, keep = np.empty(0, np.int64), keys_to_keep(now)
     d, E = used_dE.shape
     if schedule == PRESCHED:
-        return Prefetches(_presched(now), keep)
+        return Prefetches(_presched(now, keep), keep)
     if schedule in (STREAMING, KLOTSKI):
         if moe_layer + 1 == now.num_layers:
             return Prefetches(nothing, keep)
@@ -200,20 +200,27 @@ def _window(now: Situation) -> Window:
     late_us = landing_us(need, moe_layer * used_dE.shape[1], slots, now.backlog_us, costs.link_busy_us)
     linked, p, window_us, done_us, free_us = split(
         costs, need.tokens[need.num_hits :], need.num_hits, late_us, now.backlog_us, next_tokens, next_used,
-        -1 if now.num_load < 0 else need.num_late + now.num_load,
+        -1 if now.num_load < 0 else need.num_late + now.num_load, now.habits.gain,
     )  # fmt: skip
     return Window(linked, p, window_us, done_us, free_us, candidates, next_tokens, next_used, others, least)
 
 
 @jit
-def _presched(now: Situation) -> IntArray:
-    """Keys that the window's optimum prefetches, and what the link copies while it has nothing else to do."""
+def _presched(now: Situation, keep: IntArray) -> IntArray:
+    """Keys that the window's optimum prefetches, and what the link copies while it has nothing else to do.
+
+    Args:
+        keep: see `keys_to_keep`.
+    """
     settings, costs, need, slots, habits = now.settings, now.costs, now.need, now.slots, now.habits
     moe_layer, tokens_dE, used_dE = now.moe_layer, now.tokens_dE, now.used_dE
     window = _window(now)
     candidates, next_tokens, next_used = window.candidates, window.next_tokens, window.next_used
     others, p, m, own = window.others, window.num_prefetched, len(candidates), moe_layer * used_dE.shape[1]
     has_cpu = len(costs.cpu_us) > 1
+    begin, is_copied = need.num_hits + need.num_late, habits.copied
+    for i in range(begin, begin + now.num_load):
+        is_copied[own + need.experts[i]] = 1
     cold = need.experts[need.num_hits + window.linked :]
     cpu_us = cpu_of(costs, need.tokens[need.num_hits + window.linked :])
     layer_us = window.done_us + costs.rest_us + costs.decide_us
@@ -226,15 +233,17 @@ def _presched(now: Situation) -> IntArray:
     # nobody's way, however long it takes.
     is_free = has_cpu and now.num_load == 0 and (len(cold) > 0 or costs.cpu_us[1] <= costs.link_us)
     left = window.free_us - (p if is_free else m) * costs.link_us
-    if left <= 0 or (p < m and not is_free):
-        return prefetch
+    has_room = left > 0 and (p == m or is_free)
     # What the CPU computes would never come into the slots, however often it is used again: 7 to 44 points of hits
     # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated,
     # docs/log/cache.md).
-    room = _copies_in(left, costs) + (1 if is_free else 0)
-    absent = own + cold
-    absent = absent[slots.slot_of[absent] < 0]  # late ones come without a further copy
-    again = worth_a_copy(absent, cpu_us / max(1, len(cold)), price, room, habits, slots)
+    absent = _absent(own, cold, slots.slot_of)  # late ones come without a further copy
+    room = min(len(absent), _copies_in(left, costs) + (1 if is_free else 0)) if has_room else 0
+    victims = slots_to_give(min(len(absent), max(1, room)), slots.in_flight, keep, slots)
+    watch_demand(absent, victims, habits, slots)
+    if not has_room:
+        return prefetch
+    again = worth_a_copy(absent, cpu_us / max(1, len(cold)), price, victims[:room], habits, slots)
     others = others[: max(0, _copies_in(left, costs) - len(again))]
     left -= (len(again) + len(others)) * costs.link_us
     prefetch = np.concatenate((prefetch, again, others))
@@ -252,6 +261,16 @@ def _presched(now: Situation) -> IntArray:
         left -= len(more) * costs.link_us
         prefetch = np.concatenate((prefetch, more))
     return prefetch
+
+
+@jit
+def _absent(first: int, experts: IntArray, slot_of: IntArray) -> IntArray:
+    """Keys of a layer's experts (n,) that have no slot; `first`: key of its expert 0."""
+    found, count = np.empty(len(experts), np.int64), 0
+    for expert in experts:
+        found[count] = first + expert
+        count += slot_of[first + expert] < 0
+    return found[:count]
 
 
 @jit

@@ -15,18 +15,20 @@ later steps. V are predicted for layer l + 1 and have no slot; p of them are pre
     d'   = max(0, p * t_io - S(k, p))
     N    = min over s of max(d' + copies of V_p+1..V_s + t_g, CPU time of the rest)   (t_g if bytes are waited for)
 
-and (k, p) minimises T(k, p) + FORECAST * N. Four things differ from the paper. N has a weight. G was
-max(R * t_g, F(k)) + t_g, but our engine computes a layer's experts together, when all of them are there. Link and
-CPU read the same memory, so a copy slows the CPU down. And a late copy is waited for only if that is sooner than
-computing its expert on the CPU. Prefetches beyond S(k, p) only move work from one layer to the next, so p ends with
-the first prefetch that finds no free time. An expert of V that is not prefetched costs its time by the probability of
-its use; a prefetch costs its whole time.
+and (k, p) minimises T(k, p) + FORECAST * N - k' * w, where w is what a copy on demand is worth behind this layer, since
+it stays in place of another expert (`worth_behind`; below 0: it pushes out a better one). Five things differ from the
+paper. N has a weight, and w is new. G was max(R * t_g, F(k)) + t_g, but our engine computes a layer's experts
+together, when all of them are there. Link and CPU read the same memory, so a copy slows the CPU down. And a late copy
+is waited for only if that is sooner than computing its expert on the CPU. Prefetches beyond S(k, p) only move work from
+one layer to the next, so p ends with the first prefetch that finds no free time. An expert of V that is not prefetched
+costs its time by the probability of its use; a prefetch costs its whole time.
 """
 
 import numpy as np
 
 from ..core.jit import jit
 from ..core.types import FloatArray, IntArray
+from .fill import price_us
 from .types import Costs, cpu_time
 
 #: Weight of the next layer's time. When link and CPU are both busy, moving an expert from the link to the CPU makes
@@ -60,16 +62,17 @@ def split(
     next_tokens: FloatArray,
     next_used: FloatArray,
     num_linked: int = -1,
+    gain: float = 0.0,
 ) -> tuple[int, int, float, float, float]:
-    """Best (k, p), its T + FORECAST * N, T itself, and the link's free time S before any prefetch, us (below 0: what it
-    owes).
+    """Best (k, p), its T + FORECAST * N (times alone, without w), T itself, and the link's free time S before any
+    prefetch, us (below 0: what it owes).
 
     Args:
         tokens: (n,) of v: the late ones, the first to land first, then the missing ones, descending.
         num_hits: experts in slots. `late_us`: (l,) when the late ones land.
         backlog_us: rest of what is on the wire.
         next_tokens, next_used: (m,) of the candidates of layer l + 1, the most wanted first.
-        num_linked: k, if that is decided.
+        num_linked: k, if that is decided. `gain`: uses that a swap of experts gains, see `learn.gain_of_swap`.
     """
     n, m = len(tokens), len(next_tokens)
     cpu_us, cpu_alone_us = costs.cpu_us, costs.cpu_alone_us
@@ -104,21 +107,26 @@ def split(
     slower = 1.0 - costs.link_us / max(costs.link_busy_us, 1e-9)
     # The k that has this layer done soonest is looked at before all, for a bound: most others need no closer look. What
     # is beyond the bound is not chosen, so the choice is the same.
-    first, first_us = most, np.inf
+    first, first_us, late = most, np.inf, len(late_us)
     for k in range(most, least - 1, -1):
         link, gpu = _lanes(costs, k, n, num_hits, late_us, backlog_us)
         done = max(gpu, cpu_done(cpu_rest[k], share_rest[k], link))
         if done < first_us:
             first, first_us = k, done
+    worth_us = 0.0
+    if has_cpu and num_linked < 0 and n > late and gain != 0.0:
+        worth_us = worth_behind(costs, gain, first_us, n, cpu_rest[late], n - late)
     bound_us = np.inf
     for turn in range(most + 1, least - 1, -1):
         k = turn if turn <= most else first
         link, gpu = _lanes(costs, k, n, num_hits, late_us, backlog_us)
+        worth = max(0, k - late) * worth_us
         for p in range(m + 1):
             cpu = cpu_done(cpu_rest[k], share_rest[k], link + p * costs.link_busy_us)
             done = max(gpu, cpu)
             # What follows costs something too, and a further prefetch more.
-            if done >= min(best_us, bound_us):
+            ends = done - worth
+            if ends >= min(best_us, bound_us):
                 break
             free = done + costs.rest_us + costs.decide_us - link
             free -= slower * max(0.0, min(free, cpu - link))
@@ -126,9 +134,9 @@ def split(
             if next_us[p] < 0.0:
                 next_us[p] = _next_layer(costs, has_cpu, p, 0.0, link_next, cpu_next, share_next)
             # Fewer prefetches, and fewer experts on the CPU, unless more are better by something.
-            total = done + FORECAST * next_us[p]
+            total = ends + FORECAST * next_us[p]
             if owed > 0.0 and total < min(best_us, bound_us) - 1e-9:  # it can only be more
-                total = done + FORECAST * _next_layer(
+                total = ends + FORECAST * _next_layer(
                     costs, has_cpu, p, owed, link_next, cpu_next, share_next
                 )
             if turn > most:
@@ -137,7 +145,26 @@ def split(
                 best_k, best_p, best_us, best_done, best_free = k, p, total, done, free
             if owed > 0.0:
                 break
-    return best_k, best_p, best_us, best_done, best_free
+    return best_k, best_p, best_us + max(0, best_k - late) * worth_us, best_done, best_free
+
+
+@jit
+def worth_behind(
+    costs: Costs, gain: float, layer_us: float, num_linked: int, cpu_us: float, num_missing: int
+) -> float:
+    """What one copy on demand is worth behind its layer, us; below 0: what it costs.
+
+    A use saves what this layer takes for each expert that the link brings or the CPU computes. It is no more than the
+    price of a copy for reuse where that pays: the expert would come then too, while nobody waits for it. Without that
+    bound, batch 1 was up to 18 % slower (docs/log/scheduler.md).
+
+    Args:
+        gain: see `learn.gain_of_swap`. `layer_us`: the layer's least time without prefetches.
+        num_linked: late ones and misses. `cpu_us`: of the misses, all of them on the CPU.
+    """
+    worth = gain * layer_us / num_linked
+    price = price_us(costs, cpu_us, max(layer_us, cpu_us) + costs.rest_us + costs.decide_us)
+    return min(worth, price) if gain * cpu_us / num_missing > price else worth
 
 
 @jit

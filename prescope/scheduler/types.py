@@ -66,7 +66,7 @@ class Memory(NamedTuple):
     former_LE: IntArray  # bit m: each layer used it m + 1 steps ago
     swaps: FloatArray  # (5,), see `learn.learn_swaps`
     credit: FloatArray  # (L * E,) by key
-    copied: IntArray  # (L * E,) 1: for reuse, and still there
+    copied: IntArray  # (L * E,) 1: copied for reuse or on demand, and still there
 
     @classmethod
     def fresh(cls, lookahead: int, num_layers: int, num_experts: int) -> "Memory":
