@@ -6,7 +6,6 @@ as ordinary Python, with the same results, some hundred times slower; a warning 
 
 import hashlib
 import os
-import pickle
 import shutil
 import threading
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar, cast
 
 from tqdm.auto import tqdm
@@ -211,7 +211,7 @@ def _or_compile(kept: Any) -> Callable[[Any, Any], Any]:
     def load_or_forget(signature: Any, context: Any) -> Any:
         try:
             return load(signature, context)
-        except (EOFError, pickle.UnpicklingError, ValueError, TypeError, LookupError) as error:
+        except (EOFError, UnpicklingError, ValueError, TypeError, LookupError) as error:
             words = f"compiled code in {cache_dir()} is damaged ({type(error).__name__}); it is compiled anew"
             warnings.warn(words, stacklevel=2)
             kept.flush()

@@ -180,12 +180,14 @@ def test_an_adapter_is_not_taken_for_a_model(folder):
 
 def test_nothing_in_the_package_unpickles():
     """transformers' own reader of a pickle that was asked for is the only one, and it takes weights only."""
-    imports = r"^\s*(import|from) (pickle|joblib|dill|marshal|shelve)\b"
+    imports = r"^\s*(import|from) (pickle|joblib|dill|marshal|shelve)\b(?! import UnpicklingError$)"
     calls = (
         r"torch\.load\(|np\.load\((?!.*allow_pickle=False)|allow_pickle=True|read_pickle|weights_only=False"
     )
     readers = re.compile(f"{imports}|{calls}", re.MULTILINE)
-    assert readers.search("import pickle") and readers.search("x = torch.load(path)")
+    assert readers.search("import pickle\n") and readers.search("from pickle import load\n")
+    assert not readers.search("from pickle import UnpicklingError\n")  # an error that is caught
+    assert readers.search("x = torch.load(path)")
     assert readers.search("np.load(path)") and not readers.search("np.load(path, allow_pickle=False)")
     package = Path(prescope.__file__).parent
     found = [path for path in package.rglob("*.py") if readers.search(path.read_text(encoding="utf-8"))]

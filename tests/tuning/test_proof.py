@@ -158,7 +158,7 @@ class MadeUp:
 
 @pytest.fixture
 def made_up(monkeypatch):
-    monkeypatch.setattr("prescope.tuning.proof.Device", MadeUp)
+    monkeypatch.setattr("prescope.tuning.proof.TunedEngine", MadeUp)
     MadeUp.ran = []
     return SimpleNamespace(turn=Turn(), shape=None)
 
