@@ -1,6 +1,7 @@
 """Advice from a config alone: sizes are the published ones, the curve obeys its laws, words follow numbers."""
 
 import json
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -345,6 +346,18 @@ def test_a_saved_profile_that_cannot_be_read_is_told_and_not_passed_over(cache):
         advise(BIG_EXPERTS, context=64)
 
 
+def profile_of_idle_machine(engine: prescope.Engine) -> HardwareProfile:
+    """Of three at most the first that does not say that others kept the machine busy: no promise is due there."""
+    for _ in range(3):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the machine was busy")
+            profile = prescope.calibrate(engine, seconds=4, save=False, on_progress=lambda what, share: None)
+        busy = [note for note in profile.notes if note.startswith("the machine was busy")]
+        if not busy:
+            return profile
+    pytest.skip(busy[0])
+
+
 @pytest.mark.slow
 def test_what_the_advice_promises_the_engine_keeps():
     """Hit rates to the expert, tokens/s within the interval that the advice states."""
@@ -353,7 +366,7 @@ def test_what_the_advice_promises_the_engine_keeps():
         engine.generate(prompt, max_new_tokens=4)
         engine.clear_cache()
         recorded = engine.generate(prompt, max_new_tokens=24)
-        profile = prescope.calibrate(engine, seconds=4, save=False, on_progress=lambda what, share: None)
+        profile = profile_of_idle_machine(engine)
         advice = advise(engine, profile, context=64, trace=recorded.trace, shares=(0.25, 0.5, 0.75))
         assert any(f"{100 * INTERVAL:.0f} %" in note for note in advice.assumptions)
         for point in advice.points:
