@@ -51,7 +51,7 @@ def resolve_device(device: str, link_gb_per_s: float | None, model_device: torch
 
 
 def describe_auto() -> dict[str, Any]:
-    """What says of the device that "auto" opens here whose times are its own, as in its `describe()`; opens none.
+    """Device and link that "auto" would open here, as its `describe()` names them; opens none.
 
     nvidia-smi also knows GPUs that torch cannot use: it is built without CUDA, or CUDA_VISIBLE_DEVICES leaves them out.
     """
