@@ -7,10 +7,16 @@ copied), A-B-B-A, a prompt of its own for each run, from the slots that the run 
 frequencies of those runs, by which PreSched brings the hot experts back behind each prompt: that is no part of the
 first token, but of all --new tokens. Beside them on demand, and the bound: what was missing over link and CPU together,
 or the link alone, and at least what a prompt takes when all experts have slots. Random weights, their own routing.
+
+    python benchmarks/first_token.py --resident --prompt 16 64 256 512 1024 --out first_token_resident.json
+
+With all experts in slots instead: launched kernel by kernel (decode="layered") and from a graph, A-B-B-A, each run with
+a prompt of its own that is a token shorter than the last one's.
 """
 
 import argparse
 import statistics
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +49,9 @@ def main() -> None:
     bench = open_model(args.model, torch.device(args.device), torch.bfloat16)
     more: dict[str, Any] = {} if on_gpu else {"link_gb_per_s": TRIAL_LINK_GB_PER_S}
     with attach(bench.model, device=args.device, slots=1.0, **more) as engine:
+        if args.resident:
+            all_resident(engine, facts, args)
+            return
         for batch in args.batch:
             for length in args.prompt:
                 engine.configure(slots=1.0, schedule="on-demand")
@@ -52,6 +61,48 @@ def main() -> None:
                         cells.append(cell | {"batch": batch, "prompt": length, "slots": slots})
                         print(row(cells[-1]), flush=True)
                     write_cells(args, facts, cells)
+
+
+def all_resident(engine: Engine, facts: dict[str, Any], args: argparse.Namespace) -> None:
+    """A table of its own: all experts have slots."""
+    cells: list[dict[str, Any]] = []
+    columns = [
+        "batch",
+        "prompt",
+        "launched ms",
+        "spread",
+        "from a graph ms",
+        "spread",
+        "generate of one token ms",
+    ]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
+    for batch in args.batch:
+        for length in args.prompt:
+            runs: dict[str, list[Any]] = {"layered": [], "auto": []}
+            for decode in ("auto", "layered", "layered", "auto"):
+                engine.configure(decode=decode)
+                runs[decode] += several(engine, batch, length, args, fewer=1)[1:]
+            graphs = [run.config["graphs"]["prompt"] for run in runs["auto"]]
+            cell = {"batch": batch, "prompt": length, "all_from_graph": all(graphs)}
+            for decode, name in (("layered", "launched"), ("auto", "graph")):
+                cell[name] = cell_of(name, runs[decode])
+            # The clock on the wall, with all that `generate` does before and behind the prompt's forward pass.
+            cell["generate_ms"] = statistics.median(wall_ms(engine, batch, length) for _ in range(4))
+            cells.append(cell)
+            values = [batch, length]
+            for name in ("launched", "graph"):
+                times = cell[name]["runs_ms"]
+                values += [f"{cell[name]['ms']:.1f}", f"{min(times):.1f}-{max(times):.1f}"]
+            mark = "" if all(graphs) else " (not all from a graph)"
+            print(f"| {' | '.join(map(str, values))}{mark} | {cell['generate_ms']:.1f} |", flush=True)
+            write_cells(args, facts, cells)
+
+
+def wall_ms(engine: Engine, batch: int, length: int) -> float:
+    """Of a call for one token."""
+    begin = time.perf_counter()
+    engine.generate(torch.zeros((batch, length), dtype=torch.int64), max_new_tokens=1)
+    return 1e3 * (time.perf_counter() - begin)
 
 
 def offloaded(
@@ -92,11 +143,11 @@ def offloaded(
     return cells
 
 
-def several(engine: Engine, batch: int, length: int, args: argparse.Namespace) -> list[Any]:
-    """Runs, each of a prompt of its own; the first one warms up."""
+def several(engine: Engine, batch: int, length: int, args: argparse.Namespace, fewer: int = 0) -> list[Any]:
+    """Runs, each of a prompt of its own, by so many tokens shorter than the one before; the first one warms up."""
     vocabulary = engine.model.config.vocab_size
     prompts = [
-        torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(i))
+        torch.randint(0, vocabulary, (batch, length - fewer * i), generator=torch.Generator().manual_seed(i))
         for i in range(args.repeats + 1)
     ]
     return [engine.generate(prompt, max_new_tokens=args.new, min_new_tokens=args.new) for prompt in prompts]
@@ -138,6 +189,7 @@ def arguments() -> argparse.Namespace:
     add("--model", default="qwen3-30b-a3b-cut16")
     add("--batch", nargs="+", type=int, default=[1, 8])
     add("--prompt", nargs="+", type=int, default=[16, 64, 256, 1024])
+    add("--resident", action="store_true", help="all experts in slots: launched, and from a graph")
     add("--slots", nargs="+", type=float, default=[0.5, 0.25])
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try the script")
     add("--profile", default="h200")

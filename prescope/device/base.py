@@ -109,6 +109,10 @@ class Device(Protocol):
         """A mark at the end of what the compute lane has been given so far."""
         ...
 
+    def graph_mark(self) -> Mark:
+        """A timed mark as `mark` makes it; while launches are taken down, one that each replay passes anew."""
+        ...
+
     def wait(self, mark: Mark) -> None:
         """The compute lane goes on only after `mark`. Raises TransferFailed if its copy failed."""
         ...
@@ -210,6 +214,9 @@ class OnCpu:
         raise UnsupportedOption("steps are captured on CUDA only")
 
     def open_events(self, timed: bool) -> Events:
+        raise UnsupportedOption("steps are captured on CUDA only")
+
+    def graph_mark(self) -> Mark:
         raise UnsupportedOption("steps are captured on CUDA only")
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:

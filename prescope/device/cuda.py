@@ -182,6 +182,11 @@ class CudaDevice:
         event.record()  # on the current stream; naming it would cost a look-up in Python
         return event
 
+    def graph_mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True, external=True)
+        event.record()
+        return event
+
     def wait(self, mark: torch.cuda.Event) -> None:
         # The compute stream waits, not the host: a host wait here would stop the next layer's launches too.
         mark.wait()

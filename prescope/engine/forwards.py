@@ -19,7 +19,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from ..errors import UnsupportedOption
 from ..hf import MoELayer
 from .layered import LayeredRunner
-from .positions import forward_of
+from .positions import Forward, forward_of
 from .recorder import Recorder
 from .stopping import RunProgress
 
@@ -83,9 +83,15 @@ class Forwards:
         former = self._runner.recorder
         self._is_inside = True
         try:
-            self._begin({**dict(zip(names, args, strict=False)), **kwargs})
-            output = inner(*args, **kwargs)
-            self._runner.read_routing()
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            forward, prompts = self._begin(given), self._runner.prompts
+            if forward is not None and prompts is not None and prompts.takes(forward, given):
+                output = prompts.run(forward, given)
+                self._runner.read_routing()
+                prompts.tell(self._runner.recorder)
+            else:
+                output = inner(*args, **kwargs)
+                self._runner.read_routing()
             if self._runner.is_prefill:
                 self._runner.put_back()
             return output
@@ -96,7 +102,7 @@ class Forwards:
                 self._runner.schedule_runner.end_forward()
 
     @torch.compiler.disable
-    def _begin(self, given: Mapping[str, Any]) -> None:
+    def _begin(self, given: Mapping[str, Any]) -> Forward | None:
         runner = self._runner
         if runner.is_in_graph:
             raise UnsupportedOption(
@@ -113,7 +119,7 @@ class Forwards:
         )
         if forward is None:
             runner.recorder = None
-            return
+            return None
         if self.progress is not None:
             self.progress.has_run = True
         # Who keeps no cache reads the whole text again for every token: that is a prompt to the schedules.
@@ -136,6 +142,7 @@ class Forwards:
             if other is not recorder:
                 other.num_foreign += 1
                 other.num_batched += isinstance(given.get("cache"), PagedAttentionCache)
+        return forward
 
     @property
     def is_closed(self) -> bool:

@@ -110,7 +110,8 @@ def generate(
     result = recorded(engine, run)
     result.notes.extend(_notes(engine, loop))
     if isinstance(loop, DecodeLoop):
-        result.config["graphs"] = {"recorded": loop.num_recorded, **engine.decoder.describe()}
+        graphs = {"recorded": loop.num_recorded, "prompt": loop.has_prompt, **engine.decoder.describe()}
+        result.config["graphs"] = graphs
     if claim.is_cancelled:
         result.notes.append(f"cancelled after {len(result.steps)} steps")
     tokenizer, tokens = engine.tokenizer, result.tokens
@@ -175,6 +176,8 @@ def _notes(engine: ServedModel, loop: DecodeLoop | str) -> list[str]:
     notes = []
     if problem := _why_slow(engine, loop):
         notes.append(f"decode steps ran layer by layer: {problem}")
+    if isinstance(loop, DecodeLoop) and loop.prompt_problem:
+        notes.append(f"the prompt was launched kernel by kernel: {loop.prompt_problem}")
     if engine.chosen_cache == "auto" and engine.config.cache != schedule_named(engine.config.schedule).cache:
         notes.append(engine.reasons["cache"])
     if engine.runner.forced is not None:

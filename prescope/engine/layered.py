@@ -33,6 +33,7 @@ from .turn import Turn
 
 if TYPE_CHECKING:
     from ..kernels.graph_buffers import GraphBuffers
+    from .graph.prompt import PromptBuffers, PromptGraphs
 
 
 class Unread(NamedTuple):
@@ -62,6 +63,8 @@ class LayeredRunner:
         schedule_runner: decides in decode steps; without, everything that is missing is copied on demand.
         forced: routing from a trace, in decode steps.
         is_prefill: whether the forward pass under way reads a prompt.
+        kernel: computes experts on the device.
+        prompts: graphs that the prompt under way may come from, if there are any.
         needs: hits, late ones and misses so far, by `NeedOutcome`.
         kernel_problem: why plain torch computes instead of the kernel that was chosen; "" if it does not.
     """
@@ -74,11 +77,12 @@ class LayeredRunner:
         self, device: Device, layers: list[MoELayer], shape: MoEShape, kernels: str, dtype: torch.dtype
     ) -> None:
         self.device, self.layers, self.shape = device, layers, shape
-        self._kernels, self._dtype, self._device_type = kernels, dtype, device.torch_device.type
+        self.kernels, self._dtype, self._device_type = kernels, dtype, device.torch_device.type
         self.weights: list[LayerWeights] = []
         self.recorder: Recorder | None = None
         self.turn = Turn(around=device.as_current)
-        self.captured: GraphBuffers | None = None
+        self.captured: GraphBuffers | PromptBuffers | None = None
+        self.prompts: PromptGraphs | None = None
         self.capturing_thread = 0
         self.is_in_graph = False
         self.schedule_runner: ScheduleRunner | None = None
@@ -102,7 +106,7 @@ class LayeredRunner:
     def _use(self, num_slots: int, policy: CachePolicy, pool: torch.Tensor | None) -> None:
         # Kernels keep copies of the residency table's rows, so a new table comes with a new kernel.
         kernel, _ = make_kernel(
-            "torch" if self.kernel_problem else self._kernels,
+            "torch" if self.kernel_problem else self.kernels,
             self.device.kind,
             self._dtype,
             [layer.layout for layer in self.layers],
@@ -114,7 +118,7 @@ class LayeredRunner:
         loader.most_on_wire = most_on_wire(row_bytes, num_slots, least_bytes)
         weights = [layer_weights(layer.layout, layer.spec, loader.pool) for layer in self.layers]
         # Together, without a call between them in which an interrupt could strike: they are of one another.
-        self._kernel, self.residency, self.loader, self.weights = kernel, residency, loader, weights
+        self.kernel, self.residency, self.loader, self.weights = kernel, residency, loader, weights
 
     def close_slots(self) -> None:
         """Give the slots' memory back; both lanes must be idle."""
@@ -252,7 +256,7 @@ class LayeredRunner:
             recorder.routed(moe_layer, self.device.mark(True))
         layer = self.layers[moe_layer]
         schedule_runner = None if self.is_prefill else self.schedule_runner
-        if schedule_runner is None and self._needs_nobody(layer):
+        if schedule_runner is None and self.needs_nobody(layer):
             try:
                 return self._serve_unread(layer, x_TD, ids_TK, weights_TK, timed)
             except CannotLaunch as problem:
@@ -301,12 +305,16 @@ class LayeredRunner:
 
     # -- layers that miss nothing, whatever was chosen -------------------------------------------------------------
 
-    def _needs_nobody(self, layer: MoELayer) -> bool:
+    def were_computed(self, unread: list[Unread]) -> None:
+        """All layers of this forward pass were computed before the host knew; `read_routing` takes that down."""
+        self._unread = unread
+
+    def needs_nobody(self, layer: MoELayer) -> bool:
         """Whether a layer can be computed before the host knows its routing.
 
         Waiting for that is most of a short prompt's time when the slots have everything.
         """
-        if not self._kernel.serves_unread or (self.recorder is not None and self.recorder.keeps_inputs):
+        if not self.kernel.serves_unread or (self.recorder is not None and self.recorder.keeps_inputs):
             return False
         return self.residency.keeps(layer.moe_layer, layer.num_experts)
 
@@ -314,14 +322,14 @@ class LayeredRunner:
         self, layer: MoELayer, x_TD: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, timed: bool
     ) -> torch.Tensor:
         moe_layer = layer.moe_layer
-        out_PD = self._kernel.run_unread(
-            moe_layer,
+        version, row = int(self.residency.versions[moe_layer]), self.residency.row(moe_layer)
+        slots = self.kernel.slots_on_device(moe_layer, row, version, x_TD.device)
+        out_PD = self.kernel.run_unread(
             x_TD,
             ids_TK,
             layer.spec,
             self.weights[moe_layer],
-            self.residency.row(moe_layer)[: layer.num_experts],
-            int(self.residency.versions[moe_layer]),
+            slots[: layer.num_experts],
         )
         if self.recorder is not None and timed:
             self.recorder.computed(moe_layer, self.device.mark(True))
@@ -372,7 +380,7 @@ class LayeredRunner:
             slot_row=row,
             version=version,
         )
-        self._kernel.prepare(work)
+        self.kernel.prepare(work)
         return work
 
     def _record_begin(
@@ -469,11 +477,11 @@ class LayeredRunner:
             recorder.waited(moe_layer, self.device.mark(True))
         arguments = work, layer.spec, self.weights[moe_layer], act.experts, act.slots
         try:
-            self._kernel.run(*arguments)
+            self.kernel.run(*arguments)
         except CannotLaunch as problem:
             self._use_reference(problem)
-            self._kernel.prepare(work)
-            self._kernel.run(*arguments)
+            self.kernel.prepare(work)
+            self.kernel.run(*arguments)
         done = self.device.mark(timed)
         self.loader.release(act.slots, done)
         if recorder is not None and timed:
@@ -482,7 +490,7 @@ class LayeredRunner:
     def _use_reference(self, problem: CannotLaunch) -> None:
         """Compute by plain torch from now on; steps from a graph have kernels of their own."""
         self.kernel_problem = str(problem)
-        self._kernel = TorchKernel()
+        self.kernel = TorchKernel()
         warnings.warn(
             f"experts are computed by plain torch, which is slower, wherever a step runs layer by layer: {problem}",
             stacklevel=2,

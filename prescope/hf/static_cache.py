@@ -1,5 +1,6 @@
 """What a decode step of fixed shapes needs of a model: a static cache, and that nothing of it was replaced."""
 
+import sys
 from itertools import chain
 
 import torch
@@ -45,6 +46,20 @@ def sliding_window(model: PreTrainedModel) -> int:
     if getattr(config, "attention_chunk_size", None):
         return 0
     return int(getattr(config, "sliding_window", None) or 0)
+
+
+def longest_prompt(model: PreTrainedModel) -> int:
+    """Tokens that a prompt can be filled up to: some models turn positions otherwise in longer texts."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    given = [config, rope, *(rope.values() if isinstance(rope, dict) else ())]
+    names = ("max_position_embeddings", "original_max_position_embeddings")
+    found = [
+        one.get(name) if isinstance(one, dict) else getattr(one, name, None)
+        for one in given
+        for name in names
+    ]
+    return min((int(length) for length in found if length), default=sys.maxsize)
 
 
 def static_cache(model: PreTrainedModel, length: int, batch: int) -> StaticCache:

@@ -123,19 +123,21 @@ class ExpertKernel(Protocol):
         """Write the outputs of all pairs whose expert is among `experts` (n,), which are in `slots` (n,)."""
         ...
 
+    def slots_on_device(
+        self, moe_layer: int, slot_row: IntArray, version: int, device: torch.device
+    ) -> torch.Tensor:
+        """The residency table's row (E,) of that version on the device; -1 for a row of no version."""
+        ...
+
     def run_unread(
         self,
-        moe_layer: int,
         x_TD: torch.Tensor,
         ids_TK: torch.Tensor,
         spec: ExpertsSpec,
         weights: LayerWeights,
-        slot_row: IntArray,
-        version: int,
+        slots_E: torch.Tensor,
     ) -> torch.Tensor:
-        """The outputs (P, D) of all pairs, zero for those of no expert, where all experts are in slots.
-
-        Args:
-            slot_row: (E,) their slots, the residency table's row of that version.
+        """The outputs (P, D) of all pairs, zero for those of no expert, where all experts are in slots: int32, on the
+        device.
         """
         ...

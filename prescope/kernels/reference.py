@@ -40,6 +40,9 @@ class TorchKernel:
             x = work.x_TD[pairs // top_k]
             work.out_PD[pairs] = expert_output(x, spec, weights, slot)
 
+    def slots_on_device(self, *_: Any) -> torch.Tensor:
+        raise AssertionError("it takes slots from the host")
+
     def run_unread(self, *_: Any) -> torch.Tensor:
         raise AssertionError("it loops over experts, and so must know which are chosen")
 

@@ -138,7 +138,7 @@ class TritonKernel:
         if self._tiles:
             where = _upload(self._blocks(experts, slots), work.x_TD.device)
         elif work.num_rounds == 1:
-            where = self._slot_row(work.need.moe_layer, work.slot_row, work.version, work.x_TD.device)
+            where = self.slots_on_device(work.need.moe_layer, work.slot_row, work.version, work.x_TD.device)
         else:  # experts of later rounds have slots already, but not yet their bytes
             where = _upload(_slot_table(work.num_experts, experts, slots), work.x_TD.device)
         top_k = work.ids_TK.shape[1]
@@ -153,18 +153,15 @@ class TritonKernel:
 
     def run_unread(
         self,
-        moe_layer: int,
         x_TD: torch.Tensor,
         ids_TK: torch.Tensor,
         spec: ExpertsSpec,
         weights: LayerWeights,
-        slot_row: IntArray,
-        version: int,
+        slots_E: torch.Tensor,
     ) -> torch.Tensor:
-        ids_P, num_experts = ids_TK.reshape(-1), len(slot_row)
-        where = self._slot_row(moe_layer, slot_row, version, x_TD.device)
+        ids_P, num_experts = ids_TK.reshape(-1), len(slots_E)
         tiled = is_tiled(len(ids_P), num_experts)
-        tiles = tiles_of(ids_P, where, num_experts) if tiled else None
+        tiles = tiles_of(ids_P, slots_E, num_experts) if tiled else None
 
         def linear(x: torch.Tensor, x_div: int, is_up: bool, out: torch.Tensor) -> torch.Tensor:
             w, bias = (weights.up, weights.up_bias) if is_up else (weights.down, weights.down_bias)
@@ -172,7 +169,7 @@ class TritonKernel:
             if tiles is not None:
                 one.tiles(*tiles)
             else:
-                one.pairs(ids_P, where, num_experts)
+                one.pairs(ids_P, slots_E, num_experts)
             return out
 
         _, up_dim, width = weights.widths(spec.is_transposed)
@@ -186,7 +183,7 @@ class TritonKernel:
             return spec.gate(h).contiguous()
         return self._gates.apply(spec, h, weights.inner_width(spec.is_transposed))
 
-    def _slot_row(
+    def slots_on_device(
         self, moe_layer: int, slot_row: IntArray, version: int, device: torch.device
     ) -> torch.Tensor:
         """The layer's row of the residency table on the device, uploaded only when it has changed."""

@@ -444,7 +444,7 @@ def test_memory_that_runs_out_in_a_run_is_said_with_what_to_do(error, at_call, m
             held.append("freed")
 
     with attach(model) as engine:
-        run, calls = engine.runner._kernel.run, iter(range(1000))
+        run, calls = engine.runner.kernel.run, iter(range(1000))
 
         def full(*args):
             activation = Activation()
@@ -454,7 +454,7 @@ def test_memory_that_runs_out_in_a_run_is_said_with_what_to_do(error, at_call, m
             held.clear()
             run(*args)
 
-        monkeypatch.setattr(engine.runner._kernel, "run", full)
+        monkeypatch.setattr(engine.runner.kernel, "run", full)
         with pytest.raises(NotEnoughMemory, match=r"6 slots take .*configure\(slots") as caught:
             engine.generate(prompt(), max_new_tokens=12)
         assert held, "what the failed run held is free although its error is kept"

@@ -39,7 +39,7 @@ def test_a_prompt_is_read_once_and_its_evidence_is_the_same(model, gpu, monkeypa
         shapes = reads_of(engine, monkeypatch)
         run = engine.generate(ids, max_new_tokens=3)
         assert len(shapes) == 3, "one reading for each forward pass"
-        monkeypatch.setattr(engine.runner, "_needs_nobody", lambda layer: False)
+        monkeypatch.setattr(engine.runner, "needs_nobody", lambda layer: False)
         former = engine.generate(ids, max_new_tokens=3)
     assert run.tokens == former.tokens == expected
     columns = ["step", "phase", "moe_layer", "tokens", "needed", "hits", "late", "misses"]

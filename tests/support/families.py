@@ -317,6 +317,8 @@ _FAMILIES: tuple[Family, ...] = (
         name="qwen3_omni_moe",
         model="Qwen3OmniMoeThinkerForConditionalGeneration",
         outer={"vision_start_token_id": 151652},  # not a declared field; published configurations carry it
+        # Its layers do not look at it, but the masks that transformers makes for a static cache do.
+        text={"sliding_window": None},
         tower={
             "downsample_hidden_size": 8,
             "output_dim": 32,

@@ -180,6 +180,13 @@ class InterpretedGpu(EmulatedLinkDevice):
         assert not timed, "nothing here keeps the time of compiled code's copies"
         return _Events()
 
+    def graph_mark(self):
+        return self.mark(True)
+
+    def read(self, tensor):
+        self.thread.join()
+        return super().read(tensor)
+
     def clock(self, stamp):
         return self.mark(True), 0
 

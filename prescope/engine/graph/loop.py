@@ -97,11 +97,13 @@ class DecodeLoop:
     def _generate(
         self, model: Any, input_ids: torch.Tensor, sample: Sampler, config: Any, kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        outputs = model._prefill(input_ids, config, kwargs)
+        outputs = self._prefill(model, input_ids, config, kwargs)
         kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
         sample.choose(outputs.logits[:, -1])
         del outputs
-        if sample.is_done() or self._told(1):
+        is_over = sample.is_done() or self._told(1)
+        self._step.prompts.record()  # behind the first token, for the next prompt
+        if is_over:
             return sample.sequences()
         inputs = model.prepare_inputs_for_generation(sample.sequences(), next_sequence_length=1, **kwargs)
         self._step.load(inputs)
@@ -123,10 +125,28 @@ class DecodeLoop:
             self._decode(sample, first, num_steps)
         return sample.sequences()
 
+    def _prefill(self, model: Any, input_ids: torch.Tensor, config: Any, kwargs: dict[str, Any]) -> Any:
+        runner, prompts = self._runner, self._step.prompts
+        try:
+            runner.prompts, prompts.has_replayed = prompts, False
+            return model._prefill(input_ids, config, kwargs)
+        finally:
+            runner.prompts = None
+
     @property
     def problem(self) -> str:
         """Why steps ran layer by layer though they were to run from a graph; "" if they did."""
         return self._step.problem
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether the prompt came from a graph."""
+        return self._step.prompts.has_replayed
+
+    @property
+    def prompt_problem(self) -> str:
+        """Why prompts cannot come from a graph though they could be expected to; "" if they do."""
+        return self._step.prompts.problem
 
     def _driver_reason(self) -> str:
         return f"{self._step.driver}: {self._step.why}" if self._step.driver else ""

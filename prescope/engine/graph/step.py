@@ -22,6 +22,8 @@ from ...kernels import make_host_options
 from ..layered import LayeredRunner
 from ..predicting import Predicting
 from .capturable import why_not_in_graph
+from .inputs import fits, own, refill
+from .prompt import PromptGraphs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +69,7 @@ class GraphStep:
 
     Attributes:
         inputs, captured: of the run under way, see `CapturedForm`.
+        prompts: that fill its cache.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class GraphStep:
         self.batch, self.timed = batch, timed
         self._drivers, self.compiled, self._keeps_inputs = list(drivers), compiled, keeps_inputs
         self.cache = static_cache(model, length, batch)
+        self.prompts = PromptGraphs(model, runner, self.cache, timed)
         self.inputs: dict[str, Any] = {}
         self.captured: dict[str, Captured] = {}
         self._forms: list[CapturedForm] = []
@@ -109,12 +113,12 @@ class GraphStep:
 
         Inputs of another form than the captured ones are taken too; the step is then captured for them as well.
         """
-        form = next((form for form in self._forms if _fits(form.inputs, inputs)), None)
+        form = next((form for form in self._forms if fits(form.inputs, inputs)), None)
         if form is None:
-            form = CapturedForm(_own(inputs), {})
+            form = CapturedForm(own(inputs), {})
             self._forms = [*self._forms[1 - MOST_FORMS :], form]
         else:
-            _refill(form.inputs, inputs)
+            refill(form.inputs, inputs)
         self.inputs, self.captured = form
 
     def run(self) -> torch.Tensor:
@@ -244,32 +248,6 @@ class GraphStep:
         medians = {driver: float(np.median(times[1:])) for driver, times in self.times_s.items()}
         self.driver = min(medians, key=lambda driver: medians[driver])
         self.why = " against ".join(f"{median * 1e3:.2f} ms {driver}" for driver, median in medians.items())
-
-
-def _own(value: Any) -> Any:
-    """A copy at an address of our own."""
-    if isinstance(value, torch.Tensor):
-        return value.clone(memory_format=torch.contiguous_format)
-    if isinstance(value, dict):
-        return {name: _own(item) for name, item in value.items()}
-    return value
-
-
-def _fits(target: Any, value: Any) -> bool:
-    """Whether `value` can be copied into `target`: tensors of the same shape and dtype, all else equal."""
-    if isinstance(target, torch.Tensor) and isinstance(value, torch.Tensor):
-        return target.shape == value.shape and target.dtype == value.dtype
-    if isinstance(target, dict) and isinstance(value, dict):
-        return target.keys() == value.keys() and all(_fits(target[key], value[key]) for key in target)
-    return type(target) is type(value) and (target is value or bool(target == value))
-
-
-def _refill(target: Any, value: Any) -> None:
-    if isinstance(target, torch.Tensor):
-        target.copy_(value)
-    elif isinstance(target, dict):
-        for key, item in value.items():
-            _refill(target[key], item)
 
 
 def _close(mask: torch.Tensor, leaving: torch.Tensor) -> None:
