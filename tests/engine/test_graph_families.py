@@ -7,6 +7,7 @@ import prescope
 from prescope.errors import UnsupportedOption
 from prescope.hf import static_cache
 from tests.support import families
+from tests.support.families_table import NOT_CAPTURED
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 NEW = 4
@@ -15,6 +16,8 @@ NEW = 4
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, family in families.FAMILIES.items() if family.generates])
 def test_tokens_are_the_plain_models(name, gpu):
+    if gpu["device"] == "cuda" and name in NOT_CAPTURED:
+        pytest.skip(f"it {NOT_CAPTURED[name]} in each forward pass, which cannot be captured")
     model = families.build(name)
     try:
         static_cache(model, 20, 2)
