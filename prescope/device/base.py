@@ -152,8 +152,12 @@ class Device(Protocol):
         """Room for events that compiled code leaves on the H2D lane; `timed`: they know their time."""
         ...
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    def capture(
+        self, run: Callable[[], torch.Tensor], shares_memory: bool = False
+    ) -> tuple[Callable[[], None], torch.Tensor]:
         """Take down the launches of `run` without running them; returns how to replay them, and `run`'s result.
+
+        Graphs that share memory overwrite each other's results, and must not run at the same time.
 
         Raises UnsupportedOption where there are no graphs, RuntimeError if a launch cannot be captured.
         """
@@ -219,7 +223,9 @@ class OnCpu:
     def graph_mark(self) -> Mark:
         raise UnsupportedOption("steps are captured on CUDA only")
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    def capture(
+        self, run: Callable[[], torch.Tensor], shares_memory: bool = False
+    ) -> tuple[Callable[[], None], torch.Tensor]:
         raise UnsupportedOption("steps are captured on CUDA only")
 
     def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[Mark, int]:

@@ -73,6 +73,7 @@ class CudaDevice:
         self._owner = process_id()
         self.memcpy = open_memcpy() if copies == "driver" else None
         self._repeats = link_factor
+        self._shared = torch.cuda.graph_pool_handle()
 
     def as_current(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self.torch_device)
@@ -228,9 +229,11 @@ class CudaDevice:
     def open_events(self, timed: bool) -> DriverEvents:
         return DriverEvents()
 
-    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+    def capture(
+        self, run: Callable[[], torch.Tensor], shares_memory: bool = False
+    ) -> tuple[Callable[[], None], torch.Tensor]:
         self.synchronize()
-        return capture_graph(self.torch_device, run)
+        return capture_graph(self.torch_device, run, self._shared if shares_memory else None)
 
     def clock(self, stamp: Callable[[], torch.Tensor]) -> tuple[torch.cuda.Event, int]:
         self.synchronize()
@@ -274,10 +277,13 @@ class CudaDevice:
 _one_capture = threading.Lock()
 
 
-def capture_graph(device: torch.device, run: Callable[[], Returned]) -> tuple[Callable[[], None], Returned]:
+def capture_graph(
+    device: torch.device, run: Callable[[], Returned], pool: Any = None
+) -> tuple[Callable[[], None], Returned]:
     """Take down the launches of `run` without running them; returns how to replay them, and `run`'s result.
 
-    Other threads may use the GPU meanwhile. Call it with the GPU as the current one.
+    Other threads may use the GPU meanwhile. Call it with the GPU as the current one. `pool`: memory that graphs share,
+    as torch hands it out.
 
     Raises:
         RuntimeError: a launch cannot be captured.
@@ -286,7 +292,7 @@ def capture_graph(device: torch.device, run: Callable[[], Returned]) -> tuple[Ca
         graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
         former = torch.cuda.current_stream(device)
         try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, stream=stream, capture_error_mode="thread_local"):
                 result = run()
         except BaseException:
             despite_interrupts(partial(_leave_capture, graph, stream, former))

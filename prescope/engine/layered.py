@@ -260,7 +260,7 @@ class LayeredRunner:
             try:
                 return self._serve_unread(layer, x_TD, ids_TK, weights_TK, timed)
             except CannotLaunch as problem:
-                self._use_reference(problem)
+                self.use_reference(problem)
         host_ids = self.device.read(ids_TK)
         sums = self.weight_sums(layer, host_ids, weights_TK)
         predicted = None
@@ -479,7 +479,7 @@ class LayeredRunner:
         try:
             self.kernel.run(*arguments)
         except CannotLaunch as problem:
-            self._use_reference(problem)
+            self.use_reference(problem)
             self.kernel.prepare(work)
             self.kernel.run(*arguments)
         done = self.device.mark(timed)
@@ -487,7 +487,7 @@ class LayeredRunner:
         if recorder is not None and timed:
             recorder.computed(moe_layer, done)
 
-    def _use_reference(self, problem: CannotLaunch) -> None:
+    def use_reference(self, problem: CannotLaunch) -> None:
         """Compute by plain torch from now on; steps from a graph have kernels of their own."""
         self.kernel_problem = str(problem)
         self.kernel = TorchKernel()

@@ -275,7 +275,8 @@ def _publish_scores(scores, target, step, num_scores, BLOCK: tl.constexpr):  # t
     tl.store(target + i, (sequence_of(tl.load(step)).to(tl.int64) << 32) | bits, mask=mask)
 
 
-@triton.jit
+# Prompts of all lengths come here, and compiling takes up to seconds: once for a power of two is enough.
+@triton.jit(do_not_specialize=["num_pairs", "most_blocks"])
 def align(  # type: ignore[no-untyped-def]
     ids, slot_of, order, first, blocks, num_pairs, num_experts, most_blocks,
     PAIRS: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,

@@ -55,10 +55,11 @@ def test_plain_torch_computes_instead_and_says_so_once(gpu, fails, kernel, error
         assert engine.generate(ids, max_new_tokens=3).tokens == expected
 
 
-def test_so_it_does_where_the_host_has_not_seen_the_routing(gpu, fails):
+@pytest.mark.parametrize("decode", ["layered", "gpu-driven"])
+def test_so_it_does_where_the_host_has_not_seen_the_routing(gpu, fails, decode):
     model, ids = tiny_moe(), prompt(1, 40)
     expected = plain_tokens(model, ids, new=2)
-    with prescope.attach(model, slots=ALL, decode="layered", record_routing=True, **gpu) as engine:
+    with prescope.attach(model, slots=ALL, decode=decode, record_routing=True, **gpu) as engine:
         while (engine.runner.residency.slot_of < 0).any():
             engine.generate(prompt(3, 30, seed=engine.runner.residency.policy.tick), max_new_tokens=2)
         fails("tile_plan.align", NO_ROOM)

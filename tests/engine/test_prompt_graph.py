@@ -107,7 +107,7 @@ def test_what_the_host_decides_or_nobody_knows_is_launched_by_the_host(engine, m
 
 
 def test_a_prompt_that_cannot_be_recorded_is_said_once_and_answered(engine, model, monkeypatch):
-    def refuse(run):
+    def refuse(run, shares_memory):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     ids = prompt(1, 9)

@@ -150,7 +150,7 @@ class InterpretedGpu(EmulatedLinkDevice):
         self.thread.start()
         self.error: BaseException | None = None
 
-    def capture(self, run):
+    def capture(self, run, shares_memory=False):
         result = torch.empty(0)
 
         def replay() -> None:

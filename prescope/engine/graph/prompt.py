@@ -18,12 +18,13 @@ import torch
 from torch.nn import functional
 from transformers import StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from ...core.jit import warming_up
 from ...device import Mark
 from ...errors import UnsupportedOption
 from ...hf import longest_prompt
-from ...kernels import ExpertsSpec, LayerWeights, combine
+from ...kernels import CannotLaunch, ExpertsSpec, LayerWeights, combine
 from ..layered import LayeredRunner, Unread
 from ..positions import Forward
 from ..recorder import Recorder
@@ -164,6 +165,7 @@ class PromptGraphs:
         self._model, self._runner, self._cache, self._timed = model, runner, cache, timed
         self._prompts: list[Prompt] = []
         self._longest = min(longest_prompt(model), *(layer.max_cache_len for layer in cache.layers))
+        self._ran: PromptBuffers | None = None  # of the last one, unless plain torch had to compute it
         self.problem = ""
         self.has_replayed = False
 
@@ -186,7 +188,7 @@ class PromptGraphs:
             and all(map(runner.needs_nobody, runner.layers))
         )
 
-    def run(self, forward: Forward, given: Mapping[str, Any]) -> CausalLMOutputWithPast:
+    def run(self, forward: Forward, given: Mapping[str, Any]) -> ModelOutput:
         """The forward pass: from its graph, or launched from Python where there is none yet (`record`)."""
         length, filled = forward.length, filled_length(forward.length)
         named = _named(given) - FIXED.keys()
@@ -199,15 +201,23 @@ class PromptGraphs:
             replay, logits = prompt.replays[0]
             replay()
         else:
-            logits = self._forward(prompt)
+            try:
+                logits = self._forward(prompt)
+            except CannotLaunch as problem:
+                self._runner.use_reference(problem)
+                self._cache.reset()
+                self._prompts, self._ran = [], None
+                output: ModelOutput = self._model(**given)
+                return output
+        self._ran = prompt.buffers
         self._runner.were_computed(prompt.buffers.unread(length))
         return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
 
     def tell(self, recorder: Recorder | None) -> None:
         """Take down when the layers of the last one were computed, once its routing was read."""
-        if recorder is None:
+        if recorder is None or self._ran is None:
             return
-        for layer, routed, computed in self._prompts[-1].buffers.marks:
+        for layer, routed, computed in self._ran.marks:
             recorder.routed(layer, routed)
             recorder.computed(layer, computed)
 
@@ -245,7 +255,7 @@ class PromptGraphs:
         prompt = self._prompts[-1]
         try:
             with warming_up():
-                captured = self._runner.device.capture(partial(self._forward, prompt))
+                captured = self._runner.device.capture(partial(self._forward, prompt), shares_memory=True)
         except (UnsupportedOption, RuntimeError) as error:
             self._prompts, self.problem = [], f"a prompt could not be recorded as a graph ({error})"
             warnings.warn(f"prompts are launched kernel by kernel, which takes longer: {error}", stacklevel=2)
