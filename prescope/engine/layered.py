@@ -8,11 +8,13 @@ decode step is captured, the layer's launches go into the graph instead (`kernel
 
 import threading
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch._C import _are_functorch_transforms_active as is_transformed
+from transformers.utils import ModelOutput
 
 from ..cache.policies import CachePolicy
 from ..cache.prefetch import LEAST_BYTES_ON_WIRE, most_on_wire
@@ -21,19 +23,28 @@ from ..cache.rounds import Act, What, next_is_sure, walk
 from ..core.types import FloatArray, IntArray, MoEShape, NeedOutcome, Reason
 from ..device import Device
 from ..hf import MoELayer
-from ..kernels import CannotLaunch, LayerWeights, TorchKernel, Work, combine, layer_weights, make_kernel
+from ..kernels import (
+    CannotLaunch,
+    ExpertsSpec,
+    LayerWeights,
+    TorchKernel,
+    Work,
+    combine,
+    layer_weights,
+    make_kernel,
+)
 from ..scheduler.layer import Decision
 from ..weights.host_pool import HostPool
 from ..weights.loader import Loader, Transfer
 from .forced_routing import ForcedRouting
 from .frozen_experts import FrozenExperts
+from .positions import Forward
 from .recorder import Recorder
 from .schedule import Predicted, ScheduleRunner
 from .turn import Turn
 
 if TYPE_CHECKING:
     from ..kernels.graph_buffers import GraphBuffers
-    from .graph.prompt import PromptBuffers, PromptGraphs
 
 
 class Unread(NamedTuple):
@@ -42,6 +53,40 @@ class Unread(NamedTuple):
     moe_layer: int
     ids_TK: torch.Tensor
     weights_TK: torch.Tensor
+
+
+class FilledPrompt(Protocol):
+    """Stands for `graph_buffers.GraphBuffers` while a prompt is captured (`graph.prompt.PromptBuffers`)."""
+
+    def layer(
+        self,
+        moe_layer: int,
+        num_experts: int,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        spec: ExpertsSpec,
+        slots: LayerWeights,
+        *memory: torch.Tensor,
+    ) -> torch.Tensor:
+        """All launches of one MoE layer; returns (T, D)."""
+        ...
+
+
+class PromptSource(Protocol):
+    """Where a prompt's forward pass may come from (`graph.prompt.PromptGraphs`)."""
+
+    def takes(self, forward: Forward, given: Mapping[str, Any]) -> bool:
+        """Whether it may come from there."""
+        ...
+
+    def run(self, forward: Forward, given: Mapping[str, Any]) -> ModelOutput:
+        """The forward pass; `LayeredRunner.read_routing` follows, then `tell`."""
+        ...
+
+    def tell(self, recorder: Recorder | None) -> None:
+        """Take down when its layers were computed."""
+        ...
 
 
 class LayeredRunner:
@@ -81,8 +126,8 @@ class LayeredRunner:
         self.weights: list[LayerWeights] = []
         self.recorder: Recorder | None = None
         self.turn = Turn(around=device.as_current)
-        self.captured: GraphBuffers | PromptBuffers | None = None
-        self.prompts: PromptGraphs | None = None
+        self.captured: GraphBuffers | FilledPrompt | None = None
+        self.prompts: PromptSource | None = None
         self.capturing_thread = 0
         self.is_in_graph = False
         self.schedule_runner: ScheduleRunner | None = None

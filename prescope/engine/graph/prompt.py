@@ -102,7 +102,7 @@ class PromptBuffers:
         weights_TK: torch.Tensor,
         spec: ExpertsSpec,
         slots: LayerWeights,
-        *_: torch.Tensor,
+        *memory: torch.Tensor,
     ) -> torch.Tensor:
         """All launches of one MoE layer; as `GraphBuffers.layer`, but nothing is fetched. Returns (B * F, D)."""
         routed = self._mark()
@@ -162,7 +162,7 @@ class PromptGraphs:
     def __init__(
         self, model: "PreTrainedModel", runner: LayeredRunner, cache: StaticCache, timed: bool
     ) -> None:
-        self._model, self._runner, self._cache, self._timed = model, runner, cache, timed
+        self._model, self._runner, self._filled_cache, self._timed = model, runner, cache, timed
         self._prompts: list[Prompt] = []
         self._longest = min(longest_prompt(model), *(layer.max_cache_len for layer in cache.layers))
         self._ran: PromptBuffers | None = None  # of the last one, unless plain torch had to compute it
@@ -175,7 +175,7 @@ class PromptGraphs:
         return (
             not self.problem
             and forward.past == 0
-            and given.get("past_key_values") is self._cache
+            and given.get("past_key_values") is self._filled_cache
             and forward.batch * filled <= MOST_FILLED
             and filled <= self._longest
             and _named(given) <= KNOWN
@@ -205,13 +205,13 @@ class PromptGraphs:
                 logits = self._forward(prompt)
             except CannotLaunch as problem:
                 self._runner.use_reference(problem)
-                self._cache.reset()
+                self._filled_cache.reset()
                 self._prompts, self._ran = [], None
                 output: ModelOutput = self._model(**given)
                 return output
         self._ran = prompt.buffers
         self._runner.were_computed(prompt.buffers.unread(length))
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=self._filled_cache)
 
     def tell(self, recorder: Recorder | None) -> None:
         """Take down when the layers of the last one were computed, once its routing was read."""
@@ -240,7 +240,7 @@ class PromptGraphs:
             prompt.buffers.begin()
             last = prompt.length.view(1) - 1
             output = self._model(**prompt.inputs, **{**FIXED, "logits_to_keep": last})
-            for layer in self._cache.layers:  # what was filled up is not there
+            for layer in self._filled_cache.layers:  # what was filled up is not there
                 if layer.is_initialized:  # some layers use another one's keys and values
                     layer.cumulative_length.copy_(prompt.length)
         finally:
