@@ -85,7 +85,7 @@ class PromptSource(Protocol):
         ...
 
     def tell(self, recorder: Recorder | None) -> None:
-        """Take down when its layers were computed."""
+        """Let recorder and predictor know of its layers."""
         ...
 
 

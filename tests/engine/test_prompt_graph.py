@@ -6,10 +6,12 @@ import torch
 
 import prescope
 from prescope.engine.graph.prompt import filled_length
+from prescope.scheduler.costs import LayerCosts
 from tests.support.models import EXPERTS, LAYERS, plain_tokens, prompt, tiny_moe
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 ALL, NEW = LAYERS * EXPERTS, 3
+COSTS = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=200.0, decide_us=30.0, source="made up for a test")
 COLUMNS = ["step", "phase", "moe_layer", "tokens", "needed", "hits", "late", "misses"]
 
 
@@ -126,3 +128,28 @@ def test_a_prompt_longer_than_the_positions_the_model_was_made_for_is_not_filled
         while (engine.runner.residency.slot_of < 0).any():
             engine.generate(prompt(3, 30, seed=engine.runner.residency.policy.tick), max_new_tokens=1)
         assert [is_from_graph(engine, model, prompt(1, 33)) for _ in range(2)] == [False, False]
+
+
+@pytest.mark.filterwarnings("ignore:experts on the CPU run on torch")
+def test_a_schedule_learns_from_it_as_from_any_prompt(model, gpu, monkeypatch):
+    ids, seen = prompt(2, 5), []
+    with prescope.attach(model, slots=ALL, schedule="presched", costs=COSTS, cpu_threads=0, **gpu) as engine:
+        runner = engine.runner.schedule_runner
+        observe = runner.observe
+
+        def watched(layer, used_TK):
+            seen.append((layer, used_TK.tolist()))
+            observe(layer, used_TK)
+
+        monkeypatch.setattr(runner, "observe", watched)
+        prompts = []
+        for is_recorded in (False, True):
+            seen.clear()
+            assert is_from_graph(engine, model, ids) is is_recorded
+            prompts.append(sorted(seen[:LAYERS]))
+        with monkeypatch.context() as patch:
+            patch.setattr("prescope.engine.graph.prompt.MOST_FILLED", 0)
+            seen.clear()
+            assert not is_from_graph(engine, model, ids)
+    assert prompts == [sorted(seen[:LAYERS])] * 2
+    assert len(prompts[0][0][1]) == ids.numel(), "what was filled up was chosen by nobody"

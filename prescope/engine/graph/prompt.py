@@ -165,7 +165,8 @@ class PromptGraphs:
         self._model, self._runner, self._filled_cache, self._timed = model, runner, cache, timed
         self._prompts: list[Prompt] = []
         self._longest = min(longest_prompt(model), *(layer.max_cache_len for layer in cache.layers))
-        self._ran: PromptBuffers | None = None  # of the last one, unless plain torch had to compute it
+        #: Of the last one, and its routing; none if plain torch had to compute it.
+        self._ran: tuple[PromptBuffers, list[Unread]] | None = None
         self.problem = ""
         self.has_replayed = False
 
@@ -182,7 +183,6 @@ class PromptGraphs:
             and all(
                 type(given.get(name)) is type(value) and given[name] == value for name, value in FIXED.items()
             )
-            and runner.schedule_runner is None
             and runner.forced is None
             and not torch.is_autocast_enabled(runner.device.torch_device.type)
             and all(map(runner.needs_nobody, runner.layers))
@@ -209,17 +209,23 @@ class PromptGraphs:
                 self._prompts, self._ran = [], None
                 output: ModelOutput = self._model(**given)
                 return output
-        self._ran = prompt.buffers
-        self._runner.were_computed(prompt.buffers.unread(length))
+        unread = prompt.buffers.unread(length)
+        self._ran = prompt.buffers, unread
+        self._runner.were_computed(unread)
         return CausalLMOutputWithPast(logits=logits, past_key_values=self._filled_cache)
 
     def tell(self, recorder: Recorder | None) -> None:
-        """Take down when the layers of the last one were computed, once its routing was read."""
-        if recorder is None or self._ran is None:
+        """Let recorder and predictor know of the layers of the last one, once its routing was read."""
+        if self._ran is None:
             return
-        for layer, routed, computed in self._ran.marks:
-            recorder.routed(layer, routed)
-            recorder.computed(layer, computed)
+        buffers, unread = self._ran
+        if self._runner.schedule_runner is not None:
+            for each in unread:
+                self._runner.schedule_runner.observe(each.moe_layer, each.ids_TK)
+        if recorder is not None:
+            for layer, routed, computed in buffers.marks:
+                recorder.routed(layer, routed)
+                recorder.computed(layer, computed)
 
     def _prompt(self, inputs: dict[str, Any], batch: int, filled: int) -> Prompt:
         """The prompt of this form with these inputs, the newest from now on."""
