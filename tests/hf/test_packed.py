@@ -100,6 +100,18 @@ def test_on_a_gpu_packed_experts_are_unpacked_in_registers_and_steps_run_from_a_
         engine.check_integrity()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_short_prompts_come_from_a_graph_where_all_experts_have_slots(layout, tmp_path, gpu):
+    plain = write(layout, tmp_path)
+    with prescope.load(tmp_path, slots=1.0, dtype="float32", **gpu) as engine:
+        for length, is_recorded in ((4, False), (7, True)):
+            ids = prompt(1, length=length)
+            run = engine.generate(ids, max_new_tokens=3)
+            assert run.tokens == plain_tokens(plain, ids, 3)
+            assert run.config["graphs"]["prompt"] is is_recorded
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: runs on a machine that has one")
 def test_on_cuda_it_is_said_who_unpacks(written):
