@@ -14,8 +14,8 @@ from ..core.types import FloatArray, IntArray
 from .baselines import artefact, fiddler, hybrimoe, static_split
 from .fill import KnownUses, cpu_of, pays, price_us, watch_demand, worth_a_copy
 from .impact import by_impact
-from .presched import split
-from .types import Costs, Plan, Prefetches, ScheduleSettings
+from .presched import NOTHING_LATER, Later, split
+from .types import Costs, Plan, Prefetches, ScheduleSettings, cpu_time
 
 (
     ON_DEMAND, STREAMING, KLOTSKI, FATE, FIDDLER, HYBRIMOE, MOE_INFINITY, PRESCHED, STATIC_SPLIT, ARTEFACT
@@ -200,9 +200,30 @@ def _window(now: Situation) -> Window:
     late_us = landing_us(need, moe_layer * used_dE.shape[1], slots, now.backlog_us, costs.link_busy_us)
     linked, p, window_us, done_us, free_us = split(
         costs, need.tokens[need.num_hits :], need.num_hits, late_us, now.backlog_us, next_tokens, next_used,
-        -1 if now.num_load < 0 else need.num_late + now.num_load, now.habits.gain,
+        -1 if now.num_load < 0 else need.num_late + now.num_load, now.habits.gain, _later(now),
     )  # fmt: skip
     return Window(linked, p, window_us, done_us, free_us, candidates, next_tokens, next_used, others, least)
+
+
+@jit
+def _later(now: Situation) -> Later:
+    """What the link's debts delay in the layer after the next one."""
+    costs = now.costs
+    if _layers_ahead(now) < 2 or len(costs.cpu_us) < 2:
+        return NOTHING_LATER
+    tokens_E, used_E, slot_of = now.tokens_dE[1], now.used_dE[1], now.slots.slot_of
+    first = (now.moe_layer + 2) * len(used_E)
+    tokens, used, lacking = 0.0, 0.0, 0.0
+    for expert in range(len(used_E)):
+        if slot_of[first + expert] < 0:
+            lacking += used_E[expert]
+            if tokens_E[expert] > tokens:
+                tokens, used = tokens_E[expert], used_E[expert]
+    if used <= 0.0:
+        return NOTHING_LATER
+    scale = min(1.0, now.need.tokens.sum() / tokens_E.sum())  # as in `_of_next`
+    cpu_us = cpu_time(costs.cpu_us, max(1.0, scale * tokens / used))
+    return Later(used, cpu_us, (lacking - used) * cpu_us)
 
 
 @jit

@@ -14,15 +14,18 @@ later steps. V are predicted for layer l + 1 and have no slot; p of them are pre
                                                  beside the CPU, where copies are slower; below 0: still owed then
     d'   = max(0, p * t_io - S(k, p))
     N    = min over s of max(d' + copies of V_p+1..V_s + t_g, CPU time of the rest)   (t_g if bytes are waited for)
+    M    = what layer l + 2 takes longer since its first copy waits for all of these (`Later`, `late_us_of`)
 
-and (k, p) minimises T(k, p) + FORECAST * N - k' * w, where w is what a copy on demand is worth behind this layer, since
-it stays in place of another expert (`worth_behind`; below 0: it pushes out a better one). Five things differ from the
-paper. N has a weight, and w is new. G was max(R * t_g, F(k)) + t_g, but our engine computes a layer's experts
-together, when all of them are there. Link and CPU read the same memory, so a copy slows the CPU down. And a late copy
-is waited for only if that is sooner than computing its expert on the CPU. Prefetches beyond S(k, p) only move work from
-one layer to the next, so p ends with the first prefetch that finds no free time. An expert of V that is not prefetched
-costs its time by the probability of its use; a prefetch costs its whole time.
+and (k, p) minimises T(k, p) + FORECAST * (N + FORECAST * M) - k' * w, where w is what a copy on demand is worth behind
+this layer, since it stays in place of another expert (`worth_behind`; below 0: it pushes out a better one). Six things
+differ from the paper. N has a weight; w and M are new. G was max(R * t_g, F(k)) + t_g, but our engine computes a
+layer's experts together, when all of them are there. Link and CPU read the same memory, so a copy slows the CPU down.
+And a late copy is waited for only if that is sooner than computing its expert on the CPU. Prefetches beyond S(k, p)
+only move work from one layer to the next, so p ends with the first prefetch that finds no free time. An expert of V
+that is not prefetched costs its time by the probability of its use; a prefetch costs its whole time.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +39,24 @@ from .types import Costs, cpu_time
 #: weight, the end of the present layer decides. 0.6 to 0.9 are alike; 1 is 1 % slower on average, 2 % at batch 64, and
 #: up to 14 % where t_g is known less well (docs/log/scheduler.md).
 FORECAST = 0.8
+
+
+class Later(NamedTuple):
+    """Of layer l + 2, the expert that it wants most and lacks: its copy is the first that the link's debts delay.
+
+    Without it, copies that each saved the next layer a little kept the link so busy that every layer of Mixtral's shape
+    at batch 64 waited for a late one (docs/log/scheduler.md).
+    """
+
+    used: float  # probability of use; 0: there is none, or no CPU lane
+    cpu_us: float  # the CPU's time for it
+    rest_us: (
+        float  # the CPU's time for all others that the layer lacks: a copy that lands meanwhile is not late
+    )
+
+
+#: Nothing is known of layer l + 2.
+NOTHING_LATER = Later(0.0, 0.0, 0.0)
 
 
 @jit
@@ -63,8 +84,9 @@ def split(
     next_used: FloatArray,
     num_linked: int = -1,
     gain: float = 0.0,
+    later: Later = NOTHING_LATER,
 ) -> tuple[int, int, float, float, float]:
-    """Best (k, p), its T + FORECAST * N (times alone, without w), T itself, and the link's free time S before any
+    """Best (k, p), its T + FORECAST * N (without M and w), T itself, and the link's free time S before any
     prefetch, us (below 0: what it owes).
 
     Args:
@@ -83,7 +105,8 @@ def split(
     link_next, cpu_next, share_next = np.zeros(m + 1), np.zeros(m + 1), np.ones(m + 1)
     for j in range(m):
         link_next[j + 1] = link_next[j] + next_used[j] * costs.link_us
-    next_us = np.full(m + 1, -1.0)  # N if nothing is owed, once it is known
+    # N if nothing is owed, once it is known, and when the link is done with its copies.
+    next_us, next_link = np.full(m + 1, -1.0), np.zeros(m + 1)
     any_next, alone_us = 0.0, 0.0
     if has_cpu:
         for j in range(n - 1, -1, -1):
@@ -101,7 +124,7 @@ def split(
             cpu_next[j] = cpu_next[j + 1] + submit + next_used[j] * cpu_time(cpu_us, each)
             alone_us += submit + next_used[j] * cpu_time(cpu_alone_us, each)
             share_next[j] = share_alone(cpu_next[j], alone_us)
-    best_k, best_p, best_us, best_done, best_free = n, 0, np.inf, 0.0, 0.0
+    best_k, best_p, best_us, best_window, best_done, best_free = n, 0, np.inf, np.inf, 0.0, 0.0
     most = n if num_linked < 0 else num_linked
     least = most if num_linked >= 0 or not has_cpu else 0
     slower = 1.0 - costs.link_us / max(costs.link_busy_us, 1e-9)
@@ -132,20 +155,28 @@ def split(
             free -= slower * max(0.0, min(free, cpu - link))
             owed = max(0.0, p * costs.link_us - free)
             if next_us[p] < 0.0:
-                next_us[p] = _next_layer(costs, has_cpu, p, 0.0, link_next, cpu_next, share_next)
-            # Fewer prefetches, and fewer experts on the CPU, unless more are better by something.
-            total = ends + FORECAST * next_us[p]
-            if owed > 0.0 and total < min(best_us, bound_us) - 1e-9:  # it can only be more
-                total = ends + FORECAST * _next_layer(
-                    costs, has_cpu, p, owed, link_next, cpu_next, share_next
+                next_us[p], next_link[p] = _next_layer(
+                    costs, has_cpu, p, 0.0, link_next, cpu_next, share_next
                 )
+            # Fewer prefetches, and fewer experts on the CPU, unless more are better by something.
+            window = total = ends + FORECAST * next_us[p]
+            if total < min(best_us, bound_us) - 1e-9:  # it can only be more
+                following, link_then = next_us[p], next_link[p]
+                if owed > 0.0:
+                    following, link_then = _next_layer(
+                        costs, has_cpu, p, owed, link_next, cpu_next, share_next
+                    )
+                elif link_then == 0.0 and (p == m or k <= late):  # the link goes on with layer l + 2 at once
+                    link_then = p * costs.link_us - free
+                window = ends + FORECAST * following
+                total = window + FORECAST**2 * late_us_of(costs, later, link_then, following)
             if turn > most:
                 bound_us = min(bound_us, total + 1e-6)
             elif total < best_us - 1e-9:
-                best_k, best_p, best_us, best_done, best_free = k, p, total, done, free
+                best_k, best_p, best_us, best_window, best_done, best_free = k, p, total, window, done, free
             if owed > 0.0:
                 break
-    return best_k, best_p, best_us + max(0, best_k - late) * worth_us, best_done, best_free
+    return best_k, best_p, best_window + max(0, best_k - late) * worth_us, best_done, best_free
 
 
 @jit
@@ -165,6 +196,19 @@ def worth_behind(
     worth = gain * layer_us / num_linked
     price = price_us(costs, cpu_us, max(layer_us, cpu_us) + costs.rest_us + costs.decide_us)
     return min(worth, price) if gain * cpu_us / num_missing > price else worth
+
+
+@jit
+def late_us_of(costs: Costs, later: Later, link_us: float, next_us: float) -> float:
+    """Expected time that layer l + 2 takes longer for the expert that it wants most: its copy comes late, or the CPU
+    computes it, whichever is sooner.
+
+    Args:
+        link_us: when the link can begin that copy, from the choice of router l + 1 on; below 0: before it.
+        next_us: layer l + 1 takes so long for its experts.
+    """
+    late_us = link_us + costs.link_us - next_us - costs.rest_us - costs.decide_us - later.rest_us
+    return later.used * max(0.0, min(later.cpu_us, late_us))
 
 
 @jit
@@ -189,20 +233,25 @@ def _next_layer(
     link_next: FloatArray,
     cpu_next: FloatArray,
     share_next: FloatArray,
-) -> float:
-    """Expected time of what layer l + 1 will miss when the first p candidates were prefetched."""
+) -> tuple[float, float]:
+    """Expected time of what layer l + 1 will miss when the first p candidates were prefetched, and when the link is
+    done with what it owes and copies for that.
+    """
     m = len(link_next) - 1
     if p == m:  # what comes late is computed late
-        return owed_us + costs.gpu_us if owed_us > 0.0 and p > 0 else 0.0
+        return owed_us + costs.gpu_us if owed_us > 0.0 and p > 0 else 0.0, owed_us
     if not has_cpu:
-        return owed_us + link_next[m] - link_next[p] + costs.gpu_us
+        link = owed_us + link_next[m] - link_next[p]
+        return link + costs.gpu_us, link
     # Not only where link and CPU end together: a CPU that is fast while the link is idle had better do all.
-    best = np.inf
+    best, best_link = np.inf, 0.0
     for s in range(p, m + 1):
         link = owed_us + link_next[s] - link_next[p]
         # The last prefetch is waited for; what the link owes before all of them is not.
         gpu = link + costs.gpu_us if s > p or (p > 0 and owed_us > 0.0) else 0.0
         if gpu >= best:
             break
-        best = min(best, max(gpu, cpu_done(cpu_next[s], share_next[s], link)))
-    return best
+        ends = max(gpu, cpu_done(cpu_next[s], share_next[s], link))
+        if ends < best:
+            best, best_link = ends, link
+    return best, best_link
