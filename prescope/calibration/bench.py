@@ -14,6 +14,7 @@ from ..profile import Circumstances
 from .busy import copying, repeating
 from .experts import ExpertForm, LaneExperts, TorchExperts, host_us, random_rows
 from .graphs import GraphLane
+from .handover import handover_us
 from .plan import Sizes
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ class Bench:
                 return self._batch_us()
             case "enqueue":
                 return self._enqueue_us()
+            case "handover":
+                return self._handover_us(of.busy)
             case "read":
                 ids = torch.arange(8, device=self._device.torch_device)
                 self._device.synchronize()
@@ -113,7 +116,7 @@ class Bench:
 
     def load(self, of: Circumstances) -> AbstractContextManager[None]:
         """Keep the other lane busy inside the block, if the circumstances say so."""
-        if not of.busy:
+        if not of.busy or of.kind == "handover":  # which has its own: a second thread would be in its way
             return nullcontext()
         if of.kind == "h2d":
             return repeating(partial(self._cpu_lane.run, self.sizes.together, 1))
@@ -170,3 +173,10 @@ class Bench:
         us = host_us(lambda: self._device.copy(pairs, [], timed=False, each=False)) / len(pairs)
         self._device.synchronize()
         return us
+
+    def _handover_us(self, is_busy: bool) -> float:
+        if is_busy:
+            pairs = self._copies(min(LOAD_COPY_BYTES, self.host.rows.nbytes), TRAIN_COPIES)
+            self._device.copy(pairs, [], timed=False, each=False)
+        nbytes = min(ENQUEUED_BYTES, self.host.rows.nbytes)
+        return handover_us(self._device, self.pool, self.host.rows, nbytes, is_busy)

@@ -55,8 +55,11 @@ def host_plan(
     sizes = sorted({n for n in (*COPY_BYTES, *(expert.nbytes for expert in experts)) if n <= most} or {most})
     plan = [Circumstances("h2d", busy, nbytes=n) for busy in (False, True) for n in sizes]
     plan += [Circumstances("dram", busy, nbytes=rows_bytes) for busy in (False, True)]
-    only_there = ["batch", "message"] if device_kind == "cuda" else []
-    return plan + [Circumstances(kind) for kind in ("enqueue", "read", *only_there)]
+    plan += [Circumstances(kind) for kind in ("enqueue", "read")]
+    if device_kind == "cuda":  # where the host decides captured steps
+        plan += [Circumstances(kind) for kind in ("batch", "message")]
+        plan += [Circumstances("handover", busy) for busy in (False, True)]
+    return plan
 
 
 def expert_plan(expert: ExpertSize, together: int) -> list[Circumstances]:

@@ -9,13 +9,20 @@ PACED = 1.05
 
 
 def sent_often(points: Sequence[Point], factor: int) -> tuple[Point, ...]:
-    """Every copy made `factor` times: it takes that many times as long, and so does enqueueing it.
+    """Every copy made `factor` times: it takes that many times as long, and so does enqueueing it. Handed over, all of
+    them have one number and mark.
 
     CPU times beside the link stay as they were beside the full link: an engine that really sends the same bytes several
     times sees them so. A link that is slower by itself would leave the CPU more of the memory.
     """
-    slower = ("h2d", "enqueue")
-    return tuple(p._replace(us=p.us * factor) if p.of.kind in slower else p for p in points)
+    enqueue_us = next((p.us for p in points if p.of.kind == "enqueue"), 0.0)
+
+    def slowed(p: Point) -> Point:
+        if p.of.kind == "handover":
+            return p._replace(us=p.us + (factor - 1) * enqueue_us)
+        return p._replace(us=p.us * factor) if p.of.kind in ("h2d", "enqueue") else p
+
+    return tuple(map(slowed, points))
 
 
 def paced(points: Sequence[Point], old_gb_per_s: float, gb_per_s: float) -> tuple[Point, ...]:

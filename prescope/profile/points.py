@@ -19,6 +19,7 @@ KINDS: dict[str, str] = {
     "decide": "from the router's choice until the first copy can start, in such a step",
     "batch": "what a batch of one copy takes on the link besides its bytes: marks, the number that says it is there",
     "enqueue": "host time to enqueue one copy",
+    "handover": "host time to hand over one copy with its number and mark, as captured steps do; busy: the link copies",
     "read": "a small device-to-host read, the host waiting",
     "message": "a word from the device into host memory, seen by the host, answered by a copy, seen by the device",
     "dram": "reading `nbytes` of host memory by all threads; busy: the link copies meanwhile",

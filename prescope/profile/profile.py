@@ -17,7 +17,7 @@ from ..core.numbers import is_count, require_count, require_size
 from ..core.paths import user_path
 from ..core.types import ExpertSize, MoEShape
 from ..errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOption
-from ..scheduler.costs import LayerCosts, Spread
+from ..scheduler.costs import ASSUMED_HANDOVER, HANDOVER_US, LayerCosts, Spread
 from .files import named_file, own_file, read_json, shipped_files, write_json
 from .form import from_plain, to_plain
 from .lanes import nearest
@@ -98,6 +98,10 @@ class HardwareProfile(Measurements):
         near = nearest(lanes.experts_of("gpu"), expert).expert
         scaled = "" if near == expert else f"; experts of {expert} scaled by bytes from those of {near}"
         enqueue_us, decide_us = lanes.small_us("enqueue"), lanes.layer_us("decide", expert, batch)
+        # Beside a busy link it is hidden by the copies before it, so the idle link's time counts.
+        handover_us, is_emulated = lanes.small_us("handover"), self.link_gb_per_s is not None
+        if is_assumed := not handover_us and not is_emulated:
+            handover_us = HANDOVER_US
         return LayerCosts(
             link_us=self.link_us(nbytes),
             link_busy_us=self.link_us(nbytes, busy_cpu=True) if has_cpu else None,
@@ -115,15 +119,16 @@ class HardwareProfile(Measurements):
             else lanes.small_us("message") or lanes.small_us("read"),
             batch_us=lanes.small_us("batch"),
             copy_us=enqueue_us,
+            handover_us=handover_us,
             # An emulated link has the CPU for a GPU, where the host launches each layer.
-            is_layered=self.link_gb_per_s is not None,
+            is_layered=is_emulated,
             spread=Spread(
                 lanes.spread(["h2d"]),
                 lanes.spread(["gpu"], expert),
                 lanes.spread(["cpu"], expert),
                 lanes.spread(["rest"], expert),
             ),
-            source=f"{self.label}, {self.measured}{scaled}",
+            source=f"{self.label}, {self.measured}{scaled}{'; ' + ASSUMED_HANDOVER if is_assumed else ''}",
         )
 
     def _cpu_table(self, expert: ExpertSize, batch: int, *, busy_link: bool = True) -> tuple[float, ...]:

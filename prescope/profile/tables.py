@@ -76,3 +76,6 @@ def _small_rows(profile: Measurements) -> Iterator[Row]:
             )
         elif point.of.kind in ("batch", "enqueue", "read", "message"):
             yield Row(KINDS[point.of.kind], point.us, "us")
+        elif point.of.kind == "handover":
+            beside = "beside a busy link" if point.of.busy else "with an idle link"
+            yield Row(f"host time to hand over one copy with its number and mark, {beside}", point.us, "us")

@@ -29,6 +29,10 @@ class Spread(NamedTuple):
 #: Of a layer on a machine where none was seen to wait for its host: 20 to 40 us at batch 1 on H200 machines, 108 at
 #: batch 8 (docs/log/simulator.md).
 DECIDE_US = 40.0
+#: Of a prefetch's hand-over where it was not measured: on an H200 a copy takes the host 8 us and 16 with its events
+#: (docs/log/simulator.md).
+HANDOVER_US = 16.0
+ASSUMED_HANDOVER = f"handing over a copy is assumed to take the host {HANDOVER_US:.0f} us"
 #: Stated times, and such whose spread nobody knows.
 EXACT = Spread()
 
@@ -62,7 +66,10 @@ class LayerCosts:
         batch_us: what copies handed over together take on the link besides their bytes: the number that says they
             are there, and marks. Each prefetch is one, a layer's on-demand copies are one or two. For the clock of
             the simulator; decisions use copy times as measured, which include it.
-        copy_us: host time to enqueue one copy.
+        copy_us: host time to enqueue one copy. For the clock of the simulator: of a layer's on-demand copies the host
+            answers behind the first one, whose hand-over `decide_us` holds.
+        handover_us: host time to hand over one copy with its number and mark, as each prefetch is. For the clock of the
+            simulator: a copy begins no earlier, and the host sees the next layer's question no earlier.
         is_layered: the host launches each layer, so that its decisions and predictions are in every layer's way.
         spread: how far they vary on this machine: the simulator says of its tokens/s what follows from it.
         source: where the numbers come from, in words.
@@ -79,6 +86,7 @@ class LayerCosts:
     decide_us: float = 0.0
     batch_us: float = 0.0
     copy_us: float = 0.0
+    handover_us: float = 0.0
     is_layered: bool = False
     spread: Spread = EXACT
     source: str
@@ -97,7 +105,8 @@ class LayerCosts:
             self.link_us, self.link_busy_us or 0.0, self.batch_us, self.gpu_us, self.rest_us, self.predict_us
         )  # fmt: skip
         whole = (
-            *times, *self.cpu_us, *self.cpu_alone_us, self.cpu_base_us, self.decide_us, self.copy_us
+            *times, *self.cpu_us, *self.cpu_alone_us, self.cpu_base_us, self.decide_us, self.copy_us,
+            self.handover_us,
         )  # fmt: skip
         if wrong := [us for us in whole if not (is_number(us) and 0 <= us < math.inf)]:
             raise UnsupportedOption(
@@ -149,6 +158,8 @@ class LayerCosts:
             rest_us=rest * self.rest_us,
             predict_us=rest * self.predict_us,
             decide_us=rest * self.decide_us,
+            copy_us=rest * self.copy_us,
+            handover_us=rest * self.handover_us,
             cpu_us=tuple(cpu * us for us in self.cpu_us),
             cpu_alone_us=tuple(cpu * us for us in self.cpu_alone_us),
             cpu_base_us=cpu * self.cpu_base_us,
@@ -249,4 +260,7 @@ def compiled_costs(costs: LayerCosts, *, cpu: bool, predicts: bool) -> Costs:
         cpu_us=np.array(costs.cpu_us if cpu else (), dtype=np.float64),
         cpu_alone_us=np.array((costs.cpu_alone_us or costs.cpu_us) if cpu else (), dtype=np.float64),
         batch_us=float(costs.batch_us),
+        # Layer by layer a copy's hand-over is part of what was measured around it.
+        copy_us=0.0 if costs.is_layered else float(costs.copy_us),
+        handover_us=0.0 if costs.is_layered else float(costs.handover_us),
     )

@@ -23,7 +23,10 @@ class Costs(NamedTuple):
     cpu_base_us: float  # one submission to the CPU and the merging of its result
     cpu_us: FloatArray  # (N + 1,) one expert with n tokens on the CPU; empty: there is no CPU lane
     cpu_alone_us: FloatArray  # the same while the link is idle
-    batch_us: float = 0.0  # copies handed over together, besides their bytes; for the simulator's clock
+    # For the simulator's clock:
+    batch_us: float = 0.0  # on the link, copies handed over together, besides their bytes
+    copy_us: float = 0.0  # of the host, one more copy of a batch
+    handover_us: float = 0.0  # of the host, a batch of one copy with its number and mark
 
 
 class ScheduleSettings(NamedTuple):

@@ -13,7 +13,15 @@ from ..errors import BadProfile
 from ..profile import SLOWER_LINKS, HardwareProfile
 from ..profile.files import shipped_files
 from ..scheduler import schedule_named
-from ..scheduler.costs import DECIDE_US, LayerCosts, costs_of_run, decide_us_of, has_times
+from ..scheduler.costs import (
+    ASSUMED_HANDOVER,
+    DECIDE_US,
+    HANDOVER_US,
+    LayerCosts,
+    costs_of_run,
+    decide_us_of,
+    has_times,
+)
 from ..scheduler.plan import ON_DEMAND
 from ..traces.events import COMPUTE_LANES
 from ..traces.result import RunResult
@@ -103,7 +111,6 @@ def machine_of_run(
             cpu_us=known.cpu_us,
             cpu_base_us=known.cpu_base_us,
             cpu_alone_us=known.cpu_alone_us,
-            copy_us=known.copy_us,
             spread=costs.spread._replace(cpu=known.spread.cpu),
             source=f"{costs.source}; CPU experts calibrated",
         )
@@ -118,12 +125,21 @@ def machine_of_run(
         on_demand = replace(costs, decide_us=median(alone), source=source)
     return Machine(
         HERE,
-        costs,
+        costs if costs.is_layered else _handed_over(costs, profile),
         shape.row_bytes,
         step_us,
         LEAST_BYTES_ON_WIRE if run.hardware["link"] == "measured" else 0,
         is_here=True,
         on_demand=on_demand,
+    )
+
+
+def _handed_over(costs: LayerCosts, profile: HardwareProfile | None) -> LayerCosts:
+    """The same where the host hands over each copy: what that takes it was calibrated, or is assumed."""
+    enqueue_us, us = (0.0, 0.0) if profile is None else map(profile.lanes.small_us, ("enqueue", "handover"))
+    origin = "hand-overs calibrated" if us else ASSUMED_HANDOVER
+    return replace(
+        costs, copy_us=enqueue_us, handover_us=us or HANDOVER_US, source=f"{costs.source}; {origin}"
     )
 
 

@@ -5,10 +5,12 @@ moe_layer * E + expert. Times are microseconds.
 
 The machine has one link, which makes one copy at a time and interrupts none, the GPU, the CPU lane and a host. The host
 looks at what has landed when a router's choice reaches it, or after its last decision, and has decided `decide_us`
-later. It then gives on-demand copies to the link at once, and prefetches only while it is not deciding and fewer than
-`most_in_flight` of them are under way. A layer whose experts are all in slots does not wait for the host. The slots of
-a layer are safe until the next router has chosen. A layer that does not fit into the slots is served in rounds, as the
-engine serves it (`rounds.walk`).
+later. It then gives on-demand copies to the link, and prefetches only while it is not deciding and fewer than
+`most_in_flight` of them are under way. It hands over one copy after the other, and none begins before that
+(`handed_over`, `_prefetch`): the first one on demand comes before the answer, the others behind it, and of prefetches
+it looks for the next layer's question between two. A layer whose experts are all in slots does not wait for the host.
+The slots of a layer are safe until the next router has chosen. A layer that does not fit into the slots is served in
+rounds, as the engine serves it (`rounds.walk`).
 
 Where the host launches each layer (`is_layered`) rounds serve a layer that misses many too, and the host has no time to
 watch the link: it gives prefetches to it twice a layer, behind the copies of the layer's last round and when its
@@ -73,8 +75,9 @@ class Log(NamedTuple):
     copy_us: FloatArray  # (n, 2) start and end
 
 
-#: Places in the clock: a layer begins, its predictions are there, the host has decided, and prefetches are wanted.
-NOW, FORESEEN, LAST_DECIDED, WANTED = range(4)
+#: Places in the clock: a layer begins, its predictions are there, the host has decided and handed over what the layer
+#: waits for, and prefetches are wanted.
+NOW, FORESEEN, HANDED_OVER, WANTED = range(4)
 
 
 class Wire(NamedTuple):
@@ -136,19 +139,19 @@ def replay(
     step_end = np.zeros(S)
     wire.num_copies[0] = 0
     tokens_dE, used_dE = np.zeros((d, E)), np.zeros((d, E))
-    now, foreseen, decided, wanted_us = clock
+    now, foreseen, handed_us, wanted_us = clock
     for s in range(S):
         for layer in range(L):
             if wire.num_copies[0] + E * (d + 2) > len(wire.copies):
                 wire = _with_room(wire, E * (d + 2))
             routed = now + costs.rest_us
             foreseen = max(routed, foreseen) + costs.predict_us
-            looked = max(routed if settings.lag else foreseen, decided)
-            decided = looked + costs.decide_us
+            looked = max(routed if settings.lag else foreseen, handed_us)
             if is_layered:
                 _land(looked, state, wire)
             else:
-                _prefetch(wanted_us, looked, s, most_in_flight, E, costs, state, wire)
+                looked = _prefetch(wanted_us, looked, s, most_in_flight, E, costs, state, wire)
+            decided = looked + costs.decide_us
             # -- the decision
             slots.protected[:] = False
             begin, end = demand.first[s * L + layer], demand.first[s * L + layer + 1]
@@ -188,10 +191,11 @@ def replay(
                 layer, s, goes_on, k, need, E, is_layered, costs, state, wire, decision.keep
             )
             # -- what is prefetched: by what the layer itself predicts, when its own copies have their slots
-            wanted_us, is_own = decided, settings.lag > 0 and d > 0 and layer + 1 < L
+            handed_us = handed_over(costs, decided, k)
+            wanted_us, is_own = handed_us, settings.lag > 0 and d > 0 and layer + 1 < L
             if is_own:
                 _read(expected_dSLE, used_dSLE, s, layer, tokens_dE, used_dE)
-                wanted_us = max(decided, foreseen)
+                wanted_us = max(handed_us, foreseen)
             ahead = prefetch_layer(
                 settings, believed, layer, decision, backlog, slots, state.memory, tokens_dE, used_dE, is_own
             )
@@ -224,7 +228,7 @@ def replay(
             now = done
         now += step_us
         step_end[s] = now
-    clock[NOW], clock[FORESEEN], clock[LAST_DECIDED], clock[WANTED] = now, foreseen, decided, wanted_us
+    clock[NOW], clock[FORESEEN], clock[HANDED_OVER], clock[WANTED] = now, foreseen, handed_us, wanted_us
     count = wire.num_copies[0]
     return Log(times, counts, step_end, wire.copies[:count].copy(), wire.copy_us[:count].copy())
 
@@ -258,9 +262,11 @@ def _prefetch(
     costs: Costs,
     state: State,
     wire: Wire,
-) -> None:
-    """Give waiting prefetches to the link as earlier ones land, from `wanted_us` on; what landed is not in flight."""
-    issue = wanted_us
+) -> float:
+    """Give waiting prefetches to the link as earlier ones land, from `wanted_us` until the next layer's question at
+    `until_us`; what landed is not in flight. Returns when the host sees that question: one hand-over may outlast it.
+    """
+    issue, seen_us = wanted_us, until_us
     _land(min(wanted_us, until_us), state, wire)
     while most_in_flight > 0 and state.waiting.counts[NUM_WAITING] > 0:
         if wire.ends[1] - wire.ends[0] >= most_in_flight:
@@ -272,10 +278,21 @@ def _prefetch(
         if key < 0:
             break
         on_the_way(state.slots, slot)
+        issue += costs.handover_us
+        seen_us = max(until_us, issue)
         _copy(key, key // E, slot, AHEAD, step, issue, True, costs, wire)
         wire.queue[wire.ends[1] % len(wire.queue)] = slot
         wire.ends[1] += 1
-    _land(until_us, state, wire)
+    _land(seen_us, state, wire)
+    return seen_us
+
+
+@jit
+def handed_over(costs: Costs, decided: float, num_load: int) -> float:
+    """When the host has handed over a layer's on-demand copies: the first one before it answers, at `decided`; behind
+    that the others, a batch with one number.
+    """
+    return decided + ((num_load - 2) * costs.copy_us + costs.handover_us if num_load > 1 else 0.0)
 
 
 @jit
@@ -395,7 +412,7 @@ def _load(
     for i in range(len(keys)):
         # The host hands over the first one before it answers, the others behind that.
         ends_batch = i == 0 or i == len(keys) - 1
-        _copy(keys[i], layer, taken[i], ON_DEMAND, step, ask_us, ends_batch, costs, wire)
+        _copy(keys[i], layer, taken[i], ON_DEMAND, step, ask_us + i * costs.copy_us, ends_batch, costs, wire)
         slots.protected[taken[i]], slots.prefetched[taken[i]] = True, False
     return wire.free_us[0]
 

@@ -36,7 +36,8 @@ HELP = "Copies, experts on CPU and GPU, and this model's layers are timed here; 
 #: What a calibration calls its measurements -> what a person calls them.
 NAMES = {
     "h2d": "copies to the GPU", "cpu": "CPU", "gpu": "GPU", "dram": "reading host memory", "batch": "batches of copies",
-    "enqueue": "enqueueing a copy", "read": "reading back", "message": "a word from the GPU",
+    "enqueue": "enqueueing a copy", "handover": "handing over a copy", "read": "reading back",
+    "message": "a word from the GPU",
 }  # fmt: skip
 
 

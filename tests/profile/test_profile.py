@@ -14,6 +14,7 @@ from prescope.errors import BadProfile, ForeignProfile, NoProfile, UnsupportedOp
 from prescope.profile import Circumstances, HardwareProfile, Point, markdown, tokens_per_expert
 from prescope.profile.curves import ExpertCurve, LinkCurve, fit_line, interpolate, rising
 from prescope.profile.files import own_file, shipped_files
+from prescope.scheduler.costs import ASSUMED_HANDOVER, HANDOVER_US
 
 MB = 10**6
 SMALL, LARGE = ExpertSize(9_437_184, 2048, 768), ExpertSize(12_582_912, 2048, 1024)
@@ -50,6 +51,7 @@ def points() -> list[Point]:
     made += [point("rest", 60.0, **size, tokens=1), point("rest", 74.0, **size, tokens=8)]
     made += [point("decide", 25.0, **size, tokens=1)]
     made += [point("batch", 9.0), point("enqueue", 4.0), point("read", 14.0), point("message", 11.0)]
+    made += [point("handover", 11.0), point("handover", 13.0, busy=True)]
     made += [point("dram", 1e4, nbytes=900 * MB), point("dram", 1.3e4, busy=True, nbytes=900 * MB)]
     return made
 
@@ -173,6 +175,7 @@ def test_costs_are_the_measured_times():
     assert costs.rest_us == pytest.approx(60.0 + 20.0)  # and the layer's own launches
     assert costs.decide_us == pytest.approx(25.0)
     assert costs.copy_us == pytest.approx(4.0)
+    assert (costs.handover_us, "hand" in costs.source) == (pytest.approx(11.0), False)
     assert costs.cpu_us[:2] == (0.0, pytest.approx(1.5 * cpu_us(SMALL, 1)))
     assert costs.cpu_base_us > CPU_BASE_US
     assert len(costs.cpu_alone_us) == len(costs.cpu_us)
@@ -329,6 +332,16 @@ def test_the_saved_profile_of_this_machine_is_found_again(cache):
 # -- other links -----------------------------------------------------------------------------------------------------
 
 
+def test_a_profile_of_before_says_what_is_assumed_of_hand_overs():
+    """Where a GPU waits for the host; behind an emulated link the host launches each layer and nothing is assumed."""
+    size = {"width": 2048, "expert_width": 768, "batch": 1}
+    before = profile(points=tuple(p for p in points() if p.of.kind != "handover"))
+    costs = before.costs(SHAPE, **size)
+    assert costs.handover_us == HANDOVER_US and costs.source.endswith(ASSUMED_HANDOVER)
+    emulated = replace(before, link_gb_per_s=8.0).costs(SHAPE, **size)
+    assert emulated.handover_us == 0.0 and ASSUMED_HANDOVER not in emulated.source
+
+
 @pytest.mark.parametrize(("factor", "name"), [(2, "PCIe 4"), (4, "PCIe 3")])
 def test_an_emulated_link_sends_the_same_bytes_more_often_and_says_so_everywhere(
     factor, name, tmp_path, monkeypatch, cache
@@ -342,6 +355,7 @@ def test_an_emulated_link_sends_the_same_bytes_more_often_and_says_so_everywhere
     assert slow.gpu_us(4, SMALL) == real.gpu_us(4, SMALL)
     slow_costs = slow.costs(SHAPE, width=2048, expert_width=768)
     assert slow_costs.copy_us == pytest.approx(factor * 4.0)
+    assert slow_costs.handover_us == pytest.approx(11.0 + (factor - 1) * 4.0), "one number and mark for all"
     assert "emulated" in slow.label and name in slow.label
     assert "emulated" in slow.describe().attrs["label"] and "emulated" in slow_costs.source
     assert HardwareProfile.load(slow.save(tmp_path / "slow.json")) == slow

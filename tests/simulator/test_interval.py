@@ -8,7 +8,14 @@ from prescope.cache.policies import POLICIES
 from prescope.calibration import calibrate
 from prescope.engine import attach
 from prescope.errors import UnsupportedOption
-from prescope.scheduler.costs import DECIDE_US, LayerCosts, Spread, decide_us_of
+from prescope.scheduler.costs import (
+    ASSUMED_HANDOVER,
+    DECIDE_US,
+    HANDOVER_US,
+    LayerCosts,
+    Spread,
+    decide_us_of,
+)
 from prescope.simulator import Machine, Scenario, Scenarios, Simulator, machine_of_run
 from prescope.simulator.simulator import LEAST_OFF
 from prescope.traces.synthetic import SyntheticSpec
@@ -173,7 +180,12 @@ def test_where_the_gpu_decided_a_schedule_waits_for_the_host_all_the_same():
     assert known.costs_of("presched").decide_us == pytest.approx(decide_us_of(asked[0]))
     assert known.costs_of("on-demand") == unknown.costs_of("on-demand")
     assert known.costs_of("on-demand").decide_us == 0.0
-    for name in asdict(known.costs).keys() - {"decide_us", "source"}:
+    assert (known.costs.handover_us, known.on_demand.handover_us) == (HANDOVER_US, 0.0)
+    assert ASSUMED_HANDOVER in known.costs.source and ASSUMED_HANDOVER not in known.on_demand.source
+    assert machine_of_run(strangers[1], *here).costs.handover_us == 0.0, (
+        "layer by layer it is part of the rest"
+    )
+    for name in asdict(known.costs).keys() - {"decide_us", "handover_us", "source"}:
         assert getattr(known.costs, name) == getattr(known.on_demand, name), "the layers are the same"
     assert machine_of_run(asked[0], *here).on_demand is None, "its own waits are those of a schedule"
     # The other way round: recorded under a schedule, on demand is not charged with a wait that it does not have.
