@@ -678,6 +678,11 @@ SETTINGS = {
     "FP4 beside FP8": (
         {"experts": fp4_in_int8, "proj": fp8_blocks(128, 128, ".scale")}, FP8 | {"expert_dtype": "fp4"}, "mxfp4",
     ),
+    "words in capitals": (
+        fp8_blocks(1, 32),
+        compressed("float-quantized", strategy="GROUP", group_size=32, num_bits=8, type="FLOAT", symmetric=True),
+        "fp8",
+    ),
     "rows shorter than a group": (one_group, LAYOUTS["mixtral awq"][2] | {"group_size": 128}, "int4"),
 }  # fmt: skip
 
@@ -726,7 +731,8 @@ def test_numbers_of_8_bits_without_scales_are_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["checkpoint_format", "format"])
-def test_zeros_of_gptqs_second_format_are_stored_as_they_are(tmp_path, key):
+@pytest.mark.parametrize("said", ["gptq_v2", "GPTQ_V2"])
+def test_zeros_of_gptqs_second_format_are_stored_as_they_are(tmp_path, key, said):
     plain = write("mixtral gptq", tmp_path)
     shifts = torch.arange(0, 32, 4)
 
@@ -737,7 +743,7 @@ def test_zeros_of_gptqs_second_format_are_stored_as_they_are(tmp_path, key):
         return (zeros << shifts).sum(-1).to(torch.uint32).view(torch.int32)
 
     change(tmp_path, one_more)
-    edit_config(tmp_path, quantization_config=LAYOUTS["mixtral gptq"][2] | {key: "gptq_v2"})
+    edit_config(tmp_path, quantization_config=LAYOUTS["mixtral gptq"][2] | {key: said})
     with load(tmp_path, slots=8) as engine, torch.no_grad():
         assert distance(engine.model(prompt()).logits, plain(prompt()).logits) < TOLERANCE
 

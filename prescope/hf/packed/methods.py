@@ -137,7 +137,7 @@ def groups_of(config: Mapping[str, Any]) -> tuple[Group, ...]:
 
 def _fp8(config: Mapping[str, Any]) -> Published:
     _require(config, expert_dtype=("fp8", "fp4", None))
-    return FinegrainedFp8(_block_of(config.get("weight_block_size")), config.get("expert_dtype") == "fp4")
+    return FinegrainedFp8(_block_of(config.get("weight_block_size")), _said(config, "expert_dtype") == "fp4")
 
 
 def _gptq(config: Mapping[str, Any]) -> tuple[Group, ...]:
@@ -148,7 +148,7 @@ def _gptq(config: Mapping[str, Any]) -> tuple[Group, ...]:
     rules: Mapping[str, Any] = config.get("dynamic") or {}  # of single modules, by patterns of names
     for rule in rules.values():
         _require(rule, bits=(4, None), desc_act=(False, None))
-    is_second = "gptq_v2" in (config.get("checkpoint_format"), config.get("format"))
+    is_second = "gptq_v2" in (_said(config, "checkpoint_format"), _said(config, "format"))
     offset, said = 0 if is_second else 1, _group_of(config)
     own = {pattern.removeprefix("+:"): rule for pattern, rule in rules.items() if "group_size" in rule}
     if not own:
@@ -194,16 +194,16 @@ def _compressed_as(format: str, args: Mapping[str, Any]) -> Published:
     Raises:
         UnsupportedExperts: in a way that is not read here.
     """
-    if args.get("actorder") in (True, "group", "dynamic"):  # two words for one thing
+    if _said(args, "actorder") in (True, "group", "dynamic"):  # two words for one thing
         raise UnsupportedExperts("compressed-tensors with actorder='group'")
     is_symmetric = args.get("symmetric") is not False
     match format:
         case "pack-quantized":
             _require(args, num_bits=(4, 8), type=("int", None))
             return (PackQuantized if args["num_bits"] == 4 else PackQuantized8)(_group_of(args), is_symmetric)
-        case "float-quantized" | "naive-quantized" if args.get("type") == "float":
+        case "float-quantized" | "naive-quantized" if _said(args, "type") == "float":
             block = _block_of(args.get("block_structure"))
-            if args.get("strategy") == "group":
+            if _said(args, "strategy") == "group":
                 block = 1, int(args["group_size"])
             return BlockFp8("FP8 of compressed-tensors", block, "weight_scale")
         case "int-quantized" | "naive-quantized":
@@ -235,14 +235,19 @@ def _block_of(said: Any) -> tuple[int, int] | None:
 
 def _group_of(args: Mapping[str, Any]) -> int | None:
     """Weights that share a scale by a configuration, -1 for a row; None if it does not say."""
-    if args.get("strategy") in ("channel", "tensor"):
+    if _said(args, "strategy") in ("channel", "tensor"):
         return -1
     group = args.get("group_size")
     return None if group is None else int(group)
 
 
+def _said(config: Mapping[str, Any], key: str) -> Any:
+    """What a configuration says; words in small letters, as the tools take "GPTQ_V2" and "gptq_v2" for one."""
+    found = config.get(key)
+    return found.lower() if isinstance(found, str) else found
+
+
 def _require(config: Mapping[str, Any], **allowed: tuple[Any, ...]) -> None:
     for key, values in allowed.items():
-        found = config.get(key)
-        if (found.lower() if isinstance(found, str) else found) not in values:
-            raise UnsupportedExperts(f"{key}={found!r} is not served, {key}={values[0]!r} is")
+        if _said(config, key) not in values:
+            raise UnsupportedExperts(f"{key}={config.get(key)!r} is not served, {key}={values[0]!r} is")
