@@ -609,6 +609,32 @@ def test_what_is_not_served_is_refused_by_name_before_weights_are_read(
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
 
 
+def transformed(*locations: str) -> dict:
+    """What llm-compressor's QuIP and SpinQuant say of the rotations that they put beside the weights."""
+    apply = [{"targets": ["Linear"], "location": location, "inverse": False} for location in locations]
+    return {"transform_config": {"config_groups": {"R1": {"type": "hadamard", "apply": apply}}}}
+
+
+@pytest.mark.parametrize("location", ["input", "output"])
+def test_weights_that_need_their_activations_turned_are_refused(tmp_path, location):
+    """Such weights alone are another model, and nothing in their tensors shows it."""
+    write("qwen3 int4", tmp_path)
+    said = LAYOUTS["qwen3 int4"][2] | transformed("weight_input", location)
+    edit_config(tmp_path, quantization_config=said)
+    with pytest.raises(UnsupportedExperts, match=rf"R1, a hadamard transform of {location}s\) is not served"):
+        load(tmp_path, slots=8)
+
+
+@pytest.mark.parametrize(
+    "said", [{"transform_config": {}}, transformed("weight_input", "weight_output"), transformed("q_attn", "k_cache")]
+)
+def test_weights_that_hold_their_transforms_are_read(tmp_path, said):
+    plain = write("qwen3 int4", tmp_path)
+    edit_config(tmp_path, quantization_config=LAYOUTS["qwen3 int4"][2] | said)
+    with load(tmp_path, slots=8) as engine, torch.no_grad():
+        assert distance(engine.model(prompt()).logits, plain(prompt()).logits) < TOLERANCE
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_weights_of_which_the_config_says_nothing_are_refused_before_they_are_read(
     tmp_path, monkeypatch, layout

@@ -165,7 +165,8 @@ def _gptq(config: Mapping[str, Any]) -> tuple[Group, ...]:
 
 def _compressed(config: Mapping[str, Any]) -> tuple[Group, ...]:
     if (config.get("sparsity_config") or {}).get("format") not in (None, "dense"):
-        raise UnsupportedExperts("compressed-tensors with sparse weights")
+        raise UnsupportedExperts("compressed-tensors with sparse weights is not served")
+    _require_untransformed(config.get("transform_config") or {})
     groups = list((config.get("config_groups") or {}).values()) or [{}]
     if strange := [group for group in groups if not isinstance(group, Mapping)]:
         raise UnsupportedExperts(f"compressed-tensors with a config group {strange[0]!r}")
@@ -178,6 +179,21 @@ def _compressed(config: Mapping[str, Any]) -> tuple[Group, ...]:
         )
         for group in groups
     )
+
+
+def _require_untransformed(config: Mapping[str, Any]) -> None:
+    """Refuse weights that are right only with what the tool does to activations beside them (QuIP, SpinQuant's R4).
+
+    Those "weight_input" and "weight_output" are in the weights already, and queries and keys that are both turned have
+    the same products.
+    """
+    for name, transform in (config.get("config_groups") or {}).items():
+        for place in transform["apply"]:
+            if _said(place, "location") in ("input", "output"):
+                raise UnsupportedExperts(
+                    f"compressed-tensors with a transform_config that turns activations ({name}, a "
+                    f"{transform.get('type')} transform of {place['location']}s) is not served"
+                )
 
 
 def _target(target: Any) -> str:
@@ -195,7 +211,7 @@ def _compressed_as(format: str, args: Mapping[str, Any]) -> Published:
         UnsupportedExperts: in a way that is not read here.
     """
     if _said(args, "actorder") in (True, "group", "dynamic"):  # two words for one thing
-        raise UnsupportedExperts("compressed-tensors with actorder='group'")
+        raise UnsupportedExperts(f"compressed-tensors with actorder={args['actorder']!r} is not served")
     is_symmetric = args.get("symmetric") is not False
     match format:
         case "pack-quantized":
@@ -218,7 +234,7 @@ def _compressed_as(format: str, args: Mapping[str, Any]) -> Published:
             return PackedMxfp4()
         case "mxfp8-quantized":
             return BlockFp8("MXFP8 of compressed-tensors", (1, 32), "weight_scale", is_microscaled=True)
-    raise UnsupportedExperts(f"compressed-tensors in the format {format!r}")
+    raise UnsupportedExperts(f"compressed-tensors in the format {format!r} is not served")
 
 
 def _block_of(said: Any) -> tuple[int, int] | None:
