@@ -626,7 +626,12 @@ def test_weights_that_need_their_activations_turned_are_refused(tmp_path, locati
 
 
 @pytest.mark.parametrize(
-    "said", [{"transform_config": {}}, transformed("weight_input", "weight_output"), transformed("q_attn", "k_cache")]
+    "said",
+    [
+        {"transform_config": {}},
+        transformed("weight_input", "weight_output"),
+        transformed("q_attn", "k_cache"),
+    ],
 )
 def test_weights_that_hold_their_transforms_are_read(tmp_path, said):
     plain = write("qwen3 int4", tmp_path)
@@ -722,6 +727,36 @@ def test_settings_that_the_tools_have_besides_their_usual_ones(tmp_path, monkeyp
         assert engine.form == form
         assert ModelSize.of(tmp_path).shape.row_bytes == engine.shape.row_bytes
         assert distance(engine.model(prompt(2)).logits, plain(prompt(2)).logits) < TOLERANCE
+
+
+#: What tools write of activations that are rounded with scales known beforehand, around zeros of their own.
+STATIC = {"input_scale": 0.1, "input_zero_point": -12, "output_scale": 0.2, "output_zero_point": 3}
+
+
+@pytest.mark.parametrize(
+    "layout", ["glm int8", "qwen3 int4", "mixtral mxfp4", "qwen3 nvfp4", "glm fp8 channel"]
+)
+def test_zeros_and_scales_of_activations_are_left_aside(tmp_path, layout):
+    """int8 numbers that are no weights: beside each linear, and of the cache of keys and values."""
+    plain = write(layout, tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    stems = [name.rpartition(".")[0] for name in whole if name.endswith("weight_scale")]
+    names = {f"{stem}.{name}": value for stem in stems for name, value in STATIC.items()}
+    names |= {
+        f"model.layers.{i}.self_attn.{part}": 1 for i in range(3) for part in ("k_zero_point", "v_zero_point")
+    }
+    more = {
+        name: torch.tensor([value], dtype=torch.int8 if "zero" in name else None)
+        for name, value in names.items()
+    }
+    save_file(whole | more, tmp_path / "model.safetensors", {"format": "pt"})
+    with load(tmp_path, slots=8) as engine, torch.no_grad():
+        assert distance(engine.model(prompt()).logits, plain(prompt()).logits) < TOLERANCE
+    entries = Checkpoint([tmp_path / "model.safetensors"]).entries
+    matrices = matrices_in(groups_of(LAYOUTS[layout][2]), entries)
+    assert {name for matrix in matrices for name in matrix.names.values()} >= {
+        name for name in more if not name.endswith(("k_zero_point", "v_zero_point"))
+    }
 
 
 def test_a_scale_beside_plain_numbers_is_the_models_own(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from ...errors import UnsupportedExperts
 from ...weights.formats import Format, Fp8, Mxfp4, Nvfp4
 from ...weights.formats.fp4 import e8m0
-from .published import FLOATS, Entries, Naming, Published, Tensors, Wanted
+from .published import FLOATS, OF_ACTIVATIONS, Entries, Naming, Published, Tensors, Wanted
 
 #: Exponents, which torch and tools write as bytes of one kind or the other.
 _E8M0 = ("U8", "F8_E8M0")
@@ -73,12 +73,7 @@ class BlockFp8(Published):
 
 def _namings(scale: str) -> tuple[Naming, ...]:
     """Of weights with scales of that name: those of one matrix, and those of all experts."""
-    spare = {
-        "activation": ".activation_scale",
-        "input": ".input_scale",
-        "act": ".qscale_act",
-        "zero": ".weight_zero_point",
-    }
+    spare = {"zero": ".weight_zero_point", **OF_ACTIVATIONS}
     of_matrix = {"weight": ".weight", "scale": f".{scale}"}
     if not scale.startswith("weight"):  # a word that families use for scales of other things too
         return (Naming(of_matrix, spare, ".weight", (*_FP8, "I8")),)
@@ -181,7 +176,7 @@ class PackedMxfp4(PackedFp4):
     """MXFP4 of compressed-tensors: scales are e8m0."""
 
     label, group, scale_dtypes = "MXFP4 of compressed-tensors", 32, _E8M0
-    namings = (Naming({"weight": ".weight_packed", "scale": ".weight_scale"}, {}, ".weight"),)
+    namings = (Naming({"weight": ".weight_packed", "scale": ".weight_scale"}, OF_ACTIVATIONS, ".weight"),)
 
     def held_as(self) -> Format:
         return Mxfp4()
@@ -197,7 +192,7 @@ class PackedNvfp4(PackedFp4):
     namings = (
         Naming(
             {"weight": ".weight_packed", "scale": ".weight_scale", "global": ".weight_global_scale"},
-            {"input": ".input_global_scale"},
+            OF_ACTIVATIONS,
             ".weight",
         ),
     )

@@ -12,7 +12,7 @@ from ...errors import UnsupportedExperts
 from ...weights.formats import Format, Int4, Int8
 from ...weights.formats.int4 import MIDDLE
 from ...weights.formats.nibbles import join
-from .published import FLOATS, Entries, Naming, Published, Tensors, Wanted
+from .published import FLOATS, OF_ACTIVATIONS, Entries, Naming, Published, Tensors, Wanted
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 #: Where AWQ has put the eight numbers of a word, from its lowest bits on.
@@ -79,7 +79,12 @@ class PackQuantized(Grouped):
     namings = (
         Naming(
             {"scale": ".weight_scale", "weight": ".weight_packed"},
-            {"zero": ".weight_zero_point", "shape": ".weight_shape", "order": ".weight_g_idx"},
+            {
+                "zero": ".weight_zero_point",
+                "shape": ".weight_shape",
+                "order": ".weight_g_idx",
+                **OF_ACTIVATIONS,
+            },
             ".weight",
         ),
     )
@@ -170,7 +175,7 @@ class IntQuantized(Grouped):
     namings = (
         Naming(
             {"weight": ".weight", "scale": ".weight_scale"},
-            {"input": ".input_scale", "zero": ".weight_zero_point"},
+            {"zero": ".weight_zero_point", **OF_ACTIVATIONS},
             ".weight",
         ),
     )

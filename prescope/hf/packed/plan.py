@@ -89,9 +89,9 @@ class PackedPlan:
             )
         packed_names = {name for matrix in matrices.values() for name in matrix.names.values()}
         plain = [name for name in checkpoint.entries if name not in packed_names]
-        _require_scales(checkpoint, plain)
         weights = ExpertWeights.of(model, layers, [*matrices, *plain])
         found, owned, spare = weights
+        _require_scales(checkpoint, [name for name in plain if name not in spare])
         parameters = model.state_dict()
         packed = [layer for layer in layers if keep and _is_packed(layer, weights, matrices)]
         rows = {layer.name: _rows_of(layer, checkpoint, matrices, found, dtype) for layer in packed}

@@ -16,6 +16,12 @@ from .checkpoint import Checkpoint, Entry
 
 #: What scales of plain numbers can be, as safetensors spells it.
 FLOATS = ("F32", "BF16", "F16")
+#: What tools write of a linear's activations beside its weights, by role: left aside, and part of the matrix, so that
+#: nobody takes it for weights.
+OF_ACTIVATIONS = {
+    "activation": ".activation_scale", "act": ".qscale_act", "input": ".input_scale", "input_zero": ".input_zero_point",
+    "input_global": ".input_global_scale", "output": ".output_scale", "output_zero": ".output_zero_point",
+}  # fmt: skip
 #: Tensors of one matrix, by role.
 Tensors = Mapping[str, torch.Tensor]
 Entries = Mapping[str, Entry]
