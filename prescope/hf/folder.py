@@ -1,6 +1,7 @@
 """What is wrong with a model folder, said before anything is built on it: structure and sizes, no weight is read."""
 
 import os
+import re
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -58,6 +59,8 @@ def check_folder(folder: Path, *, use_safetensors: bool, variant: str | None) ->
     found = [_contents_of(file) for file in files]
     contents = Contents(sum(one.tensors for one in found), sum(one.elements for one in found))
     config = read_object(folder / "config.json", BadModelFolder, REMEDY, OBJECTS["config.json"])
+    if "transformers_weights" not in config:  # which names a file by itself
+        _require_names(folder, [file.name for file in files], variant)
     check_counts(config, str(folder / "config.json"), min(MOST_LAYERS, contents.tensors))
     return contents
 
@@ -117,7 +120,7 @@ def _refuse_without_safetensors(folder: Path) -> NoReturn:
 
 
 def _check_index(folder: Path, present: set[str], variant: str | None) -> None:
-    path = folder / (f"model.safetensors.index.{variant}.json" if variant else INDEX)
+    path = folder / _index_of(variant)
     if not path.exists():
         return
     index = read_object(path, BadModelFolder, REMEDY, MOST_INDEX).get("weight_map")
@@ -128,6 +131,26 @@ def _check_index(folder: Path, present: set[str], variant: str | None) -> None:
     absent = sorted(set(index.values()) - present)
     if absent:
         raise BadModelFolder(f"{folder} lacks {', '.join(absent)}, which its index names; fetch them again")
+
+
+def _index_of(variant: str | None) -> str:
+    return f"model.safetensors.index.{variant}.json" if variant else INDEX
+
+
+def _require_names(folder: Path, present: list[str], variant: str | None) -> None:
+    """Refuse weight files that are there and that transformers would not find."""
+    whole, index = f"model{f'.{variant}' if variant else ''}.safetensors", _index_of(variant)
+    if whole in present or (folder / index).exists():
+        return
+    more = f" and {len(present) - 1} more" if len(present) > 1 else ""
+    if re.search(r"-\d+-of-\d+\.", present[0]):
+        raise BadModelFolder(
+            f"{folder} has {present[0]}{more} and no {index}, which says what is in which; fetch that too"
+        )
+    raise BadModelFolder(
+        f"{folder} has {present[0]}{more}, and what is read is {whole}, or several files with {index}; fetch those, or "
+        f"rename the file if it is a whole model in the layout of transformers"
+    )
 
 
 def _contents_of(file: Path) -> Contents:

@@ -195,6 +195,30 @@ def test_a_missing_shard_is_named(folder):
         prescope.load(folder, **SETTINGS)
 
 
+@pytest.mark.parametrize("experts", ["auto", "int8"])
+def test_a_missing_index_is_named(folder, experts):
+    """Fetched by hand, it is the file that one forgets."""
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        BadModelFolder, match=r"model-00001-of-.* more and no model\.safetensors\.index\.json"
+    ):
+        prescope.load(folder, experts=experts, **SETTINGS)
+
+
+def test_weights_by_another_name_are_told_with_the_one_that_is_read(folder):
+    """Mistral's own layout has such a file, alone or beside transformers'."""
+    (folder / "model.safetensors.index.json").unlink()
+    for shard in shards(folder)[1:]:
+        shard.unlink()
+    shards(folder)[0].rename(folder / "consolidated.safetensors")
+    with pytest.raises(
+        BadModelFolder, match=r"has consolidated\.safetensors, and what is read is model\.safetensors"
+    ):
+        prescope.load(folder, **SETTINGS)
+    with pytest.raises(BadModelFolder, match=r"is read is model\.fp16\.safetensors"):
+        prescope.load(folder, variant="fp16", **SETTINGS)
+
+
 def test_missing_weights_are_an_error_and_not_random(folder):
     """transformers fills absent weights with random numbers and a warning: the text would be garbage."""
     config = json.loads((folder / "config.json").read_text())
