@@ -19,6 +19,7 @@ from prescope.hf.moe_layers import find_moe_layers
 from prescope.hf.packed import packed_on_load
 from prescope.hf.packed.checkpoint import Checkpoint
 from prescope.hf.packed.in_files import FromFiles
+from prescope.hf.packed.integers import bytes_of
 from prescope.hf.packed.methods import groups_of
 from prescope.hf.packed.published import matrices_in
 from tests.support import families
@@ -27,7 +28,9 @@ from tests.support.models import plain_tokens, prompt, tiny_moe
 from tests.support.packed_checkpoints import (
     EXPERTS,
     FP8,
+    HIDDEN,
     LAYOUTS,
+    WIDTH,
     compressed,
     compressed_int4,
     edit_config,
@@ -827,11 +830,51 @@ def test_int8_with_zeros_that_are_none_is_symmetric(tmp_path):
         load(tmp_path, slots=8)
 
 
-def test_columns_in_another_order_are_refused_whatever_the_config_says(tmp_path):
+@pytest.mark.parametrize(
+    "where", ["experts.0.w1", "layers.1.block_sparse_moe.experts.5.w2", "self_attn.q_proj"]
+)
+def test_columns_in_another_order_are_refused_whatever_the_config_says(tmp_path, where):
+    """Of the first expert before weights are read; of another, or beside the experts, when it comes to it."""
     write("mixtral gptq", tmp_path)
-    change(tmp_path, lambda name, tensor: tensor.flip(0) if name.endswith("experts.0.w1.g_idx") else tensor)
-    with pytest.raises(UnsupportedExperts, match="act-order"):
+    change(tmp_path, lambda name, tensor: tensor.flip(0) if name.endswith(f"{where}.g_idx") else tensor)
+    said = rf"{re.escape(str(tmp_path))} is quantised \(gptq\), and .*{where}: .*act-order.*; load the same model in"
+    with pytest.raises(UnsupportedExperts, match=said):
         load(tmp_path, slots=8)
+
+
+def test_a_bias_that_is_missing_is_named(tmp_path):
+    write("gpt-oss mxfp4", tmp_path)
+    change(
+        tmp_path, lambda name, tensor: None if name.endswith("1.mlp.experts.gate_up_proj_bias") else tensor
+    )
+    with pytest.raises(
+        BadModelFolder, match=r"no weights for model\.layers\.1\.mlp\.experts\.gate_up_proj_bias"
+    ):
+        load(tmp_path, slots=8)
+
+
+def test_rows_whose_last_word_is_not_full_are_refused_as_such(tmp_path):
+    """compressed-tensors fills it up: 4 bits all the same."""
+    write("qwen3 int4", tmp_path)
+    shape = torch.tensor([WIDTH, HIDDEN - 3])
+    change(
+        tmp_path,
+        lambda name, tensor: shape.clone() if name.endswith("0.gate_proj.weight_shape") else tensor,
+    )
+    with pytest.raises(
+        UnsupportedExperts,
+        match=r"0\.gate_proj has rows of 61 weights, and the last of their words is not full",
+    ):
+        load(tmp_path, slots=8)
+
+
+@pytest.mark.parametrize("num_words", [1, 2])
+def test_words_that_are_turned_round_are_the_same_bytes(num_words):
+    """GPTQ's lie by inputs first; of 8 inputs there is one word an output (Gemma 4's gates of each layer's inputs)."""
+    words = torch.randint(-(2**31), 2**31 - 1, (num_words, 5), dtype=torch.int32)
+    assert torch.equal(
+        bytes_of(words.mT), torch.from_numpy(words.mT.contiguous().numpy().view(np.uint8).copy())
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,10 @@ def nibbles_of(words: torch.Tensor) -> torch.Tensor:
 def bytes_of(words: torch.Tensor) -> torch.Tensor:
     """Bytes (N, 4 x words) of words whose lowest bits are the first column: in memory they are that already."""
     assert sys.byteorder == "little", "torch has no other machines"
-    return words.contiguous().view(torch.uint8)
+    # Flat: of one word in each row, turned round, torch says that it is contiguous, and not that its bytes are.
+    return (
+        words.contiguous().flatten().view(torch.uint8).unflatten(0, (*words.shape[:-1], 4 * words.shape[-1]))
+    )
 
 
 class Grouped(Published):
@@ -119,10 +122,15 @@ class PackQuantized(Grouped):
 
     def check(self, tensors: Tensors, where: str) -> None:
         rows, words = tensors["weight"].shape
-        if "shape" in tensors and tensors["shape"].tolist() != [rows, self.per_word * words]:
+        said = tensors["shape"].tolist() if "shape" in tensors else [rows, self.per_word * words]
+        if said[0] == rows and 0 < self.per_word * words - said[1] < self.per_word:
             raise UnsupportedExperts(
-                f"{where} holds a weight of {tensors['shape'].tolist()} in ({rows}, {words}) words: "
-                f"not {32 // self.per_word} bits each"
+                f"{where} has rows of {said[1]} weights, and the last of their words is not full (it would be with "
+                f"{self.per_word}), which is not served"
+            )
+        if said != [rows, self.per_word * words]:
+            raise UnsupportedExperts(
+                f"{where} holds a weight of {said} in ({rows}, {words}) words: not {32 // self.per_word} bits each"
             )
 
     def convert(self, tensors: Tensors) -> dict[str, torch.Tensor]:

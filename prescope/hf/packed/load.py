@@ -1,6 +1,7 @@
 """Load a packed checkpoint: the model by transformers, its experts left in their files until rows are filled."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ def load_packed(
 ) -> LoadedModel:
     """Load a checkpoint whose `quantization_config` is `packing`; the rest as of `load_model`."""
     method = packing.get("quant_method", "unknown")
-    with naming(f"{name} is quantised ({method})"):
+    said = f"{name} is quantised ({method})"
+    with naming(said):
         groups = groups_of(packing)
     if experts not in ("auto", "plain"):
         raise UnsupportedOption(
-            f"{name} is quantised ({method}) already, so its experts are not packed to {experts}; leave experts= out, "
+            f"{said} already, so its experts are not packed to {experts}; leave experts= out, "
             f"or load the same model in bfloat16"
         )
     files = _weight_files(name, config, source)
@@ -48,13 +50,21 @@ def load_packed(
     wanted = _dtype_of_packed(config, dtype)
     bare = skeleton(name, config, wanted, source)
     plain = find_moe_layers(bare)
-    with naming(f"{name} is quantised ({method})"):
+    with naming(said):
         plan = PackedPlan.of(Checkpoint(files), groups, bare, plain, wanted, keep=experts == "auto")
     layers = plan.layers(plain)
     text = plan.describe(layers)
     check(layers, top_k_of(bare), text)
-    model = read_around(name, bare, config, wanted, plan.state_dict(), source)
-    return LoadedModel(model, read_tokenizer(name, source), plan.layers(find_moe_layers(model)), text)
+    with naming(said):  # what only values say, such as an order of columns, is looked at when they are read
+        model = read_around(name, bare, config, wanted, plan.state_dict(), source)
+    layers = [_naming_layer(said, layer) for layer in plan.layers(find_moe_layers(model))]
+    return LoadedModel(model, read_tokenizer(name, source), layers, text)
+
+
+def _naming_layer(said: str, layer: MoELayer) -> MoELayer:
+    """The layer with `naming` around its rows' values, which are read later."""
+    read = layer.read_fields
+    return layer if read is None else replace(layer, read_fields=naming(said)(read))
 
 
 def read_around(

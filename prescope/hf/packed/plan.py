@@ -183,9 +183,9 @@ def _is_packed(layer: MoELayer, weights: ExpertWeights, matrices: Mapping[str, M
         UnsupportedExperts: some are; or they are split from the weights of another parameter.
         BadModelFolder: they are not there at all.
     """
+    for name in layer.weight_names:
+        weights.require(f"{layer.name}.{name}")
     targets = [f"{layer.name}.{name}" for name in (layer.spec.up, layer.spec.down)]
-    for target in targets:
-        weights.require(target)
     are_packed = [name in matrices for target in targets for name in weights.found[target]]
     if any(are_packed) and not all(are_packed):
         raise UnsupportedExperts(
