@@ -130,8 +130,17 @@ def outcomes_layout(info: OutcomesInfo, *, brief: bool = False) -> dict[str, Any
             "dtick": 1 if len(info.counts.hit) <= 32 else None,
             "range": [-0.6, len(info.counts.hit) - 0.4],
         },
-        **({"margin": {"t": 84}, "height": 350} if brief else {}),
+        **(_brief_looks(info.measured is not None) if brief else {}),
     }
+
+
+def _brief_looks(has_measured: bool) -> dict[str, Any]:
+    """Heights for a narrow place, where the legend of two results takes a line for each name."""
+    height, axis = (
+        400 if has_measured else 350,
+        "experts per step",
+    )  # whose height is that of a plot between them
+    return {"margin": {"t": 84}, "height": height, "yaxis": {"title": {"text": axis}}}
 
 
 def _shares(counts: OutcomeCounts) -> str:

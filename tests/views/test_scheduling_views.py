@@ -19,7 +19,7 @@ from prescope.views.gpu_idle import gpu_idle_info
 from prescope.views.lanes import MAX_BARS, MEANINGS, lanes_info, lanes_layout, lanes_traces
 from prescope.views.link_use import link_use_info
 from prescope.views.numbers import MORE_IS_BETTER, bound_numbers, change, formatted, numbers, numbers_text
-from prescope.views.outcomes import outcomes_info, outcomes_traces
+from prescope.views.outcomes import outcomes_info, outcomes_layout, outcomes_traces, plot_outcomes
 from prescope.views.recall_value import recall_value_info
 from prescope.views.schedule_pair import schedule_pair_info, schedule_pair_traces
 from prescope.views.step_times import (
@@ -34,6 +34,7 @@ from prescope.views.step_times import (
 from prescope.views.theme import NAMES
 from prescope.views.threshold import threshold_info
 from prescope.widgets import SlimFigureWidget
+from tests.support.browser import offline_page
 from tests.support.small_run import small_run, small_trace
 
 COSTS = LayerCosts(
@@ -330,6 +331,35 @@ def test_many_steps_are_areas_of_the_same_height_as_bars(count, form):
         assert (min(height), max(height)) == (low, high), (
             "the first and the last step are as broad as the others"
         )
+
+
+#: Where the text along a figure's y axis begins and ends, its title ends and its legend begins, in pixels from the top.
+ALONG_Y = """
+() => {
+  const [text, title, legend] = [".ytitle", ".gtitle", ".legend"].map(
+    (name) => document.querySelector(name).getBoundingClientRect());
+  return [text.top, text.bottom, title.bottom, legend.top];
+}
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [700, 770, 1180])
+def test_in_a_panel_the_text_along_the_axis_covers_no_other(results, tmp_path, width):
+    """Beside the controls, at 1280 pixels, five names of the legend left less of the plot than the text is long."""
+    run = small_run(steps=9, batch=3)
+    for measured in (None, run):
+        info = outcomes_info(results["presched"], measured)
+        figure = (
+            plot_outcomes(info).update_layout(outcomes_layout(info, brief=True)).update_layout(width=width)
+        )
+        for trace in figure.data:
+            trace.showlegend = bool(trace.visible)  # the most that there can be
+        figure.write_html(tmp_path / "figure.html")
+        with offline_page(tmp_path / "figure.html") as (page, *_):
+            top, bottom, title, legend = page.evaluate(ALONG_Y)
+        assert title < top and bottom < legend
 
 
 @pytest.mark.parametrize("draw", [views.lanes, views.outcomes, views.step_times])
