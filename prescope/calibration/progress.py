@@ -4,7 +4,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from tqdm.auto import tqdm
+from ..core.waiting import waiting_bar
 
 #: (what is measured now, share that is done)
 OnProgress = Callable[[str, float], None]
@@ -20,7 +20,7 @@ class ProgressBar:
 
     def __init__(self, total: int, on_progress: OnProgress | None) -> None:
         self._total, self._done, self._tell = max(1, total), 0, on_progress
-        self._bar = tqdm(total=total, desc="calibrating", leave=False) if on_progress is None else None
+        self._bar = waiting_bar(total, "calibrating", "point", 0.0) if on_progress is None else None
 
     def at(self, what: str) -> None:
         """Say what is measured now."""

@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from ..core.waiting import BAR_AFTER_S
 from ..errors import BadModelFolder, PrescopeError, UnsupportedExperts
 from .arguments import Source
 
 SAID = 400  # characters of somebody else's error that are quoted
-BAR_AFTER_S = 2.0  # what is read sooner needs no progress bar
 
 
 @contextmanager

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..core.files import parse_object, read_lines, require_file
 from ..core.numbers import require_count, require_seed
 from ..core.paths import embedded_prompts, user_path
+from ..core.waiting import waiting_bar
 from ..engine.engine import Engine
 from ..engine.generate import encoder_of
 from ..engine.load import attach, load
@@ -109,13 +111,15 @@ def record_trace(
     if not items:
         raise TooFewPrompts("no prompt has a token in it; give texts or lists of token ids")
     parts: list[RoutingTrace] = []
-    with _recording_inputs(engine), _seeded(seed, device_of(engine)):
+    bar = waiting_bar(sum(len(item["tokens"]) + new_tokens for item in items), "recording", "token")
+    with bar, _recording_inputs(engine), _seeded(seed, device_of(engine)):
         while items:
             # Sampling takes a step for each token, whatever the batch: there the batch is what counts.
             size = OWN_BATCH if new_tokens else max(1, batch_tokens // len(items[-1]["tokens"]))
             batch, items = items[-size:], items[:-size]
             tokens = [item["tokens"] for item in batch]
-            trace = _sampled(engine, tokens, new_tokens) if new_tokens else _read(engine, tokens)
+            trace = _sampled(engine, tokens, new_tokens, bar) if new_tokens else _read(engine, tokens)
+            bar.update(sum(map(len, tokens)))
             parts.append(replace(trace, prompts=batch))
     return RoutingTrace.concat(parts)
 
@@ -142,11 +146,12 @@ def own_text(engine: Engine, num_tokens: int, *, length: int = OWN_TOKENS, seed:
     rng = np.random.default_rng(seed)
     parts: list[RoutingTrace] = []
     recorded = 0
-    with _recording_inputs(engine), _seeded(seed, device_of(engine)):
+    bar = waiting_bar(max(length, num_tokens), "writing text to learn from", "token")
+    with bar, _recording_inputs(engine), _seeded(seed, device_of(engine)):
         while recorded < max(1, num_tokens):
             count = max(1, min(OWN_BATCH, round((num_tokens - recorded) / length)))
             tokens = [[int(token)] for token in rng.choice(starts, count)]
-            trace = _sampled(engine, tokens, length)
+            trace = _sampled(engine, tokens, length, bar)
             known = [{"domain": OWN_DOMAIN, "id": len(parts) * OWN_BATCH + i} for i in range(count)]
             parts.append(replace(trace, prompts=known))
             recorded += len(trace)
@@ -198,8 +203,12 @@ def _read(engine: Engine, batch: list[list[int]]) -> RoutingTrace:
     return _trace_of(results[0])
 
 
-def _sampled(engine: Engine, batch: list[list[int]], new_tokens: int) -> RoutingTrace:
-    """Temperature 1, nothing cut off, and no end: the text goes on over the end of a document."""
+def _sampled(engine: Engine, batch: list[list[int]], new_tokens: int, bar: tqdm) -> RoutingTrace:
+    """Temperature 1, nothing cut off, and no end: the text goes on over the end of a document.
+
+    Args:
+        bar: counts the new tokens of all texts.
+    """
     sampling: dict[str, Any] = {
         "do_sample": True,
         "temperature": 1.0,
@@ -207,7 +216,11 @@ def _sampled(engine: Engine, batch: list[list[int]], new_tokens: int) -> Routing
         "top_p": 1.0,
         "eos_token_id": None,
     }
-    return _trace_of(engine.generate(batch, max_new_tokens=new_tokens, **sampling))
+
+    def count(_so_far: int) -> None:
+        bar.update(len(batch))
+
+    return _trace_of(engine.generate(batch, max_new_tokens=new_tokens, on_step=count, **sampling))
 
 
 def _trace_of(result: Any) -> RoutingTrace:

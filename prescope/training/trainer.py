@@ -20,6 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..core.numbers import is_count, is_number, require_count, require_seed, require_size, settle
 from ..core.paths import user_path
+from ..core.waiting import waiting_bar
 from ..device import torch_device_of
 from ..errors import UnsupportedOption
 from ..predictor.base import BadPredictor, BadState, IdArray, require_inputs, used_mask, used_mask_torch
@@ -151,7 +152,7 @@ def train(
         groups: of the layers; measured on the training prompts when not given.
         device: to train on; "auto" is the GPU if there is one.
         checkpoint: written after each epoch; when it is there already, training goes on from it.
-        on_progress: called after each epoch; what it raises ends training, the checkpoint stays.
+        on_progress: called after each epoch; what it raises ends training, the checkpoint stays. None: a bar shows it.
 
     Returns:
         The predictor; the split holds rows of `trace`, own text is not among them.
@@ -187,12 +188,13 @@ def train(
     if path is not None and path.exists():
         run.resume(path)
     started = time.perf_counter()
-    while run.epoch < training.epochs and run.epochs_since_best < training.patience:
-        progress = run.run_epoch(started)
-        if path is not None:
-            run.write(path)
-        if on_progress is not None:
-            on_progress(progress)
+    with waiting_bar(training.epochs, "training", "epoch") as bar:
+        tell = on_progress or (lambda at: bar.update(at.epoch - bar.n))
+        while run.epoch < training.epochs and run.epochs_since_best < training.patience:
+            progress = run.run_epoch(started)
+            if path is not None:
+                run.write(path)
+            tell(progress)
     predictor = run.finish()
     return TrainResult(predictor, run.history, split, groups)
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from ..core.numbers import is_count
 from ..core.units import digits, format_bytes
+from ..core.waiting import waiting_bar
 from ..engine.engine import Engine
 from ..errors import UnsupportedOption
 from ..predictor import Predictor
@@ -128,7 +129,7 @@ def prove(
         default: settings to beat, over those that the engine has now; None: these.
         repeats: blocks for each candidate, two or more.
         new_tokens: of each prompt, two or more. `predictors`: that settings may name.
-        on_progress: called with runs done and runs in all, from the calling thread.
+        on_progress: called with runs done and runs in all, from the calling thread. None: a bar shows them.
         cancel: set from elsewhere, it ends the proof.
 
     Raises:
@@ -142,9 +143,11 @@ def prove(
     if not is_count(repeats) or repeats < 2:
         raise UnsupportedOption(f"repeats is {repeats!r}; two blocks or more show the spread")
     device = TunedEngine(engine, {one.name: one for one in predictors})
-    trial = _Trial(sweep, device, texts, dict(default or {}), repeats, new_tokens, on_progress, cancel)
+    trial = _Trial(sweep, device, texts, dict(default or {}), repeats, new_tokens, cancel)
     told = {"was_told": trial.is_cancelled, "is_patient": True}
-    proof: Proof = engine.turn.run("a proof", trial.run, (), **told)
+    with waiting_bar(trial.num_runs, "proving", "run") as bar:
+        tell = on_progress or (lambda done, _: bar.update(done - bar.n))
+        proof: Proof = engine.turn.run("a proof", trial.run, (tell,), **told)
     return proof
 
 
@@ -159,13 +162,13 @@ class _Trial:
         default: dict[str, Any],
         repeats: int,
         new_tokens: int,
-        on_progress: Callable[[int, int], object] | None,
         cancel: threading.Event | None,
     ) -> None:
         self._sweep = sweep if isinstance(sweep, Sweep) else None
         self._device, self._texts, self._default = device, texts, default
         self._repeats, self._new_tokens = repeats, new_tokens
-        self._on_progress, self._cancel = on_progress, cancel or threading.Event()
+        self._cancel = cancel or threading.Event()
+        self._tell: Callable[[int, int], object] = lambda done, total: None
         self._notes: list[str] = []
         self._done = 0
         if isinstance(sweep, Sweep):
@@ -182,10 +185,20 @@ class _Trial:
     def is_cancelled(self) -> bool:
         return self._cancel.is_set()
 
+    @property
+    def num_runs(self) -> int:
+        """Of the default and all candidates, and the first, which is nobody's."""
+        return 1 + 4 * self._repeats * len(self._chosen)
+
     # -- runs ------------------------------------------------------------------------------------------------------
 
-    def run(self) -> Proof:
-        """All blocks of all candidates; call it in the engine's turn."""
+    def run(self, tell: Callable[[int, int], object]) -> Proof:
+        """All blocks of all candidates; call it in the engine's turn.
+
+        Args:
+            tell: called with runs done and runs in all.
+        """
+        self._tell = tell
         try:
             for one in self._chosen:  # what the engine refuses is said before minutes are spent on the others
                 self._device.configure(one.settings)
@@ -200,8 +213,7 @@ class _Trial:
     def _measure(self, settings: Mapping[str, Any]) -> Timed:
         timed = self._device.measure(settings, self._texts, self._new_tokens, self.is_cancelled)
         self._done += 1
-        if self._on_progress is not None:
-            self._on_progress(self._done, 1 + 4 * self._repeats * len(self._chosen))
+        self._tell(self._done, self.num_runs)
         return timed
 
     def _compare(self, chosen: Chosen, simulated_default: float) -> Candidate:

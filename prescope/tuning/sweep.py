@@ -12,6 +12,7 @@ from optuna.trial import TrialState, create_trial
 from ..core.numbers import is_count, is_number, plain
 from ..core.paths import user_path
 from ..core.units import count_of
+from ..core.waiting import waiting_bar
 from ..engine.turn import Turn
 from ..errors import BadSweep, UnsupportedOption
 from .estimate import Estimate, estimate, num_new
@@ -97,7 +98,7 @@ class Sweep:
                 whole grid, or as many as the time allows.
             minutes: after which no point is begun.
             workers: processes on this machine; 1: this one.
-            on_progress: called with `Progress` from the calling thread, some times a second.
+            on_progress: called with `Progress` from the calling thread, some times a second. None: a bar shows it.
             cancel: set from elsewhere, it ends the run soon; what is told by then stays.
             client: of a dask cluster, whose workers are used instead; each is given the runner once.
             pause: while it is set no point is begun.
@@ -124,11 +125,14 @@ class Sweep:
                 f"workers={workers}: this runner holds an engine of this process, which serves one at a time; use "
                 f"workers=1, or give it a function that loads an engine in each worker: EngineRunner(load, prompts)"
             )
-        settings = {
-            "points": points, "minutes": minutes, "workers": workers, "watcher": on_progress,
-            "cancel": cancel, "client": client, "pause": pause or threading.Event(), "runner": runner,
-        }  # fmt: skip
-        done: Progress = self.turn.run("a sweep", self._run, (), settings, was_told=cancel.is_set)
+        known = points if points is not None or minutes is not None else self.space.size
+        with waiting_bar(known, "trying settings", "point") as bar:
+            settings = {
+                "points": points, "minutes": minutes, "workers": workers,
+                "watcher": on_progress or (lambda at: bar.update(at.done - bar.n)),
+                "cancel": cancel, "client": client, "pause": pause or threading.Event(), "runner": runner,
+            }  # fmt: skip
+            done: Progress = self.turn.run("a sweep", self._run, (), settings, was_told=cancel.is_set)
         return done
 
     def _run(

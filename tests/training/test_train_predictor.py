@@ -23,6 +23,7 @@ from prescope.training import (
     routers_of,
     score,
 )
+from tests.support.bars import watch_bars
 from tests.support.models import VOCABULARY, tiny_moe
 
 SMALL = LlaporConfig(hidden=192, block=48)
@@ -150,6 +151,31 @@ def test_token_ids_in_every_form_are_the_same_prompts(prompts):
         config = LlaporConfig.paper(lookahead=1, hidden=8, block=4)
         few = {"config": config, "own_tokens": 0, "training": TrainConfig(epochs=1)}
         assert prescope.train_predictor(engine, prompts(), **few).history
+
+
+@pytest.mark.parametrize("new_tokens", [0, 3])
+def test_whoever_waits_for_a_training_sees_how_far_it_is(monkeypatch, new_tokens):
+    """Recording takes as long as training: a minute or two on a small model, and nothing was said in it."""
+    bars, epochs = watch_bars(monkeypatch), []
+    config = LlaporConfig.paper(lookahead=1, hidden=8, block=4)
+    with prescope.attach(tiny_moe(), slots=1.0, device="null") as engine:
+        for more in ({}, {"on_progress": epochs.append}):
+            prescope.train_predictor(
+                engine,
+                FEW,
+                new_tokens=new_tokens,
+                own_tokens=0,
+                config=config,
+                training=TrainConfig(epochs=2),
+                **more,
+            )
+        own_text(engine, 256)
+    tokens = sum(map(len, FEW)) + new_tokens * len(FEW)
+    done = [(bar.desc, bar.n, bar.total) for bar in bars]
+    recording = ("recording", tokens, tokens)
+    assert done[0] == done[2] == recording
+    assert done[1] == ("training", 2, 2) and done[3] == ("training", 0, 2) and len(epochs) == 2
+    assert done[4] == ("writing text to learn from", 256, 256)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from prescope.tuning import (
 from prescope.tuning.engine_runner import Timed
 from prescope.tuning.prompts import checksum_of_prompt, texts_of
 from prescope.tuning.timings import CONFIDENCE, LEAST_GAIN
+from tests.support.bars import watch_bars
 from tests.support.models import tiny_moe
 
 PROMPTS = [[5, 9, 2, 7], [1, 1, 2, 3, 5, 8]]
@@ -207,6 +208,16 @@ def test_other_texts_and_more_memory_are_never_passed_over_in_silence(made_up):
 def test_prompts_are_texts_or_token_ids_of_any_kind(given, texts):
     found = texts_of(given)
     assert [one if isinstance(one, str) else [int(token) for token in one] for one in found] == texts
+
+
+def test_whoever_waits_for_a_proof_sees_how_far_it_is(made_up, monkeypatch):
+    """It takes minutes; unless the caller shows it."""
+    MadeUp.speeds = {10: 100.0, 20: 120.0, 30: 110.0}
+    bars, told = watch_bars(monkeypatch), []
+    prove([{"slots": 20}, {"slots": 30}], made_up, PROMPTS, repeats=2)
+    prove({"slots": 20}, made_up, PROMPTS, repeats=2, on_progress=lambda *at: told.append(at))
+    assert [(bar.n, bar.total) for bar in bars] == [(17, 17), (0, 9)]
+    assert told == [(done, 9) for done in range(1, 10)]
 
 
 def test_a_cancelled_proof_gives_the_settings_back(made_up):

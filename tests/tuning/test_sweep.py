@@ -16,6 +16,7 @@ from prescope.tuning import Choices, Range, Space, load_sweep, open_sweep
 from prescope.tuning.estimate import Estimate
 from prescope.tuning.points import COLUMNS
 from prescope.tuning.record import shown
+from tests.support.bars import watch_bars
 from tests.support.sweep_runners import Hill
 
 SPACE = Space(slots=Range(1, 40), schedule=Choices("slow", "fast"))
@@ -26,6 +27,17 @@ METHODS = ["grid", "random", "tpe", "nsga"]
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(("method", "limit", "total"), [("random", {"points": 12}, 12), ("grid", {}, 80)])
+def test_whoever_waits_for_a_sweep_sees_how_far_it_is(monkeypatch, method, limit, total):
+    """Unless the caller shows it; one that goes on counts what was there."""
+    bars = watch_bars(monkeypatch)
+    sweep = open_sweep("a", SPACE, Hill(), method=method, seed=0)
+    for _ in range(2):
+        sweep.run(**limit)
+    sweep.run(**limit, on_progress=lambda at: None)
+    assert [(bar.n, bar.total) for bar in bars] == [(total, total), (total, total), (0, total)]
 
 
 class StopsAfter(Hill):

@@ -1,0 +1,22 @@
+"""A progress bar for what a person waits for, in a terminal or in a notebook's cell."""
+
+import sys
+
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
+
+#: What is done sooner needs no bar.
+BAR_AFTER_S = 2.0
+
+
+def waiting_bar(total: float | None, what: str, unit: str, after_s: float = BAR_AFTER_S) -> tqdm:
+    """A bar that comes when one has waited for `after_s` seconds, and goes when it is closed.
+
+    Nothing is shown where nobody would see it move: in a file, or behind a pipe.
+
+    Args:
+        total: of the units; None where nobody knows.
+        what: is done, in words that stand in front of the bar.
+    """
+    is_seen = issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
+    return tqdm(total=total, desc=what, unit=unit, delay=after_s, leave=False, disable=not is_seen)
