@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from ..core.paths import data_dir, user_path
+from ..core.paths import EMBEDDED_MODEL, data_dir, embedded_model, user_path
 from ..core.types import ExpertSize, MoEShape
 from ..engine import Engine
 from ..errors import BadModelFolder, NotAMoE, PrescopeError, UnsupportedExperts
@@ -221,6 +221,8 @@ def config_file(model: str | Path) -> Path:
     for path in (given / "config.json", given, data_dir() / "configs" / f"{model}.json"):
         if path.is_file():
             return path
+    if str(model) == EMBEDDED_MODEL:
+        return embedded_model() / "config.json"
     try:
         cached = try_to_load_from_cache(str(model), "config.json")
     except HFValidationError:  # no name a hub could have

@@ -53,6 +53,17 @@ def test_sizes_of_the_embedded_model_are_those_of_its_file():
     assert size.expert == (122_880, 256, 80)
 
 
+def test_the_small_model_is_advised_on_by_the_name_by_which_it_is_loaded(tmp_path, monkeypatch):
+    """Wherever one stands; unless a folder of that name lies there, as for `load`."""
+    monkeypatch.chdir(tmp_path)
+    assert replace(ModelSize.of("tiny-moe"), name="") == replace(ModelSize.of(embedded_model()), name="")
+    (tmp_path / "tiny-moe").mkdir()
+    (tmp_path / "tiny-moe" / "config.json").write_text(
+        (data_dir() / "configs" / "olmoe-1b-7b.json").read_text()
+    )
+    assert ModelSize.of("tiny-moe").shape == ModelSize.of("olmoe-1b-7b").shape
+
+
 @pytest.mark.parametrize("path", sorted((data_dir() / "configs").glob("*.json")), ids=lambda path: path.stem)
 def test_every_shape_that_comes_with_prescope_can_be_advised_on(path):
     size = ModelSize.of(path.stem)
