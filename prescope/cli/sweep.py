@@ -243,6 +243,8 @@ def _print_best(searched: "Sweep", best: "pd.DataFrame") -> None:
     columns = ["number", *searched.space, *(one.name for one in searched.objectives), "origin"]
     if len(best):
         typer.echo(best[columns].to_string(index=False))
+        for origin, machine in best[["origin", "machine"]].drop_duplicates().itertuples(index=False):
+            tell(f"{origin}: {machine}")
 
 
 def _write_page(searched: "Sweep", page: Path, command: str, proof: "Proof | None") -> None:

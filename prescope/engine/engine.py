@@ -484,8 +484,13 @@ class Engine:
     @property
     def _label(self) -> str:
         """Where figures come from, in one line: of packed experts they say so."""
+        return f"{self._device.describe()['label']}{self.form_said}"
+
+    @property
+    def form_said(self) -> str:
+        """What is said of packed experts behind the name of whatever they run on; nothing of plain ones."""
         form = f", {self.form} experts" if self.form else ""
-        return f"{self._device.describe()['label']}{form}{' (lossy)' if self.is_lossy else ''}"
+        return f"{form} (lossy)" if self.is_lossy else form
 
     @in_turn("clear_cache")
     def clear_cache(self) -> None:

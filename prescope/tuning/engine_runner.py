@@ -249,5 +249,5 @@ def _timed(engine: Engine, runs: Sequence[RunResult]) -> Timed:
     origin = {"measured": "measured", "virtual": "simulated"}.get(str(hardware["link"]), "emulated")
     if hardware.get("link_factor", 1) > 1:
         origin = "emulated"
-    measured = Measured(values, origin, str(this_place(hardware)))
+    measured = Measured(values, origin, f"{this_place(hardware)}{engine.form_said}")
     return Timed(measured, [row for run in runs for row in run.tokens], runs[0].config, runs[0].label)

@@ -267,6 +267,10 @@ class _Trial:
 
     def _about(self, best: Candidate, timed: Timed) -> list[str]:
         notes = []
+        if timed.config.get("lossy"):
+            notes.append(
+                f"these are figures of {timed.config['expert_form']} experts (lossy), and of no others"
+            )
         if best.texts_differ:
             notes.append(
                 f"not the same texts: {best.texts_differ} of {len(self._texts)} differ from the default's, so the two "

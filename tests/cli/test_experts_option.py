@@ -7,6 +7,7 @@ import pytest
 
 import prescope
 from prescope.cli import main
+from prescope.tuning import load_sweep, prove
 
 #: On the virtual clock, so that nothing is waited for.
 FAST = ["--device", "null", "--link-gb-per-s", "1"]
@@ -66,6 +67,34 @@ def test_every_command_that_loads_a_model_packs_it(
     with pytest.raises(Loaded):
         main([*arguments, "--experts", "mxfp4"])
     assert asked["experts"] == "mxfp4"
+
+
+@pytest.mark.parametrize("form", ["int8", None])
+def test_a_sweep_and_its_proof_say_on_which_experts_they_ran(
+    form: str | None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the table, the proof, the page and the study: a lossy row stands beside exact ones there."""
+    monkeypatch.chdir(tmp_path)
+    packed = [] if form is None else ["--experts", form]
+    points = [
+        "sweep",
+        "s",
+        "--vary",
+        "slots=0.5,0.75",
+        "--method",
+        "grid",
+        "--measure",
+        "tiny-moe",
+        "--device",
+        "null",
+    ]
+    assert main([*points, "--report", "s.html", *packed]) == 0
+    said, page = capsys.readouterr().err, (tmp_path / "s.html").read_text()
+    points = load_sweep("s").points()
+    with prescope.load(device="null", experts=form or "auto") as engine:
+        proof = prove({"slots": 0.75}, engine, ["A house by the sea"], repeats=2, new_tokens=2)
+    for text in (said, page, *points["machine"], str(proof), proof.machine):
+        assert ("int8 experts (lossy)" in text) == (form is not None)
 
 
 def test_advice_for_packed_experts_is_told_as_calls_that_pack_them(
