@@ -73,3 +73,12 @@ def test_lab_opens_its_notebook_whatever_folder_a_users_settings_name(checkout):
     *_, lab = calls_of(checkout, "lab")
     assert " -m jupyter lab " in lab and lab.endswith(" notebooks/00_quickstart.ipynb")
     assert " --ServerApp.root_dir=notebooks/ " in lab
+
+
+@pytest.mark.parametrize("target", ["test", "test-all"])
+def test_no_tests_time_is_a_compilers(checkout, target):
+    """On a machine that did other work, it took five minutes: the test that came first ended there, and the 13 behind
+    it met what it had left.
+    """
+    *_, first, tests = calls_of(checkout, target)
+    assert first.endswith(" -m tests.support.compile_first") and " -m pytest " in tests
