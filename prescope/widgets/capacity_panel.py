@@ -45,6 +45,9 @@ class CapacityPanel:
             measured. machine: name of a profile to begin with.
         trace: a recorded one of the first model, instead of guessed routing.
 
+    Raises:
+        UnsupportedOption: there is no machine of this name.
+
     Attributes:
         model, machine, batch, context, budget: controls. advice: the latest. figure: the curve. view: all of it.
         trace: as given; assign another one before a redraw. measure: the button that measures, or None.
@@ -65,8 +68,10 @@ class CapacityPanel:
         self._specs = _known_machines(first)
         self.measure = MeasureMachine(first, self._use_measured) if isinstance(first, Engine) else None
         names = [*self._specs, TYPED]
+        if machine is not None and machine not in names:
+            raise UnsupportedOption(f"machine is {machine!r}; choose one of {', '.join(map(repr, names))}")
         self.model = ipw.Dropdown(options=list(models))
-        self.machine = ipw.Dropdown(options=names, value=machine if machine in names else names[0])
+        self.machine = ipw.Dropdown(options=names, value=machine or names[0])
         self.batch = ipw.BoundedIntText(value=1, min=1, max=256)
         self.context = ipw.BoundedIntText(value=4096, min=1, max=10**7)
         self.budget = ipw.BoundedFloatText(value=0.0, min=0.0, max=10**5)

@@ -7,7 +7,7 @@ import ipywidgets as ipw
 import plotly.graph_objects as go
 from IPython.display import HTML, display
 
-from ..scheduler import SCHEDULES
+from ..scheduler import SCHEDULES, schedule_named
 from ..simulator import LayerExplanation, Scenario, Scenarios
 from ..views.schedule_pair import (
     SchedulePairInfo,
@@ -26,11 +26,16 @@ from .tables import frame_html
 class PairPanel:
     """Lanes of two schedules on the same steps; below, one layer of one step and its experts under both.
 
+    Raises:
+        UnsupportedOption: there is no schedule of such a name.
+
     Attributes:
         upper, lower: schedules. `step`, `layer`: sliders. `figure`: the lanes. `tables`: the reasons.
     """
 
     def __init__(self, scenarios: Scenarios, scenario: Scenario, upper: str, lower: str) -> None:
+        for name in (upper, lower):
+            schedule_named(name)  # what is none is refused in words, and not by a menu
         self._scenarios, self._scenario = scenarios, scenario
         self._is_quiet = False
         options = [(schedule.title, name) for name, schedule in SCHEDULES.items()]

@@ -499,6 +499,18 @@ def test_a_pair_says_why_for_both(session, recorded):
     second.close()
 
 
+def test_a_name_that_nothing_has_is_refused_by_every_panel(session, recorded):
+    """A menu's own error says "value not found"; and another machine than was asked for would be shown in silence."""
+    for call in (
+        lambda: session.pair_panel(recorded, Scenario(slots=32), "fat"),
+        lambda: session.pair_panel(recorded, Scenario(slots=32), "presched", "fat"),
+        lambda: session.capacity_panel("fat"),
+    ):
+        with pytest.raises(UnsupportedOption, match="is 'fat'; choose one of '"):
+            call()
+    assert session.capacity_panel("h200").machine.value == "h200"
+
+
 def test_without_a_browser_the_panels_show_plain_figures(session, recorded, panel, monkeypatch):
     shown: list[object] = []
     for module in (showing, pair_panel):
