@@ -169,7 +169,7 @@ def _compressed(config: Mapping[str, Any]) -> tuple[Group, ...]:
     _require_untransformed(config.get("transform_config") or {})
     groups = list((config.get("config_groups") or {}).values()) or [{}]
     if strange := [group for group in groups if not isinstance(group, Mapping)]:
-        raise UnsupportedExperts(f"compressed-tensors with a config group {strange[0]!r}")
+        raise UnsupportedExperts(f"compressed-tensors with a config group {strange[0]!r} is not served")
     # Of activations alone, weights are plain.
     groups = [group for group in groups if group.get("weights") and group.get("format") != "dense"] or groups
     return tuple(
