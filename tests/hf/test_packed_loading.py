@@ -457,6 +457,23 @@ def test_experts_in_one_tensor_of_a_layer_are_read_too(tmp_path):
         assert distance(engine.model(prompt()).logits, plain(prompt()).logits) < TOLERANCE
 
 
+def test_a_scale_of_a_matrix_that_has_its_inputs_first_is_refused_as_such(tmp_path):
+    """gpt-oss computes with (E, in, out): nothing is wrong with such a file, so it need not be fetched again."""
+    LAYOUTS["gpt-oss mxfp4"][0]().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        tensors |= {
+            name: tensors[name].to(torch.float8_e4m3fn),
+            f"{name}_scale_inv": torch.ones(EXPERTS, 1, 1),
+        }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    edit_config(tmp_path, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(
+        UnsupportedExperts, match=r"inputs first and scales of .* scales of blocks are; load the same"
+    ):
+        load(tmp_path, slots=8)
+
+
 def wide_rows(tensors: dict[str, torch.Tensor], stem: str) -> torch.Tensor:
     return tensors[f"{stem}.weight"].float() * 2.0**-9
 

@@ -119,10 +119,15 @@ class LayerRows:
             # A block is as good the other way round; a scale of each input would be no scale of a row.
             shape, format = shape[::-1], Fp8(format.block_columns, format.block_rows)
             self._turned.add(name)
-        if shape != wanted or (is_turned and isinstance(format, Fp8) and format.block_columns == 1):
+        if shape != wanted:
             raise BadModelFolder(
                 f"{where} is packed as {(len(source.parts) * rows, columns)} in the files, the config says {wanted}; "
                 f"fetch it again"
+            )
+        if is_turned and isinstance(format, Fp8) and format.block_columns == 1:
+            raise UnsupportedExperts(
+                f"{where} is packed with its inputs first and scales of rows of those or of the matrix, which is not "
+                f"served, scales of blocks are"
             )
         if isinstance(format, Fp8) and len(source.parts) > 1:
             format = format.aligned(rows)
