@@ -14,6 +14,7 @@ from ..predictor import Predictor, RecordedPredictor
 from ..scheduler.costs import LayerCosts
 from ..simulator import NOISY, NONE, ORACLE, Machine, Recording, Scenario, Scenarios, SimResult, as_decode
 from ..traces.routing import RoutingTrace
+from ..weights.formats import lossy_part
 from .evaluate import Measured
 from .prompts import checksum_of_prompt, texts_of
 from .settings import Setting, simulator_settings
@@ -171,7 +172,12 @@ class SimulatorRunner:
             "p95_ms": float(np.percentile(step_ms, 95)),
             "gpu_bytes": float(result.config["num_slots"] * result.row_bytes),
         }
-        return Measured(values, "simulated", settings.get("machine") or self._machines[0].name)
+        return Measured(values, "simulated", settings.get("machine") or self._first_machine(settings))
+
+    def _first_machine(self, settings: Mapping[str, Any]) -> str:
+        """Its name, with a word on a model that was packed with a loss: such a point stands beside exact ones."""
+        trace = self._traces[settings.get("trace") or next(iter(self._traces))]
+        return f"{self._machines[0].name}{lossy_part(trace.model)}"
 
     def simulate(self, settings: Mapping[str, Any]) -> SimResult:
         """The whole replay of a point, for its timeline.

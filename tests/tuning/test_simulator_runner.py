@@ -1,6 +1,7 @@
 """Points on the simulator are the simulator's own answers, in whichever process they are asked for."""
 
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from prescope.tuning import Choices, Range, SimulatorRunner, Space, open_sweep
 from prescope.tuning.candidates import simulated_default
 from prescope.tuning.evaluate import evaluate
 from prescope.tuning.points import Asked
+from prescope.weights.formats import PACKED, lossy_name
 
 COSTS = LayerCosts(link_us=100.0, gpu_us=5.0, rest_us=50.0, cpu_us=(0.0, 300.0, 400.0), source="made up")
 SPEC = SyntheticSpec(num_layers=4, num_experts=16, top_k=2, zipf=0.5, persistence=0.3)
@@ -48,6 +50,14 @@ def test_a_point_is_what_a_dashboard_shows(runner, recording):
         assert found.values["gpu_bytes"] == shown.config["num_slots"] * shown.row_bytes
         assert found.values["p50_ms"] <= found.values["p95_ms"]
         assert (found.origin, found.machine) == ("simulated", machine)
+
+
+@pytest.mark.parametrize("form", [*PACKED, None])
+def test_a_point_on_a_packed_models_routing_says_that_it_is_lossy(form):
+    model = "a model" if form is None else lossy_name("a model", form)
+    trace = replace(SPEC.generate(new_tokens=4, prompt_tokens=4), model=model)
+    found = SimulatorRunner(trace, Machine("made up", COSTS, 1000, 0.0, 0)).run({"slots": 8})
+    assert found.machine == ("made up" if form is None else f"made up, {form} experts (lossy)")
 
 
 def test_another_process_finds_the_same(runner):

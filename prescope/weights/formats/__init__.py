@@ -19,6 +19,7 @@ __all__ = [
     "Part",
     "format_for",
     "lossy_name",
+    "lossy_part",
 ]
 
 #: What weights can be packed to while they are loaded.
@@ -55,3 +56,8 @@ def format_for(name: str, *in_dims: int) -> Format:
 def lossy_name(model: str, form: str) -> str:
     """What a model is called wherever packing at load has changed its experts."""
     return f"{model}, {form} experts (lossy)"
+
+
+def lossy_part(name: str) -> str:
+    """What `lossy_name` has put behind a model's name; nothing where it has not."""
+    return next((part for form in PACKED if name.endswith(part := lossy_name("", form))), "")
