@@ -330,7 +330,8 @@ def test_a_gpu_is_measured_in_all_kinds():
     kinds = {point.of.kind for point in profile.points}
     assert kinds == KINDS.keys() - {"rest", "decide"}
     assert profile.lanes.small_us("message") > 1.0
-    assert 0.1 < profile.lanes.small_us("batch") < 100.0
+    # The difference of two times: it can be next to nothing where other tests keep the host busy.
+    assert 0.0 < profile.lanes.small_us("batch") < 100.0
     assert profile.place.device == torch.cuda.get_device_name()
 
 
