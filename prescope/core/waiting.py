@@ -3,7 +3,6 @@
 import sys
 
 from tqdm.auto import tqdm
-from tqdm.notebook import tqdm_notebook
 
 #: What is done sooner needs no bar.
 BAR_AFTER_S = 2.0
@@ -18,5 +17,7 @@ def waiting_bar(total: float | None, what: str, unit: str, after_s: float = BAR_
         total: of the units; None where nobody knows.
         what: is done, in words that stand in front of the bar.
     """
-    is_seen = issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
+    # By its name: importing it takes as long as a tenth of `prescope.load`, for ipywidgets.
+    in_cell = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+    is_seen = in_cell or sys.stderr.isatty()
     return tqdm(total=total, desc=what, unit=unit, delay=after_s, leave=False, disable=not is_seen)

@@ -50,9 +50,7 @@ class Later(NamedTuple):
 
     used: float  # probability of use; 0: there is none, or no CPU lane
     cpu_us: float  # the CPU's time for it
-    rest_us: (
-        float  # the CPU's time for all others that the layer lacks: a copy that lands meanwhile is not late
-    )
+    rest_us: float  # and for all others that the layer lacks: a copy that lands meanwhile is not late
 
 
 #: Nothing is known of layer l + 2.
