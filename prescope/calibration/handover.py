@@ -37,7 +37,7 @@ def handover_us(device: Device, pool: torch.Tensor, rows: torch.Tensor, nbytes: 
     functions, addresses, state, *_ = serve_arguments()
     events = device.open_events(timed=False)
     events.reserve(HANDOVERS)
-    numbers = torch.zeros(HANDOVERS, dtype=torch.int32, pin_memory=pool.is_cuda)
+    numbers = torch.zeros(HANDOVERS, dtype=torch.int32, pin_memory=pool.is_cuda, device="cpu")
     functions = functions._replace(link=device.link_functions(), clock=clock_address())
     addresses = addresses._replace(
         numbers=numbers.numpy(),

@@ -292,7 +292,7 @@ def capture_graph(
         graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
         former = torch.cuda.current_stream(device)
         try:
-            with torch.cuda.graph(graph, pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 result = run()
         except BaseException:
             despite_interrupts(partial(_leave_capture, graph, stream, former))

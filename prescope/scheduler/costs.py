@@ -29,9 +29,8 @@ class Spread(NamedTuple):
 #: Of a layer on a machine where none was seen to wait for its host: 20 to 40 us at batch 1 on H200 machines, 108 at
 #: batch 8 (docs/log/simulator.md).
 DECIDE_US = 40.0
-#: Of a prefetch's hand-over where it was not measured: on an H200 a copy takes the host 8 us and 16 with its events
-#: (docs/log/simulator.md).
-HANDOVER_US = 16.0
+#: Of a prefetch's hand-over where it was not measured: 4.8 and 5.5 us on two H200 machines (docs/log/simulator.md).
+HANDOVER_US = 5.0
 ASSUMED_HANDOVER = f"handing over a copy is assumed to take the host {HANDOVER_US:.0f} us"
 #: Stated times, and such whose spread nobody knows.
 EXACT = Spread()

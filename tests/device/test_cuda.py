@@ -113,7 +113,7 @@ class Captures:
         class Graph:
             """As torch.cuda.graph: its way out is not gone when the end of the capture raises."""
 
-            def __init__(self, graph, stream, capture_error_mode):
+            def __init__(self, graph, pool, stream, capture_error_mode):
                 outer.modes.append(capture_error_mode)
                 self.graph, self.stream = graph, stream
 

@@ -122,6 +122,13 @@ def test_a_prompt_that_cannot_be_recorded_is_said_once_and_answered(engine, mode
     assert any("not permitted" in note for note in run.notes)
 
 
+def test_where_memory_is_short_it_is_not_taken_for_graphs(engine, model, monkeypatch):
+    monkeypatch.setattr(engine.runner.device, "free_bytes", lambda: 1 << 29)
+    ids = prompt(1, 9)
+    assert [is_from_graph(engine, model, ids) for _ in range(2)] == [False, False]
+    assert any("1 GiB of the GPU's memory" in note for note in engine.generate(ids, max_new_tokens=1).notes)
+
+
 def test_a_prompt_longer_than_the_positions_the_model_was_made_for_is_not_filled_up(gpu):
     model = tiny_moe(max_position_embeddings=40)
     with prescope.attach(model, slots=ALL, **gpu) as engine:

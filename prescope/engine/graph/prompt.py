@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from ...core.jit import warming_up
+from ...core.units import format_bytes
 from ...device import Mark
 from ...errors import UnsupportedOption
 from ...hf import longest_prompt
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 #: Tokens of a filled prompt: fewer are filled up to the least. At the most, B * F, launching and computing take alike.
 LEAST_FILLED, MOST_FILLED = 16, 2048
+#: Bytes that must be free on the device: a graph keeps what a prompt's intermediate tensors take, some hundred MB.
+LEAST_ROOM = 1 << 30
 #: Graphs of one cache that are kept; the one used longest ago goes first.
 MOST_PROMPTS = 4
 #: What a prompt's forward may be given besides tokens, for it to be known what filling up does to it.
@@ -257,6 +260,9 @@ class PromptGraphs:
     def record(self) -> None:
         """Record the graph of the prompt that ran last, for the next one of its form. It must have run."""
         if not self._prompts or self._prompts[-1].replays or self.problem:
+            return
+        if self._runner.device.free_bytes() < LEAST_ROOM:
+            self.problem = f"less than {format_bytes(LEAST_ROOM)} of the GPU's memory are free for its graph"
             return
         prompt = self._prompts[-1]
         try:
