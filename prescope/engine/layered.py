@@ -9,7 +9,7 @@ decode step is captured, the layer's launches go into the graph instead (`kernel
 import threading
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,9 +43,6 @@ from .recorder import Recorder
 from .schedule import Predicted, ScheduleRunner
 from .turn import Turn
 
-if TYPE_CHECKING:
-    from ..kernels.graph_buffers import GraphBuffers
-
 
 class Unread(NamedTuple):
     """A layer that was computed before the host knew its routing."""
@@ -55,8 +52,10 @@ class Unread(NamedTuple):
     weights_TK: torch.Tensor
 
 
-class FilledPrompt(Protocol):
-    """Stands for `graph_buffers.GraphBuffers` while a prompt is captured (`graph.prompt.PromptBuffers`)."""
+class CapturedLayers(Protocol):
+    """Where layers' launches go while something is captured: a step (`graph_buffers.GraphBuffers`) or a prompt
+    (`graph.prompt.PromptBuffers`).
+    """
 
     def layer(
         self,
@@ -67,9 +66,10 @@ class FilledPrompt(Protocol):
         weights_TK: torch.Tensor,
         spec: ExpertsSpec,
         slots: LayerWeights,
-        *memory: torch.Tensor,
+        pool: torch.Tensor,
+        host_rows: torch.Tensor,
     ) -> torch.Tensor:
-        """All launches of one MoE layer; returns (T, D)."""
+        """All launches of one MoE layer; `host_rows` (E, row_bytes) pinned, `pool` (S, bytes). Returns (T, D)."""
         ...
 
 
@@ -126,7 +126,7 @@ class LayeredRunner:
         self.weights: list[LayerWeights] = []
         self.recorder: Recorder | None = None
         self.turn = Turn(around=device.as_current)
-        self.captured: GraphBuffers | FilledPrompt | None = None
+        self.captured: CapturedLayers | None = None
         self.prompts: PromptSource | None = None
         self.capturing_thread = 0
         self.is_in_graph = False
@@ -196,6 +196,11 @@ class LayeredRunner:
         if self._is_at_work:
             self.recover()
         self._is_at_work = True
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether something was ended half-way; the next layer that is served puts that right first."""
+        return self._is_at_work
 
     def recover(self) -> None:
         """Make the lanes usable after an interrupt or a failed copy; the slots are cold afterwards.

@@ -95,6 +95,14 @@ def test_experts_that_have_changed_slots_are_found(engine, model):
     assert is_from_graph(engine, model, ids)
 
 
+def test_what_an_interrupt_has_left_is_put_right_before_slots_are_believed(engine, model):
+    ids = prompt(1, 9)
+    assert [is_from_graph(engine, model, ids) for _ in range(2)] == [False, True]
+    engine.runner._begin_work()  # and ended in the middle of it
+    assert [is_from_graph(engine, model, ids) for _ in range(2)] == [False, True]
+    engine.check_integrity()
+
+
 def test_what_the_host_decides_or_nobody_knows_is_launched_by_the_host(engine, model, monkeypatch):
     ids = prompt(1, 9)
     assert [is_from_graph(engine, model, ids) for _ in range(2)] == [False, True]

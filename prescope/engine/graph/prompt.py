@@ -105,7 +105,8 @@ class PromptBuffers:
         weights_TK: torch.Tensor,
         spec: ExpertsSpec,
         slots: LayerWeights,
-        *memory: torch.Tensor,
+        pool: torch.Tensor,
+        host_rows: torch.Tensor,
     ) -> torch.Tensor:
         """All launches of one MoE layer; as `GraphBuffers.layer`, but nothing is fetched. Returns (B * F, D)."""
         routed = self._mark()
@@ -187,6 +188,7 @@ class PromptGraphs:
                 type(given.get(name)) is type(value) and given[name] == value for name, value in FIXED.items()
             )
             and runner.forced is None
+            and not runner.is_interrupted
             and not torch.is_autocast_enabled(runner.device.torch_device.type)
             and all(map(runner.needs_nobody, runner.layers))
         )
