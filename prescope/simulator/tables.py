@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..core.types import Lane, Reason
-from ..traces.events import COLUMNS, DECODE, DTYPES, KINDS, LANES, LAYER_DTYPES, REASONS, STEP_DTYPES
+from ..traces.events import DECODE, DTYPES, KINDS, LANES, LAYER_DTYPES, REASONS, STEP_DTYPES, frame_of
 from .prepare import Needs
 from .replay import (
     AT_LAYER,
@@ -67,18 +67,18 @@ def event_table(log: Log, needs: Needs, row_bytes: int, streams: bool) -> pd.Dat
     start, end = column("start_us").astype(np.float64), column("end_us").astype(np.float64)
     order = np.argsort(start, kind="stable")
     columns = {
-        "lane": pd.Categorical.from_codes(codes("lane", LANES)[order], dtype=DTYPES["lane"]),
-        "kind": pd.Categorical.from_codes(codes("kind", KINDS)[order], dtype=DTYPES["kind"]),
+        "lane": codes("lane", LANES)[order],
+        "kind": codes("kind", KINDS)[order],
         "step": needs.steps[column("step").astype(np.int64)[order]],
-        "phase": pd.Categorical.from_codes(np.full(len(start), DECODE), dtype=DTYPES["phase"]),
+        "phase": np.full(len(start), DECODE),
         "moe_layer": column("moe_layer")[order],
         "expert": column("expert")[order],
-        "reason": pd.Categorical.from_codes(column("reason").astype(np.int64)[order], dtype=DTYPES["reason"]),
+        "reason": column("reason")[order],
         "bytes": np.repeat([part.nbytes for part in parts], sizes)[order],
         "start_us": start[order],
         "dur_us": (end - start)[order],
     }
-    return _frame(columns, DTYPES)[COLUMNS]
+    return frame_of(columns, DTYPES)
 
 
 def layer_table(log: Log, needs: Needs) -> pd.DataFrame:
@@ -87,7 +87,7 @@ def layer_table(log: Log, needs: Needs) -> pd.DataFrame:
     counts = log.counts.reshape(S * L, -1)
     columns = {
         "step": np.repeat(needs.steps, L),
-        "phase": pd.Categorical.from_codes(np.full(S * L, DECODE), dtype=LAYER_DTYPES["phase"]),
+        "phase": np.full(S * L, DECODE),
         "moe_layer": np.tile(np.arange(L), S),
         "tokens": np.repeat(needs.tokens_S, L),
         "needed": counts[:, NEEDED],
@@ -98,7 +98,7 @@ def layer_table(log: Log, needs: Needs) -> pd.DataFrame:
         "on_cpu": counts[:, ON_CPU],
         "prefetched": counts[:, PREFETCHED],
     }
-    return _frame(columns, LAYER_DTYPES)
+    return frame_of(columns, LAYER_DTYPES)
 
 
 def step_table(log: Log, needs: Needs) -> pd.DataFrame:
@@ -106,16 +106,12 @@ def step_table(log: Log, needs: Needs) -> pd.DataFrame:
     start = np.concatenate(([0.0], log.step_end_us[:-1]))
     columns = {
         "step": needs.steps,
-        "phase": pd.Categorical.from_codes(np.full(len(start), DECODE), dtype=STEP_DTYPES["phase"]),
+        "phase": np.full(len(start), DECODE),
         "tokens": needs.tokens_S,
         "start_us": start,
         "dur_us": log.step_end_us - start,
     }
-    return _frame(columns, STEP_DTYPES)
-
-
-def _frame(columns: dict[str, object], dtypes: dict[str, object]) -> pd.DataFrame:
-    return pd.DataFrame(columns).astype(dtypes)
+    return frame_of(columns, STEP_DTYPES)
 
 
 def _layer_rows(log: Log) -> list[_Rows]:

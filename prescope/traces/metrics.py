@@ -8,13 +8,15 @@ Engine and simulator are measured by this same code.
 import math
 from dataclasses import dataclass, fields
 from html import escape
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from ..core.types import Reason
+from ..core.types import FloatArray, IntArray, Lane, Reason
 from ..core.units import digits, format_bytes, gb_per_s
+from .events import DECODE, KINDS, LANES, PREFILL, REASONS, codes_of
 
 NAN = float("nan")
 
@@ -262,22 +264,25 @@ def compute_metrics(
         output_tokens: tokens generated, summed over the sequences, first tokens included.
         longest: tokens of the longest sequence; by default one for each decode step, and the first.
     """
-    ends = (steps["start_us"] + steps["dur_us"]).to_numpy()
-    is_prefill = (steps["phase"] == "prefill").to_numpy()
-    warm_up = events[(events["kind"] == "warm_up").to_numpy()]
+    spans, starts_us, steps_us = _Spans.of(events), steps["start_us"].to_numpy(), steps["dur_us"].to_numpy()
+    ends, phases, counts = starts_us + steps_us, codes_of(steps, "phase"), _counts_of(layers)
+    warm_up = spans.only(spans.key == _key(Lane.HOST, "warm_up"))
     end_us = _without(warm_up, ends.max()) if len(ends) else NAN
-    ttft_us = _without(warm_up, ends[is_prefill].max()) if is_prefill.any() else NAN
+    ttft_us = _without(warm_up, ends[phases == PREFILL].max()) if PREFILL in phases else NAN
+    gpu = _lane_union(spans, Lane.GPU)
+    total = _phase_metrics(spans, counts, steps_us, gpu, not events.empty)
+    of_layers = codes_of(layers, "phase")
     prefill, decode = (
         _phase_metrics(
-            events[events["phase"] == phase],
-            layers[layers["phase"] == phase],
-            steps[steps["phase"] == phase],
-            events,
+            spans.only(spans.phase == phase),
+            counts[of_layers == phase],
+            steps_us[phases == phase],
+            gpu,
+            not events.empty,
         )
-        for phase in ("prefill", "decode")
+        for phase in (PREFILL, DECODE)
     )
-    total = _phase_metrics(events, layers, steps, events)
-    decode_ms = decode.wall_ms - float(warm_up.loc[warm_up["phase"] == "decode", "dur_us"].sum()) / 1e3
+    decode_ms = decode.wall_ms - float(warm_up.dur_us[warm_up.phase == DECODE].sum()) / 1e3
     after_first = decode.num_steps if longest is None else longest - 1
     return Metrics(
         **total.to_dict(),  # type: ignore[arg-type]  # ints stay ints
@@ -292,77 +297,120 @@ def compute_metrics(
     )
 
 
-def _without(warm_up: pd.DataFrame, at_us: float) -> float:
+class _Spans(NamedTuple):
+    """Events as arrays (n,): pandas takes a millisecond for a few groups and sums, and 17 for all of a run's."""
+
+    key: IntArray  # lane and kind, see `_key`
+    phase: IntArray
+    reason: IntArray
+    nbytes: IntArray
+    start_us: FloatArray
+    dur_us: FloatArray
+
+    @classmethod
+    def of(cls, events: pd.DataFrame) -> Self:
+        return cls(
+            codes_of(events, "lane") * len(KINDS) + codes_of(events, "kind"),
+            codes_of(events, "phase"),
+            codes_of(events, "reason"),
+            events["bytes"].to_numpy(),
+            events["start_us"].to_numpy(),
+            events["dur_us"].to_numpy(),
+        )
+
+    def only(self, is_one: NDArray[np.bool_]) -> Self:
+        return self._replace(**{name: column[is_one] for name, column in self._asdict().items()})
+
+
+def _counts_of(layers: pd.DataFrame) -> IntArray:
+    """(m, 6): needed, hits, late, misses, prefetched, on_cpu."""
+    names = ("needed", "hits", "late", "misses", "prefetched", "on_cpu")
+    return np.stack([layers[name].to_numpy(np.int64) for name in names], axis=1)
+
+
+def _key(lane: Lane, kind: str) -> int:
+    """A lane and a kind of event as one number."""
+    return LANES.index(str(lane)) * len(KINDS) + KINDS.index(kind)
+
+
+def _without(warm_up: _Spans, at_us: float) -> float:
     """The time from the run's start to a moment, without what was warm-up."""
-    return float(at_us - warm_up.loc[warm_up["start_us"] < at_us, "dur_us"].sum())
+    return float(at_us - warm_up.dur_us[warm_up.start_us < at_us].sum())
 
 
 def _phase_metrics(
-    events: pd.DataFrame, layers: pd.DataFrame, steps: pd.DataFrame, all_events: pd.DataFrame
+    spans: _Spans, counts: IntArray, steps_us: FloatArray, gpu: Intervals, has_events: bool
 ) -> PhaseMetrics:
-    columns = ("needed", "hits", "late", "misses", "prefetched")
-    needed, hits, late, misses, prefetched = (int(layers[name].sum()) for name in columns)
+    """Figures of some of a run's rows.
+
+    Args:
+        gpu: when the compute lane was computing in all of the run; `has_events`: whether it recorded any.
+    """
+    needed, hits, late, misses, prefetched, on_cpu = counts.sum(axis=0).tolist()
     assert hits + late + misses == needed, f"hits {hits} + late {late} + misses {misses} != needed {needed}"
-    step_ms = steps["dur_us"].to_numpy() / 1e3
+    step_ms = steps_us / 1e3
     wall_ms = float(step_ms.sum())
     p50, p95 = np.percentile(step_ms, [50, 95]).tolist() if len(step_ms) else (NAN, NAN)
+    found = _event_metrics(spans, gpu, wall_ms, prefetched)
     return PhaseMetrics(
         wall_ms=wall_ms,
-        num_steps=len(steps),
+        num_steps=len(step_ms),
         step_p50_ms=p50,
         step_p95_ms=p95,
         needed=needed,
         hits=hits,
         late=late,
         misses=misses,
-        on_cpu=int(layers["on_cpu"].sum()),
+        on_cpu=on_cpu,
         prefetched=prefetched,
         prefetch_coverage=_ratio(prefetched, prefetched + misses),
         prefetch_timeliness=_ratio(prefetched - late, prefetched),
         hit_rate=_ratio(hits, needed),
         late_rate=_ratio(late, needed),
         miss_rate=_ratio(misses, needed),
-        **_event_metrics(events, all_events, wall_ms, prefetched),
+        **(found if has_events else dict.fromkeys(found, NAN)),
     )
 
 
-def _event_metrics(
-    events: pd.DataFrame, all_events: pd.DataFrame, wall_ms: float, prefetched: int
-) -> dict[str, float]:
+def _event_metrics(spans: _Spans, gpu: Intervals, wall_ms: float, prefetched: int) -> dict[str, float]:
     """Figures that need events. A copy may end in the next phase, so its overlap is taken with the compute of both."""
-    time_ms = (events.groupby(["lane", "kind"], observed=False)["dur_us"].sum() / 1e3).to_dict()
-    copies = events[events["lane"] == "h2d"]
-    busy = _lane_union(copies)
-    busy_ms, nbytes = busy.total_us / 1e3, int(copies["bytes"].sum())
-    reasons = copies["reason"].value_counts()
-    stall_ms = time_ms["stall", "stall"]
-    prefetches = sum(int(reasons.get(str(why), 0)) for why in (Reason.PREFETCH, Reason.STREAM))
-    found = {
-        "stall_ms": stall_ms,
-        "stall_frac": _ratio(stall_ms, wall_ms),
-        "cpu_wait_ms": time_ms["stall", "cpu_wait"],
-        "host_wait_ms": time_ms["host", "host_wait"],
-        "warm_up_ms": time_ms["host", "warm_up"],
-        "dense_gpu_ms": time_ms["gpu", "dense"],
-        "experts_gpu_ms": time_ms["gpu", "experts"],
-        "experts_cpu_ms": time_ms["cpu", "experts"],
+    times_us = np.bincount(spans.key, weights=spans.dur_us, minlength=len(LANES) * len(KINDS))
+    copies = spans.only(_is_of(spans, Lane.H2D))
+    busy = _lane_union(copies, Lane.H2D)
+    busy_ms, nbytes = busy.total_us / 1e3, int(copies.nbytes.sum())
+    counts = dict(zip(REASONS, np.bincount(copies.reason, minlength=len(REASONS)).tolist(), strict=True))
+    prefetches = counts[str(Reason.PREFETCH)] + counts[str(Reason.STREAM)]
+
+    def time_ms(lane: Lane, kind: str) -> float:
+        return float(times_us[_key(lane, kind)] / 1e3)
+
+    return {
+        "stall_ms": time_ms(Lane.STALL, "stall"),
+        "stall_frac": _ratio(time_ms(Lane.STALL, "stall"), wall_ms),
+        "cpu_wait_ms": time_ms(Lane.STALL, "cpu_wait"),
+        "host_wait_ms": time_ms(Lane.HOST, "host_wait"),
+        "warm_up_ms": time_ms(Lane.HOST, "warm_up"),
+        "dense_gpu_ms": time_ms(Lane.GPU, "dense"),
+        "experts_gpu_ms": time_ms(Lane.GPU, "experts"),
+        "experts_cpu_ms": time_ms(Lane.CPU, "experts"),
         "h2d_bytes": nbytes,
         "h2d_busy_ms": busy_ms,
         "link_gb_per_s": gb_per_s(nbytes, busy.total_us) if nbytes else NAN,
         "link_use_frac": _ratio(busy_ms, wall_ms),
-        "overlap_frac": _ratio(
-            overlap_us(busy, _lane_union(all_events[all_events["lane"] == "gpu"])) / 1e3, busy_ms
-        ),
-        "on_demand_transfers": int(reasons.get(str(Reason.ON_DEMAND), 0)),
+        "overlap_frac": _ratio(overlap_us(busy, gpu) / 1e3, busy_ms),
+        "on_demand_transfers": counts[str(Reason.ON_DEMAND)],
         "prefetch_transfers": prefetches,
         "prefetch_accuracy": _ratio(prefetched, prefetches),
     }
-    return dict.fromkeys(found, NAN) if all_events.empty else found
 
 
-def _lane_union(rows: pd.DataFrame) -> Intervals:
-    starts = rows["start_us"].to_numpy()
-    return union(starts, starts + rows["dur_us"].to_numpy())
+def _is_of(spans: _Spans, lane: Lane) -> NDArray[np.bool_]:
+    return spans.key // len(KINDS) == LANES.index(str(lane))
+
+
+def _lane_union(spans: _Spans, lane: Lane) -> Intervals:
+    one = spans.only(_is_of(spans, lane))
+    return union(one.start_us, one.start_us + one.dur_us)
 
 
 def _ratio(part: float, whole: float) -> float:
