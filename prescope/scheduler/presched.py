@@ -13,16 +13,16 @@ later steps. V are predicted for layer l + 1 and have no slot; p of them are pre
     S(k, p) = T(k, p) + A - F(k)                 link time that is free before router l + 1 has chosen; less of it
                                                  beside the CPU, where copies are slower; below 0: still owed then
     d'   = max(0, p * t_io - S(k, p))
-    N    = min over s of max(d' + copies of V_p+1..V_s + t_g, CPU time of the rest)   (t_g if bytes are waited for)
-    M    = what layer l + 2 takes longer since its first copy waits for all of these (`Later`, `late_us_of`)
+    N(s) = max(d' + copies of V_p+1..V_s + t_g, CPU time of the rest)   (t_g if bytes are waited for)
+    M(s) = what layer l + 2 takes longer since its first copy waits for all of these (`Later`, `late_us_of`)
 
-and (k, p) minimises T(k, p) + FORECAST * (N + FORECAST * M) - k' * w, where w is what a copy on demand is worth behind
-this layer, since it stays in place of another expert (`worth_behind`; below 0: it pushes out a better one). Six things
-differ from the paper. N has a weight; w and M are new. G was max(R * t_g, F(k)) + t_g, but our engine computes a
-layer's experts together, when all of them are there. Link and CPU read the same memory, so a copy slows the CPU down.
-And a late copy is waited for only if that is sooner than computing its expert on the CPU. Prefetches beyond S(k, p)
-only move work from one layer to the next, so p ends with the first prefetch that finds no free time. An expert of V
-that is not prefetched costs its time by the probability of its use; a prefetch costs its whole time.
+and (k, p, s) minimises T(k, p) + FORECAST * (N(s) + FORECAST * M(s)) - k' * w, where w is what a copy on demand is
+worth behind this layer, since it stays in place of another expert (`worth_behind`; below 0: it pushes out a better
+one). Six things differ from the paper. N has a weight; w and M are new. G was max(R * t_g, F(k)) + t_g, but our engine
+computes a layer's experts together, when all of them are there. Link and CPU read the same memory, so a copy slows the
+CPU down. And a late copy is waited for only if that is sooner than computing its expert on the CPU. Prefetches beyond
+S(k, p) only move work from one layer to the next, so p ends with the first prefetch that finds no free time. An expert
+of V that is not prefetched costs its time by the probability of its use; a prefetch costs its whole time.
 """
 
 from typing import NamedTuple
@@ -103,8 +103,8 @@ def split(
     link_next, cpu_next, share_next = np.zeros(m + 1), np.zeros(m + 1), np.ones(m + 1)
     for j in range(m):
         link_next[j + 1] = link_next[j] + next_used[j] * costs.link_us
-    # N if nothing is owed, once it is known, and when the link is done with its copies.
-    next_us, next_link = np.full(m + 1, -1.0), np.zeros(m + 1)
+    # N if nothing is owed and nothing follows, once it is known: the least that it can be.
+    next_us = np.full(m + 1, -1.0)
     any_next, alone_us = 0.0, 0.0
     if has_cpu:
         for j in range(n - 1, -1, -1):
@@ -153,21 +153,21 @@ def split(
             free -= slower * max(0.0, min(free, cpu - link))
             owed = max(0.0, p * costs.link_us - free)
             if next_us[p] < 0.0:
-                next_us[p], next_link[p] = _next_layer(
-                    costs, has_cpu, p, 0.0, link_next, cpu_next, share_next
+                next_us[p], _ = _next_layer(
+                    costs, has_cpu, p, 0.0, 0.0, NOTHING_LATER, link_next, cpu_next, share_next
                 )
             # Fewer prefetches, and fewer experts on the CPU, unless more are better by something.
             window = total = ends + FORECAST * next_us[p]
-            if total < min(best_us, bound_us) - 1e-9:  # it can only be more
-                following, link_then = next_us[p], next_link[p]
-                if owed > 0.0:
-                    following, link_then = _next_layer(
-                        costs, has_cpu, p, owed, link_next, cpu_next, share_next
-                    )
-                elif link_then == 0.0 and (p == m or k <= late):  # the link goes on with layer l + 2 at once
-                    link_then = p * costs.link_us - free
+            if total < min(best_us, bound_us) - 1e-9 and (
+                owed > 0.0 or later.used > 0.0
+            ):  # it can only be more
+                # Where nothing comes for layer l + 1, the link goes on with layer l + 2 at once.
+                idle_us = p * costs.link_us - free if p == m or k <= late else 0.0
+                following, behind = _next_layer(
+                    costs, has_cpu, p, owed, idle_us, later, link_next, cpu_next, share_next
+                )
                 window = ends + FORECAST * following
-                total = window + FORECAST**2 * late_us_of(costs, later, link_then, following)
+                total = window + FORECAST**2 * behind
             if turn > most:
                 bound_us = min(bound_us, total + 1e-6)
             elif total < best_us - 1e-9:
@@ -228,21 +228,29 @@ def _next_layer(
     has_cpu: bool,
     p: int,
     owed_us: float,
+    idle_us: float,
+    later: Later,
     link_next: FloatArray,
     cpu_next: FloatArray,
     share_next: FloatArray,
 ) -> tuple[float, float]:
-    """Expected time of what layer l + 1 will miss when the first p candidates were prefetched, and when the link is
-    done with what it owes and copies for that.
+    """N and M: expected times of what layer l + 1 will miss when the first p candidates were prefetched, and of what
+    layer l + 2 takes longer.
+
+    Args:
+        owed_us: by the link, when router l + 1 has chosen.
+        idle_us: since when the link is idle if it owes and copies nothing; 0 or below.
     """
     m = len(link_next) - 1
     if p == m:  # what comes late is computed late
-        return owed_us + costs.gpu_us if owed_us > 0.0 and p > 0 else 0.0, owed_us
+        ends = owed_us + costs.gpu_us if owed_us > 0.0 and p > 0 else 0.0
+        return ends, late_us_of(costs, later, owed_us if owed_us > 0.0 else idle_us, ends)
     if not has_cpu:
         link = owed_us + link_next[m] - link_next[p]
-        return link + costs.gpu_us, link
+        ends = link + costs.gpu_us
+        return ends, late_us_of(costs, later, link, ends)
     # Not only where link and CPU end together: a CPU that is fast while the link is idle had better do all.
-    best, best_link = np.inf, 0.0
+    best, best_ends, best_behind = np.inf, np.inf, 0.0
     for s in range(p, m + 1):
         link = owed_us + link_next[s] - link_next[p]
         # The last prefetch is waited for; what the link owes before all of them is not.
@@ -251,5 +259,7 @@ def _next_layer(
             break
         ends = max(gpu, cpu_done(cpu_next[s], share_next[s], link))
         if ends < best:
-            best, best_link = ends, link
-    return best, best_link
+            behind = late_us_of(costs, later, link if link > 0.0 else idle_us, ends)
+            if ends + FORECAST * behind < best:
+                best, best_ends, best_behind = ends + FORECAST * behind, ends, behind
+    return best_ends, best_behind

@@ -104,22 +104,20 @@ def next_us(costs, expected, used, owed, p, s):
 
 
 def window_us(costs, tokens, hits, late_us, backlog, expected, used, k, p, later=NOTHING_LATER):
-    """T + FORECAST * N of a choice (k, p), the best s in it, and FORECAST^2 * M."""
+    """T + FORECAST * N of a choice (k, p), and FORECAST^2 * M, with the best s of all."""
     link, cpu, done = layer_us(costs, tokens, hits, late_us, backlog, k, p)
     free = done + costs.rest_us + costs.decide_us - link
     free -= (1.0 - costs.link_us / costs.link_busy_us) * max(0.0, min(free, cpu - link))
     owed = max(0.0, p * costs.link_us - free)
-    rest, link_then = min(
-        (
-            next_us(costs, expected, used, owed, p, s)
-            for s in (range(p, len(used) + 1) if len(costs.cpu_us) else [len(used)])
-        ),
-        key=lambda pair: pair[0],
-    )
-    if link_then == 0.0 and (p == len(used) or k <= len(late_us)):
-        link_then = p * costs.link_us - free
-    late = link_then + costs.link_us - rest - costs.rest_us - costs.decide_us - later.rest_us
-    return done + FORECAST * rest, FORECAST**2 * later.used * max(0.0, min(later.cpu_us, late))
+    both = []
+    for s in range(p, len(used) + 1) if len(costs.cpu_us) else [len(used)]:
+        rest, link_then = next_us(costs, expected, used, owed, p, s)
+        if link_then == 0.0 and (p == len(used) or k <= len(late_us)):
+            link_then = p * costs.link_us - free
+        late = link_then + costs.link_us - rest - costs.rest_us - costs.decide_us - later.rest_us
+        behind = FORECAST**2 * later.used * max(0.0, min(later.cpu_us, late))
+        both.append((done + FORECAST * rest, behind))
+    return min(both, key=sum)
 
 
 def choices(window):
