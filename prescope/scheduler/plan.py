@@ -255,24 +255,13 @@ def _presched(now: Situation, keep: IntArray) -> IntArray:
     is_free = has_cpu and now.num_load == 0 and (len(cold) > 0 or costs.cpu_us[1] <= costs.link_us)
     left = window.free_us - (p if is_free else m) * costs.link_us
     has_room = left > 0 and (p == m or is_free)
-    # What the CPU computes would never come into the slots, however often it is used again: 7 to 44 points of hits
-    # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated,
-    # docs/log/cache.md).
-    absent = _absent(own, cold, slots.slot_of)  # late ones come without a further copy
-    room = min(len(absent), _copies_in(left, costs) + (1 if is_free else 0)) if has_room else 0
-    victims = slots_to_give(min(len(absent), max(1, room)), slots.in_flight, keep, slots)
-    watch_demand(absent, victims, habits, slots)
-    if not has_room:
-        return prefetch
-    again = worth_a_copy(absent, cpu_us / max(1, len(cold)), price, victims[:room], habits, slots)
-    others = others[: max(0, _copies_in(left, costs) - len(again))]
-    left -= (len(again) + len(others)) * costs.link_us
-    prefetch = np.concatenate((prefetch, again, others))
-    # Link time that the next layer has no use for goes to the layers after it.
+    # Link time that the next layer has no use for goes to the layers after it: a use that is foreseen is worth more
+    # than the uses that a swap gains on average (up to 9 % where a copy takes longer than a layer, simulated:
+    # docs/log/scheduler.md).
     likelier = ScheduleSettings(
         settings.schedule, settings.lookahead, settings.width, window.least, settings.lag
     )
-    for further in range(2, _layers_ahead(now) + 1):
+    for further in range(2, _layers_ahead(now) + 1 if has_room else 2):
         if left <= 0:
             break
         more = _further(
@@ -281,7 +270,19 @@ def _presched(now: Situation, keep: IntArray) -> IntArray:
         )  # fmt: skip
         left -= len(more) * costs.link_us
         prefetch = np.concatenate((prefetch, more))
-    return prefetch
+    # What the CPU computes would never come into the slots, however often it is used again: 7 to 44 points of hits
+    # behind LRU on demand, on traces whose tokens mostly choose what the one before chose (simulated,
+    # docs/log/cache.md).
+    absent = _absent(own, cold, slots.slot_of)  # late ones come without a further copy
+    has_room = has_room and left > 0
+    room = min(len(absent), _copies_in(left, costs) + (1 if is_free else 0)) if has_room else 0
+    victims = slots_to_give(min(len(absent), max(1, room)), slots.in_flight, keep, slots)
+    watch_demand(absent, victims, habits, slots)
+    if not has_room:
+        return prefetch
+    again = worth_a_copy(absent, cpu_us / max(1, len(cold)), price, victims[:room], habits, slots)
+    others = others[: max(0, _copies_in(left, costs) - len(again))]
+    return np.concatenate((prefetch, again, others))
 
 
 @jit

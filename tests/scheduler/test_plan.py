@@ -137,6 +137,22 @@ def test_what_the_cpu_computed_is_copied_behind_while_it_lasts():
         assert made.prefetch.tolist() == copied
 
 
+def test_a_use_that_is_foreseen_comes_before_a_swap():
+    """One expert of layer 3 is sure to be used; the cache would rather have expert 6, which the CPU computes now."""
+    key_of, scores = np.array([E, E + 1, E + 2, E + 3]), np.full(L * E, 1.0)
+    scores[E + 6] = 3.0
+    need = SortedNeed(np.array([0, 1, 2, 3, 6]), np.ones(5, np.int64), 4, 0)
+    used = np.zeros((2, E))
+    used[1, 4] = 1.0
+    foreseen, again = 3 * E + 4, E + 6
+    for rest, copied in ((100.0, [foreseen]), (1_000.0, [foreseen, again])):
+        quick = costs_of(link=200.0, rest=rest)
+        made = plan_of(
+            "presched", need, used=used, layer=1, lasting=1.0, scores=scores, key_of=key_of, costs=quick
+        )
+        assert made.prefetch.tolist() == copied
+
+
 def test_what_is_copied_behind_is_what_the_cpu_computed():
     """Three are there, the link has time for one miss, and the CPU computes the others."""
     key_of, scores = np.array([E, E + 1, E + 2, -1]), np.full(L * E, 1.0)
