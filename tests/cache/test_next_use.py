@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prescope.cache.next_use import LAST_STEP_DECAY, LEAST_USE, NextUse
+from prescope.cache.next_use import FIRST_EVIDENCE, LAST_STEP_DECAY, LEAST_USE, NextUse
 from prescope.core.types import MoEShape
 
 
@@ -53,7 +53,7 @@ def test_slots_go_by_the_expected_next_use():
         layer = (tick - 1) % L
         policy.use(layer, np.sort(rng.choice(E, k, replace=False, p=chance[layer])), np.ones(k))
     share, last, sums = np.split(policy.scores[L * E :], [L * E, 2 * L * E])
-    worth = min(1.0, max(-0.3, sums[0] / (1.0 + sums[1])))
+    worth = min(1.0, max(-0.3, sums[0] / (FIRST_EVIDENCE + sums[1])))
     since = (layer - np.arange(L)) % L  # layers since it was passed
     # Learned at their own layers with the worth of then, which changes by little within a step.
     p = np.maximum((1.0 - worth) * share + worth * last, LEAST_USE)
