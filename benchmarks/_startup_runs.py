@@ -12,6 +12,7 @@ import torch
 from _models import open_shape
 
 import prescope
+from prescope.core.paths import embedded_model
 from prescope.engine.engine import Engine
 from prescope.scheduler.costs import LayerCosts
 
@@ -21,24 +22,44 @@ RUN_COLUMNS = [
     "compiled", "call", "tokens in", "batch", "graphs recorded", "before prefill", "token 1", "token 2", "token 3",
     "others", "graphs kept", "caches GiB",
 ]  # fmt: skip
-COLD_COLUMNS = ["cold start", "import s", "load s", "first token s", "all s"]
+#: What the columns of seconds end with, in the order in which a new process comes there.
+COLD_PARTS = ["python", "torch", "transformers", "prescope", "GPU", "load", "first token"]
+COLD_COLUMNS = ["cold start", *(f"{part} s" for part in COLD_PARTS), "all s"]
 #: Made up: only what is decided depends on them, and here nothing does.
 COSTS = LayerCosts(
     link_us=200.0, gpu_us=10.0, rest_us=100.0, decide_us=30.0, cpu_us=(0.0, 150.0, 200.0), cpu_base_us=20.0,
     source="made up: start-up does not depend on them",
 )  # fmt: skip
+#: A process from its start to a first token; {load} and {generate} are prescope's or those of transformers alone.
 COLD = """
 import time
-began = time.time()
-import prescope
-from prescope.engine import load
-imported = time.time()
-engine = load(slots=0.5, device={device!r})
-loaded = time.time()
-engine.generate("Once upon a time", max_new_tokens=1)
-first = time.time()
-print("times", began, imported, loaded, first)
+stamps = [time.time()]
+import torch
+stamps.append(time.time())
+from transformers import AutoModelForCausalLM, AutoTokenizer
+stamps.append(time.time())
+{imports}
+stamps.append(time.time())
+torch.zeros(1, device="{device}")
+stamps.append(time.time())
+{load}
+stamps.append(time.time())
+{generate}
+stamps.append(time.time())
+print("times", *stamps)
 """
+COLD_PRESCOPE = {
+    "imports": "from prescope.engine import load",
+    "load": "engine = load(slots=0.5, device={device!r})",
+    "generate": "engine.generate('Once upon a time', max_new_tokens=1)",
+}
+COLD_TRANSFORMERS = {
+    "imports": "",
+    "load": "model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype='auto').to({device!r})\n"
+    "tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+    "generate": "ids = tokenizer('Once upon a time', return_tensors='pt').to({device!r})\n"
+    "model.generate(**ids, max_new_tokens=1)[0].tolist()",
+}
 
 
 class Call(NamedTuple):
@@ -51,8 +72,13 @@ class Call(NamedTuple):
 
 def runs(args: Any, keep: Callable[[dict[str, Any]], None]) -> None:
     """Cold starts of the embedded model, then the calls, without and with compiled layers."""
-    for name in ("embedded model", "embedded model, again"):
-        keep(cold_start(name, args.device))
+    for name, code in (
+        ("embedded model", COLD_PRESCOPE),
+        ("transformers alone", COLD_TRANSFORMERS),
+        ("embedded model, again", COLD_PRESCOPE),
+        ("transformers alone, again", COLD_TRANSFORMERS),
+    ):
+        keep(cold_start(name, code, args.device))
     device = torch.device(args.device)
     model = open_shape(args.model, device, torch.bfloat16, args.experts)
     for compiled in (False, True) if args.device == "cuda" else (False,):
@@ -79,18 +105,26 @@ def runs(args: Any, keep: Callable[[dict[str, Any]], None]) -> None:
                 keep(_measured(engine, call, compiled))
 
 
-def cold_start(name: str, device: str) -> dict[str, Any]:
-    """A new process, to the embedded model's first token."""
+def cold_start(name: str, code: dict[str, str], device: str) -> dict[str, Any]:
+    """A new process, to the embedded model's first token. On a CPU the column of the GPU is that of a first tensor."""
+    filled = {part: text.format(device=device, folder=str(embedded_model())) for part, text in code.items()}
     began = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", COLD.format(device=device)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", COLD.format(device=device, **filled)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     line = next(line for line in done.stdout.splitlines() if line.startswith("times"))
-    _, imported, loaded, first = map(float, line.split()[1:])
+    stamps = [began, *map(float, line.split()[1:])]
+    took = [later - earlier for earlier, later in pairwise(stamps)]
+    columns = [f"{part} s" for part in COLD_PARTS]
     return {
-        "part": "cold", "cold start": name, "import s": imported - began, "load s": loaded - imported,
-        "first token s": first - loaded, "all s": first - began,
-    }  # fmt: skip
+        "part": "cold",
+        "cold start": name,
+        **dict(zip(columns, took, strict=True)),
+        "all s": stamps[-1] - began,
+    }
 
 
 def _calls(engine: Engine) -> list[Call]:
