@@ -130,11 +130,11 @@ def _expected(
     """Experts of a coming layer that are expected to be used: how many have slots, and how many have none.
 
     Args:
-        first: key of its first expert. `keys`, `tokens`: (E,), filled with those without a slot, most tokens first;
-            tokens are of an expert that is used.
+        first: key of its first expert. `keys`, `tokens`: (E,), filled with those without a slot, most tokens first, and
+            of as many the likeliest; tokens are of an expert that is used.
     """
     E = len(used_E)
-    found, order_by = np.empty(E, np.int64), np.empty(E)
+    found, many = np.empty(E, np.int64), np.empty(E)
     here = count = 0
     for expert in range(E):
         if used_E[expert] < settings.threshold or used_E[expert] <= 0:
@@ -142,9 +142,11 @@ def _expected(
         if slot_of[first + expert] >= 0:
             here += 1
         else:
-            found[count], order_by[count] = expert, -tokens_E[expert] / used_E[expert]
+            # Rounded: at batch 1 all are 1 but for what a division leaves.
+            found[count], many[count] = expert, max(1.0, round(tokens_E[expert] / used_E[expert], 6))
             count += 1
-    order = np.argsort(order_by[:count], kind="mergesort")
+    likely = np.argsort(-used_E[found[:count]], kind="mergesort")
+    order = likely[np.argsort(-many[likely], kind="mergesort")]
     for i in range(count):
-        keys[i], tokens[i] = first + found[order[i]], max(1.0, -order_by[order[i]])
+        keys[i], tokens[i] = first + found[order[i]], many[order[i]]
     return here, count
