@@ -22,9 +22,11 @@ RUN_COLUMNS = [
     "compiled", "call", "tokens in", "batch", "graphs recorded", "before prefill", "token 1", "token 2", "token 3",
     "others", "graphs kept", "caches GiB",
 ]  # fmt: skip
-#: What the columns of seconds end with, in the order in which a new process comes there.
-COLD_PARTS = ["python", "torch", "transformers", "prescope", "GPU", "load", "first token"]
-COLD_COLUMNS = ["cold start", *(f"{part} s" for part in COLD_PARTS), "all s"]
+#: In the order in which a new process comes there. Importing transformers is but its first part: prescope imports the
+#: rest, transformers alone does so as it loads. On a CPU the column of the GPU is that of a first tensor.
+COLD_COLUMNS = [
+    "cold start", "python s", "torch s", "transformers s", "prescope s", "GPU s", "load s", "first token s", "all s",
+]  # fmt: skip
 #: Made up: only what is decided depends on them, and here nothing does.
 COSTS = LayerCosts(
     link_us=200.0, gpu_us=10.0, rest_us=100.0, decide_us=30.0, cpu_us=(0.0, 150.0, 200.0), cpu_base_us=20.0,
@@ -40,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 stamps.append(time.time())
 {imports}
 stamps.append(time.time())
-torch.zeros(1, device="{device}")
+torch.zeros(1, device={device!r})
 stamps.append(time.time())
 {load}
 stamps.append(time.time())
@@ -106,7 +108,7 @@ def runs(args: Any, keep: Callable[[dict[str, Any]], None]) -> None:
 
 
 def cold_start(name: str, code: dict[str, str], device: str) -> dict[str, Any]:
-    """A new process, to the embedded model's first token. On a CPU the column of the GPU is that of a first tensor."""
+    """A new process, to the embedded model's first token."""
     filled = {part: text.format(device=device, folder=str(embedded_model())) for part, text in code.items()}
     began = time.time()
     done = subprocess.run(
@@ -118,13 +120,8 @@ def cold_start(name: str, code: dict[str, str], device: str) -> dict[str, Any]:
     line = next(line for line in done.stdout.splitlines() if line.startswith("times"))
     stamps = [began, *map(float, line.split()[1:])]
     took = [later - earlier for earlier, later in pairwise(stamps)]
-    columns = [f"{part} s" for part in COLD_PARTS]
-    return {
-        "part": "cold",
-        "cold start": name,
-        **dict(zip(columns, took, strict=True)),
-        "all s": stamps[-1] - began,
-    }
+    row = [name, *took, stamps[-1] - began]
+    return {"part": "cold", **dict(zip(COLD_COLUMNS, row, strict=True))}
 
 
 def _calls(engine: Engine) -> list[Call]:

@@ -9,9 +9,9 @@
 First pages alone (kind of page, threads, pinning), then the engine on a model in GPU memory, on the same model in CPU
 memory, and, with --save, on a checkpoint. Random weights. Peaks are of anonymous resident memory, above that of before.
 With --runs instead: the embedded model's cold start, part by part, in a process of its own, beside that of
-transformers alone; then calls of `generate` one after another
-at Qwen3-30B-A3B's shape with fewer experts (what is recorded and compiled does not depend on how many), without and
-with compiled layers: what each waits for before its prompt is read, for its first tokens, and which record graphs.
+transformers alone; then calls of `generate` one after another at Qwen3-30B-A3B's shape with fewer experts (what is
+recorded and compiled does not depend on how many), without and with compiled layers: what each waits for before its
+prompt is read, for its first tokens, and which record graphs.
 Prints markdown tables last; writes JSON after every cell.
 """
 

@@ -58,7 +58,7 @@ def learn_next_use(
     """Learn one layer's needs: experts (n,), distinct, and the tokens of each (n,).
 
     How much the last step counts is the slope of a regression: how far an expert's use now is from its share, over how
-    far its last one was; over the experts of all layers, decayed.
+    far its last one was; over the experts of all layers, decayed, by steps that are alike in size.
 
     Args:
         scores: (3 * L * E + 2,), changed: what is evicted by; the decayed share of uses; the last step's use; and the

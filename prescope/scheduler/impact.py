@@ -145,8 +145,8 @@ def _expected(
             # Rounded: at batch 1 all are 1 but for what a division leaves.
             found[count], many[count] = expert, max(1.0, round(tokens_E[expert] / used_E[expert], 6))
             count += 1
-    likely = np.argsort(-used_E[found[:count]], kind="mergesort")
-    order = likely[np.argsort(-many[likely], kind="mergesort")]
+    # The probability weighs less than the last digit.
+    order = np.argsort(-many[:count] - 1e-7 * used_E[found[:count]], kind="mergesort")
     for i in range(count):
         keys[i], tokens[i] = first + found[order[i]], many[order[i]]
     return here, count
